@@ -1,0 +1,57 @@
+# Every target makes the environment it needs; a set of packages is installed again when its definition changes.
+#   make test PYTHON=python3.12 VENV=/some/where
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+DEFINITION := pyproject.toml constraints.txt
+
+.PHONY: help venv test test-all demo examples bench lint clean
+
+help:
+	@echo "make venv | test | test-all | demo | examples | bench | lint | clean"
+	@echo "ARGS goes to what is run: make test ARGS='-k linear', make demo ARGS='--epochs 3'"
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: $(DEFINITION)
+	@echo "Installing fxcurv and its dependencies into $(VENV); PyTorch is a large download."
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable '.[test,demo]'
+	@touch $@
+
+$(VENV)/.installed-lint: $(VENV)/.installed
+	$(INSTALL) --editable '.[lint]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(INSTALL) --editable '.[bench]'
+	@touch $@
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+# The last -m wins over the one in pyproject.toml that leaves slow tests out.
+test-all: $(VENV)/.installed
+	$(BIN)/python -m pytest -m '' $(ARGS)
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py $(ARGS)
+
+examples: $(VENV)/.installed
+	@set -e; for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python bench/run.py $(ARGS)
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Leaves the environment, which is slow to make; `rm -r $(VENV)` removes it.
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo.png
+	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -exec rm -rf {} +

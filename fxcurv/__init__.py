@@ -1,0 +1,13 @@
+"""fxcurv: a compiler for individual gradients and curvature of PyTorch models."""
+
+from fxcurv import errors, extensions
+from fxcurv.api import Compiled, Result, compile  # noqa: A004
+from fxcurv.program import Program
+from fxcurv.rules import Contraction, Pointwise, Rule, register, rewrite
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Compiled", "Contraction", "Pointwise", "Program", "Result", "Rule", "compile", "errors", "extensions", "register",
+    "rewrite",
+]  # fmt: skip

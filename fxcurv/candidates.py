@@ -1,0 +1,285 @@
+"""Candidates: the ways to compute a `contract` node, each with the cost that `select` compares.
+
+All compute what `factors.contract` computes. V columns, N samples, S shared positions, K groups, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor
+
+from fxcurv.cost import Cost
+from fxcurv.factors import Conv, Dense, Factor, Gather, Jacobian, Spec, combine, reduce_p, weighted
+from fxcurv.kernels.outer_norm import outer_norm
+from fxcurv.kernels.outer_square import outer_square
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to compute a contraction.
+
+    Attributes:
+        applies: (spec, factors) -> whether it computes this one; factors hold fake tensors.
+        run: (spec, factors, weights) -> the result, plain PyTorch.
+        cost: (spec, factors) -> its `Cost`.
+        differentiable: whether autograd can differentiate it again.
+    """
+
+    name: str
+    applies: Callable[[Spec, list[Factor]], bool]
+    run: Callable[[Spec, list[Factor], Any], Tensor]
+    cost: Callable[[Spec, list[Factor]], Cost]
+    differentiable: bool = True
+
+
+def size(t: Tensor) -> tuple[int, ...]:
+    """A shape with symbolic sizes replaced by their value at capture."""
+    return tuple(s.node.hint if isinstance(s, SymInt) else int(s) for s in t.shape)
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes of one use in dense form; `unfold` counts the elements that unfolding writes (0: nothing to unfold)."""
+
+    v: int
+    n: int
+    s: int
+    k: int
+    o: int
+    i: int
+    unfold: int = 0
+    item: int = 4
+
+    @property
+    def p(self) -> int:
+        """Elements of one parameter."""
+        return self.k * self.o * self.i
+
+    @property
+    def flops(self) -> int:
+        """Operations that all of P takes."""
+        return 2 * self.v * self.n * self.s * self.p
+
+    @property
+    def inputs(self) -> int:
+        """Bytes of the factors."""
+        return self.item * self.n * self.k * self.s * (self.v * self.o + self.i)
+
+
+def dims(factor: Factor) -> Dims:
+    """Sizes of a factor; a P without structure counts as one output per element."""
+    item = factor.g.element_size()
+    if isinstance(factor, Conv):
+        return _conv_dims(factor, item)
+    g = size(factor.g)
+    if isinstance(factor, Dense):
+        return Dims(g[0], g[1], g[2], g[3], g[4], size(factor.a)[3], 0, item)
+    if isinstance(factor, Gather):
+        return Dims(g[0], g[1], g[2], 1, g[3], factor.rows, 0, item)
+    return Dims(g[0], g[1], 1, 1, prod(g[2:]), 1, 0, item)
+
+
+def _conv_dims(f: Conv, item: int) -> Dims:
+    g, a, w = size(f.g), size(f.a), f.weight_shape
+    merged = f.place.outer * f.place.inner
+    kernel = prod(f.kernel)
+    if f.transposed:
+        s = prod(a[2:])
+        unfolded = g[0] * g[1] * g[2] * kernel * s
+        return Dims(g[0], g[1] // merged, s * merged, f.groups, w[1] * kernel, w[0] // f.groups, unfolded, item)
+    s = prod(g[3:])
+    unfolded = a[0] * a[1] * kernel * s if kernel * s > 1 else 0
+    return Dims(g[0], g[1] // merged, s * merged, f.groups, w[0] // f.groups, w[1] * kernel, unfolded, item)
+
+
+def _unfold_cost(d: Dims) -> Cost:
+    moved = d.item * d.unfold
+    return Cost(0, 2 * moved, moved, 2 if moved else 0)
+
+
+def _total(factors: list[Factor], one: Callable[[Dims], Cost]) -> Cost:
+    total = Cost(0, 0, 0, 0)
+    for f in factors:
+        total = total + one(dims(f)) + _unfold_cost(dims(f))
+    return total
+
+
+# materialise -----------------------------------------------------------------------------------------------------
+
+
+def _materialise(spec, factors, weights):
+    factors = combine(spec, factors)
+    p = sum((f.materialise() for f in factors[1:]), factors[0].materialise())
+    return reduce_p(spec, p, weights)
+
+
+def _materialise_cost(spec, factors):
+    def one(d: Dims) -> Cost:
+        p = d.item * d.v * d.n * d.p
+        passes = (3 if spec.power == 2 else 1) if spec.reduce else 0
+        fresh = 0 if isinstance(factors[0], Jacobian) else p
+        return Cost(d.flops, d.inputs + p * (1 + passes), fresh + (p if passes > 1 else 0), 3)
+
+    return _total(factors, one)
+
+
+# direct: sums of P itself need no P ------------------------------------------------------------------------------------
+
+
+def _is_sum(spec, factors):
+    return spec.power == 1 and set(spec.reduce) == set("vn") and spec.samples is None
+
+
+def _direct(spec, factors, weights):
+    parts = [f.summed(weights) for f in factors]
+    return sum(parts[1:], parts[0])
+
+
+def _direct_cost(spec, factors):
+    total = Cost(0, 0, 0, 0)
+    for f in factors:
+        d = dims(f)
+        flops = 2 * d.n * d.s * d.p if isinstance(f, Dense | Conv) else d.v * d.n * d.s * d.o
+        total = total + Cost(flops, d.inputs + d.item * d.p, d.item * d.p, 2)
+    return total
+
+
+# squared factors: without weight sharing the square of a product is the product of squares ---------------------------------
+
+
+def _one_dense(spec, factors) -> bool:
+    return len(factors) == 1 and isinstance(factors[0], Dense | Conv) and spec.samples is None and spec.power == 2
+
+
+def _no_sharing(spec, factors):
+    return _one_dense(spec, factors) and dims(factors[0]).s == 1 and "v" in spec.reduce
+
+
+def _squared(spec, factors, weights):
+    f = factors[0].dense()
+    a = f.a.squeeze(1).square()
+    g = weighted(f.g.squeeze(2).square(), weights)
+    g = g.squeeze(0) if g.shape[0] == 1 else g.sum(0)
+    if "p" in spec.reduce:
+        each = (a.sum(2) * g.sum(2)).sum(1)
+        return each.sum() if "n" in spec.reduce else each
+    if "n" not in spec.reduce:
+        return f.arrange(g.unsqueeze(-1) * a.unsqueeze(-2))
+    if g.shape[1] == 1:
+        return f.arrange(torch.mm(g.squeeze(1).t(), a.squeeze(1)).unsqueeze(0))
+    return f.arrange(torch.einsum("nko,nki->koi", g, a))
+
+
+def _squared_cost(spec, factors):
+    d = dims(factors[0])
+    out = d.item * d.p * (1 if "n" in spec.reduce else d.n)
+    out = d.item * d.n if "p" in spec.reduce else out
+    flops = 2 * d.n * d.p if "p" not in spec.reduce else 0
+    return Cost(flops, 3 * d.inputs + out, d.inputs + out, 5)
+
+
+# Gram: norms from inner products of positions (the ghost norm; Goodfellow 2015, Li et al. 2022) -------------------------------
+
+
+def _is_norm(spec, factors):
+    return _one_dense(spec, factors) and spec.reduce in ("vp", "p")
+
+
+def _gram(spec, factors, weights):
+    f = factors[0].dense()
+    a, g = f.a.transpose(1, 2), f.g.transpose(2, 3)
+    aa = torch.matmul(a, a.mT)
+    each = (torch.matmul(g, g.mT) * aa).sum((-3, -2, -1))
+    each = weighted(each, weights)
+    return each.sum(0) if "v" in spec.reduce else each
+
+
+def _gram_cost(spec, factors):
+    d = dims(factors[0])
+    grams = d.item * d.n * d.k * d.s * d.s * (1 + d.v)
+    flops = 2 * d.n * d.k * d.s * d.s * (d.i + d.v * d.o)
+    return _unfold_cost(d) + Cost(flops, d.inputs + 3 * grams, 2 * grams, 5)
+
+
+# blocked kernels: products of one sample at a time, in the cache ------------------------------------------------------------
+
+
+def _blockable(spec, factors):
+    return _one_dense(spec, factors) and dims(factors[0]).k == 1
+
+
+def _blocked_square_applies(spec, factors):
+    return _blockable(spec, factors) and spec.reduce in ("vn", "v")
+
+
+def _blocked_square(spec, factors, weights):
+    f = factors[0].dense()
+    w = None if weights is None else weights.expand(f.g.shape[:2])
+    out = outer_square(f.a.squeeze(2), f.g.squeeze(3), w, "n" not in spec.reduce)
+    return f.arrange(out.unsqueeze(-3))
+
+
+def _blocked_square_cost(spec, factors):
+    d = dims(factors[0])
+    out = d.item * d.p * (1 if "n" in spec.reduce else d.n)
+    cached = d.item * d.v * d.n * d.p
+    dispatches = d.n * (2 + d.v)
+    return _unfold_cost(d) + Cost(d.flops, d.inputs + out + 0.6 * cached, out, dispatches)
+
+
+def _blocked_norm(spec, factors, weights):
+    f = factors[0].dense()
+    each = weighted(outer_norm(f.a.squeeze(2), f.g.squeeze(3)), weights)
+    return each.sum(0) if "v" in spec.reduce else each
+
+
+def _blocked_norm_cost(spec, factors):
+    d = dims(factors[0])
+    return _unfold_cost(d) + Cost(d.flops, d.inputs + 0.4 * d.item * d.v * d.n * d.p, 0, d.n * 4)
+
+
+# embeddings -----------------------------------------------------------------------------------------------------------
+
+
+def _rows_apply(spec, factors):
+    one = len(factors) == 1 and isinstance(factors[0], Gather) and spec.power == 2 and spec.samples is None
+    return one and "v" in spec.reduce
+
+
+def _rows(spec, factors, weights):
+    """Only rows that occur count: (1 / occurrences) (sum of their g)^2 at every position."""
+    f = factors[0]
+    h, share = f.per_row()
+    squares = (weighted(h.square(), weights).sum(0)) * share.unsqueeze(-1)
+    if "p" in spec.reduce:
+        return squares.sum((0, 1, 2) if "n" in spec.reduce else (1, 2))
+    if "n" in spec.reduce:
+        out = squares.new_zeros(f.rows, squares.shape[2])
+        return out.index_add(0, f.index.flatten(), squares.flatten(0, 1))
+    return Gather(f.index, squares.unsqueeze(0), f.rows, -1).materialise()[0]
+
+
+def _rows_cost(spec, factors):
+    d = dims(factors[0])
+    out = d.item * d.p * (1 if "n" in spec.reduce else d.n)
+    out = 0 if "p" in spec.reduce else out
+    return Cost(2 * d.v * d.n * d.s * d.s * d.o, d.item * d.n * d.s * (3 * d.v * d.o + d.s) + out, out, 6)
+
+
+CANDIDATES = [
+    Candidate("materialise", lambda spec, factors: True, _materialise, _materialise_cost),
+    Candidate("direct", _is_sum, _direct, _direct_cost),
+    Candidate("squared factors", _no_sharing, _squared, _squared_cost),
+    Candidate("Gram", _is_norm, _gram, _gram_cost),
+    Candidate("blocked squares", _blocked_square_applies, _blocked_square, _blocked_square_cost, differentiable=False),
+    Candidate(
+        "blocked norms", lambda s, f: _is_norm(s, f) and _blockable(s, f), _blocked_norm, _blocked_norm_cost,
+        differentiable=False,
+    ),
+    Candidate("occurring rows", _rows_apply, _rows, _rows_cost),
+]  # fmt: skip

@@ -1,0 +1,131 @@
+"""`emit`, the only maker of nodes: trace plain PyTorch on the nodes' values and splice the nodes in."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from fxcurv.program import Program
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A traced function: its graph, and how its outputs are put together again."""
+
+    gm: fx.GraphModule
+    spec: pytree.TreeSpec
+
+
+def emit(program: Program, fn: Callable, *args: Any, origin: dict[str, Any] | None = None, before=None) -> Any:
+    """Emit the nodes that compute `fn(*args)`, where `args` is a pytree with nodes for tensors.
+
+    Args:
+        program: the program whose graph grows.
+        fn: plain PyTorch, a function of its arguments only.
+        origin: provenance written on every new node (op, module, stack_trace, stage, extension).
+        before: insert in front of this node (default: the end of the graph).
+
+    Returns:
+        what `fn` returns, with nodes for tensors.
+    """
+    leaves, spec = pytree.tree_flatten(args)
+    key = _key(fn, leaves, spec)
+    pieces = program.state.setdefault("pieces", {})
+    piece = pieces.get(key) if key is not None else None
+    if piece is None:
+        piece = _trace(program, fn, leaves, spec)
+        if key is not None:
+            pieces[key] = piece
+    nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+    return _splice(program, piece, nodes, origin or {}, before or program.output)
+
+
+def shape_only(program: Program, fn: Callable, *args: Any) -> Any:
+    """The fake value of `fn(*args)` without a trace: for symbolic nodes that a later pass replaces."""
+    vals = pytree.tree_map(lambda a: a.meta["val"] if isinstance(a, fx.Node) else a, args)
+    with program.fake_mode, torch.no_grad():
+        return fn(*vals)
+
+
+def call(program: Program, fn: Callable, *args: Any, origin: dict[str, Any] | None = None) -> fx.Node:
+    """One executable node `fn(*args)` (a `contract` node): its value is known, its body is not traced yet."""
+    with program.graph.inserting_before(program.output):
+        node = program.graph.call_function(fn, args)
+    node.meta["val"] = shape_only(program, fn, *args)
+    node.meta["origin"] = dict(origin or {})
+    return node
+
+
+def _trace(program: Program, fn: Callable, leaves: list[Any], spec: pytree.TreeSpec) -> Piece:
+    out_spec = None
+
+    def flat(*vals):
+        nonlocal out_spec
+        it = iter(vals)
+        full = [next(it) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+        out, out_spec = pytree.tree_flatten(fn(*pytree.tree_unflatten(full, spec)))
+        return out
+
+    vals = [leaf.meta["val"] for leaf in leaves if isinstance(leaf, fx.Node)]
+    with program.fake_mode, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gm = make_fx(flat)(*vals)
+    gm.graph.eliminate_dead_code()
+    return Piece(gm, out_spec)
+
+
+def _splice(program: Program, piece: Piece, nodes: list[fx.Node], origin: dict[str, Any], before: fx.Node) -> Any:
+    env: dict[fx.Node, Any] = {}
+    given = iter(nodes)
+    graph = program.graph
+    with graph.inserting_before(before):
+        for node in piece.gm.graph.nodes:
+            if node.op == "placeholder":
+                env[node] = next(given)
+            elif node.op == "output":
+                out = pytree.tree_map(lambda a: env[a] if isinstance(a, fx.Node) else a, node.args[0])
+            elif node.op == "get_attr":
+                env[node] = _constant(program, getattr(piece.gm, node.target))
+            else:
+                new = graph.node_copy(node, env.__getitem__)
+                new.meta = {"val": node.meta.get("val"), "origin": {**origin, "own": str(node.target)}}
+                env[node] = new
+    return pytree.tree_unflatten(list(out), piece.spec)
+
+
+def _constant(program: Program, value: Tensor) -> fx.Node:
+    name = f"_constant{sum(n.op == 'get_attr' for n in program.graph.nodes)}"
+    program.gm.register_buffer(name, value, persistent=False)
+    node = program.graph.get_attr(name)
+    node.meta["val"] = program.fake_mode.from_tensor(value) if isinstance(value, Tensor) else value
+    return node
+
+
+def _key(fn: Callable, leaves: list[Any], spec: pytree.TreeSpec):
+    base = fn.func if isinstance(fn, functools.partial) else fn
+    if getattr(base, "__closure__", None) or "<lambda>" in getattr(base, "__qualname__", ""):
+        return None
+    key = (fn, str(spec), tuple(_signature(leaf) for leaf in leaves))
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _signature(leaf: Any) -> Any:
+    if not isinstance(leaf, fx.Node):
+        return (type(leaf), leaf)
+    val = leaf.meta["val"]
+    if isinstance(val, Tensor):
+        sizes = tuple(map(str, val.shape)), tuple(map(str, val.stride()))
+        return ("tensor", val.dtype, val.device, sizes)
+    return ("sym", str(val)) if isinstance(val, SymInt) else ("node", leaf)

@@ -1,0 +1,18 @@
+"""Extensions: what a user can ask for. A file per family; the table in the README has shapes and formulas."""
+
+from fxcurv.extensions.base import Extension, Param
+from fxcurv.extensions.first_order import BatchGrad, BatchL2Grad, ClippedGrad, SumGradSquared, Variance
+from fxcurv.extensions.ggn import (
+    BatchDiagGGNExact,
+    BatchDiagGGNMC,
+    DiagGGNExact,
+    DiagGGNMC,
+    Jacobian,
+    SqrtGGNExact,
+    SqrtGGNMC,
+)
+
+__all__ = [
+    "BatchDiagGGNExact", "BatchDiagGGNMC", "BatchGrad", "BatchL2Grad", "ClippedGrad", "DiagGGNExact", "DiagGGNMC",
+    "Extension", "Jacobian", "Param", "SqrtGGNExact", "SqrtGGNMC", "SumGradSquared", "Variance",
+]  # fmt: skip

@@ -1,0 +1,139 @@
+"""What an extension is, and how it sees a parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from fxcurv.emit import call, emit
+from fxcurv.factors import Contract, Factor, Jacobian, Spec
+from fxcurv.placement import samples_first
+from fxcurv.program import Program
+from fxcurv.quantity import GRADIENT, Gradient, Group, Quantity, groups_of
+from fxcurv.uses import Use, pull_back, select_group
+
+
+@dataclass(frozen=True)
+class Extension:
+    """A quantity that a user asks for. Equal extensions (same class, same arguments) share everything.
+
+    Subclasses are frozen dataclasses that set `savefield = "name"` and `requires`, and define `extract`.
+
+    Attributes:
+        savefield: the field of the result; every instance may choose another.
+        requires: the columns it needs.
+        per_sample: whether it needs samples that do not interact.
+        needs_convex: whether it needs a loss that is convex in the model's output.
+    """
+
+    savefield: str | None = field(default=None, kw_only=True)
+    requires: ClassVar[Quantity] = Gradient()
+    per_sample: ClassVar[bool] = True
+    needs_convex: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.savefield is None:
+            object.__setattr__(self, "savefield", type(self).savefield)
+        self.check()
+
+    def check(self) -> None:
+        """Validate the arguments; raise `ExtensionError`."""
+
+    def extract(self, param: Param) -> fx.Node:
+        """The quantity of one parameter, as a node."""
+        raise NotImplementedError
+
+    def extract_all(self, params: list[Param]) -> tuple[dict[str, fx.Node], dict[str, fx.Node]]:
+        """(the quantity of every parameter by name, extra results by field)."""
+        return {p.name: self.extract(p) for p in params}, {}
+
+
+class Param:
+    """A trainable parameter as an extension sees it: its per-sample cotangents P, to be contracted."""
+
+    def __init__(self, program: Program, name: str, extension: Extension | None):
+        self.program, self.name, self.extension = program, name, extension
+        self.node = program.params[name]
+        self.label = type(extension).__name__ if extension is not None else "gradient"
+
+    def contract(self, power: int = 1, reduce: str = "", samples=None, weights: fx.Node | None = None, groups=None) -> fx.Node:
+        """sum over the axes in `reduce` of weights * P**power, P[v, n, *param].
+
+        Args:
+            reduce: letters "v" (columns), "n" (samples), "p" (the parameter's axes); the result keeps the others, in order.
+            samples: indices of the samples to keep (None: all).
+            weights: a node whose value broadcasts to [V, N].
+        """
+        spec = Spec(power, reduce, tuple(samples) if samples is not None else None)
+        if groups is None:
+            groups = groups_of(self.program, self.extension.requires) if self.extension else [GRADIENT]
+        parts = [self._of_group(spec, g, weights) for g in groups]
+        if len(parts) == 1:
+            return parts[0]
+        return self.emit(_added if "v" in reduce else _joined, parts)
+
+    def emit(self, fn, *args):
+        """Emit `fn(*args)` in the name of the extension."""
+        return emit(self.program, fn, *args, origin=self.origin())
+
+    def origin(self) -> dict:
+        """Provenance of nodes that belong to this parameter's quantity."""
+        return {"stage": "extract", "extension": self.label, "param": self.name, "op": self.label, "module": self.name}
+
+    def _of_group(self, spec: Spec, group: Group, weights: fx.Node | None) -> fx.Node:
+        uses = [u for u in self.program.state["uses"][self.name] if group in u.groups]
+        if not uses:
+            return self._zeros(spec, group)
+        if group in self.program.state["weights"]:
+            weights = self.program.state["weights"][group]
+            weights = self.emit(_as_column, weights)
+        factors = [select_group(self.program, u, group) for u in uses]
+        path = uses[0].path
+        if any(u.path != path for u in uses):
+            factors = [self._at_parameter(f, u) for f, u in zip(factors, uses, strict=True)]
+            path = ()
+        value = self._contract(spec, factors, weights, uses[0].rule)
+        if "p" in spec.reduce or not path:
+            return value
+        return pull_back(self.program, Use(factors[0], (), (), "", path), value, spec.reduce)
+
+    def _at_parameter(self, factor: Factor, use: Use) -> Jacobian:
+        """Uses of different kinds meet at the parameter itself, materialised."""
+        p = self.emit(_materialised, factor)
+        return Jacobian(pull_back(self.program, use, p, ""))
+
+    def _contract(self, spec: Spec, factors: list[Factor], weights: fx.Node | None, rule: str) -> fx.Node:
+        target, args = Contract.of(spec, factors, weights)
+        return call(self.program, target, *args, origin={**self.origin(), "rule": rule})
+
+    def _zeros(self, spec: Spec, group: Group) -> fx.Node:
+        """The loss does not reach this parameter: zeros."""
+        columns = self.program.state["columns"].get(group, 1)
+        head = self.program.heads[0]
+        return self.emit(_zeros, spec, columns, self.node, head, head.meta["place"])
+
+
+def _as_column(weights: Tensor) -> Tensor:
+    return weights.unsqueeze(1)
+
+
+def _materialised(factor: Factor) -> Tensor:
+    return factor.materialise()
+
+
+def _added(parts: list[Tensor]) -> Tensor:
+    return sum(parts[1:], parts[0])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts)
+
+
+def _zeros(spec: Spec, columns: int, param: Tensor, head: Tensor, place) -> Tensor:
+    n = samples_first(head, place).shape[0] if spec.samples is None else len(spec.samples)
+    sizes = {"v": columns, "n": n}
+    lead = [sizes[axis] for axis in "vn" if axis not in spec.reduce]
+    return param.new_zeros(*lead, *([] if "p" in spec.reduce else param.shape))

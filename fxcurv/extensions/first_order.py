@@ -1,0 +1,124 @@
+"""Individual gradients and what is made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fxcurv.errors import ExtensionError
+from fxcurv.extensions.base import Extension, Param
+from fxcurv.placement import samples_first
+
+
+@dataclass(frozen=True)
+class BatchGrad(Extension):
+    """Individual gradients g_n, [N, *P], or those of the samples in `subsampling`, [S, *P].
+
+    Args:
+        subsampling: indices of samples, which may repeat and reorder; the scaling stays the full batch's.
+    """
+
+    subsampling: tuple[int, ...] | None = None
+    savefield = "grad_batch"
+
+    def check(self) -> None:
+        freeze_indices(self)
+
+    def extract(self, param: Param) -> fx.Node:
+        return param.contract(power=1, reduce="v", samples=self.subsampling)
+
+
+@dataclass(frozen=True)
+class BatchL2Grad(Extension):
+    """Squared norms of the individual gradients, ||g_n||^2 of one parameter, [N]."""
+
+    savefield = "batch_l2"
+
+    def extract(self, param: Param) -> fx.Node:
+        return param.contract(power=2, reduce="vp")
+
+
+@dataclass(frozen=True)
+class SumGradSquared(Extension):
+    """The uncentred second moment, sum_n g_n^2, [*P]."""
+
+    savefield = "sum_grad_squared"
+
+    def extract(self, param: Param) -> fx.Node:
+        return param.contract(power=2, reduce="vn")
+
+
+@dataclass(frozen=True)
+class Variance(Extension):
+    """The population variance of the individual gradients, sum_n g_n^2 / N - (sum_n g_n / N)^2, [*P]."""
+
+    savefield = "variance"
+
+    def extract(self, param: Param) -> fx.Node:
+        squares = param.contract(power=2, reduce="vn")
+        mean = param.contract(power=1, reduce="vn")
+        head = param.program.heads[0]
+        return param.emit(_variance, squares, mean, head, head.meta["place"])
+
+
+def _variance(squares: Tensor, total: Tensor, head: Tensor, place) -> Tensor:
+    n = samples_first(head, place).shape[0]
+    return squares / n - (total / n).square()
+
+
+@dataclass(frozen=True)
+class ClippedGrad(Extension):
+    """The clipped gradient sum, sum_n min(1, max_norm / ||g_n||) g_n, [*P] (Abadi et al. 2016, Algorithm 1).
+
+    The individual gradients are never stored: norms first, then a weighted sum from the same factors. Also sets
+    `result.sample_norms`, the norms ||g_n|| over all parameters, [N].
+
+    Args:
+        max_norm: positive bound.
+        over: "all" (the norm over all parameters) or "param" (of each parameter by itself).
+    """
+
+    max_norm: float
+    over: str = "all"
+    savefield = "grad_clipped"
+
+    def check(self) -> None:
+        if self.over not in ("all", "param"):
+            raise ExtensionError(f"ClippedGrad(over={self.over!r}): use 'all' or 'param'")
+        if not self.max_norm > 0:
+            raise ExtensionError(f"ClippedGrad(max_norm={self.max_norm}): use a positive number")
+
+    def extract_all(self, params: list[Param]):
+        squared = {p.name: p.contract(power=2, reduce="vp") for p in params}
+        norms = params[0].emit(_norm, list(squared.values()))
+        out = {}
+        for param in params:
+            norm = norms if self.over == "all" else param.emit(_norm, [squared[param.name]])
+            weights = param.emit(_clip, norm, float(self.max_norm))
+            out[param.name] = param.contract(power=1, reduce="vn", weights=weights)
+        return out, {"sample_norms": norms}
+
+
+def _norm(squares: list[Tensor]) -> Tensor:
+    return sum(squares[1:], squares[0]).sqrt()
+
+
+def _clip(norm: Tensor, max_norm: float) -> Tensor:
+    return torch.where(norm > max_norm, max_norm / norm, torch.ones_like(norm)).unsqueeze(0)
+
+
+def freeze_indices(extension: Extension) -> None:
+    """Make `subsampling` a hashable tuple of non-negative ints.
+
+    Raises:
+        ExtensionError: if it is empty or holds a negative index.
+    """
+    indices = extension.subsampling
+    if indices is None:
+        return
+    indices = tuple(int(i) for i in indices)
+    if not indices or min(indices) < 0:
+        raise ExtensionError(f"{type(extension).__name__}(subsampling={list(indices)}): give indices of samples, from 0")
+    object.__setattr__(extension, "subsampling", indices)

@@ -1,0 +1,337 @@
+"""Factors of the per-sample cotangents of a parameter, and `contract`, what every quantity does with them.
+
+    P[v, n, *param] = J_n^T s_{v,n}        v: column, n: sample
+
+An op's rule returns P in a factored form. A factor is a dataclass whose tensor fields are nodes in the compiler and
+tensors inside a traced function; `g` always carries the columns on its first axis. `a` and `g` of `Dense` are views
+where they can be: a convolution's input is unfolded only when a candidate asks for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fxcurv.placement import Shard, samples_first
+
+
+@dataclass(frozen=True)
+class Arrange:
+    """From a core [K, O, I] to the parameter: reshape to `sizes`, permute by `order`, reshape to `shape`."""
+
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def __call__(self, core: Tensor) -> Tensor:
+        """[*lead, K, O, I] -> [*lead, *shape]."""
+        lead = core.shape[:-3]
+        k = len(lead)
+        t = core.reshape(*lead, *self.sizes)
+        return t.permute(*range(k), *(k + d for d in self.order)).reshape(*lead, *self.shape)
+
+
+class Factor:
+    """One use of a parameter. Subclasses list their tensor fields; everything else is static."""
+
+    tensors: ClassVar[tuple[str, ...]] = ("g",)
+    g: Any
+
+    def materialise(self) -> Tensor:
+        """P, [V, N, *param]."""
+        raise NotImplementedError
+
+    def summed(self, weights: Tensor | None = None) -> Tensor:
+        """sum_{v,n} weights[v, n] P[v, n], [*param]. Weights broadcast to [V, N]."""
+        return weighted(self.materialise(), weights).sum((0, 1))
+
+    def dense(self) -> Factor:
+        """The same use with nothing left to unfold."""
+        return self
+
+    def samples(self, index: Tensor) -> Factor:
+        """The same use on the samples in `index` only (called on `dense()`)."""
+        return dataclasses.replace(self, g=self.g.index_select(1, index))
+
+    def with_g(self, g: Any) -> Factor:
+        return dataclasses.replace(self, g=g)
+
+
+def factor(cls):
+    """Class decorator: a frozen dataclass that is a pytree of its `tensors`."""
+    cls = dataclass(frozen=True)(cls)
+    static = [f.name for f in dataclasses.fields(cls) if f.name not in cls.tensors]
+
+    def flatten(obj):
+        return [getattr(obj, t) for t in cls.tensors], tuple(getattr(obj, s) for s in static)
+
+    def unflatten(values, context):
+        return cls(**dict(zip(cls.tensors, values, strict=True)), **dict(zip(static, context, strict=True)))
+
+    pytree.register_pytree_node(cls, flatten, unflatten)
+    return cls
+
+
+def weighted(t: Tensor, weights: Tensor | None) -> Tensor:
+    """`t` [V, N, ...] times weights that broadcast to [V, N]."""
+    return t if weights is None else t * weights.reshape(*weights.shape, *[1] * (t.ndim - weights.ndim))
+
+
+@factor
+class Jacobian(Factor):
+    """The general case: `g` is P itself, [V, N, *param]."""
+
+    g: Any
+
+    def materialise(self) -> Tensor:
+        return self.g
+
+
+@factor
+class Dense(Factor):
+    """P[v, n, k, o, i] = sum_s g[v, n, s, k, o] a[n, s, k, i], arranged as the parameter.
+
+    a: [N, S, K, I], g: [V, N, S, K, O]; S: shared positions, K: groups.
+    """
+
+    a: Any
+    g: Any
+    arrange: Arrange
+    tensors: ClassVar[tuple[str, ...]] = ("a", "g")
+
+    def core(self) -> Tensor:
+        """[V, N, K, O, I]."""
+        v, n, s, k, o = self.g.shape
+        if s == 1:
+            return self.g.squeeze(2).unsqueeze(-1) * self.a.squeeze(1).unsqueeze(-2)
+        if k > 1:
+            return torch.einsum("vnsko,nski->vnkoi", self.g, self.a)
+        left = self.g.squeeze(3).permute(1, 0, 3, 2).reshape(n, v * o, s)
+        out = torch.bmm(left, self.a.squeeze(2))
+        return out.unflatten(1, (v, o)).movedim(1, 0).unsqueeze(2)
+
+    def materialise(self) -> Tensor:
+        return self.arrange(self.core())
+
+    def summed(self, weights: Tensor | None = None) -> Tensor:
+        g = weighted(self.g, weights)
+        g = g.squeeze(0) if g.shape[0] == 1 else g.sum(0)
+        if g.shape[2] == 1:
+            core = torch.mm(g.flatten(0, 2).t(), self.a.flatten(0, 2)).unsqueeze(0)
+        else:
+            core = torch.einsum("nsko,nski->koi", g, self.a)
+        return self.arrange(core)
+
+    def samples(self, index: Tensor) -> Factor:
+        return dataclasses.replace(self, a=self.a.index_select(0, index), g=self.g.index_select(1, index))
+
+
+@factor
+class Conv(Factor):
+    """A convolution's weight, its input not yet unfolded.
+
+    a: [B, C, *spatial], g: [V, B, O, *out]; samples in dimension 0 of `a` by `place`. For a transposed convolution
+    the roles of input and output cotangent are swapped in the unfolding.
+    """
+
+    a: Any
+    g: Any
+    place: Shard
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool
+    weight_shape: tuple[int, ...]
+    tensors: ClassVar[tuple[str, ...]] = ("a", "g")
+
+    def dense(self) -> Dense:
+        return self._dense_transposed() if self.transposed else self._dense()
+
+    def _dense(self) -> Dense:
+        out = self.g.shape[3:]
+        cols = unfold(self.a, out, self.kernel, self.stride, self.padding, self.dilation)
+        a = _positions(cols, self.place, 0, self.groups)
+        g = _positions(self.g.flatten(3), self.place, 1, self.groups)
+        return Dense(a, g, Arrange(self.weight_shape, tuple(range(len(self.weight_shape))), self.weight_shape))
+
+    def _dense_transposed(self) -> Dense:
+        spatial = self.a.shape[2:]
+        v, b = self.g.shape[:2]
+        cols = unfold(self.g.flatten(0, 1), spatial, self.kernel, self.stride, self.padding, self.dilation)
+        g = _positions(cols.unflatten(0, (v, b)), self.place, 1, self.groups)
+        a = _positions(self.a.flatten(2), self.place, 0, self.groups)
+        inputs, outputs = self.weight_shape[0] // self.groups, self.weight_shape[1]
+        sizes = (self.groups, outputs, prod(self.kernel), inputs)
+        return Dense(a, g, Arrange(sizes, (0, 3, 1, 2), self.weight_shape))
+
+    def materialise(self) -> Tensor:
+        return self.dense().materialise()
+
+    def summed(self, weights: Tensor | None = None) -> Tensor:
+        if weights is not None and self.place != Shard(0):
+            return self.dense().summed(weights)
+        g = weighted(self.g, weights)
+        g = g.squeeze(0) if g.shape[0] == 1 else g.sum(0)
+        dims = len(self.kernel)
+        return torch.ops.aten.convolution_backward(
+            g, self.a, g.new_empty(()).expand(self.weight_shape), None, list(self.stride), list(self.padding),
+            list(self.dilation), self.transposed, [0] * dims, self.groups, [False, True, False],
+        )[1]  # fmt: skip
+
+    def samples(self, index: Tensor) -> Factor:
+        return self.dense().samples(index)
+
+
+@factor
+class Gather(Factor):
+    """An embedding: P[v, n, r] = sum over positions s with index[n, s] = r of g[v, n, s].
+
+    index: [N, S], g: [V, N, S, D].
+    """
+
+    index: Any
+    g: Any
+    rows: int
+    padding: int
+    tensors: ClassVar[tuple[str, ...]] = ("index", "g")
+
+    def masked(self) -> Tensor:
+        """`g` without the positions of the padding index, which get no gradient."""
+        if self.padding < 0:
+            return self.g
+        return self.g * (self.index != self.padding).unsqueeze(-1)
+
+    def materialise(self) -> Tensor:
+        n = self.index.shape[0]
+        slots = torch.arange(n, device=self.index.device).unsqueeze(1) * self.rows + self.index
+        g = self.masked().flatten(1, 2)
+        out = g.new_zeros(g.shape[0], n * self.rows, g.shape[2]).index_add(1, slots.flatten(), g)
+        return out.unflatten(1, (n, self.rows))
+
+    def summed(self, weights: Tensor | None = None) -> Tensor:
+        g = weighted(self.masked(), weights).sum(0).flatten(0, 1)
+        return g.new_zeros(self.rows, g.shape[1]).index_add(0, self.index.flatten(), g)
+
+    def per_row(self) -> tuple[Tensor, Tensor]:
+        """(h, share): h[v, n, s] = sum of g over the sample's positions with the same index as s, and 1 / their number."""
+        same = (self.index.unsqueeze(1) == self.index.unsqueeze(2)).to(self.g.dtype)
+        return torch.matmul(same, self.masked()), 1 / same.sum(2)
+
+    def samples(self, index: Tensor) -> Factor:
+        return dataclasses.replace(self, index=self.index.index_select(0, index), g=self.g.index_select(1, index))
+
+
+def unfold(x: Tensor, out, kernel, stride, padding, dilation) -> Tensor:
+    """Patches of `x` in any number of dimensions: [B, C, *spatial] -> [B, C * prod(kernel), prod(out)]."""
+    dims = len(kernel)
+    if any(padding):
+        x = torch.nn.functional.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
+    for d, (k, s, di, o) in enumerate(zip(kernel, stride, dilation, out, strict=True)):
+        # a stride that does not divide leaves rows at the far end that no patch reads
+        x = x.unfold(2 + d, (k - 1) * di + 1, s).narrow(2 + d, 0, o)[..., ::di]
+    order = [0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims)]
+    return x.permute(order).reshape(x.shape[0], x.shape[1] * prod(kernel), prod(out))
+
+
+def _positions(t: Tensor, place: Shard, lead: int, groups: int) -> Tensor:
+    """[*lead, B, groups * C, S] with samples inside B -> [*lead, N, S', groups, C] (S' takes what B holds besides)."""
+    t = samples_first(t, place, lead) if place != Shard(0) else t.unsqueeze(lead + 1)
+    t = t.unflatten(lead + 2, (groups, -1))
+    axes = list(range(lead + 1))
+    rest, group, channel, position = range(lead + 1, lead + 5)
+    return t.permute(*axes, rest, position, group, channel).flatten(lead + 1, lead + 2)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A reduction of P: sum over the axes in `reduce` ("v", "n", "p": the parameter's) of weights * P**power.
+
+    samples: indices of the samples to keep, or None for all.
+    """
+
+    power: int
+    reduce: str
+    samples: tuple[int, ...] | None = None
+
+
+def combine(spec: Spec, factors: list[Factor]) -> list[Factor]:
+    """One factor where possible: uses of one kind are shared positions, which is exact."""
+    if len(factors) > 1 or spec.samples is not None:
+        factors = [f.dense() for f in factors]
+    if spec.samples is not None:
+        device = factors[0].g.device
+        # built from scalars, because a traced tensor constant would not be symbolic
+        index = torch.stack([torch.full((), i, dtype=torch.long, device=device) for i in spec.samples])
+        factors = [f.samples(index) for f in factors]
+    first = factors[0]
+    if len(factors) == 1:
+        return factors
+    if all(isinstance(f, Jacobian) for f in factors):
+        return [Jacobian(sum(f.g for f in factors))]
+    if all(isinstance(f, Dense) and f.arrange == first.arrange for f in factors):
+        a, g = torch.cat([f.a for f in factors], 1), torch.cat([f.g for f in factors], 2)
+        return [Dense(a, g, first.arrange)]
+    same = lambda f: isinstance(f, Gather) and (f.rows, f.padding) == (first.rows, first.padding)  # noqa: E731
+    if isinstance(first, Gather) and all(map(same, factors)):
+        index, g = torch.cat([f.index for f in factors], 1), torch.cat([f.g for f in factors], 2)
+        return [Gather(index, g, first.rows, first.padding)]
+    return factors
+
+
+def reduce_p(spec: Spec, p: Tensor, weights: Tensor | None) -> Tensor:
+    """The reduction of a materialised P, [V, N, *param]."""
+    t = weighted(p.square() if spec.power == 2 else p, weights)
+    axes = {"v": [0], "n": [1], "p": list(range(2, t.ndim))}
+    dims = [d for axis in spec.reduce for d in axes[axis]]
+    single = [d for d in dims if isinstance(t.shape[d], int) and t.shape[d] == 1]
+    t = t.sum([d for d in dims if d not in single], keepdim=True) if len(dims) > len(single) else t
+    for d in sorted(dims, reverse=True):
+        t = t.squeeze(d)
+    return t
+
+
+def contract(spec: Spec, factors: list[Factor], weights: Tensor | None = None) -> Tensor:
+    """The reference implementation of every quantity: materialise P, then reduce it.
+
+    Contract nodes call this until `select` replaces them, so a program computes the same before and after.
+    """
+    p = sum(f.materialise() for f in combine(spec, factors))
+    return reduce_p(spec, p, weights)
+
+
+@dataclass(frozen=True)
+class Contract:
+    """A `contract` node's target: `contract` with its static arguments bound, a function of tensors alone.
+
+    Symbolic (passes read `spec` and the factors from it), yet executable: calling it runs the reference.
+    """
+
+    spec: Spec
+    tree: Any
+    __name__: ClassVar[str] = "contract"
+    __qualname__: ClassVar[str] = "contract"
+
+    @classmethod
+    def of(cls, spec: Spec, factors: list[Factor], weights: Any) -> tuple[Contract, list[Any]]:
+        """The target and the flat arguments."""
+        leaves, tree = pytree.tree_flatten((list(factors), weights))
+        return cls(spec, tree), leaves
+
+    def parts(self, args) -> tuple[list[Factor], Any]:
+        """(factors, weights) of flat arguments: nodes or tensors."""
+        return pytree.tree_unflatten(list(args), self.tree)
+
+    def __hash__(self) -> int:
+        return hash((self.spec, str(self.tree)))
+
+    def __call__(self, *args):
+        factors, weights = self.parts(args)
+        return contract(self.spec, factors, weights)

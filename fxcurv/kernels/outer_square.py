@@ -1,0 +1,49 @@
+"""outer_square: sum_v w[v, n] (sum_s g[v, n, s, o] a[n, s, i])^2, per sample or summed over samples.
+
+Shapes: a [N, S, I], g [V, N, S, O], w [V, N] or None -> [O, I], or [N, O, I] with `per_sample`.
+The per-sample products [V, N, O, I] never exist: a block that fits the cache is written, squared and added.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Elements of the scratch block: 1 MiB in float32, half of a typical L2 cache.
+BLOCK = 1 << 18
+
+
+def reference(a: Tensor, g: Tensor, w: Tensor | None, per_sample: bool) -> Tensor:
+    """The definition, with P materialised."""
+    p = torch.einsum("vnso,nsi->vnoi", g, a).square()
+    p = p if w is None else p * w[:, :, None, None]
+    return p.sum(0) if per_sample else p.sum((0, 1))
+
+
+@torch.library.custom_op("fxcurv::outer_square", mutates_args=())
+def outer_square(a: Tensor, g: Tensor, w: Tensor | None, per_sample: bool) -> Tensor:
+    """See the module; columns with real weights, so the sum needs no root and no sign."""
+    v, n, s, o = g.shape
+    i = a.shape[2]
+    out = g.new_zeros((n, o, i) if per_sample else (1, o, i))
+    rows = max(1, min(v, BLOCK // max(1, o * i)))
+    scratch = g.new_empty(rows * o, i)
+    left = g.permute(1, 0, 3, 2)
+    for k in range(n):
+        target, block = out[k if per_sample else 0], left[k].reshape(v * o, s)
+        for start in range(0, v, rows):
+            stop = min(v, start + rows)
+            p = torch.mm(block[start * o : stop * o], a[k], out=scratch[: (stop - start) * o])
+            for j in range(stop - start):
+                column = p[j * o : (j + 1) * o]
+                if w is None:
+                    target.addcmul_(column, column)
+                else:
+                    target.addcmul_(column, column * w[start + j, k])
+    return out if per_sample else out[0]
+
+
+@outer_square.register_fake
+def _(a, g, w, per_sample):
+    o, i = g.shape[3], a.shape[2]
+    return g.new_empty((g.shape[1], o, i) if per_sample else (o, i))

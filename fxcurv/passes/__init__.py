@@ -1,0 +1,32 @@
+"""The pipeline, in order. Each pass is `Program -> Program`, one file."""
+
+from __future__ import annotations
+
+import time
+
+from fxcurv.passes.codegen import codegen
+from fxcurv.passes.extract import extract
+from fxcurv.passes.independence import independence
+from fxcurv.passes.normalize import normalize
+from fxcurv.passes.objective import objective
+from fxcurv.passes.propagate import propagate
+from fxcurv.passes.schedule import schedule
+from fxcurv.passes.select import select
+from fxcurv.passes.simplify import simplify
+from fxcurv.passes.verify import verify
+from fxcurv.program import Program
+
+ANALYSIS = [normalize, independence, objective]
+PIPELINE = [propagate, extract, simplify, select, simplify, schedule, codegen]
+
+
+def run(program: Program, passes: list, debug: bool = False) -> Program:
+    """Run `passes`, with verification between them under `debug`."""
+    for step in passes:
+        start = time.perf_counter()
+        program = step(program)
+        name = step.__name__
+        program.timings[name] = program.timings.get(name, 0.0) + time.perf_counter() - start
+        if debug:
+            verify(program, name)
+    return program

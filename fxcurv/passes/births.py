@@ -1,0 +1,228 @@
+"""Births of column groups: what each quantity puts on the walk, and at which node."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxcurv.emit import emit
+from fxcurv.errors import ExtensionError, LossError, UnsupportedOpError
+from fxcurv.noise import uniform
+from fxcurv.passes.objective import ancestors, descendants
+from fxcurv.placement import Shard, samples_back, samples_first
+from fxcurv.program import Check, Input, Program
+from fxcurv.quantity import GRADIENT, Group, Term
+from fxcurv.rules.base import rule_of
+from fxcurv.rules.loss import Draw, separate
+from fxcurv.uses import call_of, origin_of
+
+if TYPE_CHECKING:
+    from fxcurv.passes.propagate import Walk
+
+
+def at(walk: Walk, node: fx.Node) -> None:
+    """Add to the cotangents what is born when the walk reaches `node`."""
+    program = walk.program
+    groups = [g for g in walk.groups if g != GRADIENT]
+    terms: list[Term] = program.state.get("terms", [])
+    for index, term in enumerate(terms):
+        here = [g for g in groups if g.term == index and g.kind != "identity"]
+        if here and term.node is node:
+            _closed_form(walk, term, here)
+        elif here and term.node is None and node is _latest(program.heads):
+            _general(walk, here)
+    if Group("identity") in groups and node is _latest(program.heads):
+        _identity(walk, node)
+
+
+def _latest(heads: list[fx.Node]) -> fx.Node:
+    """The head that the reverse walk meets first: all cotangents past the heads are known there."""
+    order = {n: k for k, n in enumerate(heads[0].graph.nodes)}
+    return max(heads, key=order.__getitem__)
+
+
+def seed_node(program: Program) -> fx.Node:
+    """The placeholder of the noise's seed, made when the first sampled column needs it."""
+    if program.seed is None:
+        first = next(n for n in program.graph.nodes if n.op != "placeholder")
+        with program.graph.inserting_before(first):
+            program.seed = program.graph.placeholder("seed")
+        with program.fake_mode:
+            device = next(iter(program.params.values())).meta["val"].device
+            program.seed.meta = {"val": torch.zeros((), dtype=torch.long, device=device)}
+        program.inputs.append(Input("seed"))
+    return program.seed
+
+
+def _closed_form(walk: Walk, term: Term, groups: list[Group]) -> None:
+    from fxcurv.passes.propagate import Stack, merged
+
+    program, node = walk.program, term.node
+    stack = merged(walk, node, walk.cotangents[node])
+    walk.cotangents[node] = [stack]
+    rule, call = rule_of(node.target, program.rules), call_of(program, node)
+    origin = origin_of(node, "columns")
+    _check_positive(program, node, stack.node)
+    for group in groups:
+        if group.kind == "exact":
+            columns = emit(program, _exact, rule, call, stack.node, origin=origin)
+        else:
+            draw = Draw(group.draws, group.term)
+            columns = emit(program, _sampled, rule, call, stack.node, seed_node(program), draw, origin=origin)
+        walk.add(term.prediction, Stack((group,), (columns.meta["val"].shape[0],), columns))
+
+
+def _exact(rule, call, c):
+    return rule.exact(call, c[0])
+
+
+def _sampled(rule, call, c, seed, draw):
+    return rule.sampled(call, c[0], seed, draw)
+
+
+def _check_positive(program: Program, node: fx.Node, c: fx.Node) -> None:
+    asked = ", ".join(type(e).__name__ for e in program.extensions if e.needs_convex)
+
+    def error():
+        return LossError(
+            f"the loss decreases with its {node.target}, so it is not convex in the model's output and {asked} (a square root "
+            "of the loss Hessian) does not exist. Way out: a positive factor, or Hessian quantities."
+        )
+
+    program.checks.append(Check(emit(program, _nonnegative, c, origin={"stage": "check"}), error))
+
+
+def _nonnegative(c: Tensor) -> Tensor:
+    return ~(c < 0).any()  # NaN passes: it is not hidden, it shows in the results
+
+
+def _identity(walk: Walk, head: fx.Node) -> None:
+    from fxcurv.passes.propagate import Stack
+
+    program = walk.program
+    if len(program.heads) != 1:
+        raise ExtensionError(
+            f"Jacobian needs one output, the model has {len(program.heads)}: pass split='module.path', or return one tensor"
+        )
+    columns = emit(program, _eye, head, head.meta["place"], origin=origin_of(head, "columns"))
+    walk.add(head, Stack((Group("identity"),), (columns.meta["val"].shape[0],), columns))
+
+
+def _eye(f: Tensor, place: Shard) -> Tensor:
+    return separate(torch.ones_like(f).unsqueeze(0), place, None)
+
+
+def _general(walk: Walk, groups: list[Group]) -> None:
+    """Columns of the per-sample Hessian of the whole loss in f, for a loss without a closed form."""
+    from fxcurv.passes.propagate import Stack
+
+    program = walk.program
+    heads = program.heads
+    places = tuple(h.meta["place"] for h in heads)
+    inner = [n for n in ancestors([program.loss]) if n in descendants(heads) and n not in heads]
+    outside = list(dict.fromkeys(i for n in inner for i in n.all_input_nodes if i not in inner and i not in heads))
+    loss = Subgraph(tuple(inner), tuple(heads), tuple(outside), program.loss)
+    origin = {"stage": "columns", "op": "Hessian of the loss", "module": ""}
+    try:
+        h = emit(program, _hessian, loss, places, [*heads], [*outside], origin=origin)
+    except (RuntimeError, NotImplementedError) as error:
+        raise UnsupportedOpError(f"the loss has no second derivative: {error}. Way out: write it in differentiable ops") from error
+    _check_convex(program, h)
+    for group in groups:
+        if group.kind == "signed":
+            joint, weights = emit(program, _signed, h, origin=origin)
+            walk.weights[group] = weights
+        elif group.kind == "root":
+            joint = emit(program, _root, h, origin=origin)
+        else:
+            joint = emit(program, _signs, h, seed_node(program), group.term, group.draws, origin=origin)
+        for head, part in zip(heads, emit(program, _split, joint, places, [*heads], origin=origin), strict=True):
+            walk.add(head, Stack((group,), (part.meta["val"].shape[0],), part))
+
+
+class Subgraph:
+    """A part of the graph as a function of `heads` and of the values from `outside` it."""
+
+    def __init__(self, nodes, heads, outside, result):
+        self.nodes, self.heads, self.outside, self.result = nodes, heads, outside, result
+
+    def __call__(self, heads: list[Tensor], outside: list[Tensor]) -> Tensor:
+        env: dict[fx.Node, Any] = dict(zip((*self.heads, *self.outside), (*heads, *outside), strict=True))
+        for node in self.nodes:
+            args, kwargs = pytree.tree_map(lambda a: env[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs))
+            env[node] = node.target(*args, **kwargs)
+        return env[self.result]
+
+
+def _hessian(loss: Subgraph, places, heads: list[Tensor], outside: list[Tensor]) -> Tensor:
+    """H[n], [N, D, D]: the derivative of dL/df in direction e_i, for all samples at once, for every i."""
+    slices = [samples_first(h, p) for h, p in zip(heads, places, strict=True)]
+    widths = [s[0].numel() for s in slices]
+    joint = torch.cat([s.flatten(1) for s in slices], 1)
+
+    def value(flat):
+        parts = torch.split(flat, widths, 1)
+        args = [samples_back(p.reshape(s.shape), place) for p, s, place in zip(parts, slices, places, strict=True)]
+        return loss(args, outside)
+
+    _, pull = torch.func.vjp(torch.func.grad(value), joint)
+    n, d = joint.shape
+    eye = torch.eye(d, dtype=joint.dtype, device=joint.device).unsqueeze(1).expand(d, n, d)
+    columns = torch.vmap(pull)(eye)[0]
+    h = columns.movedim(0, 1)
+    return (h + h.mT) / 2
+
+
+def _signed(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns u, weights w with sum w u u^T = H up to what a diagonal sees: the pairs e_i +- H_i, scaled to equal length."""
+    d = h.shape[1]
+    rows = h.movedim(1, 0)
+    size = rows.norm(dim=2, keepdim=True)
+    alpha = torch.where(size > 0, size, 1).sqrt()
+    eye = torch.eye(d, dtype=h.dtype, device=h.device).unsqueeze(1) * alpha
+    columns = torch.cat([eye + rows / alpha, eye - rows / alpha])
+    weights = torch.cat([h.new_full((d,), 0.25), h.new_full((d,), -0.25)])
+    return columns, weights
+
+
+def _root(h: Tensor) -> Tensor:
+    """The symmetric root, [D, N, D]."""
+    values, vectors = torch.linalg.eigh(h)
+    return ((vectors * values.clamp(min=0).sqrt().unsqueeze(1)) @ vectors.mT).movedim(1, 0)
+
+
+def _signs(h: Tensor, seed: Tensor, stream: int, draws: int) -> Tensor:
+    """The root times random signs: sampled columns for any loss, [M, N, D]."""
+    root = _root(h).movedim(0, 1)
+    u = uniform(seed, stream, draws, h[:, 0], Shard(0))
+    signs = torch.where(u < 0.5, -1.0, 1.0).to(h.dtype)
+    return torch.einsum("mnd,nde->mne", signs, root) * draws**-0.5
+
+
+def _split(columns: Tensor, places, heads: list[Tensor]) -> list[Tensor]:
+    slices = [samples_first(h, p) for h, p in zip(heads, places, strict=True)]
+    parts = torch.split(columns, [s[0].numel() for s in slices], 2)
+    v = columns.shape[0]
+    return [samples_back(p.reshape(v, *s.shape), place, 1) for p, s, place in zip(parts, slices, places, strict=True)]
+
+
+def _check_convex(program: Program, h: fx.Node) -> None:
+    asked = ", ".join(type(e).__name__ for e in program.extensions if e.needs_convex)
+
+    def error():
+        return LossError(
+            f"the loss is not convex in the model's output: its Hessian has a negative eigenvalue, so {asked} does not exist. "
+            "Way out: a convex loss, or Hessian quantities."
+        )
+
+    program.checks.append(Check(emit(program, _convex, h, origin={"stage": "check"}), error))
+
+
+def _convex(h: Tensor) -> Tensor:
+    values = torch.linalg.eigvalsh(h.nan_to_num())
+    scale = values.abs().amax() if values.numel() else values.sum()
+    tolerance = h.shape[1] * 8 * torch.finfo(h.dtype).eps
+    return (values >= -tolerance * scale).all()

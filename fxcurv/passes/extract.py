@@ -1,0 +1,37 @@
+"""extract: for each extension and parameter a `contract` node over the factors of all uses of the parameter."""
+
+from __future__ import annotations
+
+from fxcurv.emit import emit
+from fxcurv.extensions import Param
+from fxcurv.program import Program
+
+
+def extract(program: Program) -> Program:
+    """Fill `program.results` and `program.extras`."""
+    if program.loss is not None:
+        program.results["grad"] = {name: _gradient(program, name) for name in program.params}
+    for extension in program.extensions:
+        params = [Param(program, name, extension) for name in program.params]
+        fields, extras = extension.extract_all(params)
+        program.results[extension.savefield] = fields
+        program.extras.update(extras)
+    program.refresh_output()
+    return program
+
+
+def _gradient(program: Program, name: str):
+    param = Param(program, name, None)
+    direct = program.state["direct"].get(name)
+    if direct is not None and not program.state["uses"][name]:
+        return emit(program, _first, direct, origin=param.origin())
+    total = param.contract(power=1, reduce="vn")
+    return total if direct is None else emit(program, _plus, total, direct, origin=param.origin())
+
+
+def _first(direct):
+    return direct[0]
+
+
+def _plus(total, direct):
+    return total + direct[0]

@@ -1,0 +1,155 @@
+"""normalize: one spelling per op.
+
+Canonical positional arguments, composite ops said in ops that have rules, markers and asserts removed, and f moved to
+the logits where a log-softmax or a sigmoid stands in front of the loss.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxcurv.emit import emit
+from fxcurv.errors import locate
+from fxcurv.program import Program
+from fxcurv.rules import REWRITES, RULES
+from fxcurv.rules.base import canonical_args, invoke
+from fxcurv.uses import origin_of
+
+aten = torch.ops.aten
+
+_ASSERTS = ("_assert", "sym_constrain", "_guards")
+
+
+def normalize(program: Program) -> Program:
+    """See the module."""
+    _drop_markers(program)
+    for _ in range(10):  # a rewrite may give ops that have a rewrite themselves
+        if not _rewrite_once(program):
+            break
+    _logits(program)
+    program.refresh_output()
+    program.graph.eliminate_dead_code()
+    _select_heads(program)
+    return program
+
+
+def _drop_markers(program: Program) -> None:
+    for node in list(program.graph.nodes):
+        name = str(getattr(node.target, "__name__", node.target))
+        if node.op == "call_function" and node.target is torch.ops.fxcurv.head.default:
+            program.replace(node, node.args[0])
+            program.graph.erase_node(node)
+        elif node.op == "call_function" and not node.users and any(name.startswith(a) for a in _ASSERTS):
+            program.graph.erase_node(node)
+
+
+def _rewrite_once(program: Program) -> bool:
+    changed = False
+    for node in list(program.graph.nodes):
+        fn = _equation(node, program)
+        if fn is None:
+            continue
+        args = canonical_args(node)
+        fn = functools.partial(invoke, node.target, fn=fn)
+        new = emit(program, fn, args, origin=origin_of(node, "forward"), before=node)
+        _substitute(program, node, new)
+        changed = True
+    return changed
+
+
+def _equation(node: fx.Node, program: Program):
+    """The function that says `node`'s op in other ops, or None."""
+    if node.op != "call_function" or node.target in program.rules or node.target in RULES:
+        return None
+    if node.target in REWRITES:
+        return REWRITES[node.target]
+    if isinstance(node.target, torch._ops.OpOverload) and node.target._can_decompose() and _is_float(node):
+        return node.target.decompose
+    return None
+
+
+def _is_float(node: fx.Node) -> bool:
+    val = node.meta.get("val")
+    vals = val if isinstance(val, tuple | list) else [val]
+    return any(isinstance(v, Tensor) and v.is_floating_point() for v in vals)
+
+
+def _substitute(program: Program, node: fx.Node, new: Any) -> None:
+    if isinstance(new, tuple | list):
+        for user in list(node.users):
+            if user.target is not operator.getitem:
+                raise AssertionError(f"{locate(user)} reads a tuple as a whole")
+            program.replace(user, new[user.args[1]])
+            program.graph.erase_node(user)
+    else:
+        program.replace(node, new)
+    program.graph.erase_node(node)
+
+
+def _logits(program: Program) -> None:
+    """log_softmax into NLL is cross-entropy, sigmoid into BCE is BCE with logits: f is the logits."""
+    for node in list(program.graph.nodes):
+        source = node.args[0] if node.op == "call_function" and node.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_function":
+            continue
+        if node.target is aten.nll_loss_nd.default and _log_softmax_over_classes(source):
+            new = _cross_entropy(program, node, source.args[0])
+        elif node.target is aten.binary_cross_entropy.default and source.target is aten.sigmoid.default:
+            new = _bce_with_logits(program, node, source.args[0])
+        else:
+            continue
+        program.replace(node, new)
+        program.graph.erase_node(node)
+        program.heads = [source.args[0] if h is source and _only_loss_reads(source) else h for h in program.heads]
+
+
+def _only_loss_reads(node: fx.Node) -> bool:
+    return all(u.op == "output" for u in node.users)
+
+
+def _log_softmax_over_classes(source: fx.Node) -> bool:
+    if source.target not in (aten.log_softmax.int, aten._log_softmax.default):
+        return False
+    ndim = source.meta["val"].ndim
+    return source.args[1] % ndim == (1 if ndim > 1 else 0)
+
+
+def _cross_entropy(program, node, z):
+    _, target, weight, mode, ignore = canonical_args(node)
+    args = (z, target, weight, mode, ignore, 0.0)
+    return _one_op(program, node, aten.cross_entropy_loss.default, args)
+
+
+def _bce_with_logits(program, node, z):
+    _, target, weight, mode = canonical_args(node)
+    return _one_op(program, node, aten.binary_cross_entropy_with_logits.default, (z, target, weight, None, mode))
+
+
+def _one_op(program: Program, node: fx.Node, op, args) -> fx.Node:
+    """A single composite op, kept whole (`emit` would trace through it)."""
+    with program.graph.inserting_before(node):
+        new = program.graph.call_function(op, args)
+    new.meta = {**node.meta, "origin": origin_of(node, "forward")}
+    return new
+
+
+def _select_heads(program: Program) -> None:
+    """f: the marked leaves that the loss reads directly."""
+    heads = list(dict.fromkeys(program.heads))
+    if program.loss is None:
+        program.heads = heads
+        return
+    reached, stack = set(), [program.loss]
+    while stack:
+        node = stack.pop()
+        if node in reached:
+            continue
+        reached.add(node)
+        if node not in heads:
+            stack.extend(node.all_input_nodes)
+    program.heads = [h for h in heads if h in reached]

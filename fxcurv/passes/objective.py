@@ -1,0 +1,156 @@
+"""objective: what kind of function of f the loss is, and where its curvature is born.
+
+A loss that is a linear map of terms in closed form (cross-entropy, squares, BCE) after a linear map of f has a root at
+each term. Any other loss is one general term: its Hessian per sample.
+"""
+
+from __future__ import annotations
+
+import operator
+
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxcurv.errors import LossError, MixedSamplesError, locate
+from fxcurv.placement import MIXED, PARTIAL, Shard
+from fxcurv.program import Program
+from fxcurv.quantity import SqrtGGN, Term
+from fxcurv.rules import LossRule
+from fxcurv.rules.base import canonical_args, rule_of
+
+
+class _General(Exception):
+    """The loss is no linear map of known terms."""
+
+
+def objective(program: Program) -> Program:
+    """Check the loss and find its terms (`state["terms"]`)."""
+    extensions = program.extensions
+    if program.loss is not None:
+        _check_loss(program)
+    if any(e.per_sample for e in extensions):
+        _check_independence(program)
+    if any(isinstance(e.requires, SqrtGGN) for e in extensions):
+        if program.loss is None:
+            names = ", ".join(type(e).__name__ for e in extensions if isinstance(e.requires, SqrtGGN))
+            raise LossError(f"{names} needs a loss: pass one to fxcurv.compile(model, loss, ...)")
+        program.state["terms"] = find_terms(program)
+    return program
+
+
+def _check_loss(program: Program) -> None:
+    if not program.loss.meta.get("active"):
+        raise LossError(
+            "the loss does not depend on any trainable parameter: check requires_grad, .detach() and no_grad in the model, and "
+            "that the loss is computed from the model's output by differentiable ops"
+        )
+
+
+def _check_independence(program: Program) -> None:
+    asked = ", ".join(type(e).__name__ for e in program.extensions if e.per_sample)
+    targets = [program.loss] if program.loss is not None else program.heads
+    for node in ancestors(targets):
+        place = node.meta.get("place")
+        if node.meta.get("active") and any(p == MIXED for p in (place if isinstance(place, list) else [place])):
+            raise MixedSamplesError(
+                f"{locate(node)}\nmixes samples, so {asked} (per sample) does not exist for the parameters before it.\n"
+                "Way out: model.eval() or GroupNorm in place of batch norm in training mode; batch_dim= if the batch is "
+                "not dimension 0; a loss that is a sum or mean over samples; or ask for the gradient only."
+            )
+    for head in program.heads:
+        if head.meta.get("active") and not isinstance(head.meta["place"], Shard):
+            raise MixedSamplesError(
+                f"{locate(head)}\nis a model output without a sample axis, so {asked} (per sample) does not exist. "
+                "Return one slice per sample, and reduce in the loss."
+            )
+    if program.loss is not None and program.loss.meta["place"] != PARTIAL:
+        raise MixedSamplesError(f"{locate(program.loss)}\nis no sum over samples, so {asked} does not exist for it.")
+
+
+def ancestors(nodes: list[fx.Node]) -> list[fx.Node]:
+    """`nodes` and everything they are computed from, in the graph's order."""
+    found, stack = set(), list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return [n for n in nodes[0].graph.nodes if n in found] if nodes else []
+
+
+def descendants(nodes: list[fx.Node]) -> set[fx.Node]:
+    """`nodes` and every differentiable value computed from them."""
+    found = set(nodes)
+    for node in nodes[0].graph.nodes if nodes else []:
+        if node.op == "call_function" and node.meta.get("active") and any(i in found for i in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def find_terms(program: Program) -> list[Term]:
+    """The loss terms, or one general term."""
+    dependent = descendants(program.heads)
+    if program.loss not in dependent:
+        raise LossError("the loss does not read the model's output, so it has no Gauss-Newton: check the loss function")
+    _check_reads_outputs_only(program, dependent)
+    terms: dict[fx.Node, Term] = {}
+    try:
+        _visit(program, program.loss, dependent, terms)
+    except _General:
+        return [Term()]
+    return list(terms.values())
+
+
+def _check_reads_outputs_only(program: Program, dependent: set[fx.Node]) -> None:
+    """An activation that reaches the loss past the model's output would be left out of f."""
+    for node in dependent - set(program.heads):
+        for source in node.all_input_nodes:
+            if source.meta.get("active") and source not in dependent and isinstance(source.meta["place"], Shard):
+                inside = [a for a in ancestors([source]) if a in program.params.values()]
+                if inside and any(isinstance(i.meta.get("place"), Shard) for i in source.all_input_nodes):
+                    raise LossError(
+                        f"{locate(source)}\nis an activation that the loss reads without it being an output of the model, so "
+                        "the Gauss-Newton is not defined. Return it from the model as an output."
+                    )
+
+
+def _positions(node: fx.Node, dependent: set[fx.Node]) -> list[int]:
+    return [i for i, leaf in enumerate(pytree.tree_leaves(canonical_args(node))) if leaf in dependent]
+
+
+def _visit(program: Program, node: fx.Node, dependent: set[fx.Node], terms: dict[fx.Node, Term]) -> None:
+    if node in program.heads or node not in dependent or node in terms:
+        return
+    if node.target is operator.getitem:
+        return _visit(program, node.args[0], dependent, terms)
+    rule, positions = rule_of(node.target, program.rules), _positions(node, dependent)
+    if isinstance(rule, LossRule):
+        prediction = node.args[0]
+        if positions != [0] or not _closed_form(node) or not _linear(program, prediction, dependent):
+            raise _General
+        terms[node] = Term(node, prediction)
+    elif rule.linear(positions):
+        for source in node.all_input_nodes:
+            _visit(program, source, dependent, terms)
+    else:
+        raise _General
+
+
+def _closed_form(node: fx.Node) -> bool:
+    """The formulas know targets that are constants and, where entries correspond, of the prediction's shape."""
+    prediction, target = (a.meta["val"] for a in node.args[:2])
+    matches = not target.is_floating_point() or [str(s) for s in target.shape] == [str(s) for s in prediction.shape]
+    others = [a for a in node.all_input_nodes if a is not node.args[0]]
+    return matches and not any(o.meta.get("active") for o in others) and isinstance(prediction, Tensor)
+
+
+def _linear(program: Program, node: fx.Node, dependent: set[fx.Node]) -> bool:
+    """Whether `node` is a linear map of f."""
+    if node in program.heads or node not in dependent:
+        return True
+    if node.target is operator.getitem:
+        return _linear(program, node.args[0], dependent)
+    rule = rule_of(node.target, program.rules)
+    if not rule.linear(_positions(node, dependent)):
+        return False
+    return all(_linear(program, source, dependent) for source in node.all_input_nodes)

@@ -1,0 +1,257 @@
+"""propagate: one reverse walk that carries the columns of every quantity.
+
+A value's cotangent is a list of stacks, each one tensor [V, *value] for an ordered tuple of column groups. Where a
+sample-free value (a parameter, or something computed from parameters only) enters a per-sample op, the walk leaves
+a `Use`: the factors of P there. A use moves up to its parameter through ops that only move elements; through any
+other op P is materialised and pulled back with a column per sample.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxcurv.emit import emit
+from fxcurv.errors import UnsupportedOpError, locate
+from fxcurv.factors import Factor, Jacobian
+from fxcurv.passes import births
+from fxcurv.passes.objective import ancestors
+from fxcurv.placement import Shard
+from fxcurv.program import Program, is_active, is_sharded
+from fxcurv.quantity import GRADIENT, Group, groups_of
+from fxcurv.rules.base import Rule, canonical_args, rule_of
+from fxcurv.uses import Use, call_of, origin_of, outputs_of, pull_back, select_group
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Cotangents of several groups in one tensor: `groups[k]` takes `columns[k]` rows of `node` [V, *value]."""
+
+    groups: tuple[Group, ...]
+    columns: tuple[int, ...]
+    node: Any
+    per_sample: bool = False
+    """Whether the leading axis holds V * N rows: the walk is in the sample-free part before a materialised P."""
+
+
+@dataclass
+class Walk:
+    """The state of the reverse walk."""
+
+    program: Program
+    groups: list[Group]
+    cotangents: dict[fx.Node, list[Stack]] = field(default_factory=dict)
+    outputs: dict[fx.Node, dict[int, list[Stack]]] = field(default_factory=dict)
+    uses: dict[fx.Node, list[Use]] = field(default_factory=dict)
+    direct: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    wanted: set[Group] = field(default_factory=set)
+    weights: dict[Group, fx.Node] = field(default_factory=dict)
+    columns: dict[Group, int] = field(default_factory=dict)
+
+    def add(self, node: fx.Node, stack: Stack) -> None:
+        self.cotangents.setdefault(node, []).append(stack)
+        self.columns.update(zip(stack.groups, stack.columns, strict=True))
+
+
+def propagate(program: Program) -> Program:
+    """Fill `state["uses"]` (parameter name -> uses), `state["direct"]` (gradient past all samples) and column weights."""
+    wanted = [g for e in program.extensions for g in groups_of(program, e.requires)]
+    groups = list(dict.fromkeys([*([GRADIENT] if program.loss is not None else []), *wanted]))
+    walk = Walk(program, groups, wanted=set(wanted))
+    forward = list(program.graph.nodes)
+    targets = [program.loss] if program.loss is not None else program.heads
+    reached = set(ancestors(targets))
+    _seed(walk)
+    for node in reversed(forward):
+        if node in reached:
+            births.at(walk, node)
+            if is_active(node) or node in walk.outputs:
+                _visit(walk, node)
+    program.state["uses"] = {name: walk.uses.get(node, []) for name, node in program.params.items()}
+    program.state["direct"] = {n: walk.direct[p] for n, p in program.params.items() if p in walk.direct}
+    program.state["weights"] = walk.weights
+    program.state["columns"] = walk.columns
+    return program
+
+
+def _seed(walk: Walk) -> None:
+    program = walk.program
+    if program.loss is None:
+        return
+    one = emit(program, _ones, program.loss, origin={"stage": "propagate", "op": "gradient of the loss"})
+    walk.add(program.loss, Stack((GRADIENT,), (1,), one))
+
+
+def _ones(loss: Tensor) -> Tensor:
+    return torch.ones_like(loss).unsqueeze(0)
+
+
+def _visit(walk: Walk, node: fx.Node) -> None:
+    if node.target is operator.getitem:
+        for stack in walk.cotangents.pop(node, []):
+            walk.outputs.setdefault(node.args[0], {}).setdefault(node.args[1], []).append(stack)
+        return
+    if node in walk.uses and node.op != "placeholder":
+        _leave_uses(walk, node)
+    stacks = [merged(walk, node, s) for s in _by_kind(walk.cotangents.pop(node, []))]
+    if node.op == "placeholder":
+        _at_parameter(walk, node, stacks)
+        return
+    if node in walk.outputs:
+        stacks = _tuple_stacks(walk, node)
+    for stack in stacks:
+        _step(walk, node, stack)
+
+
+def _by_kind(stacks: list[Stack]) -> list[list[Stack]]:
+    kinds = [[s for s in stacks if s.per_sample], [s for s in stacks if not s.per_sample]]
+    return [k for k in kinds if k]
+
+
+def merged(walk: Walk, node: fx.Node, stacks: list[Stack]) -> Stack:
+    """One stack of the sum of `stacks`, united by group."""
+    first = stacks[0]
+    origin = origin_of(node, "propagate")
+    if len(stacks) == 1:
+        return first
+    if all(s.groups == first.groups for s in stacks):
+        return Stack(first.groups, first.columns, emit(walk.program, _add, [s.node for s in stacks], origin=origin), first.per_sample)
+    groups = [g for g in walk.groups if any(g in s.groups for s in stacks)]
+    columns = tuple(next(s.columns[s.groups.index(g)] for s in stacks if g in s.groups) for g in groups)
+    parts = [[_slot(s, g) for s in stacks if g in s.groups] for g in groups]
+    total = emit(walk.program, _unite, parts, origin=origin)
+    return Stack(tuple(groups), columns, total, first.per_sample)
+
+
+def _slot(stack: Stack, group: Group) -> tuple[fx.Node, int, int, int]:
+    """(tensor, first, last, of): the rows of a group, counted in columns."""
+    start = sum(stack.columns[: stack.groups.index(group)])
+    width = stack.columns[stack.groups.index(group)]
+    return stack.node, start, start + width, sum(stack.columns)
+
+
+def _rows(t: Tensor, start: int, stop: int, of: int) -> Tensor:
+    if (start, stop) == (0, of):
+        return t
+    return t.unflatten(0, (of, -1))[start:stop].flatten(0, 1)
+
+
+def _add(tensors: list[Tensor]) -> Tensor:
+    return sum(tensors[1:], tensors[0])
+
+
+def _unite(parts) -> Tensor:
+    return torch.cat([_add([_rows(*slot) for slot in slots]) for slots in parts])
+
+
+def _tuple_stacks(walk: Walk, node: fx.Node) -> list[Stack]:
+    """Cotangents of an op with several outputs: zeros where an output is not read."""
+    given = {k: merged(walk, node, s) for k, s in walk.outputs.pop(node).items()}
+    first = next(iter(given.values()))
+    if any(s.groups != first.groups for s in given.values()):
+        return [Stack(s.groups, s.columns, _fill(walk, node, {k: s.node}), s.per_sample) for k, s in given.items()]
+    return [Stack(first.groups, first.columns, _fill(walk, node, {k: s.node for k, s in given.items()}), first.per_sample)]
+
+
+def _fill(walk: Walk, node: fx.Node, given: dict[int, fx.Node]) -> tuple:
+    some = next(iter(given.values()))
+    rule = rule_of(node.target, walk.program.rules)
+    out = []
+    for k, val in enumerate(node.meta["val"]):
+        if k in given:
+            out.append(given[k])
+        elif type(rule).transpose is Rule.transpose and isinstance(val, Tensor) and val.is_floating_point():
+            out.append(emit(walk.program, _zeros, some, outputs_of(walk.program, node)[k]))
+    return tuple(out)
+
+
+def _zeros(some: Tensor, like: Tensor) -> Tensor:
+    return like.new_zeros(some.shape[0], *like.shape)
+
+
+def _step(walk: Walk, node: fx.Node, stack: Stack) -> None:
+    """Send one stack through the op at `node`, to its sharded and to its sample-free inputs."""
+    program = walk.program
+    where = node.meta["place"]
+    sharded_output = isinstance(where[0] if isinstance(where, list) else where, Shard)
+    leaves = pytree.tree_leaves(canonical_args(node))
+    active = [i for i, leaf in enumerate(leaves) if is_active(leaf)]
+    free = [i for i in active if sharded_output and not is_sharded(leaves[i])]
+    rule, call = rule_of(node.target, program.rules), call_of(program, node)
+    origin = origin_of(node, "propagate")
+    try:
+        wrt = tuple(i for i in active if i not in free)
+        if wrt:
+            for i, g in zip(wrt, emit(program, rule.transpose, call, wrt, stack.node, origin=origin), strict=True):
+                walk.add(leaves[i], Stack(stack.groups, stack.columns, g, stack.per_sample))
+        for i in free:
+            found = emit(program, rule.factors, call, i, stack.node, origin=origin)
+            walk.uses.setdefault(leaves[i], []).append(Use(found, stack.groups, stack.columns, rule.name))
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise UnsupportedOpError(
+            f"{locate(node)}\nhas no rule, and the general fallback failed: {type(error).__name__}: {str(error)[:300]}\n"
+            "Way out: pass rules={op: rule}, or write the op in other PyTorch ops."
+        ) from error
+
+
+def _leave_uses(walk: Walk, node: fx.Node) -> None:
+    """Move the uses of a sample-free value past the op that made it."""
+    uses = walk.uses.pop(node)
+    rule = rule_of(node.target, walk.program.rules)
+    active = [i for i in node.all_input_nodes if is_active(i)]
+    if rule.index_map and len(active) == 1 and not _several_positions(node, active[0]):
+        moved = [Use(u.factor, u.groups, u.columns, u.rule, (*u.path, node)) for u in uses]
+        walk.uses.setdefault(active[0], []).extend(moved)
+        return
+    for group in [g for g in walk.groups if any(g in u.groups for u in uses)]:
+        here = [u for u in uses if group in u.groups]
+        columns = here[0].columns[here[0].groups.index(group)]
+        if group in walk.wanted:
+            p = _total(walk, node, here, group, _materialised, "")
+            rows = emit(walk.program, _flatten_rows, p, origin=origin_of(node, "propagate"))
+            walk.add(node, Stack((group,), (columns,), rows, per_sample=True))
+        if group == GRADIENT:
+            walk.add(node, Stack((group,), (columns,), _total(walk, node, here, group, _summed, "n")))
+
+
+def _total(walk: Walk, node: fx.Node, uses: list[Use], group: Group, fn, reduce: str) -> fx.Node:
+    """The sum over uses of `fn` of their factors, moved to `node`."""
+    parts = []
+    for use in uses:
+        value = emit(walk.program, fn, select_group(walk.program, use, group), origin=origin_of(node, "propagate"))
+        parts.append(pull_back(walk.program, use, value, reduce))
+    return emit(walk.program, _add, parts, origin=origin_of(node, "propagate"))
+
+
+def _several_positions(node: fx.Node, source: fx.Node) -> bool:
+    return sum(leaf is source for leaf in pytree.tree_leaves(canonical_args(node))) > 1
+
+
+def _flatten_rows(p: Tensor) -> Tensor:
+    return p.flatten(0, 1)
+
+
+def _materialised(factor: Factor) -> Tensor:
+    return factor.materialise()
+
+
+def _summed(factor: Factor) -> Tensor:
+    return factor.summed().unsqueeze(0)
+
+
+def _at_parameter(walk: Walk, node: fx.Node, stacks: list[Stack]) -> None:
+    for stack in stacks:
+        if stack.per_sample:
+            p = emit(walk.program, _unflatten_rows, stack.node, sum(stack.columns))
+            walk.uses.setdefault(node, []).append(Use(Jacobian(p), stack.groups, stack.columns, "pull-back"))
+        elif stack.groups == (GRADIENT,):
+            walk.direct[node] = stack.node
+
+
+def _unflatten_rows(rows: Tensor, columns: int) -> Tensor:
+    return rows.unflatten(0, (columns, -1))

@@ -1,0 +1,78 @@
+"""select: for each `contract` node the cheapest candidate at these shapes, recorded in `program.decisions`."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxcurv.candidates import CANDIDATES, Candidate, dims
+from fxcurv.cost import Cost
+from fxcurv.emit import emit
+from fxcurv.factors import Contract, Spec, reduce_p
+from fxcurv.program import Decision, Program
+
+
+def select(program: Program) -> Program:
+    """Replace every `contract` node by the nodes of its cheapest candidate."""
+    nodes = [n for n in program.graph.nodes if isinstance(n.target, Contract)]
+    shared = _materialised_anyway(nodes)
+    order = [*shared.values(), *(n for n in nodes if n not in shared.values())]
+    done: dict[fx.Node, fx.Node] = {}
+    for node in order:
+        source = done.get(shared.get(_key(node)))
+        done[node] = _replace(program, node, source)
+    program.refresh_output()
+    return program
+
+
+def _key(node: fx.Node):
+    """What a contraction is of: the same factors and samples mean the same P."""
+    return (node.target.spec.samples, str(node.target.tree), node.args)
+
+
+def _materialised_anyway(nodes: list[fx.Node]) -> dict[tuple, fx.Node]:
+    """P's that a result holds in full (individual gradients): other quantities of one column can read them."""
+    found = {}
+    for node in nodes:
+        factors, weights = node.target.parts(node.args)
+        one_column = weights is None and factors[0].g.meta["val"].shape[0] == 1
+        if node.target.spec.power == 1 and node.target.spec.reduce == "v" and one_column:
+            found[_key(node)] = node
+    return found
+
+
+def _replace(program: Program, node: fx.Node, source: fx.Node | None) -> fx.Node:
+    spec = node.target.spec
+    factors, weights = node.target.parts(node.args)
+    fake = pytree.tree_map(lambda n: n.meta["val"] if isinstance(n, fx.Node) else n, factors)
+    allowed = [c for c in CANDIDATES if c.applies(spec, fake) and (c.differentiable or not program.state.get("create_graph"))]
+    priced = sorted(((c, c.cost(spec, fake)) for c in allowed), key=lambda pair: pair[1].seconds())
+    origin = {**node.meta["origin"], "stage": "select"}
+    reuse = _reuse_cost(spec, fake) if source is not None and "v" in spec.reduce else None
+    if reuse is not None and reuse.seconds() < priced[0][1].seconds():
+        best, cost = Candidate("reuse P", None, None, None), reuse
+        new = emit(program, _from_p, spec, source, weights, origin=origin, before=node)
+    else:
+        best, cost = priced[0]
+        new = emit(program, best.run, spec, factors, weights, origin=origin, before=node)
+    rejected = tuple((c.name, k.seconds()) for c, k in priced if c is not best)
+    program.decisions.append(
+        Decision(
+            origin.get("param", ""), origin.get("extension", ""), origin.get("rule", ""), best.name, int(cost.flops),
+            int(cost.bytes), cost.seconds(), rejected,
+        )
+    )  # fmt: skip
+    program.replace(node, new)
+    program.graph.erase_node(node)
+    return new
+
+
+def _from_p(spec: Spec, p: Tensor, weights) -> Tensor:
+    return reduce_p(spec, p.unsqueeze(0), weights)
+
+
+def _reuse_cost(spec: Spec, factors) -> Cost:
+    d = dims(factors[0])
+    p = d.item * d.n * d.p
+    square = spec.power == 2
+    return Cost(0, p * (3 if square else 1), p if square else 0, 3)

@@ -1,0 +1,37 @@
+"""verify: the invariants that hold between passes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from fxcurv.errors import InternalError, locate
+from fxcurv.program import Program
+
+
+def verify(program: Program, after: str) -> None:
+    """Raise `InternalError` when `program` is malformed after the pass `after`."""
+    program.graph.lint()
+    alive = set(program.graph.nodes)
+    for root in program.roots():
+        if root not in alive:
+            raise InternalError(f"after {after}: result {root} is not in the graph")
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            _check_node(node, after)
+    for field, results in program.results.items():
+        if set(results) != set(program.params):
+            raise InternalError(f"after {after}: {field} covers {sorted(results)}, not every parameter")
+
+
+def _check_node(node: fx.Node, after: str) -> None:
+    if node.meta.get("val") is None and not node.users:
+        return
+    if "val" not in node.meta:
+        raise InternalError(f"after {after}: {locate(node)} has no value")
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None and schema.is_mutable:
+        raise InternalError(f"after {after}: {locate(node)} mutates its input")
+    val = node.meta["val"]
+    if isinstance(val, Tensor) and not isinstance(val, torch._subclasses.FakeTensor):
+        raise InternalError(f"after {after}: {locate(node)} holds a real tensor")

@@ -1,0 +1,128 @@
+"""Where the samples live on a value: the sample-independence algebra, in the words of `DTensor`.
+
+Sizes here are plain integers, with the symbolic batch size replaced by a prime, so that a factor of N in a size
+is never a coincidence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One slice per sample: dimension `dim` has size outer * N * inner and holds the samples in its middle."""
+
+    dim: int
+    outer: int = 1
+    inner: int = 1
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """The same for all samples."""
+
+
+@dataclass(frozen=True)
+class Partial:
+    """A sum over samples of terms that each depend on one sample."""
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Samples interact."""
+
+
+Placement = Shard | Replicate | Partial | Mixed
+REPLICATE, PARTIAL, MIXED = Replicate(), Partial(), Mixed()
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a placement rule sees of one argument: its shape, its placement, whether it depends on parameters."""
+
+    shape: tuple[int, ...]
+    place: Placement
+    active: bool
+
+
+def merge(places: list[Placement]) -> Placement:
+    """Placement of an op that acts slice by slice on arguments whose shards are already aligned."""
+    shards = {p for p in places if isinstance(p, Shard)}
+    others = [p for p in places if not isinstance(p, Shard | Replicate)]
+    if others or len(shards) > 1:
+        return MIXED
+    return shards.pop() if shards else REPLICATE
+
+
+def pointwise(sites: list[Site], ndim: int, linear: bool) -> Placement:
+    """Placement of a broadcasting elementwise op with `ndim` output dimensions."""
+    if any(isinstance(s.place, Mixed) for s in sites):
+        return MIXED
+    if any(isinstance(s.place, Partial) for s in sites):
+        sharded = any(isinstance(s.place, Shard) for s in sites)
+        return PARTIAL if linear and not sharded else MIXED
+    aligned = [
+        Shard(s.place.dim + ndim - len(s.shape), s.place.outer, s.place.inner) if isinstance(s.place, Shard) else s.place
+        for s in sites
+    ]
+    return merge(aligned)
+
+
+def reduction(site: Site, dims: tuple[int, ...], keepdim: bool, linear: bool) -> Placement:
+    """Placement of a reduction of `site` over `dims` (linear: sums and means)."""
+    if isinstance(site.place, Partial):
+        return PARTIAL if linear else MIXED
+    if not isinstance(site.place, Shard):
+        return site.place
+    ndim = len(site.shape)
+    dims = tuple(d % ndim for d in dims) or tuple(range(ndim))
+    if site.place.dim in dims:
+        return PARTIAL if linear else MIXED
+    shift = 0 if keepdim else sum(d < site.place.dim for d in dims)
+    return Shard(site.place.dim - shift, site.place.outer, site.place.inner)
+
+
+def view(site: Site, shape: tuple[int, ...], n: int) -> Placement:
+    """Placement after a row-major reshape of `site` to `shape`, where the batch size is `n`."""
+    if not isinstance(site.place, Shard):
+        return site.place
+    after = site.place.inner * prod(site.shape[site.place.dim + 1 :])
+    for dim, size in enumerate(shape):
+        rest = prod(shape[dim + 1 :])
+        covers = rest and after % rest == 0 and (rest * size) % (after * n) == 0
+        if covers and not (size == 1 and n > 1):
+            inner = after // rest
+            return Shard(dim, size // (n * inner), inner)
+    return MIXED
+
+
+def permute(place: Placement, order: tuple[int, ...]) -> Placement:
+    """Placement after `permute(order)`."""
+    if not isinstance(place, Shard):
+        return place
+    order = tuple(d % len(order) for d in order)
+    return Shard(order.index(place.dim), place.outer, place.inner)
+
+
+def samples_first(t, place: Shard, lead: int = 0):
+    """Split the sample axis of `t` off and move it behind `lead` leading axes.
+
+    The slice behind it keeps the original number of dimensions, with the sample's dimension at outer * inner.
+    `[*lead, d0, outer*N*inner, d2] -> [*lead, N, d0, outer*inner, d2]`.
+    """
+    dim = place.dim + lead
+    if place.outer == place.inner == 1:
+        return t.movedim(dim, lead).unsqueeze(dim + 1)
+    t = t.unflatten(dim, (place.outer, -1, place.inner))
+    return t.movedim(dim + 1, lead).flatten(dim + 1, dim + 2)
+
+
+def samples_back(t, place: Shard, lead: int = 0):
+    """The inverse of `samples_first` for contiguous slices."""
+    dim = place.dim + lead
+    if place.outer == place.inner == 1:
+        return t.squeeze(dim + 1).movedim(lead, dim)
+    t = t.unflatten(dim + 1, (place.outer, place.inner)).movedim(lead, dim + 1)
+    return t.flatten(dim, dim + 2)

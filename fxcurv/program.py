@@ -1,0 +1,255 @@
+"""The program that every pass reads and writes: one `torch.fx` graph and what is known of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor, fx
+
+from fxcurv.placement import REPLICATE, Placement, Shard
+
+# Stands for the batch size wherever placements are computed: no size of a model has it as a factor by accident.
+PRIME = 1_000_003
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a placeholder of the graph is bound to at a call.
+
+    kind: "param", "buffer", "constant" (by `name`), "input", "target" (by `index` among the tensor leaves), "seed".
+    """
+
+    kind: str
+    name: str = ""
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What `select` chose for one contraction, and at which predicted cost."""
+
+    param: str
+    extension: str
+    rule: str
+    algorithm: str
+    flops: int
+    bytes: int
+    seconds: float
+    rejected: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Check:
+    """A condition on values: `node` is a boolean scalar that must be true at the first call."""
+
+    node: fx.Node
+    error: Callable[[], Exception]
+
+
+@dataclass
+class Batch:
+    """The batch size: its symbols in the captured sizes and its value at capture."""
+
+    symbols: frozenset = frozenset()
+    size: int = 0
+
+    def evaluate(self, value: int | SymInt, n: int) -> int:
+        """`value` with the batch size replaced by `n`."""
+        if not isinstance(value, SymInt):
+            return int(value)
+        # `_expr` is the size as captured: a later specialisation of the batch must not hide where the samples are.
+        expr = value.node._expr
+        return int(expr.subs({s: n for s in self.symbols}))
+
+    def shape(self, val: Tensor, n: int | None = None) -> tuple[int, ...]:
+        """The shape of a (fake) tensor with the batch size replaced by `n` (default: `PRIME`, if it is symbolic)."""
+        n = n or (PRIME if self.symbols else self.size)
+        return tuple(self.evaluate(s, n) for s in val.shape)
+
+    @property
+    def probe(self) -> int:
+        """The batch size in which placements are computed."""
+        return PRIME if self.symbols else self.size
+
+
+@dataclass
+class Program:
+    """One graph from the forward pass to all results.
+
+    Attributes:
+        gm: the GraphModule; its graph's last node is the output.
+        inputs: what each placeholder is bound to, in order.
+        batch: the batch size and its symbols.
+        params: trainable parameter name -> placeholder.
+        output_leaves: tensor leaves of the model's output.
+        heads: f, the leaves that the loss reads (all of them without a loss).
+        loss: the scalar loss, or None.
+        mutations: buffer name -> node with its new value.
+        results: field -> parameter name -> node; `extras`: field -> node.
+        checks: conditions on values, verified at the first call; `finish` moves them to `check_module`, which computes
+            them, and `verdicts`, the errors that go with them.
+        decisions: what was chosen for each contraction.
+    """
+
+    gm: fx.GraphModule
+    inputs: list[Input]
+    batch: Batch
+    params: dict[str, fx.Node]
+    shapes: dict[str, torch.Size]
+    output_leaves: list[fx.Node]
+    heads: list[fx.Node]
+    loss: fx.Node | None
+    mutations: dict[str, fx.Node]
+    output_template: Any = None
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    extensions: tuple = ()
+    rules: dict = field(default_factory=dict)
+    seed: fx.Node | None = None
+    results: dict[str, dict[str, fx.Node]] = field(default_factory=dict)
+    extras: dict[str, fx.Node] = field(default_factory=dict)
+    checks: list[Check] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    state: dict[str, Any] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+    check_module: fx.GraphModule | None = None
+    verdicts: list[Callable[[], Exception]] = field(default_factory=list)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.gm.graph
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The emitted GraphModule; its arguments are `inputs`, in order."""
+        return self.gm
+
+    @property
+    def fake_mode(self):
+        """The fake mode that all values of the graph belong to."""
+        return self.state["fake_mode"]
+
+    @property
+    def output(self) -> fx.Node:
+        return next(reversed(self.graph.nodes))
+
+    def print_readable(self, print_output: bool = True) -> str:
+        """The emitted graph as Python with shapes."""
+        return self.gm.print_readable(print_output=print_output)
+
+    def draw(self, path: str) -> None:
+        """Draw the emitted graph to `path` (.svg), coloured by the pass that made each node."""
+        from fxcurv.draw import draw
+
+        draw(self, path)
+
+    def roots(self) -> list[fx.Node]:
+        """Every node that must be computed."""
+        nodes = [*self.output_leaves, *self.heads, *self.mutations.values()]
+        nodes += [self.loss] if self.loss is not None else []
+        nodes += [n for fields in self.results.values() for n in fields.values()]
+        nodes += [*self.extras.values(), *(c.node for c in self.checks)]
+        return list(dict.fromkeys(nodes))
+
+    def refresh_output(self) -> None:
+        """Make the graph's output node return `roots()`, so that dead code elimination sees what is alive."""
+        self.output.args = (tuple(self.roots()),)
+
+    def finish(self) -> None:
+        """Set the output to what a call returns, and the checks apart in a module of their own."""
+        if self.checks:
+            outputs = self.output.args
+            self.output.args = (tuple(c.node for c in self.checks),)
+            self.check_module = fx.GraphModule(self.gm, _pruned(self.graph))
+            self.verdicts = [c.error for c in self.checks]
+            self.checks = []
+            self.output.args = outputs
+        self.heads = []
+        self.refresh_output()
+        self.graph.eliminate_dead_code()
+        self.gm.recompile()
+
+    def unpack(self, values: tuple) -> tuple:
+        """(loss, output leaves, mutations, results, extras) from what the finished GraphModule returned."""
+        table = dict(zip(self.output.args[0], values, strict=True))
+        return (
+            table.get(self.loss),
+            [table[n] for n in self.output_leaves],
+            {name: table[n] for name, n in self.mutations.items()},
+            {f: {name: table[n] for name, n in nodes.items()} for f, nodes in self.results.items()},
+            {f: table[n] for f, n in self.extras.items()},
+        )
+
+    def serves(self, n: int) -> bool:
+        """Whether this program computes batches of `n` samples: its size, or any that its guards allow."""
+        if n == self.batch.size:
+            return True
+        if not self.batch.symbols or n < 2:
+            return False
+        env = self.fake_mode.shape_env
+        values = {s: n for s in self.batch.symbols}
+        fixed = any(s in env.replacements and not env.replacements[s].free_symbols for s in self.batch.symbols)
+        return not fixed and all(bool(g.expr.subs(values)) for g in env.guards)
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let `new` stand for `old` everywhere, in the graph and in this program's own fields."""
+        old.replace_all_uses_with(new)
+        swap = lambda n: new if n is old else n  # noqa: E731
+        self.output_leaves = [swap(n) for n in self.output_leaves]
+        self.heads = [swap(n) for n in self.heads]
+        self.loss = swap(self.loss)
+        for table in (self.mutations, self.extras, *self.results.values()):
+            table.update({k: swap(n) for k, n in table.items()})
+        self.checks = [Check(swap(c.node), c.error) for c in self.checks]
+
+
+def place(node: fx.Node) -> Placement:
+    """The placement of a node's value (set by `passes.independence`)."""
+    return node.meta.get("place", REPLICATE)
+
+
+def is_active(node: Any) -> bool:
+    """Whether a node's value depends differentiably on a trainable parameter."""
+    return isinstance(node, fx.Node) and bool(node.meta.get("active", False))
+
+
+def is_sharded(node: Any) -> bool:
+    return isinstance(node, fx.Node) and isinstance(place(node), Shard)
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
+
+
+def _pruned(graph: fx.Graph) -> fx.Graph:
+    """A copy of `graph` without dead code."""
+    new = fx.Graph()
+    new.output(new.graph_copy(graph, {}))
+    new.eliminate_dead_code()
+    return new
+
+
+def specialise(program: Program, n: int) -> Program:
+    """The captured program at the fixed batch size `n`: sizes become numbers, values are propagated anew."""
+    batch = program.batch
+    for node in list(program.graph.nodes):
+        val = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(val, Tensor):
+            with program.fake_mode:
+                strides = [batch.evaluate(s, n) for s in val.stride()]
+                node.meta["val"] = torch.empty_strided(batch.shape(val, n), strides, dtype=val.dtype, device=val.device)
+        elif isinstance(val, SymInt):
+            number = batch.evaluate(val, n)
+            for user in list(node.users):
+                user.args = fx.node.map_arg(user.args, lambda a, old=node, new=number: new if a is old else a)
+                user.kwargs = fx.node.map_arg(user.kwargs, lambda a, old=node, new=number: new if a is old else a)
+            program.graph.erase_node(node)
+        elif node.op == "call_function":
+            load = lambda a: a.meta["val"]  # noqa: E731
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), load)
+            with program.fake_mode, torch.no_grad():
+                node.meta["val"] = node.target(*args, **kwargs)
+    program.batch = Batch(frozenset(), n)
+    return program

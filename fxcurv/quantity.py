@@ -1,0 +1,81 @@
+"""Quantities: which columns enter the backward walk, and where.
+
+Columns come in groups. A group is born at one node (the loss value, a loss term's prediction, a leaf of the model's
+output) and keeps its identity through the walk, so that equal quantities share nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxcurv.program import Program
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """Base: what a set of extensions needs to be carried backward."""
+
+
+@dataclass(frozen=True)
+class Gradient(Quantity):
+    """One column: dL/df. Always carried when there is a loss."""
+
+
+@dataclass(frozen=True)
+class SqrtGGN(Quantity):
+    """Columns s with sum_v s s^T = H_n, the loss Hessian per sample (times real weights, if `signed` columns do).
+
+    Attributes:
+        mc: number of sampled columns, None for the exact ones.
+        signed: real column weights are welcome, no root is needed (diagonals).
+    """
+
+    mc: int | None = None
+    signed: bool = False
+
+
+@dataclass(frozen=True)
+class Identity(Quantity):
+    """One column per entry of the model's output: the Jacobian."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Columns of one birth: `kind` of columns at loss term or head `term`.
+
+    kind: "gradient", "exact", "mc", "signed", "root", "signs" (root times random signs) or "identity".
+    """
+
+    kind: str
+    term: int = 0
+    draws: int = 0
+
+
+GRADIENT = Group("gradient")
+
+
+@dataclass(frozen=True)
+class Term:
+    """A source of curvature: a loss op and its prediction, or (node None) the whole loss as a function of f."""
+
+    node: fx.Node | None = None
+    prediction: fx.Node | None = None
+
+
+def groups_of(program: Program, quantity: Quantity) -> list[Group]:
+    """The column groups of a quantity."""
+    if isinstance(quantity, Identity):
+        return [Group("identity")]
+    if not isinstance(quantity, SqrtGGN):
+        return [Group("gradient")]
+    out = []
+    for index, term in enumerate(program.state["terms"]):
+        if term.node is not None:
+            out.append(Group("mc", index, quantity.mc) if quantity.mc else Group("exact", index))
+        elif quantity.mc:
+            out.append(Group("signs", index, quantity.mc))
+        else:
+            out.append(Group("signed" if quantity.signed else "root", index))
+    return out

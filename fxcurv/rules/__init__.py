@@ -1,0 +1,22 @@
+"""Rules: how a cotangent passes an op. A file per family of ops; each registers its own."""
+
+from fxcurv.rules import (  # noqa: F401
+    attention,
+    contraction,
+    convolution,
+    loss,
+    normalization,
+    pointwise,
+    pooling,
+    recurrent,
+    shape,
+)
+from fxcurv.rules.base import FALLBACK, REWRITES, RULES, Call, Rule, register, rewrite, rule_of
+from fxcurv.rules.contraction import Contraction
+from fxcurv.rules.loss import LossRule
+from fxcurv.rules.pointwise import Pointwise
+
+__all__ = [
+    "FALLBACK", "REWRITES", "RULES", "Call", "Contraction", "LossRule", "Pointwise", "Rule", "register", "rewrite",
+    "rule_of",
+]  # fmt: skip

@@ -1,0 +1,166 @@
+"""What a rule is, the registry of rules, and the general fallback that every op without a rule gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxcurv.factors import Factor, Jacobian
+from fxcurv.placement import Placement, Shard, Site, samples_first
+
+
+@dataclass(frozen=True)
+class Call:
+    """One op call as a traced rule sees it: canonical positional `args` and output `y` (tensors), placements (static).
+
+    `places` and `sizes` go with the flattened `args`; `sizes` holds, for arguments that depend on the batch size, their
+    value at N = 1 (None elsewhere).
+    """
+
+    op: Callable
+    args: tuple
+    y: Any
+    place: Placement
+    places: tuple[Placement, ...]
+    sizes: tuple[int | None, ...]
+
+
+def _flatten(call: Call):
+    return [call.args, call.y], (call.op, call.place, call.places, call.sizes)
+
+
+def _unflatten(values, context):
+    op, place, places, sizes = context
+    return Call(op, *values, place, places, sizes)
+
+
+pytree.register_pytree_node(Call, _flatten, _unflatten)
+
+
+class Rule:
+    """How a cotangent passes an op, where its samples are, and the factors of P for its parameters.
+
+    The base class is the general fallback, exact for every differentiable op: `vmap(vjp(op))`. A hand-written rule is
+    an optimisation of it. Positions index the flattened arguments.
+    """
+
+    name = "fallback"
+    index_map = False
+    """Whether the op only moves elements, so that squares and sums over columns commute with its transpose."""
+
+    def linear(self, active: Sequence[int]) -> bool:
+        """Whether the op is linear in the arguments at the positions `active` jointly."""
+        return False
+
+    def place(self, sites: Sequence[Site | None], args: tuple, shape: tuple[int, ...], n: int) -> Placement | None:
+        """The output's placement; None: unknown, it is probed. Sizes in `args` have N replaced by `n`."""
+        return None
+
+    def transpose(self, call: Call, wrt: tuple[int, ...], g: Any) -> Sequence[Tensor]:
+        """Cotangents [V, *arg] of the arguments `wrt` from those of the output, [V, *y] (a tuple for several)."""
+        leaves, spec = pytree.tree_flatten(call.args)
+
+        def op(*xs):
+            return floats(invoke(call.op, pytree.tree_unflatten(_substitute(leaves, wrt, xs), spec)))
+
+        _, pull = torch.func.vjp(op, *(leaves[i] for i in wrt))
+        g = g if isinstance(g, tuple) else (g,)
+        if g[0].shape[0] == 1:
+            return [t.unsqueeze(0) for t in pull(tuple(t.squeeze(0) for t in g))]
+        return torch.vmap(pull)(g)
+
+    def factors(self, call: Call, position: int, g: Any) -> Factor:
+        """P of the argument at `position` in factored form: the op's own derivative, sample by sample."""
+        leaves, spec = pytree.tree_flatten(call.args)
+        sharded = [i for i, p in enumerate(call.places) if isinstance(p, Shard) and isinstance(leaves[i], Tensor)]
+        slices = [samples_first(leaves[i], call.places[i]) for i in sharded]
+        fixed = [s if s is not None else leaf for s, leaf in zip(call.sizes, leaves, strict=True)]
+        g = g if isinstance(g, tuple) else (g,)
+        g = tuple(samples_first(t, call.place, lead=1) for t in g)
+
+        def one(g_n, *slices_n):
+            def op(h):
+                values = _substitute(fixed, (*sharded, position), (*slices_n, h))
+                return floats(invoke(call.op, pytree.tree_unflatten(values, spec)))
+
+            _, pull = torch.func.vjp(op, leaves[position])
+            return torch.vmap(pull)(g_n)[0]
+
+        return Jacobian(torch.vmap(one, in_dims=(1, *[0] * len(slices)), out_dims=1)(g, *slices))
+
+
+def floats(out: Any) -> tuple[Tensor, ...]:
+    """The differentiable tensors among an op's outputs."""
+    return tuple(t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point())
+
+
+def canonical_args(node: fx.Node) -> tuple:
+    """All arguments of an op in the order of its schema, defaults filled in."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return tuple(node.args)
+    args = list(node.args)
+    for argument in node.target._schema.arguments[len(args) :]:
+        args.append(node.kwargs.get(argument.name, argument.default_value))
+    return tuple(args)
+
+
+def invoke(op: Callable, args: Sequence[Any], fn: Callable | None = None) -> Any:
+    """Call `op` (or `fn` in its place) on canonical arguments, keyword-only ones by their names."""
+    if not isinstance(op, torch._ops.OpOverload):
+        return (fn or op)(*args)
+    schema = op._schema.arguments
+    positional = sum(not a.kwarg_only for a in schema)
+    keywords = {a.name: v for a, v in zip(schema[positional:], args[positional:], strict=True)}
+    return (fn or op)(*args[:positional], **keywords)
+
+
+def _substitute(leaves: Sequence[Any], positions: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    new = list(leaves)
+    for i, value in zip(positions, values, strict=True):
+        new[i] = value
+    return new
+
+
+FALLBACK = Rule()
+RULES: dict[Callable, Rule] = {}
+REWRITES: dict[Callable, Callable] = {}
+
+
+def register(*ops: Callable, rule: Rule | None = None):
+    """Register a rule for ops: `register(op, rule=Pointwise(...))`, or as a decorator of a Rule class.
+
+    Raises:
+        ValueError: if an op has a rule already (override locally by `compile(rules={op: rule})`).
+    """
+
+    def add(target):
+        for op in ops:
+            if op in RULES:
+                raise ValueError(f"{op} has a rule already: pass compile(rules={{op: rule}}) to override it")
+            RULES[op] = target() if isinstance(target, type) else target
+        return target
+
+    return add(rule) if rule is not None else add
+
+
+def rewrite(*ops: Callable):
+    """Register a function of the same arguments as an op that says the op in other ops (an equation)."""
+
+    def add(fn):
+        for op in ops:
+            if op in REWRITES:
+                raise ValueError(f"{op} has a rewrite already")
+            REWRITES[op] = fn
+        return fn
+
+    return add
+
+
+def rule_of(op: Callable, local: dict[Callable, Rule]) -> Rule:
+    """The rule of an op: the user's own, the registered one, or the fallback."""
+    return local.get(op) or RULES.get(op, FALLBACK)

@@ -1,0 +1,150 @@
+"""Matrix products: one equation per op gives placement, transposes and factors."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+
+from fxcurv.factors import Arrange, Dense, Factor
+from fxcurv.placement import MIXED, PARTIAL, REPLICATE, Mixed, Partial, Shard, samples_first
+from fxcurv.rules.base import Call, Rule, register, rewrite
+from fxcurv.rules.pointwise import unbroadcast
+
+aten = torch.ops.aten
+
+
+class Contraction(Rule):
+    """y = sum x z by an einsum equation of two operands, at `positions` of the arguments, plus an optional bias.
+
+    The letter "." stands for any number of leading axes of the first operand and of the output.
+    """
+
+    name = "contraction"
+
+    def __init__(self, equation: str, positions: tuple[int, int] = (0, 1), bias: int | None = None):
+        inputs, self.out = equation.split("->")
+        self.labels = dict(zip(positions, inputs.split(","), strict=True))
+        self.bias = bias
+
+    def linear(self, active):
+        return len([i for i in active if i in self.labels]) <= 1
+
+    def place(self, sites, args, shape, n):
+        found = []
+        for position, labels in self.labels.items():
+            site = sites[position]
+            if isinstance(site.place, Mixed | Partial):
+                return PARTIAL if isinstance(site.place, Partial) and self._others_constant(sites, position) else MIXED
+            if isinstance(site.place, Shard):
+                found.append((self._label(labels, site.place.dim, len(site.shape)), site.place))
+        if len({label for label, _ in found}) > 1 or len({(p.outer, p.inner) for _, p in found}) > 1:
+            return MIXED
+        if not found:
+            return REPLICATE
+        label, p = found[0]
+        if isinstance(label, str) and label not in self.out:
+            return PARTIAL if len(found) == 2 else MIXED
+        dim = label if isinstance(label, int) else self._axis(self.out, label, len(shape))
+        return Shard(dim, p.outer, p.inner)
+
+    def _others_constant(self, sites, position):
+        return not any(s.active or isinstance(s.place, Shard) for i, s in enumerate(sites) if s and i != position)
+
+    @staticmethod
+    def _label(labels, dim, ndim):
+        """The label of axis `dim`; the axis itself when it lies under the dots."""
+        named = labels.replace(".", "")
+        dots = ndim - len(named)
+        return dim if "." in labels and dim < dots else named[dim - dots]
+
+    @staticmethod
+    def _axis(labels, label, ndim):
+        named = labels.replace(".", "")
+        return ndim - len(named) + named.index(label)
+
+    def _einsum(self, equation):
+        return equation.replace(".", "...")
+
+    def transpose(self, call: Call, wrt, g):
+        out = []
+        for position in wrt:
+            if position == self.bias:
+                out.append(unbroadcast(g, call.args[position].shape))
+                continue
+            (other,) = [p for p in self.labels if p != position]
+            mine, theirs = self.labels[position], self.labels[other]
+            if "." in theirs and "." not in mine:
+                x, g_ = call.args[other].flatten(0, -2), g.flatten(1, -2)
+                out.append(torch.einsum("vsi,sj->vij" if self.out[-1] == mine[0] else "vsi,sj->vji", g_, x))
+            else:
+                out.append(self._product(g, call.args[other], self.out, theirs, mine))
+        return out
+
+    def _product(self, g, other, out, theirs, mine):
+        """einsum of g with columns V in front; V joins the leading rows where a plain matmul does."""
+        if "." in mine:
+            weight = other if theirs[0] == out[-1] else other.t()
+            return torch.matmul(g, weight)
+        return torch.einsum(f"v{out},{theirs}->v{mine}", g, other)
+
+    def factors(self, call: Call, position: int, g) -> Factor:
+        if position == self.bias:
+            return _bias_factor(call, position, g)
+        (other,) = [p for p in self.labels if p != position]
+        mine, theirs, out = self.labels[position], self.labels[other], self.out
+        x, place = call.args[other], call.places[other]
+        if "." in mine or not isinstance(place, Shard):
+            return super().factors(call, position, g)
+        # axes of the parameter: shared with both (groups), with the output (o), with the other operand (i)
+        named = theirs.replace(".", ""), out.replace(".", "")
+        groups = [c for c in mine if c in named[0] and c in named[1]]
+        outs = [c for c in mine if c in named[1] and c not in groups]
+        ins = [c for c in mine if c in named[0] and c not in groups]
+        x = samples_first(x, place)
+        g = samples_first(g, call.place, lead=1)
+        a = _group_axes(x, theirs, groups, ins, lead=1)
+        g = _group_axes(g, out, groups, outs, lead=2)
+        shape = tuple(call.args[position].shape)
+        size = dict(zip(mine, shape, strict=True))
+        order = [*groups, *outs, *ins]
+        arrange = Arrange(tuple(size[c] for c in order), tuple(order.index(c) for c in mine), shape)
+        return Dense(a, g, arrange)
+
+
+def _bias_factor(call: Call, position: int, g):
+    from fxcurv.factors import Jacobian
+
+    p = samples_first(g, call.place, lead=1)
+    return Jacobian(unbroadcast(p, call.args[position].shape, lead=2))
+
+
+def _group_axes(t, labels, groups, features, lead):
+    """[*lead, *labels] -> [*lead, S, K, F]: shared positions, groups and features, each flattened to one axis."""
+    named = labels.replace(".", "")
+    dots = t.ndim - lead - len(named)
+    axis = {c: lead + dots + k for k, c in enumerate(named)}
+    shared = [*range(lead, lead + dots), *(axis[c] for c in named if c not in groups and c not in features)]
+    order = [*shared, *(axis[c] for c in groups), *(axis[c] for c in features)]
+    sizes = [prod(t.shape[d] for d in dims) for dims in (shared, [axis[c] for c in groups], [axis[c] for c in features])]
+    return t.permute(*range(lead), *order).reshape(*t.shape[:lead], *sizes)
+
+
+register(aten.linear.default, rule=Contraction(".i,oi->.o", bias=2))
+register(aten.mm.default, rule=Contraction("ik,kj->ij"))
+register(aten.bmm.default, rule=Contraction("bik,bkj->bij"))
+register(aten.mv.default, rule=Contraction("ik,k->i"))
+
+
+@rewrite(aten.addmm.default)
+def _addmm(bias, a, b, beta=1, alpha=1):
+    y = aten.mm.default(a, b)
+    y = y if alpha == 1 else y * alpha
+    return y + (bias if beta == 1 else bias * beta)
+
+
+@rewrite(aten.baddbmm.default)
+def _baddbmm(bias, a, b, beta=1, alpha=1):
+    y = aten.bmm.default(a, b)
+    y = y if alpha == 1 else y * alpha
+    return y + (bias if beta == 1 else bias * beta)

@@ -1,0 +1,166 @@
+"""Losses whose Hessian in the model's output has a root in closed form.
+
+A loss sees the cotangent `c` that reaches its value, so the columns are those of the whole loss after whatever linear
+map follows (a factor, a mean over masked positions). Definitions: H_n = c d^2 l / df^2 = sum_v s_v s_v^T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxcurv import noise
+from fxcurv.placement import MIXED, PARTIAL, Replicate, Shard, reduction
+from fxcurv.rules.base import Call, Rule, register
+
+aten = torch.ops.aten
+NONE, MEAN = 0, 1
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How to sample columns: `columns` many, in noise stream `stream`."""
+
+    columns: int
+    stream: int
+
+
+class LossRule(Rule):
+    """An op that reduces predictions (argument 0) against constant targets to a loss."""
+
+    name = "loss"
+
+    def exact(self, call: Call, c: Tensor) -> Tensor:
+        """Columns [V, *prediction.shape] with sum_v s s^T = H_n."""
+        raise NotImplementedError
+
+    def sampled(self, call: Call, c: Tensor, seed: Tensor, draw: Draw) -> Tensor:
+        """Columns [M, *prediction.shape] whose s s^T has the mean H_n."""
+        raise NotImplementedError
+
+    def place(self, sites, args, shape, n):
+        z = sites[0]
+        if not isinstance(z.place, Shard):
+            return z.place if isinstance(z.place, Replicate) else MIXED
+        dropped = self.class_axis(len(z.shape))
+        if z.place.dim == dropped:
+            return MIXED
+        if shape == ():
+            return PARTIAL
+        return z.place if dropped is None else reduction(z, (dropped,), False, linear=False)
+
+    def class_axis(self, ndim: int) -> int | None:
+        """The axis of classes, None where every entry is a prediction of its own."""
+        return None
+
+
+def separate(root: Tensor, place: Shard, classes: int | None) -> Tensor:
+    """Columns that each touch one position per sample: [V, *z] -> [V * S, *z], S positions in a sample."""
+    shape = list(root.shape[1:])
+    sizes = [1 if d == classes else place.outer * place.inner if d == place.dim else s for d, s in enumerate(shape)]
+    s = prod(sizes)
+    if s == 1:
+        return root
+    eye = torch.eye(s, dtype=root.dtype, device=root.device).reshape(s, *sizes)
+    if place.outer * place.inner > 1:
+        dim = place.dim + 1
+        n = shape[place.dim] // (place.outer * place.inner)
+        eye = eye.unflatten(dim, (place.outer, 1, place.inner))
+        eye = eye.expand(*eye.shape[: dim + 1], n, *eye.shape[dim + 2 :]).flatten(dim, dim + 2)
+    return (root.unsqueeze(1) * eye.unsqueeze(0)).flatten(0, 1)
+
+
+@register(aten.cross_entropy_loss.default)
+class CrossEntropy(LossRule):
+    """Softmax cross-entropy: class indices or probabilities, weights, ignore_index, label smoothing, extra axes."""
+
+    def class_axis(self, ndim):
+        return 1 if ndim > 1 else 0
+
+    def _curvature(self, call: Call, c: Tensor) -> tuple[Tensor, int, Tensor]:
+        """(log p, class axis, sqrt(c omega / Z) with the class axis at size 1)."""
+        z, target, weight, mode, ignore, smoothing = call.args
+        axis = self.class_axis(z.ndim)
+        classes = z.shape[axis]
+        w = z.new_ones(classes) if weight is None else weight
+        if target.is_floating_point():
+            soft = target * (1 - smoothing) + smoothing / classes
+            omega = (soft.movedim(axis, -1) * w).sum(-1)
+            total = torch.ones_like(omega).sum()
+        else:
+            counted = target != ignore
+            hard = torch.where(counted, w[torch.where(counted, target, 0)], 0)
+            omega = (1 - smoothing) * hard + smoothing / classes * w.sum() * counted
+            total = hard.sum()
+        scale = c * omega
+        if mode == MEAN:
+            scale = scale * torch.where(total > 0, 1 / total, 0)
+        return F.log_softmax(z, axis), axis, scale.sqrt().unsqueeze(axis)
+
+    def exact(self, call: Call, c: Tensor) -> Tensor:
+        logp, axis, scale = self._curvature(call, c)
+        eye = torch.eye(logp.shape[axis], dtype=logp.dtype, device=logp.device)
+        eye = eye.reshape(*[logp.shape[axis] if d in (0, axis + 1) else 1 for d in range(logp.ndim + 1)])
+        root = (0.5 * logp).exp().movedim(axis, 0).unsqueeze(axis + 1)
+        return separate((eye - logp.exp()) * (root * scale), call.places[0], axis)
+
+    def sampled(self, call: Call, c: Tensor, seed: Tensor, draw: Draw) -> Tensor:
+        logp, axis, scale = self._curvature(call, c)
+        p = logp.exp()
+        like = p.narrow(axis, 0, 1)
+        u = noise.uniform(seed, draw.stream, draw.columns, like, call.places[0])
+        below = p.cumsum(axis) < u
+        drawn = below.sum(axis + 1, keepdim=True).clamp(max=p.shape[axis] - 1)
+        onehot = torch.zeros_like(below, dtype=p.dtype).scatter(axis + 1, drawn, 1.0)
+        return (p - onehot) * (scale * draw.columns**-0.5)
+
+
+class Elementwise(LossRule):
+    """A loss that acts entry by entry."""
+
+    def normalised(self, call: Call, c: Tensor, mode: int) -> Tensor:
+        """c / Z at every entry."""
+        z = call.args[0]
+        return c / z.numel() if mode == MEAN else c
+
+
+@register(aten.mse_loss.default)
+class MeanSquaredError(Elementwise):
+    """(f - y)^2: H = 2 c / Z, the likelihood N(f, 1/2)."""
+
+    def exact(self, call: Call, c: Tensor) -> Tensor:
+        z, _, mode = call.args
+        scale = (2 * self.normalised(call, c, mode)).sqrt()
+        return separate((torch.ones_like(z) * scale).unsqueeze(0), call.places[0], None)
+
+    def sampled(self, call: Call, c: Tensor, seed: Tensor, draw: Draw) -> Tensor:
+        z, _, mode = call.args
+        scale = (2 * self.normalised(call, c, mode) / draw.columns).sqrt()
+        return noise.normal(seed, draw.stream, draw.columns, z, call.places[0]) * scale
+
+
+@register(aten.binary_cross_entropy_with_logits.default)
+class BinaryCrossEntropy(Elementwise):
+    """Binary cross-entropy on logits: H = c omega sigma (1 - sigma) / Z, omega = weight (pos_weight t + 1 - t)."""
+
+    def _scale(self, call: Call, c: Tensor) -> Tensor:
+        z, target, weight, pos_weight, mode = call.args
+        omega = torch.ones_like(z) if pos_weight is None else pos_weight * target + 1 - target
+        omega = omega if weight is None else omega * weight
+        return (self.normalised(call, c, mode) * omega).sqrt()
+
+    def exact(self, call: Call, c: Tensor) -> Tensor:
+        z = call.args[0]
+        root = (0.5 * (F.logsigmoid(z) + F.logsigmoid(-z))).exp() * self._scale(call, c)
+        return separate(root.unsqueeze(0), call.places[0], None)
+
+    def sampled(self, call: Call, c: Tensor, seed: Tensor, draw: Draw) -> Tensor:
+        z = call.args[0]
+        p = torch.sigmoid(z)
+        u = noise.uniform(seed, draw.stream, draw.columns, z, call.places[0])
+        return (p - (u < p).to(p.dtype)) * self._scale(call, c) * draw.columns**-0.5
+

@@ -1,0 +1,153 @@
+"""Normalisations. Batch norm in eval mode is an affine map; the others are said in plain ops or fall back."""
+
+from __future__ import annotations
+
+import torch
+
+from fxcurv import placement
+from fxcurv.factors import Factor, Jacobian
+from fxcurv.placement import MIXED, Shard, samples_first
+from fxcurv.rules.base import Call, Rule, register, rewrite
+
+aten = torch.ops.aten
+
+
+@register(aten._native_batch_norm_legit_no_training.default)
+class BatchNormEval(Rule):
+    """y = (x - mean) / sqrt(var + eps) w + b with constant statistics: affine in x, channels in dimension 1."""
+
+    name = "normalization"
+
+    def linear(self, active):
+        return not {0, 1} <= set(active)
+
+    def place(self, sites, args, shape, n):
+        x = sites[0]
+        return MIXED if isinstance(x.place, Shard) and x.place.dim == 1 else x.place
+
+    @staticmethod
+    def _channels(t, ndim):
+        return t.reshape(-1, *[1] * (ndim - 2))
+
+    def transpose(self, call: Call, wrt, g):
+        x, weight, _, _, var, _, eps = call.args
+        if tuple(wrt) != (0,):
+            return super().transpose(call, wrt, g)
+        scale = torch.rsqrt(var + eps)
+        scale = scale if weight is None else scale * weight
+        return [g[0] * self._channels(scale, x.ndim)]
+
+    def factors(self, call: Call, position: int, g) -> Factor:
+        x, _, _, mean, var, _, eps = call.args
+        g = g[0]
+        if position == 1:
+            g = g * ((x - self._channels(mean, x.ndim)) * self._channels(torch.rsqrt(var + eps), x.ndim))
+        t = samples_first(g, call.place, lead=1)
+        return Jacobian(t.sum([2, *range(4, t.ndim)]))
+
+
+@rewrite(aten.batch_norm.default)
+def _batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn=True):
+    return aten._native_batch_norm_legit_no_training.default(x, weight, bias, mean, var, momentum, eps)[0]
+
+
+@register(aten.layer_norm.default)
+class LayerNorm(Rule):
+    """y = xhat w + b, xhat normalised over the last axes."""
+
+    name = "normalization"
+
+    def place(self, sites, args, shape, n):
+        x = sites[0]
+        normalised = len(shape) - len(args[1])
+        return MIXED if isinstance(x.place, Shard) and x.place.dim >= normalised else x.place
+
+    @staticmethod
+    def _normalised(call):
+        x, shape, _, _, eps = call.args[:5]
+        dims = list(range(x.ndim - len(shape), x.ndim))
+        centred = x - x.mean(dims, keepdim=True)
+        rstd = torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)
+        return dims, centred * rstd, rstd
+
+    def transpose(self, call: Call, wrt, g):
+        if tuple(wrt) != (self._flat(call, 0),):
+            return super().transpose(call, wrt, g)
+        weight = call.args[2]
+        dims, xhat, rstd = self._normalised(call)
+        gw = g if weight is None else g * weight
+        dims = [d + 1 for d in dims]
+        return [rstd * (gw - gw.mean(dims, keepdim=True) - xhat * (gw * xhat).mean(dims, keepdim=True))]
+
+    @staticmethod
+    def _flat(call, argument):
+        """The flattened position of an argument: the shape before it takes several."""
+        return argument if argument == 0 else argument + len(call.args[1]) - 1
+
+    def factors(self, call: Call, position: int, g) -> Factor:
+        keep = len(call.args[1])
+        t = g * self._normalised(call)[1] if position == self._flat(call, 2) else g
+        t = samples_first(t, call.place, lead=1)
+        shared = list(range(2, t.ndim - keep))
+        return Jacobian(t.sum(shared) if shared else t)
+
+
+@rewrite(aten.group_norm.default)
+def _group_norm(x, groups, weight=None, bias=None, eps=1e-5, cudnn=True):
+    grouped = x.reshape(x.shape[0], groups, -1)
+    y = aten.layer_norm.default(grouped, [grouped.shape[2]], None, None, eps).reshape(x.shape)
+    return _affine(y, weight, bias)
+
+
+@rewrite(aten.instance_norm.default)
+def _instance_norm(x, weight, bias, mean, var, use_input_stats, momentum, eps, cudnn):
+    if not use_input_stats:
+        return _batch_norm(x, weight, bias, mean, var, False, momentum, eps, cudnn)
+    flat = x.flatten(2)
+    y = aten.layer_norm.default(flat, [flat.shape[2]], None, None, eps).reshape(x.shape)
+    return _affine(y, weight, bias)
+
+
+def _affine(y, weight, bias):
+    shape = [1, -1] + [1] * (y.ndim - 2)
+    y = y if weight is None else y * weight.view(shape)
+    return y if bias is None else y + bias.view(shape)
+
+
+@rewrite(aten.rms_norm.default)
+def _rms_norm(x, shape, weight=None, eps=None):
+    dims = list(range(x.ndim - len(shape), x.ndim))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    y = x * torch.rsqrt((x * x).mean(dims, keepdim=True) + eps)
+    return y if weight is None else y * weight
+
+
+class Softmax(Rule):
+    """softmax or log_softmax along one axis."""
+
+    name = "softmax"
+
+    def __init__(self, log: bool):
+        self.log = log
+
+    def place(self, sites, args, shape, n):
+        x = sites[0]
+        if isinstance(x.place, Shard) and x.place.dim == args[1] % max(1, len(shape)):
+            return MIXED
+        return placement.pointwise([x], len(shape), linear=False)
+
+    def transpose(self, call: Call, wrt, g):
+        x, dim = call.args[:2]
+        dim, y = dim % max(1, x.ndim) + 1, call.y.to(g.dtype)
+        if self.log:
+            gx = g - y.exp() * g.sum(dim, keepdim=True)
+        else:
+            gx = y * (g - (g * y).sum(dim, keepdim=True))
+        return [gx.to(x.dtype)]
+
+
+for _log, _ops in {
+    False: (aten._softmax.default, aten.softmax.int, aten._safe_softmax.default),
+    True: (aten._log_softmax.default, aten.log_softmax.int),
+}.items():
+    register(*_ops, rule=Softmax(_log))

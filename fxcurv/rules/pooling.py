@@ -1,0 +1,68 @@
+"""Pooling: maxima by the indices that the forward pass found; averages by the fallback."""
+
+from __future__ import annotations
+
+import torch
+
+from fxcurv.placement import MIXED, Shard
+from fxcurv.rules.base import Call, Rule, register, rewrite
+
+aten = torch.ops.aten
+
+
+class Pool(Rule):
+    """A window op over the last axes."""
+
+    name = "pooling"
+
+    def __init__(self, dims: int, linear: bool):
+        self.dims, self.is_linear = dims, linear
+
+    def linear(self, active):
+        return self.is_linear
+
+    def place(self, sites, args, shape, n):
+        x = sites[0]
+        windowed = isinstance(x.place, Shard) and x.place.dim >= len(shape) - self.dims
+        return MIXED if windowed else x.place
+
+
+class MaxPool(Pool):
+    """(values, indices); the transpose scatters by the indices."""
+
+    def __init__(self, dims: int):
+        super().__init__(dims, linear=False)
+
+    def transpose(self, call: Call, wrt, g):
+        g, x, index = g[0], call.args[0], call.y[1]
+        flat = x.ndim - self.dims
+        index = index.flatten(flat).unsqueeze(0).expand(g.shape[0], *[-1] * (flat + 1))
+        zeros = g.new_zeros(g.shape[0], *x.shape[:flat], x.shape[flat:].numel())
+        return [zeros.scatter_add(flat + 1, index, g.flatten(flat + 1)).reshape(g.shape[0], *x.shape)]
+
+
+def _indexed(dims: int):
+    op = getattr(aten, f"max_pool{dims}d_with_indices").default
+
+    def pool(x, kernel, stride=(), padding=0, dilation=1, ceil_mode=False):
+        return op(x, kernel, stride, padding, dilation, ceil_mode)[0]
+
+    return op, pool
+
+
+for _d in (2, 3):
+    _op, _pool = _indexed(_d)
+    register(_op, rule=MaxPool(_d))
+    rewrite(getattr(aten, f"max_pool{_d}d").default)(_pool)
+    register(getattr(aten, f"adaptive_max_pool{_d}d").default, rule=MaxPool(_d))
+    register(
+        getattr(aten, f"avg_pool{_d}d").default, getattr(aten, f"_adaptive_avg_pool{_d}d").default, rule=Pool(_d, True)
+    )
+
+
+@rewrite(aten.max_pool1d.default)
+def _max_pool1d(x, kernel, stride=(), padding=(0,), dilation=(1,), ceil_mode=False):
+    stride = stride or kernel
+    pool = aten.max_pool2d_with_indices.default
+    y = pool(x.unsqueeze(-2), [1, *kernel], [1, *stride], [0, *padding], [1, *dilation], ceil_mode)[0]
+    return y.squeeze(-2)

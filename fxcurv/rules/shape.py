@@ -1,0 +1,229 @@
+"""Ops that move, select, join or add elements: views, permutations, slices, concatenation, padding, sums."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+
+from fxcurv import placement
+from fxcurv.placement import MIXED, REPLICATE, Shard
+from fxcurv.rules.base import Call, Rule, register, rewrite
+from fxcurv.rules.pointwise import unbroadcast
+
+aten = torch.ops.aten
+
+
+class Movement(Rule):
+    """Linear, and every element of the output is one of the input or a constant."""
+
+    name = "shape"
+    index_map = True
+
+    def linear(self, active):
+        return True
+
+
+@register(
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.default,
+    aten.squeeze.dim, aten.squeeze.dims, aten.flatten.using_ints, aten.unflatten.int,
+)  # fmt: skip
+class View(Movement):
+    """Any row-major reshape."""
+
+    def place(self, sites, args, shape, n):
+        return placement.view(sites[0], shape, n)
+
+    def transpose(self, call: Call, wrt, g):
+        return [g.reshape(g.shape[0], *call.args[0].shape)]
+
+
+@register(
+    aten.clone.default, aten.alias.default, aten.contiguous.default, aten._to_copy.default, aten.to.dtype,
+    aten.lift_fresh_copy.default, aten.to.device,
+)  # fmt: skip
+class Copy(Movement):
+    """The same values, perhaps in another dtype."""
+
+    def place(self, sites, args, shape, n):
+        return sites[0].place
+
+    def transpose(self, call: Call, wrt, g):
+        return [g.to(call.args[0].dtype)]
+
+
+def _order(op, args, ndim):
+    if op is aten.permute.default:
+        return [d % ndim for d in args[1]]
+    order = list(range(ndim))
+    a, b = (0, 1) if op is aten.t.default else (args[1] % ndim, args[2] % ndim)
+    if ndim > 1:
+        order[a], order[b] = order[b], order[a]
+    return order
+
+
+class Permute(Movement):
+    """y = x.permute(order); an instance per op, because each names the order in its own way."""
+
+    def __init__(self, op):
+        self.op = op
+
+    def place(self, sites, args, shape, n):
+        return placement.permute(sites[0].place, tuple(_order(self.op, args, len(shape))))
+
+    def transpose(self, call: Call, wrt, g):
+        order = _order(self.op, call.args, g.ndim - 1)
+        inverse = [order.index(d) for d in range(len(order))]
+        return [g.permute(0, *(d + 1 for d in inverse))]
+
+
+for _op in (aten.permute.default, aten.transpose.int, aten.t.default):
+    register(_op, rule=Permute(_op))
+
+
+@register(aten.expand.default)
+class Expand(Rule):
+    """Broadcasting to a shape; a new axis of the batch's size is a sample axis."""
+
+    name = "shape"
+
+    def linear(self, active):
+        return True
+
+    def place(self, sites, args, shape, n):
+        (site,) = [s for s in sites if s]
+        lead = len(shape) - len(site.shape)
+        if isinstance(site.place, Shard):
+            return Shard(site.place.dim + lead, site.place.outer, site.place.inner)
+        new = [d for d, size in enumerate(shape) if size == n and (d < lead or site.shape[d - lead] != n)]
+        return Shard(new[0]) if len(new) == 1 and site.place == REPLICATE else site.place
+
+    def transpose(self, call: Call, wrt, g):
+        return [unbroadcast(g, call.args[0].shape)]
+
+
+@register(aten.slice.Tensor)
+class Slice(Movement):
+    """y = x[..., start:end:step]."""
+
+    def place(self, sites, args, shape, n):
+        (x, *_), dim = sites, args[1] % len(shape)
+        if not isinstance(x.place, Shard) or x.place.dim != dim or shape[dim] == x.shape[dim]:
+            return x.place
+        return MIXED
+
+    def transpose(self, call: Call, wrt, g):
+        x, dim, start, end, step = call.args
+        shape, dim = [g.shape[0], *x.shape], dim % x.ndim + 1
+        start, end = start or 0, shape[dim] if end is None else end
+        return [aten.slice_backward.default(g, shape, dim, start, end, step)]
+
+
+@register(aten.select.int)
+class Select(Movement):
+    """y = x[..., i]."""
+
+    def place(self, sites, args, shape, n):
+        x = sites[0]
+        dim = args[1] % len(x.shape)
+        if not isinstance(x.place, Shard):
+            return x.place
+        if x.place.dim == dim:
+            return MIXED
+        return Shard(x.place.dim - (dim < x.place.dim), x.place.outer, x.place.inner)
+
+    def transpose(self, call: Call, wrt, g):
+        x, dim, index = call.args
+        return [aten.select_backward.default(g, [g.shape[0], *x.shape], dim % x.ndim + 1, index)]
+
+
+@register(aten.cat.default)
+class Cat(Movement):
+    """Concatenation along an axis that is not the samples'."""
+
+    def place(self, sites, args, shape, n):
+        dim = args[1] % len(shape)
+        sites = [s for s in sites if s and s.shape != (0,)]
+        place = placement.merge([s.place for s in sites])
+        return MIXED if isinstance(place, Shard) and place.dim == dim else place
+
+    def transpose(self, call: Call, wrt, g):
+        xs, dim = call.args
+        dim = dim % xs[0].ndim
+        pieces = torch.split(g, [x.shape[dim] for x in xs], dim + 1)
+        return [pieces[i] for i in wrt]
+
+
+@register(aten.constant_pad_nd.default)
+class Pad(Movement):
+    """A constant around (or, with negative widths, a crop of) the last axes."""
+
+    def place(self, sites, args, shape, n):
+        padded = len(shape) - len(args[1]) // 2
+        x = sites[0]
+        moved = isinstance(x.place, Shard) and x.place.dim >= padded and shape[x.place.dim] != x.shape[x.place.dim]
+        return MIXED if moved else x.place
+
+    def transpose(self, call: Call, wrt, g):
+        return [aten.constant_pad_nd.default(g, [-p for p in call.args[1]], 0)]
+
+
+def _dims(args):
+    return tuple(args[1] or ()) if len(args) > 1 else ()
+
+
+class Sum(Rule):
+    """Sum or mean over axes."""
+
+    name = "reduction"
+
+    def __init__(self, mean: bool):
+        self.mean = mean
+
+    def linear(self, active):
+        return True
+
+    def place(self, sites, args, shape, n):
+        keepdim = len(args) > 2 and bool(args[2])
+        return placement.reduction(sites[0], _dims(args), keepdim, linear=True)
+
+    def transpose(self, call: Call, wrt, g):
+        x, *rest = call.args
+        dims = sorted(d % x.ndim for d in _dims(call.args)) if x.ndim else []
+        dims = dims or list(range(x.ndim))
+        keepdim = len(rest) > 1 and bool(rest[1])
+        if not keepdim:
+            for d in dims:
+                g = g.unsqueeze(d + 1)
+        scale = prod(x.shape[d] for d in dims) if self.mean else 1
+        g = g.expand(g.shape[0], *x.shape).to(x.dtype)
+        return [g / scale if self.mean else g]
+
+
+for _name in ("sum", "mean"):
+    _packet = getattr(aten, _name)
+    register(_packet.default, _packet.dim_IntList if _name == "sum" else _packet.dim, rule=Sum(_name == "mean"))
+
+
+@rewrite(aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default)
+def _split(x, sizes, dim=0):
+    total = x.shape[dim]
+    sizes = sizes if isinstance(sizes, (list, tuple)) else [min(sizes, total - s) for s in range(0, total, sizes)]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [aten.slice.Tensor(x, dim, start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+@rewrite(aten.chunk.default)
+def _chunk(x, chunks, dim=0):
+    return _split(x, -(-x.shape[dim] // chunks), dim)
+
+
+@rewrite(aten.unbind.int)
+def _unbind(x, dim=0):
+    return [aten.select.int(x, dim, i) for i in range(x.shape[dim])]
+
+
+@rewrite(aten.stack.default)
+def _stack(xs, dim=0):
+    ndim = xs[0].ndim + 1
+    return aten.cat.default([x.unsqueeze(dim % ndim) for x in xs], dim % ndim)
