@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from fxcurv import passes
-from fxcurv.capture import Arguments, Slot, capture, flatten_arguments, map_leaves
-from fxcurv.errors import ArgumentError, ExtensionError
+from fxcurv.capture import Arguments, capture, described, filled, flatten_arguments
+from fxcurv.errors import ArgumentError, ExtensionError, locate
 from fxcurv.extensions import Extension
 from fxcurv.program import Program, specialise
+from fxcurv.quantity import Identity
 
 log = logging.getLogger("fxcurv")
 
@@ -36,17 +40,17 @@ def compile(  # noqa: A001
         model: any module that `torch.export` can trace.
         loss: `loss(output, *targets) -> scalar`, a module or a callable; None for `Jacobian` alone.
         extensions: instances of classes in `fxcurv.extensions`.
-        batch_dim: the samples' dimension in the inputs: an int, or one per input (tuple, or dict by keyword), None for an
-            input without samples.
+        batch_dim: the samples' dimension in the inputs: an int, or one per input (tuple, or dict by keyword), None
+            for an input without samples.
         split: path of the submodule whose output is f (default: the model's output).
         rules: {op: Rule}, which override registered ones.
-        update_buffers: write what training mode updates (running statistics) to the model, as a forward pass would;
-            otherwise it is returned as `result.buffers`.
+        update_buffers: write what training mode updates (running statistics) to the model, as a forward pass
+            would; otherwise it is returned as `result.buffers`.
         debug: verify the program between passes and check values at every call.
 
     Returns:
-        a callable `compiled(inputs, *targets, seed=None, generator=None) -> Result`; it traces at the first call for each
-        kind of input.
+        a callable `compiled(inputs, *targets, seed=None, generator=None) -> Result`; it traces at the first call
+        for each kind of input.
 
     Raises:
         ExtensionError: for a class instead of an instance, an unknown extension, or one asked for twice.
@@ -55,22 +59,30 @@ def compile(  # noqa: A001
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}, not an nn.Module: wrap it in one")
     if loss is not None and not callable(loss):
-        raise ArgumentError(f"loss is a {type(loss).__name__}, not callable: pass a module or a function (output, target)")
+        raise ArgumentError(
+            f"loss is a {type(loss).__name__}, not callable: pass a module or a function (output, target)"
+        )
+    _check_trainable(model)
     found = _checked(extensions)
-    if loss is None and any(not _needs_no_loss(e) for e in found):
-        names = ", ".join(type(e).__name__ for e in found if not _needs_no_loss(e))
-        raise ArgumentError(f"{names} need a loss: pass one as the second argument")
+    if loss is None:
+        names = ", ".join(type(e).__name__ for e in found if not isinstance(e.requires, Identity))
+        if names or not found:
+            raise ArgumentError(f"{names or 'the gradient'} needs a loss: pass one as the second argument")
     return Compiled(model, loss, found, batch_dim, split, dict(rules or {}), update_buffers, debug)
 
 
-def _needs_no_loss(extension: Extension) -> bool:
-    from fxcurv.quantity import Identity
-
-    return isinstance(extension.requires, Identity)
+def _check_trainable(model: nn.Module) -> None:
+    lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
+    if lazy:
+        raise ArgumentError(f"parameter '{lazy[0]}' is not initialised: run the model once, then compile it")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ArgumentError("the model has no trainable parameter: set requires_grad on some")
 
 
 def _checked(extensions: Iterable[Extension]) -> tuple[Extension, ...]:
     if isinstance(extensions, Extension):
+        extensions = (extensions,)
+    if isinstance(extensions, type | str) or not isinstance(extensions, Iterable):
         extensions = (extensions,)
     found: list[Extension] = []
     for e in extensions:
@@ -83,17 +95,27 @@ def _checked(extensions: Iterable[Extension]) -> tuple[Extension, ...]:
             raise ExtensionError(
                 f"{same[0]} and {e} both save to '{e.savefield}': drop one, or give one another savefield="
             )
-        if e.savefield in ("loss", "output", "grad", "buffers"):
-            raise ExtensionError(f"{e} saves to '{e.savefield}', which every result has: give it another savefield=")
+        _check_savefield(e)
         found.append(e)
     return tuple(found)
 
 
+def _check_savefield(e: Extension) -> None:
+    """A result and a parameter must have room for the field."""
+    name = e.savefield
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ExtensionError(f"{e} saves to {name!r}, which is no name: give it another savefield=")
+    if name in ("loss", "output", "buffers", "sample_norms", *dir(Result)):
+        raise ExtensionError(f"{e} saves to '{name}', which every result has: give it another savefield=")
+    if hasattr(Tensor, name):
+        raise ExtensionError(f"{e} saves to '{name}', which every tensor has: give it another savefield=")
+
+
 class Result:
-    """What a call returns: a registered pytree.
+    """What a call returns: a registered pytree, detached from the parameters.
 
     Attributes:
-        loss: the loss, 0-dim.
+        loss: the loss, 0-dim (none if there is no loss function).
         output: the model's output, in its own structure.
         grad: parameter name -> gradient.
         buffers: buffer name -> new value, if buffers are not updated.
@@ -112,7 +134,7 @@ class Result:
     def __getitem__(self, extension: Extension) -> Any:
         """The field of an extension instance."""
         if extension not in self._extensions:
-            raise KeyError(f"{extension} was not asked for")
+            raise ExtensionError(f"{extension} was not asked for: the result has {list(self._extensions)}")
         return self._fields[extension.savefield]
 
     def __dir__(self):
@@ -121,15 +143,38 @@ class Result:
     def __repr__(self) -> str:
         return f"Result({', '.join(self._fields)})"
 
-    def attach(self) -> Result:
-        """Put the results on the parameters: `p.grad` (accumulating, as `backward()` does) and `p.<savefield>`."""
-        named = dict(self._model.named_parameters())
-        for name, gradient in self._fields.get("grad", {}).items():
-            p = named[name]
-            p.grad = gradient if p.grad is None else p.grad + gradient
-        for extension in self._extensions:
-            for name, value in self._fields[extension.savefield].items():
-                setattr(named[name], extension.savefield, value)
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is values without the model that they came from."""
+        return {**self.__dict__, "_model": None}
+
+    def attach(self, model: nn.Module | None = None) -> Result:
+        """Put the results on the parameters.
+
+        `p.grad` accumulates as `backward()` does: in place, in memory of its own, so that a later `zero_grad` or
+        another `attach` does not reach into this result. `p.<savefield>` is this result's own tensor.
+
+        Args:
+            model: whose parameters (default: the compiled model; a copied or loaded result has none).
+        """
+        model = model or self._model
+        if model is None:
+            raise ArgumentError("a copied result knows no model: pass one, result.attach(model)")
+        named = dict(model.named_parameters())
+        grads = self._fields.get("grad", {})
+        values = {e.savefield: self._fields[e.savefield] for e in self._extensions}
+        missing = {name for field in (grads, *values.values()) for name in field} - set(named)
+        if missing:
+            raise ArgumentError(f"the model has no {sorted(missing)}: attach to the model that was compiled")
+        with torch.no_grad():
+            for name, gradient in grads.items():
+                p = named[name]
+                if p.grad is None:
+                    p.grad = gradient.clone()
+                else:
+                    p.grad.add_(gradient)
+        for savefield, field in values.items():
+            for name, value in field.items():
+                setattr(named[name], savefield, value)
         return self
 
 
@@ -156,7 +201,13 @@ class Compiled:
         self._programs: dict[Any, list[Program]] = {}
         self._checked: set[int] = set()
 
-    def __call__(self, inputs: Any, *targets: Any, seed: int | Tensor | None = None, generator=None) -> Result:
+    def __call__(
+        self,
+        inputs: Any,
+        *targets: Any,
+        seed: int | Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Result:
         """Compute all quantities on one batch.
 
         Args:
@@ -168,18 +219,26 @@ class Compiled:
         Raises:
             FxcurvError: see `fxcurv.errors`; nothing on the model has changed then.
         """
-        arguments = flatten_arguments(inputs, targets, self._batch_dim)
-        program = self._program(arguments)
-        flat = self._bind(program, arguments, seed, generator)
-        with torch.no_grad():
-            if self._debug or id(program) not in self._checked:
-                self._check(program, flat)
-            values = program.gm(*flat)
-        return self._result(program, values)
+        arguments = self._arguments(inputs, targets)
+        # results are normal tensors also under inference_mode, so that `attach` and an optimizer can use them
+        with torch.inference_mode(False), torch.no_grad():
+            program = self._program(arguments)
+            flat = self._bind(program, arguments, seed, generator)
+            try:
+                if self._debug or id(program) not in self._checked:
+                    self._check(program, flat)
+                values = program.gm(*flat)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, IndexError) as error:
+                raise _run_error(program, arguments, flat, error) from error
+            return self._result(program, flat, values)
 
     def lower(self, inputs: Any, *targets: Any) -> Program:
         """The program for this kind of input."""
-        return self._program(flatten_arguments(inputs, targets, self._batch_dim))
+        arguments = self._arguments(inputs, targets)
+        with torch.inference_mode(False), torch.no_grad():
+            return self._program(arguments)
 
     def explain(self, inputs: Any, *targets: Any):
         """A report: per parameter the rule, the algorithm, FLOPs and bytes; totals; the columns carried."""
@@ -187,9 +246,19 @@ class Compiled:
 
         return Report(self.lower(inputs, *targets))
 
+    def _arguments(self, inputs: Any, targets: tuple) -> Arguments:
+        if self.loss is None and targets:
+            raise ArgumentError("there is no loss, so nothing reads the targets: call compiled(inputs)")
+        _check_trainable(self.model)
+        arguments = flatten_arguments(inputs, targets, self._batch_dim)
+        n = arguments.batch_size
+        for e in self.extensions:
+            indices = getattr(e, "subsampling", None) or ()
+            if any(i >= n for i in indices):
+                raise ArgumentError(f"{e} asks for sample {max(indices)} of a batch of {n}: use indices below {n}")
+        return arguments
+
     def _program(self, arguments: Arguments) -> Program:
-        if not any(p.requires_grad for p in self.model.parameters()):
-            raise ArgumentError("the model has no trainable parameter: set requires_grad on some")
         n = arguments.batch_size
         programs = self._programs.setdefault(self._key(arguments), [])
         for program in programs:
@@ -201,20 +270,20 @@ class Compiled:
         return program
 
     def _key(self, arguments: Arguments) -> Any:
-        def describe(leaf, batch_dim):
-            if not isinstance(leaf, Tensor):
-                return (type(leaf), leaf)
-            n = arguments.batch_size
-            sizes = tuple((s // n, "n") if n > 1 and s % n == 0 else s for s in leaf.shape)
-            shape = tuple("n" if d == batch_dim else s for d, s in enumerate(leaf.shape)) if batch_dim is not None else sizes
-            return (shape, leaf.dtype, leaf.device)
+        """What a program depends on, but for the batch size."""
+        n = arguments.batch_size
 
-        leaves = [describe(leaf, d) for leaf, d in zip(arguments.inputs, arguments.batch_dims, strict=True)]
-        leaves += [describe(leaf, None) for leaf in arguments.targets]
-        specs = str(arguments.input_spec), str(arguments.target_spec)
-        flags = tuple(m.training for m in self.model.modules())
-        params = tuple((name, p.requires_grad, p.dtype, p.device, p.shape) for name, p in self.model.named_parameters())
-        return (tuple(leaves), specs, flags, params, arguments.batch_size == 1)
+        def describe(t: Tensor, batch_dim: int | None) -> tuple:
+            shape = tuple(("n", s // n) if d == batch_dim else s for d, s in enumerate(t.shape))
+            return shape, t.dtype, t.device
+
+        leaves = [describe(t, d) for t, d in zip(arguments.inputs, arguments.batch_dims, strict=True)]
+        leaves += [describe(t, d) for t, d in zip(arguments.targets, arguments.target_dims(), strict=True)]
+        modules = [self.model, *([self.loss] if isinstance(self.loss, nn.Module) else [])]
+        flags = tuple((type(m), m.training) for module in modules for m in module.modules())
+        tensors = [pair for module in modules for pair in _tensors(module)]
+        state = tuple((name, t.requires_grad, t.dtype, t.device, t.shape) for name, t in tensors)
+        return tuple(leaves), arguments.structure, flags, state, n == 1
 
     def _lower(self, arguments: Arguments) -> Program:
         n = arguments.batch_size
@@ -231,7 +300,8 @@ class Compiled:
 
     def _bind(self, program: Program, arguments: Arguments, seed, generator) -> list[Any]:
         params = dict(self.model.named_parameters())
-        buffers = dict(self.model.named_buffers())
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        of_loss = dict(_tensors(self.loss)) if isinstance(self.loss, nn.Module) else {}
         flat: list[Any] = []
         for bound in program.inputs:
             if bound.kind == "param":
@@ -239,7 +309,7 @@ class Compiled:
             elif bound.kind == "buffer":
                 flat.append(buffers[bound.name])
             elif bound.kind == "constant":
-                flat.append(program.constants[bound.name])
+                flat.append(of_loss.get(bound.name.removeprefix("loss."), program.constants[bound.name]))
             elif bound.kind == "seed":
                 flat.append(_seed(seed, generator, next(iter(params.values())).device))
             else:
@@ -253,35 +323,81 @@ class Compiled:
                 raise error()
         self._checked.add(id(program))
 
-    def _result(self, program: Program, values: tuple) -> Result:
-        loss, leaves, mutations, results, extras = program.unpack(values)
+    def _result(self, program: Program, flat: list[Any], values: tuple) -> Result:
+        loss, leaves, mutations, results, extras = program.unpack(_own(values, flat))
         fields: dict[str, Any] = {} if loss is None else {"loss": loss}
-        fields["output"] = map_leaves(program.output_template, Slot, lambda slot: leaves[slot.index])
+        fields["output"] = filled(program.output_template, leaves)
         fields.update(results)
         fields.update(extras)
         if not self._update_buffers:
             fields["buffers"] = mutations
         else:
-            buffers = dict(self.model.named_buffers())
+            buffers = dict(self.model.named_buffers(remove_duplicate=False))
             for name, value in mutations.items():
                 buffers[name].copy_(value)
         return Result(fields, self.extensions, self.model)
 
 
-def _seed(seed: int | Tensor | None, generator, device) -> Tensor:
+def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _own(values: tuple, flat: list[Any]) -> list[Any]:
+    """Results in memory of their own: a gradient may be just another parameter, which the optimizer changes."""
+    given = {t.untyped_storage().data_ptr() for t in flat if isinstance(t, Tensor)}
+    shared = [isinstance(v, Tensor) and v.untyped_storage().data_ptr() in given for v in values]
+    return [v.clone() if s else v for v, s in zip(values, shared, strict=True)]
+
+
+def _seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    if seed is not None and generator is not None:
+        raise ArgumentError("seed= and generator= were both given: pass one")
     if isinstance(seed, Tensor):
+        if seed.ndim or seed.is_floating_point() or seed.is_complex():
+            raise ArgumentError(f"seed= is {described([seed])}: pass an int or a 0-dim integer tensor")
         return seed.to(device=device, dtype=torch.long)
     if seed is not None:
+        if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise ArgumentError(f"seed={seed!r}: pass an int of 64 bits or a 0-dim integer tensor")
         return torch.tensor(seed, dtype=torch.long, device=device)
     where = generator.device if generator is not None else "cpu"
     return torch.randint(0, 2**62, (), generator=generator, device=where).to(device)
 
 
+class _Locate(fx.Interpreter):
+    """Runs a graph and remembers the node that fails."""
+
+    at: fx.Node | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.at = n
+        return super().run_node(n)
+
+
+def _run_error(program: Program, arguments: Arguments, flat: list[Any], error: Exception) -> ArgumentError:
+    """An op refused the values that it got, which tracing did not see: say which one."""
+    where = ""
+    finder = _Locate(program.gm)
+    with contextlib.suppress(RuntimeError, IndexError):
+        finder.run(*flat)
+        finder.at = None
+    if finder.at is not None:
+        where = f"{locate(finder.at)}\n"
+    return ArgumentError(
+        f"{where}fails on the inputs, {described(arguments.inputs)}, and the targets, "
+        f"{described(arguments.targets)}: {error}\n"
+        "Way out: inputs and targets of the dtype, shape and range that the model and the loss expect (class "
+        "indices: int64, below the number of classes)."
+    )
+
+
 def _doubled(arguments: Arguments) -> Arguments:
     """A batch of one sample twice: export would fix a batch size of 1."""
-    inputs = [
-        torch.cat([leaf, leaf], d) if isinstance(leaf, Tensor) and d is not None else leaf
-        for leaf, d in zip(arguments.inputs, arguments.batch_dims, strict=True)
-    ]
-    targets = [torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t for t in arguments.targets]
-    return Arguments(inputs, targets, arguments.input_spec, arguments.target_spec, arguments.batch_dims)
+
+    def twice(tensors, dims):
+        return [t if d is None else torch.cat([t, t], d) for t, d in zip(tensors, dims, strict=True)]
+
+    inputs = twice(arguments.inputs, arguments.batch_dims)
+    targets = twice(arguments.targets, arguments.target_dims())
+    return dataclasses.replace(arguments, inputs=inputs, targets=targets)

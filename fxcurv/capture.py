@@ -10,16 +10,30 @@ import contextlib
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable
+import linecache
+import logging
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.proxy import TracerBase
 from torch.utils import _pytree as pytree
 
-from fxcurv.errors import ArgumentError, CaptureError, CustomFunctionError, FxcurvError, LossError
+from fxcurv.errors import (
+    ArgumentError,
+    CaptureError,
+    CustomFunctionError,
+    FxcurvError,
+    LossError,
+    is_user_file,
+)
 from fxcurv.program import Batch, Input, Program
 
 
@@ -34,29 +48,55 @@ def _(x):
     return torch.empty_like(x)
 
 
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Stands for the tensor with this index in a structure."""
+
+    index: int
+
+
 @dataclasses.dataclass
 class Arguments:
-    """A call's arguments, flat: tensor leaves of inputs and targets, and how to put them together."""
+    """A call's arguments: the tensors among inputs and targets, and the structures that they are in.
 
-    inputs: list[Any]
-    targets: list[Any]
-    input_spec: pytree.TreeSpec
-    target_spec: pytree.TreeSpec
+    `inputs` and `targets` are flat lists of tensors; the templates, ((positional), {keyword}) and a tuple, hold a
+    `Slot` for each and everything else as it is. `structure` is equal for arguments whose templates are.
+    """
+
+    inputs: list[Tensor]
+    targets: list[Tensor]
+    input_template: Any
+    target_template: Any
     batch_dims: list[int | None]
+    structure: Any = None
 
     @property
     def batch_size(self) -> int:
-        sizes = {
-            leaf.shape[d]
-            for leaf, d in zip(self.inputs, self.batch_dims, strict=True)
-            if d is not None and isinstance(leaf, Tensor)
-        }
-        if len(sizes) != 1:
+        """N, from the inputs that have a batch dimension."""
+        sizes = {t.shape[d] for t, d in zip(self.inputs, self.batch_dims, strict=True) if d is not None}
+        if not sizes:
+            raise ArgumentError("no input has a batch: pass the samples' dimension of at least one as batch_dim=")
+        if len(sizes) > 1:
             raise ArgumentError(
-                f"the inputs have batch sizes {sorted(sizes)}: pass batch_dim= (a dimension, or one per input, None "
-                "for an input without a batch)"
+                f"the inputs have batch sizes {sorted(sizes)}: pass batch_dim= (a dimension, or one per input, "
+                "None for an input without a batch)"
             )
         return sizes.pop()
+
+    def target_dims(self) -> list[int | None]:
+        """For each target the dimension that follows the batch size, where there is one.
+
+        A target says nothing of its samples, so its sizes do: the inputs' batch dimension is asked first, then
+        the others in order, then sizes that are a multiple of N (positions of all samples flattened together).
+        """
+        n = self.batch_size
+        first = list(dict.fromkeys(d for d in self.batch_dims if d is not None))
+        out: list[int | None] = []
+        for t in self.targets:
+            order = list(dict.fromkeys([*(d for d in first if d < t.ndim), *range(t.ndim)]))
+            equal = [d for d in order if t.shape[d] == n]
+            out.append(next(iter([*equal, *(d for d in order if t.shape[d] % n == 0)]), None))
+        return out
 
 
 def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any) -> Arguments:
@@ -65,65 +105,107 @@ def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any) -> Arguments:
     Raises:
         ArgumentError: if the inputs hold no tensor, the batch is empty, or batch sizes disagree.
     """
-    if isinstance(inputs, dict):
-        structure = ((), inputs)
-    else:
-        structure = (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {})
-    leaves, spec = pytree.tree_flatten(structure)
-    target_leaves, target_spec = pytree.tree_flatten(targets)
-    dims = _batch_dims(leaves, structure, batch_dim)
-    arguments = Arguments(leaves, target_leaves, spec, target_spec, dims)
+    named = isinstance(inputs, Mapping)
+    names = list(inputs) if named else None
+    values = list(inputs.values() if named else inputs if isinstance(inputs, tuple | list) else [inputs])
+    tensors: list[Tensor] = []
+    dims: list[int | None] = []
+    templates = []
+    for value, d in zip(values, _per_input(batch_dim, names, len(values)), strict=True):
+        before = len(tensors)
+        templates.append(_templated(value, tensors))
+        dims += [_in_range(t, d) for t in tensors[before:]]
+    if not tensors:
+        raise ArgumentError("the inputs hold no tensor: pass a tensor, or a tuple or dict of tensors")
+    input_template = ((), dict(zip(names, templates, strict=True))) if names else (tuple(templates), {})
+    target_tensors: list[Tensor] = []
+    target_template = _templated(tuple(targets), target_tensors)
+    arguments = Arguments(tensors, target_tensors, input_template, target_template, dims)
     if arguments.batch_size == 0:
         raise ArgumentError("the batch is empty: pass at least one sample")
-    for leaf in (*leaves, *target_leaves):
-        if isinstance(leaf, Tensor) and leaf.is_complex():
-            raise ArgumentError("complex tensors are not supported: split them into real and imaginary parts")
+    if any(t.is_complex() for t in (*tensors, *target_tensors)):
+        raise ArgumentError("complex tensors are not supported: split them into real and imaginary parts")
+    arguments.structure = _structure(input_template, "inputs"), _structure(target_template, "targets")
     return arguments
 
 
-def _batch_dims(leaves: list[Any], structure: Any, batch_dim: Any) -> list[int | None]:
-    if not any(isinstance(leaf, Tensor) for leaf in leaves):
-        raise ArgumentError("inputs hold no tensor: pass a tensor, or a tuple or dict of tensors")
-    if isinstance(batch_dim, dict):
-        wanted = [d for name in structure[1] for d in [batch_dim.get(name, 0)] * len(pytree.tree_leaves(structure[1][name]))]
+def _per_input(batch_dim: Any, names: list[str] | None, count: int) -> list[Any]:
+    """`batch_dim=` as one entry per input."""
+    if isinstance(batch_dim, Mapping):
+        unknown = [name for name in batch_dim if name not in (names or [])]
+        if unknown:
+            raise ArgumentError(f"batch_dim names {unknown}, but the inputs are {names or 'positional'}")
+        wanted = [batch_dim.get(name, 0) for name in names or []]
     elif isinstance(batch_dim, tuple | list):
-        values = structure[0] if structure[0] else tuple(structure[1].values())
-        if len(values) != len(batch_dim):
-            raise ArgumentError(f"batch_dim has {len(batch_dim)} entries for {len(values)} inputs: pass one per input")
-        wanted = [d for value, d in zip(values, batch_dim, strict=True) for _ in pytree.tree_leaves(value)]
+        if len(batch_dim) != count:
+            raise ArgumentError(f"batch_dim has {len(batch_dim)} entries for {count} inputs: pass one each")
+        wanted = list(batch_dim)
     else:
-        wanted = [batch_dim] * len(leaves)
-    dims: list[int | None] = []
-    for leaf, d in zip(leaves, wanted, strict=True):
-        usable = isinstance(leaf, Tensor) and d is not None
-        if usable and leaf.ndim == 0:
-            raise ArgumentError("an input has no dimensions, so no batch: pass batch_dim= with None for it")
-        if usable and not -leaf.ndim <= d < leaf.ndim:
-            raise ArgumentError(f"batch_dim {d} is out of range for an input of shape {tuple(leaf.shape)}")
-        dims.append(d % leaf.ndim if usable else None)
-    return dims
+        wanted = [batch_dim] * count
+    for d in wanted:
+        if d is not None and type(d) is not int:
+            raise ArgumentError(f"batch_dim has {d!r}: use an int, or None for an input without a batch")
+    return wanted
 
 
-@dataclasses.dataclass(frozen=True)
-class Slot:
-    """Stands for the tensor leaf with this index in the structure of a model's output."""
+def _in_range(t: Tensor, d: int | None) -> int | None:
+    if d is None:
+        return None
+    if t.ndim == 0:
+        raise ArgumentError("an input has no dimensions, so no batch: pass batch_dim= with None for it")
+    if not -t.ndim <= d < t.ndim:
+        raise ArgumentError(f"batch_dim {d} is out of range for an input of shape {tuple(t.shape)}")
+    return d % t.ndim
 
-    index: int
+
+def _templated(value: Any, tensors: list[Tensor]) -> Any:
+    """`value` with a `Slot` in place of each tensor, which goes to `tensors`."""
+
+    def keep(t: Tensor) -> Slot:
+        tensors.append(t)
+        return Slot(len(tensors) - 1)
+
+    return map_leaves(value, Tensor, keep)
 
 
-def map_leaves(value: Any, kind: type, fn: Callable[[Any], Any]) -> Any:
-    """Apply `fn` to every `kind` in a model's output: pytrees, dataclasses and plain objects."""
+def filled(template: Any, tensors: Sequence[Tensor]) -> Any:
+    """The structure that `template` was made of, with these tensors."""
+    return map_leaves(template, Slot, lambda slot: tensors[slot.index])
+
+
+def map_leaves(value: Any, kind: type, fn: Callable[[Any], Any], outer: tuple[int, ...] = ()) -> Any:
+    """`value`, a structure of pytrees, dataclasses and plain objects, with `fn` applied to every `kind` in it."""
     if isinstance(value, kind):
         return fn(value)
     leaves, spec = pytree.tree_flatten(value)
     if not (len(leaves) == 1 and leaves[0] is value):
-        return pytree.tree_unflatten([map_leaves(leaf, kind, fn) for leaf in leaves], spec)
-    if hasattr(value, "__dict__") and not callable(value):
-        new = copy.copy(value)
-        for name, member in vars(value).items():
-            object.__setattr__(new, name, map_leaves(member, kind, fn))
-        return new
-    return value
+        return pytree.tree_unflatten([map_leaves(leaf, kind, fn, outer) for leaf in leaves], spec)
+    if not hasattr(value, "__dict__") or callable(value) or id(value) in outer:
+        return value
+    members = {k: map_leaves(v, kind, fn, (*outer, id(value))) for k, v in vars(value).items()}
+    if all(members[k] is v for k, v in vars(value).items()):
+        return value
+    new = copy.copy(value)
+    for name, member in members.items():
+        object.__setattr__(new, name, member)
+    return new
+
+
+def _structure(template: Any, what: str) -> Any:
+    """A hashable description of a template; equal ones may share a program."""
+    if isinstance(template, Slot):
+        return "tensor"
+    leaves, spec = pytree.tree_flatten(template)
+    if not (len(leaves) == 1 and leaves[0] is template):
+        return str(spec), tuple(_structure(leaf, what) for leaf in leaves)
+    try:
+        hash(template)
+    except TypeError:
+        if not hasattr(template, "__dict__"):
+            raise ArgumentError(f"the {what} hold a {type(template).__name__}: pass tensors") from None
+    if hasattr(template, "__dict__") and not callable(template) and not isinstance(template, Enum):
+        return type(template), tuple((k, _structure(v, what)) for k, v in vars(template).items())
+    return type(template), template
 
 
 class _Record:
@@ -140,12 +222,12 @@ class _Captured(nn.Module):
         super().__init__()
         self.model = model
         self.loss = loss
-        self.spec = arguments.input_spec, arguments.target_spec
+        self.arguments = arguments
         self.split = split
         self.record = _Record()
 
     def forward(self, inputs, targets):
-        args, kwargs = pytree.tree_unflatten(inputs, self.spec[0])
+        args, kwargs = filled(self.arguments.input_template, inputs)
         marked: list[Tensor] = []
 
         def mark(t: Tensor) -> Tensor:
@@ -158,17 +240,27 @@ class _Captured(nn.Module):
             output = self.model(*args, **kwargs)
         output = output if self.split else map_leaves(output, Tensor, mark)
         leaves: list[Tensor] = []
-
-        def number(t: Tensor) -> Slot:
-            leaves.append(t)
-            return Slot(len(leaves) - 1)
-
-        self.record.template = map_leaves(output, Tensor, number)
+        self.record.template = _templated(output, leaves)
         self.record.leaves = len(leaves)
         loss = None
         if self.loss is not None:
-            loss = _scalar(self.loss(output, *pytree.tree_unflatten(targets, self.spec[1])))
+            loss = _scalar(self._loss_of(output, filled(self.arguments.target_template, targets)))
         return loss, leaves, marked
+
+    def _loss_of(self, output: Any, targets: tuple) -> Any:
+        try:
+            return self.loss(output, *targets)
+        except (FxcurvError, GuardOnDataDependentSymNode):
+            raise
+        except Exception as error:
+            tensors: list[Tensor] = []
+            _templated(output, tensors)
+            raise ArgumentError(
+                f"the loss fails on the model's output, {described(tensors)}, and the targets, "
+                f"{described(self.arguments.targets)}:\n"
+                f"{_where(error, self)}{type(error).__name__}: {_reason(error)}\n"
+                "Way out: targets of the number, shape and dtype that the loss expects (class indices are int64)."
+            ) from error
 
     @contextlib.contextmanager
     def _split_at(self, mark):
@@ -185,12 +277,23 @@ class _Captured(nn.Module):
 
 def _scalar(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor):
-        raise LossError(f"the loss returned a {type(loss).__name__}, not a tensor: return a scalar tensor")
+        raise LossError(f"the loss returned a {type(loss).__name__}, not a tensor: return a scalar, no .item()")
     if loss.numel() != 1:
-        raise LossError(f"the loss has shape {tuple(loss.shape)}, not a scalar: reduce it by .sum() or .mean()")
+        raise LossError(f"the loss is {described([loss])}, not a scalar: reduce it by .sum() or .mean()")
     if not loss.is_floating_point():
-        raise LossError(f"the loss has dtype {loss.dtype}, which is not differentiable: return a floating-point scalar")
+        raise LossError(f"the loss has dtype {loss.dtype}, so it is not differentiable: return a floating-point one")
     return loss if loss.ndim == 0 else loss.reshape(())
+
+
+def described(tensors: Sequence[Tensor]) -> str:
+    """Dtypes and shapes, for messages."""
+
+    def size(s: int | torch.SymInt) -> str:
+        hint = s.node.hint if isinstance(s, torch.SymInt) else s
+        return str(s if hint is None else hint)
+
+    found = [f"{str(t.dtype).removeprefix('torch.')}[{', '.join(map(size, t.shape))}]" for t in tensors]
+    return ", ".join(found) or "none"
 
 
 @contextlib.contextmanager
@@ -202,19 +305,21 @@ def _no_custom_functions():
         # torch.library ops carry their own backward, and checkpointing's no-op has none
         if cls.__name__.startswith("GeneratedBackwardFor_") or cls.__name__ == "_NoopSaveInputs":
             return original(cls, *args, **kwargs)
-        frames = [f for f in inspect.stack() if "/torch/" not in f.filename and f.filename != __file__]
-        where = f"\n  File \"{frames[0].filename}\", line {frames[0].lineno}" if frames else ""
+        frames = [f for f in inspect.stack() if is_user_file(f.filename)]
         raise CustomFunctionError(
-            f"the model calls the custom autograd function '{cls.__qualname__}', whose backward tracing would drop "
-            f"silently.{where}\nWay out: write it as plain PyTorch ops (x + (f(x) - x).detach() for a "
-            "straight-through estimator), or as a torch.library.custom_op with register_autograd."
+            f"the model calls the custom autograd function '{cls.__qualname__}', whose backward tracing would "
+            f"drop silently.\n{_line(frames[0].filename, frames[0].lineno, frames[0].function) if frames else ''}"
+            "Way out: write it as plain PyTorch ops (x + (f(x) - x).detach() for a straight-through estimator), "
+            "or as a torch.library.custom_op with register_autograd; for checkpointing, use_reentrant=False."
         )
 
     with mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)):
         yield
 
 
-def capture(model: nn.Module, loss: Callable | None, arguments: Arguments, split: str | None = None) -> Program:
+def capture(
+    model: nn.Module, loss: Callable | None, arguments: Arguments, split: str | None = None
+) -> Program:
     """Trace `model` and `loss` into a functional graph.
 
     Raises:
@@ -222,53 +327,90 @@ def capture(model: nn.Module, loss: Callable | None, arguments: Arguments, split
         LossError: if the loss is not a scalar tensor.
     """
     wrapped = _Captured(model, loss, arguments, split)
-    exported = _export(wrapped, arguments)
-    _detach_no_grad_regions(exported)
-    try:
-        exported = exported.run_decompositions({})
-    except Exception as error:
-        raise _capture_error(error) from error
-    return _program(model, wrapped, exported, arguments)
+    with _quiet():
+        try:
+            exported = _export(wrapped, arguments)
+            _detach_no_grad_regions(exported)
+            exported = exported.run_decompositions({})
+        except FxcurvError:
+            raise
+        except Exception as error:
+            raise _capture_error(error, wrapped) from error
+        return _program(model, wrapped, exported, arguments)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Silence what PyTorch says about its own code while tracing."""
+    fake_tensors = logging.getLogger("torch._subclasses.fake_tensor")  # logs every error that it raises
+    with warnings.catch_warnings(), mock.patch.object(fake_tensors, "disabled", True):
+        warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
+        weights = r"(self\.[\w.]*_flat_weights\S*\s?)+"  # of nn.LSTM and nn.GRU, which are parameters as well
+        assigned = rf"The tensor attributes? {weights}(was|were) assigned during export"
+        warnings.filterwarnings("ignore", assigned, UserWarning)
+        yield
 
 
 def _export(wrapped: _Captured, arguments: Arguments):
-    n = arguments.batch_size
     shapes = (
         [{d: Dim.AUTO} if d is not None else None for d in arguments.batch_dims],
-        [_target_dims(leaf, n) for leaf in arguments.targets],
+        [{d: Dim.AUTO} if d is not None else None for d in arguments.target_dims()],
     )
     was_training = [(m, m.training) for m in wrapped.model.modules()]
     wrapped.training = wrapped.model.training
     try:
-        with torch.enable_grad(), _no_custom_functions():
+        with torch.enable_grad(), _no_custom_functions(), _user_frames():
             return torch.export.export(
                 wrapped, (arguments.inputs, arguments.targets), dynamic_shapes=shapes, strict=False
             )
-    except FxcurvError:
-        raise
-    except Exception as error:
-        raise _capture_error(error) from error
     finally:
         for module, training in was_training:
             module.training = training
 
 
-def _target_dims(leaf: Any, n: int) -> dict | None:
-    """Which dimension of a target may follow the batch size."""
-    if not isinstance(leaf, Tensor) or leaf.ndim == 0:
-        return None
-    dims = [d for d, s in enumerate(leaf.shape) if s == n] or [d for d, s in enumerate(leaf.shape) if s % n == 0]
-    return {dims[0]: Dim.AUTO} if dims else None
+@contextlib.contextmanager
+def _user_frames():
+    """Record the user's frames on every node; export keeps only those of functions called `forward`."""
+
+    def keep(_tracer, frames):
+        start = max((i for i, f in enumerate(frames) if f.filename == __file__), default=-1)
+        return traceback.StackSummary.from_list([f for f in frames[start + 1 :] if is_user_file(f.filename)])
+
+    with mock.patch.object(TracerBase, "_filter_traceback_frames", keep):
+        yield
 
 
-def _capture_error(error: Exception) -> CaptureError:
-    reason = next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__)
+def _capture_error(error: Exception, wrapped: _Captured) -> CaptureError:
     return CaptureError(
-        f"torch.export cannot trace the model or its loss: {type(error).__name__}: {reason[:400]}\n"
-        "What usually helps: no branch on a tensor's value (use torch.where), no .item() or numpy in forward, inputs and "
-        "targets of the shapes and dtypes that the loss expects, outputs made of tensors. The full reason is in the "
+        f"torch.export cannot trace the model or its loss:\n"
+        f"{_where(error, wrapped)}{type(error).__name__}: {_reason(error)}\n"
+        "What usually helps: inputs of the shapes and dtypes that the model expects, no branch on a tensor's value "
+        "(use torch.where), no .item() or numpy in forward, outputs made of tensors. The full reason is in the "
         "exception's __cause__."
     )
+
+
+def _reason(error: Exception) -> str:
+    return next((line for line in str(error).strip().splitlines() if line.strip()), "")[:400]
+
+
+def _where(error: Exception, wrapped: _Captured) -> str:
+    """The innermost module and the user's line that an exception passed through."""
+    names = {id(m): name for name, m in wrapped.named_modules() if name}
+    module = line = ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        this = frame.f_locals.get("self")
+        if isinstance(this, nn.Module) and id(this) in names:
+            name = names[id(this)].removeprefix("model").removeprefix(".")
+            path = f"module '{name}'" if name else "the model"
+            module = f"  in {path} ({type(this).__name__})\n"
+        if is_user_file(frame.f_code.co_filename):
+            line = _line(frame.f_code.co_filename, number, frame.f_code.co_name)
+    return module + line
+
+
+def _line(file: str, number: int, function: str) -> str:
+    return f'  File "{file}", line {number}, in {function}: {linecache.getline(file, number).strip()}\n'
 
 
 def _detach_no_grad_regions(exported) -> None:
@@ -278,7 +420,8 @@ def _detach_no_grad_regions(exported) -> None:
         if not isinstance(module, fx.GraphModule):
             continue
         graph = module.graph
-        for node in [n for n in graph.nodes if n.op == "call_function" and n.target is wrap and n.args[0] is False]:
+        regions = [n for n in graph.nodes if n.op == "call_function" and n.target is wrap and n.args[0] is False]
+        for node in regions:
             for user in [u for u in node.users if isinstance(u.meta.get("val"), Tensor)]:
                 with graph.inserting_after(user):
                     detached = graph.call_function(torch.ops.aten.detach.default, (user,))
@@ -298,7 +441,7 @@ def _program(model: nn.Module, wrapped: _Captured, exported, arguments: Argument
         new.meta = dict(old.meta)
     signature = exported.graph_signature
     names = _names(model)
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    trainable = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     inputs: list[Input] = []
     params: dict[str, fx.Node] = {}
     constants: dict[str, Tensor] = {}
@@ -313,8 +456,7 @@ def _program(model: nn.Module, wrapped: _Captured, exported, arguments: Argument
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     batch = _batch(placeholders, inputs, arguments)
     program = Program(
-        gm, inputs, batch, params, {n: p.shape for n, p in model.named_parameters() if p.requires_grad}, leaves, heads,
-        loss, mutations, wrapped.record.template, constants,
+        gm, inputs, batch, params, trainable, leaves, heads, loss, mutations, wrapped.record.template, constants,
     )  # fmt: skip
     program.state["fake_mode"] = next(
         n.meta["val"].fake_mode for n in placeholders if isinstance(n.meta.get("val"), Tensor)
@@ -362,31 +504,31 @@ def _outputs(signature, outputs, wrapped):
     user = []
     for spec, node in zip(signature.output_specs, outputs, strict=True):
         kind = spec.kind.name
+        if kind == "BUFFER_MUTATION" and not spec.target.startswith("model."):
+            raise CaptureError(f"the loss writes to its buffer '{spec.target}': keep such state outside the loss")
         if kind == "BUFFER_MUTATION":
             mutations[spec.target.removeprefix("model.")] = node
         elif kind == "USER_OUTPUT":
             user.append(node)
         elif kind in ("USER_INPUT_MUTATION", "PARAMETER_MUTATION"):
-            raise CaptureError(
-                f"the model writes to its {'input' if 'INPUT' in kind else 'parameter'} '{spec.target}' in place: clone it first"
-            )
+            what = "input" if "INPUT" in kind else "parameter"
+            raise CaptureError(f"the model or its loss writes to {what} '{spec.target}' in place: clone it first")
     loss, *rest = user
     leaves = wrapped.record.leaves
     return mutations, loss, rest[:leaves], rest[leaves:]
 
 
 def _batch(placeholders: list[fx.Node], inputs: list[Input], arguments: Arguments) -> Batch:
-    """The symbols that stand for the batch size in the captured sizes."""
+    """The symbols that stand for the batch size in the captured sizes; none if the model fixed it."""
     n = arguments.batch_size
     symbols = set()
     for node, bound in zip(placeholders, inputs, strict=True):
         val = node.meta.get("val")
-        if bound.kind == "input" and isinstance(val, Tensor) and arguments.batch_dims[bound.index] is not None:
-            size = val.shape[arguments.batch_dims[bound.index]]
-            symbols |= size.node._expr.free_symbols if isinstance(size, torch.SymInt) else set()
-            symbols |= size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set()
-        elif bound.kind == "target" and isinstance(val, Tensor):
-            for size in val.shape:
-                if isinstance(size, torch.SymInt):
-                    symbols |= {s for s in size.node._expr.free_symbols if size.node.hint == n}
+        if bound.kind not in ("input", "target") or not isinstance(val, Tensor):
+            continue
+        dim = arguments.batch_dims[bound.index] if bound.kind == "input" else None
+        for d, size in enumerate(val.shape):
+            if isinstance(size, torch.SymInt) and (d == dim or size.node.hint == n):
+                symbols |= size.node.expr.free_symbols
+                symbols |= size.node._expr.free_symbols if size.node.expr.free_symbols else set()
     return Batch(frozenset(symbols), n)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx
+from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -74,12 +75,27 @@ def _trace(program: Program, fn: Callable, leaves: list[Any], spec: pytree.TreeS
         out, out_spec = pytree.tree_flatten(fn(*pytree.tree_unflatten(full, spec)))
         return out
 
-    vals = [leaf.meta["val"] for leaf in leaves if isinstance(leaf, fx.Node)]
+    nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
     with program.fake_mode, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # nodes of one traced piece share their values, and a trace tells its inputs apart by identity
+        vals = [_fresh(node.meta["val"]) for node in nodes]
         gm = make_fx(flat)(*vals)
+        if any(_mutates(node) for node in gm.graph.nodes):
+            gm = make_fx(dispatch_functionalize(flat))(*vals)
     gm.graph.eliminate_dead_code()
     return Piece(gm, out_spec)
+
+
+def _fresh(val: Any) -> Any:
+    if not isinstance(val, Tensor):
+        return val
+    return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _splice(program: Program, piece: Piece, nodes: list[fx.Node], origin: dict[str, Any], before: fx.Node) -> Any:

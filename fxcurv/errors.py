@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+
+import torch
+
 
 class FxcurvError(Exception):
     """Base of all errors raised by fxcurv."""
@@ -39,29 +44,49 @@ class InternalError(FxcurvError):
     """An invariant of the compiler does not hold: please report it."""
 
 
+# Frames of these packages are never the user's line.
+_INSIDE = tuple(os.path.dirname(os.path.abspath(path)) + os.sep for path in (torch.__file__, __file__))
+
+
+def is_user_file(path: str) -> bool:
+    """Whether a frame of this file is the user's own code."""
+    return not path.startswith((*_INSIDE, "<eval_with_key>", "<frozen", "<string>"))
+
+
 def locate(node) -> str:
     """Where a node of a captured graph comes from: op, module path and the user's source line."""
     meta = node.meta
     origin = meta.get("origin", {})
-    op = origin.get("op") or getattr(node.target, "__name__", str(node.target))
+    op = origin.get("op") or (node.target if node.op == "call_function" else node.name)
+    op = op if isinstance(op, str | torch._ops.OpOverload) else getattr(op, "__name__", op)
     module = origin.get("module") or module_path(node)
     line = source_line(meta.get("stack_trace") or origin.get("stack_trace") or "")
-    return f"op {op}" + (f" in module '{module}'" if module else "") + (f"\n  {line}" if line else "")
+    where = f" in module '{module}'" if module else " in the loss" if _in_loss(node) else ""
+    return f"op {op}{where}" + (f"\n  {line}" if line else "")
 
 
 def module_path(node) -> str:
     """The dotted path of the innermost user module that emitted `node` ("" for the model itself)."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values() if path.startswith("model.")]
+    paths = [path for path in _stack(node) if path.startswith("model.")]
     return paths[-1].removeprefix("model.") if paths else ""
 
 
+def _stack(node) -> list[str]:
+    return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+
+
+def _in_loss(node) -> bool:
+    """What is captured calls the model and the loss, so what is outside the model is the loss."""
+    stack = _stack(node)
+    return bool(stack) and not any(path.split(".")[0] == "model" for path in stack)
+
+
 def source_line(trace: str) -> str:
-    """The last frame of `trace` outside torch and fxcurv, as 'File "x.py", line 3: code'."""
+    """The last frame of `trace` that is the user's own, as 'File "x.py", line 3, in forward: code'."""
     lines = trace.strip().splitlines()
     found = ""
-    for header, code in zip(lines, [*lines[1:], ""], strict=True):
-        inside = any(part in header for part in ("/torch/", "torch/nn", "/fxcurv/", "<eval_with_key>", "torch/fx"))
-        if header.strip().startswith("File") and not inside:
+    for header, code in zip(lines, [*lines[1:], ""], strict=False):
+        frame = re.match(r'\s*File "(.+?)", line \d+', header)
+        if frame and is_user_file(frame[1]):
             found = f"{header.strip()}: {code.strip()}"
     return found

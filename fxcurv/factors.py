@@ -149,6 +149,7 @@ class Conv(Factor):
     dilation: tuple[int, ...]
     groups: int
     transposed: bool
+    output_padding: tuple[int, ...]
     weight_shape: tuple[int, ...]
     tensors: ClassVar[tuple[str, ...]] = ("a", "g")
 
@@ -180,10 +181,9 @@ class Conv(Factor):
             return self.dense().summed(weights)
         g = weighted(self.g, weights)
         g = g.squeeze(0) if g.shape[0] == 1 else g.sum(0)
-        dims = len(self.kernel)
         return torch.ops.aten.convolution_backward(
             g, self.a, g.new_empty(()).expand(self.weight_shape), None, list(self.stride), list(self.padding),
-            list(self.dilation), self.transposed, [0] * dims, self.groups, [False, True, False],
+            list(self.dilation), self.transposed, list(self.output_padding), self.groups, [False, True, False],
         )[1]  # fmt: skip
 
     def samples(self, index: Tensor) -> Factor:

@@ -57,15 +57,19 @@ def merge(places: list[Placement]) -> Placement:
 
 
 def pointwise(sites: list[Site], ndim: int, linear: bool) -> Placement:
-    """Placement of a broadcasting elementwise op with `ndim` output dimensions."""
+    """Placement of a broadcasting elementwise op with `ndim` output dimensions.
+
+    Next to a sharded value that depends on parameters, constants do not matter.
+    """
     if any(isinstance(s.place, Mixed) for s in sites):
         return MIXED
     if any(isinstance(s.place, Partial) for s in sites):
         sharded = any(isinstance(s.place, Shard) for s in sites)
         return PARTIAL if linear and not sharded else MIXED
+    sharded = [s for s in sites if s.active and isinstance(s.place, Shard)]
     aligned = [
         Shard(s.place.dim + ndim - len(s.shape), s.place.outer, s.place.inner) if isinstance(s.place, Shard) else s.place
-        for s in sites
+        for s in sharded or sites
     ]
     return merge(aligned)
 

@@ -58,7 +58,7 @@ class Batch:
 
     def evaluate(self, value: int | SymInt, n: int) -> int:
         """`value` with the batch size replaced by `n`."""
-        if not isinstance(value, SymInt):
+        if not isinstance(value, SymInt) or not self.symbols:
             return int(value)
         # `_expr` is the size as captured: a later specialisation of the batch must not hide where the samples are.
         expr = value.node._expr
@@ -188,10 +188,16 @@ class Program:
             return True
         if not self.batch.symbols or n < 2:
             return False
-        env = self.fake_mode.shape_env
         values = {s: n for s in self.batch.symbols}
-        fixed = any(s in env.replacements and not env.replacements[s].free_symbols for s in self.batch.symbols)
-        return not fixed and all(bool(g.expr.subs(values)) for g in env.guards)
+        return not self.fixed and all(bool(g.expr.subs(values)) for g in self.fake_mode.shape_env.guards)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the batch size became a number: by the model's capture, or by a traced piece since."""
+        if not self.batch.symbols:
+            return True
+        replaced = self.fake_mode.shape_env.replacements
+        return any(s in replaced and not replaced[s].free_symbols for s in self.batch.symbols)
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let `new` stand for `old` everywhere, in the graph and in this program's own fields."""
@@ -231,6 +237,15 @@ def _pruned(graph: fx.Graph) -> fx.Graph:
     return new
 
 
+def propagate_values(program: Program) -> None:
+    """Compute every node's fake value anew, from those of the placeholders."""
+    with program.fake_mode, torch.no_grad():
+        for node in program.graph.nodes:
+            if node.op == "call_function":
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: a.meta["val"])
+                node.meta["val"] = node.target(*args, **kwargs)
+
+
 def specialise(program: Program, n: int) -> Program:
     """The captured program at the fixed batch size `n`: sizes become numbers, values are propagated anew."""
     batch = program.batch
@@ -246,10 +261,6 @@ def specialise(program: Program, n: int) -> Program:
                 user.args = fx.node.map_arg(user.args, lambda a, old=node, new=number: new if a is old else a)
                 user.kwargs = fx.node.map_arg(user.kwargs, lambda a, old=node, new=number: new if a is old else a)
             program.graph.erase_node(node)
-        elif node.op == "call_function":
-            load = lambda a: a.meta["val"]  # noqa: E731
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), load)
-            with program.fake_mode, torch.no_grad():
-                node.meta["val"] = node.target(*args, **kwargs)
+    propagate_values(program)
     program.batch = Batch(frozenset(), n)
     return program

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 
 def reference(a: Tensor, g: Tensor) -> Tensor:
@@ -30,3 +31,9 @@ def outer_norm(a: Tensor, g: Tensor) -> Tensor:
 @outer_norm.register_fake
 def _(a, g):
     return g.new_empty(g.shape[0], g.shape[1])
+
+
+@register_flop_formula(torch.ops.fxcurv.outer_norm)
+def _(a, g, *rest, out_shape=None, **kwargs):
+    v, n, s, o = g
+    return 2 * v * n * s * o * a[2]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 # Elements of the scratch block: 1 MiB in float32, half of a typical L2 cache.
 BLOCK = 1 << 18
@@ -47,3 +48,9 @@ def outer_square(a: Tensor, g: Tensor, w: Tensor | None, per_sample: bool) -> Te
 def _(a, g, w, per_sample):
     o, i = g.shape[3], a.shape[2]
     return g.new_empty((g.shape[1], o, i) if per_sample else (o, i))
+
+
+@register_flop_formula(torch.ops.fxcurv.outer_square)
+def _(a, g, *rest, out_shape=None, **kwargs):
+    v, n, s, o = g
+    return 2 * v * n * s * o * a[2]

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from fxcurv.errors import UnsupportedOpError, locate
 from fxcurv.placement import MIXED, PARTIAL, REPLICATE, Placement, Shard, Site
-from fxcurv.program import Program
+from fxcurv.program import Program, specialise
 from fxcurv.rules.base import canonical_args, invoke, rule_of
 
 aten = torch.ops.aten
@@ -28,6 +28,8 @@ CUTS = {aten.detach.default, aten.sign.default, aten.floor.default, aten.ceil.de
 
 def independence(program: Program) -> Program:
     """Set `meta["place"]` and `meta["active"]` on every node."""
+    if program.batch.symbols and program.fixed:
+        program = specialise(program, program.batch.size)  # a rewrite fixed the batch size: then for all values alike
     params = set(program.params.values())
     bound = {}
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
@@ -126,8 +128,8 @@ def _by_rule(program: Program, node: fx.Node, val: Tensor) -> Placement | None:
         from fxcurv import placement
 
         return placement.pointwise(here, val.ndim, linear=False)
-    # an op of sample-free values only is sample-free, whatever it is
-    return REPLICATE if here and all(s.place == REPLICATE for s in here) else None
+    # an op of sample-free values only is sample-free, whatever it is, or the same for every sample of a new axis
+    return structural(program, val) if here and all(s.place == REPLICATE for s in here) else None
 
 
 def numeric_args(program: Program, node: fx.Node, n: int) -> tuple:
@@ -151,11 +153,13 @@ def _probe(program: Program, node: fx.Node) -> Placement:
     leaves, spec = pytree.tree_flatten(numeric_args(program, node, n))
     generator = torch.Generator().manual_seed(0)
     values = [_draw(program, leaf, n, generator) for leaf in leaves]
-    shards = {
+    sharded = {
         i: leaf.meta["place"]
         for i, leaf in enumerate(leaves)
         if isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("place"), Shard)
     }
+    # what depends on no parameter may be reduced over the batch freely (a normaliser made of targets)
+    shards = {i: p for i, p in sharded.items() if leaves[i].meta["active"]} or sharded
 
     def run(samples: tuple[int, ...]) -> Tensor:
         drawn = torch.Generator().manual_seed(1)

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from fxcurv.emit import emit
 from fxcurv.errors import locate
-from fxcurv.program import Program
+from fxcurv.program import Program, propagate_values
 from fxcurv.rules import REWRITES, RULES
 from fxcurv.rules.base import canonical_args, invoke
 from fxcurv.uses import origin_of
@@ -28,10 +28,13 @@ _ASSERTS = ("_assert", "sym_constrain", "_guards")
 def normalize(program: Program) -> Program:
     """See the module."""
     _drop_markers(program)
+    _logits(program)
     for _ in range(10):  # a rewrite may give ops that have a rewrite themselves
         if not _rewrite_once(program):
             break
-    _logits(program)
+    _views_to_reshapes(program)
+    # strides may have changed, and composite ops that export keeps may carry a wrong value (a loss without reduction)
+    propagate_values(program)
     program.refresh_output()
     program.graph.eliminate_dead_code()
     _select_heads(program)
@@ -46,6 +49,13 @@ def _drop_markers(program: Program) -> None:
             program.graph.erase_node(node)
         elif node.op == "call_function" and not node.users and any(name.startswith(a) for a in _ASSERTS):
             program.graph.erase_node(node)
+
+
+def _views_to_reshapes(program: Program) -> None:
+    """A captured view relies on strides that a rewrite may have changed."""
+    for node in program.graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
 
 
 def _rewrite_once(program: Program) -> bool:
@@ -69,7 +79,7 @@ def _equation(node: fx.Node, program: Program):
     if node.target in REWRITES:
         return REWRITES[node.target]
     if isinstance(node.target, torch._ops.OpOverload) and node.target._can_decompose() and _is_float(node):
-        return node.target.decompose
+        return node.target  # a trace decomposes it
     return None
 
 

@@ -92,12 +92,12 @@ def _ones(loss: Tensor) -> Tensor:
 
 
 def _visit(walk: Walk, node: fx.Node) -> None:
+    if node in walk.uses and node.op != "placeholder":
+        _leave_uses(walk, node)
     if node.target is operator.getitem:
         for stack in walk.cotangents.pop(node, []):
             walk.outputs.setdefault(node.args[0], {}).setdefault(node.args[1], []).append(stack)
         return
-    if node in walk.uses and node.op != "placeholder":
-        _leave_uses(walk, node)
     stacks = [merged(walk, node, s) for s in _by_kind(walk.cotangents.pop(node, []))]
     if node.op == "placeholder":
         _at_parameter(walk, node, stacks)
@@ -215,7 +215,7 @@ def _leave_uses(walk: Walk, node: fx.Node) -> None:
             p = _total(walk, node, here, group, _materialised, "")
             rows = emit(walk.program, _flatten_rows, p, origin=origin_of(node, "propagate"))
             walk.add(node, Stack((group,), (columns,), rows, per_sample=True))
-        if group == GRADIENT:
+        else:
             walk.add(node, Stack((group,), (columns,), _total(walk, node, here, group, _summed, "n")))
 
 

@@ -16,6 +16,10 @@ def select(program: Program) -> Program:
     """Replace every `contract` node by the nodes of its cheapest candidate."""
     nodes = [n for n in program.graph.nodes if isinstance(n.target, Contract)]
     shared = _materialised_anyway(nodes)
+    for key, p in shared.items():
+        first = next(n for n in nodes if _key(n) == key)
+        if first is not p:
+            first.prepend(p)  # it has the same arguments, and the others are to read it
     order = [*shared.values(), *(n for n in nodes if n not in shared.values())]
     done: dict[fx.Node, fx.Node] = {}
     for node in order:

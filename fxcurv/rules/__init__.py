@@ -4,6 +4,7 @@ from fxcurv.rules import (  # noqa: F401
     attention,
     contraction,
     convolution,
+    embedding,
     loss,
     normalization,
     pointwise,

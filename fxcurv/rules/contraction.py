@@ -32,8 +32,9 @@ class Contraction(Rule):
 
     def place(self, sites, args, shape, n):
         found = []
-        for position, labels in self.labels.items():
-            site = sites[position]
+        decisive = [p for p in self.labels if sites[p].active and isinstance(sites[p].place, Shard)]
+        for position in decisive or self.labels:
+            site, labels = sites[position], self.labels[position]
             if isinstance(site.place, Mixed | Partial):
                 return PARTIAL if isinstance(site.place, Partial) and self._others_constant(sites, position) else MIXED
             if isinstance(site.place, Shard):
@@ -44,7 +45,7 @@ class Contraction(Rule):
             return REPLICATE
         label, p = found[0]
         if isinstance(label, str) and label not in self.out:
-            return PARTIAL if len(found) == 2 else MIXED
+            return PARTIAL
         dim = label if isinstance(label, int) else self._axis(self.out, label, len(shape))
         return Shard(dim, p.outer, p.inner)
 

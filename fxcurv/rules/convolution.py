@@ -48,13 +48,13 @@ class Convolution(Rule):
         return aten.convolution_backward.default(g, x, weight, None, *conv, [False, True, False])[1]
 
     def factors(self, call: Call, position: int, g) -> Factor:
-        x, weight, _, stride, padding, dilation, transposed, _, groups = call.args
+        x, weight, _, stride, padding, dilation, transposed, extra, groups = call.args
         if position == 2:
             return Jacobian(samples_first(g, call.place, lead=1).sum([2, *range(4, g.ndim + 1)]))
         dims = weight.ndim - 2
         return Conv(
             x, g, call.places[0], tuple(weight.shape[2:]), *(_per_dim(a, dims) for a in (stride, padding, dilation)),
-            groups, transposed, tuple(weight.shape),
+            groups, transposed, tuple(extra), tuple(weight.shape),
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import torch
 
 from fxcurv import placement
 from fxcurv.factors import Factor, Jacobian
-from fxcurv.placement import MIXED, Shard, samples_first
+from fxcurv.placement import MIXED, REPLICATE, Shard, samples_first
 from fxcurv.rules.base import Call, Rule, register, rewrite
 
 aten = torch.ops.aten
@@ -22,7 +22,9 @@ class BatchNormEval(Rule):
         return not {0, 1} <= set(active)
 
     def place(self, sites, args, shape, n):
-        x = sites[0]
+        x, *others = sites
+        if any(s and s.place != REPLICATE for s in others):
+            return MIXED
         return MIXED if isinstance(x.place, Shard) and x.place.dim == 1 else x.place
 
     @staticmethod
@@ -32,6 +34,8 @@ class BatchNormEval(Rule):
     def transpose(self, call: Call, wrt, g):
         x, weight, _, _, var, _, eps = call.args
         if tuple(wrt) != (0,):
+            # the statistics that the op returns beside y are constants
+            g = (g[0], *(o.new_zeros(g[0].shape[0], *o.shape) for o in call.y[1:]))
             return super().transpose(call, wrt, g)
         scale = torch.rsqrt(var + eps)
         scale = scale if weight is None else scale * weight
@@ -58,7 +62,9 @@ class LayerNorm(Rule):
     name = "normalization"
 
     def place(self, sites, args, shape, n):
-        x = sites[0]
+        x, *others = sites
+        if any(s and s.place != REPLICATE for s in others):
+            return MIXED
         normalised = len(shape) - len(args[1])
         return MIXED if isinstance(x.place, Shard) and x.place.dim >= normalised else x.place
 
@@ -138,6 +144,8 @@ class Softmax(Rule):
 
     def transpose(self, call: Call, wrt, g):
         x, dim = call.args[:2]
+        if not x.ndim:
+            return [torch.zeros_like(g)]
         dim, y = dim % max(1, x.ndim) + 1, call.y.to(g.dtype)
         if self.log:
             gx = g - y.exp() * g.sum(dim, keepdim=True)

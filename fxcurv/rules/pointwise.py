@@ -11,7 +11,7 @@ from torch import Tensor
 from fxcurv import placement
 from fxcurv.factors import Factor, Jacobian
 from fxcurv.placement import Shard, samples_first
-from fxcurv.rules.base import Call, Rule, register
+from fxcurv.rules.base import Call, Rule, register, rewrite
 
 aten = torch.ops.aten
 
@@ -172,10 +172,23 @@ class Arithmetic(Rule):
         return [unbroadcast(self.pull(call, i, g), call.args[i].shape) for i in wrt]
 
     def factors(self, call: Call, position: int, g) -> Factor:
+        x, place = call.args[position], call.place
+        p = self.pull(call, position, g)
+        along = place.dim + 1 - (p.ndim - x.ndim)
+        if along >= 0 and not _is_one(x.shape[along]):
+            return Jacobian(unbroadcast(_own_slices(p, place), x.shape, lead=2))
         # the sample axis first, then what the parameter was broadcast over is summed
-        x = call.args[position]
-        p = samples_first(self.pull(call, position, g), call.place, lead=1)
-        return Jacobian(unbroadcast(p, x.shape, lead=2))
+        return Jacobian(unbroadcast(samples_first(p, place, lead=1), x.shape, lead=2))
+
+
+def _own_slices(p: Tensor, place: Shard) -> Tensor:
+    """[V, *y] -> [V, N, *y], zero but in the sample's slices: for a parameter with entries of its own per sample."""
+    size = p.shape[place.dim + 1]
+    n = size // (place.outer * place.inner)
+    owner = torch.arange(size, device=p.device).div(place.inner, rounding_mode="floor") % n
+    mine = owner == torch.arange(n, device=p.device).unsqueeze(1)
+    mine = mine.reshape(n, *[1] * place.dim, size, *[1] * (p.ndim - place.dim - 2))
+    return torch.where(mine, p.unsqueeze(1), 0)
 
 
 @register(aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar)
@@ -277,3 +290,9 @@ class Dropout(Rule):
         _, p, _ = call.args
         mask = call.y[1]
         return [g[0] * mask * (0.0 if p >= 1 else 1 / (1 - p))]
+
+
+@rewrite(aten.prelu.default)
+def _prelu(x, weight):
+    shape = [1, -1] + [1] * (x.ndim - 2) if x.ndim > 1 else [-1]
+    return torch.where(x > 0, x, x * weight.view(shape))

@@ -7,7 +7,8 @@ from math import prod
 import torch
 
 from fxcurv import placement
-from fxcurv.placement import MIXED, REPLICATE, Shard
+from fxcurv.factors import Factor, Jacobian
+from fxcurv.placement import MIXED, REPLICATE, Shard, samples_first
 from fxcurv.rules.base import Call, Rule, register, rewrite
 from fxcurv.rules.pointwise import unbroadcast
 
@@ -101,6 +102,10 @@ class Expand(Rule):
     def transpose(self, call: Call, wrt, g):
         return [unbroadcast(g, call.args[0].shape)]
 
+    def factors(self, call: Call, position: int, g) -> Factor:
+        p = samples_first(g, call.place, lead=1)
+        return Jacobian(unbroadcast(p, call.args[0].shape, lead=2))
+
 
 @register(aten.slice.Tensor)
 class Slice(Movement):
@@ -165,7 +170,12 @@ class Pad(Movement):
         return MIXED if moved else x.place
 
     def transpose(self, call: Call, wrt, g):
-        return [aten.constant_pad_nd.default(g, [-p for p in call.args[1]], 0)]
+        widths = call.args[1]
+        for k in range(len(widths) // 2):
+            low, high = (max(w, 0) for w in widths[2 * k : 2 * k + 2])
+            g = g.narrow(-1 - k, low, g.shape[-1 - k] - low - high) if low or high else g
+        cropped = [-min(w, 0) for w in widths]
+        return [aten.constant_pad_nd.default(g, cropped, 0) if any(cropped) else g]
 
 
 def _dims(args):
@@ -227,3 +237,15 @@ def _unbind(x, dim=0):
 def _stack(xs, dim=0):
     ndim = xs[0].ndim + 1
     return aten.cat.default([x.unsqueeze(dim % ndim) for x in xs], dim % ndim)
+
+
+@rewrite(aten.repeat.default)
+def _repeat(x, repeats):
+    """Repetition is broadcasting along new axes, merged with the old ones."""
+    x = x.reshape([1] * (len(repeats) - x.ndim) + list(x.shape))
+    sizes = list(x.shape)
+    for d in reversed(range(x.ndim)):
+        if not (isinstance(repeats[d], int) and repeats[d] == 1):
+            x = x.unsqueeze(d)
+            x = x.expand(*x.shape[:d], repeats[d], *x.shape[d + 1 :])
+    return x.reshape([r * s for r, s in zip(repeats, sizes, strict=True)])

@@ -1,0 +1,342 @@
+"""The report of a program: what was chosen for every parameter and quantity, and what it costs.
+
+FLOPs of the totals are counted, not predicted: the emitted graph, and the plain forward and backward pass of
+the same model, run on fake tensors under PyTorch's FLOP counter (matrix products, convolutions, attention).
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxcurv.candidates import size
+from fxcurv.passes.objective import ancestors
+from fxcurv.program import Decision, Program, is_active
+from fxcurv.quantity import GRADIENT, groups_of
+from fxcurv.rules.base import FALLBACK, rule_of
+
+STAGES = {
+    "forward": "forward pass",
+    "columns": "columns at the loss",
+    "propagate": "backward walk",
+    "results": "quantities",
+}
+KINDS = {
+    "gradient": "gradient",
+    "exact": "exact",
+    "mc": "sampled",
+    "signed": "weighted (of the loss's Hessian)",
+    "root": "root (of the loss's Hessian)",
+    "signs": "root times random signs",
+    "identity": "identity",
+}
+WIDTH = 118
+
+
+def stage_of(node: fx.Node) -> str:
+    """The stage that made a node, a key of `STAGES`; `extract` and `select` are both "results"."""
+    if "origin" not in node.meta:
+        return "forward"
+    stage = node.meta["origin"].get("stage", "results")
+    return stage if stage in STAGES else "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity of one parameter. `share`: of the predicted time of all quantities, in [0, 1]."""
+
+    param: str
+    extension: str
+    rule: str
+    algorithm: str
+    flops: int
+    bytes: int
+    seconds: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Total:
+    """Counted work: FLOPs of products, bytes that all ops but views read and write, nodes of the graph."""
+
+    flops: int = 0
+    bytes: int = 0
+    nodes: int = 0
+
+    def __add__(self, other: Total) -> Total:
+        return Total(self.flops + other.flops, self.bytes + other.bytes, self.nodes + other.nodes)
+
+
+class Report:
+    """What `Compiled.explain` returns; prints as tables.
+
+    Attributes:
+        rows: one `Row` per parameter and quantity, in the order of parameters and extensions.
+        totals: stage -> `Total`, for "forward", "columns", "propagate", "results" and their sum "program".
+        plain: `Total` of a plain forward and backward pass; None where autograd cannot do it.
+        columns: (name of the group, its number of columns, the quantities that need it).
+        fallbacks: ops on the walk that have no rule of their own.
+        batch: whether the batch size is symbolic, or what fixed it.
+        timings: pass -> seconds.
+    """
+
+    def __init__(self, program: Program):
+        self.totals = _count_program(program)
+        self.plain = _count_plain(program)
+        self.rows = _rows(program)
+        self.columns = _columns(program)
+        self.fallbacks = _fallbacks(program)
+        self.batch = _batch(program)
+        self.timings = dict(program.timings)
+
+    def __rich__(self) -> Group:
+        parts: list[Any] = [self._table_of_rows(), Text(), self._table_of_totals(), Text()]
+        for name, count, users in self.columns:
+            parts.append(Text(f"columns on the V axis: {count} {name}, for {', '.join(users)}"))
+        parts.append(Text(f"ops on the walk without a rule: {', '.join(self.fallbacks) or 'none'}"))
+        parts.append(Text(f"batch size: {self.batch}"))
+        passes = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in self.timings.items())
+        return Group(*parts, Text(f"compiled in: {passes}"))
+
+    def __str__(self) -> str:
+        out = io.StringIO()
+        Console(file=out, width=WIDTH, color_system=None).print(self)
+        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+    __repr__ = __str__
+
+    def _table_of_rows(self) -> Table:
+        table = _table(
+            "What was chosen", ["parameter", "quantity", "rule", "algorithm"], ["FLOPs", "bytes", "time"]
+        )
+        previous = None
+        for row in self.rows:
+            if previous not in (None, row.param):
+                table.add_section()
+            style = "yellow" if row.rule == FALLBACK.name else None
+            table.add_row(
+                row.param if row.param != previous else "", row.extension, row.rule, row.algorithm,
+                short(row.flops), short(row.bytes), f"{row.share:.0%}", style=style,
+            )  # fmt: skip
+            previous = row.param
+        table.caption = "predicted by the cost model; time: share among these rows"
+        return table
+
+    def _table_of_totals(self) -> Table:
+        table = _table("What it costs", [""], ["FLOPs", "bytes", "nodes", "FLOPs / plain", "bytes / plain"])
+        plain = self.plain or Total()
+
+        def add(name: str, total: Total) -> None:
+            pairs = (total.flops, plain.flops), (total.bytes, plain.bytes)
+            ratios = [f"{own / unit:.2f}" if unit else "-" for own, unit in pairs]
+            table.add_row(name, short(total.flops), short(total.bytes), str(total.nodes or "-"), *ratios)
+
+        for stage, name in STAGES.items():
+            add(name, self.totals[stage])
+        table.add_section()
+        add("all", self.totals["program"])
+        if self.plain is not None:
+            add("plain gradient", plain)
+        table.caption = "counted: FLOPs of products and convolutions; bytes read and written, views none"
+        return table
+
+
+def _table(title: str, texts: list[str], numbers: list[str]) -> Table:
+    table = Table(*texts, title=title, title_justify="left", caption_justify="left")
+    for header in numbers:
+        table.add_column(header, justify="right")
+    return table
+
+
+def short(value: float) -> str:
+    """Three digits and a power of 1000, as in 4.72 M."""
+    units = ["", " k", " M", " G", " T"]
+    while value >= 999.5 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.3g}{units[0]}"
+
+
+# what was chosen ------------------------------------------------------------------------------------------
+
+
+def _rows(program: Program) -> list[Row]:
+    """All decisions, and a row for every quantity that needed none of its own."""
+    seconds = sum(d.seconds for d in program.decisions) or 1.0
+    rows = []
+    for param in program.params:
+        for field, label in _fields(program):
+            own = [d for d in program.decisions if d.param == param and d.extension == label]
+            own = own or [_shared(program, param, label, program.results[field][param])]
+            for d in own:
+                row = Row(param, label, d.rule, d.algorithm, d.flops, d.bytes, d.seconds, d.seconds / seconds)
+                if row not in rows:  # two extensions of one class have one label
+                    rows.append(row)
+    return rows
+
+
+def _fields(program: Program) -> list[tuple[str, str]]:
+    """(field of the result, label of its nodes), the gradient first."""
+    own = [("grad", "gradient")] if "grad" in program.results else []
+    return own + [(e.savefield, type(e).__name__) for e in program.extensions]
+
+
+def _shared(program: Program, param: str, label: str, result: fx.Node) -> Decision:
+    """Why a quantity has no contraction of its own: it reads others', is known on the walk, or is zero."""
+    if not any(stage_of(n) in ("columns", "propagate") for n in ancestors([result])):
+        return Decision(param, label, "", "zero: not reached by the loss", 0, 0, 0.0)
+    others: dict[str, None] = {}
+    seen, stack = set(), [result]
+    while stack:
+        node = stack.pop()
+        by = node.meta.get("origin", {}).get("extension", "")
+        if by and by != label:
+            others[by] = None
+        elif by and node not in seen:
+            stack.extend(node.all_input_nodes)
+        seen.add(node)
+    rules = [d.rule for d in program.decisions if d.param == param and d.extension in others]
+    how = "as " + ", ".join(others) if others else "on the walk"
+    return Decision(param, label, rules[0] if rules else "", how, 0, 0, 0.0)
+
+
+def _columns(program: Program) -> list[tuple[str, int, tuple[str, ...]]]:
+    out = []
+    for group, count in program.state["columns"].items():
+        users = [type(e).__name__ for e in program.extensions if group in groups_of(program, e.requires)]
+        if group == GRADIENT:
+            users = ["gradient", *users]
+        several = len(program.state.get("terms", ())) > 1 and group != GRADIENT
+        term = f" of loss term {group.term}" if several else ""
+        out.append((KINDS[group.kind] + term, count, tuple(dict.fromkeys(users))))
+    return out
+
+
+def _fallbacks(program: Program) -> tuple[str, ...]:
+    """Ops of the forward pass that cotangents went through without a rule."""
+    found: dict[str, None] = {}
+    for node in program.graph.nodes:
+        differentiated = stage_of(node) == "forward" and is_active(node)
+        if not differentiated or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if rule_of(node.target, program.rules) is FALLBACK:
+            found[str(node.target)] = None
+    return tuple(found)
+
+
+def _batch(program: Program) -> str:
+    batch = program.batch
+    if not batch.symbols:
+        alone = batch.size == 1
+        reason = "one sample runs as a program of its own" if alone else "torch.export fixed it in the model"
+        return f"fixed at {batch.size}: {reason}"
+    env = program.fake_mode.shape_env
+    for symbol in batch.symbols:
+        value = env.replacements.get(symbol)
+        if value is not None and not value.free_symbols:
+            origin = program.state.get("fixed_by", {})
+            where = f" by {origin['op']} in '{origin.get('module', '')}'" if origin.get("op") else ""
+            return f"fixed at {value} while an op was traced{where}"
+    return f"symbolic (captured at {batch.size})"
+
+
+# what it costs --------------------------------------------------------------------------------------------
+
+
+class _Traffic(TorchDispatchMode):
+    """Counts the bytes that every op reads and writes; views move none."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not getattr(func, "is_view", False):
+            self.bytes += _bytes((args, kwargs, out))
+        return out
+
+
+def _bytes(tree: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in pytree.tree_leaves(tree) if isinstance(t, Tensor))
+
+
+class _Counter(fx.Interpreter):
+    """Runs a graph on fake tensors and keeps the work of each stage."""
+
+    def __init__(self, gm: fx.GraphModule):
+        super().__init__(gm)
+        self.stages = dict.fromkeys(STAGES, Total())
+        self.flops, self.traffic = FlopCounterMode(display=False), _Traffic()
+
+    def run_node(self, node: fx.Node) -> Any:
+        """Run one node and book its work."""
+        before = self.flops.get_total_flops(), self.traffic.bytes
+        out = super().run_node(node)
+        if node.op == "call_function":
+            done = self.flops.get_total_flops() - before[0], self.traffic.bytes - before[1]
+            self.stages[stage_of(node)] += Total(*done, nodes=1)
+        return out
+
+
+def _count_program(program: Program) -> dict[str, Total]:
+    counter = _Counter(program.gm)
+    with _fake_mode() as mode, torch.no_grad(), counter.traffic, counter.flops:
+        counter.run(*_fakes(mode, program))
+    return {**counter.stages, "program": sum(counter.stages.values(), Total())}
+
+
+def _count_plain(program: Program) -> Total | None:
+    """Forward and backward of the program's forward part by autograd; without a loss, of the output's sum."""
+    counter = _Counter(_only(program, [program.loss] if program.loss is not None else program.output_leaves))
+    with _fake_mode() as mode, torch.enable_grad(), counter.traffic, counter.flops:
+        fakes = _fakes(mode, program)
+        bound = zip(fakes, program.inputs, strict=True)
+        params = [
+            t.requires_grad_() for t, what in bound if what.kind == "param" and what.name in program.params
+        ]
+        outputs = counter.run(*fakes)
+        try:
+            total = sum(t.sum() for t in outputs if t.is_floating_point())
+            torch.autograd.grad(total, params, allow_unused=True)
+        except (RuntimeError, NotImplementedError):  # a custom op whose only derivative is its rule
+            return None
+    return Total(counter.flops.get_total_flops(), counter.traffic.bytes)
+
+
+def _only(program: Program, targets: list[fx.Node]) -> fx.GraphModule:
+    """The program's graph cut at `targets`, with provenance."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.graph_copy(program.graph, copies)
+    graph.output(tuple(copies[t] for t in targets))
+    graph.eliminate_dead_code()
+    return fx.GraphModule(program.gm, graph)
+
+
+def _fake_mode() -> FakeTensorMode:
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _fakes(mode: FakeTensorMode, program: Program) -> list[Any]:
+    """A fake tensor for every placeholder, at the batch size of capture."""
+    out = []
+    for node in program.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        val = node.meta.get("val")
+        if isinstance(val, Tensor):
+            val = torch.empty(size(val), dtype=val.dtype, device=val.device)
+        out.append(val)
+    return out

@@ -1,0 +1,33 @@
+"""Lookups in a table."""
+
+from __future__ import annotations
+
+import torch
+
+from fxcurv.factors import Factor, Gather
+from fxcurv.placement import MIXED, Replicate, samples_first
+from fxcurv.rules.base import Call, Rule, register
+
+aten = torch.ops.aten
+
+
+@register(aten.embedding.default)
+class Embedding(Rule):
+    """y[...] = W[index[...]]; rows at `padding_idx` get no gradient."""
+
+    name = "embedding"
+
+    def linear(self, active):
+        return True
+
+    def place(self, sites, args, shape, n):
+        weight, index = sites[0], sites[1]
+        return index.place if isinstance(weight.place, Replicate) else MIXED
+
+    def factors(self, call: Call, position: int, g) -> Factor:
+        weight, index, padding, by_frequency, _ = call.args
+        if by_frequency:
+            raise NotImplementedError("scale_grad_by_freq counts rows over the whole batch")
+        index = samples_first(index, call.places[1]).flatten(1)
+        g = samples_first(g, call.place, lead=1).flatten(2, -2)
+        return Gather(index, g, weight.shape[0], int(padding))

@@ -1,0 +1,109 @@
+"""Every extension on every case, against the oracle, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CASES
+from oracle import Oracle
+
+import fxcurv
+from fxcurv.extensions import (
+    BatchDiagGGNExact,
+    BatchDiagGGNMC,
+    BatchGrad,
+    BatchL2Grad,
+    ClippedGrad,
+    DiagGGNExact,
+    DiagGGNMC,
+    Jacobian,
+    SqrtGGNExact,
+    SqrtGGNMC,
+    SumGradSquared,
+    Variance,
+)
+
+MAX_NORM = 0.1
+SUBSAMPLING = [0, 0]
+EXACT = [
+    BatchGrad(),
+    BatchGrad(subsampling=SUBSAMPLING, savefield="grad_batch_sub"),
+    BatchL2Grad(),
+    SumGradSquared(),
+    Variance(),
+    ClippedGrad(MAX_NORM),
+    ClippedGrad(MAX_NORM, over="param", savefield="grad_clipped_param"),
+    DiagGGNExact(),
+    BatchDiagGGNExact(),
+    SqrtGGNExact(),
+    SqrtGGNExact(subsampling=SUBSAMPLING, savefield="sqrt_sub"),
+]
+SAMPLED = [DiagGGNMC(mc_samples=3), BatchDiagGGNMC(mc_samples=3), SqrtGGNMC(mc_samples=3)]
+PLAIN = ("grad", "grad_batch", "batch_l2", "sum_grad_squared", "variance", "diag_ggn_exact", "diag_ggn_exact_batch")
+
+
+def compiled_case(case, extensions, **kwargs):
+    model, loss, inputs, targets = case.build()
+    compiled = fxcurv.compile(model, loss, extensions, batch_dim=case.batch_dim, debug=True, **kwargs)
+    arguments = (inputs,) if targets is None else (inputs, targets)
+    return compiled, arguments, Oracle(model, loss, inputs, targets, **case.oracle)
+
+
+def close(actual, expected, name):
+    assert set(actual) == set(expected), name
+    for param, value in expected.items():
+        torch.testing.assert_close(actual[param], value, rtol=1e-7, atol=1e-10, msg=lambda m, p=param: f"{name} of {p}: {m}")
+
+
+def gram(columns):
+    """sum_v s s^T of [V, N, *P] over v, per sample."""
+    flat = columns.flatten(2)
+    return torch.einsum("vnp,vnq->npq", flat, flat)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exact_quantities(name):
+    case = CASES[name]
+    if "nonconvex" in case.tags:
+        extensions = [e for e in EXACT if not e.needs_convex]
+    else:
+        extensions = EXACT
+    compiled, arguments, oracle = compiled_case(case, extensions)
+    result = compiled(*arguments)
+    torch.testing.assert_close(result.loss, oracle.loss())
+    for field in PLAIN:
+        if hasattr(result, field):
+            close(getattr(result, field), getattr(oracle, field)(), field)
+    close(result.grad_batch_sub, oracle.grad_batch(subsampling=SUBSAMPLING), "grad_batch_sub")
+    close(result.grad_clipped, oracle.grad_clipped(MAX_NORM, "all"), "grad_clipped")
+    close(result.grad_clipped_param, oracle.grad_clipped(MAX_NORM, "param"), "grad_clipped_param")
+    torch.testing.assert_close(result.sample_norms, oracle.sample_norms())
+    if "nonconvex" in case.tags:
+        return
+    for field, expected in (
+        ("sqrt_ggn_exact", oracle.sqrt_ggn_exact()),
+        ("sqrt_sub", oracle.sqrt_ggn_exact(subsampling=SUBSAMPLING)),
+    ):
+        actual = getattr(result, field)
+        if "ambiguous_columns" in case.tags:
+            close({k: gram(v) for k, v in actual.items()}, {k: gram(v) for k, v in expected.items()}, field)
+        else:
+            close(actual, expected, field)
+
+
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if "several_leaves" not in c.tags])
+def test_jacobian(name):
+    compiled, arguments, oracle = compiled_case(CASES[name], [Jacobian()])
+    close(compiled(*arguments).jacobian, oracle.jacobian(), "jacobian")
+
+
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if "nonconvex" not in c.tags])
+def test_sampled_quantities(name):
+    compiled, arguments, oracle = compiled_case(CASES[name], SAMPLED)
+    result, again = compiled(*arguments, seed=7), compiled(*arguments, seed=7)
+    found = oracle.recover(result.sqrt_ggn_mc)
+    assert found.residual < 1e-7
+    for param, p in result.sqrt_ggn_mc.items():
+        torch.testing.assert_close(p, again.sqrt_ggn_mc[param], rtol=0, atol=0)
+        torch.testing.assert_close(result.diag_ggn_mc_batch[param], p.square().sum(0))
+        torch.testing.assert_close(result.diag_ggn_mc[param], p.square().sum((0, 1)))

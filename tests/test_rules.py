@@ -1,0 +1,358 @@
+"""Every registered rule and rewrite, on samples of its op, against plain autograd."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import zlib
+
+import pytest
+import torch
+from op_samples import differentiable, floats, run, samples, splits, tensors, vjp, with_leaves
+from torch.utils import _pytree as pytree
+
+from fxcurv.placement import MIXED, PARTIAL, REPLICATE, Shard, Site
+from fxcurv.rules import REWRITES, RULES, Call, LossRule, Pointwise
+from fxcurv.rules.base import FALLBACK
+from fxcurv.rules.pointwise import Arithmetic
+
+aten = torch.ops.aten
+TOLERANCE = {"rtol": 1e-8, "atol": 1e-9}
+# conversions to float32; PyTorch's hardsigmoid has 1/6 in float32 even in float64
+LOOSE = {"rtol": 1e-5, "atol": 1e-5}
+ROUGH = {torch.ops.aten.hardsigmoid.default}
+
+
+def name_of(op):
+    return str(op).removeprefix("aten.")
+
+
+def seed(op):
+    torch.manual_seed(zlib.crc32(str(op).encode()))
+
+
+def tolerance(op, y):
+    return LOOSE if op in ROUGH or any(v.dtype != torch.float64 for v in floats(y)) else TOLERANCE
+
+
+def call_at(op, args, y, place=REPLICATE, places=None, sizes=None):
+    leaves = pytree.tree_leaves(args)
+    places = places or tuple(REPLICATE for _ in leaves)
+    y = tuple(y) if isinstance(y, (tuple, list)) else y
+    return Call(op, args, y, place, places, sizes or tuple(None for _ in leaves))
+
+
+def cotangents(y, v):
+    """Random [V, *y] for each floating-point output, as the walk gives them."""
+    g = [torch.randn(v, *o.shape, dtype=o.dtype) for o in floats(y)]
+    return tuple(g) if isinstance(y, (tuple, list)) else g[0]
+
+
+def by_hand_only_first(rule, g):
+    """A hand-written rule of an op with several outputs is given the cotangent of the first one only."""
+    return g[:1] if isinstance(g, tuple) and not type(rule).transpose is type(FALLBACK).transpose else g
+
+
+def reference_vjp(op, args, y, wrt, g, k):
+    """Column k."""
+    given = [t[k] for t in (g if isinstance(g, tuple) else (g,))]
+    rest = [torch.zeros_like(o) for o in floats(y)[len(given) :]]
+    return vjp(op, args, wrt, [*given, *rest])
+
+
+def frozen_random(op, args, y):
+    """A random op as a function of its first argument with the randomness of `y`."""
+    if op is aten.native_dropout.default:
+        scale = 0.0 if args[1] >= 1 else 1 / (1 - args[1])
+        return aten.mul.Tensor, (args[0], y[1].to(y[0].dtype) * scale), y[0]
+    return op, args, y
+
+
+@pytest.mark.parametrize("op", RULES, ids=name_of)
+def test_transpose(op):
+    seed(op)
+    rule, found = RULES[op], samples(op)
+    assert found, "no samples"
+    for _, args in found:
+        y = run(op, args)
+        positions = differentiable(op, args)
+        ref_op, ref_args, ref_y = frozen_random(op, args, y)
+        groups = {(i,) for i in positions} | ({tuple(positions)} if positions else set())
+        for wrt, v in itertools.product(sorted(groups), (1, 3)):
+            g = by_hand_only_first(rule, cotangents(y, v))
+            actual = rule.transpose(call_at(op, args, y), wrt, g)
+            assert len(actual) == len(wrt)
+            ref_g = g[0] if op is not ref_op else g
+            for k in range(v):
+                expected = reference_vjp(ref_op, ref_args, ref_y, wrt, ref_g, k)
+                for a, e in zip(actual, expected, strict=True):
+                    assert a.dtype == e.dtype
+                    torch.testing.assert_close(a[k], e, **tolerance(op, y), msg=lambda m: f"{op} {wrt} {shapes(args)}: {m}")
+
+
+def shapes(args):
+    return pytree.tree_map(lambda a: list(a.shape) if isinstance(a, torch.Tensor) else a, args)
+
+
+# Piecewise linear, and PyTorch has no derivative of its derivative.
+NO_DOUBLE_BACKWARD = {aten.hardsigmoid.default}
+
+
+def of_kind(kind):
+    return [op for op, rule in RULES.items() if isinstance(rule, kind)]
+
+
+@pytest.mark.parametrize("op", of_kind(Pointwise), ids=name_of)
+def test_pointwise_derivatives(op):
+    seed(op)
+    rule = RULES[op]
+    for _, (x, *rest) in samples(op):
+        x = x.detach().clone().requires_grad_()
+        y = run(op, (x, *rest))
+        (first,) = torch.autograd.grad(y.sum(), [x], create_graph=True)
+        second = torch.zeros_like(x)
+        if first.requires_grad and op not in NO_DOUBLE_BACKWARD:
+            (second,) = torch.autograd.grad(first.sum(), [x], allow_unused=True)
+            second = torch.zeros_like(x) if second is None else second
+        with torch.no_grad():
+            torch.testing.assert_close(rule.d1(x, y, *rest) + 0.0 * x, first, **tolerance(op, y), equal_nan=True)
+            if rule.piecewise_linear:
+                torch.testing.assert_close(torch.zeros_like(x), second)
+            elif rule.d2 is not None:
+                torch.testing.assert_close(rule.d2(x, y, *rest), second, **TOLERANCE, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", RULES, ids=name_of)
+def test_linear_is_affine(op):
+    """What a rule calls linear has no second difference."""
+    seed(op)
+    rule = RULES[op]
+    for _, args in samples(op):
+        ref_op, ref_args, _ = frozen_random(op, args, run(op, args))
+        positions = differentiable(op, args)
+        subsets = [c for r in range(1, min(len(positions), 3) + 1) for c in itertools.combinations(positions, r)]
+        for active in subsets:
+            if not rule.linear(list(active)):
+                continue
+            # one array of directions, so that products of arguments are seen too
+            moves = {i: torch.randn_like(tensors(args)[i]) for i in active}
+            values = [
+                floats(run(ref_op, with_leaves(ref_args, {i: tensors(args)[i] + s * d for i, d in moves.items()})))[0]
+                for s in (-1.0, 0.0, 1.0)
+            ]
+            second = values[0] + values[2] - 2 * values[1]
+            scale = max(v.abs().nan_to_num(posinf=0).max().item() if v.numel() else 0 for v in values)
+            bound = (1e-5 if values[0].dtype != torch.float64 else 1e-11) * (1 + scale)
+            assert second[second.isfinite()].abs().amax() < bound if second.numel() else True, (op, active, shapes(args))
+
+
+def placements(args, n_limit=40):
+    """Placements of an op's tensor arguments at which their sizes agree on N, as (n, {position: place})."""
+    options = {}
+    for i, x in tensors(args).items():
+        options[i] = [(None, REPLICATE)]
+        for d, size in enumerate(x.shape):
+            options[i] += [(n, Shard(d, outer, inner)) for outer, n, inner in splits(size)]
+    every = []
+    for chosen in itertools.islice(itertools.product(*options.values()), 20000):
+        sizes = {n for n, _ in chosen if n}
+        if len(sizes) == 1 and sum(p != REPLICATE for _, p in chosen) <= 2:
+            every.append((sizes.pop(), dict(zip(options, (p for _, p in chosen), strict=True))))
+    plain = [e for e in every if all(p == REPLICATE or p.outer == p.inner == 1 for p in e[1].values())]
+    rng = random.Random(0)
+    rng.shuffle(plain)
+    rng.shuffle(every)
+    return (plain[:n_limit] + every[: n_limit // 2])[:n_limit]
+
+
+def placed(rule, op, args, y, n, where, active):
+    """The placement that a rule claims for the (first) output."""
+    first = floats(y)[0] if floats(y) else pytree.tree_leaves(y)[0]
+    leaves = pytree.tree_leaves(args)
+    sites = [
+        Site(tuple(leaf.shape), where[i], i in active) if isinstance(leaf, torch.Tensor) else None
+        for i, leaf in enumerate(leaves)
+    ]
+    return rule.place(sites, args, tuple(first.shape), n)
+
+
+def owner(shape, place, n):
+    """[*shape]: which sample each element belongs to."""
+    slots = torch.arange(shape[place.dim]).div(place.inner, rounding_mode="floor") % n
+    return slots.view(-1, *[1] * (len(shape) - place.dim - 1)).expand(shape)
+
+
+def redraw(args, where, n, samples_):
+    """The arguments with the slices of some samples drawn anew, the same ones whatever the other samples are."""
+    generator, new = torch.Generator().manual_seed(3), {}
+    for i, place in where.items():
+        x = tensors(args)[i]
+        if place == REPLICATE:
+            continue
+        if x.is_floating_point():
+            other = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) * 0.4 + 0.3
+        else:
+            other = torch.where(x == 0, 1, torch.where(x > 0, 0, x)).to(x.dtype)
+        chosen = torch.isin(owner(x.shape, place, n), torch.tensor(samples_, dtype=torch.long))
+        new[i] = torch.where(chosen, other, x)
+    return with_leaves(args, new)
+
+
+@pytest.mark.parametrize("op", RULES, ids=name_of)
+def test_place(op):
+    """Redraw one sample: only what a rule gives to that sample may move."""
+    seed(op)
+    rule, seen = RULES[op], 0
+    for _, args in samples(op):
+        y = run(op, args)
+        for n, where in placements(args):
+            active = differentiable(op, args)
+            found = placed(rule, op, args, y, n, where, active)
+            if found is None or found == MIXED:
+                continue
+            seen += 1
+            ref_op, ref_args, _ = frozen_random(op, args, y)
+            outs = [floats(run(ref_op, redraw(ref_args, where, n, s)))[0] for s in ([], *[[k] for k in range(n)])]
+            base, singles = outs[0], outs[1:]
+            told = (op, shapes(args), n, where, found)
+            if isinstance(found, Shard):
+                assert base.shape[found.dim] == found.outer * n * found.inner, told
+                mine = owner(base.shape, found, n)
+                for k, moved in enumerate(singles):
+                    assert same(moved[mine != k], base[mine != k]), told
+            elif found == REPLICATE:
+                assert all(same(moved, base) for moved in singles), told
+            elif found == PARTIAL:
+                every = floats(run(ref_op, redraw(ref_args, where, n, list(range(n)))))[0]
+                total = base + sum(moved - base for moved in singles)
+                torch.testing.assert_close(every, total, **tolerance(op, every))
+    assert seen, "no placement was claimed"
+
+
+def same(a, b):
+    return torch.allclose(a, b, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+def entries_per_sample(args, where, n, place):
+    """Whether a sample-free argument is as long as the samples' axis: it may have an entry for each sample."""
+    size = place.outer * n * place.inner
+    return any(where[i] == REPLICATE and size in x.shape for i, x in tensors(args).items())
+
+
+def factor_cases(op):
+    """(args, y, position of the parameter, N, places, the output's place) where a rule must give factors."""
+    for _, args in samples(op):
+        y = run(op, args)
+        positions = differentiable(op, args)
+        if not positions:
+            continue
+        for n, where in placements(args, 24):
+            for position in positions:
+                found = placed(RULES[op], op, args, y, n, where, positions)
+                if where[position] != REPLICATE or not isinstance(found, Shard):
+                    continue
+                if isinstance(RULES[op], Arithmetic) or not entries_per_sample(args, where, n, found):
+                    yield args, y, position, n, where, found
+
+
+def per_sample(op, args, y, position, n, place, g):
+    """P [V, N, *param], one column and sample at a time: the cotangent is that sample's slice."""
+    first = floats(y)[0]
+    mine = owner(first.shape, place, n)
+    columns = g[0] if isinstance(g, tuple) else g
+    rows = []
+    for k in range(n):
+        masked = torch.where(mine == k, columns, 0.0)
+        rows.append(torch.stack([reference_vjp(op, args, y, (position,), (c.unsqueeze(0),), 0)[0] for c in masked]))
+    return torch.stack(rows, 1)
+
+
+@pytest.mark.parametrize("op", RULES, ids=name_of)
+def test_factors(op):
+    seed(op)
+    rule = RULES[op]
+    if op in (aten.expand.default,):
+        return  # its size argument needs the sizes at N = 1: test_factors_of_expand
+    for args, y, position, n, where, place in factor_cases(op):
+        leaves = pytree.tree_leaves(args)
+        places = tuple(where.get(i, REPLICATE) for i in range(len(leaves)))
+        if not all(isinstance(o, torch.Tensor) for o in pytree.tree_leaves(y)) or not tensors(args):
+            continue
+        for v in (1, 2):
+            check_factor(rule, op, args, y, position, n, place, places, v)
+
+
+def check_factor(rule, op, args, y, position, n, place, places, v, sizes=None):
+    g = by_hand_only_first(rule, cotangents(y, v))
+    told = (op, shapes(args), position, n, places, place)
+    factor = rule.factors(call_at(op, args, y, place, places, sizes), position, g)
+    expected = per_sample(op, args, y, position, n, place, g)
+    kwargs = tolerance(op, y)
+    torch.testing.assert_close(factor.materialise(), expected, **kwargs, msg=lambda m: f"{told}: {m}")
+    torch.testing.assert_close(factor.dense().materialise(), expected, **kwargs)
+    torch.testing.assert_close(factor.summed(), expected.sum((0, 1)), **kwargs, msg=lambda m: f"{told} summed: {m}")
+    for shape in ((v, n), (1, n), (v, 1)):
+        weights = torch.randn(shape, dtype=expected.dtype)
+        weighted = torch.einsum("vn,vn...->...", weights.expand(v, n), expected)
+        torch.testing.assert_close(factor.summed(weights), weighted, **kwargs, msg=lambda m: f"{told} weighted: {m}")
+
+
+def test_factors_of_expand():
+    op, args = aten.expand.default, (torch.randn(1, 2, dtype=torch.float64), [3, 1, 2], False)
+    sizes = (None, 1, None, None, None)
+    check_factor(RULES[op], op, args, run(op, args), 0, 3, Shard(0), (REPLICATE,) * 5, 2, sizes)
+
+
+def flat_floats(out):
+    return [o for o in pytree.tree_leaves(out) if isinstance(o, torch.Tensor)]
+
+
+@pytest.mark.parametrize("op", REWRITES, ids=name_of)
+def test_rewrite(op):
+    """A rewrite is an equation."""
+    seed(op)
+    found = samples(op)
+    assert found, "no samples"
+    for _, args in found:
+        if trained_statistics(op, args):
+            continue
+        if op is aten.scaled_dot_product_attention.default and args[4] > 0:
+            continue  # drops at random
+        expected, actual = flat_floats(run(op, args)), flat_floats(run(op, args, REWRITES[op]))
+        assert len(actual) == len(expected), shapes(args)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e, **TOLERANCE, equal_nan=True, msg=lambda m: f"{op} {shapes(args)}: {m}")
+
+
+def trained_statistics(op, args):
+    """Batch norm in training mode: capture never rewrites it."""
+    return op is aten.batch_norm.default and args[5]
+
+
+@pytest.mark.parametrize("op", of_kind(LossRule), ids=name_of)
+def test_exact_columns(op):
+    """Sum over v of s sT is the Hessian in the prediction, per sample, for a cotangent of the loss that is no 1."""
+    seed(op)
+    for _, args in samples(op):
+        z = args[0]
+        reduced = run(op, args)
+        if reduced.ndim or not z.numel() or z.numel() > 80 or not torch.isfinite(reduced):
+            continue
+        wide = z if op is not aten.cross_entropy_loss.default or z.ndim > 1 else z.unsqueeze(0)
+        place = Shard(0) if wide is z else REPLICATE
+        if place == REPLICATE:
+            continue
+        value = lambda p, args=args: 0.7 * run(op, (p, *args[1:]))  # noqa: E731
+        hessian = torch.autograd.functional.hessian(value, z).reshape(z.numel(), -1)
+        places = tuple(place if i == 0 else REPLICATE for i in range(len(pytree.tree_leaves(args))))
+        c = torch.tensor(0.7, dtype=torch.float64)
+        columns = RULES[op].exact(call_at(op, args, reduced, PARTIAL, places), c)
+        flat = columns.reshape(columns.shape[0], z.shape[0], -1)
+        blocks = torch.einsum("vnc,vnd->ncd", flat, flat)
+        expected = torch.stack([block_of(hessian, k, z) for k in range(z.shape[0])])
+        torch.testing.assert_close(blocks, expected, rtol=1e-6, atol=1e-9, msg=lambda m, a=args: f"{shapes(a)}: {m}")
+
+
+def block_of(hessian, k, z):
+    width = z[0].numel()
+    return hessian[k * width : (k + 1) * width, k * width : (k + 1) * width]
