@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -40,8 +40,8 @@ def compile(  # noqa: A001
         model: any module that `torch.export` can trace.
         loss: `loss(output, *targets) -> scalar`, a module or a callable; None for `Jacobian` alone.
         extensions: instances of classes in `fxcurv.extensions`.
-        batch_dim: the samples' dimension in the inputs: an int, or one per input (tuple, or dict by keyword), None
-            for an input without samples.
+        batch_dim: the samples' dimension in the inputs: an int, or one per input (tuple, or dict by keyword),
+            None for an input without samples.
         split: path of the submodule whose output is f (default: the model's output).
         rules: {op: Rule}, which override registered ones.
         update_buffers: write what training mode updates (running statistics) to the model, as a forward pass
@@ -49,8 +49,8 @@ def compile(  # noqa: A001
         debug: verify the program between passes and check values at every call.
 
     Returns:
-        a callable `compiled(inputs, *targets, seed=None, generator=None) -> Result`; it traces at the first call
-        for each kind of input.
+        a callable `compiled(inputs, *targets, seed=None, generator=None) -> Result`; it traces at the first
+        call for each kind of input.
 
     Raises:
         ExtensionError: for a class instead of an instance, an unknown extension, or one asked for twice.
@@ -150,8 +150,8 @@ class Result:
     def attach(self, model: nn.Module | None = None) -> Result:
         """Put the results on the parameters.
 
-        `p.grad` accumulates as `backward()` does: in place, in memory of its own, so that a later `zero_grad` or
-        another `attach` does not reach into this result. `p.<savefield>` is this result's own tensor.
+        `p.grad` accumulates as `backward()` does: in place, in memory of its own, so that a later `zero_grad`
+        or another `attach` does not reach into this result. `p.<savefield>` is this result's own tensor.
 
         Args:
             model: whose parameters (default: the compiled model; a copied or loaded result has none).
@@ -191,6 +191,13 @@ def _unflatten_result(values, context) -> Result:
 pytree.register_pytree_node(Result, _flatten_result, _unflatten_result)
 
 
+class Autocast(NamedTuple):
+    """The state of `torch.autocast`; no dtype when it is off."""
+
+    device_type: str
+    dtype: torch.dtype | None
+
+
 class Compiled:
     """A model and loss, compiled for a set of quantities; programs are made per kind of input and cached."""
 
@@ -221,8 +228,9 @@ class Compiled:
         """
         arguments = self._arguments(inputs, targets)
         # results are normal tensors also under inference_mode, so that `attach` and an optimizer can use them
-        with torch.inference_mode(False), torch.no_grad():
-            program = self._program(arguments)
+        mode = self._autocast()
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(mode.device_type, enabled=False):
+            program = self._program(arguments, mode)
             flat = self._bind(program, arguments, seed, generator)
             try:
                 if self._debug or id(program) not in self._checked:
@@ -237,8 +245,9 @@ class Compiled:
     def lower(self, inputs: Any, *targets: Any) -> Program:
         """The program for this kind of input."""
         arguments = self._arguments(inputs, targets)
-        with torch.inference_mode(False), torch.no_grad():
-            return self._program(arguments)
+        mode = self._autocast()
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(mode.device_type, enabled=False):
+            return self._program(arguments, mode)
 
     def explain(self, inputs: Any, *targets: Any):
         """A report: per parameter the rule, the algorithm, FLOPs and bytes; totals; the columns carried."""
@@ -255,16 +264,22 @@ class Compiled:
         for e in self.extensions:
             indices = getattr(e, "subsampling", None) or ()
             if any(i >= n for i in indices):
-                raise ArgumentError(f"{e} asks for sample {max(indices)} of a batch of {n}: use indices below {n}")
+                raise ArgumentError(f"{e}: sample {max(indices)} of a batch of {n}, use indices below {n}")
         return arguments
 
-    def _program(self, arguments: Arguments) -> Program:
+    def _autocast(self) -> Autocast:
+        """The caller's autocast: traced into the program as casts, so off when the program runs."""
+        device = next(self.model.parameters()).device.type
+        enabled = torch.is_autocast_enabled(device)
+        return Autocast(device, torch.get_autocast_dtype(device) if enabled else None)
+
+    def _program(self, arguments: Arguments, mode: Autocast) -> Program:
         n = arguments.batch_size
-        programs = self._programs.setdefault(self._key(arguments), [])
+        programs = self._programs.setdefault((self._key(arguments), mode), [])
         for program in programs:
             if program.serves(n):
                 return program
-        program = self._lower(arguments)
+        program = self._lower(arguments, mode)
         log.info("compiled for batch size %d (%s)", n, "symbolic" if program.batch.symbols else "fixed")
         programs.append(program)
         return program
@@ -285,15 +300,16 @@ class Compiled:
         state = tuple((name, t.requires_grad, t.dtype, t.device, t.shape) for name, t in tensors)
         return tuple(leaves), arguments.structure, flags, state, n == 1
 
-    def _lower(self, arguments: Arguments) -> Program:
-        n = arguments.batch_size
-        program = self._analyse(_doubled(arguments) if n == 1 else arguments)
-        if n == 1:
-            program = specialise(program, 1)
+    def _lower(self, arguments: Arguments, mode: Autocast) -> Program:
+        single = arguments.batch_size == 1
+        program = self._analyse(_doubled(arguments) if single else arguments, mode)
+        if single:
+            program = _single(program)
         return passes.run(program, passes.PIPELINE, self._debug)
 
-    def _analyse(self, arguments: Arguments) -> Program:
-        program = capture(self.model, self.loss, arguments, self._split)
+    def _analyse(self, arguments: Arguments, mode: Autocast) -> Program:
+        with torch.autocast(mode.device_type, mode.dtype, enabled=mode.dtype is not None):
+            program = capture(self.model, self.loss, arguments, self._split)
         program.extensions, program.rules = self.extensions, self._rules
         program.state["batch_dims"] = arguments.batch_dims
         return passes.run(program, passes.ANALYSIS, self._debug)
@@ -302,6 +318,7 @@ class Compiled:
         params = dict(self.model.named_parameters())
         buffers = dict(self.model.named_buffers(remove_duplicate=False))
         of_loss = dict(_tensors(self.loss)) if isinstance(self.loss, nn.Module) else {}
+        targets = arguments.split_targets()
         flat: list[Any] = []
         for bound in program.inputs:
             if bound.kind == "param":
@@ -313,7 +330,7 @@ class Compiled:
             elif bound.kind == "seed":
                 flat.append(_seed(seed, generator, next(iter(params.values())).device))
             else:
-                flat.append((arguments.inputs if bound.kind == "input" else arguments.targets)[bound.index])
+                flat.append((arguments.inputs if bound.kind == "input" else targets)[bound.index])
         return flat
 
     def _check(self, program: Program, flat: list[Any]) -> None:
@@ -344,7 +361,7 @@ def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 
 def _own(values: tuple, flat: list[Any]) -> list[Any]:
-    """Results in memory of their own: a gradient may be just another parameter, which the optimizer changes."""
+    """Results in memory of their own: a gradient may be just another parameter, which a step changes."""
     given = {t.untyped_storage().data_ptr() for t in flat if isinstance(t, Tensor)}
     shared = [isinstance(v, Tensor) and v.untyped_storage().data_ptr() in given for v in values]
     return [v.clone() if s else v for v, s in zip(values, shared, strict=True)]
@@ -390,6 +407,22 @@ def _run_error(program: Program, arguments: Arguments, flat: list[Any], error: E
         "Way out: inputs and targets of the dtype, shape and range that the model and the loss expect (class "
         "indices: int64, below the number of classes)."
     )
+
+
+def _single(program: Program) -> Program:
+    """The program of a doubled batch for one sample."""
+    if program.fixed:
+        raise ArgumentError(
+            "the model fixes the batch size while it is traced, so a batch of one cannot be told from other "
+            "sizes of one. Way out: two samples or more, or no Python number made of the batch size in forward"
+        )
+    try:
+        return specialise(program, 1)
+    except (RuntimeError, ValueError, ZeroDivisionError) as error:
+        raise ArgumentError(
+            f"the model cannot run on a batch of one: {error}. Way out, for batch norm in training mode: more "
+            "samples, or eval()"
+        ) from error
 
 
 def _doubled(arguments: Arguments) -> Arguments:

@@ -59,8 +59,8 @@ class Slot:
 class Arguments:
     """A call's arguments: the tensors among inputs and targets, and the structures that they are in.
 
-    `inputs` and `targets` are flat lists of tensors; the templates, ((positional), {keyword}) and a tuple, hold a
-    `Slot` for each and everything else as it is. `structure` is equal for arguments whose templates are.
+    `inputs` and `targets` are flat lists of tensors; the templates, ((positional), {keyword}) and a tuple, hold
+    a `Slot` for each and everything else as it is. `structure` is equal for arguments whose templates are.
     """
 
     inputs: list[Tensor]
@@ -75,19 +75,21 @@ class Arguments:
         """N, from the inputs that have a batch dimension."""
         sizes = {t.shape[d] for t, d in zip(self.inputs, self.batch_dims, strict=True) if d is not None}
         if not sizes:
-            raise ArgumentError("no input has a batch: pass the samples' dimension of at least one as batch_dim=")
+            raise ArgumentError(
+                "no input has a batch: pass batch_dim=, the samples' dimension, for one at least"
+            )
         if len(sizes) > 1:
             raise ArgumentError(
-                f"the inputs have batch sizes {sorted(sizes)}: pass batch_dim= (a dimension, or one per input, "
-                "None for an input without a batch)"
+                f"the inputs have batch sizes {sorted(sizes)}: pass batch_dim= (a dimension, or one per "
+                "input, None for an input without a batch)"
             )
         return sizes.pop()
 
     def target_dims(self) -> list[int | None]:
         """For each target the dimension that follows the batch size, where there is one.
 
-        A target says nothing of its samples, so its sizes do: the inputs' batch dimension is asked first, then
-        the others in order, then sizes that are a multiple of N (positions of all samples flattened together).
+        A target says nothing of its samples, so its sizes do: the inputs' batch dimension is asked first, the
+        others in order, then sizes that are a multiple of N (positions of all samples flattened together).
         """
         n = self.batch_size
         first = list(dict.fromkeys(d for d in self.batch_dims if d is not None))
@@ -97,6 +99,28 @@ class Arguments:
             equal = [d for d in order if t.shape[d] == n]
             out.append(next(iter([*equal, *(d for d in order if t.shape[d] % n == 0)]), None))
         return out
+
+    def split_targets(self) -> list[Tensor]:
+        """The targets as a program takes them: flattened positions of all samples come apart.
+
+        So N is a size of its own. Samples come first among positions where they come first in the inputs.
+        """
+        n = self.batch_size
+        order = (n, -1) if 0 in self.batch_dims else (-1, n)
+        pairs = zip(self.targets, self.target_dims(), strict=True)
+        return [t if d is None or t.shape[d] == n else t.unflatten(d, order) for t, d in pairs]
+
+    def split_dims(self) -> list[int | None]:
+        """The samples' dimension in each of the split targets."""
+        pairs = zip(self.targets, self.target_dims(), strict=True)
+        inner = 0 not in self.batch_dims
+        return [d if d is None or t.shape[d] == self.batch_size else d + inner for t, d in pairs]
+
+    def join_targets(self, split: Sequence[Tensor]) -> Any:
+        """What the loss gets, from split targets."""
+        triples = zip(split, self.targets, self.target_dims(), strict=True)
+        joined = [s.flatten(d, d + 1) if s.ndim > t.ndim else s for s, t, d in triples]
+        return filled(self.target_template, joined)
 
 
 def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any) -> Arguments:
@@ -173,38 +197,60 @@ def filled(template: Any, tensors: Sequence[Tensor]) -> Any:
     return map_leaves(template, Slot, lambda slot: tensors[slot.index])
 
 
-def map_leaves(value: Any, kind: type, fn: Callable[[Any], Any], outer: tuple[int, ...] = ()) -> Any:
-    """`value`, a structure of pytrees, dataclasses and plain objects, with `fn` applied to every `kind` in it."""
+def map_leaves(value: Any, kind: type, fn: Callable[[Any], Any], memo: dict[int, Any] | None = None) -> Any:
+    """A structure of pytrees, dataclasses and plain objects, with `fn` applied to every `kind` in it."""
+    memo = {} if memo is None else memo
     if isinstance(value, kind):
         return fn(value)
     leaves, spec = pytree.tree_flatten(value)
-    if not (len(leaves) == 1 and leaves[0] is value):
-        return pytree.tree_unflatten([map_leaves(leaf, kind, fn, outer) for leaf in leaves], spec)
-    if not hasattr(value, "__dict__") or callable(value) or id(value) in outer:
+    if not _is_leaf(value, leaves):
+        return pytree.tree_unflatten([map_leaves(leaf, kind, fn, memo) for leaf in leaves], spec)
+    if id(value) in memo:
+        return memo[id(value)]
+    if not _holds(value, kind, set()):
         return value
-    members = {k: map_leaves(v, kind, fn, (*outer, id(value))) for k, v in vars(value).items()}
-    if all(members[k] is v for k, v in vars(value).items()):
-        return value
-    new = copy.copy(value)
-    for name, member in members.items():
-        object.__setattr__(new, name, member)
+    new = memo[id(value)] = copy.copy(value)
+    for name, member in vars(value).items():
+        object.__setattr__(new, name, map_leaves(member, kind, fn, memo))
     return new
 
 
-def _structure(template: Any, what: str) -> Any:
+def _is_leaf(value: Any, leaves: list[Any]) -> bool:
+    return len(leaves) == 1 and leaves[0] is value
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a leaf is an object that tensors may be members of."""
+    return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, Enum)
+
+
+def _holds(value: Any, kind: type, seen: set[int]) -> bool:
+    """Whether there is a `kind` in a structure, which may refer to itself."""
+    if isinstance(value, kind) or id(value) in seen:
+        return isinstance(value, kind)
+    seen.add(id(value))
+    leaves = pytree.tree_leaves(value)
+    if not _is_leaf(value, leaves):
+        return any(_holds(leaf, kind, seen) for leaf in leaves)
+    return _is_plain(value) and any(_holds(member, kind, seen) for member in vars(value).values())
+
+
+def _structure(template: Any, what: str, outer: tuple[int, ...] = ()) -> Any:
     """A hashable description of a template; equal ones may share a program."""
     if isinstance(template, Slot):
         return "tensor"
     leaves, spec = pytree.tree_flatten(template)
-    if not (len(leaves) == 1 and leaves[0] is template):
-        return str(spec), tuple(_structure(leaf, what) for leaf in leaves)
+    if not _is_leaf(template, leaves):
+        return str(spec), tuple(_structure(leaf, what, outer) for leaf in leaves)
+    if id(template) in outer:
+        return "itself"
+    if _is_plain(template):
+        outer = (*outer, id(template))
+        return type(template), tuple((k, _structure(v, what, outer)) for k, v in vars(template).items())
     try:
         hash(template)
     except TypeError:
-        if not hasattr(template, "__dict__"):
-            raise ArgumentError(f"the {what} hold a {type(template).__name__}: pass tensors") from None
-    if hasattr(template, "__dict__") and not callable(template) and not isinstance(template, Enum):
-        return type(template), tuple((k, _structure(v, what)) for k, v in vars(template).items())
+        raise ArgumentError(f"the {what} hold a {type(template).__name__}: pass tensors") from None
     return type(template), template
 
 
@@ -244,7 +290,7 @@ class _Captured(nn.Module):
         self.record.leaves = len(leaves)
         loss = None
         if self.loss is not None:
-            loss = _scalar(self._loss_of(output, filled(self.arguments.target_template, targets)))
+            loss = _scalar(self._loss_of(output, self.arguments.join_targets(targets)))
         return loss, leaves, marked
 
     def _loss_of(self, output: Any, targets: tuple) -> Any:
@@ -259,7 +305,7 @@ class _Captured(nn.Module):
                 f"the loss fails on the model's output, {described(tensors)}, and the targets, "
                 f"{described(self.arguments.targets)}:\n"
                 f"{_where(error, self)}{type(error).__name__}: {_reason(error)}\n"
-                "Way out: targets of the number, shape and dtype that the loss expects (class indices are int64)."
+                "Way out: targets of the number, shape and dtype that the loss expects (class indices: int64)."
             ) from error
 
     @contextlib.contextmanager
@@ -277,11 +323,13 @@ class _Captured(nn.Module):
 
 def _scalar(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor):
-        raise LossError(f"the loss returned a {type(loss).__name__}, not a tensor: return a scalar, no .item()")
+        raise LossError(
+            f"the loss is a {type(loss).__name__}, not a tensor: return a scalar, without .item()"
+        )
     if loss.numel() != 1:
         raise LossError(f"the loss is {described([loss])}, not a scalar: reduce it by .sum() or .mean()")
     if not loss.is_floating_point():
-        raise LossError(f"the loss has dtype {loss.dtype}, so it is not differentiable: return a floating-point one")
+        raise LossError(f"the loss is {loss.dtype}, so not differentiable: return a floating-point scalar")
     return loss if loss.ndim == 0 else loss.reshape(())
 
 
@@ -306,11 +354,13 @@ def _no_custom_functions():
         if cls.__name__.startswith("GeneratedBackwardFor_") or cls.__name__ == "_NoopSaveInputs":
             return original(cls, *args, **kwargs)
         frames = [f for f in inspect.stack() if is_user_file(f.filename)]
+        line = _line(frames[0].filename, frames[0].lineno, frames[0].function) if frames else ""
         raise CustomFunctionError(
-            f"the model calls the custom autograd function '{cls.__qualname__}', whose backward tracing would "
-            f"drop silently.\n{_line(frames[0].filename, frames[0].lineno, frames[0].function) if frames else ''}"
-            "Way out: write it as plain PyTorch ops (x + (f(x) - x).detach() for a straight-through estimator), "
-            "or as a torch.library.custom_op with register_autograd; for checkpointing, use_reentrant=False."
+            f"the model calls the custom autograd function '{cls.__qualname__}', whose backward tracing "
+            f"would drop silently.\n{line}"
+            "Way out: write it as plain PyTorch ops (x + (f(x) - x).detach() for a straight-through "
+            "estimator), or as a torch.library.custom_op with register_autograd; for checkpointing, "
+            "use_reentrant=False."
         )
 
     with mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)):
@@ -352,17 +402,18 @@ def _quiet():
 
 
 def _export(wrapped: _Captured, arguments: Arguments):
-    shapes = (
-        [{d: Dim.AUTO} if d is not None else None for d in arguments.batch_dims],
-        [{d: Dim.AUTO} if d is not None else None for d in arguments.target_dims()],
+    dims = arguments.batch_dims, arguments.split_dims()
+    shapes = tuple([{d: Dim.AUTO} if d is not None else None for d in part] for part in dims)
+    # autograd saves nothing of tensors made under inference_mode
+    inputs, targets = (
+        [t.clone() if t.is_inference() else t for t in tensors]
+        for tensors in (arguments.inputs, arguments.split_targets())
     )
     was_training = [(m, m.training) for m in wrapped.model.modules()]
     wrapped.training = wrapped.model.training
     try:
         with torch.enable_grad(), _no_custom_functions(), _user_frames():
-            return torch.export.export(
-                wrapped, (arguments.inputs, arguments.targets), dynamic_shapes=shapes, strict=False
-            )
+            return torch.export.export(wrapped, (inputs, targets), dynamic_shapes=shapes, strict=False)
     finally:
         for module, training in was_training:
             module.training = training
@@ -384,9 +435,9 @@ def _capture_error(error: Exception, wrapped: _Captured) -> CaptureError:
     return CaptureError(
         f"torch.export cannot trace the model or its loss:\n"
         f"{_where(error, wrapped)}{type(error).__name__}: {_reason(error)}\n"
-        "What usually helps: inputs of the shapes and dtypes that the model expects, no branch on a tensor's value "
-        "(use torch.where), no .item() or numpy in forward, outputs made of tensors. The full reason is in the "
-        "exception's __cause__."
+        "What usually helps: inputs of the shapes and dtypes that the model expects, no branch on a tensor's "
+        "value (use torch.where), no .item() or numpy in forward, outputs made of tensors. The full reason is "
+        "in the exception's __cause__."
     )
 
 
@@ -420,8 +471,7 @@ def _detach_no_grad_regions(exported) -> None:
         if not isinstance(module, fx.GraphModule):
             continue
         graph = module.graph
-        regions = [n for n in graph.nodes if n.op == "call_function" and n.target is wrap and n.args[0] is False]
-        for node in regions:
+        for node in [n for n in graph.nodes if n.target is wrap and n.args[0] is False]:
             for user in [u for u in node.users if isinstance(u.meta.get("val"), Tensor)]:
                 with graph.inserting_after(user):
                     detached = graph.call_function(torch.ops.aten.detach.default, (user,))
@@ -456,7 +506,8 @@ def _program(model: nn.Module, wrapped: _Captured, exported, arguments: Argument
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     batch = _batch(placeholders, inputs, arguments)
     program = Program(
-        gm, inputs, batch, params, trainable, leaves, heads, loss, mutations, wrapped.record.template, constants,
+        gm, inputs, batch, params, trainable, leaves, heads, loss, mutations, wrapped.record.template,
+        constants,
     )  # fmt: skip
     program.state["fake_mode"] = next(
         n.meta["val"].fake_mode for n in placeholders if isinstance(n.meta.get("val"), Tensor)
@@ -505,14 +556,16 @@ def _outputs(signature, outputs, wrapped):
     for spec, node in zip(signature.output_specs, outputs, strict=True):
         kind = spec.kind.name
         if kind == "BUFFER_MUTATION" and not spec.target.startswith("model."):
-            raise CaptureError(f"the loss writes to its buffer '{spec.target}': keep such state outside the loss")
+            raise CaptureError(
+                f"the loss writes to its buffer '{spec.target}': keep such state outside of it"
+            )
         if kind == "BUFFER_MUTATION":
             mutations[spec.target.removeprefix("model.")] = node
         elif kind == "USER_OUTPUT":
             user.append(node)
         elif kind in ("USER_INPUT_MUTATION", "PARAMETER_MUTATION"):
             what = "input" if "INPUT" in kind else "parameter"
-            raise CaptureError(f"the model or its loss writes to {what} '{spec.target}' in place: clone it first")
+            raise CaptureError(f"the model or loss writes to {what} '{spec.target}' in place: clone it first")
     loss, *rest = user
     leaves = wrapped.record.leaves
     return mutations, loss, rest[:leaves], rest[leaves:]

@@ -35,7 +35,7 @@ NAMES = {
     "extract": "formulas of quantities",
     "select": "contractions",
 }
-BOX, LINE, GAP, ROW_GAP, MARGIN, TOP = 180, 13, 18, 26, 20, 64
+CHARACTER, LONGEST, LINE, GAP, ROW_GAP, MARGIN, TOP = 6.7, 44, 13, 18, 26, 20, 64
 FREE = {operator.getitem, operator.mul, operator.floordiv, operator.add, operator.sub}
 QUIET = {
     "clone",
@@ -65,6 +65,7 @@ class Box:
     row: float = 0.0
     x: float = 0.0
     y: float = 0.0
+    width: float = 0.0
     members: list[fx.Node] = field(default_factory=list)
 
     @property
@@ -150,7 +151,8 @@ def _box(program: Program, key: tuple, nodes: list[fx.Node], labels: dict[fx.Nod
         return Box(stage, "inputs", [title, _shape(program, nodes[0])], key, members=nodes)
     busy = [_short(n) for n in nodes if not _quiet(n)]
     ops = list(dict.fromkeys(busy))
-    shown = ", ".join(ops[:3]) + (f" +{len(ops) - 3}" if len(ops) > 3 else "")
+    fit = max(k for k in (1, 2, 3) if k == 1 or len(", ".join(ops[:k])) <= 26)
+    shown = ", ".join(ops[:fit]) + (f" +{len(ops) - fit}" if len(ops) > fit else "")
     op, module = _plain(key[1]), key[2]
     if stage in ("select", "extract"):
         lane = key[5] or "other"
@@ -240,10 +242,14 @@ def _place(graph: nx.DiGraph) -> dict[str, tuple[float, float]]:
         y += heights[row] + ROW_GAP
     spans, x = {}, float(MARGIN)
     for lane in order:
-        width = max(map(len, cells[lane].values())) if _side_by_side(lane) else 1
+        longest = max(len(line) for k in lanes[lane] for line in box[k].lines)
+        for k in lanes[lane]:
+            box[k].width = CHARACTER * min(longest, LONGEST) + GAP
+        wide = max(map(len, cells[lane].values())) if _side_by_side(lane) else 1
+        right = x + wide * (box[lanes[lane][0]].width + GAP) - GAP
         for row, members in cells[lane].items():
-            _put(graph, members, lane, x, tops[row], heights[row], width)
-        spans[lane] = (x, x + width * (BOX + GAP) - GAP)
+            _put(graph, members, (x + right) / 2, tops[row], heights[row])
+        spans[lane] = (x, right)
         x = spans[lane][1] + 3 * GAP
     return spans
 
@@ -252,25 +258,23 @@ def _side_by_side(lane: str) -> bool:
     return lane in ("forward", "walk")
 
 
-def _put(
-    graph: nx.DiGraph, members: list[int], lane: str, x: float, top: float, height: float, width: int
-) -> None:
+def _put(graph: nx.DiGraph, members: list[int], middle: float, top: float, height: float) -> None:
     """Set the coordinates of one cell: side by side and centred, or one below the other."""
-    box = graph.nodes(data="box")
-    if _side_by_side(lane):
-        x += (width - len(members)) * (BOX + GAP) / 2
-        for k in members:
-            box[k].x, box[k].y = x, top + (height - box[k].height) / 2
-            x += BOX + GAP
+    boxes = [graph.nodes[k]["box"] for k in members]
+    if _side_by_side(boxes[0].lane):
+        x = middle - sum(b.width + GAP for b in boxes) / 2 + GAP / 2
+        for b in boxes:
+            b.x, b.y = x, top + (height - b.height) / 2
+            x += b.width + GAP
         return
-    y = top + (height - sum(box[k].height for k in members) - GAP / 2 * (len(members) - 1)) / 2
-    for k in members:
-        box[k].x, box[k].y = x, y
-        y += box[k].height + GAP / 2
+    y = top + (height - sum(b.height + GAP / 2 for b in boxes) + GAP / 2) / 2
+    for b in boxes:
+        b.x, b.y = middle - b.width / 2, y
+        y += b.height + GAP / 2
 
 
 def _rows(graph: nx.DiGraph) -> None:
-    """Forward boxes by topological generation, walk boxes beside their op, the rest beside their parameter."""
+    """Forward boxes by topological generation, walk boxes beside their op, the rest by parameter."""
     box = graph.nodes(data="box")
     forward = [k for k in nx.topological_sort(graph) if box[k].stage == "forward"]
     lanes: dict[tuple, list[float]] = defaultdict(list)
@@ -359,12 +363,12 @@ def _legend(stages: set[str]) -> list[str]:
 
 def _rectangle(b: Box) -> list[str]:
     out = [
-        f'<rect x="{b.x:.1f}" y="{b.y:.1f}" width="{BOX}" height="{b.height:.1f}" rx="4" '
+        f'<rect x="{b.x:.1f}" y="{b.y:.1f}" width="{b.width:.1f}" height="{b.height:.1f}" rx="4" '
         f'fill="{COLOURS[b.stage]}" stroke="#555" stroke-width="0.8"/>'
     ]
     for k, line in enumerate(b.lines):
-        shown = line if len(line) <= 31 else line[:30] + "…"
-        out.append(_text(b.x + BOX / 2, b.y + LINE * (k + 1), shown, bold=k == 0))
+        shown = line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
+        out.append(_text(b.x + b.width / 2, b.y + LINE * (k + 1), shown, bold=k == 0))
     return out
 
 
@@ -387,14 +391,14 @@ def _edge(a: Box, b: Box) -> str:
         curve = f"{x1 - GAP:.1f},{y1:.1f} {x2 - GAP:.1f},{y2:.1f} {x2:.1f},{y2:.1f}"
     elif a.lane == b.lane and abs(a.y - b.y) > 1:
         down = b.y > a.y
-        x1, y1 = a.x + BOX / 2, a.y + a.height if down else a.y
-        x2, y2 = b.x + BOX / 2, b.y if down else b.y + b.height
+        x1, y1 = a.x + a.width / 2, a.y + a.height if down else a.y
+        x2, y2 = b.x + b.width / 2, b.y if down else b.y + b.height
         bend = (y2 - y1) / 2
         curve = f"{x1:.1f},{y1 + bend:.1f} {x2:.1f},{y2 - bend:.1f} {x2:.1f},{y2:.1f}"
     else:
         right = b.x > a.x
-        x1, y1 = a.x + (BOX if right else 0), a.y + a.height / 2
-        x2, y2 = b.x + (0 if right else BOX), b.y + b.height / 2
+        x1, y1 = a.x + (a.width if right else 0), a.y + a.height / 2
+        x2, y2 = b.x + (0 if right else b.width), b.y + b.height / 2
         bend = (x2 - x1) / 2
         curve = f"{x1 + bend:.1f},{y1:.1f} {x2 - bend:.1f},{y2:.1f} {x2:.1f},{y2:.1f}"
     return f'<path d="M {x1:.1f},{y1:.1f} C {curve}" fill="none" {style} marker-end="url(#arrow)"/>'

@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxcurv.candidates import size
-from fxcurv.passes.objective import ancestors
 from fxcurv.program import Decision, Program, is_active
 from fxcurv.quantity import GRADIENT, groups_of
 from fxcurv.rules.base import FALLBACK, rule_of
@@ -194,21 +193,30 @@ def _fields(program: Program) -> list[tuple[str, str]]:
 
 def _shared(program: Program, param: str, label: str, result: fx.Node) -> Decision:
     """Why a quantity has no contraction of its own: it reads others', is known on the walk, or is zero."""
-    if not any(stage_of(n) in ("columns", "propagate") for n in ancestors([result])):
+    if not any(stage_of(n) in ("columns", "propagate") for n in _sources(result)):
         return Decision(param, label, "", "zero: not reached by the loss", 0, 0, 0.0)
-    others: dict[str, None] = {}
-    seen, stack = set(), [result]
-    while stack:
-        node = stack.pop()
-        by = node.meta.get("origin", {}).get("extension", "")
-        if by and by != label:
-            others[by] = None
-        elif by and node not in seen:
-            stack.extend(node.all_input_nodes)
-        seen.add(node)
+    others = list(dict.fromkeys(_label(n) for n in _sources(result, label) if _label(n) not in ("", label)))
     rules = [d.rule for d in program.decisions if d.param == param and d.extension in others]
     how = "as " + ", ".join(others) if others else "on the walk"
     return Decision(param, label, rules[0] if rules else "", how, 0, 0, 0.0)
+
+
+def _label(node: fx.Node) -> str:
+    return node.meta.get("origin", {}).get("extension", "")
+
+
+def _sources(result: fx.Node, label: str | None = None) -> list[fx.Node]:
+    """`result` and what its value is computed from (sizes apart); given a label, not past other labels."""
+    found: dict[fx.Node, None] = {}
+    stack = [result]
+    while stack:
+        node = stack.pop()
+        if node in found or not isinstance(node.meta.get("val"), Tensor | tuple | list):
+            continue
+        found[node] = None
+        if label is None or _label(node) == label:
+            stack.extend(node.all_input_nodes)
+    return list(found)
 
 
 def _columns(program: Program) -> list[tuple[str, int, tuple[str, ...]]]:

@@ -1,4 +1,4 @@
-"""What bad input gets: an error of `fxcurv.errors` that names the place and the way out, and a model left alone."""
+"""What bad input gets: an error of `fxcurv.errors` that names place and way out, and a model left alone."""
 
 from __future__ import annotations
 
@@ -103,12 +103,20 @@ def nothing(*_: Any) -> Any:
 
 BAD = {
     # extensions
-    "extension class": Bad(errors.ExtensionError, ["BatchGrad is a class", "BatchGrad()"], extensions=[BatchGrad]),
+    "extension class": Bad(
+        errors.ExtensionError, ["BatchGrad is a class", "BatchGrad()"], extensions=[BatchGrad]
+    ),
     "extension class alone": Bad(errors.ExtensionError, ["BatchGrad is a class"], extensions=BatchGrad),
-    "unknown extension": Bad(errors.ExtensionError, ["'BatchGrad'", "fxcurv.extensions"], extensions=["BatchGrad"]),
-    "extension string": Bad(errors.ExtensionError, ["'BatchGrad'", "fxcurv.extensions"], extensions="BatchGrad"),
+    "unknown extension": Bad(
+        errors.ExtensionError, ["'BatchGrad'", "fxcurv.extensions"], extensions=["BatchGrad"]
+    ),
+    "extension string": Bad(
+        errors.ExtensionError, ["'BatchGrad'", "fxcurv.extensions"], extensions="BatchGrad"
+    ),
     "extensions None": Bad(errors.ExtensionError, ["None"], extensions=None),
-    "asked twice": Bad(errors.ExtensionError, ["grad_batch", "savefield="], extensions=[BatchGrad(), BatchGrad()]),
+    "asked twice": Bad(
+        errors.ExtensionError, ["grad_batch", "savefield="], extensions=[BatchGrad(), BatchGrad()]
+    ),
     "one field": Bad(
         errors.ExtensionError,
         ["variance", "savefield="],
@@ -116,11 +124,15 @@ BAD = {
     ),
     "field loss": Bad(errors.ExtensionError, ["'loss'"], extensions=[BatchGrad(savefield="loss")]),
     "field attach": Bad(errors.ExtensionError, ["'attach'"], extensions=[BatchGrad(savefield="attach")]),
-    "field shape": Bad(errors.ExtensionError, ["'shape'", "tensor"], extensions=[BatchGrad(savefield="shape")]),
+    "field shape": Bad(
+        errors.ExtensionError, ["'shape'", "tensor"], extensions=[BatchGrad(savefield="shape")]
+    ),
     "field grad": Bad(errors.ExtensionError, ["'grad'"], extensions=[BatchGrad(savefield="grad")]),
     "field no name": Bad(errors.ExtensionError, ["'a b'"], extensions=[BatchGrad(savefield="a b")]),
     "sample out of range": Bad(
-        errors.ArgumentError, ["BatchGrad", "sample 9", "batch of 6"], extensions=[BatchGrad(subsampling=[0, 9])]
+        errors.ArgumentError,
+        ["BatchGrad", "sample 9 of a batch of 6"],
+        extensions=[BatchGrad(subsampling=[0, 9])],
     ),
     "column out of range": Bad(
         errors.ArgumentError, ["SqrtGGNMC", "sample 6"], extensions=[SqrtGGNMC(subsampling=[6])]
@@ -151,13 +163,14 @@ BAD = {
     "batch_dim None": Bad(errors.ArgumentError, ["no input has a batch"], options={"batch_dim": None}),
     "batch_dim length": Bad(errors.ArgumentError, ["2 entries for 1"], options={"batch_dim": (0, 0)}),
     "batch_dim name": Bad(
-        errors.ArgumentError, ["batch_dim", "'wrong'"], x={"input": inputs()}, options={"batch_dim": {"wrong": 1}}
+        errors.ArgumentError,
+        ["batch_dim", "'wrong'"],
+        x={"input": inputs()},
+        options={"batch_dim": {"wrong": 1}},
     ),
     "batch_dim type": Bad(errors.ArgumentError, ["batch_dim", "'0'"], options={"batch_dim": "0"}),
     "split": Bad(errors.ArgumentError, ["split='nowhere'"], options={"split": "nowhere"}),
-    "seed float": Bad(
-        errors.ArgumentError, ["seed=1.5"], extensions=[DiagGGNMC()], call={"seed": 1.5}
-    ),
+    "seed float": Bad(errors.ArgumentError, ["seed=1.5"], extensions=[DiagGGNMC()], call={"seed": 1.5}),
     "seed vector": Bad(
         errors.ArgumentError, ["seed=", "int64[2]"], extensions=[DiagGGNMC()], call={"seed": torch.arange(2)}
     ),
@@ -181,16 +194,22 @@ BAD = {
     "targets missing": Bad(errors.ArgumentError, ["targets, none", "argument"], loss=F.mse_loss, y=nothing),
     # inputs that the model refuses
     "input width": Bad(errors.CaptureError, ["module '0'", "Linear", "shapes"], x=torch.zeros(N, 5)),
-    "input dtype": Bad(errors.FxcurvError, ["linear", "module '0'", "float64[6, 4]"], x=inputs(torch.float64)),
+    "input dtype": Bad(
+        errors.FxcurvError, ["linear", "module '0'", "float64[6, 4]"], x=inputs(torch.float64)
+    ),
     # losses
-    "loss of samples": Bad(errors.LossError, ["float32[6]", ".mean()"], loss=nn.CrossEntropyLoss(reduction="none")),
-    "loss a number": Bad(errors.LossError, ["float", "not a tensor"], loss=lambda f, y: 3.0),
+    "loss of samples": Bad(
+        errors.LossError, ["float32[6]", ".mean()"], loss=nn.CrossEntropyLoss(reduction="none")
+    ),
+    "loss a number": Bad(errors.LossError, ["a float", "not a tensor"], loss=lambda f, y: 3.0),
     "loss .item()": Bad(errors.LossError, ["not a tensor"], loss=lambda f, y: F.cross_entropy(f, y).item()),
     "loss an integer": Bad(
         errors.LossError, ["int64", "not differentiable"], loss=lambda f, y: (f.argmax(1) == y).sum()
     ),
     "loss not differentiable": Bad(
-        errors.LossError, ["does not depend", "differentiable"], loss=lambda f, y: (f.argmax(1) == y).float().mean()
+        errors.LossError,
+        ["does not depend", "differentiable"],
+        loss=lambda f, y: (f.argmax(1) == y).float().mean(),
     ),
     "loss of targets": Bad(
         errors.LossError, ["does not depend on any trainable parameter"], loss=lambda f, y: y.float().sum()
@@ -223,14 +242,20 @@ BAD = {
     ),
     # samples that interact
     "batch norm in training": Bad(
-        errors.MixedSamplesError, ["batch_norm", "module '1'", "BatchGrad", "eval()", "GroupNorm"], model=batch_norm
+        errors.MixedSamplesError,
+        ["batch_norm", "module '1'", "BatchGrad", "eval()", "GroupNorm"],
+        model=batch_norm,
     ),
     "samples centred": Bad(
-        errors.MixedSamplesError, ["sub", __file__, "return h - h.mean(0)", "BatchGrad"], model=lambda: Net(centred)
+        errors.MixedSamplesError,
+        ["sub", __file__, "return h - h.mean(0)", "BatchGrad"],
+        model=lambda: Net(centred),
     ),
     # models that cannot be traced
     "data-dependent branch": Bad(
-        errors.CaptureError, ["torch.export", __file__, "if h.sum() > 0:", "torch.where"], model=lambda: Net(branched)
+        errors.CaptureError,
+        ["torch.export", __file__, "if h.sum() > 0:", "torch.where"],
+        model=lambda: Net(branched),
     ),
     "numpy": Bad(
         errors.CaptureError,
@@ -262,7 +287,7 @@ def call(bad: Bad, model: Any) -> None:
 
 @pytest.mark.parametrize("name", BAD)
 def test_message(name: str) -> None:
-    """The message says it, and nothing is half-written: parameters, buffers, modes, attributes are those of before."""
+    """The message says it, and nothing is half-written."""
     bad = BAD[name]
     model = bad.model()
     compilable = isinstance(model, nn.Module) and name != "lazy"
