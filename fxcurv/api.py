@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -178,12 +179,12 @@ class Result:
         return self
 
 
-def _flatten_result(result: Result):
+def _flatten_result(result: Result) -> tuple[list[Any], Any]:
     names = list(result._fields)
     return [result._fields[n] for n in names], (tuple(names), result._extensions, result._model)
 
 
-def _unflatten_result(values, context) -> Result:
+def _unflatten_result(values: Iterable[Any], context: Any) -> Result:
     names, extensions, model = context
     return Result(dict(zip(names, values, strict=True)), extensions, model)
 
@@ -309,7 +310,9 @@ class Compiled:
 
     def _analyse(self, arguments: Arguments, mode: Autocast) -> Program:
         with torch.autocast(mode.device_type, mode.dtype, enabled=mode.dtype is not None):
-            program = capture(self.model, self.loss, arguments, self._split)
+            start = time.perf_counter()
+        program = capture(self.model, self.loss, arguments, self._split)
+        program.timings["capture"] = time.perf_counter() - start
         program.extensions, program.rules = self.extensions, self._rules
         program.state["batch_dims"] = arguments.batch_dims
         return passes.run(program, passes.ANALYSIS, self._debug)
@@ -360,11 +363,11 @@ def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
     yield from module.named_buffers(remove_duplicate=False)
 
 
-def _own(values: tuple, flat: list[Any]) -> list[Any]:
+def _own(values: tuple, flat: list[Any]) -> tuple:
     """Results in memory of their own: a gradient may be just another parameter, which a step changes."""
     given = {t.untyped_storage().data_ptr() for t in flat if isinstance(t, Tensor)}
     shared = [isinstance(v, Tensor) and v.untyped_storage().data_ptr() in given for v in values]
-    return [v.clone() if s else v for v, s in zip(values, shared, strict=True)]
+    return tuple(v.clone() if s else v for v, s in zip(values, shared, strict=True))
 
 
 def _seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -413,15 +416,15 @@ def _single(program: Program) -> Program:
     """The program of a doubled batch for one sample."""
     if program.fixed:
         raise ArgumentError(
-            "the model fixes the batch size while it is traced, so a batch of one cannot be told from other "
-            "sizes of one. Way out: two samples or more, or no Python number made of the batch size in forward"
+            "the model fixes the batch size while it is traced, so a batch of one cannot be told from "
+            "other sizes of one. Way out: two samples or more, or no batch size as a number in forward"
         )
     try:
         return specialise(program, 1)
     except (RuntimeError, ValueError, ZeroDivisionError) as error:
         raise ArgumentError(
-            f"the model cannot run on a batch of one: {error}. Way out, for batch norm in training mode: more "
-            "samples, or eval()"
+            f"the model cannot run on a batch of one: {error}. Way out, for batch norm in training mode: "
+            "more samples, or eval()"
         ) from error
 
 

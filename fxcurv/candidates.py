@@ -109,7 +109,7 @@ def _total(factors: list[Factor], one: Callable[[Dims], Cost]) -> Cost:
     return total
 
 
-# materialise -----------------------------------------------------------------------------------------------------
+# materialise -----------------------------------------------------------------------------------------
 
 
 def _materialise(spec, factors, weights):
@@ -128,7 +128,7 @@ def _materialise_cost(spec, factors):
     return _total(factors, one)
 
 
-# direct: sums of P itself need no P ------------------------------------------------------------------------------------
+# direct: sums of P itself need no P ------------------------------------------------------------------
 
 
 def _is_sum(spec, factors):
@@ -149,7 +149,7 @@ def _direct_cost(spec, factors):
     return total
 
 
-# squared factors: without weight sharing the square of a product is the product of squares ---------------------------------
+# squared factors: without weight sharing the square of a product is the product of squares -----------
 
 
 def _one_dense(spec, factors) -> bool:
@@ -183,7 +183,7 @@ def _squared_cost(spec, factors):
     return Cost(flops, 3 * d.inputs + out, d.inputs + out, 5)
 
 
-# Gram: norms from inner products of positions (the ghost norm; Goodfellow 2015, Li et al. 2022) -------------------------------
+# Gram: norms from inner products of positions (the ghost norm; Goodfellow 2015, Li et al. 2022) ------
 
 
 def _is_norm(spec, factors):
@@ -206,7 +206,7 @@ def _gram_cost(spec, factors):
     return _unfold_cost(d) + Cost(flops, d.inputs + 3 * grams, 2 * grams, 5)
 
 
-# blocked kernels: products of one sample at a time, in the cache ------------------------------------------------------------
+# blocked kernels: products of one sample at a time, in the cache -------------------------------------
 
 
 def _blockable(spec, factors):
@@ -243,7 +243,7 @@ def _blocked_norm_cost(spec, factors):
     return _unfold_cost(d) + Cost(d.flops, d.inputs + 0.4 * d.item * d.v * d.n * d.p, 0, d.n * 4)
 
 
-# embeddings -----------------------------------------------------------------------------------------------------------
+# embeddings ------------------------------------------------------------------------------------------
 
 
 def _rows_apply(spec, factors):

@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.proxy import TracerBase
 from torch.utils import _pytree as pytree
@@ -59,8 +59,8 @@ class Slot:
 class Arguments:
     """A call's arguments: the tensors among inputs and targets, and the structures that they are in.
 
-    `inputs` and `targets` are flat lists of tensors; the templates, ((positional), {keyword}) and a tuple, hold
-    a `Slot` for each and everything else as it is. `structure` is equal for arguments whose templates are.
+    `inputs` and `targets` are flat lists of tensors; the templates, ((positional), {keyword}) and a tuple,
+    hold a `Slot` for each and everything else as it is. `structure` is equal where templates are.
     """
 
     inputs: list[Tensor]
@@ -75,9 +75,7 @@ class Arguments:
         """N, from the inputs that have a batch dimension."""
         sizes = {t.shape[d] for t, d in zip(self.inputs, self.batch_dims, strict=True) if d is not None}
         if not sizes:
-            raise ArgumentError(
-                "no input has a batch: pass batch_dim=, the samples' dimension, for one at least"
-            )
+            raise ArgumentError("no input has a batch: pass batch_dim=, the samples' dimension, for one at least")
         if len(sizes) > 1:
             raise ArgumentError(
                 f"the inputs have batch sizes {sorted(sizes)}: pass batch_dim= (a dimension, or one per "
@@ -119,7 +117,7 @@ class Arguments:
     def join_targets(self, split: Sequence[Tensor]) -> Any:
         """What the loss gets, from split targets."""
         triples = zip(split, self.targets, self.target_dims(), strict=True)
-        joined = [s.flatten(d, d + 1) if s.ndim > t.ndim else s for s, t, d in triples]
+        joined = [s if d is None or s.ndim == t.ndim else s.flatten(d, d + 1) for s, t, d in triples]
         return filled(self.target_template, joined)
 
 
@@ -282,7 +280,7 @@ class _Captured(nn.Module):
             marked.append(head(t))
             return marked[-1]
 
-        with self._split_at(mark) if self.split else contextlib.nullcontext():
+        with self._split_at(self.split, mark) if self.split else contextlib.nullcontext():
             output = self.model(*args, **kwargs)
         output = output if self.split else map_leaves(output, Tensor, mark)
         leaves: list[Tensor] = []
@@ -290,12 +288,12 @@ class _Captured(nn.Module):
         self.record.leaves = len(leaves)
         loss = None
         if self.loss is not None:
-            loss = _scalar(self._loss_of(output, self.arguments.join_targets(targets)))
+            loss = _scalar(self._loss_of(self.loss, output, self.arguments.join_targets(targets)))
         return loss, leaves, marked
 
-    def _loss_of(self, output: Any, targets: tuple) -> Any:
+    def _loss_of(self, loss: Callable, output: Any, targets: tuple) -> Any:
         try:
-            return self.loss(output, *targets)
+            return loss(output, *targets)
         except (FxcurvError, GuardOnDataDependentSymNode):
             raise
         except Exception as error:
@@ -305,15 +303,15 @@ class _Captured(nn.Module):
                 f"the loss fails on the model's output, {described(tensors)}, and the targets, "
                 f"{described(self.arguments.targets)}:\n"
                 f"{_where(error, self)}{type(error).__name__}: {_reason(error)}\n"
-                "Way out: targets of the number, shape and dtype that the loss expects (class indices: int64)."
+                "Way out: targets of the number, shape and dtype that the loss expects (indices: int64)."
             ) from error
 
     @contextlib.contextmanager
-    def _split_at(self, mark):
+    def _split_at(self, path: str, mark: Callable):
         try:
-            module = self.model.get_submodule(self.split)
+            module = self.model.get_submodule(path)
         except AttributeError as error:
-            raise ArgumentError(f"split='{self.split}' is no submodule of the model: {error}") from None
+            raise ArgumentError(f"split='{path}' is no submodule of the model: {error}") from None
         handle = module.register_forward_hook(lambda _module, _args, output: map_leaves(output, Tensor, mark))
         try:
             yield
@@ -323,9 +321,7 @@ class _Captured(nn.Module):
 
 def _scalar(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor):
-        raise LossError(
-            f"the loss is a {type(loss).__name__}, not a tensor: return a scalar, without .item()"
-        )
+        raise LossError(f"the loss is a {type(loss).__name__}, not a tensor: return a scalar, without .item()")
     if loss.numel() != 1:
         raise LossError(f"the loss is {described([loss])}, not a scalar: reduce it by .sum() or .mean()")
     if not loss.is_floating_point():
@@ -347,7 +343,7 @@ def described(tensors: Sequence[Tensor]) -> str:
 @contextlib.contextmanager
 def _no_custom_functions():
     """Refuse custom autograd functions by name: export would differentiate through their forward."""
-    original = torch.autograd.Function.apply.__func__
+    original = vars(torch.autograd.Function)["apply"].__func__
 
     def apply(cls, *args, **kwargs):
         # torch.library ops carry their own backward, and checkpointing's no-op has none
@@ -367,9 +363,7 @@ def _no_custom_functions():
         yield
 
 
-def capture(
-    model: nn.Module, loss: Callable | None, arguments: Arguments, split: str | None = None
-) -> Program:
+def capture(model: nn.Module, loss: Callable | None, arguments: Arguments, split: str | None = None) -> Program:
     """Trace `model` and `loss` into a functional graph.
 
     Raises:
@@ -401,7 +395,7 @@ def _quiet():
         yield
 
 
-def _export(wrapped: _Captured, arguments: Arguments):
+def _export(wrapped: _Captured, arguments: Arguments) -> ExportedProgram:
     dims = arguments.batch_dims, arguments.split_dims()
     shapes = tuple([{d: Dim.AUTO} if d is not None else None for d in part] for part in dims)
     # autograd saves nothing of tensors made under inference_mode
@@ -435,8 +429,8 @@ def _capture_error(error: Exception, wrapped: _Captured) -> CaptureError:
     return CaptureError(
         f"torch.export cannot trace the model or its loss:\n"
         f"{_where(error, wrapped)}{type(error).__name__}: {_reason(error)}\n"
-        "What usually helps: inputs of the shapes and dtypes that the model expects, no branch on a tensor's "
-        "value (use torch.where), no .item() or numpy in forward, outputs made of tensors. The full reason is "
+        "What usually helps: inputs of the shapes and dtypes that the model expects, no branch on a value "
+        "(use torch.where), no .item() or numpy in forward, outputs made of tensors. The full reason is "
         "in the exception's __cause__."
     )
 
@@ -464,7 +458,7 @@ def _line(file: str, number: int, function: str) -> str:
     return f'  File "{file}", line {number}, in {function}: {linecache.getline(file, number).strip()}\n'
 
 
-def _detach_no_grad_regions(exported) -> None:
+def _detach_no_grad_regions(exported: ExportedProgram) -> None:
     """Decomposition inlines `no_grad` regions as ordinary ops: detach what leaves them."""
     wrap = torch.ops.higher_order.wrap_with_set_grad_enabled
     for module in exported.graph_module.modules():
@@ -485,7 +479,7 @@ def _names(model: nn.Module) -> dict[int, str]:
     return {id(p): name for name, p in model.named_parameters()}
 
 
-def _program(model: nn.Module, wrapped: _Captured, exported, arguments: Arguments) -> Program:
+def _program(model: nn.Module, wrapped: _Captured, exported: ExportedProgram, arguments: Arguments) -> Program:
     gm = fx.GraphModule(exported.graph_module, copy.deepcopy(exported.graph))
     for old, new in zip(exported.graph.nodes, gm.graph.nodes, strict=True):
         new.meta = dict(old.meta)
@@ -556,9 +550,7 @@ def _outputs(signature, outputs, wrapped):
     for spec, node in zip(signature.output_specs, outputs, strict=True):
         kind = spec.kind.name
         if kind == "BUFFER_MUTATION" and not spec.target.startswith("model."):
-            raise CaptureError(
-                f"the loss writes to its buffer '{spec.target}': keep such state outside of it"
-            )
+            raise CaptureError(f"the loss writes to its buffer '{spec.target}': keep such state outside of it")
         if kind == "BUFFER_MUTATION":
             mutations[spec.target.removeprefix("model.")] = node
         elif kind == "USER_OUTPUT":
@@ -574,7 +566,7 @@ def _outputs(signature, outputs, wrapped):
 def _batch(placeholders: list[fx.Node], inputs: list[Input], arguments: Arguments) -> Batch:
     """The symbols that stand for the batch size in the captured sizes; none if the model fixed it."""
     n = arguments.batch_size
-    symbols = set()
+    symbols: set[Any] = set()
     for node, bound in zip(placeholders, inputs, strict=True):
         val = node.meta.get("val")
         if bound.kind not in ("input", "target") or not isinstance(val, Tensor):

@@ -287,9 +287,7 @@ def _rows(graph: nx.DiGraph) -> None:
         near = [box[i].row for i in graph.predecessors(k) if box[i].stage in ("columns", "propagate")]
         if box[k].stage in ("columns", "propagate"):
             mine = lanes.get(box[k].key[1:4], [])
-            fits = [
-                row for row in mine if not near or row <= max(near)
-            ]  # of several calls, the latest not passed yet
+            fits = [row for row in mine if not near or row <= max(near)]  # of several calls, the latest not passed yet
             box[k].row = max(fits or mine or near or [len(forward)])
             if len(mine) > 1 and box[k].row in mine and box[k].stage == "propagate":
                 mine.remove(box[k].row)
@@ -319,11 +317,7 @@ def _cells(graph: nx.DiGraph, lane: list[int]) -> dict[float, list[int]]:
         return sum(near) / len(near)
 
     def position(k: int) -> tuple:
-        return (
-            (barycentre(k), rank[k])
-            if _side_by_side(box[k].lane)
-            else (params.get(box[k].key[4:5], -1), rank[k])
-        )
+        return (barycentre(k), rank[k]) if _side_by_side(box[k].lane) else (params.get(box[k].key[4:5], -1), rank[k])
 
     return {row: sorted(members, key=position) for row, members in cells.items()}
 
@@ -380,11 +374,7 @@ def _text(x: float, y: float, text: str, anchor: str = "middle", bold: bool = Fa
 def _edge(a: Box, b: Box) -> str:
     """A curve from box to box: down or up inside a lane, sideways between lanes."""
     strong = a.lane == b.lane and _side_by_side(a.lane)
-    style = (
-        'stroke="#222" stroke-width="1.4"'
-        if strong
-        else 'stroke="#888" stroke-width="0.8" stroke-opacity="0.55"'
-    )
+    style = 'stroke="#222" stroke-width="1.4"' if strong else 'stroke="#888" stroke-width="0.8" stroke-opacity="0.55"'
     if a.lane == b.lane and not _side_by_side(a.lane):
         y1, y2 = a.y + a.height / 2, b.y + b.height / 2
         x1 = x2 = a.x

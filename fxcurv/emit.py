@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -42,30 +44,37 @@ def emit(program: Program, fn: Callable, *args: Any, origin: dict[str, Any] | No
     pieces = program.state.setdefault("pieces", {})
     piece = pieces.get(key) if key is not None else None
     if piece is None:
-        piece = _trace(program, fn, leaves, spec)
+        piece = _trace(program, fn, leaves, spec, origin)
         if key is not None:
             pieces[key] = piece
     nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
     return _splice(program, piece, nodes, origin or {}, before or program.output)
 
 
-def shape_only(program: Program, fn: Callable, *args: Any) -> Any:
-    """The fake value of `fn(*args)` without a trace: for symbolic nodes that a later pass replaces."""
-    vals = pytree.tree_map(lambda a: a.meta["val"] if isinstance(a, fx.Node) else a, args)
-    with program.fake_mode, torch.no_grad():
-        return fn(*vals)
-
-
 def call(program: Program, fn: Callable, *args: Any, origin: dict[str, Any] | None = None) -> fx.Node:
     """One executable node `fn(*args)` (a `contract` node): its value is known, its body is not traced yet."""
     with program.graph.inserting_before(program.output):
         node = program.graph.call_function(fn, args)
-    node.meta["val"] = shape_only(program, fn, *args)
+    with tracing(program, origin):
+        node.meta["val"] = fn(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in args))
     node.meta["origin"] = dict(origin or {})
     return node
 
 
-def _trace(program: Program, fn: Callable, leaves: list[Any], spec: pytree.TreeSpec) -> Piece:
+@contextlib.contextmanager
+def tracing(program: Program, origin: dict[str, Any] | None):
+    """Run on fake values; notes the origin of what turns the symbolic batch size into a number.
+
+    The Python dispatcher takes the decompositions that keep sizes symbolic where a C++ kernel would fix them.
+    """
+    before = program.fixed
+    with program.fake_mode, torch.no_grad(), enable_python_dispatcher():
+        yield
+    if program.fixed and not before:
+        program.state["fixed_by"] = origin or {}
+
+
+def _trace(program: Program, fn: Callable, leaves: list[Any], spec: pytree.TreeSpec, origin) -> Piece:
     out_spec = None
 
     def flat(*vals):
@@ -76,7 +85,7 @@ def _trace(program: Program, fn: Callable, leaves: list[Any], spec: pytree.TreeS
         return out
 
     nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
-    with program.fake_mode, torch.no_grad(), warnings.catch_warnings():
+    with tracing(program, origin), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # nodes of one traced piece share their values, and a trace tells its inputs apart by identity
         vals = [_fresh(node.meta["val"]) for node in nodes]

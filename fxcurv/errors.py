@@ -6,6 +6,7 @@ import os
 import re
 
 import torch
+from torch import fx
 
 
 class FxcurvError(Exception):
@@ -53,7 +54,7 @@ def is_user_file(path: str) -> bool:
     return not path.startswith((*_INSIDE, "<eval_with_key>", "<frozen", "<string>"))
 
 
-def locate(node) -> str:
+def locate(node: fx.Node) -> str:
     """Where a node of a captured graph comes from: op, module path and the user's source line."""
     meta = node.meta
     origin = meta.get("origin", {})
@@ -65,17 +66,17 @@ def locate(node) -> str:
     return f"op {op}{where}" + (f"\n  {line}" if line else "")
 
 
-def module_path(node) -> str:
+def module_path(node: fx.Node) -> str:
     """The dotted path of the innermost user module that emitted `node` ("" for the model itself)."""
     paths = [path for path in _stack(node) if path.startswith("model.")]
     return paths[-1].removeprefix("model.") if paths else ""
 
 
-def _stack(node) -> list[str]:
+def _stack(node: fx.Node) -> list[str]:
     return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
 
 
-def _in_loss(node) -> bool:
+def _in_loss(node: fx.Node) -> bool:
     """What is captured calls the model and the loss, so what is outside the model is the loss."""
     stack = _stack(node)
     return bool(stack) and not any(path.split(".")[0] == "model" for path in stack)

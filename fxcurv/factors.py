@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, dataclass_transform
 
 import torch
 from torch import Tensor
@@ -63,6 +63,7 @@ class Factor:
         return dataclasses.replace(self, g=g)
 
 
+@dataclass_transform(frozen_default=True)
 def factor(cls):
     """Class decorator: a frozen dataclass that is a pytree of its `tensors`."""
     cls = dataclass(frozen=True)(cls)
@@ -221,7 +222,7 @@ class Gather(Factor):
         return g.new_zeros(self.rows, g.shape[1]).index_add(0, self.index.flatten(), g)
 
     def per_row(self) -> tuple[Tensor, Tensor]:
-        """(h, share): h[v, n, s] = sum of g over the sample's positions with the same index as s, and 1 / their number."""
+        """(h, share): h[v, n, s] sums g over the sample's positions with the index of s; share is 1 / their number."""
         same = (self.index.unsqueeze(1) == self.index.unsqueeze(2)).to(self.g.dtype)
         return torch.matmul(same, self.masked()), 1 / same.sum(2)
 
@@ -271,13 +272,13 @@ def combine(spec: Spec, factors: list[Factor]) -> list[Factor]:
         # built from scalars, because a traced tensor constant would not be symbolic
         index = torch.stack([torch.full((), i, dtype=torch.long, device=device) for i in spec.samples])
         factors = [f.samples(index) for f in factors]
-    first = factors[0]
+    first: Any = factors[0]
     if len(factors) == 1:
         return factors
     if all(isinstance(f, Jacobian) for f in factors):
         return [Jacobian(sum(f.g for f in factors))]
     if all(isinstance(f, Dense) and f.arrange == first.arrange for f in factors):
-        a, g = torch.cat([f.a for f in factors], 1), torch.cat([f.g for f in factors], 2)
+        a, g = (torch.cat([getattr(f, t) for f in factors], axis) for t, axis in (("a", 1), ("g", 2)))
         return [Dense(a, g, first.arrange)]
     same = lambda f: isinstance(f, Gather) and (f.rows, f.padding) == (first.rows, first.padding)  # noqa: E731
     if isinstance(first, Gather) and all(map(same, factors)):

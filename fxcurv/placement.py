@@ -64,11 +64,12 @@ def pointwise(sites: list[Site], ndim: int, linear: bool) -> Placement:
     if any(isinstance(s.place, Mixed) for s in sites):
         return MIXED
     if any(isinstance(s.place, Partial) for s in sites):
-        sharded = any(isinstance(s.place, Shard) for s in sites)
-        return PARTIAL if linear and not sharded else MIXED
+        return PARTIAL if linear and not any(isinstance(s.place, Shard) for s in sites) else MIXED
     sharded = [s for s in sites if s.active and isinstance(s.place, Shard)]
     aligned = [
-        Shard(s.place.dim + ndim - len(s.shape), s.place.outer, s.place.inner) if isinstance(s.place, Shard) else s.place
+        Shard(s.place.dim + ndim - len(s.shape), s.place.outer, s.place.inner)
+        if isinstance(s.place, Shard)
+        else s.place
         for s in sharded or sites
     ]
     return merge(aligned)

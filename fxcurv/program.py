@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from fxcurv.placement import REPLICATE, Placement, Shard
 
@@ -39,6 +40,7 @@ class Decision:
     bytes: int
     seconds: float
     rejected: tuple[tuple[str, float], ...] = ()
+    savefield: str = ""
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,7 @@ def _pruned(graph: fx.Graph) -> fx.Graph:
 
 def propagate_values(program: Program) -> None:
     """Compute every node's fake value anew, from those of the placeholders."""
-    with program.fake_mode, torch.no_grad():
+    with program.fake_mode, torch.no_grad(), enable_python_dispatcher():
         for node in program.graph.nodes:
             if node.op == "call_function":
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: a.meta["val"])

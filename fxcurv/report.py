@@ -116,9 +116,7 @@ class Report:
     __repr__ = __str__
 
     def _table_of_rows(self) -> Table:
-        table = _table(
-            "What was chosen", ["parameter", "quantity", "rule", "algorithm"], ["FLOPs", "bytes", "time"]
-        )
+        table = _table("What was chosen", ["parameter", "quantity", "rule", "algorithm"], ["FLOPs", "bytes", "time"])
         previous = None
         for row in self.rows:
             if previous not in (None, row.param):
@@ -311,9 +309,7 @@ def _count_plain(program: Program) -> Total | None:
     with _fake_mode() as mode, torch.enable_grad(), counter.traffic, counter.flops:
         fakes = _fakes(mode, program)
         bound = zip(fakes, program.inputs, strict=True)
-        params = [
-            t.requires_grad_() for t, what in bound if what.kind == "param" and what.name in program.params
-        ]
+        params = [t.requires_grad_() for t, what in bound if what.kind == "param" and what.name in program.params]
         outputs = counter.run(*fakes)
         try:
             total = sum(t.sum() for t in outputs if t.is_floating_point())

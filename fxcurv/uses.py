@@ -72,13 +72,13 @@ def _item(program: Program, node: fx.Node, k: int, val: Tensor) -> fx.Node:
     return item
 
 
-def select_group(program: Program, use: Use, group: Group) -> Factor:
+def select_group(program: Program, use: Use, group: Group, origin: dict[str, Any]) -> Factor:
     """`use.factor` with the columns of `group` only."""
     if use.groups == (group,):
         return use.factor
     start = sum(use.columns[: use.groups.index(group)])
     stop = start + use.columns[use.groups.index(group)]
-    return use.factor.with_g(emit(program, _columns, use.factor.g, start, stop))
+    return use.factor.with_g(emit(program, _columns, use.factor.g, start, stop, origin=origin))
 
 
 def _columns(g: Tensor, start: int, stop: int) -> Tensor:

@@ -77,9 +77,7 @@ def add(name: str, make: Callable[[], Parts], tags: str = "", batch_dim: Any = 0
     CASES[name] = Case(name, make, batch_dim, frozenset(tags.split()), oracle)
 
 
-def case(
-    tags: str = "", batch_dim: Any = 0, **oracle: Any
-) -> Callable[[Callable[[], Parts]], Callable[[], Parts]]:
+def case(tags: str = "", batch_dim: Any = 0, **oracle: Any) -> Callable[[Callable[[], Parts]], Callable[[], Parts]]:
     """Register the decorated function under its name."""
 
     def register(make: Callable[[], Parts]) -> Callable[[], Parts]:
@@ -143,9 +141,7 @@ CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 def stack(*layers: nn.Module, shape: tuple[int, ...], out: int = 2) -> Parts:
     """The layers, tanh between them, then flattened into a linear layer."""
-    body = nn.Sequential(
-        *[layer for pair in zip(layers, [nn.Tanh() for _ in layers], strict=True) for layer in pair]
-    )
+    body = nn.Sequential(*[layer for pair in zip(layers, [nn.Tanh() for _ in layers], strict=True) for layer in pair])
     with torch.no_grad():
         width = body(torch.randn(1, *shape)).numel()
     return classify(nn.Sequential(body, nn.Flatten(), nn.Linear(width, out)), *shape, n=3, classes=out)

@@ -171,9 +171,7 @@ def squeeze_excite() -> Parts:
         return m.head((x * gate[:, :, None, None]).flatten(1))
 
     return classify(
-        Net(
-            run, conv=nn.Conv2d(1, 3, 2), squeeze=nn.Linear(3, 2), gate=nn.Linear(2, 3), head=nn.Linear(12, 2)
-        ),
+        Net(run, conv=nn.Conv2d(1, 3, 2), squeeze=nn.Linear(3, 2), gate=nn.Linear(2, 3), head=nn.Linear(12, 2)),
         1,
         3,
         3,
@@ -190,9 +188,7 @@ def trained(norm: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, t in [*norm.named_parameters(), *norm.named_buffers()]:
             if t.is_floating_point():
-                t.copy_(
-                    torch.rand_like(t) + 0.5 if "var" in name or "weight" in name else torch.randn_like(t)
-                )
+                t.copy_(torch.rand_like(t) + 0.5 if "var" in name or "weight" in name else torch.randn_like(t))
     return norm.eval()
 
 

@@ -22,9 +22,7 @@ from torch import Tensor, nn
 # ---- losses ------------------------------
 
 
-def on_mlp(
-    loss: Callable[..., Tensor], targets: Callable[[], Any], out: int = 3, n: int = 4
-) -> Callable[[], Parts]:
+def on_mlp(loss: Callable[..., Tensor], targets: Callable[[], Any], out: int = 3, n: int = 4) -> Callable[[], Parts]:
     """A loss on the small MLP."""
     return lambda: (mlp(out=out), loss, torch.randn(n, 4), targets())
 
@@ -69,12 +67,8 @@ for _name, _make in {
         lambda: (labels(4), torch.rand(4)),
     ),
     "log_softmax_nll": on_mlp(lambda f, t: F.nll_loss(f.log_softmax(1), t), lambda: labels(4)),
-    "log_softmax_nll_weights": on_mlp(
-        lambda f, t: F.nll_loss(F.log_softmax(f, -1), t, weight=W3.to(f)), holes
-    ),
-    "by_hand": on_mlp(
-        lambda f, t: (f.logsumexp(1) - f.gather(1, t[:, None])[:, 0]).mean(), lambda: labels(4)
-    ),
+    "log_softmax_nll_weights": on_mlp(lambda f, t: F.nll_loss(F.log_softmax(f, -1), t, weight=W3.to(f)), holes),
+    "by_hand": on_mlp(lambda f, t: (f.logsumexp(1) - f.gather(1, t[:, None])[:, 0]).mean(), lambda: labels(4)),
 }.items():
     add(f"ce_{_name}", _make, "ambiguous_columns" if _name == "by_hand" else "", kind="ce")
 for _name, _make in {
@@ -102,9 +96,7 @@ for _name, _make in {
         torch.randn(4, 4),
         torch.rand(4).round(),
     ),
-    "sigmoid_in_loss": on_mlp(
-        lambda f, t: F.binary_cross_entropy(f.sigmoid(), t), lambda: torch.rand(4, 3).round()
-    ),
+    "sigmoid_in_loss": on_mlp(lambda f, t: F.binary_cross_entropy(f.sigmoid(), t), lambda: torch.rand(4, 3).round()),
 }.items():
     add(f"bce_{_name}", _make, kind="bce")
 

@@ -94,9 +94,7 @@ add(
 add("hardsigmoid", lambda: activations(F.hardsigmoid, torch.tanh), "no_hessian", kind="ce")
 add(
     "activations_joint",
-    lambda: activations(
-        F.glu, lambda x: x.softmax(-1), lambda x: x.log_softmax(-1), lambda x: F.softmin(x, -1)
-    ),
+    lambda: activations(F.glu, lambda x: x.softmax(-1), lambda x: x.log_softmax(-1), lambda x: F.softmin(x, -1)),
     kind="ce",
 )
 add(
@@ -155,9 +153,7 @@ def conv_called_twice() -> Parts:
 @case(kind="mse")
 def weight_in_two_kinds() -> Parts:
     """One weight in a linear layer, transposed in another, and elementwise."""
-    return regress(
-        Net(lambda m, x: F.linear(torch.tanh(F.linear(x, m.w)), m.w.t()) * m.w.sum(0), w=param(4, 3)), 3
-    )
+    return regress(Net(lambda m, x: F.linear(torch.tanh(F.linear(x, m.w)), m.w.t()) * m.w.sum(0), w=param(4, 3)), 3)
 
 
 @case(kind="ce", class_dim=-1, tags="ambiguous_columns")
@@ -171,9 +167,7 @@ def tied_embedding_lm() -> Parts:
 
 @case(kind="ce")
 def embedding_padding() -> Parts:
-    model = Net(
-        lambda m, t: m.head(m.emb(t).mean(1)), emb=nn.Embedding(6, 3, padding_idx=0), head=nn.Linear(3, 3)
-    )
+    model = Net(lambda m, t: m.head(m.emb(t).mean(1)), emb=nn.Embedding(6, 3, padding_idx=0), head=nn.Linear(3, 3))
     return model, nn.CrossEntropyLoss(), torch.tensor([[1, 2, 0], [3, 3, 1], [5, 0, 0]]), labels(3)
 
 
@@ -347,9 +341,7 @@ def unreached_parameter() -> Parts:
         m.dropped(x)
         return m.used(x)
 
-    return classify(
-        Net(run, used=nn.Linear(4, 3), dropped=nn.Linear(4, 2), never=nn.Linear(2, 2), raw=param(2)), 4
-    )
+    return classify(Net(run, used=nn.Linear(4, 3), dropped=nn.Linear(4, 2), never=nn.Linear(2, 2), raw=param(2)), 4)
 
 
 @case(kind="ce")

@@ -109,9 +109,7 @@ def multihead_attention_weights() -> Parts:
         out, weights = m.attention(x, memory, memory, need_weights=True)
         return out + m.scale * weights.square().sum(-1).t()[..., None]
 
-    model = Net(
-        run, attention=nn.MultiheadAttention(2, 1, kdim=3, vdim=3, add_bias_kv=True), scale=param(1)
-    ).eval()
+    model = Net(run, attention=nn.MultiheadAttention(2, 1, kdim=3, vdim=3, add_bias_kv=True), scale=param(1)).eval()
     return model, nn.MSELoss(), (torch.randn(2, 3, 2), torch.randn(3, 3, 3)), torch.randn(2, 3, 2)
 
 

@@ -33,6 +33,21 @@ ALIASES = {
 }  # fmt: skip
 
 
+def _one_image(x, weight, *rest):
+    return x.ndim < weight.ndim
+
+
+# Calls that no rule has to serve: of values without an axis of samples, and what is refused by name.
+OUTSIDE: dict[str, Callable[..., bool]] = {
+    "linear": lambda x, weight, bias: x.ndim < 2 or weight.ndim < 2,
+    "transpose": lambda x, a, b: x.ndim == 0,
+    "prelu": lambda x, weight: x.ndim == 0,
+    "embedding": lambda weight, index, padding, by_frequency, sparse: by_frequency or sparse,
+    **{f"conv{d}d": _one_image for d in (1, 2, 3)},
+    **{f"conv_transpose{d}d": _one_image for d in (1, 2, 3)},
+}
+
+
 class Recorder(TorchDispatchMode):
     """Keeps the calls of one op."""
 
@@ -212,7 +227,8 @@ def samples(op, limit: int = 8) -> list[Sample]:
         torch.manual_seed(0)
         hand = [(op, canonical(op, args, {})) for args in by_hand().get(op, [])]
         found = hand + _of_database(op, limit)
-    return [(op, args) for op, args in found if all(x.numel() for x in tensors(args).values())]
+    outside = OUTSIDE.get(op._schema.name.removeprefix("aten::"), lambda *args: False)
+    return [(op, a) for op, a in found if all(x.numel() for x in tensors(a).values()) and not outside(*a)]
 
 
 def tensors(args: Any) -> dict[int, Tensor]:

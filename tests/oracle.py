@@ -177,9 +177,7 @@ class Oracle:
         """Name -> [N, C, *P]."""
         values, shape = list(self.params.values()), self.f.shape
         rows = [derivative(entry, values) for entry in self.f.flatten()]
-        stacked = [
-            torch.stack(column).reshape(*shape, *column[0].shape) for column in zip(*rows, strict=True)
-        ]
+        stacked = [torch.stack(column).reshape(*shape, *column[0].shape) for column in zip(*rows, strict=True)]
         return dict(zip(self.params, stacked, strict=True))
 
     @cached_property
@@ -300,10 +298,7 @@ class Oracle:
 
     def ggn(self) -> Named:
         """Name -> [numel, numel]: the parameter's diagonal block."""
-        return {
-            k: torch.einsum("ncp,ncd,ndq->pq", j.flatten(2), self.h, j.flatten(2))
-            for k, j in self.jac.items()
-        }
+        return {k: torch.einsum("ncp,ncd,ndq->pq", j.flatten(2), self.h, j.flatten(2)) for k, j in self.jac.items()}
 
     def ggn_matrix(self) -> Tensor:
         """[all, all], over all parameters in their order."""

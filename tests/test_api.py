@@ -533,9 +533,7 @@ def test_a_batch_of_one() -> None:
     total = {k: torch.zeros_like(v) for k, v in three.diag_ggn_exact.items()}
     for n in range(3):
         one = compiled(*(part[n : n + 1] for part in parts))
-        close(
-            {k: v[0] / 3 for k, v in one.grad_batch.items()}, {k: v[n] for k, v in three.grad_batch.items()}
-        )
+        close({k: v[0] / 3 for k, v in one.grad_batch.items()}, {k: v[n] for k, v in three.grad_batch.items()})
         total = {k: v + one.diag_ggn_exact[k] / 3 for k, v in total.items()}
     close(total, three.diag_ggn_exact)
 

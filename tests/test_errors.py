@@ -103,20 +103,12 @@ def nothing(*_: Any) -> Any:
 
 BAD = {
     # extensions
-    "extension class": Bad(
-        errors.ExtensionError, ["BatchGrad is a class", "BatchGrad()"], extensions=[BatchGrad]
-    ),
+    "extension class": Bad(errors.ExtensionError, ["BatchGrad is a class", "BatchGrad()"], extensions=[BatchGrad]),
     "extension class alone": Bad(errors.ExtensionError, ["BatchGrad is a class"], extensions=BatchGrad),
-    "unknown extension": Bad(
-        errors.ExtensionError, ["'BatchGrad'", "fxcurv.extensions"], extensions=["BatchGrad"]
-    ),
-    "extension string": Bad(
-        errors.ExtensionError, ["'BatchGrad'", "fxcurv.extensions"], extensions="BatchGrad"
-    ),
+    "unknown extension": Bad(errors.ExtensionError, ["'BatchGrad'", "fxcurv.extensions"], extensions=["BatchGrad"]),
+    "extension string": Bad(errors.ExtensionError, ["'BatchGrad'", "fxcurv.extensions"], extensions="BatchGrad"),
     "extensions None": Bad(errors.ExtensionError, ["None"], extensions=None),
-    "asked twice": Bad(
-        errors.ExtensionError, ["grad_batch", "savefield="], extensions=[BatchGrad(), BatchGrad()]
-    ),
+    "asked twice": Bad(errors.ExtensionError, ["grad_batch", "savefield="], extensions=[BatchGrad(), BatchGrad()]),
     "one field": Bad(
         errors.ExtensionError,
         ["variance", "savefield="],
@@ -124,9 +116,7 @@ BAD = {
     ),
     "field loss": Bad(errors.ExtensionError, ["'loss'"], extensions=[BatchGrad(savefield="loss")]),
     "field attach": Bad(errors.ExtensionError, ["'attach'"], extensions=[BatchGrad(savefield="attach")]),
-    "field shape": Bad(
-        errors.ExtensionError, ["'shape'", "tensor"], extensions=[BatchGrad(savefield="shape")]
-    ),
+    "field shape": Bad(errors.ExtensionError, ["'shape'", "tensor"], extensions=[BatchGrad(savefield="shape")]),
     "field grad": Bad(errors.ExtensionError, ["'grad'"], extensions=[BatchGrad(savefield="grad")]),
     "field no name": Bad(errors.ExtensionError, ["'a b'"], extensions=[BatchGrad(savefield="a b")]),
     "sample out of range": Bad(
@@ -144,9 +134,7 @@ BAD = {
     "nothing asked": Bad(errors.ArgumentError, ["needs a loss"], loss=None, extensions=[]),
     "targets without loss": Bad(errors.ArgumentError, ["targets"], loss=None, extensions=[Jacobian()]),
     "no parameter": Bad(errors.ArgumentError, ["no trainable parameter", "requires_grad"], model=nn.Tanh),
-    "all frozen": Bad(
-        errors.ArgumentError, ["no trainable parameter"], model=lambda: mlp().requires_grad_(False)
-    ),
+    "all frozen": Bad(errors.ArgumentError, ["no trainable parameter"], model=lambda: mlp().requires_grad_(False)),
     "lazy": Bad(errors.ArgumentError, ["'weight'", "not initialised"], model=lambda: nn.LazyLinear(3)),
     "empty batch": Bad(errors.ArgumentError, ["batch is empty"], x=inputs()[:0], y=classes()[:0]),
     "no tensor": Bad(errors.ArgumentError, ["no tensor"], x=()),
@@ -194,13 +182,9 @@ BAD = {
     "targets missing": Bad(errors.ArgumentError, ["targets, none", "argument"], loss=F.mse_loss, y=nothing),
     # inputs that the model refuses
     "input width": Bad(errors.CaptureError, ["module '0'", "Linear", "shapes"], x=torch.zeros(N, 5)),
-    "input dtype": Bad(
-        errors.FxcurvError, ["linear", "module '0'", "float64[6, 4]"], x=inputs(torch.float64)
-    ),
+    "input dtype": Bad(errors.FxcurvError, ["linear", "module '0'", "float64[6, 4]"], x=inputs(torch.float64)),
     # losses
-    "loss of samples": Bad(
-        errors.LossError, ["float32[6]", ".mean()"], loss=nn.CrossEntropyLoss(reduction="none")
-    ),
+    "loss of samples": Bad(errors.LossError, ["float32[6]", ".mean()"], loss=nn.CrossEntropyLoss(reduction="none")),
     "loss a number": Bad(errors.LossError, ["a float", "not a tensor"], loss=lambda f, y: 3.0),
     "loss .item()": Bad(errors.LossError, ["not a tensor"], loss=lambda f, y: F.cross_entropy(f, y).item()),
     "loss an integer": Bad(

@@ -77,9 +77,7 @@ def conv(v, size, kernel, stride, padding, dilation, groups=1, extra=None, place
     for column in g:
         each = [column * (owner == m).view(-1, *[1] * (d + 1)) for m in range(n)]
         rows.append(torch.stack([torch.autograd.grad(y, weight, e, retain_graph=True)[0] for e in each]))
-    factor = Conv(
-        a, g, place, kernel, stride, padding, dilation, groups, transposed, tuple(extra or (0,) * d), shape
-    )
+    factor = Conv(a, g, place, kernel, stride, padding, dilation, groups, transposed, tuple(extra or (0,) * d), shape)
     return factor, torch.stack(rows)
 
 

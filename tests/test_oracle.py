@@ -139,9 +139,7 @@ def test_first_order_and_ggn(name):
         assert ("regularised" in CASES[name].tags) or rest[k].abs().max() == 0
     # the same per-sample gradients by autograd through f, without a Jacobian
     for i in range(len(o.f)):
-        other = torch.autograd.grad(
-            o.f[i] @ o.s[i], list(o.params.values()), retain_graph=True, allow_unused=True
-        )
+        other = torch.autograd.grad(o.f[i] @ o.s[i], list(o.params.values()), retain_graph=True, allow_unused=True)
         for k, g in zip(o.params, other, strict=True):
             close(batch[k][i], torch.zeros_like(o.params[k]) if g is None else g)
     if "nonconvex" in CASES[name].tags:
@@ -269,9 +267,7 @@ def test_draws():
 # ---- the cases ------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["mlp_relu", "transformer_decoder_lm", "ce_weights", "inputs_dict", "spectral_norm"]
-)
+@pytest.mark.parametrize("name", ["mlp_relu", "transformer_decoder_lm", "ce_weights", "inputs_dict", "spectral_norm"])
 def test_cases_build_equal_parts(name):
     """Every build gives the same numbers, in any dtype, and leaves PyTorch's state alone."""
     state, default = torch.get_rng_state(), torch.get_default_dtype()

@@ -52,7 +52,9 @@ def compiled_case(case, extensions, **kwargs):
 def close(actual, expected, name):
     assert set(actual) == set(expected), name
     for param, value in expected.items():
-        torch.testing.assert_close(actual[param], value, rtol=1e-7, atol=1e-10, msg=lambda m, p=param: f"{name} of {p}: {m}")
+        torch.testing.assert_close(
+            actual[param], value, rtol=1e-7, atol=1e-10, msg=lambda m, p=param: f"{name} of {p}: {m}"
+        )
 
 
 def gram(columns):
@@ -91,13 +93,29 @@ def test_exact_quantities(name):
             close(actual, expected, field)
 
 
-@pytest.mark.parametrize("name", [n for n, c in CASES.items() if "several_leaves" not in c.tags])
+# one of each kind by default; the slow tests take them all
+REPRESENTATIVE = {
+    "logistic_regression", "mlp_relu", "mlp_single_sample", "layer_called_twice", "tied_embedding_lm", "weight_norm_linear",
+    "low_rank_adapter", "functional_einsum", "inputs_tuple", "batch_second", "frozen_parameters", "unreached_parameter",
+    "conv2d_groups", "conv_transpose2d_stride", "residual_net", "batch_norm2d", "group_norm", "max_pool2d",
+    "transformer_encoder", "transformer_decoder_lm", "multihead_attention_inputs", "lstm", "ce_maps_ignore_weights",
+    "ce_soft", "mse_maps", "bce_weights_soft", "loss_poisson", "sigmoid_in_model", "output_tuple",
+}  # fmt: skip
+
+
+def names(*without):
+    for name, case in CASES.items():
+        if not set(without) & set(case.tags):
+            yield pytest.param(name, marks=[] if name in REPRESENTATIVE else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", names("several_leaves"))
 def test_jacobian(name):
     compiled, arguments, oracle = compiled_case(CASES[name], [Jacobian()])
     close(compiled(*arguments).jacobian, oracle.jacobian(), "jacobian")
 
 
-@pytest.mark.parametrize("name", [n for n, c in CASES.items() if "nonconvex" not in c.tags])
+@pytest.mark.parametrize("name", names("nonconvex"))
 def test_sampled_quantities(name):
     compiled, arguments, oracle = compiled_case(CASES[name], SAMPLED)
     result, again = compiled(*arguments, seed=7), compiled(*arguments, seed=7)

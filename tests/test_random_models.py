@@ -117,8 +117,8 @@ def mixing(shape, k):
 
 
 def convolution1d(shape, k):
-    layer = nn.Conv1d(shape[1], 3, 1 + k % 2)
-    return Net(lambda m, x: m.layer(x.mT).mT, layer=layer), (shape[0] - k % 2, 3)
+    cut = k % 2 if shape[0] > 1 else 0
+    return Net(lambda m, x: m.layer(x.mT).mT, layer=nn.Conv1d(shape[1], 3, 1 + cut)), (shape[0] - cut, 3)
 
 
 def positions(shape, k):
@@ -140,7 +140,13 @@ def recurrent(shape, k):
 
 
 def pooled(shape, k):
-    reductions = [lambda x: x.mean(1), lambda x: x.sum(1), lambda x: x.amax(1), lambda x: x[:, -1], lambda x: x.flatten(1)]
+    reductions = [
+        lambda x: x.mean(1),
+        lambda x: x.sum(1),
+        lambda x: x.amax(1),
+        lambda x: x[:, -1],
+        lambda x: x.flatten(1),
+    ]
     width = prod(shape) if k % 5 == 4 else shape[1]
     return Net(lambda m, x: reductions[k % 5](x)), (width,)
 
@@ -201,7 +207,11 @@ def image_branch(shape, k):
 
 
 def resize(shape, k):
-    kinds = [lambda: nn.ZeroPad2d((0, 1, 1, 0)), lambda: nn.Upsample(scale_factor=2), lambda: nn.ZeroPad2d((1, 0, 0, 0))]
+    kinds = [
+        lambda: nn.ZeroPad2d((0, 1, 1, 0)),
+        lambda: nn.Upsample(scale_factor=2),
+        lambda: nn.ZeroPad2d((1, 0, 0, 0)),
+    ]
     return convolved(kinds[k % 3](), shape) if prod(shape) < 60 else (nn.Identity(), shape)
 
 
@@ -253,7 +263,9 @@ def log_cosh(f, k):
 
 
 def negative_log_likelihood(f, k):
-    return (lambda out, y: F.nll_loss(torch.log_softmax(out, 1), y)), torch.randint(f.shape[1], (f.shape[0], *f.shape[2:]))
+    return (lambda out, y: F.nll_loss(torch.log_softmax(out, 1), y)), torch.randint(
+        f.shape[1], (f.shape[0], *f.shape[2:])
+    )
 
 
 LOSSES = [classes, squares, binary, huber, log_cosh, negative_log_likelihood]

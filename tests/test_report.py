@@ -164,9 +164,7 @@ def texts(svg) -> list[str]:
 
 def test_picture_names_everything(picture):
     shown = texts(picture)
-    for field, param in itertools.product(
-        ["grad", "grad_batch", "variance"], ["0.weight", "0.bias", "4.weight"]
-    ):
+    for field, param in itertools.product(["grad", "grad_batch", "variance"], ["0.weight", "0.bias", "4.weight"]):
         assert f"{field}[{param}]" in shown
     for text in (
         "0.weight",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -12,7 +12,7 @@ from fxcurv.emit import call, emit
 from fxcurv.factors import Contract, Factor, Jacobian, Spec
 from fxcurv.placement import samples_first
 from fxcurv.program import Program
-from fxcurv.quantity import GRADIENT, Gradient, Group, Quantity, groups_of
+from fxcurv.quantity import GRADIENT, Gradient, Group, groups_of
 from fxcurv.uses import Use, pull_back, select_group
 
 
@@ -29,13 +29,13 @@ class Extension:
         needs_convex: whether it needs a loss that is convex in the model's output.
     """
 
-    savefield: str | None = field(default=None, kw_only=True)
-    requires: ClassVar[Quantity] = Gradient()
+    savefield: str = field(default="", kw_only=True)
+    requires: ClassVar[Any] = Gradient()
     per_sample: ClassVar[bool] = True
     needs_convex: ClassVar[bool] = False
 
     def __post_init__(self):
-        if self.savefield is None:
+        if not self.savefield:
             object.__setattr__(self, "savefield", type(self).savefield)
         self.check()
 
@@ -59,8 +59,10 @@ class Param:
         self.node = program.params[name]
         self.label = type(extension).__name__ if extension is not None else "gradient"
 
-    def contract(self, power: int = 1, reduce: str = "", samples=None, weights: fx.Node | None = None, groups=None) -> fx.Node:
-        """sum over the axes in `reduce` of weights * P**power, P[v, n, *param].
+    def contract(
+        self, power: int = 1, reduce: str = "", samples=None, weights: fx.Node | None = None, groups=None
+    ) -> fx.Node:
+        """Sum over the axes in `reduce` of weights * P**power, P[v, n, *param].
 
         Args:
             reduce: letters "v" (columns), "n" (samples), "p" (the parameter's axes); the result keeps the others, in order.
@@ -81,7 +83,9 @@ class Param:
 
     def origin(self) -> dict:
         """Provenance of nodes that belong to this parameter's quantity."""
-        return {"stage": "extract", "extension": self.label, "param": self.name, "op": self.label, "module": self.name}
+        field = self.extension.savefield if self.extension is not None else "grad"
+        known = {"stage": "extract", "extension": self.label, "savefield": field, "param": self.name}
+        return {**known, "op": self.label, "module": self.name}
 
     def _of_group(self, spec: Spec, group: Group, weights: fx.Node | None) -> fx.Node:
         uses = [u for u in self.program.state["uses"][self.name] if group in u.groups]
@@ -90,7 +94,7 @@ class Param:
         if group in self.program.state["weights"]:
             weights = self.program.state["weights"][group]
             weights = self.emit(_as_column, weights)
-        factors = [select_group(self.program, u, group) for u in uses]
+        factors = [select_group(self.program, u, group, self.origin()) for u in uses]
         path = uses[0].path
         if any(u.path != path for u in uses):
             factors = [self._at_parameter(f, u) for f, u in zip(factors, uses, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -109,7 +110,7 @@ def _clip(norm: Tensor, max_norm: float) -> Tensor:
     return torch.where(norm > max_norm, max_norm / norm, torch.ones_like(norm)).unsqueeze(0)
 
 
-def freeze_indices(extension: Extension) -> None:
+def freeze_indices(extension: Any) -> None:
     """Make `subsampling` a hashable tuple of non-negative ints.
 
     Raises:
@@ -120,5 +121,7 @@ def freeze_indices(extension: Extension) -> None:
         return
     indices = tuple(int(i) for i in indices)
     if not indices or min(indices) < 0:
-        raise ExtensionError(f"{type(extension).__name__}(subsampling={list(indices)}): give indices of samples, from 0")
+        raise ExtensionError(
+            f"{type(extension).__name__}(subsampling={list(indices)}): give indices of samples, from 0"
+        )
     object.__setattr__(extension, "subsampling", indices)

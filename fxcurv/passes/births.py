@@ -129,7 +129,9 @@ def _general(walk: Walk, groups: list[Group]) -> None:
     try:
         h = emit(program, _hessian, loss, places, [*heads], [*outside], origin=origin)
     except (RuntimeError, NotImplementedError) as error:
-        raise UnsupportedOpError(f"the loss has no second derivative: {error}. Way out: write it in differentiable ops") from error
+        raise UnsupportedOpError(
+            f"the loss has no second derivative: {error}. Way out: write it in differentiable ops"
+        ) from error
     _check_convex(program, h)
     for group in groups:
         if group.kind == "signed":

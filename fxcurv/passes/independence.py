@@ -222,5 +222,3 @@ def _splits_of(shape, n: int) -> list[tuple[int, int]]:
     sizes = {s // n for s in shape if s and s % n == 0}
     pairs = {(o, s // o) for s in sizes for o in range(1, s + 1) if s % o == 0}
     return sorted(pairs, key=lambda p: (p[0] * p[1], p[0]))
-
-

@@ -120,7 +120,12 @@ def merged(walk: Walk, node: fx.Node, stacks: list[Stack]) -> Stack:
     if len(stacks) == 1:
         return first
     if all(s.groups == first.groups for s in stacks):
-        return Stack(first.groups, first.columns, emit(walk.program, _add, [s.node for s in stacks], origin=origin), first.per_sample)
+        return Stack(
+            first.groups,
+            first.columns,
+            emit(walk.program, _add, [s.node for s in stacks], origin=origin),
+            first.per_sample,
+        )
     groups = [g for g in walk.groups if any(g in s.groups for s in stacks)]
     columns = tuple(next(s.columns[s.groups.index(g)] for s in stacks if g in s.groups) for g in groups)
     parts = [[_slot(s, g) for s in stacks if g in s.groups] for g in groups]
@@ -155,7 +160,9 @@ def _tuple_stacks(walk: Walk, node: fx.Node) -> list[Stack]:
     first = next(iter(given.values()))
     if any(s.groups != first.groups for s in given.values()):
         return [Stack(s.groups, s.columns, _fill(walk, node, {k: s.node}), s.per_sample) for k, s in given.items()]
-    return [Stack(first.groups, first.columns, _fill(walk, node, {k: s.node for k, s in given.items()}), first.per_sample)]
+    return [
+        Stack(first.groups, first.columns, _fill(walk, node, {k: s.node for k, s in given.items()}), first.per_sample)
+    ]
 
 
 def _fill(walk: Walk, node: fx.Node, given: dict[int, fx.Node]) -> tuple:
@@ -223,7 +230,8 @@ def _total(walk: Walk, node: fx.Node, uses: list[Use], group: Group, fn, reduce:
     """The sum over uses of `fn` of their factors, moved to `node`."""
     parts = []
     for use in uses:
-        value = emit(walk.program, fn, select_group(walk.program, use, group), origin=origin_of(node, "propagate"))
+        origin = origin_of(node, "propagate")
+        value = emit(walk.program, fn, select_group(walk.program, use, group, origin), origin=origin)
         parts.append(pull_back(walk.program, use, value, reduce))
     return emit(walk.program, _add, parts, origin=origin_of(node, "propagate"))
 
@@ -247,7 +255,8 @@ def _summed(factor: Factor) -> Tensor:
 def _at_parameter(walk: Walk, node: fx.Node, stacks: list[Stack]) -> None:
     for stack in stacks:
         if stack.per_sample:
-            p = emit(walk.program, _unflatten_rows, stack.node, sum(stack.columns))
+            columns = sum(stack.columns)
+            p = emit(walk.program, _unflatten_rows, stack.node, columns, origin=origin_of(node, "extract"))
             walk.uses.setdefault(node, []).append(Use(Jacobian(p), stack.groups, stack.columns, "pull-back"))
         elif stack.groups == (GRADIENT,):
             walk.direct[node] = stack.node

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxcurv.candidates import CANDIDATES, Candidate, dims
+from fxcurv.candidates import CANDIDATES, dims
 from fxcurv.cost import Cost
 from fxcurv.emit import emit
 from fxcurv.factors import Contract, Spec, reduce_p
@@ -49,23 +49,25 @@ def _replace(program: Program, node: fx.Node, source: fx.Node | None) -> fx.Node
     spec = node.target.spec
     factors, weights = node.target.parts(node.args)
     fake = pytree.tree_map(lambda n: n.meta["val"] if isinstance(n, fx.Node) else n, factors)
-    allowed = [c for c in CANDIDATES if c.applies(spec, fake) and (c.differentiable or not program.state.get("create_graph"))]
-    priced = sorted(((c, c.cost(spec, fake)) for c in allowed), key=lambda pair: pair[1].seconds())
+    again = bool(program.state.get("create_graph"))
+    allowed = [c for c in CANDIDATES if c.applies(spec, fake) and (c.differentiable or not again)]
+    options = [(c.name, c.cost(spec, fake), c.run, factors) for c in allowed]
+    if source is not None and "v" in spec.reduce:
+        options.append(("reuse P", _reuse_cost(spec, fake), _from_p, source))
+    priced = sorted(options, key=lambda option: option[1].seconds())
+    name, cost, run, operands = priced[0]
     origin = {**node.meta["origin"], "stage": "select"}
-    reuse = _reuse_cost(spec, fake) if source is not None and "v" in spec.reduce else None
-    if reuse is not None and reuse.seconds() < priced[0][1].seconds():
-        best, cost = Candidate("reuse P", None, None, None), reuse
-        new = emit(program, _from_p, spec, source, weights, origin=origin, before=node)
-    else:
-        best, cost = priced[0]
-        new = emit(program, best.run, spec, factors, weights, origin=origin, before=node)
-    rejected = tuple((c.name, k.seconds()) for c, k in priced if c is not best)
-    program.decisions.append(
-        Decision(
-            origin.get("param", ""), origin.get("extension", ""), origin.get("rule", ""), best.name, int(cost.flops),
-            int(cost.bytes), cost.seconds(), rejected,
-        )
-    )  # fmt: skip
+    new = emit(program, run, spec, operands, weights, origin=origin, before=node)
+    decision = Decision(
+        *(origin.get(key, "") for key in ("param", "extension", "rule")),
+        name,
+        int(cost.flops),
+        int(cost.bytes),
+        cost.seconds(),
+        tuple((other, k.seconds()) for other, k, *_ in priced[1:]),
+        origin.get("savefield", ""),
+    )
+    program.decisions.append(decision)
     program.replace(node, new)
     program.graph.erase_node(node)
     return new

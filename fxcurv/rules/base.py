@@ -25,8 +25,8 @@ class Call:
     op: Callable
     args: tuple
     y: Any
-    place: Placement
-    places: tuple[Placement, ...]
+    place: Any
+    places: tuple[Any, ...]
     sizes: tuple[int | None, ...]
 
 

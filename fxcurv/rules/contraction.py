@@ -127,7 +127,9 @@ def _group_axes(t, labels, groups, features, lead):
     axis = {c: lead + dots + k for k, c in enumerate(named)}
     shared = [*range(lead, lead + dots), *(axis[c] for c in named if c not in groups and c not in features)]
     order = [*shared, *(axis[c] for c in groups), *(axis[c] for c in features)]
-    sizes = [prod(t.shape[d] for d in dims) for dims in (shared, [axis[c] for c in groups], [axis[c] for c in features])]
+    sizes = [
+        prod(t.shape[d] for d in dims) for dims in (shared, [axis[c] for c in groups], [axis[c] for c in features])
+    ]
     return t.permute(*range(lead), *order).reshape(*t.shape[:lead], *sizes)
 
 

@@ -75,7 +75,9 @@ def _rewrite_conv(dims: int):
         return conv(x, weight, bias, stride, [t // 2 for t in total], dilation, groups)
 
     def transposed(x, weight, bias=None, stride=(1,), padding=(0,), output_padding=(0,), groups=1, dilation=(1,)):
-        stride, padding, extra, dilation = (list(_per_dim(a, dims)) for a in (stride, padding, output_padding, dilation))
+        stride, padding, extra, dilation = (
+            list(_per_dim(a, dims)) for a in (stride, padding, output_padding, dilation)
+        )
         return aten.convolution.default(x, weight, bias, stride, padding, dilation, True, extra, groups)
 
     return conv, same, transposed

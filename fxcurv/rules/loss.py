@@ -163,4 +163,3 @@ class BinaryCrossEntropy(Elementwise):
         p = torch.sigmoid(z)
         u = noise.uniform(seed, draw.stream, draw.columns, z, call.places[0])
         return (p - (u < p).to(p.dtype)) * self._scale(call, c) * draw.columns**-0.5
-

@@ -98,7 +98,7 @@ def _pow_d2(x, y, p):
 
 
 # op: (first derivative, second derivative), of (x, y, *constants)
-SMOOTH = {
+SMOOTH: dict[Callable, tuple[Callable, Callable | None]] = {
     aten.tanh.default: (lambda x, y: 1 - y * y, lambda x, y: -2 * y * (1 - y * y)),
     aten.sigmoid.default: (lambda x, y: y * (1 - y), lambda x, y: y * (1 - y) * (1 - 2 * y)),
     aten.exp.default: (lambda x, y: y, lambda x, y: y),
@@ -114,7 +114,6 @@ SMOOTH = {
     aten.silu.default: (_silu_d1, _silu_d2),
     aten.elu.default: (_elu_d1, _elu_d2),
     aten.softplus.default: (_softplus_d1, _softplus_d2),
-    aten.log_sigmoid_forward.default: None,
     aten.log_sigmoid.default: (lambda x, y: torch.sigmoid(-x), lambda x, y: -torch.sigmoid(x) * torch.sigmoid(-x)),
     aten.hardswish.default: (_hardswish_d1, lambda x, y: ((x > -3) & (x < 3)).to(x.dtype) / 3),
     aten.mish.default: (_mish_d1, None),
@@ -123,8 +122,6 @@ SMOOTH = {
         lambda x, y: -4 / math.sqrt(math.pi) * x * torch.exp(-x * x),
     ),
 }
-SMOOTH = {op: derivatives for op, derivatives in SMOOTH.items() if derivatives}
-
 PIECEWISE_LINEAR = {
     aten.relu.default: lambda x, y: y > 0,
     aten.relu6.default: lambda x, y: (x > 0) & (x < 6),
@@ -146,9 +143,7 @@ def unbroadcast(g: Tensor, shape: Sequence[int], lead: int = 1) -> Tensor:
     extra = g.ndim - lead - len(shape)
     if extra:
         g = g.sum(list(range(lead, lead + extra)))
-    ones = [
-        lead + d for d, s in enumerate(shape) if isinstance(s, int) and s == 1 and not _is_one(g.shape[lead + d])
-    ]
+    ones = [lead + d for d, s in enumerate(shape) if isinstance(s, int) and s == 1 and not _is_one(g.shape[lead + d])]
     return g.sum(ones, keepdim=True) if ones else g
 
 
@@ -284,7 +279,9 @@ class Dropout(Rule):
         return True
 
     def place(self, sites, args, shape, n):
-        return sites[0].place if isinstance(sites[0].place, Shard) else placement.pointwise([sites[0]], len(shape), True)
+        return (
+            sites[0].place if isinstance(sites[0].place, Shard) else placement.pointwise([sites[0]], len(shape), True)
+        )
 
     def transpose(self, call: Call, wrt, g):
         _, p, _ = call.args
