@@ -309,9 +309,9 @@ class Compiled:
         return passes.run(program, passes.PIPELINE, self._debug)
 
     def _analyse(self, arguments: Arguments, mode: Autocast) -> Program:
+        start = time.perf_counter()
         with torch.autocast(mode.device_type, mode.dtype, enabled=mode.dtype is not None):
-            start = time.perf_counter()
-        program = capture(self.model, self.loss, arguments, self._split)
+            program = capture(self.model, self.loss, arguments, self._split)
         program.timings["capture"] = time.perf_counter() - start
         program.extensions, program.rules = self.extensions, self._rules
         program.state["batch_dims"] = arguments.batch_dims

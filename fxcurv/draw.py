@@ -16,6 +16,7 @@ from typing import Any
 
 import networkx as nx
 from torch import SymInt, Tensor, fx
+from torch.utils import _pytree as pytree
 
 from fxcurv.errors import module_path, source_line
 from fxcurv.program import Program
@@ -136,8 +137,9 @@ def _results(program: Program) -> dict[fx.Node, list[str]]:
     for name, node in program.extras.items():
         out[node].append(name)
     for savefield, values in program.results.items():
-        for param, node in values.items():
-            out[node].append(f"{savefield}[{param}]")
+        for param, value in values.items():
+            for node in pytree.tree_leaves(value):
+                out[node].append(f"{savefield}[{param}]")
     return out
 
 

@@ -160,16 +160,16 @@ class Conv(Factor):
     def _dense(self) -> Dense:
         out = self.g.shape[3:]
         cols = unfold(self.a, out, self.kernel, self.stride, self.padding, self.dilation)
-        a = _positions(cols, self.place, 0, self.groups)
-        g = _positions(self.g.flatten(3), self.place, 1, self.groups)
+        a = positions(cols, self.place, 0, self.groups)
+        g = positions(self.g.flatten(3), self.place, 1, self.groups)
         return Dense(a, g, Arrange(self.weight_shape, tuple(range(len(self.weight_shape))), self.weight_shape))
 
     def _dense_transposed(self) -> Dense:
         spatial = self.a.shape[2:]
         v, b = self.g.shape[:2]
         cols = unfold(self.g.flatten(0, 1), spatial, self.kernel, self.stride, self.padding, self.dilation)
-        g = _positions(cols.unflatten(0, (v, b)), self.place, 1, self.groups)
-        a = _positions(self.a.flatten(2), self.place, 0, self.groups)
+        g = positions(cols.unflatten(0, (v, b)), self.place, 1, self.groups)
+        a = positions(self.a.flatten(2), self.place, 0, self.groups)
         inputs, outputs = self.weight_shape[0] // self.groups, self.weight_shape[1]
         sizes = (self.groups, outputs, prod(self.kernel), inputs)
         return Dense(a, g, Arrange(sizes, (0, 3, 1, 2), self.weight_shape))
@@ -230,19 +230,26 @@ class Gather(Factor):
         return dataclasses.replace(self, index=self.index.index_select(0, index), g=self.g.index_select(1, index))
 
 
-def unfold(x: Tensor, out, kernel, stride, padding, dilation) -> Tensor:
-    """Patches of `x` in any number of dimensions: [B, C, *spatial] -> [B, C * prod(kernel), prod(out)]."""
+def windows(x: Tensor, out, kernel, stride, padding, dilation) -> Tensor:
+    """Patches of `x` in any number of dimensions, as a view: [B, C, *spatial] -> [B, C, *out, *kernel]."""
     dims = len(kernel)
     if any(padding):
         x = torch.nn.functional.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
     for d, (k, s, di, o) in enumerate(zip(kernel, stride, dilation, out, strict=True)):
         # a stride that does not divide leaves rows at the far end that no patch reads
         x = x.unfold(2 + d, (k - 1) * di + 1, s).narrow(2 + d, 0, o)[..., ::di]
+    return x
+
+
+def unfold(x: Tensor, out, kernel, stride, padding, dilation) -> Tensor:
+    """[B, C, *spatial] -> [B, C * prod(kernel), prod(out)]."""
+    dims = len(kernel)
     order = [0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims)]
-    return x.permute(order).reshape(x.shape[0], x.shape[1] * prod(kernel), prod(out))
+    patches = windows(x, out, kernel, stride, padding, dilation).permute(order)
+    return patches.reshape(x.shape[0], x.shape[1] * prod(kernel), prod(out))
 
 
-def _positions(t: Tensor, place: Shard, lead: int, groups: int) -> Tensor:
+def positions(t: Tensor, place: Shard, lead: int, groups: int) -> Tensor:
     """[*lead, B, groups * C, S] with samples inside B -> [*lead, N, S', groups, C] (S' takes what B holds besides)."""
     t = samples_first(t, place, lead) if place != Shard(0) else t.unsqueeze(lead + 1)
     t = t.unflatten(lead + 2, (groups, -1))

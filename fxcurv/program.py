@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch.utils import _pytree as pytree
 
 from fxcurv.placement import REPLICATE, Placement, Shard
 
@@ -90,7 +91,7 @@ class Program:
         heads: f, the leaves that the loss reads (all of them without a loss).
         loss: the scalar loss, or None.
         mutations: buffer name -> node with its new value.
-        results: field -> parameter name -> node; `extras`: field -> node.
+        results: field -> parameter name -> node, or a pytree of nodes; `extras`: field -> node.
         checks: conditions on values, verified at the first call; `finish` moves them to `check_module`, which computes
             them, and `verdicts`, the errors that go with them.
         decisions: what was chosen for each contraction.
@@ -110,7 +111,7 @@ class Program:
     extensions: tuple = ()
     rules: dict = field(default_factory=dict)
     seed: fx.Node | None = None
-    results: dict[str, dict[str, fx.Node]] = field(default_factory=dict)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
     extras: dict[str, fx.Node] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
@@ -151,7 +152,7 @@ class Program:
         """Every node that must be computed."""
         nodes = [*self.output_leaves, *self.heads, *self.mutations.values()]
         nodes += [self.loss] if self.loss is not None else []
-        nodes += [n for fields in self.results.values() for n in fields.values()]
+        nodes += pytree.tree_leaves(self.results)
         nodes += [*self.extras.values(), *(c.node for c in self.checks)]
         return list(dict.fromkeys(nodes))
 
@@ -180,7 +181,7 @@ class Program:
             table.get(self.loss),
             [table[n] for n in self.output_leaves],
             {name: table[n] for name, n in self.mutations.items()},
-            {f: {name: table[n] for name, n in nodes.items()} for f, nodes in self.results.items()},
+            pytree.tree_map(table.__getitem__, self.results),
             {f: table[n] for f, n in self.extras.items()},
         )
 
@@ -209,7 +210,7 @@ class Program:
         self.heads = [swap(n) for n in self.heads]
         self.loss = swap(self.loss)
         for table in (self.mutations, self.extras, *self.results.values()):
-            table.update({k: swap(n) for k, n in table.items()})
+            table.update({k: pytree.tree_map(swap, n) for k, n in table.items()})
         self.checks = [Check(swap(c.node), c.error) for c in self.checks]
 
 

@@ -30,10 +30,12 @@ class SqrtGGN(Quantity):
     Attributes:
         mc: number of sampled columns, None for the exact ones.
         signed: real column weights are welcome, no root is needed (diagonals).
+        empirical: the sampled column with the target itself for the sample: the gradient over sqrt(c).
     """
 
     mc: int | None = None
     signed: bool = False
+    empirical: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Identity(Quantity):
 class Group:
     """Columns of one birth: `kind` of columns at loss term or head `term`.
 
-    kind: "gradient", "exact", "mc", "signed", "root", "signs" (root times random signs) or "identity".
+    kind: "gradient", "exact", "mc", "empirical", "signed", "root", "signs" (root times random signs) or "identity".
     """
 
     kind: str
@@ -72,7 +74,9 @@ def groups_of(program: Program, quantity: Quantity) -> list[Group]:
         return [Group("gradient")]
     out = []
     for index, term in enumerate(program.state["terms"]):
-        if term.node is not None:
+        if quantity.empirical:
+            out.append(Group("empirical", index))
+        elif term.node is not None:
             out.append(Group("mc", index, quantity.mc) if quantity.mc else Group("exact", index))
         elif quantity.mc:
             out.append(Group("signs", index, quantity.mc))

@@ -35,6 +35,7 @@ KINDS = {
     "gradient": "gradient",
     "exact": "exact",
     "mc": "sampled",
+    "empirical": "empirical",
     "signed": "weighted (of the loss's Hessian)",
     "root": "root (of the loss's Hessian)",
     "signs": "root times random signs",
@@ -189,7 +190,7 @@ def _fields(program: Program) -> list[tuple[str, str]]:
     return own + [(e.savefield, type(e).__name__) for e in program.extensions]
 
 
-def _shared(program: Program, param: str, label: str, result: fx.Node) -> Decision:
+def _shared(program: Program, param: str, label: str, result: Any) -> Decision:
     """Why a quantity has no contraction of its own: it reads others', is known on the walk, or is zero."""
     if not any(stage_of(n) in ("columns", "propagate") for n in _sources(result)):
         return Decision(param, label, "", "zero: not reached by the loss", 0, 0, 0.0)
@@ -203,10 +204,10 @@ def _label(node: fx.Node) -> str:
     return node.meta.get("origin", {}).get("extension", "")
 
 
-def _sources(result: fx.Node, label: str | None = None) -> list[fx.Node]:
+def _sources(result: Any, label: str | None = None) -> list[fx.Node]:
     """`result` and what its value is computed from (sizes apart); given a label, not past other labels."""
     found: dict[fx.Node, None] = {}
-    stack = [result]
+    stack = pytree.tree_leaves(result)
     while stack:
         node = stack.pop()
         if node in found or not isinstance(node.meta.get("val"), Tensor | tuple | list):

@@ -33,13 +33,19 @@ def origin_of(node: fx.Node, stage: str, **more: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Use:
-    """One per-sample use of a sample-free value: `factor` of P, and the ops between parameter and value, outermost last."""
+    """One per-sample use of a sample-free value: `factor` of P, and the ops between parameter and value, outermost last.
+
+    `op` reads `value`, and `cotangent` [V, *y] are the columns at its output (None after a pull-back).
+    """
 
     factor: Factor
     groups: tuple[Group, ...]
     columns: tuple[int, ...]
     rule: str
     path: tuple[fx.Node, ...] = ()
+    op: fx.Node | None = None
+    value: fx.Node | None = None
+    cotangent: Any = None
 
 
 def call_of(program: Program, node: fx.Node) -> Call:
@@ -74,11 +80,17 @@ def _item(program: Program, node: fx.Node, k: int, val: Tensor) -> fx.Node:
 
 def select_group(program: Program, use: Use, group: Group, origin: dict[str, Any]) -> Factor:
     """`use.factor` with the columns of `group` only."""
+    g = columns_of(program, use, group, use.factor.g, origin)
+    return use.factor if g is use.factor.g else use.factor.with_g(g)
+
+
+def columns_of(program: Program, use: Use, group: Group, stacked: fx.Node, origin: dict[str, Any]) -> fx.Node:
+    """The rows of `group` in `stacked`, [V, ...] for all groups of `use`."""
     if use.groups == (group,):
-        return use.factor
+        return stacked
     start = sum(use.columns[: use.groups.index(group)])
     stop = start + use.columns[use.groups.index(group)]
-    return use.factor.with_g(emit(program, _columns, use.factor.g, start, stop, origin=origin))
+    return emit(program, _columns, stacked, start, stop, origin=origin)
 
 
 def _columns(g: Tensor, start: int, stop: int) -> Tensor:

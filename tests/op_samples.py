@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 Sample = tuple[Any, tuple]
+MOST = 1000
+"""Elements of an argument."""
 
 # OpInfo's name of an op where it is not the op's own.
 ALIASES = {
@@ -147,6 +149,7 @@ def by_hand() -> dict[Any, list[tuple]]:
     mean, var = t(4), t(4).abs() + 0.5
     soft = t(5, 3, 2).softmax(1)
     index = torch.tensor([0, 2, -100, 1, 1])
+    hidden = t(3, 4).masked_fill(torch.tensor([True, False, True])[:, None], -torch.inf)
     flags = [True, 2, 0.0, False, False, True]
     lstm = [t(12, 3), t(12, 3), t(12), t(12), t(12, 3), t(12, 3), t(12), t(12)]
     out = {
@@ -161,7 +164,7 @@ def by_hand() -> dict[Any, list[tuple]]:
         aten.native_dropout.default: [(t(3, 4), p, True) for p in (0.0, 0.3, 1.0)],
         aten._softmax.default: [(t(3, 4, 2), d, False) for d in (0, 1, -1)],
         aten._log_softmax.default: [(t(3, 4, 2), d, False) for d in (0, 1, -1)],
-        aten._safe_softmax.default: [(t(3, 4), -1), (t(3, 4).masked_fill(torch.tensor([True, False, True])[:, None], -torch.inf), -1)],
+        aten._safe_softmax.default: [(t(3, 4), -1), (hidden, -1)],
         aten._native_batch_norm_legit_no_training.default: [
             (t(3, 4, *extra), w, b, mean, var, 0.1, 1e-5)
             for extra in ((), (2,), (2, 3))
@@ -220,7 +223,7 @@ def by_hand() -> dict[Any, list[tuple]]:
 
 @functools.cache
 def samples(op, limit: int = 8) -> list[Sample]:
-    """Calls of `op`: by hand and up to `limit` of different shapes from the database, none of them empty."""
+    """Calls of `op`: by hand and up to `limit` of different shapes from the database, none of them empty or large."""
     random.seed(0)  # OpInfo draws sizes with it
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -228,7 +231,7 @@ def samples(op, limit: int = 8) -> list[Sample]:
         hand = [(op, canonical(op, args, {})) for args in by_hand().get(op, [])]
         found = hand + _of_database(op, limit)
     outside = OUTSIDE.get(op._schema.name.removeprefix("aten::"), lambda *args: False)
-    return [(op, a) for op, a in found if all(x.numel() for x in tensors(a).values()) and not outside(*a)]
+    return [(op, a) for op, a in found if all(0 < x.numel() <= MOST for x in tensors(a).values()) and not outside(*a)]
 
 
 def tensors(args: Any) -> dict[int, Tensor]:

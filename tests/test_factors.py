@@ -19,6 +19,7 @@ from fxcurv.placement import Shard
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
 N = 3
+PLAIN = Shard(0)
 
 
 def t(*shape):
@@ -57,7 +58,7 @@ FORWARD = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 BACK = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
-def conv(v, size, kernel, stride, padding, dilation, groups=1, extra=None, place=Shard(0), n=N):
+def conv(v, size, kernel, stride, padding, dilation, groups=1, extra=None, place=PLAIN, n=N):
     """A convolution's factor and P by autograd, one sample at a time; `extra`: transposed, with this output padding."""
     d, transposed = len(size), extra is not None
     batch, cin, cout = n * place.outer * place.inner, 2 * groups, 3 * groups

@@ -35,6 +35,10 @@ def tolerance(op, y):
     return LOOSE if op in ROUGH or any(v.dtype != torch.float64 for v in floats(y)) else TOLERANCE
 
 
+def close(actual, expected, told, **kwargs):
+    torch.testing.assert_close(actual, expected, **kwargs, msg=lambda m: f"{told}: {m}")
+
+
 def call_at(op, args, y, place=REPLICATE, places=None, sizes=None):
     leaves = pytree.tree_leaves(args)
     places = places or tuple(REPLICATE for _ in leaves)
@@ -50,7 +54,7 @@ def cotangents(y, v):
 
 def by_hand_only_first(rule, g):
     """A hand-written rule of an op with several outputs is given the cotangent of the first one only."""
-    return g[:1] if isinstance(g, tuple) and not type(rule).transpose is type(FALLBACK).transpose else g
+    return g[:1] if isinstance(g, tuple) and type(rule).transpose is not type(FALLBACK).transpose else g
 
 
 def reference_vjp(op, args, y, wrt, g, k):
@@ -87,9 +91,7 @@ def test_transpose(op):
                 expected = reference_vjp(ref_op, ref_args, ref_y, wrt, ref_g, k)
                 for a, e in zip(actual, expected, strict=True):
                     assert a.dtype == e.dtype
-                    torch.testing.assert_close(
-                        a[k], e, **tolerance(op, y), msg=lambda m: f"{op} {wrt} {shapes(args)}: {m}"
-                    )
+                    close(a[k], e, (op, wrt, shapes(args)), **tolerance(op, y))
 
 
 def shapes(args):
@@ -240,6 +242,24 @@ def test_place(op):
     assert seen, "no placement was claimed"
 
 
+@pytest.mark.parametrize("op", RULES, ids=name_of)
+def test_place_of_sums_over_samples(op):
+    """A sum over samples stays one only under linear maps, and where it meets samples they are mixed."""
+    rule = RULES[op]
+    for _, args in samples(op):
+        y, able = run(op, args), differentiable(op, args)
+        for i in able:
+            where = dict.fromkeys(tensors(args), REPLICATE) | {i: PARTIAL}
+            found = placed(rule, op, args, y, 7, where, able[:])
+            allowed = {None, MIXED} | ({PARTIAL} if rule.linear(able) else set())
+            assert found in allowed, (op, shapes(args), where)
+            for n, others in placements(args, 6):
+                meets = [k for k in able if k != i and others[k] != REPLICATE]
+                if meets:
+                    found = placed(rule, op, args, y, n, others | {i: PARTIAL}, able)
+                    assert found in (None, MIXED), (op, shapes(args), others | {i: PARTIAL})
+
+
 def same(a, b):
     return torch.allclose(a, b, rtol=1e-9, atol=1e-12, equal_nan=True)
 
@@ -299,13 +319,13 @@ def check_factor(rule, op, args, y, position, n, place, places, v, sizes=None):
     factor = rule.factors(call_at(op, args, y, place, places, sizes), position, g)
     expected = per_sample(op, args, y, position, n, place, g)
     kwargs = tolerance(op, y)
-    torch.testing.assert_close(factor.materialise(), expected, **kwargs, msg=lambda m: f"{told}: {m}")
+    close(factor.materialise(), expected, told, **kwargs)
     torch.testing.assert_close(factor.dense().materialise(), expected, **kwargs)
-    torch.testing.assert_close(factor.summed(), expected.sum((0, 1)), **kwargs, msg=lambda m: f"{told} summed: {m}")
+    close(factor.summed(), expected.sum((0, 1)), ("summed", told), **kwargs)
     for shape in ((v, n), (1, n), (v, 1)):
         weights = torch.randn(shape, dtype=expected.dtype)
         weighted = torch.einsum("vn,vn...->...", weights.expand(v, n), expected)
-        torch.testing.assert_close(factor.summed(weights), weighted, **kwargs, msg=lambda m: f"{told} weighted: {m}")
+        close(factor.summed(weights), weighted, ("weighted", told), **kwargs)
 
 
 def test_factors_of_expand():
@@ -332,7 +352,7 @@ def test_rewrite(op):
         expected, actual = flat_floats(run(op, args)), flat_floats(run(op, args, REWRITES[op]))
         assert len(actual) == len(expected), shapes(args)
         for a, e in zip(actual, expected, strict=True):
-            torch.testing.assert_close(a, e, **TOLERANCE, equal_nan=True, msg=lambda m: f"{op} {shapes(args)}: {m}")
+            close(a, e, (op, shapes(args)), **TOLERANCE, equal_nan=True)
 
 
 def trained_statistics(op, args):
@@ -361,7 +381,7 @@ def test_exact_columns(op):
         flat = columns.reshape(columns.shape[0], z.shape[0], -1)
         blocks = torch.einsum("vnc,vnd->ncd", flat, flat)
         expected = torch.stack([block_of(hessian, k, z) for k in range(z.shape[0])])
-        torch.testing.assert_close(blocks, expected, rtol=1e-6, atol=1e-9, msg=lambda m, a=args: f"{shapes(a)}: {m}")
+        close(blocks, expected, shapes(args), rtol=1e-6, atol=1e-9)
 
 
 def block_of(hessian, k, z):

@@ -11,8 +11,9 @@ from fxcurv.extensions.ggn import (
     SqrtGGNExact,
     SqrtGGNMC,
 )
+from fxcurv.extensions.kfac import EKFAC, KFAC, KFLR
 
 __all__ = [
     "BatchDiagGGNExact", "BatchDiagGGNMC", "BatchGrad", "BatchL2Grad", "ClippedGrad", "DiagGGNExact", "DiagGGNMC",
-    "Extension", "Jacobian", "Param", "SqrtGGNExact", "SqrtGGNMC", "SumGradSquared", "Variance",
+    "EKFAC", "Extension", "Jacobian", "KFAC", "KFLR", "Param", "SqrtGGNExact", "SqrtGGNMC", "SumGradSquared", "Variance",
 ]  # fmt: skip

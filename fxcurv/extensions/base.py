@@ -42,11 +42,11 @@ class Extension:
     def check(self) -> None:
         """Validate the arguments; raise `ExtensionError`."""
 
-    def extract(self, param: Param) -> fx.Node:
-        """The quantity of one parameter, as a node."""
+    def extract(self, param: Param) -> Any:
+        """The quantity of one parameter, as a node or a pytree of nodes."""
         raise NotImplementedError
 
-    def extract_all(self, params: list[Param]) -> tuple[dict[str, fx.Node], dict[str, fx.Node]]:
+    def extract_all(self, params: list[Param]) -> tuple[dict[str, Any], dict[str, fx.Node]]:
         """(the quantity of every parameter by name, extra results by field)."""
         return {p.name: self.extract(p) for p in params}, {}
 
@@ -109,6 +109,10 @@ class Param:
         p = self.emit(_materialised, factor)
         return Jacobian(pull_back(self.program, use, p, ""))
 
+    def contract_factors(self, spec: Spec, factors: list[Factor], rule: str) -> fx.Node:
+        """The reduction `spec` of the P that `factors` make, of this parameter in some other form (a rotated one)."""
+        return self._contract(spec, factors, None, rule)
+
     def _contract(self, spec: Spec, factors: list[Factor], weights: fx.Node | None, rule: str) -> fx.Node:
         target, args = Contract.of(spec, factors, weights)
         return call(self.program, target, *args, origin={**self.origin(), "rule": rule})
@@ -140,4 +144,4 @@ def _zeros(spec: Spec, columns: int, param: Tensor, head: Tensor, place) -> Tens
     n = samples_first(head, place).shape[0] if spec.samples is None else len(spec.samples)
     sizes = {"v": columns, "n": n}
     lead = [sizes[axis] for axis in "vn" if axis not in spec.reduce]
-    return param.new_zeros(*lead, *([] if "p" in spec.reduce else param.shape))
+    return param.new_zeros((*lead, *(() if "p" in spec.reduce else param.shape)))

@@ -69,6 +69,8 @@ def _closed_form(walk: Walk, term: Term, groups: list[Group]) -> None:
     for group in groups:
         if group.kind == "exact":
             columns = emit(program, _exact, rule, call, stack.node, origin=origin)
+        elif group.kind == "empirical":
+            columns = emit(program, _empirical, rule, call, stack.node, origin=origin)
         else:
             draw = Draw(group.draws, group.term)
             columns = emit(program, _sampled, rule, call, stack.node, seed_node(program), draw, origin=origin)
@@ -77,6 +79,10 @@ def _closed_form(walk: Walk, term: Term, groups: list[Group]) -> None:
 
 def _exact(rule, call, c):
     return rule.exact(call, c[0])
+
+
+def _empirical(rule, call, c):
+    return rule.empirical(call, c)
 
 
 def _sampled(rule, call, c, seed, draw):
@@ -120,6 +126,11 @@ def _general(walk: Walk, groups: list[Group]) -> None:
     from fxcurv.passes.propagate import Stack
 
     program = walk.program
+    if any(g.kind == "empirical" for g in groups):
+        raise LossError(
+            'fisher="empirical" needs a loss in closed form (cross-entropy, squares, binary cross-entropy with logits), '
+            'whose scale per sample is known. Way out: fisher="mc".'
+        )
     heads = program.heads
     places = tuple(h.meta["place"] for h in heads)
     inner = [n for n in ancestors([program.loss]) if n in descendants(heads) and n not in heads]

@@ -9,7 +9,7 @@ other op P is materialised and pulled back with a column per sample.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -198,7 +198,8 @@ def _step(walk: Walk, node: fx.Node, stack: Stack) -> None:
                 walk.add(leaves[i], Stack(stack.groups, stack.columns, g, stack.per_sample))
         for i in free:
             found = emit(program, rule.factors, call, i, stack.node, origin=origin)
-            walk.uses.setdefault(leaves[i], []).append(Use(found, stack.groups, stack.columns, rule.name))
+            use = Use(found, stack.groups, stack.columns, rule.name, (), node, leaves[i], stack.node)
+            walk.uses.setdefault(leaves[i], []).append(use)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise UnsupportedOpError(
             f"{locate(node)}\nhas no rule, and the general fallback failed: {type(error).__name__}: {str(error)[:300]}\n"
@@ -212,7 +213,7 @@ def _leave_uses(walk: Walk, node: fx.Node) -> None:
     rule = rule_of(node.target, walk.program.rules)
     active = [i for i in node.all_input_nodes if is_active(i)]
     if rule.index_map and len(active) == 1 and not _several_positions(node, active[0]):
-        moved = [Use(u.factor, u.groups, u.columns, u.rule, (*u.path, node)) for u in uses]
+        moved = [replace(u, path=(*u.path, node)) for u in uses]
         walk.uses.setdefault(active[0], []).extend(moved)
         return
     for group in [g for g in walk.groups if any(g in u.groups for u in uses)]:

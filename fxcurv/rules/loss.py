@@ -42,6 +42,16 @@ class LossRule(Rule):
         """Columns [M, *prediction.shape] whose s s^T has the mean H_n."""
         raise NotImplementedError
 
+    def weight(self, call: Call, c: Tensor) -> Tensor:
+        """c omega / Z, the weight of the loss at every position; it broadcasts to the prediction."""
+        raise NotImplementedError
+
+    def empirical(self, call: Call, c: Tensor) -> Tensor:
+        """The sampled column with the target itself for the sample, [1, *prediction.shape], from c [1, *loss.shape]."""
+        (g,) = self.transpose(call, (0,), c)
+        weight = self.weight(call, c[0])
+        return torch.where(weight > 0, g * torch.where(weight > 0, weight, 1).rsqrt(), 0)
+
     def place(self, sites, args, shape, n):
         z = sites[0]
         if not isinstance(z.place, Shard):
@@ -101,6 +111,9 @@ class CrossEntropy(LossRule):
             scale = scale * torch.where(total > 0, 1 / total, 0)
         return F.log_softmax(z, axis), axis, scale.sqrt().unsqueeze(axis)
 
+    def weight(self, call: Call, c: Tensor) -> Tensor:
+        return self._curvature(call, c)[2].square()
+
     def exact(self, call: Call, c: Tensor) -> Tensor:
         logp, axis, scale = self._curvature(call, c)
         eye = torch.eye(logp.shape[axis], dtype=logp.dtype, device=logp.device)
@@ -127,6 +140,9 @@ class Elementwise(LossRule):
         z = call.args[0]
         return c / z.numel() if mode == MEAN else c
 
+    def weight(self, call: Call, c: Tensor) -> Tensor:
+        return self.normalised(call, c, call.args[-1])
+
 
 @register(aten.mse_loss.default)
 class MeanSquaredError(Elementwise):
@@ -147,19 +163,19 @@ class MeanSquaredError(Elementwise):
 class BinaryCrossEntropy(Elementwise):
     """Binary cross-entropy on logits: H = c omega sigma (1 - sigma) / Z, omega = weight (pos_weight t + 1 - t)."""
 
-    def _scale(self, call: Call, c: Tensor) -> Tensor:
+    def weight(self, call: Call, c: Tensor) -> Tensor:
         z, target, weight, pos_weight, mode = call.args
         omega = torch.ones_like(z) if pos_weight is None else pos_weight * target + 1 - target
         omega = omega if weight is None else omega * weight
-        return (self.normalised(call, c, mode) * omega).sqrt()
+        return self.normalised(call, c, mode) * omega
 
     def exact(self, call: Call, c: Tensor) -> Tensor:
         z = call.args[0]
-        root = (0.5 * (F.logsigmoid(z) + F.logsigmoid(-z))).exp() * self._scale(call, c)
+        root = (0.5 * (F.logsigmoid(z) + F.logsigmoid(-z))).exp() * self.weight(call, c).sqrt()
         return separate(root.unsqueeze(0), call.places[0], None)
 
     def sampled(self, call: Call, c: Tensor, seed: Tensor, draw: Draw) -> Tensor:
         z = call.args[0]
         p = torch.sigmoid(z)
         u = noise.uniform(seed, draw.stream, draw.columns, z, call.places[0])
-        return (p - (u < p).to(p.dtype)) * self._scale(call, c) * draw.columns**-0.5
+        return (p - (u < p).to(p.dtype)) * self.weight(call, c).sqrt() * draw.columns**-0.5

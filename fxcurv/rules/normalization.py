@@ -6,7 +6,7 @@ import torch
 
 from fxcurv import placement
 from fxcurv.factors import Factor, Jacobian
-from fxcurv.placement import MIXED, REPLICATE, Shard, samples_first
+from fxcurv.placement import MIXED, PARTIAL, REPLICATE, Shard, samples_first
 from fxcurv.rules.base import Call, Rule, register, rewrite
 
 aten = torch.ops.aten
@@ -24,6 +24,8 @@ class BatchNormEval(Rule):
     def place(self, sites, args, shape, n):
         x, *others = sites
         if any(s and s.place != REPLICATE for s in others):
+            return MIXED
+        if x.place == PARTIAL and any(s and s.active for s in others):
             return MIXED
         return MIXED if isinstance(x.place, Shard) and x.place.dim == 1 else x.place
 
@@ -63,7 +65,7 @@ class LayerNorm(Rule):
 
     def place(self, sites, args, shape, n):
         x, *others = sites
-        if any(s and s.place != REPLICATE for s in others):
+        if x.place == PARTIAL or any(s and s.place != REPLICATE for s in others):
             return MIXED
         normalised = len(shape) - len(args[1])
         return MIXED if isinstance(x.place, Shard) and x.place.dim >= normalised else x.place
@@ -147,10 +149,7 @@ class Softmax(Rule):
         if not x.ndim:
             return [torch.zeros_like(g)]
         dim, y = dim % max(1, x.ndim) + 1, call.y.to(g.dtype)
-        if self.log:
-            gx = g - y.exp() * g.sum(dim, keepdim=True)
-        else:
-            gx = y * (g - (g * y).sum(dim, keepdim=True))
+        gx = g - y.exp() * g.sum(dim, keepdim=True) if self.log else y * (g - (g * y).sum(dim, keepdim=True))
         return [gx.to(x.dtype)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fxcurv.placement import MIXED, Shard
+from fxcurv.placement import MIXED, PARTIAL, Shard
 from fxcurv.rules.base import Call, Rule, register, rewrite
 
 aten = torch.ops.aten
@@ -23,6 +23,8 @@ class Pool(Rule):
 
     def place(self, sites, args, shape, n):
         x = sites[0]
+        if x.place == PARTIAL and not self.is_linear:
+            return MIXED
         windowed = isinstance(x.place, Shard) and x.place.dim >= len(shape) - self.dims
         return MIXED if windowed else x.place
 
