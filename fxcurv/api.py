@@ -18,6 +18,7 @@ from fxcurv import passes
 from fxcurv.capture import Arguments, capture, described, filled, flatten_arguments
 from fxcurv.errors import ArgumentError, ExtensionError, locate
 from fxcurv.extensions import Extension
+from fxcurv.passes.recycle import Pool
 from fxcurv.program import Program, specialise
 from fxcurv.quantity import Identity
 
@@ -106,7 +107,7 @@ def _check_savefield(e: Extension) -> None:
     name = e.savefield
     if not isinstance(name, str) or not name.isidentifier():
         raise ExtensionError(f"{e} saves to {name!r}, which is no name: give it another savefield=")
-    if name in ("loss", "output", "buffers", "sample_norms", *dir(Result)):
+    if name in ("loss", "output", "buffers", "sample_norms", "ggn", "hessian", *dir(Result)):
         raise ExtensionError(f"{e} saves to '{name}', which every result has: give it another savefield=")
     if hasattr(Tensor, name):
         raise ExtensionError(f"{e} saves to '{name}', which every tensor has: give it another savefield=")
@@ -208,6 +209,7 @@ class Compiled:
         self._update_buffers, self._debug = update_buffers, debug
         self._programs: dict[Any, list[Program]] = {}
         self._checked: set[int] = set()
+        self._pool = Pool()
 
     def __call__(
         self,
@@ -304,8 +306,8 @@ class Compiled:
     def _lower(self, arguments: Arguments, mode: Autocast) -> Program:
         single = arguments.batch_size == 1
         program = self._analyse(_doubled(arguments) if single else arguments, mode)
-        if single:
-            program = _single(program)
+        if single:  # a model that fixes the batch size is captured at one sample after all
+            program = self._analyse(arguments, mode) if program.fixed else _single(program)
         return passes.run(program, passes.PIPELINE, self._debug)
 
     def _analyse(self, arguments: Arguments, mode: Autocast) -> Program:
@@ -330,6 +332,8 @@ class Compiled:
                 flat.append(buffers[bound.name])
             elif bound.kind == "constant":
                 flat.append(of_loss.get(bound.name.removeprefix("loss."), program.constants[bound.name]))
+            elif bound.kind == "memory":
+                flat.append(self._pool.take(program, bound.index, arguments.batch_size))
             elif bound.kind == "seed":
                 flat.append(_seed(seed, generator, next(iter(params.values())).device))
             else:
@@ -344,7 +348,7 @@ class Compiled:
         self._checked.add(id(program))
 
     def _result(self, program: Program, flat: list[Any], values: tuple) -> Result:
-        loss, leaves, mutations, results, extras = program.unpack(_own(values, flat))
+        loss, leaves, mutations, results, extras = program.unpack(values, _owner(program, flat))
         fields: dict[str, Any] = {} if loss is None else {"loss": loss}
         fields["output"] = filled(program.output_template, leaves)
         fields.update(results)
@@ -363,11 +367,16 @@ def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
     yield from module.named_buffers(remove_duplicate=False)
 
 
-def _own(values: tuple, flat: list[Any]) -> tuple:
-    """Results in memory of their own: a gradient may be just another parameter, which a step changes."""
-    given = {t.untyped_storage().data_ptr() for t in flat if isinstance(t, Tensor)}
-    shared = [isinstance(v, Tensor) and v.untyped_storage().data_ptr() in given for v in values]
-    return tuple(v.clone() if s else v for v, s in zip(values, shared, strict=True))
+def _owner(program: Program, flat: list[Any]) -> Callable[[Any], Any]:
+    """Gives a result memory of its own: a gradient may be just another parameter, which a step changes."""
+    bound = zip(flat, program.inputs, strict=True)
+    given = {t.untyped_storage().data_ptr() for t, b in bound if isinstance(t, Tensor) and b.kind != "memory"}
+
+    def own(value: Any) -> Any:
+        shared = isinstance(value, Tensor) and value.untyped_storage().data_ptr() in given
+        return value.clone() if shared else value
+
+    return own
 
 
 def _seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -414,11 +423,6 @@ def _run_error(program: Program, arguments: Arguments, flat: list[Any], error: E
 
 def _single(program: Program) -> Program:
     """The program of a doubled batch for one sample."""
-    if program.fixed:
-        raise ArgumentError(
-            "the model fixes the batch size while it is traced, so a batch of one cannot be told from "
-            "other sizes of one. Way out: two samples or more, or no batch size as a number in forward"
-        )
     try:
         return specialise(program, 1)
     except (RuntimeError, ValueError, ZeroDivisionError) as error:

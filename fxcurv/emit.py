@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ def _splice(program: Program, piece: Piece, nodes: list[fx.Node], origin: dict[s
             elif node.op == "output":
                 out = pytree.tree_map(lambda a: env[a] if isinstance(a, fx.Node) else a, node.args[0])
             elif node.op == "get_attr":
-                env[node] = _constant(program, getattr(piece.gm, node.target))
+                env[node] = constant(program, getattr(piece.gm, node.target))
             else:
                 new = graph.node_copy(node, env.__getitem__)
                 new.meta = {"val": node.meta.get("val"), "origin": {**origin, "own": str(node.target)}}
@@ -126,8 +127,10 @@ def _splice(program: Program, piece: Piece, nodes: list[fx.Node], origin: dict[s
     return pytree.tree_unflatten(list(out), piece.spec)
 
 
-def _constant(program: Program, value: Tensor) -> fx.Node:
-    name = f"_constant{sum(n.op == 'get_attr' for n in program.graph.nodes)}"
+def constant(program: Program, value: Tensor) -> fx.Node:
+    """A node for a tensor that the program owns, at the graph's insertion point."""
+    taken = {name for name, _ in program.gm.named_buffers()}
+    name = next(f"_constant{k}" for k in itertools.count() if f"_constant{k}" not in taken)
     program.gm.register_buffer(name, value, persistent=False)
     node = program.graph.get_attr(name)
     node.meta["val"] = program.fake_mode.from_tensor(value) if isinstance(value, Tensor) else value

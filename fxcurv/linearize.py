@@ -67,6 +67,12 @@ MATHEMATICS: dict[Callable, Callable] = {
 }
 
 
+# x z, or x z + b: their first three arguments are (x, z, b)
+PRODUCTS = {
+    aten.linear.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.convolution.default,
+}  # fmt: skip
+
+
 # ---- derivatives of one op, from its transpose ------------------------------
 
 
@@ -92,14 +98,27 @@ def transposed(rule: Rule, call: Call, wrt: tuple[int, ...], g: list[Tensor]) ->
 
 
 def tangent(rule: Rule, call: Call, wrt: tuple[int, ...], ts: list[Tensor]) -> tuple[Tensor, ...]:
-    """J t, [1, *y]: the transpose's transpose."""
+    """J t, [*y]: the transpose's transpose."""
     zeros = [torch.zeros_like(y).unsqueeze(0) for y in _ys(rule, call)]
     _, back = torch.func.vjp(lambda *g: _pulled(rule, call, wrt, g), *zeros)
-    return back(tuple(ts))
+    return tuple(t.squeeze(0) for t in back(tuple(t.unsqueeze(0) for t in ts)))
 
 
-def residual(rule: Rule, call: Call, wrt: tuple[int, ...], g: list[Tensor], ts: list[Tensor]) -> tuple[Tensor, ...]:
-    """R t, [1, *arg] for the arguments `wrt`.
+def tangent_of_product(rule: Rule, call: Call, wrt: tuple[int, ...], ts: list[Tensor]) -> tuple[Tensor, ...]:
+    """J t, [*y], of x z + b: the same op on a tangent."""
+    terms = []
+    for i, t in zip(wrt, ts, strict=True):
+        if i < 2:
+            args = _replaced(list(call.args), (i,), [t])
+            args[2:3] = [None] if len(args) > 2 else []
+            terms.append(call.op(*args))
+        else:
+            terms += tangent(rule, call, (i,), [t])
+    return (_sum(terms),)
+
+
+def residual(rule: Rule, call: Call, wrt: tuple[int, ...], g: list[Tensor], ts: list[Tensor]):
+    """R t in two parts: [*arg] for the arguments `wrt`, and [*y], to be sent on by the op's transpose.
 
     R is symmetric, so R t is the derivative of <J(x)^T g, t>; what the transpose reads of y is one more argument.
     """
@@ -107,15 +126,19 @@ def residual(rule: Rule, call: Call, wrt: tuple[int, ...], g: list[Tensor], ts: 
     ys = _ys(rule, call)
 
     def pull(xs, ys):
-        new = list(leaves)
-        for i, x in zip(wrt, xs, strict=True):
-            new[i] = x
-        return _pulled(rule, dataclasses.replace(call, args=pytree.tree_unflatten(new, spec), y=_with(call, rule, ys)), wrt, g)
+        args = pytree.tree_unflatten(_replaced(leaves, wrt, xs), spec)
+        return _pulled(rule, dataclasses.replace(call, args=args, y=_with(call, rule, ys)), wrt, g)
 
     _, back = torch.func.vjp(pull, [leaves[i] for i in wrt], ys)
-    direct, at_y = back(tuple(ts))
-    through_y = _pulled(rule, call, wrt, [t.unsqueeze(0) for t in at_y])
-    return tuple(d.unsqueeze(0) + t for d, t in zip(direct, through_y, strict=True))
+    direct, at_y = back(tuple(t.unsqueeze(0) for t in ts))
+    return [t.unsqueeze(0) for t in direct], [t.unsqueeze(0) for t in at_y]
+
+
+def _replaced(leaves: list[Any], positions: tuple[int, ...], values: Iterable[Any]) -> list[Any]:
+    new = list(leaves)
+    for i, value in zip(positions, values, strict=True):
+        new[i] = value
+    return new
 
 
 def _with(call: Call, rule: Rule, ys: list[Tensor]) -> Any:
@@ -133,10 +156,6 @@ def _ones(loss: Tensor) -> Tensor:
     return torch.ones_like(loss).unsqueeze(0)
 
 
-def _lead(v: Tensor) -> Tensor:
-    return v.unsqueeze(0)
-
-
 def _plain(v: Tensor) -> Tensor:
     return v.squeeze(0)
 
@@ -146,14 +165,41 @@ def _zeros(y: Tensor) -> Tensor:
 
 
 _ZEROS = {aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default}
+_KEEP_ZERO = {
+    aten.unsqueeze.default, aten.squeeze.dim, aten.view.default, aten.reshape.default, aten.expand.default,
+    aten.permute.default, aten.transpose.int, aten.t.default, aten.neg.default, aten.sum.dim_IntList,
+}  # fmt: skip
+_ZERO_FACTOR = {aten.mul.Tensor, aten.mm.default, aten.bmm.default, aten.mul.Scalar}
 
 
-def _is_zero(node: fx.Node) -> bool:
-    while node.target in (aten.unsqueeze.default, aten.view.default, aten.expand.default):
-        node = node.args[0]
+def _is_zero(node: Any) -> bool:
+    """Whether a value is zero by its making."""
+    if not isinstance(node, fx.Node):
+        return False
+    if node.target in _KEEP_ZERO:
+        return _is_zero(node.args[0])
+    if node.target in _ZERO_FACTOR:
+        return any(map(_is_zero, node.args))
     if node.target is aten.add.Tensor:
-        return all(isinstance(a, fx.Node) and _is_zero(a) for a in node.args)
+        return all(map(_is_zero, node.args))
     return node.target in _ZEROS or (node.target is aten.full.default and node.args[1] == 0)
+
+
+def drop_zeros(program: Program) -> None:
+    """x + 0 is x."""
+    for node in list(program.graph.nodes):
+        if node.target is not aten.add.Tensor or node.kwargs:
+            continue
+        for term, other in (node.args, node.args[::-1]):
+            if _is_zero(other) and isinstance(term, fx.Node) and _same(term, node):
+                program.replace(node, term)
+                program.graph.erase_node(node)
+                break
+
+
+def _same(a: fx.Node, b: fx.Node) -> bool:
+    x, y = a.meta["val"], b.meta["val"]
+    return x.dtype == y.dtype and [str(s) for s in x.shape] == [str(s) for s in y.shape]
 
 
 # ---- the joint graph ------------------------------
@@ -190,6 +236,7 @@ def joint_of(program: Program, kind: str) -> tuple[Joint, dict[int, fx.Node]]:
     nodes = ancestors([program.loss])
     child, env = _copied(program, nodes)
     forward, heads = [env[n] for n in nodes], [env[h] for h in program.heads]
+    child.heads = heads
     joint = Joint(child, forward, heads, _past(child.loss, heads), {})
     for node in forward:
         if isinstance(node.meta.get("val"), tuple | list):
@@ -367,7 +414,7 @@ class Product:
         val = param.meta["val"]
         with self.program.fake_mode:
             node.meta = {"val": torch.empty(val.shape, dtype=val.dtype, device=val.device)}
-        self.tangents[param] = emitted(self.program, param, _lead, node)
+        self.tangents[param] = node
         return node
 
     def positions(self, node: fx.Node) -> tuple[int, ...]:
@@ -389,7 +436,7 @@ class Product:
             return
         rule, call = op_of(self.program, node)
         leaves = pytree.tree_leaves(canonical_args(node))
-        found = emitted(self.program, node, tangent, rule, call, wrt, [self.tangents[leaves[i]] for i in wrt])
+        found = self._tangent(node, rule, call, wrt, [self.tangents[leaves[i]] for i in wrt])
         if isinstance(call.y, tuple):
             which = outputs(rule, [y.meta["val"] if isinstance(y, fx.Node) else y for y in call.y])
             items = {k: t for k, t in zip(which, found, strict=True) if not _is_zero(t)}
@@ -397,6 +444,10 @@ class Product:
                 self.tangents[node] = items
         elif not _is_zero(found[0]):
             self.tangents[node] = found[0]
+
+    def _tangent(self, node: fx.Node, rule: Rule, call: Call, wrt: tuple[int, ...], ts: list[fx.Node]) -> Any:
+        fn = tangent_of_product if node.target in PRODUCTS else tangent
+        return emitted(self.program, node, fn, rule, call, wrt, ts)
 
     def _curvature(self, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
         """The residual of the op at `node` times the tangents there."""
@@ -415,5 +466,11 @@ class Product:
         return [(leaves[i], t) for i, t in zip(wrt, found, strict=True) if not _is_zero(t)]
 
     def times_residual(self, node, rule, call, wrt, g, ts):
-        """R t, as nodes."""
-        return emitted(self.program, node, residual, rule, call, wrt, g, ts)
+        """R t [1, *arg], as nodes."""
+        direct, at_y = emitted(self.program, node, residual, rule, call, wrt, g, ts)
+        if all(map(_is_zero, at_y)):
+            return direct
+        through_y = emitted(self.program, node, transposed, rule, call, wrt, at_y)
+        return [
+            t if _is_zero(d) else emitted(self.program, node, _sum, [d, t]) for d, t in zip(direct, through_y, strict=True)
+        ]

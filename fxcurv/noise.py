@@ -16,10 +16,10 @@ from fxcurv.placement import Shard, samples_back
 _MASK = 0xFFFFFFFF
 
 
-def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit words in int64 ("lowbias32", constants below 2**31 so that no product overflows)."""
+def _mix(x: Tensor, key: Tensor | int) -> Tensor:
+    """A keyed bijection of 32-bit words in int64 ("lowbias32"; constants below 2**31, so that no product overflows)."""
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
-    x = ((x ^ (x >> 15)) * 0x735A2D97) & _MASK
+    x = ((x ^ (x >> 15)) * 0x735A2D97 + key) & _MASK
     return x ^ (x >> 15)
 
 
@@ -33,17 +33,13 @@ def uniform(seed: Tensor, stream: int, columns: int, like: Tensor, place: Shard)
     """
     outer, inner = place.outer, place.inner
     slice_shape = [*like.shape[: place.dim], outer * inner, *like.shape[place.dim + 1 :]]
-    n = like.shape[place.dim] // (outer * inner)
-    size = math.prod(slice_shape)
-    device = like.device
-    state = _mix((seed & _MASK) ^ 0x5BD1E995)
-    state = _mix(((seed >> 32) & _MASK) ^ state)
-    state = _mix(state ^ stream)
-    samples = _mix(state ^ torch.arange(n, device=device))
-    positions = _mix(samples.unsqueeze(1) ^ torch.arange(size, device=device)).reshape(n, *slice_shape)
-    words = samples_back(positions, place)
-    column = torch.arange(columns, device=device).view(-1, *[1] * like.ndim)
-    bits = _mix(_mix(words.unsqueeze(0) ^ _mix(column + 1)) ^ 0x3C6EF372)
+    n = like.shape[place.dim] // (outer * inner) if outer * inner > 1 else like.shape[place.dim]
+    size = math.prod(slice_shape[: place.dim]) * outer * inner * math.prod(slice_shape[place.dim + 1 :])
+    # the counter of (sample, position, column) does not depend on how many samples there are
+    counter = torch.arange(n * size * columns, device=like.device).reshape(n, *slice_shape, columns)
+    counter = samples_back(counter, place).movedim(-1, 0)
+    low, high = (seed + stream * 0x9E3779B1) & _MASK, (seed >> 31) & _MASK
+    bits = _mix(_mix((counter * 0x2545F491 + low) & _MASK, high), low)
     return ((bits.to(torch.float64) + 0.5) * 2.0**-32).to(like.dtype)
 
 

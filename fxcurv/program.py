@@ -21,7 +21,8 @@ PRIME = 1_000_003
 class Input:
     """What a placeholder of the graph is bound to at a call.
 
-    kind: "param", "buffer", "constant" (by `name`), "input", "target" (by `index` among the tensor leaves), "seed".
+    kind: "param", "buffer", "constant" (by `name`), "input", "target" (by `index` among the tensor leaves), "seed",
+        "memory" (by `index` among the program's buffers).
     """
 
     kind: str
@@ -91,10 +92,12 @@ class Program:
         heads: f, the leaves that the loss reads (all of them without a loss).
         loss: the scalar loss, or None.
         mutations: buffer name -> node with its new value.
-        results: field -> parameter name -> node, or a pytree of nodes; `extras`: field -> node.
+        results: field -> parameter name -> node, or a pytree of nodes; `extras`: field -> the same without names.
+        borrowing: fields that hold values to compute with later: those of parameters and inputs are not copied.
         checks: conditions on values, verified at the first call; `finish` moves them to `check_module`, which computes
             them, and `verdicts`, the errors that go with them.
         decisions: what was chosen for each contraction.
+        buffers: memory that large results are written to (see `passes.recycle`).
     """
 
     gm: fx.GraphModule
@@ -112,11 +115,13 @@ class Program:
     rules: dict = field(default_factory=dict)
     seed: fx.Node | None = None
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
-    extras: dict[str, fx.Node] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
+    borrowing: set[str] = field(default_factory=set)
     checks: list[Check] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
+    buffers: list = field(default_factory=list)
     check_module: fx.GraphModule | None = None
     verdicts: list[Callable[[], Exception]] = field(default_factory=list)
 
@@ -153,7 +158,7 @@ class Program:
         nodes = [*self.output_leaves, *self.heads, *self.mutations.values()]
         nodes += [self.loss] if self.loss is not None else []
         nodes += pytree.tree_leaves(self.results)
-        nodes += [*self.extras.values(), *(c.node for c in self.checks)]
+        nodes += [*pytree.tree_leaves(self.extras), *(c.node for c in self.checks)]
         return list(dict.fromkeys(nodes))
 
     def refresh_output(self) -> None:
@@ -174,15 +179,23 @@ class Program:
         self.graph.eliminate_dead_code()
         self.gm.recompile()
 
-    def unpack(self, values: tuple) -> tuple:
-        """(loss, output leaves, mutations, results, extras) from what the finished GraphModule returned."""
-        table = dict(zip(self.output.args[0], values, strict=True))
+    def unpack(self, values: tuple, own: Callable[[Any], Any]) -> tuple:
+        """(loss, output leaves, mutations, results, extras) from what the finished GraphModule returned.
+
+        Args:
+            own: gives a value memory of its own.
+        """
+        given = dict(zip(self.output.args[0], values, strict=True))
+
+        def filled(field: str, nodes: Any) -> Any:
+            return pytree.tree_map(lambda n: given[n] if field in self.borrowing else own(given[n]), nodes)
+
         return (
-            table.get(self.loss),
-            [table[n] for n in self.output_leaves],
-            {name: table[n] for name, n in self.mutations.items()},
-            pytree.tree_map(table.__getitem__, self.results),
-            {f: table[n] for f, n in self.extras.items()},
+            own(given.get(self.loss)),
+            [own(given[n]) for n in self.output_leaves],
+            {name: own(given[n]) for name, n in self.mutations.items()},
+            {f: filled(f, nodes) for f, nodes in self.results.items()},
+            {f: filled(f, nodes) for f, nodes in self.extras.items()},
         )
 
     def serves(self, n: int) -> bool:
@@ -209,8 +222,8 @@ class Program:
         self.output_leaves = [swap(n) for n in self.output_leaves]
         self.heads = [swap(n) for n in self.heads]
         self.loss = swap(self.loss)
-        for table in (self.mutations, self.extras, *self.results.values()):
-            table.update({k: pytree.tree_map(swap, n) for k, n in table.items()})
+        self.mutations = {name: swap(n) for name, n in self.mutations.items()}
+        self.results, self.extras = (pytree.tree_map(swap, fields) for fields in (self.results, self.extras))
         self.checks = [Check(swap(c.node), c.error) for c in self.checks]
 
 

@@ -39,6 +39,11 @@ class SqrtGGN(Quantity):
 
 
 @dataclass(frozen=True)
+class Nothing(Quantity):
+    """No columns: what needs it does not read the walk."""
+
+
+@dataclass(frozen=True)
 class Identity(Quantity):
     """One column per entry of the model's output: the Jacobian."""
 
@@ -70,6 +75,8 @@ def groups_of(program: Program, quantity: Quantity) -> list[Group]:
     """The column groups of a quantity."""
     if isinstance(quantity, Identity):
         return [Group("identity")]
+    if isinstance(quantity, Nothing):
+        return []
     if not isinstance(quantity, SqrtGGN):
         return [Group("gradient")]
     out = []

@@ -305,7 +305,7 @@ def test_verify_finds_a_broken_program():
 ROOT = Path(fxcurv.__file__).parent
 ORDER = [
     "errors", "placement", "program", "emit", "cost", "noise", "kernels", "factors", "candidates", "rules", "quantity",
-    "uses", "kronecker", "layers", "extensions", "capture", "passes", "report", "draw", "api", "__init__",
+    "uses", "kronecker", "layers", "extensions", "capture", "passes", "linearize", "product", "report", "draw", "api", "__init__",
 ]  # fmt: skip
 
 

@@ -104,9 +104,8 @@ REPRESENTATIVE = {
 
 
 def names(*without):
-    for name, case in CASES.items():
-        if not set(without) & set(case.tags):
-            yield pytest.param(name, marks=[] if name in REPRESENTATIVE else pytest.mark.slow)
+    kept = [name for name, case in CASES.items() if not set(without) & set(case.tags)]
+    return [pytest.param(name, marks=[] if name in REPRESENTATIVE else pytest.mark.slow) for name in kept]
 
 
 @pytest.mark.parametrize("name", names("several_leaves"))

@@ -12,8 +12,10 @@ from fxcurv.extensions.ggn import (
     SqrtGGNMC,
 )
 from fxcurv.extensions.kfac import EKFAC, KFAC, KFLR
+from fxcurv.extensions.products import GGNMP, HMP, PCHMP
 
 __all__ = [
     "BatchDiagGGNExact", "BatchDiagGGNMC", "BatchGrad", "BatchL2Grad", "ClippedGrad", "DiagGGNExact", "DiagGGNMC",
-    "EKFAC", "Extension", "Jacobian", "KFAC", "KFLR", "Param", "SqrtGGNExact", "SqrtGGNMC", "SumGradSquared", "Variance",
+    "EKFAC", "Extension", "GGNMP", "HMP", "Jacobian", "KFAC", "KFLR", "PCHMP", "Param", "SqrtGGNExact", "SqrtGGNMC",
+    "SumGradSquared", "Variance",
 ]  # fmt: skip

@@ -258,11 +258,10 @@ def _record(param: Param, layer: Layer, sharing: str) -> None:
         pairs = d.v * d.n * (d.s if sharing == "expand" else 1)
         squares = 2 * pairs * d.o**2 * d.k + (0 if layer.bias else 2 * d.n * d.s * d.i**2)
         cost = cost + Cost(squares, d.inputs + d.item * (d.unfold + d.o**2 + d.i**2), 0, 4)
-    extension, origin = param.label, param.origin()
     param.program.decisions.append(
         Decision(
-            param.name, extension, origin["savefield"], layer.uses[0].use.rule, f"covariances, {sharing}", int(cost.flops),
-            int(cost.bytes), cost.seconds(),
+            param.name, param.label, layer.uses[0].use.rule, f"covariances, {sharing}", int(cost.flops), int(cost.bytes),
+            cost.seconds(), savefield=param.extension.savefield,
         )
     )  # fmt: skip
 

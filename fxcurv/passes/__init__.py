@@ -10,6 +10,7 @@ from fxcurv.passes.independence import independence
 from fxcurv.passes.normalize import normalize
 from fxcurv.passes.objective import objective
 from fxcurv.passes.propagate import propagate
+from fxcurv.passes.recycle import recycle
 from fxcurv.passes.schedule import schedule
 from fxcurv.passes.select import select
 from fxcurv.passes.simplify import simplify
@@ -17,7 +18,7 @@ from fxcurv.passes.verify import verify
 from fxcurv.program import Program
 
 ANALYSIS = [normalize, independence, objective]
-PIPELINE = [propagate, extract, simplify, select, simplify, schedule, codegen]
+PIPELINE = [propagate, extract, simplify, select, simplify, schedule, recycle, codegen]
 
 
 def run(program: Program, passes: list, debug: bool = False) -> Program:

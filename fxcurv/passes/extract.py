@@ -5,6 +5,9 @@ from __future__ import annotations
 from fxcurv.emit import emit
 from fxcurv.extensions import Param
 from fxcurv.program import Program
+from fxcurv.rules import RULES, LossRule
+from fxcurv.rules.base import canonical_args, invoke
+from fxcurv.uses import origin_of
 
 
 def extract(program: Program) -> Program:
@@ -16,8 +19,18 @@ def extract(program: Program) -> Program:
         fields, extras = extension.extract_all(params)
         program.results[extension.savefield] = fields
         program.extras.update(extras)
+    _open_losses(program)
     program.refresh_output()
     return program
+
+
+def _open_losses(program: Program) -> None:
+    """The walk is done with the losses as one op each: traced through, they share their parts with their gradient."""
+    for node in list(program.graph.nodes):
+        if isinstance(RULES.get(node.target), LossRule):
+            value = emit(program, invoke, node.target, canonical_args(node), origin=origin_of(node, "forward"), before=node)
+            program.replace(node, value)
+            program.graph.erase_node(node)
 
 
 def _gradient(program: Program, name: str):

@@ -1,4 +1,4 @@
-"""simplify: common subexpressions once, dead code never. Random ops are not merged."""
+"""simplify: common subexpressions once, dead code never, views that change nothing away. Random ops are not merged."""
 
 from __future__ import annotations
 
@@ -9,11 +9,26 @@ from torch import fx
 
 from fxcurv.program import Program
 
+aten = torch.ops.aten
+
+# None of them changes the first element or the dtype.
+VIEWS = {
+    aten.view.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.expand.default,
+}
+
 
 def simplify(program: Program) -> Program:
     """See the module."""
     program.refresh_output()
     program.graph.eliminate_dead_code()
+    _drop_idle_views(program)
     seen: dict[Any, fx.Node] = {}
     for node in list(program.graph.nodes):
         if node.op not in ("call_function", "get_attr") or _random(node):
@@ -28,12 +43,31 @@ def simplify(program: Program) -> Program:
     return program
 
 
+def _drop_idle_views(program: Program) -> None:
+    """A chain of views that ends in the sizes and strides of one of its members is that member."""
+    for node in list(program.graph.nodes):
+        same, source = None, node
+        while source.target in VIEWS and isinstance(source.args[0], fx.Node):
+            source = source.args[0]
+            same = source if _layout(source) == _layout(node) else same
+        if same is not None:
+            program.replace(node, same)
+            program.graph.erase_node(node)
+
+
+def _layout(node: fx.Node) -> tuple:
+    val = node.meta["val"]
+    return tuple(map(str, val.shape)), tuple(map(str, val.stride()))
+
+
 def _random(node: fx.Node) -> bool:
     tags = getattr(node.target, "tags", ())
     return torch.Tag.nondeterministic_seeded in tags
 
 
 def _key(node: fx.Node) -> Any:
+    if isinstance(node.meta.get("val"), torch.SymInt):
+        return ("size", str(node.meta["val"]))  # wherever it is read, a size is a size
     return (node.op, node.target, _freeze(node.args), _freeze(node.kwargs))
 
 

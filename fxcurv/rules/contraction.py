@@ -31,6 +31,12 @@ class Contraction(Rule):
         return len([i for i in active if i in self.labels]) <= 1
 
     def place(self, sites, args, shape, n):
+        if self.bias is not None and sites[self.bias] and isinstance(sites[self.bias].place, Shard):
+            return MIXED
+        active = [i for i, s in enumerate(sites) if s and s.active]
+        if any(isinstance(sites[i].place, Mixed | Partial) for i in active):
+            sums = self.linear(active) and not any(isinstance(sites[i].place, Mixed | Shard) for i in active)
+            return PARTIAL if sums else MIXED
         found = []
         decisive = [p for p in self.labels if sites[p].active and isinstance(sites[p].place, Shard)]
         for position in decisive or self.labels:

@@ -22,7 +22,7 @@ class Convolution(Rule):
 
     def place(self, sites, args, shape, n):
         x, weight = sites[0], sites[1]
-        if not isinstance(weight.place, Replicate):
+        if any(s and s.place != REPLICATE for s in sites[1:]):
             return MIXED
         if isinstance(x.place, Shard):
             return x.place if x.place.dim == 0 else MIXED

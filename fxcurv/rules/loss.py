@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxcurv import noise
-from fxcurv.placement import MIXED, PARTIAL, Replicate, Shard, reduction
+from fxcurv.placement import MIXED, PARTIAL, REPLICATE, Replicate, Shard, reduction
 from fxcurv.rules.base import Call, Rule, register
 
 aten = torch.ops.aten
@@ -54,6 +54,8 @@ class LossRule(Rule):
 
     def place(self, sites, args, shape, n):
         z = sites[0]
+        if any(s and s.active and s.place not in (z.place, REPLICATE) for s in sites[1:]):
+            return MIXED  # a target that depends on parameters and on other samples
         if not isinstance(z.place, Shard):
             return z.place if isinstance(z.place, Replicate) else MIXED
         dropped = self.class_axis(len(z.shape))
@@ -96,16 +98,17 @@ class CrossEntropy(LossRule):
         z, target, weight, mode, ignore, smoothing = call.args
         axis = self.class_axis(z.ndim)
         classes = z.shape[axis]
-        w = z.new_ones(classes) if weight is None else weight
         if target.is_floating_point():
             soft = target * (1 - smoothing) + smoothing / classes
-            omega = (soft.movedim(axis, -1) * w).sum(-1)
+            omega = (soft if weight is None else (soft.movedim(axis, -1) * weight).movedim(-1, axis)).sum(axis)
             total = torch.ones_like(omega).sum()
         else:
             counted = target != ignore
-            hard = torch.where(counted, w[torch.where(counted, target, 0)], 0)
-            omega = (1 - smoothing) * hard + smoothing / classes * w.sum() * counted
-            total = hard.sum()
+            hard = counted.to(z.dtype)
+            hard = hard if weight is None else hard * weight[torch.where(counted, target, 0)]
+            omega, total = hard, hard.sum()
+            if smoothing and weight is not None:
+                omega = (1 - smoothing) * hard + smoothing / classes * weight.sum() * counted
         scale = c * omega
         if mode == MEAN:
             scale = scale * torch.where(total > 0, 1 / total, 0)

@@ -1,0 +1,58 @@
+"""Products with curvature matrices, matrix-free: every parameter's diagonal block as a callable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fxcurv.errors import ExtensionError
+from fxcurv.extensions.base import Extension, Param
+from fxcurv.quantity import Nothing
+
+
+@dataclass(frozen=True)
+class _Products(Extension):
+    """Shared by the products: they see the forward graph as a whole, and need no columns."""
+
+    requires = Nothing()
+    per_sample = False
+    kind: ClassVar[str] = ""
+    operator: ClassVar[str] = ""
+    modify: ClassVar[str] = ""
+
+    def extract_all(self, params: list[Param]):
+        from fxcurv.product import build  # it reads the graph by passes, which read extensions
+
+        blocks, whole = build(params[0].program, self.kind, self.modify)
+        params[0].program.borrowing |= {self.savefield, self.operator}
+        return blocks, {self.operator: whole} if self.operator else {}
+
+
+@dataclass(frozen=True)
+class GGNMP(_Products):
+    """Products with the generalised Gauss-Newton: a callable per parameter, [V, *P] or [*P] -> the same.
+
+    Also sets `result.ggn`, the matrix over all parameters, `result.ggn @ v`. Samples may interact (batch norm).
+    """
+
+    savefield = "ggnmp"
+    kind = "ggn"
+    operator = "ggn"
+    needs_convex = True
+
+
+@dataclass(frozen=True)
+class HMP(_Products):
+    """Products with the Hessian: a callable per parameter, [V, *P] or [*P] -> the same.
+
+    Also sets `result.hessian`, the matrix over all parameters, `result.hessian @ v`. Samples may interact (batch norm).
+    """
+
+    savefield = "hmp"
+    kind = "hessian"
+    operator = "hessian"
+
+
+@dataclass(frozen=True)
+class PCHMP(Extension):
+    pass

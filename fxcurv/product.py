@@ -1,0 +1,485 @@
+"""Matrix-free products as programs of their own: what they keep of the forward pass, and the objects that call them.
+
+The walks of `fxcurv.linearize` give one joint graph from the captured inputs and the vectors to the products. It is cut in
+two: the main program computes what the cut saves, next to its other results; the product program starts there. Which
+values are saved and which are computed again from saved ones is a minimum cut, sizes being capacities, as in
+PyTorch's own partitioner of forward and backward graphs; matrix products, convolutions and random ops are never repeated.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import SymInt, Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from fxcurv.emit import constant
+from fxcurv.errors import ArgumentError, InternalError, locate
+from fxcurv.linearize import Joint, Product, drop_zeros, joint_of
+from fxcurv.passes.objective import ancestors, find_terms
+from fxcurv.passes.simplify import simplify
+from fxcurv.program import Program
+
+aten = torch.ops.aten
+
+
+# ---- what is saved ------------------------------
+
+# Cheap beside the pointwise ops and views, which say so by their tags and schemas.
+_CHEAP = {
+    aten.clone.default, aten._to_copy.default, aten.cat.default, aten.where.self, aten.gather.default,
+    aten.scatter.value, aten.scatter.src, aten.scatter_add.default, aten.embedding.default, aten.index.Tensor,
+    aten.constant_pad_nd.default, aten.slice_backward.default, aten.select_backward.default, aten.layer_norm.default,
+    aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.amax.default, aten.amin.default,
+    aten._softmax.default, aten._log_softmax.default, aten.softmax.int, aten.log_softmax.int, aten._safe_softmax.default,
+    aten._softmax_backward_data.default, aten._log_softmax_backward_data.default, aten.reshape.default,
+    aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.new_zeros.default, aten.zeros.default,
+    aten.ones.default, aten.full.default, aten.arange.default, aten.arange.start_step, aten.eye.default,
+}  # fmt: skip
+
+
+def _is_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
+
+
+def _repeatable(node: fx.Node) -> bool:
+    """Whether an op may run again in the product: it is deterministic and costs little more than its memory traffic."""
+    if node.op == "get_attr" or node.target is operator.getitem or not isinstance(node.meta.get("val"), Tensor):
+        return not isinstance(node.meta.get("val"), tuple | list)
+    tags = getattr(node.target, "tags", ())
+    if torch.Tag.nondeterministic_seeded in tags:
+        return False
+    return torch.Tag.pointwise in tags or _is_view(node) or node.target in _CHEAP
+
+
+def _bytes(program: Program, node: fx.Node) -> int | None:
+    """What saving a value costs; None if it cannot be saved."""
+    val = node.meta.get("val")
+    if isinstance(val, SymInt | int):
+        return 1
+    if not isinstance(val, Tensor) or node.op != "placeholder" and (_is_view(node) or node.op == "get_attr"):
+        return None
+    if node.op == "placeholder" and node.meta.get("lives"):
+        return 1
+    return 2 + prod(program.batch.shape(val, program.batch.size)) * val.element_size()
+
+
+def dependent(nodes: Iterable[fx.Node], sources: Iterable[fx.Node]) -> set[fx.Node]:
+    """All nodes that depend on `sources`, and these."""
+    found = set(sources)
+    for node in nodes:
+        if any(i in found for i in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def saved_values(program: Program, vectors: Iterable[fx.Node], results: list[fx.Node], only: set[str] | None = None):
+    """The values that a product keeps, in the graph's order: a minimum cut between captured values and the vectors' part.
+
+    Args:
+        only: names of the nodes that may be saved (None: any).
+    """
+    moving = dependent(program.graph.nodes, vectors)
+    needed = ancestors(results)
+    flow: nx.DiGraph = nx.DiGraph()
+    flow.add_nodes_from(("source", "sink"))
+    for node in needed:
+        if node in moving:
+            continue
+        size = _bytes(program, node) if only is None or node.name in only else None
+        flow.add_edge((node, "in"), (node, "out"), **({} if size is None else {"capacity": size}))
+        if node.op == "placeholder" or not _repeatable(node):
+            flow.add_edge("source", (node, "in"))
+    for node in needed:
+        for source in node.all_input_nodes:
+            if source not in moving:
+                flow.add_edge((source, "out"), "sink" if node in moving else (node, "in"))
+    _, (before, _) = nx.minimum_cut(flow, "source", "sink", flow_func=nx.algorithms.flow.boykov_kolmogorov)
+    return [n for n in needed if n not in moving and (n, "in") in before and (n, "out") not in before]
+
+
+# ---- graphs ------------------------------
+
+
+def split(program: Program, saved: list[fx.Node], vectors: list[fx.Node], results: list[fx.Node]) -> fx.GraphModule:
+    """The product program, (*saved, *vectors) -> results; what is neither is computed from the saved values."""
+    graph, env, attributes = fx.Graph(), {}, {}
+    for k, node in enumerate([*saved, *vectors]):
+        env[node] = graph.placeholder(f"saved_{k}" if k < len(saved) else f"vector_{k - len(saved)}")
+        env[node].meta = {"val": node.meta["val"]}
+    for node in _from(results, set(env)):
+        if node in env:
+            continue
+        if node.op == "placeholder":
+            raise InternalError(f"a product needs {node.name}, which was not saved")
+        if node.op == "get_attr":
+            attributes[node.target] = getattr(program.gm, node.target)
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(tuple(env[r] for r in results))
+    return fx.GraphModule(attributes, graph)
+
+
+def _from(results: list[fx.Node], stop: set[fx.Node]) -> list[fx.Node]:
+    """What `results` are computed from, not past the nodes in `stop`, in the graph's order."""
+    found, stack = set(), list(results)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes if node not in stop else [])
+    return [n for n in results[0].graph.nodes if n in found] if results else []
+
+
+def restrict(gm: fx.GraphModule, vectors: list[int], keep: int, result: int) -> fx.GraphModule:
+    """One block of a product: the vector at placeholder `keep` alone, the others in `vectors` being zero; one result.
+
+    Every value that depends on the vectors is linear in them, so what reads zeros alone is zero.
+    """
+    nodes = list(gm.graph.nodes)
+    placeholders = [n for n in nodes if n.op == "placeholder"]
+    moving = dependent(nodes, [placeholders[k] for k in vectors])
+    zero = {placeholders[k] for k in vectors if k != keep}
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+
+    def value(node: fx.Node) -> fx.Node:
+        """The new node; a zero that an op needs as a value is computed from a zero vector."""
+        if node not in env and node.op == "placeholder":
+            val = node.meta["val"]
+            env[node] = graph.call_function(aten.zeros.default, (list(val.shape),), {"dtype": val.dtype, "device": val.device})
+            env[node].meta = {"val": val}
+        elif node not in env:
+            env[node] = graph.node_copy(node, value)
+        return env[node]
+
+    for node in nodes[:-1]:
+        if node in zero:
+            continue
+        inputs = [i for i in node.all_input_nodes if i in moving]
+        if inputs and all(i in zero for i in inputs):
+            zero.add(node)
+        elif node.target is aten.add.Tensor and not node.kwargs and any(i in zero for i in inputs):
+            (env[node],) = [value(i) for i in node.args if i not in zero]
+        else:
+            env[node] = graph.node_copy(node, value)
+    graph.output((value(nodes[-1].args[0][result]),))
+    graph.eliminate_dead_code()
+    return fx.GraphModule(gm, graph)
+
+
+# ---- from the program to results ------------------------------
+
+
+def build(program: Program, kind: str, modify: str = "") -> tuple[Products, Operator]:
+    """Emit the product with the "ggn", the "hessian" or the "pch" of `program`.
+
+    Returns:
+        (its blocks, the whole operator), pytrees of the nodes that the main program has to return.
+    """
+    known = program.state.setdefault("products", {})
+    if (kind, modify) not in known:
+        known[kind, modify] = _build(program, kind, modify)
+    saved, code = known[kind, modify]
+    return Products(saved, code), Operator(saved, code)
+
+
+def _build(program: Program, kind: str, modify: str) -> tuple[list[fx.Node], Code]:
+    base, where = joint_of(program, kind)
+    if kind == "ggn":
+        find_terms(base.program)
+    _mark_living(program, base, where)
+    names = list(program.shapes)
+    joint = base.copy()
+    vectors, found = Product(joint, kind, names).run()
+    inputs, results = _simplified(joint.program, vectors, found)
+    saved = saved_values(joint.program, inputs.values(), list(results.values()))
+    gm = split(joint.program, saved, list(inputs.values()), list(results.values()))
+    code = Code(program, gm, list(inputs), list(results), [_label(program, joint.program, n, where) for n in saved])
+    return _returned(program, saved, where), code
+
+
+def _mark_living(program: Program, base: Joint, where: dict[int, fx.Node]) -> None:
+    """Parameters, buffers and constants are in memory whether a product keeps them or not."""
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    kinds = {n: bound.kind for n, bound in zip(placeholders, program.inputs, strict=True)}
+    for node in base.program.graph.nodes:
+        if node.op == "placeholder":
+            node.meta["lives"] = kinds[where[node.meta["key"]]] in ("param", "buffer", "constant")
+
+
+def _simplified(program: Program, vectors: dict[str, fx.Node], found: dict[str, fx.Node]):
+    """The vectors and results after common subexpressions are united."""
+    program.extras = {f"result {name}": node for name, node in found.items()}
+    simplify(program)
+    drop_zeros(program)
+    simplify(program)
+    return vectors, {name: program.extras[f"result {name}"] for name in found}
+
+
+def _returned(program: Program, saved: list[fx.Node], where: dict[int, fx.Node]) -> list[fx.Node]:
+    """The saved nodes in the main program: there already, or copied into it with what they are computed from."""
+    env: dict[fx.Node, fx.Node] = {}
+    stop = {n for node in saved for n in ancestors([node]) if n.meta.get("key") in where}
+    with program.graph.inserting_before(program.output):
+        for node in _from(saved, stop) if saved else []:
+            if node in stop:
+                env[node] = where[node.meta["key"]]
+            elif node.op == "get_attr":
+                env[node] = constant(program, getattr(node.graph.owning_module, node.target))
+            else:
+                env[node] = program.graph.node_copy(node, env.__getitem__)
+                env[node].meta = {k: v for k, v in node.meta.items() if k not in ("key", "active", "place")}
+    return [env[n] for n in saved]
+
+
+def _label(program: Program, child: Program, node: fx.Node, where: dict[int, fx.Node]) -> str:
+    """What a saved value is to the user."""
+    if node.op != "placeholder":
+        return f"a value kept of {locate(node)}"
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    bound = program.inputs[placeholders.index(where[node.meta["key"]])]
+    named = {"param": "parameter", "buffer": "buffer", "constant": "constant"}
+    return f"{named[bound.kind]} '{bound.name}'" if bound.kind in named else f"tensor {bound.index} of the {bound.kind}s"
+
+
+# ---- at a call ------------------------------
+
+
+class Code:
+    """The static part of a product: its GraphModules, and the names and shapes that go with their arguments.
+
+    Attributes:
+        whole: (*saved, a vector per name in `inputs`) -> a result per name in `outputs`.
+        labels: what each saved value is, for messages.
+    """
+
+    def __init__(self, program: Program, whole: fx.GraphModule, inputs: list[str], outputs: list[str], labels: list[str]):
+        self.whole, self.inputs, self.outputs, self.labels = whole, inputs, outputs, labels
+        self.shapes = {name: tuple(shape) for name, shape in program.shapes.items()}
+        vals = {name: node.meta["val"] for name, node in program.params.items()}
+        self.dtypes = {name: vals[name].dtype for name in self.shapes}
+        self.devices = {name: vals[name].device for name in self.shapes}
+        self._blocks: dict[str, fx.GraphModule] = {}
+        self._batched: dict[Any, fx.GraphModule] = {}
+
+    def __deepcopy__(self, memo: dict) -> Code:
+        return self
+
+    def block(self, name: str) -> fx.GraphModule | None:
+        """The product of one parameter's diagonal block, (*saved, vector) -> (result,); None where it is zero."""
+        if name not in self.outputs:
+            return None
+        if name not in self._blocks:
+            first = len(self.labels)
+            vectors = list(range(first, first + len(self.inputs)))
+            keep = first + self.inputs.index(name)
+            self._blocks[name] = restrict(self.whole, vectors, keep, self.outputs.index(name))
+        return self._blocks[name]
+
+    def run(self, gm: fx.GraphModule, saved: list[Any], vectors: list[Tensor], batched: bool) -> tuple[Tensor, ...]:
+        """Run a product program on vectors, each with one more leading axis if `batched`."""
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(vectors[0].device.type, enabled=False):
+            return (self._over_vectors(gm, saved, vectors) if batched else gm)(*saved, *vectors)
+
+    def _over_vectors(self, gm: fx.GraphModule, saved: list[Any], vectors: list[Tensor]):
+        """`gm` mapped over the vectors' leading axis: traced once per kind of arguments."""
+        mapped = torch.vmap(gm, (*[None] * len(saved), *[0] * len(vectors)))
+        if torch.compiler.is_compiling():
+            return mapped
+        key = (gm, *(t.shape if isinstance(t, Tensor) else t for t in (*saved, *vectors)))
+        if key not in self._batched:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # an op without a batching rule is looped over
+                self._batched[key] = make_fx(mapped)(*saved, *vectors)
+        return self._batched[key]
+
+
+class _Saved:
+    """Saved values and the code that reads them: a pytree whose leaves are the values."""
+
+    def __init__(self, saved: Iterable[Any], code: Code):
+        self._saved, self._code = list(saved), code
+        self._note_versions()
+
+    def _note_versions(self) -> None:
+        self._versions = [_version(t) for t in self._saved]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_saved": self._saved, "_code": self._code}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._note_versions()
+
+    def _run(self, gm: fx.GraphModule, vectors: list[Tensor], batched: bool) -> tuple[Tensor, ...]:
+        for value, version, label in zip(self._saved, self._versions, self._code.labels, strict=True):
+            if _version(value) != version:
+                raise ArgumentError(
+                    f"{label} was changed in place since this product was made. Way out: use the product before the "
+                    "optimizer's step, or call the compiled model again."
+                )
+        return self._code.run(gm, self._saved, vectors, batched)
+
+
+def _version(value: Any) -> int | None:
+    if not isinstance(value, Tensor) or value.is_inference() or torch.compiler.is_compiling():
+        return None
+    return value._version
+
+
+class Products(_Saved, Mapping):
+    """Parameter name -> its block's product; a pytree of the values kept from the forward pass."""
+
+    def __getitem__(self, name: str) -> Block:
+        if name not in self._code.shapes:
+            raise KeyError(name)
+        return Block(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._code.shapes)
+
+    def __len__(self) -> int:
+        return len(self._code.shapes)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Block:
+    """A parameter's diagonal block as a callable: [V, *P] or [*P] -> the same shape."""
+
+    def __init__(self, products: Products, name: str):
+        self._products, self.name = products, name
+
+    @property
+    def graph_module(self) -> fx.GraphModule | None:
+        """The emitted program, (*saved, vector) -> (result,); None where the block is zero."""
+        return self._products._code.block(self.name)
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """The block times each vector.
+
+        Args:
+            vectors: [V, *P] or [*P].
+
+        Raises:
+            ArgumentError: for another shape, dtype or device, or when a value that the product keeps was changed in place.
+        """
+        code = self._products._code
+        _check_vectors(code, self.name, vectors)
+        shape = code.shapes[self.name]
+        batched = vectors.ndim > len(shape)
+        if tuple(vectors.shape)[batched:] != shape or vectors.ndim > len(shape) + 1:
+            raise ArgumentError(
+                f"the block of '{self.name}' multiplies {list(shape)} or [V, {', '.join(map(str, shape))}], got {list(vectors.shape)}"
+            )
+        gm = code.block(self.name)
+        if gm is None or batched and not len(vectors):
+            return torch.zeros_like(vectors)
+        if batched and len(vectors) == 1:
+            return self._products._run(gm, [vectors[0]], False)[0].unsqueeze(0)
+        return self._products._run(gm, [vectors], batched)[0]
+
+    def __repr__(self) -> str:
+        return f"Block('{self.name}', {list(self._products._code.shapes[self.name])})"
+
+
+def _check_vectors(code: Code, name: str, vectors: Any) -> None:
+    if not isinstance(vectors, Tensor):
+        raise ArgumentError(f"the vectors of '{name}' are a {type(vectors).__name__}: pass a tensor")
+    if vectors.dtype != code.dtypes[name] or vectors.device != code.devices[name]:
+        raise ArgumentError(
+            f"'{name}' is {code.dtypes[name]} on {code.devices[name]}, the vectors are {vectors.dtype} on {vectors.device}"
+        )
+
+
+class Operator(_Saved):
+    """A matrix over all parameters, `op @ v`, in the order of the model's `named_parameters()`.
+
+    Attributes:
+        shape: (D, D), D the number of trainable parameters.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        total = sum(prod(s) for s in self._code.shapes.values())
+        return total, total
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The emitted program, (*saved, a vector per parameter) -> results."""
+        return self._code.whole
+
+    def __matmul__(self, v: dict[str, Tensor] | Tensor) -> dict[str, Tensor] | Tensor:
+        """The product with a dict of tensors [*P] by name, a flat vector [D], or columns [D, K]; returned likewise.
+
+        Raises:
+            ArgumentError: for another structure, or when a value that the product keeps was changed in place.
+        """
+        shapes = self._code.shapes
+        if isinstance(v, Mapping):
+            if set(v) != set(shapes):
+                raise ArgumentError(f"the vector has {sorted(v)}, the operator {sorted(shapes)}: give one tensor for each")
+            for name, t in v.items():
+                _check_vectors(self._code, name, t)
+                if tuple(t.shape) != shapes[name]:
+                    raise ArgumentError(f"'{name}' is {list(shapes[name])}, its vector {list(t.shape)}")
+            return self._times(dict(v), False)
+        if not isinstance(v, Tensor) or v.ndim not in (1, 2) or v.shape[0] != self.shape[0]:
+            got = list(v.shape) if isinstance(v, Tensor) else type(v).__name__
+            raise ArgumentError(f"the operator is {list(self.shape)}: multiply a dict, [{self.shape[0]}] or [{self.shape[0]}, K], not {got}")
+        return self._times_flat(v)
+
+    def _times(self, v: dict[str, Tensor], batched: bool) -> dict[str, Tensor]:
+        code = self._code
+        out = {name: torch.zeros_like(t) for name, t in v.items() if name not in code.outputs}
+        if code.outputs:
+            found = self._run(code.whole, [v[name] for name in code.inputs], batched)
+            out.update(zip(code.outputs, found, strict=True))
+        return {name: out[name] for name in code.shapes}
+
+    def _times_flat(self, v: Tensor) -> Tensor:
+        code = self._code
+        parts = torch.split(v, [prod(s) for s in code.shapes.values()])
+        batched = v.ndim == 2
+        named = {}
+        for (name, shape), part in zip(code.shapes.items(), parts, strict=True):
+            part = part.to(code.devices[name], code.dtypes[name])
+            named[name] = part.t().reshape(-1, *shape) if batched else part.reshape(shape)
+        found = self._times(named, batched)
+        flat = [t.flatten(1).t() if batched else t.flatten() for t in found.values()]
+        return torch.cat([t.to(v.device, v.dtype) for t in flat])
+
+    def to_scipy(self):
+        """This matrix as a `scipy.sparse.linalg.LinearOperator` (needs scipy)."""
+        from scipy.sparse.linalg import LinearOperator
+
+        name = next(iter(self._code.shapes))
+        like = torch.empty(0, dtype=self._code.dtypes[name], device=self._code.devices[name])
+
+        def times(x):
+            return (self @ torch.as_tensor(x).to(like)).cpu().numpy()
+
+        dtype = torch.empty(0, dtype=like.dtype).numpy().dtype
+        return LinearOperator(
+            self.shape, matvec=lambda x: times(x.reshape(-1)), rmatvec=lambda x: times(x.reshape(-1)), matmat=times,
+            rmatmat=times, dtype=dtype,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"Operator({self.shape[0]} x {self.shape[1]})"
+
+
+def _flatten(kept: _Saved):
+    return kept._saved, kept._code
+
+
+for _class in (Products, Operator):
+    pytree.register_pytree_node(_class, _flatten, lambda saved, code, cls=_class: cls(saved, code))
