@@ -217,6 +217,7 @@ class Compiled:
         *targets: Any,
         seed: int | Tensor | None = None,
         generator: torch.Generator | None = None,
+        create_graph: bool = False,
     ) -> Result:
         """Compute all quantities on one batch.
 
@@ -225,6 +226,8 @@ class Compiled:
             targets: passed to the loss after the model's output, as they are.
             seed: int or 0-dim integer tensor for sampled columns; the same seed gives the same columns.
             generator: a `torch.Generator` that draws the seed. With neither, the default generator does.
+            create_graph: results (loss and output too) can be differentiated again, by `torch.autograd.grad`, with
+                respect to parameters and inputs; only algorithms that autograd can follow are chosen.
 
         Raises:
             FxcurvError: see `fxcurv.errors`; nothing on the model has changed then.
@@ -233,17 +236,19 @@ class Compiled:
         # results are normal tensors also under inference_mode, so that `attach` and an optimizer can use them
         mode = self._autocast()
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(mode.device_type, enabled=False):
-            program = self._program(arguments, mode)
+            program = self._program(arguments, mode, create_graph)
             flat = self._bind(program, arguments, seed, generator)
             try:
                 if self._debug or id(program) not in self._checked:
                     self._check(program, flat)
-                values = program.gm(*flat)
+                with torch.set_grad_enabled(create_graph):
+                    values = program.gm(*flat)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, IndexError) as error:
                 raise _run_error(program, arguments, flat, error) from error
-            return self._result(program, flat, values)
+            with torch.set_grad_enabled(create_graph):
+                return self._result(program, flat, values)
 
     def lower(self, inputs: Any, *targets: Any) -> Program:
         """The program for this kind of input."""
@@ -276,13 +281,13 @@ class Compiled:
         enabled = torch.is_autocast_enabled(device)
         return Autocast(device, torch.get_autocast_dtype(device) if enabled else None)
 
-    def _program(self, arguments: Arguments, mode: Autocast) -> Program:
+    def _program(self, arguments: Arguments, mode: Autocast, create_graph: bool = False) -> Program:
         n = arguments.batch_size
-        programs = self._programs.setdefault((self._key(arguments), mode), [])
+        programs = self._programs.setdefault((self._key(arguments), mode, create_graph), [])
         for program in programs:
             if program.serves(n):
                 return program
-        program = self._lower(arguments, mode)
+        program = self._lower(arguments, mode, create_graph)
         log.info("compiled for batch size %d (%s)", n, "symbolic" if program.batch.symbols else "fixed")
         programs.append(program)
         return program
@@ -303,11 +308,12 @@ class Compiled:
         state = tuple((name, t.requires_grad, t.dtype, t.device, t.shape) for name, t in tensors)
         return tuple(leaves), arguments.structure, flags, state, n == 1
 
-    def _lower(self, arguments: Arguments, mode: Autocast) -> Program:
+    def _lower(self, arguments: Arguments, mode: Autocast, create_graph: bool) -> Program:
         single = arguments.batch_size == 1
         program = self._analyse(_doubled(arguments) if single else arguments, mode)
         if single:  # a model that fixes the batch size is captured at one sample after all
             program = self._analyse(arguments, mode) if program.fixed else _single(program)
+        program.state["create_graph"] = create_graph
         return passes.run(program, passes.PIPELINE, self._debug)
 
     def _analyse(self, arguments: Arguments, mode: Autocast) -> Program:
@@ -358,7 +364,7 @@ class Compiled:
         else:
             buffers = dict(self.model.named_buffers(remove_duplicate=False))
             for name, value in mutations.items():
-                buffers[name].copy_(value)
+                buffers[name].copy_(value.detach())
         return Result(fields, self.extensions, self.model)
 
 

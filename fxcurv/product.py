@@ -123,6 +123,8 @@ def split(program: Program, saved: list[fx.Node], vectors: list[fx.Node], result
         if node.op == "get_attr":
             attributes[node.target] = getattr(program.gm, node.target)
         env[node] = graph.node_copy(node, env.__getitem__)
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            env[node].target = aten.reshape.default  # a traced view relies on strides, which zeros left out may change
     graph.output(tuple(env[r] for r in results))
     return fx.GraphModule(attributes, graph)
 

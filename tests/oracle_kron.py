@@ -69,8 +69,7 @@ class KroneckerOracle(Oracle):
         handles = []
         for path, layer in self.model.named_modules():
             if isinstance(layer, LAYERS):
-                note = lambda _, args, y, p=path: found.setdefault(p, []).append((args[0].detach(), y))  # noqa: E731
-                handles.append(layer.register_forward_hook(note))
+                handles.append(layer.register_forward_hook(functools.partial(note, found.setdefault(path, []))))
         self.__dict__.pop("end", None)
         with plain_mathematics(), torch.enable_grad():
             self.end  # noqa: B018
@@ -117,6 +116,12 @@ class KroneckerOracle(Oracle):
         shaped = self.s[:, index].reshape(p.shape)
         divided = torch.where(scale[..., None] > 1e-14, shaped / scale[..., None].sqrt(), 0.0)
         return divided.flatten(1)[:, index.argsort()][None]
+
+
+def note(calls: list, layer: nn.Module, args: tuple[Tensor], y: Tensor) -> Tensor:
+    """A forward hook; what goes on is a copy, which in-place ops may change."""
+    calls.append((args[0].detach(), y))
+    return y.clone()
 
 
 def outer(rows: Tensor) -> Tensor:

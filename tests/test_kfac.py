@@ -230,8 +230,12 @@ def test_refused_by_name(name):
     model, loss, inputs, targets = CASES[name].build()
     with pytest.raises(ExtensionError, match="parameter '"):
         fxcurv.compile(model, loss, [KFAC()])(inputs, targets)
+    alone = fxcurv.compile(model, loss, [KFLR(blocks="exact")])(inputs, targets)
     result = fxcurv.compile(model, loss, [KFLR(blocks="exact"), SqrtGGNExact()])(inputs, targets)
+    loss(model(inputs), targets).backward()
     for param, p in result.sqrt_ggn_exact.items():
+        close(alone.grad[param], model.get_parameter(param).grad)
+        close(alone.kflr[param], result.kflr[param])
         if len(result.kflr[param]) == 1:
             flat = p.reshape(-1, model.get_parameter(param).numel())
             close(result.kflr[param][0], flat.T @ flat)

@@ -148,6 +148,11 @@ def _general(walk: Walk, groups: list[Group]) -> None:
         if group.kind == "signed":
             joint, weights = emit(program, _signed, h, origin=origin)
             walk.weights[group] = weights
+        elif program.state.get("create_graph"):
+            raise ExtensionError(
+                "create_graph=True with a root of a loss that has no closed form: the derivative of an eigendecomposition is not "
+                "defined at repeated eigenvalues. Way out: a diagonal (DiagGGNExact), or cross-entropy, squares or BCE as the loss."
+            )
         elif group.kind == "root":
             joint = emit(program, _root, h, origin=origin)
         else:
