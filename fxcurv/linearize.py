@@ -109,7 +109,7 @@ def tangent_of_product(rule: Rule, call: Call, wrt: tuple[int, ...], ts: list[Te
     terms = []
     for i, t in zip(wrt, ts, strict=True):
         if i < 2:
-            args = _replaced(list(call.args), (i,), [t])
+            args = replaced(list(call.args), (i,), [t])
             args[2:3] = [None] if len(args) > 2 else []
             terms.append(call.op(*args))
         else:
@@ -126,7 +126,7 @@ def residual(rule: Rule, call: Call, wrt: tuple[int, ...], g: list[Tensor], ts: 
     ys = _ys(rule, call)
 
     def pull(xs, ys):
-        args = pytree.tree_unflatten(_replaced(leaves, wrt, xs), spec)
+        args = pytree.tree_unflatten(replaced(leaves, wrt, xs), spec)
         return _pulled(rule, dataclasses.replace(call, args=args, y=_with(call, rule, ys)), wrt, g)
 
     _, back = torch.func.vjp(pull, [leaves[i] for i in wrt], ys)
@@ -134,7 +134,8 @@ def residual(rule: Rule, call: Call, wrt: tuple[int, ...], g: list[Tensor], ts: 
     return [t.unsqueeze(0) for t in direct], [t.unsqueeze(0) for t in at_y]
 
 
-def _replaced(leaves: list[Any], positions: tuple[int, ...], values: Iterable[Any]) -> list[Any]:
+def replaced(leaves: list[Any], positions: tuple[int, ...], values: Iterable[Any]) -> list[Any]:
+    """A copy of `leaves` with `values` at `positions`."""
     new = list(leaves)
     for i, value in zip(positions, values, strict=True):
         new[i] = value
@@ -228,6 +229,7 @@ class Joint:
         program, env = _copied(self.program, list(self.program.graph.nodes)[:-1])
         gradients = {env[n]: fx.node.map_arg(g, env.__getitem__) for n, g in self.gradients.items()}
         forward, heads = ([env[n] for n in nodes] for nodes in (self.forward, self.heads))
+        program.heads = heads
         return Joint(program, forward, heads, {env[n] for n in self.past}, gradients)
 
 
@@ -398,7 +400,7 @@ class Product:
             if node.op == "call_function" and is_active(node):
                 self._forward(node)
         nodes = [n for n in self.joint.forward if n in self.tangents]
-        found = Adjoint(self.program, self.positions, self._curvature).run(nodes, {})
+        found = Adjoint(self.program, self.positions, self.curvature).run(nodes, {})
         out = {}
         for name in self.names:
             node = self.program.params[name]
@@ -449,7 +451,7 @@ class Product:
         fn = tangent_of_product if node.target in PRODUCTS else tangent
         return emitted(self.program, node, fn, rule, call, wrt, ts)
 
-    def _curvature(self, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    def curvature(self, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
         """The residual of the op at `node` times the tangents there."""
         if self.kind == "ggn" and node not in self.joint.past or node not in self.joint.gradients:
             return []

@@ -25,6 +25,7 @@ from fxcurv.errors import ArgumentError, InternalError, locate
 from fxcurv.linearize import Joint, Product, drop_zeros, joint_of
 from fxcurv.passes.objective import ancestors, find_terms
 from fxcurv.passes.simplify import simplify
+from fxcurv.positive import PositiveProduct
 from fxcurv.program import Program
 
 aten = torch.ops.aten
@@ -181,31 +182,56 @@ def restrict(gm: fx.GraphModule, vectors: list[int], keep: int, result: int) -> 
 
 
 def build(program: Program, kind: str, modify: str = "") -> tuple[Products, Operator]:
-    """Emit the product with the "ggn", the "hessian" or the "pch" of `program`.
+    """Emit the products with the "ggn", the "hessian" or the "pch" of `program`.
 
     Returns:
-        (its blocks, the whole operator), pytrees of the nodes that the main program has to return.
+        (the blocks, the matrix over all parameters), pytrees of the nodes that the main program has to return.
     """
     known = program.state.setdefault("products", {})
     if (kind, modify) not in known:
-        known[kind, modify] = _build(program, kind, modify)
+        known[kind, modify] = _positive(program, modify) if kind == "pch" else _whole(program, kind)
     saved, code = known[kind, modify]
     return Products(saved, code), Operator(saved, code)
 
 
-def _build(program: Program, kind: str, modify: str) -> tuple[list[fx.Node], Code]:
+def _whole(program: Program, kind: str) -> tuple[list[fx.Node], Code]:
+    """One product for all parameters, of which every block is a part."""
     base, where = joint_of(program, kind)
     if kind == "ggn":
         find_terms(base.program)
     _mark_living(program, base, where)
-    names = list(program.shapes)
     joint = base.copy()
-    vectors, found = Product(joint, kind, names).run()
-    inputs, results = _simplified(joint.program, vectors, found)
-    saved = saved_values(joint.program, inputs.values(), list(results.values()))
-    gm = split(joint.program, saved, list(inputs.values()), list(results.values()))
-    code = Code(program, gm, list(inputs), list(results), [_label(program, joint.program, n, where) for n in saved])
-    return _returned(program, saved, where), code
+    vectors, found = Product(joint, kind, list(program.shapes)).run()
+    results = _simplified(joint.program, found)
+    saved = saved_values(joint.program, vectors.values(), list(results.values()))
+    gm = split(joint.program, saved, list(vectors.values()), list(results.values()))
+    labels = [_label(program, n, where) for n in saved]
+    return _returned(program, saved, where), Whole(program, labels, gm, list(vectors), list(results))
+
+
+def _positive(program: Program, modify: str) -> tuple[list[fx.Node], Code]:
+    """A product per parameter, made when it is first called: which residuals there are depends on the parameter.
+
+    Kept are the captured inputs, and what matrix products, convolutions and random ops gave: all else is cheap.
+    """
+    base, where = joint_of(program, "pch")
+    find_terms(base.program)
+    _mark_living(program, base, where)
+    needed = ancestors([base.program.loss, *pytree.tree_leaves(list(base.gradients.values()))])
+    expensive = {n for n in needed if n.op == "placeholder" or not _repeatable(n)}
+    items = {n for n in needed if n.target is operator.getitem and n.args[0] in expensive}
+    saved = [n for n in needed if n in items or n in expensive and _bytes(base.program, n) is not None]
+    changing = _changing(program)  # by this very call, after which they are of no use
+    saved = [n for n in saved if where.get(n.meta["key"]) not in changing]
+    labels = [_label(program, n, where) for n in saved]
+    return _returned(program, saved, where), Lazy(program, labels, base, [n.meta["key"] for n in saved], modify)
+
+
+def _changing(program: Program) -> set[fx.Node]:
+    """The buffers that a call updates."""
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    bound = zip(placeholders, program.inputs, strict=True)
+    return {n for n, what in bound if what.kind == "buffer" and what.name in program.mutations}
 
 
 def _mark_living(program: Program, base: Joint, where: dict[int, fx.Node]) -> None:
@@ -217,13 +243,13 @@ def _mark_living(program: Program, base: Joint, where: dict[int, fx.Node]) -> No
             node.meta["lives"] = kinds[where[node.meta["key"]]] in ("param", "buffer", "constant")
 
 
-def _simplified(program: Program, vectors: dict[str, fx.Node], found: dict[str, fx.Node]):
-    """The vectors and results after common subexpressions are united."""
-    program.extras = {f"result {name}": node for name, node in found.items()}
+def _simplified(program: Program, found: dict[str, fx.Node]) -> dict[str, fx.Node]:
+    """The results after common subexpressions are united and zeros dropped."""
+    program.extras.update({f"result {name}": node for name, node in found.items()})
     simplify(program)
     drop_zeros(program)
     simplify(program)
-    return vectors, {name: program.extras[f"result {name}"] for name in found}
+    return {name: program.extras[f"result {name}"] for name in found}
 
 
 def _returned(program: Program, saved: list[fx.Node], where: dict[int, fx.Node]) -> list[fx.Node]:
@@ -242,7 +268,7 @@ def _returned(program: Program, saved: list[fx.Node], where: dict[int, fx.Node])
     return [env[n] for n in saved]
 
 
-def _label(program: Program, child: Program, node: fx.Node, where: dict[int, fx.Node]) -> str:
+def _label(program: Program, node: fx.Node, where: dict[int, fx.Node]) -> str:
     """What a saved value is to the user."""
     if node.op != "placeholder":
         return f"a value kept of {locate(node)}"
@@ -259,24 +285,61 @@ class Code:
     """The static part of a product: its GraphModules, and the names and shapes that go with their arguments.
 
     Attributes:
-        whole: (*saved, a vector per name in `inputs`) -> a result per name in `outputs`.
         labels: what each saved value is, for messages.
+        shapes, dtypes, devices: of the parameters, by name.
     """
 
-    def __init__(self, program: Program, whole: fx.GraphModule, inputs: list[str], outputs: list[str], labels: list[str]):
-        self.whole, self.inputs, self.outputs, self.labels = whole, inputs, outputs, labels
+    def __init__(self, program: Program, labels: list[str]):
+        self.labels = labels
         self.shapes = {name: tuple(shape) for name, shape in program.shapes.items()}
         vals = {name: node.meta["val"] for name, node in program.params.items()}
         self.dtypes = {name: vals[name].dtype for name in self.shapes}
         self.devices = {name: vals[name].device for name in self.shapes}
-        self._blocks: dict[str, fx.GraphModule] = {}
         self._batched: dict[Any, fx.GraphModule] = {}
 
     def __deepcopy__(self, memo: dict) -> Code:
         return self
 
     def block(self, name: str) -> fx.GraphModule | None:
-        """The product of one parameter's diagonal block, (*saved, vector) -> (result,); None where it is zero."""
+        """The product of one parameter's diagonal block, (*kept, vector) -> (result,); None where it is zero."""
+        raise NotImplementedError
+
+    def prologue(self, name: str) -> fx.GraphModule | None:
+        """What a block computes once from the saved values, (*saved) -> kept; None: kept is what is saved."""
+        return None
+
+    def run(self, gm: fx.GraphModule, kept: list[Any], vectors: list[Tensor], batched: bool) -> tuple[Tensor, ...]:
+        """Run a product program on vectors, each with one more leading axis if `batched`."""
+        device = next(iter(self.devices.values()))
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return (self._over_vectors(gm, kept, vectors) if batched else gm)(*kept, *vectors)
+
+    def _over_vectors(self, gm: fx.GraphModule, kept: list[Any], vectors: list[Tensor]):
+        """`gm` mapped over the vectors' leading axis: traced once per kind of arguments."""
+        mapped = torch.vmap(gm, (*[None] * len(kept), *[0] * len(vectors)))
+        if torch.compiler.is_compiling():
+            return mapped
+        key = (gm, *(t.shape if isinstance(t, Tensor) else t for t in (*kept, *vectors)))
+        if key not in self._batched:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # an op without a batching rule is looped over
+                self._batched[key] = make_fx(mapped)(*kept, *vectors)
+        return self._batched[key]
+
+
+class Whole(Code):
+    """One program for all parameters, whose blocks are parts of it.
+
+    Attributes:
+        whole: (*saved, a vector per name in `inputs`) -> a result per name in `outputs`.
+    """
+
+    def __init__(self, program: Program, labels: list[str], whole: fx.GraphModule, inputs: list[str], outputs: list[str]):
+        super().__init__(program, labels)
+        self.whole, self.inputs, self.outputs = whole, inputs, outputs
+        self._blocks: dict[str, fx.GraphModule] = {}
+
+    def block(self, name: str) -> fx.GraphModule | None:
         if name not in self.outputs:
             return None
         if name not in self._blocks:
@@ -286,22 +349,48 @@ class Code:
             self._blocks[name] = restrict(self.whole, vectors, keep, self.outputs.index(name))
         return self._blocks[name]
 
-    def run(self, gm: fx.GraphModule, saved: list[Any], vectors: list[Tensor], batched: bool) -> tuple[Tensor, ...]:
-        """Run a product program on vectors, each with one more leading axis if `batched`."""
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(vectors[0].device.type, enabled=False):
-            return (self._over_vectors(gm, saved, vectors) if batched else gm)(*saved, *vectors)
 
-    def _over_vectors(self, gm: fx.GraphModule, saved: list[Any], vectors: list[Tensor]):
-        """`gm` mapped over the vectors' leading axis: traced once per kind of arguments."""
-        mapped = torch.vmap(gm, (*[None] * len(saved), *[0] * len(vectors)))
-        if torch.compiler.is_compiling():
-            return mapped
-        key = (gm, *(t.shape if isinstance(t, Tensor) else t for t in (*saved, *vectors)))
-        if key not in self._batched:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # an op without a batching rule is looped over
-                self._batched[key] = make_fx(mapped)(*saved, *vectors)
-        return self._batched[key]
+class Lazy(Code):
+    """A program per parameter, emitted when it is first asked for."""
+
+    def __init__(self, program: Program, labels: list[str], base: Joint, keys: list[int], modify: str):
+        super().__init__(program, labels)
+        self._base, self._keys, self._modify = base, keys, modify
+        self._parts: dict[str, tuple[fx.GraphModule, fx.GraphModule] | None] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Traced values cannot be pickled: what they are for is emitted first."""
+        for name in self.shapes:
+            self._emitted(name)
+        return {**self.__dict__, "_base": None, "_batched": {}}
+
+    def block(self, name: str) -> fx.GraphModule | None:
+        parts = self._emitted(name)
+        return parts and parts[1]
+
+    def prologue(self, name: str) -> fx.GraphModule | None:
+        parts = self._emitted(name)
+        return parts and parts[0]
+
+    def _emitted(self, name: str) -> tuple[fx.GraphModule, fx.GraphModule] | None:
+        if name not in self._parts:
+            self._parts[name] = self._emit(name)
+        return self._parts[name]
+
+    def _emit(self, name: str) -> tuple[fx.GraphModule, fx.GraphModule] | None:
+        joint = self._base.copy()
+        program = joint.program
+        saved = {n.meta["key"]: n for n in program.graph.nodes if n.meta.get("key") in self._keys}
+        vectors, found = PositiveProduct(joint, name, self._modify).run()
+        # all saved values stay, so that none is merged away
+        program.extras = {f"saved {key}": node for key, node in saved.items()}
+        if name not in found:
+            return None
+        results = list(_simplified(program, found).values())
+        given = [program.extras[f"saved {key}"] for key in self._keys]
+        kept = saved_values(program, vectors.values(), results)
+        first = split(program, given, [], kept)
+        return first, split(program, kept, list(vectors.values()), results)
 
 
 class _Saved:
@@ -313,6 +402,7 @@ class _Saved:
 
     def _note_versions(self) -> None:
         self._versions = [_version(t) for t in self._saved]
+        self._prologues: dict[str, list[Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_saved": self._saved, "_code": self._code}
@@ -321,14 +411,23 @@ class _Saved:
         self.__dict__.update(state)
         self._note_versions()
 
-    def _run(self, gm: fx.GraphModule, vectors: list[Tensor], batched: bool) -> tuple[Tensor, ...]:
+    def _run(self, gm: fx.GraphModule, vectors: list[Tensor], batched: bool, name: str = "") -> tuple[Tensor, ...]:
         for value, version, label in zip(self._saved, self._versions, self._code.labels, strict=True):
             if _version(value) != version:
                 raise ArgumentError(
                     f"{label} was changed in place since this product was made. Way out: use the product before the "
                     "optimizer's step, or call the compiled model again."
                 )
-        return self._code.run(gm, self._saved, vectors, batched)
+        return self._code.run(gm, self._kept(name), vectors, batched)
+
+    def _kept(self, name: str) -> list[Any]:
+        """What a program reads beside its vectors."""
+        prologue = self._code.prologue(name) if name else None
+        if prologue is None:
+            return self._saved
+        if name not in self._prologues:
+            self._prologues[name] = list(self._code.run(prologue, self._saved, [], False))
+        return self._prologues[name]
 
 
 def _version(value: Any) -> int | None:
@@ -379,15 +478,14 @@ class Block:
         shape = code.shapes[self.name]
         batched = vectors.ndim > len(shape)
         if tuple(vectors.shape)[batched:] != shape or vectors.ndim > len(shape) + 1:
-            raise ArgumentError(
-                f"the block of '{self.name}' multiplies {list(shape)} or [V, {', '.join(map(str, shape))}], got {list(vectors.shape)}"
-            )
+            both = f"{list(shape)} or [V, {', '.join(map(str, shape))}]"
+            raise ArgumentError(f"the block of '{self.name}' multiplies {both}, not {list(vectors.shape)}")
         gm = code.block(self.name)
         if gm is None or batched and not len(vectors):
             return torch.zeros_like(vectors)
         if batched and len(vectors) == 1:
-            return self._products._run(gm, [vectors[0]], False)[0].unsqueeze(0)
-        return self._products._run(gm, [vectors], batched)[0]
+            return self._products._run(gm, [vectors[0]], False, self.name)[0].unsqueeze(0)
+        return self._products._run(gm, [vectors], batched, self.name)[0]
 
     def __repr__(self) -> str:
         return f"Block('{self.name}', {list(self._products._code.shapes[self.name])})"
@@ -435,8 +533,8 @@ class Operator(_Saved):
                     raise ArgumentError(f"'{name}' is {list(shapes[name])}, its vector {list(t.shape)}")
             return self._times(dict(v), False)
         if not isinstance(v, Tensor) or v.ndim not in (1, 2) or v.shape[0] != self.shape[0]:
-            got = list(v.shape) if isinstance(v, Tensor) else type(v).__name__
-            raise ArgumentError(f"the operator is {list(self.shape)}: multiply a dict, [{self.shape[0]}] or [{self.shape[0]}, K], not {got}")
+            got, d = list(v.shape) if isinstance(v, Tensor) else type(v).__name__, self.shape[0]
+            raise ArgumentError(f"the operator is {list(self.shape)}: multiply a dict, [{d}] or [{d}, K], not {got}")
         return self._times_flat(v)
 
     def _times(self, v: dict[str, Tensor], batched: bool) -> dict[str, Tensor]:

@@ -44,6 +44,13 @@ class Nothing(Quantity):
 
 
 @dataclass(frozen=True)
+class HessianFactors(SqrtGGN):
+    """The loss Hessian's columns, and weighted columns of every op's residual (`passes.curvature`)."""
+
+    signed: bool = True
+
+
+@dataclass(frozen=True)
 class Identity(Quantity):
     """One column per entry of the model's output: the Jacobian."""
 
@@ -52,7 +59,8 @@ class Identity(Quantity):
 class Group:
     """Columns of one birth: `kind` of columns at loss term or head `term`.
 
-    kind: "gradient", "exact", "mc", "empirical", "signed", "root", "signs" (root times random signs) or "identity".
+    kind: "gradient", "exact", "mc", "empirical", "signed", "root", "signs" (root times random signs), "identity" or
+        "residual" (of an op; `term` counts them).
     """
 
     kind: str
@@ -89,4 +97,6 @@ def groups_of(program: Program, quantity: Quantity) -> list[Group]:
             out.append(Group("signs", index, quantity.mc))
         else:
             out.append(Group("signed" if quantity.signed else "root", index))
+    if isinstance(quantity, HessianFactors):
+        out += program.state.get("residuals", [])
     return out

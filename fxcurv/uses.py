@@ -111,3 +111,17 @@ def _through(transpose, call: Call, wrt: int, value: Tensor, lead: int) -> Tenso
     flat = value.flatten(0, lead - 1) if lead > 1 else value if lead else value.unsqueeze(0)
     (out,) = transpose(call, (wrt,), flat)
     return out.reshape(*value.shape[:lead], *out.shape[1:])
+
+
+class Subgraph:
+    """A part of the graph as a function of `heads` and of the values from `outside` it."""
+
+    def __init__(self, nodes, heads, outside, result):
+        self.nodes, self.heads, self.outside, self.result = nodes, heads, outside, result
+
+    def __call__(self, heads: list[Tensor], outside: list[Tensor]) -> Tensor:
+        env: dict[fx.Node, Any] = dict(zip((*self.heads, *self.outside), (*heads, *outside), strict=True))
+        for node in self.nodes:
+            args, kwargs = pytree.tree_map(lambda a: env[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs))
+            env[node] = node.target(*args, **kwargs)
+        return env[self.result]

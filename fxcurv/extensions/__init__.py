@@ -11,11 +11,12 @@ from fxcurv.extensions.ggn import (
     SqrtGGNExact,
     SqrtGGNMC,
 )
+from fxcurv.extensions.hessian import BatchDiagHessian, DiagHessian
 from fxcurv.extensions.kfac import EKFAC, KFAC, KFLR
 from fxcurv.extensions.products import GGNMP, HMP, PCHMP
 
 __all__ = [
-    "BatchDiagGGNExact", "BatchDiagGGNMC", "BatchGrad", "BatchL2Grad", "ClippedGrad", "DiagGGNExact", "DiagGGNMC",
+    "BatchDiagGGNExact", "BatchDiagGGNMC", "BatchDiagHessian", "BatchGrad", "BatchL2Grad", "ClippedGrad", "DiagGGNExact", "DiagGGNMC", "DiagHessian",
     "EKFAC", "Extension", "GGNMP", "HMP", "Jacobian", "KFAC", "KFLR", "PCHMP", "Param", "SqrtGGNExact", "SqrtGGNMC",
     "SumGradSquared", "Variance",
 ]  # fmt: skip

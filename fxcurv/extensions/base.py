@@ -72,7 +72,9 @@ class Param:
         spec = Spec(power, reduce, tuple(samples) if samples is not None else None)
         if groups is None:
             groups = groups_of(self.program, self.extension.requires) if self.extension else [GRADIENT]
-        parts = [self._of_group(spec, g, weights) for g in groups]
+        reached = [g for g in groups if any(g in u.groups for u in self.program.state["uses"][self.name])]
+        groups = reached if "v" in spec.reduce and reached else groups
+        parts = [self._of_group(spec, g, weights) for g in groups or [GRADIENT]]
         if len(parts) == 1:
             return parts[0]
         return self.emit(_added if "v" in reduce else _joined, parts)
@@ -93,7 +95,6 @@ class Param:
             return self._zeros(spec, group)
         if group in self.program.state["weights"]:
             weights = self.program.state["weights"][group]
-            weights = self.emit(_as_column, weights)
         factors = [select_group(self.program, u, group, self.origin()) for u in uses]
         path = uses[0].path
         if any(u.path != path for u in uses):
@@ -122,10 +123,6 @@ class Param:
         columns = self.program.state["columns"].get(group, 1)
         head = self.program.heads[0]
         return self.emit(_zeros, spec, columns, self.node, head, head.meta["place"])
-
-
-def _as_column(weights: Tensor) -> Tensor:
-    return weights.unsqueeze(1)
 
 
 def _materialised(factor: Factor) -> Tensor:

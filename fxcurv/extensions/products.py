@@ -54,5 +54,21 @@ class HMP(_Products):
 
 
 @dataclass(frozen=True)
-class PCHMP(Extension):
-    pass
+class PCHMP(_Products):
+    """Products with the positive-curvature Hessian: a callable per parameter, [V, *P] or [*P] -> the same.
+
+    The Hessian is a sum over ops of J^T R J, R the op's residual. Here every R has its eigenvalues clipped at 0 or made
+    positive. For networks that are piecewise linear up to a convex loss it is the generalised Gauss-Newton.
+
+    Args:
+        savefield: the field of the result.
+        modify: "clip" (negative eigenvalues become 0) or "abs" (their absolute values).
+    """
+
+    savefield: str = "pchmp"
+    modify: str = "clip"
+    kind = "pch"
+
+    def check(self) -> None:
+        if self.modify not in ("clip", "abs"):
+            raise ExtensionError(f"PCHMP(modify={self.modify!r}): use 'clip' or 'abs'")

@@ -17,7 +17,7 @@ from fxcurv.program import Check, Input, Program
 from fxcurv.quantity import GRADIENT, Group, Term
 from fxcurv.rules.base import rule_of
 from fxcurv.rules.loss import Draw, separate
-from fxcurv.uses import call_of, origin_of
+from fxcurv.uses import Subgraph, call_of, origin_of
 
 if TYPE_CHECKING:
     from fxcurv.passes.propagate import Walk
@@ -69,6 +69,8 @@ def _closed_form(walk: Walk, term: Term, groups: list[Group]) -> None:
     for group in groups:
         if group.kind == "exact":
             columns = emit(program, _exact, rule, call, stack.node, origin=origin)
+            if not any(e.needs_convex for e in program.extensions):
+                walk.weights[group] = emit(program, _sign, stack.node, origin=origin)
         elif group.kind == "empirical":
             columns = emit(program, _empirical, rule, call, stack.node, origin=origin)
         else:
@@ -78,7 +80,12 @@ def _closed_form(walk: Walk, term: Term, groups: list[Group]) -> None:
 
 
 def _exact(rule, call, c):
-    return rule.exact(call, c[0])
+    return rule.exact(call, c[0].abs())
+
+
+def _sign(c):
+    """The sign of a scalar cotangent, as weights that broadcast to [V, N]."""
+    return c.sign().unsqueeze(1)
 
 
 def _empirical(rule, call, c):
@@ -91,6 +98,8 @@ def _sampled(rule, call, c, seed, draw):
 
 def _check_positive(program: Program, node: fx.Node, c: fx.Node) -> None:
     asked = ", ".join(type(e).__name__ for e in program.extensions if e.needs_convex)
+    if not asked:
+        return
 
     def error():
         return LossError(
@@ -146,7 +155,7 @@ def _general(walk: Walk, groups: list[Group]) -> None:
     _check_convex(program, h)
     for group in groups:
         if group.kind == "signed":
-            joint, weights = emit(program, _signed, h, origin=origin)
+            joint, weights = emit(program, signed_pairs, h, origin=origin)
             walk.weights[group] = weights
         elif program.state.get("create_graph"):
             raise ExtensionError(
@@ -159,20 +168,6 @@ def _general(walk: Walk, groups: list[Group]) -> None:
             joint = emit(program, _signs, h, seed_node(program), group.term, group.draws, origin=origin)
         for head, part in zip(heads, emit(program, _split, joint, places, [*heads], origin=origin), strict=True):
             walk.add(head, Stack((group,), (part.meta["val"].shape[0],), part))
-
-
-class Subgraph:
-    """A part of the graph as a function of `heads` and of the values from `outside` it."""
-
-    def __init__(self, nodes, heads, outside, result):
-        self.nodes, self.heads, self.outside, self.result = nodes, heads, outside, result
-
-    def __call__(self, heads: list[Tensor], outside: list[Tensor]) -> Tensor:
-        env: dict[fx.Node, Any] = dict(zip((*self.heads, *self.outside), (*heads, *outside), strict=True))
-        for node in self.nodes:
-            args, kwargs = pytree.tree_map(lambda a: env[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs))
-            env[node] = node.target(*args, **kwargs)
-        return env[self.result]
 
 
 def _hessian(loss: Subgraph, places, heads: list[Tensor], outside: list[Tensor]) -> Tensor:
@@ -194,8 +189,11 @@ def _hessian(loss: Subgraph, places, heads: list[Tensor], outside: list[Tensor])
     return (h + h.mT) / 2
 
 
-def _signed(h: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns u, weights w with sum w u u^T = H up to what a diagonal sees: the pairs e_i +- H_i, scaled to equal length."""
+def signed_pairs(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns u [2D, N, D] and weights w [2D, 1] with sum w u u^T = H: the pairs e_i +- H_i, scaled to equal length.
+
+    Exact and differentiable: needs no eigendecomposition. h: [N, D, D], symmetric.
+    """
     d = h.shape[1]
     rows = h.movedim(1, 0)
     size = rows.norm(dim=2, keepdim=True)
@@ -203,7 +201,7 @@ def _signed(h: Tensor) -> tuple[Tensor, Tensor]:
     eye = torch.eye(d, dtype=h.dtype, device=h.device).unsqueeze(1) * alpha
     columns = torch.cat([eye + rows / alpha, eye - rows / alpha])
     weights = torch.cat([h.new_full((d,), 0.25), h.new_full((d,), -0.25)])
-    return columns, weights
+    return columns, weights.unsqueeze(1)
 
 
 def _root(h: Tensor) -> Tensor:
@@ -229,6 +227,8 @@ def _split(columns: Tensor, places, heads: list[Tensor]) -> list[Tensor]:
 
 def _check_convex(program: Program, h: fx.Node) -> None:
     asked = ", ".join(type(e).__name__ for e in program.extensions if e.needs_convex)
+    if not asked:
+        return
 
     def error():
         return LossError(

@@ -126,7 +126,8 @@ def _visit(program: Program, node: fx.Node, dependent: set[fx.Node], terms: dict
     rule, positions = rule_of(node.target, program.rules), _positions(node, dependent)
     if isinstance(rule, LossRule):
         prediction = node.args[0]
-        if positions != [0] or not _closed_form(node) or not _linear(program, prediction, dependent):
+        signed = node.meta["val"].ndim > 0 and not any(e.needs_convex for e in program.extensions)
+        if signed or positions != [0] or not _closed_form(node) or not _linear(program, prediction, dependent):
             raise _General
         terms[node] = Term(node, prediction)
     elif rule.linear(positions):

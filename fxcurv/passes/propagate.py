@@ -19,11 +19,11 @@ from torch.utils import _pytree as pytree
 from fxcurv.emit import emit
 from fxcurv.errors import UnsupportedOpError, locate
 from fxcurv.factors import Factor, Jacobian
-from fxcurv.passes import births
+from fxcurv.passes import births, curvature
 from fxcurv.passes.objective import ancestors
 from fxcurv.placement import Shard
 from fxcurv.program import Program, is_active, is_sharded
-from fxcurv.quantity import GRADIENT, Group, groups_of
+from fxcurv.quantity import GRADIENT, Group, HessianFactors, groups_of
 from fxcurv.rules.base import Rule, canonical_args, rule_of
 from fxcurv.uses import Use, call_of, origin_of, outputs_of, pull_back, select_group
 
@@ -52,6 +52,8 @@ class Walk:
     wanted: set[Group] = field(default_factory=set)
     weights: dict[Group, fx.Node] = field(default_factory=dict)
     columns: dict[Group, int] = field(default_factory=dict)
+    curved: set[fx.Node] = field(default_factory=set)
+    residuals: list[Group] = field(default_factory=list)
 
     def add(self, node: fx.Node, stack: Stack) -> None:
         self.cotangents.setdefault(node, []).append(stack)
@@ -63,6 +65,9 @@ def propagate(program: Program) -> Program:
     wanted = [g for e in program.extensions for g in groups_of(program, e.requires)]
     groups = list(dict.fromkeys([*([GRADIENT] if program.loss is not None else []), *wanted]))
     walk = Walk(program, groups, wanted=set(wanted))
+    if any(isinstance(e.requires, HessianFactors) for e in program.extensions):
+        walk.curved = set(ancestors(program.heads))
+        walk.wanted.add(GRADIENT)
     forward = list(program.graph.nodes)
     targets = [program.loss] if program.loss is not None else program.heads
     reached = set(ancestors(targets))
@@ -76,6 +81,7 @@ def propagate(program: Program) -> Program:
     program.state["direct"] = {n: walk.direct[p] for n, p in program.params.items() if p in walk.direct}
     program.state["weights"] = walk.weights
     program.state["columns"] = walk.columns
+    program.state["residuals"] = walk.residuals
     return program
 
 
@@ -105,6 +111,8 @@ def _visit(walk: Walk, node: fx.Node) -> None:
     if node in walk.outputs:
         stacks = _tuple_stacks(walk, node)
     for stack in stacks:
+        if node in walk.curved:
+            curvature.at(walk, node, stack)
         _step(walk, node, stack)
 
 

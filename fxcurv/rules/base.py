@@ -53,6 +53,9 @@ class Rule:
     index_map = False
     """Whether the op only moves elements, so that squares and sums over columns commute with its transpose."""
 
+    piecewise_linear = False
+    """Whether the op has no curvature where it is differentiable."""
+
     def linear(self, active: Sequence[int]) -> bool:
         """Whether the op is linear in the arguments at the positions `active` jointly."""
         return False
@@ -60,6 +63,10 @@ class Rule:
     def place(self, sites: Sequence[Site | None], args: tuple, shape: tuple[int, ...], n: int) -> Placement | None:
         """The output's placement; None: unknown, it is probed. Sizes in `args` have N replaced by `n`."""
         return None
+
+    def formula(self, op: Callable, args: Sequence[Any]) -> Any:
+        """The op's outputs in a form whose second derivative PyTorch gets right (default: the op itself)."""
+        return floats(invoke(op, args))
 
     def transpose(self, call: Call, wrt: tuple[int, ...], g: Any) -> Sequence[Tensor]:
         """Cotangents [V, *arg] of the arguments `wrt` from those of the output, [V, *y] (a tuple for several)."""

@@ -70,9 +70,15 @@ class LayerNorm(Rule):
         normalised = len(shape) - len(args[1])
         return MIXED if isinstance(x.place, Shard) and x.place.dim >= normalised else x.place
 
+    def formula(self, op, args):
+        x, _, weight, bias, *_ = args
+        y = self._normalised(args)[1]
+        y = y if weight is None else y * weight
+        return y if bias is None else y + bias
+
     @staticmethod
-    def _normalised(call):
-        x, shape, _, _, eps = call.args[:5]
+    def _normalised(args):
+        x, shape, _, _, eps = args[:5]
         dims = list(range(x.ndim - len(shape), x.ndim))
         centred = x - x.mean(dims, keepdim=True)
         rstd = torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)
@@ -82,7 +88,7 @@ class LayerNorm(Rule):
         if tuple(wrt) != (self._flat(call, 0),):
             return super().transpose(call, wrt, g)
         weight = call.args[2]
-        dims, xhat, rstd = self._normalised(call)
+        dims, xhat, rstd = self._normalised(call.args)
         gw = g if weight is None else g * weight
         dims = [d + 1 for d in dims]
         return [rstd * (gw - gw.mean(dims, keepdim=True) - xhat * (gw * xhat).mean(dims, keepdim=True))]
@@ -94,7 +100,7 @@ class LayerNorm(Rule):
 
     def factors(self, call: Call, position: int, g) -> Factor:
         keep = len(call.args[1])
-        t = g * self._normalised(call)[1] if position == self._flat(call, 2) else g
+        t = g * self._normalised(call.args)[1] if position == self._flat(call, 2) else g
         t = samples_first(t, call.place, lead=1)
         shared = list(range(2, t.ndim - keep))
         return Jacobian(t.sum(shared) if shared else t)
@@ -158,3 +164,10 @@ for _log, _ops in {
     True: (aten._log_softmax.default, aten.log_softmax.int),
 }.items():
     register(*_ops, rule=Softmax(_log))
+
+
+@rewrite(aten._weight_norm_interface.default)
+def _weight_norm(v, g, dim=0):
+    """The op's own second derivative is wrong (PyTorch 2.13), its mathematics is not."""
+    norm = v.square().sum([d for d in range(v.ndim) if d != dim % v.ndim], keepdim=True).sqrt()
+    return v * (g / norm), norm

@@ -32,6 +32,8 @@ class Pool(Rule):
 class MaxPool(Pool):
     """(values, indices); the transpose scatters by the indices."""
 
+    piecewise_linear = True
+
     def __init__(self, dims: int):
         super().__init__(dims, linear=False)
 

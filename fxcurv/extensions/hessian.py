@@ -1,0 +1,97 @@
+"""The Hessian's diagonal, exact for any op and any reuse of a parameter (Dangel et al. 2020; see `passes.curvature`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fxcurv.errors import ExtensionError
+from fxcurv.extensions.base import Extension, Param
+from fxcurv.program import Program, is_active
+from fxcurv.quantity import HessianFactors
+from fxcurv.rules.base import canonical_args, rule_of
+from fxcurv.rules.pointwise import Pointwise
+from fxcurv.uses import Subgraph
+
+# A regulariser that couples a parameter's entries takes one Hessian-vector product per entry.
+COUPLED = 4096
+
+
+@dataclass(frozen=True)
+class DiagHessian(Extension):
+    """diag of the Hessian of L, [*P], with the curvature of a regulariser."""
+
+    savefield = "diag_h"
+    requires = HessianFactors()
+
+    def extract(self, param: Param) -> fx.Node:
+        total = param.contract(power=2, reduce="vn")
+        if param.name not in param.program.state["direct"]:
+            return total
+        return param.emit(torch.add, total, _of_regulariser(param))
+
+
+@dataclass(frozen=True)
+class BatchDiagHessian(Extension):
+    """diag of the Hessian of every sample's loss, [N, *P]; nothing of a regulariser."""
+
+    savefield = "diag_h_batch"
+    requires = HessianFactors()
+
+    def extract(self, param: Param) -> fx.Node:
+        return param.contract(power=2, reduce="v")
+
+
+def _of_regulariser(param: Param) -> fx.Node:
+    """The diagonal of d^2 r / d param^2, where r is the loss with f held constant."""
+    program = param.program
+    inner = _past_the_heads(program)
+    if any(h in node.all_input_nodes for node in inner for h in program.heads if _couples(program, node, h)):
+        raise ExtensionError(
+            f"{param.label}: the loss multiplies the model's output with parameter '{param.name}', so its Hessian is no sum of one "
+            "through the output and one of a regulariser. Way out: make that product part of the model."
+        )
+    outside = list(dict.fromkeys(i for n in inner for i in n.all_input_nodes if i not in inner and i is not param.node))
+    r = Subgraph(tuple(inner), (param.node,), tuple(outside), program.loss)
+    separable = all(_separable(program, node) for node in inner if is_active(node))
+    if not separable and param.node.meta["val"].numel() > COUPLED:
+        raise ExtensionError(
+            f"{param.label}: the regulariser couples the {param.node.meta['val'].numel()} entries of '{param.name}', more than "
+            f"{COUPLED}. Way out: an elementwise regulariser, or add its diagonal yourself."
+        )
+    return param.emit(_diagonal, r, separable, param.node, outside)
+
+
+def _past_the_heads(program: Program) -> list[fx.Node]:
+    found, stack = set(), [program.loss]
+    while stack:
+        node = stack.pop()
+        if node not in found and node not in program.heads and node.op == "call_function":
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return [n for n in program.graph.nodes if n in found]
+
+
+def _couples(program: Program, node: fx.Node, head: fx.Node) -> bool:
+    others = [i for i in node.all_input_nodes if i is not head and is_active(i) and i not in program.heads]
+    positions = [k for k, a in enumerate(canonical_args(node)) if isinstance(a, fx.Node) and is_active(a)]
+    return bool(others) and not rule_of(node.target, program.rules).linear(positions)
+
+
+def _separable(program: Program, node: fx.Node) -> bool:
+    rule = rule_of(node.target, program.rules)
+    args = [a for a in canonical_args(node) if isinstance(a, fx.Node)]
+    positions = [k for k, a in enumerate(canonical_args(node)) if is_active(a)]
+    squared = len(args) == 2 and args[0] is args[1] and rule.name == "arithmetic"
+    return isinstance(rule, Pointwise) or rule.linear(positions) or squared
+
+
+def _diagonal(r: Subgraph, separable: bool, param: Tensor, outside: list[Tensor]) -> Tensor:
+    _, pull = torch.func.vjp(torch.func.grad(lambda p: r([p], outside)), param)
+    if separable:
+        return pull(torch.ones_like(param))[0]
+    eye = torch.eye(param.numel(), dtype=param.dtype, device=param.device)
+    rows = torch.vmap(pull)(eye.reshape(-1, *param.shape))[0]
+    return rows.flatten(1).diagonal().reshape(param.shape)

@@ -1,0 +1,203 @@
+"""Curvature of the ops: the columns that the Hessian has beyond the Gauss-Newton.
+
+At an op y = op(inputs) that the gradient reaches with cotangent g, the Hessian of the loss gains the residual
+R = sum_k g_k d^2 y_k over the op's inputs jointly, pulled back to the parameters. Its diagonal needs no root: columns u
+with real weights w, sum w (J^T u)^2, serve (Dangel et al. 2020, eq. 25, without its eigendecompositions).
+
+* elementwise op: one column e_i per entry, of weight g_i f''(x_i); none where f is piecewise linear;
+* a product of a value and a parameter (any op that is linear in each): per entry i of the value the pair u +- q, weights
+  +-1/2, u = e_i on the value and q the cotangent that e_i causes on the parameter; only where the parameter also
+  reaches the value, since otherwise no entry of the diagonal sees it;
+* any other op: the pairs e_i +- R_i over all inputs, weights +-1/4.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxcurv.emit import emit
+from fxcurv.factors import Jacobian
+from fxcurv.passes.births import signed_pairs
+from fxcurv.passes.objective import ancestors
+from fxcurv.placement import Shard, samples_back, samples_first
+from fxcurv.program import is_active, is_sharded
+from fxcurv.quantity import GRADIENT, Group
+from fxcurv.rules.base import Call, Rule, canonical_args, rule_of
+from fxcurv.rules.loss import separate
+from fxcurv.rules.pointwise import Pointwise
+from fxcurv.uses import Use, call_of, origin_of
+
+if TYPE_CHECKING:
+    from fxcurv.passes.propagate import Stack, Walk
+
+
+def at(walk: Walk, node: fx.Node, stack: Stack) -> None:
+    """Add the residual columns of the op at `node` to its inputs' cotangents."""
+    if GRADIENT not in stack.groups or not isinstance(node.target, torch._ops.OpOverload):
+        return
+    leaves = pytree.tree_leaves(canonical_args(node))
+    active = [i for i, leaf in enumerate(leaves) if is_active(leaf)]
+    rule = rule_of(node.target, walk.program.rules)
+    if rule.linear(active) or rule.piecewise_linear:
+        return
+    where = node.meta["place"]
+    where = where[0] if isinstance(where, list) else where
+    if stack.per_sample:
+        _joint(walk, node, stack, rule, active, leaves, None)
+    elif isinstance(where, Shard):
+        data = [i for i in active if is_sharded(leaves[i])]
+        free = [i for i in active if i not in data]
+        if free and rule.linear(data) and all(rule.linear([i]) for i in free):
+            _bilinear(walk, node, stack, rule, data, free, leaves)
+        elif isinstance(rule, Pointwise) and rule.d2 is not None and active == [0]:
+            _elementwise(walk, node, stack, rule, leaves)
+        else:
+            _joint(walk, node, stack, rule, active, leaves, where)
+
+
+def _meet(walk: Walk, a: fx.Node, b: fx.Node) -> bool:
+    """Whether a trainable parameter reaches both values."""
+    params = set(walk.program.params.values())
+    return bool(params & set(ancestors([a])) & set(ancestors([b])))
+
+
+def _gradient(walk: Walk, node: fx.Node, stack: Stack) -> Any:
+    """The gradient's rows of a stack (a tuple for several outputs)."""
+    start = sum(stack.columns[: stack.groups.index(GRADIENT)])
+    of = sum(stack.columns)
+    take = lambda n: emit(walk.program, _rows, n, start, of, origin=origin_of(node, "propagate"))  # noqa: E731
+    return tuple(map(take, stack.node)) if isinstance(stack.node, tuple) else take(stack.node)
+
+
+def _rows(t: Tensor, start: int, of: int) -> Tensor:
+    return t.unflatten(0, (of, -1))[start]
+
+
+def _born(walk: Walk, columns: int, weights: fx.Node) -> Group:
+    group = Group("residual", len(walk.residuals))
+    walk.residuals.append(group)
+    walk.groups.append(group)
+    walk.wanted.add(group)
+    walk.columns[group] = columns
+    walk.weights[group] = weights
+    return group
+
+
+def _send(walk: Walk, target: fx.Node, group: Group, columns: fx.Node, v: int, per_sample: bool) -> None:
+    from fxcurv.passes.propagate import Stack
+
+    walk.add(target, Stack((group,), (v,), columns, per_sample))
+
+
+def _elementwise(walk: Walk, node: fx.Node, stack: Stack, rule: Pointwise, leaves: list) -> None:
+    call, origin = call_of(walk.program, node), origin_of(node, "curvature")
+    g = _gradient(walk, node, stack)
+    columns, weights = emit(walk.program, _unit_columns, rule.d2, call, g, origin=origin)
+    v = columns.meta["val"].shape[0]
+    _send(walk, leaves[0], _born(walk, v, weights), columns, v, False)
+
+
+def _unit_columns(d2, call: Call, g: Tensor) -> tuple[Tensor, Tensor]:
+    """(e_i [D, *x], g f'' as weights [D, N]), D entries of a sample's slice."""
+    x, *rest = call.args
+    place = call.places[0]
+    curvature = (g.squeeze(0) * d2(x, call.y, *rest)).to(x.dtype)
+    weights = samples_first(curvature, place).flatten(1).t()
+    return separate(torch.ones_like(x).unsqueeze(0), place, None), weights
+
+
+def _bilinear(walk: Walk, node: fx.Node, stack: Stack, rule: Rule, data: list, free: list, leaves: list) -> None:
+    call, origin = call_of(walk.program, node), origin_of(node, "curvature")
+    g = _gradient(walk, node, stack)
+    for position in data:
+        partners = [i for i in free if not rule.linear(sorted((position, i))) and _meet(walk, leaves[i], leaves[position])]
+        if not partners:
+            continue
+        out = emit(walk.program, _cross_pairs, rule, call, position, tuple(partners), g, origin=origin)
+        columns, direct, weights = out
+        v = columns.meta["val"].shape[0]
+        group = _born(walk, v, weights)
+        _send(walk, leaves[position], group, columns, v, False)
+        for i, p in zip(partners, direct, strict=True):
+            walk.uses.setdefault(leaves[i], []).append(Use(Jacobian(p), (group,), (v,), rule.name))
+
+
+def _cross_pairs(rule: Rule, call: Call, position: int, free: tuple, g: Tensor):
+    """(u [2D, *x], q per parameter [2D, N, *h], weights [2D, 1])."""
+    leaves, spec = pytree.tree_flatten(call.args)
+    x, place = leaves[position], call.places[position]
+    units = separate(torch.ones_like(x).unsqueeze(0), place, None)
+
+    def caused(unit: Tensor) -> list[Tensor]:
+        args = pytree.tree_unflatten([unit if i == position else a for i, a in enumerate(leaves)], spec)
+        there = Call(call.op, args, call.y, call.place, call.places, call.sizes)
+        return [rule.factors(there, i, g).materialise().squeeze(0) for i in free]
+
+    per_unit = [caused(unit) for unit in units.unbind(0)]
+    direct = [torch.stack([q[k] for q in per_unit]) for k in range(len(free))]
+    weights = torch.cat([x.new_full((len(per_unit), 1), 0.5), x.new_full((len(per_unit), 1), -0.5)])
+    return torch.cat([units, units]), [torch.cat([q, -q]) for q in direct], weights
+
+
+def _joint(walk: Walk, node: fx.Node, stack: Stack, rule: Rule, active: list, leaves: list, place: Shard | None) -> None:
+    call, origin = call_of(walk.program, node), origin_of(node, "curvature")
+    g = _gradient(walk, node, stack)
+    parts, weights = emit(walk.program, _residual_pairs, rule, call, tuple(active), g, place, origin=origin)
+    v = weights.meta["val"].shape[0]
+    group = _born(walk, v, weights)
+    for i, columns in zip(active, parts, strict=True):
+        if place is not None and not is_sharded(leaves[i]):
+            walk.uses.setdefault(leaves[i], []).append(Use(Jacobian(columns), (group,), (v,), rule.name))
+        else:
+            _send(walk, leaves[i], group, columns, v, place is None)
+
+
+def _residual_pairs(rule: Rule, call: Call, active: tuple, g: Any, place: Shard | None):
+    """Columns for every active input and weights [2D, 1], from each sample's Hessian of <g, op>.
+
+    With a place: [2D, *x] for sharded inputs, [2D, N, *h] for sample-free ones. Without (an op of sample-free values, g
+    with a row per sample): [2D * N, *h].
+    """
+    leaves, spec = pytree.tree_flatten(call.args)
+    gs = g if isinstance(g, tuple) else (g,)
+    gs = tuple(samples_first(t.squeeze(0), place) for t in gs) if place is not None else gs
+    sharded = [i for i, p in enumerate(call.places) if place is not None and isinstance(p, Shard) and isinstance(leaves[i], Tensor)]
+    slices = [samples_first(leaves[i], call.places[i]) for i in sharded]
+    fixed = [s if s is not None else leaf for s, leaf in zip(call.sizes, leaves, strict=True)] if place is not None else leaves
+    n = gs[0].shape[0]
+    inputs = [slices[sharded.index(i)] if i in sharded else leaves[i].expand(n, *leaves[i].shape) for i in active]
+    widths = [t[0].numel() for t in inputs]
+    constants = [k for k, i in enumerate(sharded) if i not in active]
+
+    def hessian(joint: Tensor, g_n: tuple, rest: list) -> Tensor:
+        def value(flat):
+            new = list(fixed)
+            for k, r in zip(constants, rest, strict=True):
+                new[sharded[k]] = r
+            for i, part, t in zip(active, torch.split(flat, widths), inputs, strict=True):
+                new[i] = part.reshape(t.shape[1:])
+            out = rule.formula(call.op, pytree.tree_unflatten(new, spec))
+            outs = out if isinstance(out, tuple | list) else (out,)
+            return sum((a * b).sum() for a, b in zip(g_n, outs, strict=False))
+
+        _, pull = torch.func.vjp(torch.func.grad(value), joint)
+        return torch.vmap(pull)(torch.eye(sum(widths), dtype=joint.dtype, device=joint.device))[0]
+
+    joint = torch.cat([t.flatten(1) for t in inputs], 1)
+    h = torch.vmap(hessian)(joint, gs, [slices[k] for k in constants])
+    columns, weights = signed_pairs((h + h.mT) / 2)
+    out = []
+    for i, part, t in zip(active, torch.split(columns, widths, 2), inputs, strict=True):
+        part = part.reshape(columns.shape[0], *t.shape)
+        if place is None:
+            part = part.flatten(0, 1)
+        elif i in sharded:
+            part = samples_back(part, call.places[i], 1)
+        out.append(part)
+    return out, weights
+
+
