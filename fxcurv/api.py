@@ -82,12 +82,10 @@ def _check_trainable(model: nn.Module) -> None:
 
 
 def _checked(extensions: Iterable[Extension]) -> tuple[Extension, ...]:
-    if isinstance(extensions, Extension):
-        extensions = (extensions,)
-    if isinstance(extensions, type | str) or not isinstance(extensions, Iterable):
-        extensions = (extensions,)
+    alone = isinstance(extensions, Extension | type | str) or not isinstance(extensions, Iterable)
+    asked: Iterable[Any] = (extensions,) if alone else extensions
     found: list[Extension] = []
-    for e in extensions:
+    for e in asked:
         if isinstance(e, type) and issubclass(e, Extension):
             raise ExtensionError(f"{e.__name__} is a class: pass an instance, {e.__name__}()")
         if not isinstance(e, Extension):
@@ -347,7 +345,9 @@ class Compiled:
         return flat
 
     def _check(self, program: Program, flat: list[Any]) -> None:
-        holds = program.check_module(*flat) if program.check_module is not None else ()
+        cuda = sorted({t.device.index or 0 for t in flat if isinstance(t, Tensor) and t.is_cuda})
+        with torch.random.fork_rng(cuda):  # dropout is drawn once, by the program
+            holds = program.check_module(*flat) if program.check_module is not None else ()
         for held, error in zip(holds, program.verdicts, strict=True):
             if not bool(held):
                 raise error()

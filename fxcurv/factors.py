@@ -57,10 +57,10 @@ class Factor:
 
     def samples(self, index: Tensor) -> Factor:
         """The same use on the samples in `index` only (called on `dense()`)."""
-        return dataclasses.replace(self, g=self.g.index_select(1, index))
+        return dataclasses.replace(self, g=self.g.index_select(1, index))  # type: ignore[type-var]
 
     def with_g(self, g: Any) -> Factor:
-        return dataclasses.replace(self, g=g)
+        return dataclasses.replace(self, g=g)  # type: ignore[type-var]
 
 
 @dataclass_transform(frozen_default=True)
@@ -232,7 +232,6 @@ class Gather(Factor):
 
 def windows(x: Tensor, out, kernel, stride, padding, dilation) -> Tensor:
     """Patches of `x` in any number of dimensions, as a view: [B, C, *spatial] -> [B, C, *out, *kernel]."""
-    dims = len(kernel)
     if any(padding):
         x = torch.nn.functional.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
     for d, (k, s, di, o) in enumerate(zip(kernel, stride, dilation, out, strict=True)):
@@ -279,9 +278,14 @@ def combine(spec: Spec, factors: list[Factor]) -> list[Factor]:
         # built from scalars, because a traced tensor constant would not be symbolic
         index = torch.stack([torch.full((), i, dtype=torch.long, device=device) for i in spec.samples])
         factors = [f.samples(index) for f in factors]
-    first: Any = factors[0]
     if len(factors) == 1:
         return factors
+    return _joined(factors)
+
+
+def _joined(factors: list[Any]) -> list[Any]:
+    """Several uses as one factor, where they are of one kind."""
+    first = factors[0]
     if all(isinstance(f, Jacobian) for f in factors):
         return [Jacobian(sum(f.g for f in factors))]
     if all(isinstance(f, Dense) and f.arrange == first.arrange for f in factors):

@@ -176,7 +176,7 @@ def _follow(node: fx.Node, view: Tensor, rules: dict) -> Tensor:
 
 def _roles(use: Use, shape: tuple[int, ...], bias: bool) -> tuple[tuple[int, ...], list[int], list[int]]:
     """(sizes to view the used value in, its axes of outputs, of inputs)."""
-    f = use.factor
+    f: Any = use.factor
     if bias:
         return shape, list(range(len(shape))), []
     if isinstance(f, Gather):
@@ -203,11 +203,11 @@ def _arrange(shape: tuple[int, ...], axes: list[tuple[Axes, Axes, int]]) -> tupl
         raise NoLayer("it is cut into pieces that do not fit its shape")
     sizes = tuple(a // b for a, b in zip(bounds, strides, strict=False))
 
-    def covered(side: int) -> list[int]:
-        seen = [d for use in axes for n, t in use[side] for d, s in enumerate(strides) if t <= s < n * t]
+    def covered(of_uses: list[Axes]) -> list[int]:
+        seen = [d for own in of_uses for n, t in own for d, s in enumerate(strides) if t <= s < n * t]
         return list(dict.fromkeys(seen))
 
-    outs, ins = covered(0), covered(1)
+    outs, ins = covered([o for o, _, _ in axes]), covered([i for _, i, _ in axes])
     if set(outs) & set(ins):
         raise NoLayer("its uses differ in what is an input and what an output")
     outs = [d for d in range(len(sizes)) if d not in outs and d not in ins] + outs
@@ -232,11 +232,12 @@ def _embed(axes: Axes, offset: int, whole: Arrangement, strides: list[int], dims
 # inputs and columns, in traced functions ---------------------------------------------------------------------------
 
 
-def inputs(factor: Factor) -> Tensor:
+def inputs(factor: Dense | Conv) -> Tensor:
     """a, [N, S, K, I]."""
     if isinstance(factor, Conv) and factor.transposed:
         return positions(scattered(factor), factor.place, 0, factor.groups)
-    return factor.dense().a
+    dense: Any = factor.dense()
+    return dense.a
 
 
 def scattered(f: Conv) -> Tensor:
@@ -248,7 +249,7 @@ def scattered(f: Conv) -> Tensor:
     return aten.convolution.default(f.a, each, None, *conv).flatten(2)
 
 
-def second_moment(factor: Factor) -> Tensor:
+def second_moment(factor: Dense | Conv) -> Tensor:
     """sum_{n,s} a a^T with a averaged over groups, [I, I]."""
     if isinstance(factor, Conv) and not factor.transposed and factor.groups == 1:
         # features first, so that the patches are written once, in the layout of the product

@@ -41,14 +41,6 @@ aten = torch.ops.aten
 # ---- ops whose own derivatives are not differentiable once more ------------------------------
 
 
-def _layer_norm(x, shape, weight=None, bias=None, eps=1e-5, cudnn=True):
-    dims = list(range(x.ndim - len(shape), x.ndim))
-    centred = x - x.mean(dims, keepdim=True)
-    y = centred * torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
-
-
 def _batch_norm(x, weight, bias, mean, var, training, momentum, eps):
     """Normalised by the batch's own statistics; they and the new running ones are returned beside y, as constants."""
     dims = [0, *range(2, x.ndim)]
@@ -61,10 +53,20 @@ def _batch_norm(x, weight, bias, mean, var, training, momentum, eps):
     return y, mean.detach(), rstd.detach().flatten(), mean.detach(), var.detach()
 
 
-MATHEMATICS: dict[Callable, Callable] = {
-    aten.layer_norm.default: _layer_norm,
+FORMULAS: dict[Callable, Callable] = {
     aten._native_batch_norm_legit_functional.default: _batch_norm,
 }
+
+
+@dataclass(frozen=True)
+class Formula:
+    """An op said by its rule's formula."""
+
+    rule: Rule
+    op: Callable
+
+    def __call__(self, *args: Any) -> Any:
+        return self.rule.formula(self.op, args)
 
 
 # x z, or x z + b: their first three arguments are (x, z, b)
@@ -177,6 +179,12 @@ def _is_zero(node: Any) -> bool:
     """Whether a value is zero by its making."""
     if not isinstance(node, fx.Node):
         return False
+    if "zero" not in node.meta:
+        node.meta["zero"] = _makes_zero(node)
+    return node.meta["zero"]
+
+
+def _makes_zero(node: fx.Node) -> bool:
     if node.target in _KEEP_ZERO:
         return _is_zero(node.args[0])
     if node.target in _ZERO_FACTOR:
@@ -255,7 +263,9 @@ def joint_of(program: Program, kind: str) -> tuple[Joint, dict[int, fx.Node]]:
 
 def _copied(program: Program, nodes: list[fx.Node]) -> tuple[Program, dict[fx.Node, fx.Node]]:
     """A program of these nodes alone (closed under inputs)."""
-    graph, env, attributes = fx.Graph(), {}, {}
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    attributes: dict[str, Any] = {}
     for node in nodes:
         new = graph.node_copy(node, env.__getitem__)
         new.meta = dict(node.meta)
@@ -304,10 +314,12 @@ def _gradients(joint: Joint, kind: str) -> None:
 
 def op_of(program: Program, node: fx.Node) -> tuple[Rule, Call]:
     """The rule and the call at `node`, said so that they can be differentiated again."""
-    call = call_of(program, node)
-    if node.target in MATHEMATICS and node.target not in program.rules:
-        return FALLBACK, dataclasses.replace(call, op=MATHEMATICS[node.target])
-    return rule_of(node.target, program.rules), call
+    rule, call = rule_of(node.target, program.rules), call_of(program, node)
+    if type(rule).formula is not Rule.formula:
+        return FALLBACK, dataclasses.replace(call, op=Formula(rule, node.target))
+    if rule is FALLBACK and node.target in FORMULAS:
+        return FALLBACK, dataclasses.replace(call, op=FORMULAS[node.target])
+    return rule, call
 
 
 def emitted(program: Program, node: fx.Node, fn: Callable, *args: Any) -> Any:
@@ -459,7 +471,7 @@ class Product:
             return []
         rule, call = op_of(self.program, node)
         wrt = self.positions(node)
-        if rule.linear(wrt) or getattr(rule, "piecewise_linear", False):
+        if rule.linear(wrt) or rule.piecewise_linear:
             return []
         leaves = pytree.tree_leaves(canonical_args(node))
         g = self.joint.gradients[node]
@@ -474,5 +486,6 @@ class Product:
             return direct
         through_y = emitted(self.program, node, transposed, rule, call, wrt, at_y)
         return [
-            t if _is_zero(d) else emitted(self.program, node, _sum, [d, t]) for d, t in zip(direct, through_y, strict=True)
+            t if _is_zero(d) else emitted(self.program, node, _sum, [d, t])
+            for d, t in zip(direct, through_y, strict=True)
         ]

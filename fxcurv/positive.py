@@ -20,12 +20,12 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxcurv.linearize import PRODUCTS, Joint, Product, emitted, replaced, residual, transposed
-from fxcurv.passes.births import Subgraph
 from fxcurv.passes.objective import find_terms
 from fxcurv.placement import PARTIAL, Shard, samples_back, samples_first
 from fxcurv.rules.base import Call, Rule, canonical_args
 from fxcurv.rules.loss import LossRule
 from fxcurv.rules.pointwise import unbroadcast
+from fxcurv.uses import Subgraph
 
 aten = torch.ops.aten
 

@@ -1,9 +1,8 @@
 """Matrix-free products as programs of their own: what they keep of the forward pass, and the objects that call them.
 
 The walks of `fxcurv.linearize` give one joint graph from the captured inputs and the vectors to the products. It is cut in
-two: the main program computes what the cut saves, next to its other results; the product program starts there. Which
-values are saved and which are computed again from saved ones is a minimum cut, sizes being capacities, as in
-PyTorch's own partitioner of forward and backward graphs; matrix products, convolutions and random ops are never repeated.
+two (`fxcurv.partition`): the main program computes what the cut saves, next to its other results; the product program
+starts there.
 """
 
 from __future__ import annotations
@@ -14,169 +13,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from typing import Any
 
-import networkx as nx
 import torch
-from torch import SymInt, Tensor, fx
+from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from fxcurv.emit import constant
-from fxcurv.errors import ArgumentError, InternalError, locate
+from fxcurv.errors import ArgumentError, ExtensionError, locate
 from fxcurv.linearize import Joint, Product, drop_zeros, joint_of
+from fxcurv.partition import closure, copied, repeatable, restrict, saved_values, size_of, split
+from fxcurv.passes import births
 from fxcurv.passes.objective import ancestors, find_terms
 from fxcurv.passes.simplify import simplify
+from fxcurv.placement import PARTIAL, Shard
 from fxcurv.positive import PositiveProduct
 from fxcurv.program import Program
-
-aten = torch.ops.aten
-
-
-# ---- what is saved ------------------------------
-
-# Cheap beside the pointwise ops and views, which say so by their tags and schemas.
-_CHEAP = {
-    aten.clone.default, aten._to_copy.default, aten.cat.default, aten.where.self, aten.gather.default,
-    aten.scatter.value, aten.scatter.src, aten.scatter_add.default, aten.embedding.default, aten.index.Tensor,
-    aten.constant_pad_nd.default, aten.slice_backward.default, aten.select_backward.default, aten.layer_norm.default,
-    aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.amax.default, aten.amin.default,
-    aten._softmax.default, aten._log_softmax.default, aten.softmax.int, aten.log_softmax.int, aten._safe_softmax.default,
-    aten._softmax_backward_data.default, aten._log_softmax_backward_data.default, aten.reshape.default,
-    aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.new_zeros.default, aten.zeros.default,
-    aten.ones.default, aten.full.default, aten.arange.default, aten.arange.start_step, aten.eye.default,
-}  # fmt: skip
-
-
-def _is_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(r.alias_info is not None for r in schema.returns)
-
-
-def _repeatable(node: fx.Node) -> bool:
-    """Whether an op may run again in the product: it is deterministic and costs little more than its memory traffic."""
-    if node.op == "get_attr" or node.target is operator.getitem or not isinstance(node.meta.get("val"), Tensor):
-        return not isinstance(node.meta.get("val"), tuple | list)
-    tags = getattr(node.target, "tags", ())
-    if torch.Tag.nondeterministic_seeded in tags:
-        return False
-    return torch.Tag.pointwise in tags or _is_view(node) or node.target in _CHEAP
-
-
-def _bytes(program: Program, node: fx.Node) -> int | None:
-    """What saving a value costs; None if it cannot be saved."""
-    val = node.meta.get("val")
-    if isinstance(val, SymInt | int):
-        return 1
-    if not isinstance(val, Tensor) or node.op != "placeholder" and (_is_view(node) or node.op == "get_attr"):
-        return None
-    if node.op == "placeholder" and node.meta.get("lives"):
-        return 1
-    return 2 + prod(program.batch.shape(val, program.batch.size)) * val.element_size()
-
-
-def dependent(nodes: Iterable[fx.Node], sources: Iterable[fx.Node]) -> set[fx.Node]:
-    """All nodes that depend on `sources`, and these."""
-    found = set(sources)
-    for node in nodes:
-        if any(i in found for i in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def saved_values(program: Program, vectors: Iterable[fx.Node], results: list[fx.Node], only: set[str] | None = None):
-    """The values that a product keeps, in the graph's order: a minimum cut between captured values and the vectors' part.
-
-    Args:
-        only: names of the nodes that may be saved (None: any).
-    """
-    moving = dependent(program.graph.nodes, vectors)
-    needed = ancestors(results)
-    flow: nx.DiGraph = nx.DiGraph()
-    flow.add_nodes_from(("source", "sink"))
-    for node in needed:
-        if node in moving:
-            continue
-        size = _bytes(program, node) if only is None or node.name in only else None
-        flow.add_edge((node, "in"), (node, "out"), **({} if size is None else {"capacity": size}))
-        if node.op == "placeholder" or not _repeatable(node):
-            flow.add_edge("source", (node, "in"))
-    for node in needed:
-        for source in node.all_input_nodes:
-            if source not in moving:
-                flow.add_edge((source, "out"), "sink" if node in moving else (node, "in"))
-    _, (before, _) = nx.minimum_cut(flow, "source", "sink", flow_func=nx.algorithms.flow.boykov_kolmogorov)
-    return [n for n in needed if n not in moving and (n, "in") in before and (n, "out") not in before]
-
-
-# ---- graphs ------------------------------
-
-
-def split(program: Program, saved: list[fx.Node], vectors: list[fx.Node], results: list[fx.Node]) -> fx.GraphModule:
-    """The product program, (*saved, *vectors) -> results; what is neither is computed from the saved values."""
-    graph, env, attributes = fx.Graph(), {}, {}
-    for k, node in enumerate([*saved, *vectors]):
-        env[node] = graph.placeholder(f"saved_{k}" if k < len(saved) else f"vector_{k - len(saved)}")
-        env[node].meta = {"val": node.meta["val"]}
-    for node in _from(results, set(env)):
-        if node in env:
-            continue
-        if node.op == "placeholder":
-            raise InternalError(f"a product needs {node.name}, which was not saved")
-        if node.op == "get_attr":
-            attributes[node.target] = getattr(program.gm, node.target)
-        env[node] = graph.node_copy(node, env.__getitem__)
-        if node.target in (aten.view.default, aten._unsafe_view.default):
-            env[node].target = aten.reshape.default  # a traced view relies on strides, which zeros left out may change
-    graph.output(tuple(env[r] for r in results))
-    return fx.GraphModule(attributes, graph)
-
-
-def _from(results: list[fx.Node], stop: set[fx.Node]) -> list[fx.Node]:
-    """What `results` are computed from, not past the nodes in `stop`, in the graph's order."""
-    found, stack = set(), list(results)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes if node not in stop else [])
-    return [n for n in results[0].graph.nodes if n in found] if results else []
-
-
-def restrict(gm: fx.GraphModule, vectors: list[int], keep: int, result: int) -> fx.GraphModule:
-    """One block of a product: the vector at placeholder `keep` alone, the others in `vectors` being zero; one result.
-
-    Every value that depends on the vectors is linear in them, so what reads zeros alone is zero.
-    """
-    nodes = list(gm.graph.nodes)
-    placeholders = [n for n in nodes if n.op == "placeholder"]
-    moving = dependent(nodes, [placeholders[k] for k in vectors])
-    zero = {placeholders[k] for k in vectors if k != keep}
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-
-    def value(node: fx.Node) -> fx.Node:
-        """The new node; a zero that an op needs as a value is computed from a zero vector."""
-        if node not in env and node.op == "placeholder":
-            val = node.meta["val"]
-            env[node] = graph.call_function(aten.zeros.default, (list(val.shape),), {"dtype": val.dtype, "device": val.device})
-            env[node].meta = {"val": val}
-        elif node not in env:
-            env[node] = graph.node_copy(node, value)
-        return env[node]
-
-    for node in nodes[:-1]:
-        if node in zero:
-            continue
-        inputs = [i for i in node.all_input_nodes if i in moving]
-        if inputs and all(i in zero for i in inputs):
-            zero.add(node)
-        elif node.target is aten.add.Tensor and not node.kwargs and any(i in zero for i in inputs):
-            (env[node],) = [value(i) for i in node.args if i not in zero]
-        else:
-            env[node] = graph.node_copy(node, value)
-    graph.output((value(nodes[-1].args[0][result]),))
-    graph.eliminate_dead_code()
-    return fx.GraphModule(gm, graph)
-
 
 # ---- from the program to results ------------------------------
 
@@ -198,7 +49,7 @@ def _whole(program: Program, kind: str) -> tuple[list[fx.Node], Code]:
     """One product for all parameters, of which every block is a part."""
     base, where = joint_of(program, kind)
     if kind == "ggn":
-        find_terms(base.program)
+        _check_convex(program, base, where)
     _mark_living(program, base, where)
     joint = base.copy()
     vectors, found = Product(joint, kind, list(program.shapes)).run()
@@ -214,17 +65,33 @@ def _positive(program: Program, modify: str) -> tuple[list[fx.Node], Code]:
 
     Kept are the captured inputs, and what matrix products, convolutions and random ops gave: all else is cheap.
     """
+    if program.state.get("create_graph"):
+        raise ExtensionError(
+            "create_graph=True with PCHMP: the derivative of the eigendecompositions in it is not defined at repeated "
+            "eigenvalues. Way out: HMP or GGNMP, or PCHMP in a call without create_graph."
+        )
     base, where = joint_of(program, "pch")
     find_terms(base.program)
     _mark_living(program, base, where)
     needed = ancestors([base.program.loss, *pytree.tree_leaves(list(base.gradients.values()))])
-    expensive = {n for n in needed if n.op == "placeholder" or not _repeatable(n)}
+    expensive = {n for n in needed if n.op == "placeholder" or not repeatable(n)}
     items = {n for n in needed if n.target is operator.getitem and n.args[0] in expensive}
-    saved = [n for n in needed if n in items or n in expensive and _bytes(base.program, n) is not None]
+    saved = [n for n in needed if n in items or n in expensive and size_of(base.program, n) is not None]
     changing = _changing(program)  # by this very call, after which they are of no use
     saved = [n for n in saved if where.get(n.meta["key"]) not in changing]
     labels = [_label(program, n, where) for n in saved]
     return _returned(program, saved, where), Lazy(program, labels, base, [n.meta["key"] for n in saved], modify)
+
+
+def _check_convex(program: Program, base: Joint, where: dict[int, fx.Node]) -> None:
+    """The Gauss-Newton is asked for a loss that is convex in f; checked where the loss is a sum over samples."""
+    heads, loss = program.heads, program.loss
+    apart = loss.meta["place"] == PARTIAL and all(isinstance(h.meta["place"], Shard) for h in heads)
+    for term in find_terms(base.program):
+        if term.node is not None:
+            births.check_positive(program, term.node, *_returned(program, [base.gradients[term.node]], where))
+        elif apart:
+            births.check_convex(program, births.hessian_of_loss(program))
 
 
 def _changing(program: Program) -> set[fx.Node]:
@@ -257,13 +124,13 @@ def _returned(program: Program, saved: list[fx.Node], where: dict[int, fx.Node])
     env: dict[fx.Node, fx.Node] = {}
     stop = {n for node in saved for n in ancestors([node]) if n.meta.get("key") in where}
     with program.graph.inserting_before(program.output):
-        for node in _from(saved, stop) if saved else []:
+        for node in closure(saved, stop) if saved else []:
             if node in stop:
                 env[node] = where[node.meta["key"]]
             elif node.op == "get_attr":
                 env[node] = constant(program, getattr(node.graph.owning_module, node.target))
             else:
-                env[node] = program.graph.node_copy(node, env.__getitem__)
+                env[node] = copied(program.graph, node, env)
                 env[node].meta = {k: v for k, v in node.meta.items() if k not in ("key", "active", "place")}
     return [env[n] for n in saved]
 
@@ -275,7 +142,9 @@ def _label(program: Program, node: fx.Node, where: dict[int, fx.Node]) -> str:
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     bound = program.inputs[placeholders.index(where[node.meta["key"]])]
     named = {"param": "parameter", "buffer": "buffer", "constant": "constant"}
-    return f"{named[bound.kind]} '{bound.name}'" if bound.kind in named else f"tensor {bound.index} of the {bound.kind}s"
+    return (
+        f"{named[bound.kind]} '{bound.name}'" if bound.kind in named else f"tensor {bound.index} of the {bound.kind}s"
+    )
 
 
 # ---- at a call ------------------------------
@@ -287,6 +156,7 @@ class Code:
     Attributes:
         labels: what each saved value is, for messages.
         shapes, dtypes, devices: of the parameters, by name.
+        differentiable: whether products can be differentiated, with respect to parameters, inputs and vectors.
     """
 
     def __init__(self, program: Program, labels: list[str]):
@@ -295,10 +165,14 @@ class Code:
         vals = {name: node.meta["val"] for name, node in program.params.items()}
         self.dtypes = {name: vals[name].dtype for name in self.shapes}
         self.devices = {name: vals[name].device for name in self.shapes}
+        self.differentiable = bool(program.state.get("create_graph"))
         self._batched: dict[Any, fx.GraphModule] = {}
 
     def __deepcopy__(self, memo: dict) -> Code:
         return self
+
+    def __reduce__(self):
+        raise ArgumentError("a product holds programs, which cannot be pickled: pickle the result's tensors")
 
     def block(self, name: str) -> fx.GraphModule | None:
         """The product of one parameter's diagonal block, (*kept, vector) -> (result,); None where it is zero."""
@@ -310,9 +184,15 @@ class Code:
 
     def run(self, gm: fx.GraphModule, kept: list[Any], vectors: list[Tensor], batched: bool) -> tuple[Tensor, ...]:
         """Run a product program on vectors, each with one more leading axis if `batched`."""
+        if torch.compiler.is_compiling():  # Dynamo knows no inference mode
+            with self._grad_mode():
+                return (self._over_vectors(gm, kept, vectors) if batched else gm)(*kept, *vectors)
         device = next(iter(self.devices.values()))
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.inference_mode(False), self._grad_mode(), torch.autocast(device.type, enabled=False):
             return (self._over_vectors(gm, kept, vectors) if batched else gm)(*kept, *vectors)
+
+    def _grad_mode(self):
+        return torch.enable_grad() if self.differentiable else torch.no_grad()
 
     def _over_vectors(self, gm: fx.GraphModule, kept: list[Any], vectors: list[Tensor]):
         """`gm` mapped over the vectors' leading axis: traced once per kind of arguments."""
@@ -321,9 +201,10 @@ class Code:
             return mapped
         key = (gm, *(t.shape if isinstance(t, Tensor) else t for t in (*kept, *vectors)))
         if key not in self._batched:
-            with warnings.catch_warnings():
+            plain = [t.detach() if isinstance(t, Tensor) else t for t in (*kept, *vectors)]
+            with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # an op without a batching rule is looped over
-                self._batched[key] = make_fx(mapped)(*kept, *vectors)
+                self._batched[key] = make_fx(mapped)(*plain)
         return self._batched[key]
 
 
@@ -334,7 +215,9 @@ class Whole(Code):
         whole: (*saved, a vector per name in `inputs`) -> a result per name in `outputs`.
     """
 
-    def __init__(self, program: Program, labels: list[str], whole: fx.GraphModule, inputs: list[str], outputs: list[str]):
+    def __init__(
+        self, program: Program, labels: list[str], whole: fx.GraphModule, inputs: list[str], outputs: list[str]
+    ):
         super().__init__(program, labels)
         self.whole, self.inputs, self.outputs = whole, inputs, outputs
         self._blocks: dict[str, fx.GraphModule] = {}
@@ -357,12 +240,6 @@ class Lazy(Code):
         super().__init__(program, labels)
         self._base, self._keys, self._modify = base, keys, modify
         self._parts: dict[str, tuple[fx.GraphModule, fx.GraphModule] | None] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Traced values cannot be pickled: what they are for is emitted first."""
-        for name in self.shapes:
-            self._emitted(name)
-        return {**self.__dict__, "_base": None, "_batched": {}}
 
     def block(self, name: str) -> fx.GraphModule | None:
         parts = self._emitted(name)
@@ -400,6 +277,11 @@ class _Saved:
         self._saved, self._code = list(saved), code
         self._note_versions()
 
+    @property
+    def labels(self) -> list[str]:
+        """What is kept of the forward pass."""
+        return self._code.labels
+
     def _note_versions(self) -> None:
         self._versions = [_version(t) for t in self._saved]
         self._prologues: dict[str, list[Any]] = {}
@@ -412,13 +294,17 @@ class _Saved:
         self._note_versions()
 
     def _run(self, gm: fx.GraphModule, vectors: list[Tensor], batched: bool, name: str = "") -> tuple[Tensor, ...]:
+        if not torch.compiler.is_compiling():
+            self._check_versions()
+        return self._code.run(gm, self._kept(name), vectors, batched)
+
+    def _check_versions(self) -> None:
         for value, version, label in zip(self._saved, self._versions, self._code.labels, strict=True):
             if _version(value) != version:
                 raise ArgumentError(
                     f"{label} was changed in place since this product was made. Way out: use the product before the "
                     "optimizer's step, or call the compiled model again."
                 )
-        return self._code.run(gm, self._kept(name), vectors, batched)
 
     def _kept(self, name: str) -> list[Any]:
         """What a program reads beside its vectors."""
@@ -431,7 +317,7 @@ class _Saved:
 
 
 def _version(value: Any) -> int | None:
-    if not isinstance(value, Tensor) or value.is_inference() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not isinstance(value, Tensor) or value.is_inference():
         return None
     return value._version
 
@@ -465,7 +351,7 @@ class Block:
         return self._products._code.block(self.name)
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        """The block times each vector.
+        """The block times each vector. The first call of a block emits its program (so not inside `torch.compile`).
 
         Args:
             vectors: [V, *P] or [*P].
@@ -526,7 +412,9 @@ class Operator(_Saved):
         shapes = self._code.shapes
         if isinstance(v, Mapping):
             if set(v) != set(shapes):
-                raise ArgumentError(f"the vector has {sorted(v)}, the operator {sorted(shapes)}: give one tensor for each")
+                raise ArgumentError(
+                    f"the vector has {sorted(v)}, the operator {sorted(shapes)}: give one tensor for each"
+                )
             for name, t in v.items():
                 _check_vectors(self._code, name, t)
                 if tuple(t.shape) != shapes[name]:
@@ -581,5 +469,10 @@ def _flatten(kept: _Saved):
     return kept._saved, kept._code
 
 
+pytree.register_pytree_node(
+    Block,
+    lambda block: (block._products._saved, (block._products._code, block.name)),
+    lambda saved, context: Block(Products(saved, context[0]), context[1]),
+)
 for _class in (Products, Operator):
     pytree.register_pytree_node(_class, _flatten, lambda saved, code, cls=_class: cls(saved, code))

@@ -107,7 +107,7 @@ class Program:
     shapes: dict[str, torch.Size]
     output_leaves: list[fx.Node]
     heads: list[fx.Node]
-    loss: fx.Node | None
+    loss: Any
     mutations: dict[str, fx.Node]
     output_template: Any = None
     constants: dict[str, Tensor] = field(default_factory=dict)
@@ -238,10 +238,12 @@ def is_active(node: Any) -> bool:
 
 
 def is_sharded(node: Any) -> bool:
+    """Whether a node's value has a slice per sample."""
     return isinstance(node, fx.Node) and isinstance(place(node), Shard)
 
 
 def is_tensor(node: Any) -> bool:
+    """Whether a node's value is one tensor."""
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
 
 

@@ -7,8 +7,7 @@ output) and keeps its identity through the walk, so that equal quantities share 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import fx
+from typing import Any
 
 from fxcurv.program import Program
 
@@ -75,8 +74,8 @@ GRADIENT = Group("gradient")
 class Term:
     """A source of curvature: a loss op and its prediction, or (node None) the whole loss as a function of f."""
 
-    node: fx.Node | None = None
-    prediction: fx.Node | None = None
+    node: Any = None
+    prediction: Any = None
 
 
 def groups_of(program: Program, quantity: Quantity) -> list[Group]:

@@ -43,8 +43,8 @@ class Use:
     columns: tuple[int, ...]
     rule: str
     path: tuple[fx.Node, ...] = ()
-    op: fx.Node | None = None
-    value: fx.Node | None = None
+    op: Any = None
+    value: Any = None
     cotangent: Any = None
 
 

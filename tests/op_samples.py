@@ -206,6 +206,7 @@ def by_hand() -> dict[Any, list[tuple]]:
         aten.conv1d.padding: [(t(2, 3, 7), t(2, 3, 4), t(2), [1], "same", [1]), (t(2, 3, 7), t(2, 3, 4), None, [2], "valid")],
         aten.conv2d.padding: [(t(2, 2, 5, 6), t(2, 1, 2, 3), t(2), [1, 1], "same", [1, 2], 2)],
         aten.conv3d.padding: [(t(2, 2, 4, 3, 4), t(2, 2, 2, 3, 2), None, [1, 1, 1], "same")],
+        aten._weight_norm_interface.default: [(t(3, 4), t(3, 1), 0), (t(2, 3, 4), t(1, 1, 4), 2)],
         aten.rms_norm.default: [(t(3, 4), [4], t(4)), (t(3, 2, 4), [2, 4], None, 0.1)],
         aten.scaled_dot_product_attention.default: [
             (t(2, 2, 3, 4), t(2, 2, 5, 4), t(2, 2, 5, 3)),

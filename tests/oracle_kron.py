@@ -54,7 +54,8 @@ def inputs_of(layer: nn.Module, x: Tensor) -> Tensor:
             y = channels_last(layer, layer(sample[None])[0])
         per_group = y.shape[1] // groups
         for position in y:
-            a = [matrix(layer, derivative(position[k * per_group], [layer.weight])[0])[k * per_group] for k in range(groups)]
+            firsts = [k * per_group for k in range(groups)]
+            a = [matrix(layer, derivative(position[o], [layer.weight])[0])[o] for o in firsts]
             rows.append(torch.stack(a).mean(0))
     return torch.stack(rows).reshape(len(x), -1, rows[0].numel())
 
@@ -86,7 +87,8 @@ class KroneckerOracle(Oracle):
                 part.append(torch.stack([channels_last(layer, g_n) for g_n in g]))
         found = [torch.stack(part) for part in parts]
         if getattr(layer, "padding_idx", None) is not None:  # what is looked up there gets no gradient
-            found = [b * (x != layer.padding_idx).flatten(1)[..., None] for b, (x, _) in zip(found, self.calls[path], strict=True)]
+            counted = [(x != layer.padding_idx).flatten(1)[..., None] for x, _ in self.calls[path]]
+            found = [b * c for b, c in zip(found, counted, strict=True)]
         return found
 
     def factors(self, path: str, columns: Tensor, sharing: str, fold: Callable[[Tensor], Tensor] | None = None):
@@ -105,7 +107,7 @@ class KroneckerOracle(Oracle):
         return outer(b.sum(2) if fold is None else fold(b.sum(2))), outer(a.mean(1)) / n
 
     def empirical(self) -> Tensor:
-        """The sampled column with the target for the sample, [1, N, C]: dL/df over the root of its weight c omega / Z."""
+        """The sampled column with the target for the sample, [1, N, C]: dL/df over the root of c omega / Z."""
         diagonal = self.h.diagonal(dim1=1, dim2=2)
         if self.kind == "mse":
             return (self.s / (diagonal / 2).sqrt())[None]

@@ -14,7 +14,15 @@ from fxcurv.errors import ExtensionError
 from fxcurv.extensions import BatchDiagGGNExact, BatchGrad, BatchL2Grad, DiagGGNExact, DiagGGNMC, SqrtGGNExact, Variance
 
 EXTENSIONS = [BatchGrad(), BatchL2Grad(), Variance(), DiagGGNExact(), BatchDiagGGNExact(), SqrtGGNExact(), DiagGGNMC(2)]
-NAMES = ["mlp_gelu", "cnn_two_layers", "layer_called_twice", "transformer_encoder", "lstm", "layer_norm", "ce_maps_soft"]
+NAMES = [
+    "mlp_gelu",
+    "cnn_two_layers",
+    "layer_called_twice",
+    "transformer_encoder",
+    "lstm",
+    "layer_norm",
+    "ce_maps_soft",
+]
 
 
 def total(result):
@@ -61,7 +69,9 @@ def test_with_respect_to_inputs():
     assert value[0].requires_grad
     samples = []
     for k in range(len(x)):  # the loss is a mean
-        grads = torch.autograd.grad(loss(model(x[k : k + 1]), y[k : k + 1]) / len(x), list(model.parameters()), create_graph=True)
+        grads = torch.autograd.grad(
+            loss(model(x[k : k + 1]), y[k : k + 1]) / len(x), list(model.parameters()), create_graph=True
+        )
         samples.append(sum(g.square().sum() for g in grads))
     (expected,) = torch.autograd.grad(sum(samples), x)
     torch.testing.assert_close(ours, expected)

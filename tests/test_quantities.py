@@ -42,6 +42,36 @@ SAMPLED = [DiagGGNMC(mc_samples=3), BatchDiagGGNMC(mc_samples=3), SqrtGGNMC(mc_s
 PLAIN = ("grad", "grad_batch", "batch_l2", "sum_grad_squared", "variance", "diag_ggn_exact", "diag_ggn_exact_batch")
 
 
+# one of each kind by default; the slow tests take them all
+REPRESENTATIVE = {
+    "logistic_regression", "mlp_relu", "mlp_single_sample", "layer_called_twice", "tied_embedding_lm", "weight_norm_linear",
+    "low_rank_adapter", "functional_einsum", "inputs_tuple", "batch_second", "frozen_parameters", "unreached_parameter",
+    "conv2d_groups", "conv_transpose2d_stride", "residual_net", "batch_norm2d", "group_norm", "max_pool2d",
+    "transformer_encoder", "transformer_decoder_lm", "multihead_attention_inputs", "lstm", "ce_maps_ignore_weights",
+    "ce_soft", "mse_maps", "bce_weights_soft", "loss_poisson", "sigmoid_in_model", "output_tuple",
+}  # fmt: skip
+
+
+def names(*without):
+    kept = [name for name, case in CASES.items() if not set(without) & set(case.tags)]
+    return [pytest.param(name, marks=[] if name in REPRESENTATIVE else pytest.mark.slow) for name in kept]
+
+
+FEW = {
+    "mlp_relu",
+    "residual_net",
+    "transformer_decoder_lm",
+    "lstm",
+    "ce_maps_ignore_weights",
+    "mse_maps",
+    "bce_weights_soft",
+}
+
+
+def few(*without):
+    return [p if p.values[0] in FEW else pytest.param(*p.values, marks=pytest.mark.slow) for p in names(*without)]
+
+
 def compiled_case(case, extensions, **kwargs):
     model, loss, inputs, targets = case.build()
     compiled = fxcurv.compile(model, loss, extensions, batch_dim=case.batch_dim, debug=True, **kwargs)
@@ -63,13 +93,10 @@ def gram(columns):
     return torch.einsum("vnp,vnq->npq", flat, flat)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", names())
 def test_exact_quantities(name):
     case = CASES[name]
-    if "nonconvex" in case.tags:
-        extensions = [e for e in EXACT if not e.needs_convex]
-    else:
-        extensions = EXACT
+    extensions = [e for e in EXACT if not (e.needs_convex and "nonconvex" in case.tags)]
     compiled, arguments, oracle = compiled_case(case, extensions)
     result = compiled(*arguments)
     torch.testing.assert_close(result.loss, oracle.loss())
@@ -93,28 +120,22 @@ def test_exact_quantities(name):
             close(actual, expected, field)
 
 
-# one of each kind by default; the slow tests take them all
-REPRESENTATIVE = {
-    "logistic_regression", "mlp_relu", "mlp_single_sample", "layer_called_twice", "tied_embedding_lm", "weight_norm_linear",
-    "low_rank_adapter", "functional_einsum", "inputs_tuple", "batch_second", "frozen_parameters", "unreached_parameter",
-    "conv2d_groups", "conv_transpose2d_stride", "residual_net", "batch_norm2d", "group_norm", "max_pool2d",
-    "transformer_encoder", "transformer_decoder_lm", "multihead_attention_inputs", "lstm", "ce_maps_ignore_weights",
-    "ce_soft", "mse_maps", "bce_weights_soft", "loss_poisson", "sigmoid_in_model", "output_tuple",
-}  # fmt: skip
+@pytest.mark.parametrize("name", few("nonconvex"))
+def test_diagonals_alone(name):
+    """Without a result that shows the columns, fewer of them do."""
+    compiled, arguments, oracle = compiled_case(CASES[name], [DiagGGNExact(), BatchDiagGGNExact()])
+    result = compiled(*arguments)
+    close(result.diag_ggn_exact, oracle.diag_ggn_exact(), "diag_ggn_exact")
+    close(result.diag_ggn_exact_batch, oracle.diag_ggn_exact_batch(), "diag_ggn_exact_batch")
 
 
-def names(*without):
-    kept = [name for name, case in CASES.items() if not set(without) & set(case.tags)]
-    return [pytest.param(name, marks=[] if name in REPRESENTATIVE else pytest.mark.slow) for name in kept]
-
-
-@pytest.mark.parametrize("name", names("several_leaves"))
+@pytest.mark.parametrize("name", few("several_leaves"))
 def test_jacobian(name):
     compiled, arguments, oracle = compiled_case(CASES[name], [Jacobian()])
     close(compiled(*arguments).jacobian, oracle.jacobian(), "jacobian")
 
 
-@pytest.mark.parametrize("name", names("nonconvex"))
+@pytest.mark.parametrize("name", few("nonconvex"))
 def test_sampled_quantities(name):
     compiled, arguments, oracle = compiled_case(CASES[name], SAMPLED)
     result, again = compiled(*arguments, seed=7), compiled(*arguments, seed=7)

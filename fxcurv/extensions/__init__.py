@@ -16,7 +16,7 @@ from fxcurv.extensions.kfac import EKFAC, KFAC, KFLR
 from fxcurv.extensions.products import GGNMP, HMP, PCHMP
 
 __all__ = [
-    "BatchDiagGGNExact", "BatchDiagGGNMC", "BatchDiagHessian", "BatchGrad", "BatchL2Grad", "ClippedGrad", "DiagGGNExact", "DiagGGNMC", "DiagHessian",
-    "EKFAC", "Extension", "GGNMP", "HMP", "Jacobian", "KFAC", "KFLR", "PCHMP", "Param", "SqrtGGNExact", "SqrtGGNMC",
-    "SumGradSquared", "Variance",
+    "BatchDiagGGNExact", "BatchDiagGGNMC", "BatchDiagHessian", "BatchGrad", "BatchL2Grad", "ClippedGrad",
+    "DiagGGNExact", "DiagGGNMC", "DiagHessian", "EKFAC", "Extension", "GGNMP", "HMP", "Jacobian", "KFAC", "KFLR",
+    "PCHMP", "Param", "SqrtGGNExact", "SqrtGGNMC", "SumGradSquared", "Variance",
 ]  # fmt: skip

@@ -27,12 +27,14 @@ class Extension:
         requires: the columns it needs.
         per_sample: whether it needs samples that do not interact.
         needs_convex: whether it needs a loss that is convex in the model's output.
+        shows_columns: whether the result depends on which root of the loss Hessian the columns are.
     """
 
     savefield: str = field(default="", kw_only=True)
     requires: ClassVar[Any] = Gradient()
     per_sample: ClassVar[bool] = True
     needs_convex: ClassVar[bool] = False
+    shows_columns: ClassVar[bool] = False
 
     def __post_init__(self):
         if not self.savefield:

@@ -82,6 +82,7 @@ class SqrtGGNExact(Extension):
 
     subsampling: tuple[int, ...] | None = None
     savefield = "sqrt_ggn_exact"
+    shows_columns = True
     needs_convex = True
     requires = SqrtGGN()
 

@@ -50,8 +50,8 @@ def _of_regulariser(param: Param) -> fx.Node:
     inner = _past_the_heads(program)
     if any(h in node.all_input_nodes for node in inner for h in program.heads if _couples(program, node, h)):
         raise ExtensionError(
-            f"{param.label}: the loss multiplies the model's output with parameter '{param.name}', so its Hessian is no sum of one "
-            "through the output and one of a regulariser. Way out: make that product part of the model."
+            f"{param.label}: the loss multiplies the model's output with parameter '{param.name}', so its Hessian is no sum "
+            "of one through the output and one of a regulariser. Way out: make that product part of the model."
         )
     outside = list(dict.fromkeys(i for n in inner for i in n.all_input_nodes if i not in inner and i is not param.node))
     r = Subgraph(tuple(inner), (param.node,), tuple(outside), program.loss)

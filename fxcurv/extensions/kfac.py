@@ -36,7 +36,11 @@ from fxcurv.quantity import Group, Quantity, SqrtGGN, groups_of
 from fxcurv.rules.base import rule_of
 from fxcurv.uses import Use, columns_of
 
-SHARING = ("backpack", "expand", "reduce")
+CHOICES = {
+    "weight_sharing": ("backpack", "expand", "reduce"),
+    "fisher": ("mc", "empirical"),
+    "blocks": ("kron", "exact"),
+}
 
 
 class _Factored(Extension):
@@ -47,10 +51,11 @@ class _Factored(Extension):
     blocks: str
 
     def check(self) -> None:
-        for argument, allowed in {"weight_sharing": SHARING, "fisher": ("mc", "empirical"), "blocks": ("kron", "exact")}.items():
+        for argument, allowed in CHOICES.items():
             value = getattr(self, argument, allowed[0])
             if value not in allowed:
-                raise ExtensionError(f"{type(self).__name__}({argument}={value!r}): use one of {', '.join(map(repr, allowed))}")
+                choices = ", ".join(map(repr, allowed))
+                raise ExtensionError(f"{type(self).__name__}({argument}={value!r}): use one of {choices}")
 
     def extract(self, param: Param) -> Kronecker | Eigenbasis:
         groups = groups_of(param.program, self.requires)
@@ -62,8 +67,9 @@ class _Factored(Extension):
             p = param.contract(power=1, reduce="")
             b = param.emit(_exact_block, p)
             return self._of_exact(param, b, p)
-        sharing = "convolution" if self.weight_sharing == "backpack" and layer.single_convolution else self.weight_sharing
-        sharing = "expand" if sharing == "backpack" else sharing
+        sharing = self.weight_sharing
+        if sharing == "backpack":
+            sharing = "convolution" if layer.single_convolution else "expand"
         factors = [param.emit(_sum, [_outputs(param, layer, g, sharing) for g in groups])]
         if not layer.bias:
             given = [(u.use.factor, u.columns) for u in layer.uses]
@@ -90,7 +96,8 @@ class _Factored(Extension):
         shape = tuple(param.node.meta["val"].shape)
         arrangement = Arrangement(shape, shape, tuple(range(min(1, len(shape)))), tuple(range(1, len(shape))))
         sides = (arrangement.rows, arrangement.columns)[: 2 if len(shape) > 1 else 1]
-        return self._of_zeros(param, Kronecker([param.emit(_square_zeros, param.node, s) for s in sides], arrangement))
+        zeros = [param.emit(_square_zeros, param.node, size) for size in sides]
+        return self._of_zeros(param, Kronecker(zeros, arrangement))
 
     # what KFAC and KFLR return; EKFAC goes on from there
 
@@ -109,7 +116,7 @@ def _check_sampled(extension: KFAC | EKFAC) -> None:
     if not isinstance(m, int) or m < 1:
         raise ExtensionError(f"{name}(mc_samples={m}): use a positive integer")
     if extension.fisher == "empirical" and m != 1:
-        raise ExtensionError(f'{name}(mc_samples={m}, fisher="empirical"): the empirical column is one, leave mc_samples out')
+        raise ExtensionError(f'{name}(mc_samples={m}, fisher="empirical"): there is one empirical column, not {m}')
 
 
 def _sampled(extension: KFAC | EKFAC) -> Quantity:
@@ -201,7 +208,9 @@ class EKFAC(_Factored):
                 rotated = param.emit(rotate, given, basis, _dtype(param))
                 parts.append(param.contract_factors(Spec(2, "vn"), rotated, layer.uses[0].use.rule))
         moments = param.emit(_sum, parts)
-        return Eigenbasis([*basis, param.emit(_transposed, moments) if rotate is _rotated_lookup else moments], factors.arrangement)
+        if rotate is _rotated_lookup:
+            moments = param.emit(_transposed, moments)
+        return Eigenbasis([*basis, moments], factors.arrangement)
 
     def _of_exact(self, param: Param, block: fx.Node, p: fx.Node) -> Eigenbasis:
         basis = param.emit(_eigenvectors, block)
@@ -244,7 +253,8 @@ def _fold(program: Program, group: Group) -> tuple[int, int] | None:
     if group.kind != "exact":
         return None
     z, where = term.prediction.meta["val"], term.prediction.meta["place"]
-    axis = rule_of(term.node.target, program.rules).class_axis(z.ndim)
+    rule: Any = rule_of(term.node.target, program.rules)
+    axis = rule.class_axis(z.ndim)
     if axis is not None:
         return 1, z.shape[axis]
     return 0, where.outer * where.inner if where.dim == z.ndim - 1 else z.shape[-1]
@@ -260,8 +270,8 @@ def _record(param: Param, layer: Layer, sharing: str) -> None:
         cost = cost + Cost(squares, d.inputs + d.item * (d.unfold + d.o**2 + d.i**2), 0, 4)
     param.program.decisions.append(
         Decision(
-            param.name, param.label, layer.uses[0].use.rule, f"covariances, {sharing}", int(cost.flops), int(cost.bytes),
-            cost.seconds(), savefield=param.extension.savefield,
+            param.name, param.label, layer.uses[0].use.rule, f"covariances, {sharing}", int(cost.flops),
+            int(cost.bytes), cost.seconds(), savefield=param.origin()["savefield"],
         )
     )  # fmt: skip
 
@@ -271,25 +281,25 @@ def _record(param: Param, layer: Layer, sharing: str) -> None:
 Given = Sequence[tuple[Factor, Tensor, Any, Embed | None]]
 
 
-def _samples_and_positions(f: Factor) -> tuple[int, int]:
+def _samples_and_positions(f: Any) -> tuple[int, int]:
     if isinstance(f, Conv):
         merged = f.place.outer * f.place.inner
         return f.a.shape[0] // merged, merged * prod(f.g.shape[3:])
     return (f.index if isinstance(f, Gather) else f.a).shape[:2]
 
 
-def _input_factor(given: Sequence[tuple[Factor, Embed | None]], sharing: str, dtype: torch.dtype) -> Tensor:
+def _input_factor(given: Sequence[tuple[Any, Embed | None]], sharing: str, dtype: torch.dtype) -> Tensor:
     """A, [in, in], or [in] for lookups."""
     factors = [f for f, _ in given]
     n = _samples_and_positions(factors[0])[0]
     s = sum(_samples_and_positions(f)[1] for f in factors)
     if isinstance(factors[0], Gather):
-        counts = sum(_counts(f, dtype) for f in factors)
+        counts = _sum([_counts(f, dtype) for f in factors])
         return (counts / s).square().sum(0) / n if sharing == "reduce" else counts.sum(0) / (n * s)
     if sharing == "reduce":
-        mean = sum(_embedded(averaged(inputs(f)).to(dtype).sum(1), e, 1) for f, e in given) / s
+        mean = _sum([_embedded(averaged(inputs(f)).to(dtype).sum(1), e, 1) for f, e in given]) / s
         return mean.t() @ mean / n
-    total = sum(_embedded(_embedded(second_moment(f).to(dtype), e, 0), e, 1) for f, e in given)
+    total = _sum([_embedded(_embedded(second_moment(f).to(dtype), e, 0), e, 1) for f, e in given])
     return total / n if sharing == "convolution" else total / (n * s)
 
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.base import Extension, Param
+from fxcurv.program import Decision
 from fxcurv.quantity import Nothing
 
 
@@ -23,8 +24,12 @@ class _Products(Extension):
     def extract_all(self, params: list[Param]):
         from fxcurv.product import build  # it reads the graph by passes, which read extensions
 
-        blocks, whole = build(params[0].program, self.kind, self.modify)
-        params[0].program.borrowing |= {self.savefield, self.operator}
+        program = params[0].program
+        blocks, whole = build(program, self.kind, self.modify)
+        program.borrowing |= {self.savefield, self.operator}
+        for p in params:
+            algorithm = f"matrix-free, {len(whole.labels)} values kept"
+            program.decisions.append(Decision(p.name, p.label, "", algorithm, 0, 0, 0.0, (), self.savefield))
         return blocks, {self.operator: whole} if self.operator else {}
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from fxcurv.emit import emit
 from fxcurv.errors import ExtensionError, LossError, UnsupportedOpError
@@ -65,10 +64,11 @@ def _closed_form(walk: Walk, term: Term, groups: list[Group]) -> None:
     walk.cotangents[node] = [stack]
     rule, call = rule_of(node.target, program.rules), call_of(program, node)
     origin = origin_of(node, "columns")
-    _check_positive(program, node, stack.node)
+    check_positive(program, node, stack.node)
     for group in groups:
         if group.kind == "exact":
-            columns = emit(program, _exact, rule, call, stack.node, origin=origin)
+            few = not any(e.shows_columns for e in program.extensions)
+            columns = emit(program, _exact, rule, call, stack.node, few, origin=origin)
             if not any(e.needs_convex for e in program.extensions):
                 walk.weights[group] = emit(program, _sign, stack.node, origin=origin)
         elif group.kind == "empirical":
@@ -79,8 +79,8 @@ def _closed_form(walk: Walk, term: Term, groups: list[Group]) -> None:
         walk.add(term.prediction, Stack((group,), (columns.meta["val"].shape[0],), columns))
 
 
-def _exact(rule, call, c):
-    return rule.exact(call, c[0].abs())
+def _exact(rule, call, c, few):
+    return rule.exact(call, c[0].abs(), few)
 
 
 def _sign(c):
@@ -96,7 +96,8 @@ def _sampled(rule, call, c, seed, draw):
     return rule.sampled(call, c[0], seed, draw)
 
 
-def _check_positive(program: Program, node: fx.Node, c: fx.Node) -> None:
+def check_positive(program: Program, node: fx.Node, c: fx.Node) -> None:
+    """Have it checked that the cotangent `c` of the loss op at `node` is not negative."""
     asked = ", ".join(type(e).__name__ for e in program.extensions if e.needs_convex)
     if not asked:
         return
@@ -142,25 +143,17 @@ def _general(walk: Walk, groups: list[Group]) -> None:
         )
     heads = program.heads
     places = tuple(h.meta["place"] for h in heads)
-    inner = [n for n in ancestors([program.loss]) if n in descendants(heads) and n not in heads]
-    outside = list(dict.fromkeys(i for n in inner for i in n.all_input_nodes if i not in inner and i not in heads))
-    loss = Subgraph(tuple(inner), tuple(heads), tuple(outside), program.loss)
     origin = {"stage": "columns", "op": "Hessian of the loss", "module": ""}
-    try:
-        h = emit(program, _hessian, loss, places, [*heads], [*outside], origin=origin)
-    except (RuntimeError, NotImplementedError) as error:
-        raise UnsupportedOpError(
-            f"the loss has no second derivative: {error}. Way out: write it in differentiable ops"
-        ) from error
-    _check_convex(program, h)
+    h = hessian_of_loss(program)
+    check_convex(program, h)
     for group in groups:
         if group.kind == "signed":
             joint, weights = emit(program, signed_pairs, h, origin=origin)
             walk.weights[group] = weights
         elif program.state.get("create_graph"):
             raise ExtensionError(
-                "create_graph=True with a root of a loss that has no closed form: the derivative of an eigendecomposition is not "
-                "defined at repeated eigenvalues. Way out: a diagonal (DiagGGNExact), or cross-entropy, squares or BCE as the loss."
+                "create_graph=True with a root of a loss that has no closed form: the derivative of an eigendecomposition is "
+                "not defined at repeated eigenvalues. Way out: a diagonal (DiagGGNExact), or cross-entropy, squares or BCE."
             )
         elif group.kind == "root":
             joint = emit(program, _root, h, origin=origin)
@@ -168,6 +161,22 @@ def _general(walk: Walk, groups: list[Group]) -> None:
             joint = emit(program, _signs, h, seed_node(program), group.term, group.draws, origin=origin)
         for head, part in zip(heads, emit(program, _split, joint, places, [*heads], origin=origin), strict=True):
             walk.add(head, Stack((group,), (part.meta["val"].shape[0],), part))
+
+
+def hessian_of_loss(program: Program) -> fx.Node:
+    """The Hessian of the whole loss in f per sample, [N, D, D] (the loss being a sum over samples)."""
+    heads = program.heads
+    places = tuple(h.meta["place"] for h in heads)
+    inner = [n for n in ancestors([program.loss]) if n in descendants(heads) and n not in heads]
+    outside = list(dict.fromkeys(i for n in inner for i in n.all_input_nodes if i not in inner and i not in heads))
+    loss = Subgraph(tuple(inner), tuple(heads), tuple(outside), program.loss)
+    origin = {"stage": "columns", "op": "Hessian of the loss", "module": ""}
+    try:
+        return emit(program, _hessian, loss, places, [*heads], [*outside], origin=origin)
+    except (RuntimeError, NotImplementedError) as error:
+        raise UnsupportedOpError(
+            f"the loss has no second derivative: {error}. Way out: write it in differentiable ops"
+        ) from error
 
 
 def _hessian(loss: Subgraph, places, heads: list[Tensor], outside: list[Tensor]) -> Tensor:
@@ -225,7 +234,8 @@ def _split(columns: Tensor, places, heads: list[Tensor]) -> list[Tensor]:
     return [samples_back(p.reshape(v, *s.shape), place, 1) for p, s, place in zip(parts, slices, places, strict=True)]
 
 
-def _check_convex(program: Program, h: fx.Node) -> None:
+def check_convex(program: Program, h: fx.Node) -> None:
+    """Have it checked that the Hessians `h` [N, D, D] are positive semi-definite."""
     asked = ", ".join(type(e).__name__ for e in program.extensions if e.needs_convex)
     if not asked:
         return

@@ -114,7 +114,9 @@ def _bilinear(walk: Walk, node: fx.Node, stack: Stack, rule: Rule, data: list, f
     call, origin = call_of(walk.program, node), origin_of(node, "curvature")
     g = _gradient(walk, node, stack)
     for position in data:
-        partners = [i for i in free if not rule.linear(sorted((position, i))) and _meet(walk, leaves[i], leaves[position])]
+        partners = [
+            i for i in free if not rule.linear(sorted((position, i))) and _meet(walk, leaves[i], leaves[position])
+        ]
         if not partners:
             continue
         out = emit(walk.program, _cross_pairs, rule, call, position, tuple(partners), g, origin=origin)
@@ -143,7 +145,9 @@ def _cross_pairs(rule: Rule, call: Call, position: int, free: tuple, g: Tensor):
     return torch.cat([units, units]), [torch.cat([q, -q]) for q in direct], weights
 
 
-def _joint(walk: Walk, node: fx.Node, stack: Stack, rule: Rule, active: list, leaves: list, place: Shard | None) -> None:
+def _joint(
+    walk: Walk, node: fx.Node, stack: Stack, rule: Rule, active: list, leaves: list, place: Shard | None
+) -> None:
     call, origin = call_of(walk.program, node), origin_of(node, "curvature")
     g = _gradient(walk, node, stack)
     parts, weights = emit(walk.program, _residual_pairs, rule, call, tuple(active), g, place, origin=origin)
@@ -165,9 +169,17 @@ def _residual_pairs(rule: Rule, call: Call, active: tuple, g: Any, place: Shard 
     leaves, spec = pytree.tree_flatten(call.args)
     gs = g if isinstance(g, tuple) else (g,)
     gs = tuple(samples_first(t.squeeze(0), place) for t in gs) if place is not None else gs
-    sharded = [i for i, p in enumerate(call.places) if place is not None and isinstance(p, Shard) and isinstance(leaves[i], Tensor)]
+    sharded = [
+        i
+        for i, p in enumerate(call.places)
+        if place is not None and isinstance(p, Shard) and isinstance(leaves[i], Tensor)
+    ]
     slices = [samples_first(leaves[i], call.places[i]) for i in sharded]
-    fixed = [s if s is not None else leaf for s, leaf in zip(call.sizes, leaves, strict=True)] if place is not None else leaves
+    fixed = (
+        [s if s is not None else leaf for s, leaf in zip(call.sizes, leaves, strict=True)]
+        if place is not None
+        else leaves
+    )
     n = gs[0].shape[0]
     inputs = [slices[sharded.index(i)] if i in sharded else leaves[i].expand(n, *leaves[i].shape) for i in active]
     widths = [t[0].numel() for t in inputs]
@@ -199,5 +211,3 @@ def _residual_pairs(rule: Rule, call: Call, active: tuple, g: Any, place: Shard 
             part = samples_back(part, call.places[i], 1)
         out.append(part)
     return out, weights
-
-

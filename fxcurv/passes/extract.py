@@ -28,7 +28,9 @@ def _open_losses(program: Program) -> None:
     """The walk is done with the losses as one op each: traced through, they share their parts with their gradient."""
     for node in list(program.graph.nodes):
         if isinstance(RULES.get(node.target), LossRule):
-            value = emit(program, invoke, node.target, canonical_args(node), origin=origin_of(node, "forward"), before=node)
+            value = emit(
+                program, invoke, node.target, canonical_args(node), origin=origin_of(node, "forward"), before=node
+            )
             program.replace(node, value)
             program.graph.erase_node(node)
 

@@ -95,7 +95,7 @@ def _differentiable(val: Any) -> bool:
 def _place(program: Program, node: fx.Node, val: Any, active: bool) -> Placement:
     if not isinstance(val, Tensor):
         return REPLICATE
-    found = _by_rule(program, node, val)
+    found: Any = _by_rule(program, node, val)
     if found is None and active:
         found = _probe(program, node)
     if active:

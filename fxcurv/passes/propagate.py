@@ -165,8 +165,14 @@ def _unite(parts) -> Tensor:
 def _tuple_stacks(walk: Walk, node: fx.Node) -> list[Stack]:
     """Cotangents of an op with several outputs: zeros where an output is not read."""
     outputs = walk.outputs.pop(node)
-    sides = [{k: [s for s in stacks if s.per_sample is side] for k, stacks in outputs.items()} for side in (True, False)]
-    return [stack for side in sides for stack in _joint({k: merged(walk, node, s) for k, s in side.items() if s}, walk, node)]
+    sides = [
+        {k: [s for s in stacks if s.per_sample is side] for k, stacks in outputs.items()} for side in (True, False)
+    ]
+    return [
+        stack
+        for side in sides
+        for stack in _joint({k: merged(walk, node, s) for k, s in side.items() if s}, walk, node)
+    ]
 
 
 def _joint(given: dict[int, Stack], walk: Walk, node: fx.Node) -> list[Stack]:

@@ -43,7 +43,11 @@ def recycle(program: Program) -> Program:
     last = [n for n in program.graph.nodes if n.op == "placeholder"][-1]
     for node in [m for m in program.graph.nodes if m in makers]:
         val = node.meta["val"]
-        if node.target not in OUT or val.element_size() * torch.Size(size(val)).numel() < WORTHWHILE or not val.is_contiguous():
+        if (
+            node.target not in OUT
+            or val.element_size() * torch.Size(size(val)).numel() < WORTHWHILE
+            or not val.is_contiguous()
+        ):
             continue
         with program.graph.inserting_after(last):
             last = program.graph.placeholder(f"memory_{len(program.buffers)}")

@@ -58,7 +58,7 @@ def _replace(program: Program, node: fx.Node, source: fx.Node | None) -> fx.Node
     name, cost, run, operands = priced[0]
     origin = {**node.meta["origin"], "stage": "select"}
     new = emit(program, run, spec, operands, weights, origin=origin, before=node)
-    decision = Decision(
+    decision = Decision(  # type: ignore[call-arg]
         *(origin.get(key, "") for key in ("param", "extension", "rule")),
         name,
         int(cost.flops),

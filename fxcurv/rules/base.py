@@ -36,7 +36,7 @@ def _flatten(call: Call):
 
 def _unflatten(values, context):
     op, place, places, sizes = context
-    return Call(op, *values, place, places, sizes)
+    return Call(op, *values, place, places, sizes)  # type: ignore[call-arg]
 
 
 pytree.register_pytree_node(Call, _flatten, _unflatten)

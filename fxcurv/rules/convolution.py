@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fxcurv.factors import Conv, Factor, Jacobian
-from fxcurv.placement import MIXED, REPLICATE, Replicate, Shard, samples_first
+from fxcurv.placement import MIXED, REPLICATE, Shard, samples_first
 from fxcurv.rules.base import Call, Rule, register, rewrite
 
 aten = torch.ops.aten
@@ -21,7 +21,7 @@ class Convolution(Rule):
         return not {0, 1} <= set(active)
 
     def place(self, sites, args, shape, n):
-        x, weight = sites[0], sites[1]
+        x = sites[0]
         if any(s and s.place != REPLICATE for s in sites[1:]):
             return MIXED
         if isinstance(x.place, Shard):
@@ -52,7 +52,7 @@ class Convolution(Rule):
         if position == 2:
             return Jacobian(samples_first(g, call.place, lead=1).sum([2, *range(4, g.ndim + 1)]))
         dims = weight.ndim - 2
-        return Conv(
+        return Conv(  # type: ignore[call-arg]
             x, g, call.places[0], tuple(weight.shape[2:]), *(_per_dim(a, dims) for a in (stride, padding, dilation)),
             groups, transposed, tuple(extra), tuple(weight.shape),
         )  # fmt: skip

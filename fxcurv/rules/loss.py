@@ -34,8 +34,8 @@ class LossRule(Rule):
 
     name = "loss"
 
-    def exact(self, call: Call, c: Tensor) -> Tensor:
-        """Columns [V, *prediction.shape] with sum_v s s^T = H_n."""
+    def exact(self, call: Call, c: Tensor, few: bool = False) -> Tensor:
+        """Columns [V, *prediction.shape] with sum_v s s^T = H_n; with `few`, any such columns, as few as possible."""
         raise NotImplementedError
 
     def sampled(self, call: Call, c: Tensor, seed: Tensor, draw: Draw) -> Tensor:
@@ -117,12 +117,27 @@ class CrossEntropy(LossRule):
     def weight(self, call: Call, c: Tensor) -> Tensor:
         return self._curvature(call, c)[2].square()
 
-    def exact(self, call: Call, c: Tensor) -> Tensor:
+    def exact(self, call: Call, c: Tensor, few: bool = False) -> Tensor:
         logp, axis, scale = self._curvature(call, c)
+        if few and logp.shape[axis] > 1:
+            return separate(self._reflected(logp, axis) * scale, call.places[0], axis)
         eye = torch.eye(logp.shape[axis], dtype=logp.dtype, device=logp.device)
         eye = eye.reshape(*[logp.shape[axis] if d in (0, axis + 1) else 1 for d in range(logp.ndim + 1)])
         root = (0.5 * logp).exp().movedim(axis, 0).unsqueeze(axis + 1)
         return separate((eye - logp.exp()) * (root * scale), call.places[0], axis)
+
+    @staticmethod
+    def _reflected(logp: Tensor, axis: int) -> Tensor:
+        """The root with C - 1 columns, [C - 1, *z].
+
+        With q = sqrt(p), diag p - p p^T = Q (I - q q^T) Q, Q = diag q, and the reflection that takes e_0 to -q has columns
+        u_k = e_k - q_k w / (1 + q_0), w = q + e_0, that complete q to an orthonormal basis. The columns are Q u_k, k > 0.
+        """
+        q = (0.5 * logp).exp().movedim(axis, -1)
+        eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+        w = (q + eye[0]) / (1 + q[..., :1])
+        columns = q.unsqueeze(-2) * (eye[1:] - q[..., 1:].unsqueeze(-1) * w.unsqueeze(-2))
+        return columns.movedim(-2, 0).movedim(-1, axis + 1)
 
     def sampled(self, call: Call, c: Tensor, seed: Tensor, draw: Draw) -> Tensor:
         logp, axis, scale = self._curvature(call, c)
@@ -151,7 +166,7 @@ class Elementwise(LossRule):
 class MeanSquaredError(Elementwise):
     """(f - y)^2: H = 2 c / Z, the likelihood N(f, 1/2)."""
 
-    def exact(self, call: Call, c: Tensor) -> Tensor:
+    def exact(self, call: Call, c: Tensor, few: bool = False) -> Tensor:
         z, _, mode = call.args
         scale = (2 * self.normalised(call, c, mode)).sqrt()
         return separate((torch.ones_like(z) * scale).unsqueeze(0), call.places[0], None)
@@ -172,7 +187,7 @@ class BinaryCrossEntropy(Elementwise):
         omega = omega if weight is None else omega * weight
         return self.normalised(call, c, mode) * omega
 
-    def exact(self, call: Call, c: Tensor) -> Tensor:
+    def exact(self, call: Call, c: Tensor, few: bool = False) -> Tensor:
         z = call.args[0]
         root = (0.5 * (F.logsigmoid(z) + F.logsigmoid(-z))).exp() * self.weight(call, c).sqrt()
         return separate(root.unsqueeze(0), call.places[0], None)

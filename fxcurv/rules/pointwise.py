@@ -122,7 +122,7 @@ SMOOTH: dict[Callable, tuple[Callable, Callable | None]] = {
         lambda x, y: -4 / math.sqrt(math.pi) * x * torch.exp(-x * x),
     ),
 }
-PIECEWISE_LINEAR = {
+PIECEWISE_LINEAR: dict[Callable, Callable] = {
     aten.relu.default: lambda x, y: y > 0,
     aten.relu6.default: lambda x, y: (x > 0) & (x < 6),
     aten.leaky_relu.default: lambda x, y, slope=0.01: torch.where(x > 0, 1.0, slope),
@@ -134,8 +134,8 @@ PIECEWISE_LINEAR = {
 
 for _op, (_d1, _d2) in SMOOTH.items():
     register(_op, rule=Pointwise(_d1, _d2))
-for _op, _d1 in PIECEWISE_LINEAR.items():
-    register(_op, rule=Pointwise(_d1, piecewise_linear=True))
+for _op, _slope in PIECEWISE_LINEAR.items():
+    register(_op, rule=Pointwise(_slope, piecewise_linear=True))
 
 
 def unbroadcast(g: Tensor, shape: Sequence[int], lead: int = 1) -> Tensor:

@@ -1,0 +1,66 @@
+"""The context in which `backward()` computes quantities, and the switch that lets extended modules be plain ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+from fxcurv.api import _checked
+from fxcurv.extensions import Extension
+
+_active: list[backpack] = []  # global, not of the thread: autograd runs CUDA's backward in threads of its own
+_plain = 0
+
+
+class backpack:  # noqa: N801
+    """`with backpack(DiagGGNMC(), ...): loss.backward()` puts quantities on the parameters.
+
+    Args:
+        extensions: instances of the classes in `fxcurv.backpack.extensions`.
+        extension_hook: called with every submodule of the model without children, last first, when its
+            parameters have their quantities.
+        debug: accepted, without effect.
+        retain_graph: accepted, without effect: `backward(retain_graph=True)` alone decides.
+
+    Raises:
+        ExtensionError: for a class instead of an instance, an unknown extension, or one asked for twice.
+    """
+
+    def __init__(
+        self,
+        *extensions: Extension,
+        extension_hook: Callable[[nn.Module], None] | None = None,
+        debug: bool = False,
+        retain_graph: bool = False,
+    ):
+        self.extensions, self.extension_hook = _checked(extensions), extension_hook
+
+    def __enter__(self) -> backpack:
+        _active.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _active.pop()
+
+
+def current() -> backpack:
+    """The innermost context; without one, a backward pass computes the gradient alone."""
+    return _active[-1] if _active else backpack()
+
+
+@contextlib.contextmanager
+def disable() -> Iterator[None]:
+    """Extended modules are plain ones here: nothing is kept for a backward pass with quantities."""
+    global _plain
+    _plain += 1
+    try:
+        yield
+    finally:
+        _plain -= 1
+
+
+def is_disabled() -> bool:
+    """Whether extended modules are plain ones now."""
+    return _plain > 0
