@@ -17,6 +17,8 @@ from fxcurv import kronecker
 from fxcurv.errors import ExtensionError, LossError
 from fxcurv.extensions import EKFAC, KFAC, KFLR, SqrtGGNExact, SqrtGGNMC
 
+pytestmark = pytest.mark.slow
+
 NAMES = [
     "logistic_regression", "linear_regression", "mlp_relu", "mlp_deep_nobias", "mlp_sequence", "mlp_single_sample",
     "layer_called_twice", "conv_called_twice", "embedding_padding", "dense_prediction", "cnn_two_layers",

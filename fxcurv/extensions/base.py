@@ -34,7 +34,7 @@ class Extension:
     requires: ClassVar[Any] = Gradient()
     per_sample: ClassVar[bool] = True
     needs_convex: ClassVar[bool] = False
-    shows_columns: ClassVar[bool] = False
+    shows_columns: ClassVar[Any] = False
 
     def __post_init__(self):
         if not self.savefield:

@@ -167,7 +167,13 @@ class KFLR(_Factored):
     weight_sharing: str = "backpack"
     blocks: str = "kron"
     savefield = "kflr"
+    shows_columns = True  # "reduce" sums the columns of one class over the positions
     requires = SqrtGGN()
+
+    @property
+    def shows_columns(self) -> bool:
+        """A sum of columns over the positions of the loss depends on which columns they are."""
+        return self.weight_sharing == "reduce"
 
 
 @dataclass(frozen=True)
