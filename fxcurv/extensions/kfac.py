@@ -167,7 +167,6 @@ class KFLR(_Factored):
     weight_sharing: str = "backpack"
     blocks: str = "kron"
     savefield = "kflr"
-    shows_columns = True  # "reduce" sums the columns of one class over the positions
     requires = SqrtGGN()
 
     @property
