@@ -97,7 +97,7 @@ class Program:
         checks: conditions on values, verified at the first call; `finish` moves them to `check_module`, which computes
             them, and `verdicts`, the errors that go with them.
         decisions: what was chosen for each contraction.
-        buffers: memory that large results are written to (see `passes.recycle`).
+        buffers: the (fake) values of the memory that large results are written to (see `passes.recycle`).
     """
 
     gm: fx.GraphModule
@@ -121,7 +121,7 @@ class Program:
     decisions: list[Decision] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
-    buffers: list = field(default_factory=list)
+    buffers: list[Tensor] = field(default_factory=list)
     check_module: fx.GraphModule | None = None
     verdicts: list[Callable[[], Exception]] = field(default_factory=list)
 

@@ -7,7 +7,7 @@ write to. `Pool` hands out the storage of the previous call's result when nobody
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 
 import torch
 from torch import Tensor, fx
@@ -22,16 +22,6 @@ OUT = {aten.bmm.default: aten.bmm.out, aten.mul.Tensor: aten.mul.out}
 
 # Smaller results come from memory that the allocator keeps anyway.
 WORTHWHILE = 1 << 20
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """Memory that a program asks for: the shape depends on the batch size."""
-
-    val: Tensor
-
-    def numel(self, program: Program, n: int) -> int:
-        return torch.Size(program.batch.shape(self.val, n)).numel()
 
 
 def recycle(program: Program) -> Program:
@@ -53,7 +43,7 @@ def recycle(program: Program) -> Program:
             last = program.graph.placeholder(f"memory_{len(program.buffers)}")
         last.meta = {"val": val, "origin": {"stage": "recycle"}}
         program.inputs.append(Input("memory", index=len(program.buffers)))
-        program.buffers.append(Buffer(val))
+        program.buffers.append(val)
         node.target, node.kwargs = OUT[node.target], {**node.kwargs, "out": last}
     return program
 
@@ -70,15 +60,19 @@ class Pool:
 
     def __init__(self):
         self._kept: dict[tuple[int, int], Tensor] = {}
+        # evaluating a symbolic shape takes longer than a small problem's kernels
+        self._shapes: dict[tuple[int, int, int], tuple[int, ...]] = {}
 
     def take(self, program: Program, index: int, n: int) -> Tensor:
         """Memory for buffer `index` of `program` at batch size `n`: kept if nobody else holds it, else new."""
-        buffer = program.buffers[index]
-        numel = buffer.numel(program, n)
-        kept = self._kept.get((id(program), index))
+        key, val = (id(program), index), program.buffers[index]
+        shape = self._shapes.get((*key, n))
+        if shape is None:
+            shape = self._shapes[*key, n] = program.batch.shape(val, n)
+        kept, numel = self._kept.get(key), math.prod(shape)
         if kept is None or kept.numel() < numel or not _ours_alone(kept):
-            kept = self._kept[id(program), index] = torch.empty(numel, dtype=buffer.val.dtype)
-        return kept[:numel].view(program.batch.shape(buffer.val, n))
+            kept = self._kept[key] = torch.empty(numel, dtype=val.dtype)
+        return kept[:numel].view(shape)
 
     def clear(self) -> None:
         """Give all memory back."""
