@@ -110,7 +110,7 @@ def pull_back(program: Program, use: Use, value: fx.Node, reduce: str) -> fx.Nod
 def _through(transpose, call: Call, wrt: int, value: Tensor, lead: int) -> Tensor:
     flat = value.flatten(0, lead - 1) if lead > 1 else value if lead else value.unsqueeze(0)
     (out,) = transpose(call, (wrt,), flat)
-    return out.reshape(*value.shape[:lead], *out.shape[1:])
+    return out.reshape((*value.shape[:lead], *out.shape[1:]))
 
 
 class Subgraph:

@@ -106,7 +106,7 @@ class Net(nn.Module):
 
 def param(*shape: int, scale: float = 0.5) -> nn.Parameter:
     """A random parameter."""
-    return nn.Parameter(scale * torch.randn(*shape))
+    return nn.Parameter(scale * torch.randn(shape))
 
 
 def labels(*shape: int, classes: int = 3) -> Tensor:

@@ -448,3 +448,34 @@ def inputs_shared() -> Parts:
 def batch_second() -> Parts:
     """[T, N, D] in and out."""
     return mlp(out=2), nn.MSELoss(), torch.randn(2, 3, 4), torch.randn(2, 3, 2)
+
+
+# ---- axes that are not the usual ones ------------------------------
+
+
+@case(kind="mse")
+def parameters_per_sample() -> Parts:
+    """Parameters with an axis that meets the samples': by a rule, and by the general fallback."""
+    model = Net(
+        lambda m, x: torch.bmm(torch.hypot(x, m.shift).unsqueeze(1), m.maps).squeeze(1),
+        shift=param(3, 3),
+        maps=param(3, 3, 2),
+    )
+    return regress(model, 3)
+
+
+@case(kind="mse")
+def vectors_in_layers() -> Parts:
+    """Linear layers of a vector and with a vector for a weight, a convolution of one image, a scalar's transpose."""
+    model = Net(
+        lambda m, x: (
+            F.linear(x, m.v).unsqueeze(1) * m.scale.t() + F.linear(m.z, m.w) + F.conv2d(m.image, m.filter).mean()
+        ),
+        v=param(3),
+        w=param(2, 4),
+        z=param(4),
+        scale=param(),
+        image=param(2, 3, 3),
+        filter=param(3, 2, 2, 2),
+    )
+    return regress(model, 3)

@@ -39,11 +39,8 @@ def _one_image(x, weight, *rest):
     return x.ndim < weight.ndim
 
 
-# Calls that no rule has to serve: of values without an axis of samples, and what is refused by name.
+# Calls that no rule has to serve: what is refused by name, and one image, which a rewrite gives a batch.
 OUTSIDE: dict[str, Callable[..., bool]] = {
-    "linear": lambda x, weight, bias: x.ndim < 2 or weight.ndim < 2,
-    "transpose": lambda x, a, b: x.ndim == 0,
-    "prelu": lambda x, weight: x.ndim == 0,
     "embedding": lambda weight, index, padding, by_frequency, sparse: by_frequency or sparse,
     **{f"conv{d}d": _one_image for d in (1, 2, 3)},
     **{f"conv_transpose{d}d": _one_image for d in (1, 2, 3)},

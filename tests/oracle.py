@@ -228,7 +228,7 @@ class Oracle:
 
     def batch_l2(self) -> Named:
         """Name -> [N]."""
-        return {k: g.flatten(1).square().sum(1) for k, g in self.grad_batch().items()}
+        return {k: g.reshape(len(g), -1).square().sum(1) for k, g in self.grad_batch().items()}
 
     def sum_grad_squared(self) -> Named:
         """Name -> [*P]."""
@@ -298,11 +298,12 @@ class Oracle:
 
     def ggn(self) -> Named:
         """Name -> [numel, numel]: the parameter's diagonal block."""
-        return {k: torch.einsum("ncp,ncd,ndq->pq", j.flatten(2), self.h, j.flatten(2)) for k, j in self.jac.items()}
+        rows = {k: j.reshape(*j.shape[:2], -1) for k, j in self.jac.items()}
+        return {k: torch.einsum("ncp,ncd,ndq->pq", j, self.h, j) for k, j in rows.items()}
 
     def ggn_matrix(self) -> Tensor:
         """[all, all], over all parameters in their order."""
-        j = torch.cat([j.flatten(2) for j in self.jac.values()], 2)
+        j = torch.cat([j.reshape(*j.shape[:2], -1) for j in self.jac.values()], 2)
         return torch.einsum("ncp,ncd,ndq->pq", j, self.h, j)
 
     # ---- Hessian ------------------------------
@@ -399,7 +400,7 @@ def recover_columns(jac: Named, sqrt_mc: Named) -> Recovered:
     """
     n = next(iter(jac.values())).shape[0]
     j = torch.cat([jac[k].reshape(n, -1, max(p[0, 0].numel(), 1)) for k, p in sqrt_mc.items()], 2)
-    right = torch.cat([p.flatten(2) for p in sqrt_mc.values()], 2)
+    right = torch.cat([p.reshape(*p.shape[:2], -1) for p in sqrt_mc.values()], 2)
     columns, unique = [], True
     for sample in range(n):
         matrix, wanted = j[sample].mT, right[:, sample].mT

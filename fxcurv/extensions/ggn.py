@@ -130,4 +130,4 @@ def _by_output(p, head, place):
     axes = list(samples_first(head, place).shape[1:])
     if place.outer * place.inner == 1:
         del axes[place.dim]
-    return p.movedim(0, 1).unflatten(1, axes)
+    return p.movedim(0, 1).reshape((p.shape[1], *axes, *p.shape[2:]))

@@ -26,7 +26,7 @@ from fxcurv.passes.objective import ancestors
 from fxcurv.placement import Shard, samples_back, samples_first
 from fxcurv.program import is_active, is_sharded
 from fxcurv.quantity import GRADIENT, Group
-from fxcurv.rules.base import Call, Rule, canonical_args, rule_of
+from fxcurv.rules.base import Call, Rule, canonical_args, rule_of, serves_alone
 from fxcurv.rules.loss import separate
 from fxcurv.rules.pointwise import Pointwise
 from fxcurv.uses import Use, call_of, origin_of
@@ -166,48 +166,59 @@ def _residual_pairs(rule: Rule, call: Call, active: tuple, g: Any, place: Shard 
     With a place: [2D, *x] for sharded inputs, [2D, N, *h] for sample-free ones. Without (an op of sample-free values, g
     with a row per sample): [2D * N, *h].
     """
-    leaves, spec = pytree.tree_flatten(call.args)
+    leaves = pytree.tree_leaves(call.args)
     gs = g if isinstance(g, tuple) else (g,)
     gs = tuple(samples_first(t.squeeze(0), place) for t in gs) if place is not None else gs
-    sharded = [
-        i
+    n = gs[0].shape[0]
+    slices = {
+        i: samples_first(leaves[i], p)
         for i, p in enumerate(call.places)
         if place is not None and isinstance(p, Shard) and isinstance(leaves[i], Tensor)
-    ]
-    slices = [samples_first(leaves[i], call.places[i]) for i in sharded]
-    fixed = (
-        [s if s is not None else leaf for s, leaf in zip(call.sizes, leaves, strict=True)]
-        if place is not None
-        else leaves
-    )
-    n = gs[0].shape[0]
-    inputs = [slices[sharded.index(i)] if i in sharded else leaves[i].expand(n, *leaves[i].shape) for i in active]
-    widths = [t[0].numel() for t in inputs]
-    constants = [k for k, i in enumerate(sharded) if i not in active]
-
-    def hessian(joint: Tensor, g_n: tuple, rest: list) -> Tensor:
-        def value(flat):
-            new = list(fixed)
-            for k, r in zip(constants, rest, strict=True):
-                new[sharded[k]] = r
-            for i, part, t in zip(active, torch.split(flat, widths), inputs, strict=True):
-                new[i] = part.reshape(t.shape[1:])
-            out = rule.formula(call.op, pytree.tree_unflatten(new, spec))
-            outs = out if isinstance(out, tuple | list) else (out,)
-            return sum((a * b).sum() for a, b in zip(g_n, outs, strict=False))
-
-        _, pull = torch.func.vjp(torch.func.grad(value), joint)
-        return torch.vmap(pull)(torch.eye(sum(widths), dtype=joint.dtype, device=joint.device))[0]
-
-    joint = torch.cat([t.flatten(1) for t in inputs], 1)
-    h = torch.vmap(hessian)(joint, gs, [slices[k] for k in constants])
+    }
+    inputs = [slices[i] if i in slices else leaves[i].expand(n, *leaves[i].shape) for i in active]
+    h = _residuals(rule, call, dict(zip(active, inputs, strict=True)), slices, gs, place)
     columns, weights = signed_pairs((h + h.mT) / 2)
     out = []
+    widths = [t[0].numel() for t in inputs]
     for i, part, t in zip(active, torch.split(columns, widths, 2), inputs, strict=True):
         part = part.reshape(columns.shape[0], *t.shape)
         if place is None:
             part = part.flatten(0, 1)
-        elif i in sharded:
+        elif i in slices:
             part = samples_back(part, call.places[i], 1)
         out.append(part)
     return out, weights
+
+
+def _residuals(rule: Rule, call: Call, inputs: dict, slices: dict, gs: tuple, place: Shard | None) -> Tensor:
+    """Every sample's Hessian [N, D, D] of <g, op>, jointly in `inputs`, position -> [N, *slice]."""
+    leaves, spec = pytree.tree_flatten(call.args)
+    alone = leaves if place is None else [leaf if s is None else s for s, leaf in zip(call.sizes, leaves, strict=True)]
+    constants = {i: t for i, t in slices.items() if i not in inputs}
+    first = [slices[i][0] if i in slices else leaf for i, leaf in enumerate(alone)]
+    whole = place is not None and not serves_alone(call, first, [t[0] for t in gs])
+    widths = [t[0].numel() for t in inputs.values()]
+
+    def hessian(joint: Tensor, g_n: tuple, sample: Tensor, rest: dict) -> Tensor:
+        def in_batch(i: int, part: Tensor) -> Tensor:
+            row = sample.view(-1, *[1] * part.ndim)
+            return samples_back(torch.where(row, part, slices[i]), call.places[i])
+
+        def value(flat: Tensor) -> Tensor:
+            new = list(leaves) if whole else [rest.get(i, leaf) for i, leaf in enumerate(alone)]
+            for (i, t), part in zip(inputs.items(), torch.split(flat, widths), strict=True):
+                part = part.reshape(t.shape[1:])
+                new[i] = in_batch(i, part) if whole and i in slices else part
+            out = rule.formula(call.op, pytree.tree_unflatten(new, spec))
+            out = out if isinstance(out, tuple | list) else (out,)
+            if whole and place is not None:
+                row = [samples_first(o, place) for o in out]
+                out = [(o * sample.view(-1, *[1] * (o.ndim - 1))).sum(0) for o in row]
+            return sum((a * b).sum() for a, b in zip(g_n, out, strict=False))
+
+        _, pull = torch.func.vjp(torch.func.grad(value), joint)
+        return torch.vmap(pull)(torch.eye(sum(widths), dtype=joint.dtype, device=joint.device))[0]
+
+    joint = torch.cat([t.reshape(len(t), -1) for t in inputs.values()], 1)
+    samples = torch.eye(gs[0].shape[0], dtype=torch.bool, device=joint.device)
+    return torch.vmap(hessian)(joint, gs, samples, constants)

@@ -98,7 +98,39 @@ class Rule:
             _, pull = torch.func.vjp(op, leaves[position])
             return torch.vmap(pull)(g_n)[0]
 
+        alone = _substitute(fixed, sharded, [s[0] for s in slices])
+        if not serves_alone(call, alone, [t[0, 0] for t in g]):
+            return Jacobian(_one_hot(call, position, g))
         return Jacobian(torch.vmap(one, in_dims=(1, *[0] * len(slices)), out_dims=1)(g, *slices))
+
+
+def serves_alone(call: Call, leaves: Sequence[Any], like: Sequence[Tensor]) -> bool:
+    """Whether the op on one sample's slices, `leaves`, gives that sample's outputs, of shapes as `like`.
+
+    It does not where an axis of a parameter meets the axis of the samples.
+    """
+    spec = pytree.tree_structure(call.args)
+    try:
+        out = floats(invoke(call.op, pytree.tree_unflatten(leaves, spec)))
+    except RuntimeError:
+        return False
+    return [o.shape for o in out] == [t.shape for t in like]
+
+
+def _one_hot(call: Call, position: int, g: tuple[Tensor, ...]) -> Tensor:
+    """P [V, N, *P] from cotangents `g` [V, N, *y]: the whole batch's derivative, for one sample's cotangents at a time."""
+    leaves, spec = pytree.tree_flatten(call.args)
+
+    def op(h):
+        out = floats(invoke(call.op, pytree.tree_unflatten(_substitute(leaves, [position], [h]), spec)))
+        return tuple(samples_first(o, call.place) for o in out)
+
+    _, pull = torch.func.vjp(op, leaves[position])
+
+    def one(sample):
+        return torch.vmap(pull)(tuple(t * sample.view(-1, *[1] * (t.ndim - 2)) for t in g))[0]
+
+    return torch.vmap(one, out_dims=1)(torch.eye(g[0].shape[1], dtype=g[0].dtype, device=g[0].device))
 
 
 def floats(out: Any) -> tuple[Tensor, ...]:

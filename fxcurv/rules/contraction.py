@@ -73,7 +73,13 @@ class Contraction(Rule):
     def _einsum(self, equation):
         return equation.replace(".", "...")
 
+    def _fits(self, call: Call):
+        """Whether every operand has the axes of the equation: `linear` also takes a weight [i]."""
+        return all(call.args[p].ndim >= len(labels.replace(".", "")) for p, labels in self.labels.items())
+
     def transpose(self, call: Call, wrt, g):
+        if not self._fits(call):
+            return super().transpose(call, wrt, g)
         out = []
         for position in wrt:
             if position == self.bias:
@@ -82,7 +88,7 @@ class Contraction(Rule):
             (other,) = [p for p in self.labels if p != position]
             mine, theirs = self.labels[position], self.labels[other]
             if "." in theirs and "." not in mine:
-                x, g_ = call.args[other].flatten(0, -2), g.flatten(1, -2)
+                x, g_ = (t.reshape(*lead, -1, t.shape[-1]) for lead, t in (((), call.args[other]), (g.shape[:1], g)))
                 out.append(torch.einsum("vsi,sj->vij" if self.out[-1] == mine[0] else "vsi,sj->vji", g_, x))
             else:
                 out.append(self._product(g, call.args[other], self.out, theirs, mine))
@@ -101,7 +107,9 @@ class Contraction(Rule):
         (other,) = [p for p in self.labels if p != position]
         mine, theirs, out = self.labels[position], self.labels[other], self.out
         x, place = call.args[other], call.places[other]
-        if "." in mine or not isinstance(place, Shard):
+        if "." in mine or not isinstance(place, Shard) or not self._fits(call):
+            return super().factors(call, position, g)
+        if self._label(theirs, place.dim, x.ndim) in [*mine]:  # a parameter with the samples' axis
             return super().factors(call, position, g)
         # axes of the parameter: shared with both (groups), with the output (o), with the other operand (i)
         named = theirs.replace(".", ""), out.replace(".", "")

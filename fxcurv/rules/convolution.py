@@ -83,8 +83,19 @@ def _rewrite_conv(dims: int):
     return conv, same, transposed
 
 
+def _batched(dims: int, convolve):
+    """`convolve` also on one image without an axis of samples."""
+
+    def either(x, *args, **kwargs):
+        if x.ndim == dims + 2:
+            return convolve(x, *args, **kwargs)
+        return convolve(x.unsqueeze(0), *args, **kwargs).squeeze(0)
+
+    return either
+
+
 for _d in (1, 2, 3):
-    _conv, _same, _transposed = _rewrite_conv(_d)
+    _conv, _same, _transposed = (_batched(_d, f) for f in _rewrite_conv(_d))
     _packet, _back = getattr(aten, f"conv{_d}d"), getattr(aten, f"conv_transpose{_d}d")
     rewrite(_packet.default)(_conv)
     rewrite(_packet.padding)(_same)

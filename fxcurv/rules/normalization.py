@@ -12,6 +12,11 @@ from fxcurv.rules.base import Call, Rule, register, rewrite
 aten = torch.ops.aten
 
 
+def _no_cotangents(call: Call, g):
+    """Zeros [V, *statistic] for the statistics that an op returns beside y: nothing differentiable reads them."""
+    return [o.new_zeros(g.shape[0], *o.shape) for o in call.y[1:]]
+
+
 @register(aten._native_batch_norm_legit_no_training.default)
 class BatchNormEval(Rule):
     """y = (x - mean) / sqrt(var + eps) w + b with constant statistics: affine in x, channels in dimension 1."""
@@ -36,9 +41,7 @@ class BatchNormEval(Rule):
     def transpose(self, call: Call, wrt, g):
         x, weight, _, _, var, _, eps = call.args
         if tuple(wrt) != (0,):
-            # the statistics that the op returns beside y are constants
-            g = (g[0], *(o.new_zeros(g[0].shape[0], *o.shape) for o in call.y[1:]))
-            return super().transpose(call, wrt, g)
+            return super().transpose(call, wrt, (g[0], *_no_cotangents(call, g[0])))
         scale = torch.rsqrt(var + eps)
         scale = scale if weight is None else scale * weight
         return [g[0] * self._channels(scale, x.ndim)]
@@ -104,6 +107,19 @@ class LayerNorm(Rule):
         t = samples_first(t, call.place, lead=1)
         shared = list(range(2, t.ndim - keep))
         return Jacobian(t.sum(shared) if shared else t)
+
+
+@register(aten.native_layer_norm.default)
+class NativeLayerNorm(LayerNorm):
+    """The same, with the statistics beside y, which nothing differentiable reads."""
+
+    def transpose(self, call: Call, wrt, g):
+        if tuple(wrt) == (self._flat(call, 0),):
+            return super().transpose(call, wrt, g[0])
+        return Rule.transpose(self, call, wrt, (g[0], *_no_cotangents(call, g[0])))
+
+    def factors(self, call: Call, position: int, g) -> Factor:
+        return super().factors(call, position, g[0])
 
 
 @rewrite(aten.group_norm.default)

@@ -291,5 +291,5 @@ class Dropout(Rule):
 
 @rewrite(aten.prelu.default)
 def _prelu(x, weight):
-    shape = [1, -1] + [1] * (x.ndim - 2) if x.ndim > 1 else [-1]
+    shape = [1, -1] + [1] * (x.ndim - 2) if x.ndim > 1 else [-1] * x.ndim
     return torch.where(x > 0, x, x * weight.view(shape))

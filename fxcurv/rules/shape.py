@@ -56,6 +56,8 @@ class Copy(Movement):
 def _order(op, args, ndim):
     if op is aten.permute.default:
         return [d % ndim for d in args[1]]
+    if ndim == 0:
+        return []
     order = list(range(ndim))
     a, b = (0, 1) if op is aten.t.default else (args[1] % ndim, args[2] % ndim)
     if ndim > 1:
