@@ -34,6 +34,7 @@ def compile(  # noqa: A001
     split: str | None = None,
     rules: dict | None = None,
     update_buffers: bool = True,
+    memory_budget: int | None = None,
     debug: bool = False,
 ) -> Compiled:
     """Compile `model` and `loss` for a set of quantities.
@@ -48,6 +49,8 @@ def compile(  # noqa: A001
         rules: {op: Rule}, which override registered ones.
         update_buffers: write what training mode updates (running statistics) to the model, as a forward pass
             would; otherwise it is returned as `result.buffers`.
+        memory_budget: bytes that the columns of the walk may take (default: half of the free memory); what is more
+            goes down in several sweeps, but where a result holds all columns.
         debug: verify the program between passes and check values at every call.
 
     Returns:
@@ -64,13 +67,15 @@ def compile(  # noqa: A001
         raise ArgumentError(
             f"loss is a {type(loss).__name__}, not callable: pass a module or a function (output, target)"
         )
+    if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 1):
+        raise ArgumentError(f"memory_budget={memory_budget!r}: pass a number of bytes")
     _check_trainable(model)
     found = _checked(extensions)
     if loss is None:
         names = ", ".join(type(e).__name__ for e in found if not isinstance(e.requires, Identity))
         if names or not found:
             raise ArgumentError(f"{names or 'the gradient'} needs a loss: pass one as the second argument")
-    return Compiled(model, loss, found, batch_dim, split, dict(rules or {}), update_buffers, debug)
+    return Compiled(model, loss, found, batch_dim, split, dict(rules or {}), update_buffers, debug, memory_budget)
 
 
 def _check_trainable(model: nn.Module) -> None:
@@ -201,10 +206,10 @@ class Autocast(NamedTuple):
 class Compiled:
     """A model and loss, compiled for a set of quantities; programs are made per kind of input and cached."""
 
-    def __init__(self, model, loss, extensions, batch_dim, split, rules, update_buffers, debug):
+    def __init__(self, model, loss, extensions, batch_dim, split, rules, update_buffers, debug, memory_budget=None):
         self.model, self.loss, self.extensions = model, loss, extensions
         self._batch_dim, self._split, self._rules = batch_dim, split, rules
-        self._update_buffers, self._debug = update_buffers, debug
+        self._update_buffers, self._debug, self._memory_budget = update_buffers, debug, memory_budget
         self._programs: dict[Any, list[Program]] = {}
         self._checked: set[int] = set()
         self._pool = Pool()
@@ -321,6 +326,7 @@ class Compiled:
         program.timings["capture"] = time.perf_counter() - start
         program.extensions, program.rules = self.extensions, self._rules
         program.state["batch_dims"] = arguments.batch_dims
+        program.state["memory_budget"] = self._memory_budget
         return passes.run(program, passes.ANALYSIS, self._debug)
 
     def _bind(self, program: Program, arguments: Arguments, seed, generator) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,6 +74,10 @@ class Batch:
         n = n or (PRIME if self.symbols else self.size)
         return tuple(self.evaluate(s, n) for s in val.shape)
 
+    def per_sample(self, val: Tensor) -> int:
+        """The number of entries of a (fake) tensor with samples, divided by the batch size."""
+        return math.prod(self.shape(val)) // self.probe
+
     @property
     def probe(self) -> int:
         """The batch size in which placements are computed."""
@@ -97,6 +102,7 @@ class Program:
         checks: conditions on values, verified at the first call; `finish` moves them to `check_module`, which computes
             them, and `verdicts`, the errors that go with them.
         decisions: what was chosen for each contraction.
+        largest: the batch size up to which the columns fit the memory budget, if more sweeps would help.
         buffers: the (fake) values of the memory that large results are written to (see `passes.recycle`).
     """
 
@@ -122,6 +128,7 @@ class Program:
     state: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     buffers: list[Tensor] = field(default_factory=list)
+    largest: int | None = None
     check_module: fx.GraphModule | None = None
     verdicts: list[Callable[[], Exception]] = field(default_factory=list)
 
@@ -202,7 +209,7 @@ class Program:
         """Whether this program computes batches of `n` samples: its size, or any that its guards allow."""
         if n == self.batch.size:
             return True
-        if not self.batch.symbols or n < 2:
+        if not self.batch.symbols or n < 2 or n > (self.largest or n):
             return False
         values = {s: n for s in self.batch.symbols}
         return not self.fixed and all(bool(g.expr.subs(values)) for g in self.fake_mode.shape_env.guards)

@@ -43,6 +43,11 @@ class Nothing(Quantity):
 
 
 @dataclass(frozen=True)
+class Averaged(SqrtGGN):
+    """No columns: the loss Hessian's sum over samples, carried down as a matrix (`passes.averaged`)."""
+
+
+@dataclass(frozen=True)
 class HessianFactors(SqrtGGN):
     """The loss Hessian's columns, and weighted columns of every op's residual (`passes.curvature`)."""
 
@@ -60,11 +65,13 @@ class Group:
 
     kind: "gradient", "exact", "mc", "empirical", "signed", "root", "signs" (root times random signs), "identity" or
         "residual" (of an op; `term` counts them).
+    part: a group that is too large for the memory budget goes down the walk in parts.
     """
 
     kind: str
     term: int = 0
     draws: int = 0
+    part: int = 0
 
 
 GRADIENT = Group("gradient")
@@ -79,10 +86,15 @@ class Term:
 
 
 def groups_of(program: Program, quantity: Quantity) -> list[Group]:
-    """The column groups of a quantity."""
+    """The column groups of a quantity, the parts of one group in order."""
+    parts = program.state.get("parts", {})
+    return [part for group in _whole_groups(program, quantity) for part in parts.get(group, [group])]
+
+
+def _whole_groups(program: Program, quantity: Quantity) -> list[Group]:
     if isinstance(quantity, Identity):
         return [Group("identity")]
-    if isinstance(quantity, Nothing):
+    if isinstance(quantity, Nothing | Averaged):
         return []
     if not isinstance(quantity, SqrtGGN):
         return [Group("gradient")]

@@ -40,6 +40,7 @@ KINDS = {
     "root": "root (of the loss's Hessian)",
     "signs": "root times random signs",
     "identity": "identity",
+    "residual": "weighted (of the ops' residuals)",
 }
 WIDTH = 118
 
@@ -86,6 +87,7 @@ class Report:
         totals: stage -> `Total`, for "forward", "columns", "propagate", "results" and their sum "program".
         plain: `Total` of a plain forward and backward pass; None where autograd cannot do it.
         columns: (name of the group, its number of columns, the quantities that need it).
+        sweeps: how often the walk goes down, for columns beyond the memory budget.
         fallbacks: ops on the walk that have no rule of their own.
         batch: whether the batch size is symbolic, or what fixed it.
         timings: pass -> seconds.
@@ -96,6 +98,7 @@ class Report:
         self.plain = _count_plain(program)
         self.rows = _rows(program)
         self.columns = _columns(program)
+        self.sweeps = program.state["sweeps"]
         self.fallbacks = _fallbacks(program)
         self.batch = _batch(program)
         self.timings = dict(program.timings)
@@ -104,6 +107,8 @@ class Report:
         parts: list[Any] = [self._table_of_rows(), Text(), self._table_of_totals(), Text()]
         for name, count, users in self.columns:
             parts.append(Text(f"columns on the V axis: {count} {name}, for {', '.join(users)}"))
+        if self.sweeps > 1:
+            parts.append(Text(f"sweeps of the walk, to stay within the memory budget: {self.sweeps}"))
         parts.append(Text(f"ops on the walk without a rule: {', '.join(self.fallbacks) or 'none'}"))
         parts.append(Text(f"batch size: {self.batch}"))
         passes = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in self.timings.items())
@@ -219,15 +224,15 @@ def _sources(result: Any, label: str | None = None) -> list[fx.Node]:
 
 
 def _columns(program: Program) -> list[tuple[str, int, tuple[str, ...]]]:
-    out = []
+    totals: dict[str, tuple[int, tuple[str, ...]]] = {}
     for group, count in program.state["columns"].items():
         users = [type(e).__name__ for e in program.extensions if group in groups_of(program, e.requires)]
         if group == GRADIENT:
             users = ["gradient", *users]
-        several = len(program.state.get("terms", ())) > 1 and group != GRADIENT
-        term = f" of loss term {group.term}" if several else ""
-        out.append((KINDS[group.kind] + term, count, tuple(dict.fromkeys(users))))
-    return out
+        several = len(program.state.get("terms", ())) > 1 and group.kind not in ("gradient", "residual")
+        name = KINDS[group.kind] + (f" of loss term {group.term}" if several else "")
+        totals[name] = totals.get(name, (0,))[0] + count, tuple(dict.fromkeys(users))
+    return [(name, count, users) for name, (count, users) in totals.items()]
 
 
 def _fallbacks(program: Program) -> tuple[str, ...]:

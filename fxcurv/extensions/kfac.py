@@ -62,7 +62,8 @@ class _Factored(Extension):
         uses = [u for u in param.program.state["uses"][param.name] if any(g in u.groups for g in groups)]
         if not uses:
             return self._unreached(param)
-        layer = self._layer(param, uses)
+        layers = {g: self._layer(param, _distinct(uses, g)) for g in groups}
+        layer = layers[groups[0]]
         if layer is None:
             p = param.contract(power=1, reduce="")
             b = param.emit(_exact_block, p)
@@ -70,12 +71,12 @@ class _Factored(Extension):
         sharing = self.weight_sharing
         if sharing == "backpack":
             sharing = "convolution" if layer.single_convolution else "expand"
-        factors = [param.emit(_sum, [_outputs(param, layer, g, sharing) for g in groups])]
+        factors = [param.emit(_sum, [_outputs(param, layers[g], g, sharing) for g in groups])]
         if not layer.bias:
             given = [(u.use.factor, u.columns) for u in layer.uses]
             factors.append(param.emit(_input_factor, given, sharing, _dtype(param)))
         _record(param, layer, sharing)
-        return self._of_layer(param, layer, groups, Kronecker(factors, layer.arrangement))
+        return self._of_layer(param, layers, Kronecker(factors, layer.arrangement))
 
     def _layer(self, param: Param, uses: list[Use]) -> Layer | None:
         """The layer that a parameter is, None for one that has its exact block."""
@@ -101,7 +102,7 @@ class _Factored(Extension):
 
     # what KFAC and KFLR return; EKFAC goes on from there
 
-    def _of_layer(self, param: Param, layer: Layer, groups: list[Group], factors: Kronecker) -> Any:
+    def _of_layer(self, param: Param, layers: dict[Group, Layer], factors: Kronecker) -> Any:
         return factors
 
     def _of_exact(self, param: Param, block: fx.Node, p: fx.Node) -> Any:
@@ -109,6 +110,16 @@ class _Factored(Extension):
 
     def _of_zeros(self, param: Param, factors: Kronecker) -> Any:
         return factors
+
+
+def _distinct(uses: list[Use], group: Group) -> list[Use]:
+    """The uses of a parameter, each once, with the columns of `group` where it has them: a sweep of its own makes it anew."""
+    found: dict[Any, Use] = {}
+    for use in uses:
+        where = (use.op, use.value, use.path) if use.op is not None else id(use)
+        if where not in found or group in use.groups:
+            found[where] = use
+    return list(found.values())
 
 
 def _check_sampled(extension: KFAC | EKFAC) -> None:
@@ -203,11 +214,12 @@ class EKFAC(_Factored):
         super().check()
         _check_sampled(self)
 
-    def _of_layer(self, param: Param, layer: Layer, groups: list[Group], factors: Kronecker) -> Eigenbasis:
+    def _of_layer(self, param: Param, layers: dict[Group, Layer], factors: Kronecker) -> Eigenbasis:
         basis = [param.emit(_eigenvectors, f) for f in factors]
-        rotate = _rotated_bias if layer.bias else _rotated_lookup if factors[-1].meta["val"].ndim == 1 else _rotated
+        bias = next(iter(layers.values())).bias
+        rotate = _rotated_bias if bias else _rotated_lookup if factors[-1].meta["val"].ndim == 1 else _rotated
         parts = []
-        for group in groups:
+        for group, layer in layers.items():
             given = [(*_source(param, u, group), u.rows, u.columns) for u in layer.uses if group in u.use.groups]
             if given:
                 rotated = param.emit(rotate, given, basis, _dtype(param))

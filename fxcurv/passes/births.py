@@ -29,7 +29,7 @@ def at(walk: Walk, node: fx.Node) -> None:
     terms: list[Term] = program.state.get("terms", [])
     for index, term in enumerate(terms):
         here = [g for g in groups if g.term == index and g.kind != "identity"]
-        if here and term.node is node:
+        if term.node is node:
             _closed_form(walk, term, here)
         elif here and term.node is None and node is _latest(program.heads):
             _general(walk, here)
@@ -57,26 +57,47 @@ def seed_node(program: Program) -> fx.Node:
 
 
 def _closed_form(walk: Walk, term: Term, groups: list[Group]) -> None:
-    from fxcurv.passes.propagate import Stack, merged
+    from fxcurv.passes.propagate import merged
 
     program, node = walk.program, term.node
     stack = merged(walk, node, walk.cotangents[node])
     walk.cotangents[node] = [stack]
+    program.state.setdefault("arrivals", {})[node] = stack.node
     rule, call = rule_of(node.target, program.rules), call_of(program, node)
     origin = origin_of(node, "columns")
     check_positive(program, node, stack.node)
     for group in groups:
+        weights = None
         if group.kind == "exact":
             few = not any(e.shows_columns for e in program.extensions)
             columns = emit(program, _exact, rule, call, stack.node, few, origin=origin)
             if not any(e.needs_convex for e in program.extensions):
-                walk.weights[group] = emit(program, _sign, stack.node, origin=origin)
+                weights = emit(program, _sign, stack.node, origin=origin)
         elif group.kind == "empirical":
             columns = emit(program, _empirical, rule, call, stack.node, origin=origin)
         else:
             draw = Draw(group.draws, group.term)
             columns = emit(program, _sampled, rule, call, stack.node, seed_node(program), draw, origin=origin)
-        walk.add(term.prediction, Stack((group,), (columns.meta["val"].shape[0],), columns))
+        _born(walk, group, [term.prediction], [columns], weights, origin)
+
+
+def _born(walk: Walk, group: Group, heads: list[fx.Node], columns: list[fx.Node], weights, origin: dict) -> None:
+    """Columns [V, *head] of `group`, and weights [V or 1, ...], come to `heads`, now or in parts in later sweeps."""
+    from fxcurv.passes.propagate import Stack
+
+    def send(part: Group, start: int, stop: int) -> None:
+        for head, stack in zip(heads, columns, strict=True):
+            rows = emit(walk.program, _rows, stack, start, stop, origin=origin)
+            walk.add(head, Stack((part,), (stop - start,), rows))
+        if weights is not None:
+            walk.weights[part] = emit(walk.program, _rows, weights, start, stop, origin=origin)
+
+    walk.born(group, columns[0].meta["val"].shape[0], send)
+
+
+def _rows(t: Tensor, start: int, stop: int) -> Tensor:
+    """Some columns; what holds for all of them ([1, ...]) and all of them are what they are."""
+    return t if t.shape[0] in (1, stop - start) else t[start:stop]
 
 
 def _exact(rule, call, c, few):
@@ -116,15 +137,14 @@ def _nonnegative(c: Tensor) -> Tensor:
 
 
 def _identity(walk: Walk, head: fx.Node) -> None:
-    from fxcurv.passes.propagate import Stack
-
     program = walk.program
     if len(program.heads) != 1:
         raise ExtensionError(
             f"Jacobian needs one output, the model has {len(program.heads)}: pass split='module.path', or return one tensor"
         )
-    columns = emit(program, _eye, head, head.meta["place"], origin=origin_of(head, "columns"))
-    walk.add(head, Stack((Group("identity"),), (columns.meta["val"].shape[0],), columns))
+    origin = origin_of(head, "columns")
+    columns = emit(program, _eye, head, head.meta["place"], origin=origin)
+    _born(walk, Group("identity"), [head], [columns], None, origin)
 
 
 def _eye(f: Tensor, place: Shard) -> Tensor:
@@ -133,8 +153,6 @@ def _eye(f: Tensor, place: Shard) -> Tensor:
 
 def _general(walk: Walk, groups: list[Group]) -> None:
     """Columns of the per-sample Hessian of the whole loss in f, for a loss without a closed form."""
-    from fxcurv.passes.propagate import Stack
-
     program = walk.program
     if any(g.kind == "empirical" for g in groups):
         raise LossError(
@@ -147,9 +165,9 @@ def _general(walk: Walk, groups: list[Group]) -> None:
     h = hessian_of_loss(program)
     check_convex(program, h)
     for group in groups:
+        weights = None
         if group.kind == "signed":
             joint, weights = emit(program, signed_pairs, h, origin=origin)
-            walk.weights[group] = weights
         elif program.state.get("create_graph"):
             raise ExtensionError(
                 "create_graph=True with a root of a loss that has no closed form: the derivative of an eigendecomposition is "
@@ -159,8 +177,8 @@ def _general(walk: Walk, groups: list[Group]) -> None:
             joint = emit(program, _root, h, origin=origin)
         else:
             joint = emit(program, _signs, h, seed_node(program), group.term, group.draws, origin=origin)
-        for head, part in zip(heads, emit(program, _split, joint, places, [*heads], origin=origin), strict=True):
-            walk.add(head, Stack((group,), (part.meta["val"].shape[0],), part))
+        columns = emit(program, _split, joint, places, [*heads], origin=origin)
+        _born(walk, group, heads, list(columns), weights, origin)
 
 
 def hessian_of_loss(program: Program) -> fx.Node:

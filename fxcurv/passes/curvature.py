@@ -13,6 +13,7 @@ with real weights w, sum w (J^T u)^2, serve (Dangel et al. 2020, eq. 25, without
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,14 +78,12 @@ def _rows(t: Tensor, start: int, of: int) -> Tensor:
     return t.unflatten(0, (of, -1))[start]
 
 
-def _born(walk: Walk, columns: int, weights: fx.Node) -> Group:
+def _born(walk: Walk, columns: int, send: Callable[[Group, int, int], None], divisible: bool = True) -> None:
     group = Group("residual", len(walk.residuals))
     walk.residuals.append(group)
     walk.groups.append(group)
     walk.wanted.add(group)
-    walk.columns[group] = columns
-    walk.weights[group] = weights
-    return group
+    walk.born(group, columns, send, divisible)
 
 
 def _send(walk: Walk, target: fx.Node, group: Group, columns: fx.Node, v: int, per_sample: bool) -> None:
@@ -94,20 +93,25 @@ def _send(walk: Walk, target: fx.Node, group: Group, columns: fx.Node, v: int, p
 
 
 def _elementwise(walk: Walk, node: fx.Node, stack: Stack, rule: Pointwise, leaves: list) -> None:
-    call, origin = call_of(walk.program, node), origin_of(node, "curvature")
+    program = walk.program
+    call, origin = call_of(program, node), origin_of(node, "curvature")
     g = _gradient(walk, node, stack)
-    columns, weights = emit(walk.program, _unit_columns, rule.d2, call, g, origin=origin)
-    v = columns.meta["val"].shape[0]
-    _send(walk, leaves[0], _born(walk, v, weights), columns, v, False)
+    entries = program.batch.per_sample(leaves[0].meta["val"])
+
+    def send(part: Group, start: int, stop: int) -> None:
+        columns, walk.weights[part] = emit(program, _unit_columns, rule.d2, call, g, start, stop, origin=origin)
+        _send(walk, leaves[0], part, columns, stop - start, False)
+
+    _born(walk, entries, send)
 
 
-def _unit_columns(d2, call: Call, g: Tensor) -> tuple[Tensor, Tensor]:
-    """(e_i [D, *x], g f'' as weights [D, N]), D entries of a sample's slice."""
+def _unit_columns(d2, call: Call, g: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """(e_i [V, *x], g f'' as weights [V, N]) for the entries i from `start` to `stop` of a sample's slice."""
     x, *rest = call.args
     place = call.places[0]
     curvature = (g.squeeze(0) * d2(x, call.y, *rest)).to(x.dtype)
-    weights = samples_first(curvature, place).flatten(1).t()
-    return separate(torch.ones_like(x).unsqueeze(0), place, None), weights
+    weights = samples_first(curvature, place).flatten(1)[:, start:stop].t()
+    return separate(torch.ones_like(x).unsqueeze(0), place, None, (start, stop)), weights
 
 
 def _bilinear(walk: Walk, node: fx.Node, stack: Stack, rule: Rule, data: list, free: list, leaves: list) -> None:
@@ -121,11 +125,8 @@ def _bilinear(walk: Walk, node: fx.Node, stack: Stack, rule: Rule, data: list, f
             continue
         out = emit(walk.program, _cross_pairs, rule, call, position, tuple(partners), g, origin=origin)
         columns, direct, weights = out
-        v = columns.meta["val"].shape[0]
-        group = _born(walk, v, weights)
-        _send(walk, leaves[position], group, columns, v, False)
-        for i, p in zip(partners, direct, strict=True):
-            walk.uses.setdefault(leaves[i], []).append(Use(Jacobian(p), (group,), (v,), rule.name))
+        parts = {position: columns, **dict(zip(partners, direct, strict=True))}
+        _send_parts(walk, leaves, parts, set(partners), weights, rule, False, origin)
 
 
 def _cross_pairs(rule: Rule, call: Call, position: int, free: tuple, g: Tensor):
@@ -151,13 +152,31 @@ def _joint(
     call, origin = call_of(walk.program, node), origin_of(node, "curvature")
     g = _gradient(walk, node, stack)
     parts, weights = emit(walk.program, _residual_pairs, rule, call, tuple(active), g, place, origin=origin)
-    v = weights.meta["val"].shape[0]
-    group = _born(walk, v, weights)
-    for i, columns in zip(active, parts, strict=True):
-        if place is not None and not is_sharded(leaves[i]):
-            walk.uses.setdefault(leaves[i], []).append(Use(Jacobian(columns), (group,), (v,), rule.name))
-        else:
-            _send(walk, leaves[i], group, columns, v, place is None)
+    free = {i for i in active if place is not None and not is_sharded(leaves[i])}
+    _send_parts(walk, leaves, dict(zip(active, parts, strict=True)), free, weights, rule, place is None, origin)
+
+
+def _send_parts(
+    walk: Walk, leaves: list, parts: dict, free: set, weights: fx.Node, rule: Rule, per_sample: bool, origin
+):
+    """Columns by position: to the values there, or as P itself to those in `free`."""
+    of = weights.meta["val"].shape[0]
+
+    def send(part: Group, start: int, stop: int) -> None:
+        v = stop - start
+        walk.weights[part] = emit(walk.program, _some, weights, start, stop, of, origin=origin)
+        for i, whole in parts.items():
+            columns = emit(walk.program, _some, whole, start, stop, of, origin=origin)
+            if i in free:
+                walk.uses.setdefault(leaves[i], []).append(Use(Jacobian(columns), (part,), (v,), rule.name))
+            else:
+                _send(walk, leaves[i], part, columns, v, per_sample)
+
+    _born(walk, of, send, divisible=not per_sample)
+
+
+def _some(t: Tensor, start: int, stop: int, of: int) -> Tensor:
+    return t if (start, stop) == (0, of) else t[start:stop]
 
 
 def _residual_pairs(rule: Rule, call: Call, active: tuple, g: Any, place: Shard | None):

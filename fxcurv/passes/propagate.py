@@ -4,11 +4,15 @@ A value's cotangent is a list of stacks, each one tensor [V, *value] for an orde
 sample-free value (a parameter, or something computed from parameters only) enters a per-sample op, the walk leaves
 a `Use`: the factors of P there. A use moves up to its parameter through ops that only move elements; through any
 other op P is materialised and pulled back with a column per sample.
+
+Columns beyond the memory budget wait, and go down in parts in sweeps of their own; a contraction over columns adds
+up the parts.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +24,7 @@ from fxcurv.emit import emit
 from fxcurv.errors import UnsupportedOpError, locate
 from fxcurv.factors import Factor, Jacobian
 from fxcurv.passes import births, curvature
+from fxcurv.passes.budget import capacity, largest_batch
 from fxcurv.passes.objective import ancestors
 from fxcurv.placement import Shard
 from fxcurv.program import Program, is_active, is_sharded
@@ -54,6 +59,21 @@ class Walk:
     columns: dict[Group, int] = field(default_factory=dict)
     curved: set[fx.Node] = field(default_factory=set)
     residuals: list[Group] = field(default_factory=list)
+    capacity: int = 1 << 62
+    carried: int = 0
+    waiting: list[tuple[Group, int, Callable[[Group, int, int], None]]] = field(default_factory=list)
+    parts: dict[Group, list[Group]] = field(default_factory=dict)
+
+    def born(self, group: Group, count: int, send: Callable[[Group, int, int], None], divisible: bool = True) -> None:
+        """Have `count` columns of `group` sent down: now, or in parts in later sweeps if they are too many.
+
+        send: puts the columns from `start` to `stop` on the walk, called as `send(part of the group, start, stop)`.
+        """
+        if divisible and self.carried + count > self.capacity:
+            self.waiting.append((group, count, send))
+            return
+        self.carried += count
+        send(group, 0, count)
 
     def add(self, node: fx.Node, stack: Stack) -> None:
         self.cotangents.setdefault(node, []).append(stack)
@@ -68,6 +88,9 @@ def propagate(program: Program) -> Program:
     if any(isinstance(e.requires, HessianFactors) for e in program.extensions):
         walk.curved = set(ancestors(program.heads))
         walk.wanted.add(GRADIENT)
+    # a result that shows its columns holds them all anyway
+    if not any(e.shows_columns for e in program.extensions):
+        walk.capacity = capacity(program)
     forward = list(program.graph.nodes)
     targets = [program.loss] if program.loss is not None else program.heads
     reached = set(ancestors(targets))
@@ -77,12 +100,52 @@ def propagate(program: Program) -> Program:
             births.at(walk, node)
             if is_active(node) or node in walk.outputs:
                 _visit(walk, node)
+    widest = walk.carried
+    sweeps = _sweeps(walk)
+    for sweep in sweeps:
+        for group, start, stop, send in sweep:
+            send(_part(walk, group), start, stop)
+        widest = max(widest, sum(stop - start for _, start, stop, _ in sweep))
+        for node in reversed(forward):
+            if node in reached and (is_active(node) or node in walk.outputs):
+                _visit(walk, node)
+    if not any(e.shows_columns for e in program.extensions):
+        program.largest = largest_batch(program, widest)
     program.state["uses"] = {name: walk.uses.get(node, []) for name, node in program.params.items()}
     program.state["direct"] = {n: walk.direct[p] for n, p in program.params.items() if p in walk.direct}
     program.state["weights"] = walk.weights
     program.state["columns"] = walk.columns
     program.state["residuals"] = walk.residuals
+    program.state["parts"], program.state["sweeps"] = walk.parts, 1 + len(sweeps)
     return program
+
+
+def _sweeps(walk: Walk) -> list[list[tuple[Group, int, int, Callable[[Group, int, int], None]]]]:
+    """The waiting columns, (group, start, stop, send), packed into sweeps of what can be carried."""
+    sweeps: list[list] = []
+    room = 0
+    for group, count, send in walk.waiting:
+        start = 0
+        while start < count:
+            if not room:
+                sweeps.append([])
+                room = walk.capacity
+            stop = min(count, start + room)
+            sweeps[-1].append((group, start, stop, send))
+            room -= stop - start
+            start = stop
+    return sweeps
+
+
+def _part(walk: Walk, group: Group) -> Group:
+    """The next part of a group, on the walk."""
+    parts = walk.parts.setdefault(group, [])
+    part = replace(group, part=len(parts) + 1)
+    parts.append(part)
+    walk.groups.append(part)
+    if group in walk.wanted:
+        walk.wanted.add(part)
+    return part
 
 
 def _seed(walk: Walk) -> None:

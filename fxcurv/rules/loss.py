@@ -70,14 +70,19 @@ class LossRule(Rule):
         return None
 
 
-def separate(root: Tensor, place: Shard, classes: int | None) -> Tensor:
-    """Columns that each touch one position per sample: [V, *z] -> [V * S, *z], S positions in a sample."""
+def separate(root: Tensor, place: Shard, classes: int | None, rows: tuple[int, int] | None = None) -> Tensor:
+    """Columns that each touch one position per sample: [V, *z] -> [V * S, *z], S positions in a sample.
+
+    rows: (start, stop), to make only these columns of each of the V.
+    """
     shape = list(root.shape[1:])
     sizes = [1 if d == classes else place.outer * place.inner if d == place.dim else s for d, s in enumerate(shape)]
     s = prod(sizes)
+    start, stop = rows or (0, s)
     if s == 1:
         return root
-    eye = torch.eye(s, dtype=root.dtype, device=root.device).reshape(s, *sizes)
+    column = torch.arange(s, device=root.device)
+    eye = (column[start:stop].unsqueeze(1) == column).to(root.dtype).reshape(stop - start, *sizes)
     if place.outer * place.inner > 1:
         dim = place.dim + 1
         n = shape[place.dim] // (place.outer * place.inner)

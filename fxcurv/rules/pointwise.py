@@ -125,7 +125,7 @@ SMOOTH: dict[Callable, tuple[Callable, Callable | None]] = {
 PIECEWISE_LINEAR: dict[Callable, Callable] = {
     aten.relu.default: lambda x, y: y > 0,
     aten.relu6.default: lambda x, y: (x > 0) & (x < 6),
-    aten.leaky_relu.default: lambda x, y, slope=0.01: torch.where(x > 0, 1.0, slope),
+    aten.leaky_relu.default: lambda x, y, slope=0.01: torch.where(x > 0, x.new_ones(()), slope),
     aten.hardtanh.default: lambda x, y, lo=-1, hi=1: (x > lo) & (x < hi),
     aten.hardsigmoid.default: lambda x, y: ((x > -3) & (x < 3)).to(x.dtype) / 6,
     aten.abs.default: lambda x, y: torch.sign(x),

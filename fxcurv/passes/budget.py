@@ -1,0 +1,53 @@
+"""budget: how many columns the walk may carry at once.
+
+A sweep of the walk holds, for every column, the cotangents before and after an op and a copy in between. Columns that
+do not fit go down in later sweeps, of which only the sums over columns remain.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from fxcurv.program import Program, is_active, is_sharded
+
+# Cotangents of the widest value that are alive at a time: at an op's output, at its input, and in a layout between.
+HELD = 3
+SHARE = 0.5
+
+
+def available(device: torch.device) -> int:
+    """Bytes of memory that are free on `device`, as far as the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not on every system
+        return 1 << 33
+
+
+def budget_of(program: Program) -> int:
+    """The bytes that columns may take: the user's budget, or a share of what is free."""
+    device = next(iter(program.params.values())).meta["val"].device
+    return program.state.get("memory_budget") or int(SHARE * available(device))
+
+
+def bytes_per_column(program: Program) -> int:
+    """What one column of one sample takes where the values are widest."""
+    vals = [n.meta.get("val") for n in program.graph.nodes if is_active(n) and is_sharded(n)]
+    widest = max((program.batch.per_sample(v) * v.itemsize for v in vals if isinstance(v, Tensor)), default=1)
+    return HELD * max(widest, 1)
+
+
+def capacity(program: Program) -> int:
+    """The columns that a sweep may carry at the captured batch size, one at least."""
+    return max(1, budget_of(program) // (bytes_per_column(program) * program.batch.size))
+
+
+def largest_batch(program: Program, columns: int) -> int | None:
+    """The largest batch for which a sweep of `columns` fits the budget; None if smaller sweeps would not help."""
+    if columns <= 2:
+        return None
+    return max(program.batch.size, budget_of(program) // (bytes_per_column(program) * columns))
