@@ -8,6 +8,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 DEFINITION := pyproject.toml constraints.txt
+FIGURES := demo.png batched_jacobians.png diag_ggn_optimizer.png
 
 .PHONY: help venv test test-all demo examples bench lint clean
 
@@ -42,7 +43,8 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
 
 examples: $(VENV)/.installed
-	@set -e; for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(filter-out examples/data.py,$(wildcard examples/*.py)); do \
+		echo "== $$script"; $(BIN)/python $$script; done
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python bench/run.py $(ARGS)
@@ -53,5 +55,6 @@ lint: $(VENV)/.installed-lint
 
 # Leaves the environment, which is slow to make; `rm -r $(VENV)` removes it.
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo.png
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -f $(FIGURES)
 	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -exec rm -rf {} +
