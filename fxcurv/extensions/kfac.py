@@ -62,13 +62,13 @@ class _Factored(Extension):
         uses = [u for u in param.program.state["uses"][param.name] if any(g in u.groups for g in groups)]
         if not uses:
             return self._unreached(param)
-        layers = {g: self._layer(param, _distinct(uses, g)) for g in groups}
-        layer = layers[groups[0]]
-        if layer is None:
+        found = {g: self._layer(param, _distinct(uses, g)) for g in groups}
+        layers = {g: layer for g, layer in found.items() if layer is not None}
+        if not layers:
             p = param.contract(power=1, reduce="")
             b = param.emit(_exact_block, p)
             return self._of_exact(param, b, p)
-        sharing = self.weight_sharing
+        layer, sharing = layers[groups[0]], self.weight_sharing
         if sharing == "backpack":
             sharing = "convolution" if layer.single_convolution else "expand"
         factors = [param.emit(_sum, [_outputs(param, layers[g], g, sharing) for g in groups])]
