@@ -6,7 +6,7 @@ do not fit go down in later sweeps, of which only the sums over columns remain.
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,16 +16,19 @@ from fxcurv.program import Program, is_active, is_sharded
 # Cotangents of the widest value that are alive at a time: at an op's output, at its input, and in a layout between.
 HELD = 3
 SHARE = 0.5
+# Where the system does not say.
+UNKNOWN = 8 << 30
 
 
 def available(device: torch.device) -> int:
     """Bytes of memory that are free on `device`, as far as the system tells."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not on every system
-        return 1 << 33
+    try:  # free pages alone would not count what the system caches and can give back
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return UNKNOWN
 
 
 def budget_of(program: Program) -> int:
