@@ -1,0 +1,129 @@
+"""Kronecker factors from one averaged matrix per activation (Botev, Ritter & Barber 2017).
+
+M <- (1/N) sum_n J_n^T M J_n, op by op from M = sum_n H_n at the model's output down to every layer. There, B is M (linear
+layers on vectors), its sums over pairs of positions (a convolution without groups), or its sum over equal positions
+(anything else with shared positions, which has the inputs' factor of "expand"); A is that of `KFAC`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxcurv.averages import of_features
+from fxcurv.candidates import dims
+from fxcurv.cost import Cost
+from fxcurv.errors import ExtensionError, locate
+from fxcurv.extensions.base import Param
+from fxcurv.extensions.kfac import _dtype, _embedded, _Factored, _input_factor
+from fxcurv.kronecker import Kronecker
+from fxcurv.layers import Embed, Layer, LayerUse, NoLayer, read
+from fxcurv.placement import Shard
+from fxcurv.program import Decision, is_active
+from fxcurv.quantity import GRADIENT, Averaged
+from fxcurv.rules.base import canonical_args
+
+if TYPE_CHECKING:
+    from fxcurv.passes.averaged import Matrix
+
+aten = torch.ops.aten
+# the output's axis of features where it is read from the op alone (`layers.WEIGHTS` has the others)
+FEATURES = {aten.mm.default: -1, aten.embedding.default: -1}
+
+
+@dataclass(frozen=True)
+class KFRA(_Factored):
+    """Kronecker factors from the batch-averaged Gauss-Newton of every layer's output.
+
+    `Kronecker` [B, A] for a weight, [B] for a bias; B: [out, out], A: [in, in], or [in] for an embedding. Defined for
+    models that are a chain of activations, each parameter used once.
+    """
+
+    savefield = "kfra"
+    requires = Averaged()
+
+    def extract(self, param: Param) -> Kronecker:
+        from fxcurv.passes.averaged import averaged  # it reads the graph by passes, which read extensions
+
+        found = averaged(param.program)
+        readers = _readers(param, found)
+        if not readers:
+            return self._unreached(param)
+        layer, use = self._single(param, readers)
+        place, channel = use.at or (use.use.op.meta["place"], FEATURES[use.use.op.target])
+        m = found[use.use.op]
+        sharing = "convolution" if layer.single_convolution else "expand"
+        at = None if channel is None else channel % len(m.shape)
+        b = m.node if m.summed else param.emit(of_features, m.node, m.shape, at, sharing == "convolution")
+        factors = [param.emit(_placed, b, use.rows, _dtype(param))]
+        if not layer.bias:
+            factors.append(param.emit(_input_factor, [(use.use.factor, use.columns)], sharing, _dtype(param)))
+        _record(param, layer, m.node)
+        return Kronecker(factors, layer.arrangement)
+
+    def _single(self, param: Param, readers: list[fx.Node]) -> tuple[Layer, LayerUse]:
+        """The layer that a parameter is, with its only use."""
+        uses = [u for u in param.program.state["uses"][param.name] if GRADIENT in u.groups]
+        try:
+            if len(readers) > 1:
+                raise NoLayer(f"it is used {len(readers)} times, where the recursion knows no cross terms")
+            if [u.op for u in uses] != readers:
+                raise NoLayer("it reaches its op through others that do not only move its elements")
+            layer = read(tuple(param.node.meta["val"].shape), uses, param.program.rules)
+            (use,) = layer.uses
+            if use.at is None and (use.use.op.target not in FEATURES or not _is_second(use.use.op, use.use.value)):
+                raise NoLayer("its op's features are not those of a linear layer, a convolution or an embedding")
+            return layer, use
+        except NoLayer as why:
+            raise ExtensionError(
+                f"KFRA: parameter '{param.name}' has no factors: {why}.\nIt is used by {locate(readers[-1])}\n"
+                'Way out: KFLR(blocks="exact") or KFAC(blocks="exact"), or freeze it by requires_grad_(False).'
+            ) from why
+
+
+def _is_second(op: fx.Node, value: fx.Node) -> bool:
+    """Whether `value` is the weight of x @ W, or what an embedding looks up."""
+    return canonical_args(op)[0 if op.target is aten.embedding.default else 1] is value
+
+
+def _readers(param: Param, found: dict[fx.Node, Matrix]) -> list[fx.Node]:
+    """The ops on the chain that read a parameter, once for every argument that does."""
+    places: dict[tuple[fx.Node, int], None] = {}
+    seen, stack = {param.node}, [param.node]
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if user in found:
+                leaves = pytree.tree_leaves(canonical_args(user))
+                places.update({(user, i): None for i, leaf in enumerate(leaves) if leaf is node})
+            elif user.op == "call_function" and is_active(user) and not _per_sample(user) and user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return [op for op, _ in places]
+
+
+def _per_sample(node: fx.Node) -> bool:
+    place = node.meta.get("place")
+    return any(isinstance(p, Shard) for p in (place if isinstance(place, list) else [place]))
+
+
+def _record(param: Param, layer: Layer, m: fx.Node) -> None:
+    """What is computed goes into the report, though there was nothing to choose."""
+    size = m.meta["val"].shape[0]
+    d = dims(pytree.tree_map(lambda n: n.meta["val"] if isinstance(n, fx.Node) else n, layer.uses[0].use.factor))
+    inputs = 0 if layer.bias else 2 * d.n * d.s * d.i**2
+    cost = Cost(inputs, d.item * (size**2 + (0 if layer.bias else d.unfold + d.i**2)), 0, 3)
+    param.program.decisions.append(
+        Decision(
+            param.name, param.label, layer.uses[0].use.rule, f"averaged matrix [{size}, {size}]", int(cost.flops),
+            int(cost.bytes), cost.seconds(), savefield=param.origin()["savefield"],
+        )
+    )  # fmt: skip
+
+
+def _placed(b: Tensor, rows: Embed | None, dtype: torch.dtype) -> Tensor:
+    return _embedded(_embedded(b.to(dtype), rows, 0), rows, 1)
