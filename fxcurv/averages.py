@@ -71,7 +71,7 @@ def constant(rule: Rule, call: Call, step: Step, m: Tensor) -> Tensor:
     """Through an op whose Jacobian is that of sample 0 for all of them."""
     one = _of_sample(call, step, 0)
     half = _rows_through(rule, one, step, m.unsqueeze(1)).squeeze(1)
-    return _rows_through(rule, one, step, half.t().unsqueeze(1)).squeeze(1)
+    return _rows_through(rule, one, step, half.t().contiguous().unsqueeze(1)).squeeze(1)
 
 
 def diagonal(rule: Rule, call: Call, step: Step, m: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def per_sample(rule: Rule, call: Call, step: Step, m: Tensor) -> Tensor:
     for k in range(int(n)):
         one = _of_sample(call, step, k)
         half = _rows_through(rule, one, step, m.unsqueeze(1)).squeeze(1)
-        out = out + _rows_through(rule, one, step, half.t().unsqueeze(1)).squeeze(1)
+        out = out + _rows_through(rule, one, step, half.t().contiguous().unsqueeze(1)).squeeze(1)
     return out / n
 
 
