@@ -1,22 +1,24 @@
-"""A program cut at the model's output f: a forward part, and a backward part that takes over from a cotangent of f.
+"""A program cut at the model's output f: a forward part, and a backward part that takes over from there.
 
-The loss of the cut program is one op, `seam(f, g, columns, kinds)`, whose derivative in f is g and whose columns are
-those that are handed in. So the passes see a loss in closed form, and know nothing of the cut. Values of the forward
-part that the backward part reads are its inputs: the captured nodes keep their number, `meta["key"]`, all the way.
+Values of the forward part that the backward part reads are its inputs: the captured nodes keep their number,
+`meta["key"]`, all the way. A backward part is made of the model alone, from cotangents of f that are handed in (the loss
+of such a program is the op `seam(f, g)`, whose derivative in f is g), or of the model captured together with the loss
+that turned out to read its output.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from fxcurv import passes
-from fxcurv.errors import ExtensionError
+from fxcurv.errors import LossError, locate
 from fxcurv.extensions import Extension
 from fxcurv.passes.codegen import codegen
 from fxcurv.passes.extract import extract
@@ -25,109 +27,124 @@ from fxcurv.passes.propagate import propagate
 from fxcurv.passes.schedule import schedule
 from fxcurv.passes.select import select
 from fxcurv.passes.simplify import simplify
-from fxcurv.placement import PARTIAL, Placement, Shard
-from fxcurv.program import Program, _pruned
-from fxcurv.quantity import Nothing
+from fxcurv.placement import PARTIAL
+from fxcurv.program import Input, Program, _pruned, is_active
+from fxcurv.rules.base import canonical_args
 from fxcurv.rules.loss import LossRule
 
-EXACT, EMPIRICAL = 0, -1  # kinds of columns; a positive kind is a number of sampled ones
+BACKWARD = [propagate, extract]
+FINISH = [simplify, select, simplify, schedule, codegen]
 
 
 @torch.library.custom_op("fxcurv::seam", mutates_args=())
-def seam(f: Tensor, g: Tensor, columns: list[Tensor], kinds: list[int]) -> Tensor:
-    """Stands for the loss: its derivative in `f` is `g`, the columns [V, *f] of its Hessian's root are `columns`."""
+def seam(f: Tensor, g: Tensor) -> Tensor:
+    """Stands for the loss, whose derivative in `f` is `g`."""
     return (f * g).sum()
 
 
 @seam.register_fake
-def _(f, g, columns, kinds):
+def _(f, g):
     return f.new_empty(())
 
 
 class Seam(LossRule):
-    """Hands on what it was given; the cotangent of the seam itself is 1."""
+    """Hands on what it was given."""
 
     def transpose(self, call, wrt, g):
-        return (call.args[1].unsqueeze(0),)
-
-    def exact(self, call, c, few=False):
-        return _columns(call, EXACT)
-
-    def sampled(self, call, c, seed, draw):
-        return _columns(call, draw.columns)
-
-    def empirical(self, call, c):
-        return _columns(call, EMPIRICAL)
+        return (g.view(-1, *[1] * call.args[1].ndim) * call.args[1],)
 
 
 SEAM = Seam()  # a rule of cut programs only: no captured graph has the op
 
 
-def _columns(call, kind: int) -> Tensor:
-    _, _, columns, kinds = call.args
-    return columns[list(kinds).index(kind)]
-
-
 @dataclass(frozen=True)
 class Part:
-    """An emitted half: `gm(*values)` of what `keys` number, in order, and then of its further inputs."""
+    """An emitted half: `gm(*values)` of what `keys` number, in order, and then of what `given` names."""
 
     gm: fx.GraphModule
     keys: tuple[int, ...]
+    given: tuple[Input, ...] = ()
 
 
 @dataclass(frozen=True)
 class Backward:
-    """The second half: from forward values, g [*f], columns and a seed to results.
+    """The second half: from forward values and further inputs to results.
 
     Attributes:
         part: the GraphModule; it returns the flat leaves of `results`.
-        given: names of the inputs after the forward values: "g", "columns_<k>" or "seed".
+        check: the conditions on values that are verified at the first call; None if there are none.
         program: the finished program, for its `unpack`.
+        regularised: whether the loss reads parameters beside the output, so that the gradient is not only what passes
+            through the output.
     """
 
     part: Part
-    given: tuple[str, ...]
+    check: Part | None
     program: Program
+    regularised: bool = False
+
+    @property
+    def verdicts(self) -> list:
+        """The errors that go with the conditions."""
+        return self.program.verdicts
 
 
 def forward_part(template: Program) -> Part:
-    """The forward pass of an analysed program: returns (f, new buffers, every value by key)."""
+    """The forward pass of an analysed program: returns (output leaves, new buffers, every value by key)."""
     graph = fx.Graph()
     env = _copy_nodes(template, graph)
     for key, node in enumerate(list(template.graph.nodes)[:-1]):
         node.meta["key"] = key
     made = [n for n in template.graph.nodes if n.op == "call_function"]
-    head = env[template.output_leaves[0]]
+    leaves = [env[n] for n in template.output_leaves]
     mutations = [env[n] for n in template.mutations.values()]
-    graph.output((head, mutations, [env[n] for n in made]))
+    graph.output((leaves, mutations, [env[n] for n in made]))
     return Part(fx.GraphModule(template.gm, graph), tuple(n.meta["key"] for n in made))
 
 
-def backward_part(
-    template: Program, extensions: Sequence[Extension], kinds: Sequence[int], counts: Sequence[int]
-) -> Backward:
-    """The gradient and all quantities from a cotangent of f and its columns.
+def backward_of_model(template: Program, extensions: Sequence[Extension], create_graph: bool) -> Backward:
+    """The gradient and first-order quantities from cotangents of the output's leaves, `Input("cotangent", index)`.
 
     Args:
         template: the analysed program of the model alone, numbered by `forward_part`.
-        kinds: which columns are given; counts: how many of each.
+        create_graph: whether only algorithms that autograd can follow are chosen.
+    """
+    program = _with_seams(template)
+    program.extensions, program.state["create_graph"] = tuple(extensions), create_graph
+    return _finished(objective(program))
+
+
+def backward_of_loss(program: Program, template: Program, n: int) -> Backward:
+    """The gradient and all quantities from the loss.
+
+    Args:
+        program: the analysed program of model and loss at `n` samples, with its extensions.
+        template: the analysed program of the model alone, numbered by `forward_part`.
 
     Raises:
-        ExtensionError: for products, which need the loss itself.
+        LossError: if the loss draws random numbers, which would be other ones here.
     """
-    refused = [e for e in extensions if isinstance(e.requires, Nothing)]
-    if refused:
-        raise ExtensionError(
-            f"{refused[0]} needs the loss as part of the program: use fxcurv.compile(model, loss, [{refused[0]}])"
-        )
-    program = _joined(template, kinds, counts)
-    program.extensions = tuple(extensions)
-    for step in (objective, propagate, extract):
-        program = step(program)
-    program.loss, program.output_leaves, program.mutations, program.checks = None, [], {}, []
-    program = passes.run(program, [simplify, select, simplify, schedule, codegen])
-    return _detached(program)
+    _number(program, template, n)
+    past = [node for node in program.graph.nodes if node.op == "call_function" and "key" not in node.meta]
+    read = {i for node in past for i in node.all_input_nodes if is_active(i) and "key" in i.meta}
+    return _finished(program, bool(read - set(program.heads)))
+
+
+def results_of(backward: Backward, values: tuple) -> dict[str, Any]:
+    """field -> parameter name -> value, from what the backward part returned."""
+    _, _, _, results, extras = backward.program.unpack(values, lambda t: t)
+    return {**results, **extras}
+
+
+def _finished(program: Program, regularised: bool = False) -> Backward:
+    program = passes.run(program, BACKWARD)
+    program.loss, program.output_leaves, program.mutations = None, [], {}
+    program = passes.run(program, FINISH)
+    check = program.check_module
+    return Backward(_detached(program.gm), _detached(check) if check is not None else None, program, regularised)
+
+
+# ---- cotangents in place of a loss ------------------------------
 
 
 def _copy_nodes(program: Program, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
@@ -138,23 +155,27 @@ def _copy_nodes(program: Program, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     return env
 
 
-def _joined(template: Program, kinds: Sequence[int], counts: Sequence[int]) -> Program:
-    """A copy of `template` with the seam as its loss."""
+def _with_seams(template: Program) -> Program:
+    """A copy of `template` whose loss is the sum of a seam at every leaf that depends on a parameter."""
     graph = fx.Graph()
     env = _copy_nodes(template, graph)
-    head = env[template.heads[0]]
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    val = head.meta["val"]
-    given = []
-    with template.fake_mode:
-        shapes = [tuple(val.shape), *((v, *val.shape) for v in counts)]
-        for name, shape in zip(["g", *(f"columns_{k}" for k in range(len(kinds)))], shapes, strict=True):
-            with graph.inserting_after(last):
-                last = graph.placeholder(f"given_{name}")
-            last.meta = {"val": val.new_empty(shape), "active": False, "place": _place(head, name), "given": name}
-            given.append(last)
-        loss = graph.call_function(torch.ops.fxcurv.seam.default, (head, given[0], given[1:], list(kinds)))
-        loss.meta = {"val": val.new_empty(()), "active": True, "place": PARTIAL}
+    losses = []
+    for index, leaf in enumerate(template.output_leaves):
+        if not is_active(leaf):
+            continue
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"cotangent_{index}")
+        given = Input("cotangent", index=index)
+        last.meta = {"val": leaf.meta["val"], "active": False, "place": leaf.meta["place"], "given": given}
+        losses.append(graph.call_function(torch.ops.fxcurv.seam.default, (env[leaf], last)))
+    loss = losses[0]
+    for other in losses[1:]:
+        losses.append(loss := graph.call_function(torch.ops.aten.add.Tensor, (loss, other)))
+    for node in losses:
+        with template.fake_mode:
+            val = template.heads[0].meta["val"].new_empty(())
+        node.meta = {"val": val, "active": True, "place": PARTIAL}
     graph.output(())
     gm = fx.GraphModule(template.gm, graph)
     now = dict(zip(graph.nodes, gm.graph.nodes, strict=True))  # a GraphModule copies the graph
@@ -168,15 +189,65 @@ def _joined(template: Program, kinds: Sequence[int], counts: Sequence[int]) -> P
     )  # fmt: skip
 
 
-def _place(head: fx.Node, name: str) -> Placement:
-    """Where the samples are on g [*f], and on columns [V, *f]."""
-    place = head.meta["place"]
-    return dataclasses.replace(place, dim=place.dim + 1) if name != "g" and isinstance(place, Shard) else place
+# ---- a loss that reads the model's output ------------------------------
 
 
-def _detached(program: Program) -> Backward:
-    """The finished program without its forward pass: numbered nodes become inputs."""
-    graph = _pruned(program.graph)
+def _number(program: Program, template: Program, n: int) -> None:
+    """Give the nodes of `program` the numbers of the same computations in `template`, which made no loss."""
+    numbers: dict[fx.Node, Any] = {}
+    known: dict[Any, deque] = {}
+    for node, what in _with_inputs(template):
+        numbers[node] = node.meta["key"]
+        known.setdefault(_signature(node, what, template, n, numbers), deque()).append(node.meta["key"])
+    numbers = {}
+    for node, what in _with_inputs(program):
+        keys = known.get(_signature(node, what, program, n, numbers))
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if keys:
+            numbers[node] = node.meta["key"] = keys.popleft() if random else keys[0]
+        elif random:
+            raise LossError(
+                f"{locate(node)}\ndraws random numbers past the model's output, and would draw other ones in the backward "
+                "pass. Way out: draw them in the model, or pass them to the loss as an argument."
+            )
+        else:
+            numbers[node] = node
+            if what is not None:
+                node.meta["given"] = what
+
+
+def _with_inputs(program: Program) -> list[tuple[fx.Node, Input | None]]:
+    """Every node but the output, and what it is bound to if it is a placeholder."""
+    bound = iter(program.inputs)
+    nodes = list(program.graph.nodes)[:-1]
+    return [(n, next(bound) if n.op == "placeholder" else None) for n in nodes]
+
+
+def _signature(node: fx.Node, what: Input | None, program: Program, n: int, numbers: dict[fx.Node, Any]) -> Any:
+    """Equal for equal computations of equal values, at `n` samples."""
+    if what is not None and what.kind != "constant":
+        return what
+    if what is not None or node.op == "get_attr":
+        value = program.constants[what.name] if what else getattr(node.graph.owning_module, node.target)
+        return "constant", value.dtype, tuple(value.shape), tuple(value.flatten().tolist())
+
+    def described(leaf: Any) -> Any:
+        if not isinstance(leaf, fx.Node):
+            return type(leaf), str(leaf)
+        val = leaf.meta.get("val")
+        return program.batch.evaluate(val, n) if isinstance(val, torch.SymInt) else ("value", numbers[leaf])
+
+    leaves, spec = pytree.tree_flatten((canonical_args(node), node.kwargs))
+    numeric = [described(leaf) if not isinstance(leaf, int) else int(leaf) for leaf in leaves]
+    return node.target, str(spec), tuple(numeric)
+
+
+# ---- apart ------------------------------
+
+
+def _detached(gm: fx.GraphModule) -> Part:
+    """A finished program without its forward pass: numbered nodes become inputs."""
+    graph = _pruned(gm.graph)
     keyed = [n for n in graph.nodes if "key" in n.meta and n.op == "call_function"]
     first = next(iter(graph.nodes))
     for node in keyed:
@@ -195,12 +266,6 @@ def _detached(program: Program) -> Backward:
     for node in ordered[::-1]:
         next(iter(graph.nodes)).prepend(node)
     keys = tuple(n.meta["key"] for n in ordered if "key" in n.meta)
-    given = tuple(n.meta.get("given", "seed") for n in ordered if "key" not in n.meta)
+    given = tuple(n.meta.get("given", Input("seed")) for n in ordered if "key" not in n.meta)
     graph.lint()
-    return Backward(Part(fx.GraphModule(program.gm, graph), keys), given, program)
-
-
-def results_of(backward: Backward, values: tuple) -> dict[str, Any]:
-    """field -> parameter name -> value, from what the backward part returned."""
-    _, _, _, results, extras = backward.program.unpack(values, lambda t: t)
-    return {**results, **extras}
+    return Part(fx.GraphModule(gm, graph), keys, given)

@@ -19,8 +19,8 @@ class backpack:  # noqa: N801
 
     Args:
         extensions: instances of the classes in `fxcurv.backpack.extensions`.
-        extension_hook: called with every submodule of the model without children, last first, when its
-            parameters have their quantities.
+        extension_hook: called with every submodule of the model that has parameters of its own or no children, last
+            first, when they have their quantities; before them with the extended loss.
         debug: accepted, without effect.
         retain_graph: accepted, without effect: `backward(retain_graph=True)` alone decides.
 

@@ -45,6 +45,7 @@ def simplify(program: Program) -> Program:
 
 def _drop_idle_views(program: Program) -> None:
     """A chain of views that ends in the sizes and strides of one of its members is that member."""
+    _refresh_views(program)
     for node in list(program.graph.nodes):
         same, source = None, node
         while source.target in VIEWS and isinstance(source.args[0], fx.Node):
@@ -53,6 +54,19 @@ def _drop_idle_views(program: Program) -> None:
         if same is not None:
             program.replace(node, same)
             program.graph.erase_node(node)
+
+
+def _refresh_views(program: Program) -> None:
+    """Give views the strides that they have now: what they view may have been replaced by a value of other strides."""
+    with program.fake_mode, torch.no_grad():
+        for node in program.graph.nodes:
+            if node.target in VIEWS:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: a.meta["val"])
+                try:
+                    node.meta["val"] = node.target(*args, **kwargs)
+                except (RuntimeError, ValueError):  # no view of these strides
+                    node.target = aten.reshape.default
+                    node.meta["val"] = node.target(*args, **kwargs)
 
 
 def _layout(node: fx.Node) -> tuple:

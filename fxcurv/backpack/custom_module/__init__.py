@@ -1,0 +1,1 @@
+"""BackPACK's modules for operations, as plain modules: the compiler reads `+` and `x[0]` as well."""

@@ -1,0 +1,1 @@
+"""Products with Jacobians, the Hessian and the Gauss-Newton by autograd alone, under BackPACK's names."""

@@ -1,0 +1,163 @@
+"""Calls of extended losses on a model's output, and the loss that they add up to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxcurv.capture import Slot, map_leaves
+
+
+@dataclass(frozen=True)
+class View:
+    """How the loss's input is made of the model's output f: a permutation of its axes, or a new shape per sample."""
+
+    axes: tuple[int, ...] | None = None
+    shape: tuple[int, ...] | None = None
+
+    @staticmethod
+    def of(f: Tensor, z: Tensor) -> View | None:
+        """The view that `z` is of `f`, None if it is another one than this class knows."""
+        if z is f or (z.shape == f.shape and z.stride() == f.stride()):
+            return View() if z.storage_offset() == f.storage_offset() else None
+        if z.numel() != f.numel() or z.storage_offset() != f.storage_offset():
+            return None
+        if z.is_contiguous() and f.is_contiguous():
+            return View(shape=_rescaled(z.shape, f.shape[0]))
+        layout = list(zip(f.shape, f.stride(), strict=True))
+        wanted = list(zip(z.shape, z.stride(), strict=True))
+        if sorted(layout) != sorted(wanted) or len(set(layout)) < len(layout):
+            return None
+        return View(axes=tuple(layout.index(pair) for pair in wanted))
+
+    def __call__(self, f: Tensor) -> Tensor:
+        """The loss's input."""
+        if self.axes is not None:
+            return f.permute(self.axes)
+        return f.reshape(self.shape) if self.shape is not None else f
+
+
+def _rescaled(shape: torch.Size, n: int) -> tuple[int, ...] | None:
+    """`shape` with the axis that holds the samples, the first, left open."""
+    return (-1, *shape[1:]) if shape and shape[0] % n == 0 else None
+
+
+@dataclass(frozen=True)
+class Read:
+    """Stands for a leaf of the model's output in a loss's arguments."""
+
+    leaf: int
+    view: View
+
+
+@dataclass
+class LossCall:
+    """A call of an extended loss, and the cotangent that has reached it.
+
+    Attributes:
+        args, kwargs: with a `Read` where a leaf of the model's output, or a view of one, was given.
+        known: whether every such view is one that `View` knows.
+    """
+
+    loss: nn.Module
+    args: tuple
+    kwargs: dict
+    known: bool
+    scale: Tensor | None = None
+
+    @staticmethod
+    def of(loss: nn.Module, args: tuple, kwargs: dict) -> tuple[Any, LossCall] | None:
+        """(the pass that the arguments come from, the call); None if they come from none, or from several."""
+        passes: list[Any] = []
+        reads: list[View | None] = []
+
+        def read(t: Tensor) -> Any:
+            f = t if hasattr(t, "_fxcurv_pass") else t._base
+            if not hasattr(f, "_fxcurv_pass"):
+                return t
+            found, leaf = f._fxcurv_pass
+            passes.append(found)
+            reads.append(View.of(f, t))
+            return Read(leaf, reads[-1]) if reads[-1] is not None else t
+
+        args, kwargs = map_leaves((args, kwargs), Tensor, read)
+        if not passes or any(p is not passes[0] for p in passes):
+            return None
+        return passes[0], LossCall(loss, args, kwargs, None not in reads)
+
+    def key(self) -> Any:
+        """Equal for calls that one program can serve; tensors of the loss are read anew at each call."""
+        return tuple(map(_signature, self.loss.modules()))
+
+
+def _signature(module: nn.Module) -> Any:
+    """What a module without state does, or the module itself."""
+    settings = {k: v for k, v in vars(module).items() if not isinstance(v, dict) and v is not None}
+    plain = all(isinstance(v, bool | int | float | str | set) for v in settings.values())
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    if not plain or hooked:
+        return module
+    return type(module), tuple((k, v) for k, v in settings.items() if not isinstance(v, set))
+
+
+class TotalLoss(nn.Module):
+    """The sum of extended losses, each times its cotangent."""
+
+    def __init__(self, calls: Sequence[LossCall]):
+        super().__init__()
+        self.losses = nn.ModuleList(call.loss for call in calls)
+
+    def forward(self, output: Any, scales: list[Tensor], args: list[tuple], kwargs: list[dict]) -> Tensor:
+        """The loss of the model's output, in any structure."""
+        leaves = tensors_of(output)
+        args, kwargs = map_leaves((args, kwargs), Read, lambda read: read.view(leaves[read.leaf]))
+        calls = zip(self.losses, scales, args, kwargs, strict=True)
+        values = [scale * loss(*a, **k) for loss, scale, a, k in calls]
+        return sum(values[1:], values[0])
+
+
+def targets_of(calls: Sequence[LossCall]) -> tuple:
+    """The arguments of `TotalLoss` after the output."""
+    return [c.scale for c in calls], [c.args for c in calls], [c.kwargs for c in calls]
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors in a model's output, in order."""
+    found: list[Tensor] = []
+
+    def keep(t: Tensor) -> Slot:
+        found.append(t)
+        return Slot(len(found) - 1)
+
+    map_leaves(output, Tensor, keep)
+    return found
+
+
+def gradients(calls: Sequence[LossCall], leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """What the losses send to the leaves of the model's output, by plain autograd."""
+    with torch.enable_grad():
+        detached = [t.detach().requires_grad_(t.is_floating_point()) for t in leaves]
+        value = TotalLoss(calls)(detached, *targets_of(calls))
+        wanted = [t for t in detached if t.requires_grad]
+        found = iter(torch.autograd.grad(value, wanted, allow_unused=True))
+    return [next(found) if t.requires_grad else None for t in detached]
+
+
+def same_gradients(found: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> bool:
+    """Whether two lists of gradients agree up to rounding of their dtype (NaN is no difference: it shows anyway)."""
+    for a, b in zip(found, given, strict=True):
+        a, b = (torch.zeros(()) if t is None else t.detach() for t in (a, b))
+        scale = b.abs().amax() if b.numel() else b.sum()
+        if not bool(((a - b).abs() <= 1e-3 * scale + 1e-12).all() | b.isnan().any()):
+            return False
+    return True
+
+
+def leaves_only(values: Any) -> list[Tensor]:
+    """The tensors in a pytree."""
+    return [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]

@@ -1,0 +1,1 @@
+"""Helpers under BackPACK's names."""
