@@ -399,8 +399,9 @@ def _export(wrapped: _Captured, arguments: Arguments) -> ExportedProgram:
     dims = arguments.batch_dims, arguments.split_dims()
     shapes = tuple([{d: Dim.AUTO} if d is not None else None for d in part] for part in dims)
     # autograd saves nothing of tensors made under inference_mode
+    # nor does it like to be asked for the gradient of what is no leaf
     inputs, targets = (
-        [t.clone() if t.is_inference() else t for t in tensors]
+        [t.clone() if t.is_inference() else t if t.is_leaf else t.detach() for t in tensors]
         for tensors in (arguments.inputs, arguments.split_targets())
     )
     was_training = [(m, m.training) for m in wrapped.model.modules()]
@@ -488,10 +489,17 @@ def _program(model: nn.Module, wrapped: _Captured, exported: ExportedProgram, ar
     trainable = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     inputs: list[Input] = []
     params: dict[str, fx.Node] = {}
+    bound_params: dict[str, fx.Node] = {}
     constants: dict[str, Tensor] = {}
     counts = {"input": 0, "target": 0}
     for node in [n for n in gm.graph.nodes if n.op == "placeholder"]:
         bound = _bind(node, signature, exported, model, wrapped, names, constants, counts, arguments)
+        if bound.kind == "param" and bound.name in bound_params:  # also held outside of any module's parameters
+            node.replace_all_uses_with(bound_params[bound.name])
+            gm.graph.erase_node(node)
+            continue
+        if bound.kind == "param":
+            bound_params[bound.name] = node
         inputs.append(bound)
         if bound.kind == "param" and bound.name in trainable:
             params[bound.name] = node
@@ -529,11 +537,20 @@ def _bind(node, signature, exported, model, wrapped, names, constants, counts, a
     if name in signature.inputs_to_lifted_tensor_constants:
         target = signature.inputs_to_lifted_tensor_constants[name]
         constants[target] = exported.constants[target]
+        same = [n for n, p in model.named_parameters() if _same(p, constants[target])]
+        if same:
+            return Input("param", same[0])
         return Input("constant", target)
     index = counts["input"] + counts["target"]
     kind = "input" if index < len(arguments.inputs) else "target"
     counts[kind] += 1
     return Input(kind, index=index if kind == "input" else index - len(arguments.inputs))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one in memory."""
+    layouts = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (a, b)]
+    return a.numel() > 0 and layouts[0] == layouts[1]
 
 
 def _resolve(module: nn.Module, path: str) -> Tensor:

@@ -614,3 +614,31 @@ def test_dtypes(dtype: torch.dtype) -> None:
         for name, value in getattr(expected, field).items():
             actual = getattr(result, field)[name].double()
             assert (actual - value).norm() <= tolerance * value.norm()
+
+
+class Decayed(nn.Module):
+    """Squares of parameters that it keeps in a list, where no module sees them."""
+
+    def __init__(self, parameters):
+        super().__init__()
+        self.kept = list(parameters)
+
+    def forward(self, output, target):
+        return nn.functional.mse_loss(output, target) + sum(p.square().sum() for p in self.kept)
+
+
+def test_a_loss_may_hold_parameters_in_a_list():
+    model = nn.Linear(3, 2)
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    loss = Decayed(model.parameters())
+    expected = torch.autograd.grad(loss(model(x), y), list(model.parameters()))
+    result = fxcurv.compile(model, loss, [BatchGrad()])(x, y)
+    torch.testing.assert_close(list(result.grad.values()), list(expected))
+
+
+def test_inputs_that_are_no_leaves():
+    model = nn.Linear(3, 2)
+    x, y = torch.randn(4, 3, requires_grad=True) * 2, torch.randn(4, 2)
+    result = fxcurv.compile(model, nn.MSELoss())(x, y)
+    expected = torch.autograd.grad(nn.MSELoss()(model(x), y), list(model.parameters()))
+    torch.testing.assert_close(list(result.grad.values()), list(expected))
