@@ -35,7 +35,7 @@ class Quantity:
 
     Attributes:
         extensions: Class names with their arguments, the same in fxcurv and BackPACK; asked for together.
-        func: Name of the reduction of ``vmap(grad)`` in ``peers.REDUCTIONS``.
+        func: Name of the reduction of ``vmap(grad)`` in ``peers.REDUCTIONS``, or of the product in ``peers.BLOCKS``.
         curvlinops: Arguments of ``KFACLinearOperator``.
         product: The extensions give a function; each parameter's is applied to one random vector.
         save_memory: BackPACK has a second algorithm for it on convolutions; the faster one counts.
@@ -175,8 +175,8 @@ QUANTITIES = {
     "BatchDiagHessian": Quantity((("BatchDiagHessian", {}),)),
     "SqrtGGNExact": Quantity((("SqrtGGNExact", {}),), save_memory=True),
     "SqrtGGNMC": Quantity((("SqrtGGNMC", MC),), save_memory=True, random=True),
-    "HMP": Quantity((("HMP", {}),), product=True),
-    "GGNMP": Quantity((("GGNMP", {}),), product=True),
+    "HMP": Quantity((("HMP", {}),), func="hmp", product=True),
+    "GGNMP": Quantity((("GGNMP", {}),), func="ggnmp", product=True),
     "PCHMP": Quantity((("PCHMP", {"modify": "clip"}),), product=True),
     "DiagGGNExact+KFLR": Quantity((("DiagGGNExact", {}), ("KFLR", {}))),
     "DiagGGNMC+KFAC": Quantity((("DiagGGNMC", MC), ("KFAC", MC)), random=True),

@@ -189,7 +189,7 @@ REDUCTIONS: dict[str, Callable[[dict[str, Tensor]], Fields]] = {
 
 def func(problem: Problem, quantity: Quantity, compiled: bool = False) -> Implementation | None:
     """``vmap(grad)`` and the reduction, without the loss and the gradient that the others give beside it."""
-    if not quantity.func:
+    if quantity.func not in REDUCTIONS:
         return None
     model, loss, x, y = _set_up(problem)
     params = {name: param.detach() for name, param in model.named_parameters()}
@@ -206,6 +206,40 @@ def func(problem: Problem, quantity: Quantity, compiled: bool = False) -> Implem
     run = torch.compile(compute, fullgraph=True, dynamic=False) if compiled else compute
     note = "without the loss and the gradient"
     return Implementation(lambda: run(params, x, y), _given(model, x, y), fields=lambda raw: raw, note=note)
+
+
+def _hessian_block(value: Callable, loss: Callable, param: Tensor, vector: Tensor) -> Tensor:
+    return torch.func.jvp(torch.func.grad(lambda p: loss(value(p))), (param,), (vector,))[1]
+
+
+def _ggn_block(value: Callable, loss: Callable, param: Tensor, vector: Tensor) -> Tensor:
+    output, moved = torch.func.jvp(value, (param,), (vector,))
+    curved = torch.func.jvp(torch.func.grad(loss), (output,), (moved,))[1]
+    return torch.func.vjp(value, param)[1](curved)[0]
+
+
+# One block of a curvature matrix times a vector, from the model as a function of one parameter.
+BLOCKS: dict[str, Callable[[Callable, Callable, Tensor, Tensor], Tensor]] = {"hmp": _hessian_block, "ggnmp": _ggn_block}
+
+
+def func_products(problem: Problem, quantity: Quantity) -> Implementation | None:
+    """``jvp(grad)``, and ``vjp`` of the loss's Hessian times ``jvp``, parameter by parameter."""
+    if quantity.func not in BLOCKS:
+        return None
+    model, loss, x, y = _set_up(problem)
+    params = {name: param.detach() for name, param in model.named_parameters()}
+    vectors = _vectors(dict(model.named_parameters()))
+
+    def of(name: str) -> Callable[[Tensor], Tensor]:
+        return lambda p: torch.func.functional_call(model, {**params, name: p}, (x,))
+
+    def call() -> Fields:
+        product = BLOCKS[quantity.func]
+        found = {n: product(of(n), lambda z: loss(z, y), params[n], v[0]).unsqueeze(0) for n, v in vectors.items()}
+        return {quantity.func: found}
+
+    note = "without the loss and the gradient"
+    return Implementation(call, _given(model, x, y, *vectors.values()), fields=lambda raw: raw, note=note)
 
 
 def curvlinops(problem: Problem, quantity: Quantity) -> Implementation | None:
@@ -237,6 +271,7 @@ BUILDERS: dict[str, Callable[[Problem, Quantity], Implementation | None]] = {
     "backpack:save_memory": partial(backpack, save_memory=True),
     "func:vmap": func,
     "func:vmap_compile": partial(func, compiled=True),
+    "func:products": func_products,
     "curvlinops": curvlinops,
 }
 

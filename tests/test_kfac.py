@@ -17,13 +17,15 @@ from fxcurv import kronecker
 from fxcurv.errors import ExtensionError, LossError
 from fxcurv.extensions import EKFAC, KFAC, KFLR, SqrtGGNExact, SqrtGGNMC
 
-pytestmark = pytest.mark.slow
-
 NAMES = [
     "logistic_regression", "linear_regression", "mlp_relu", "mlp_deep_nobias", "mlp_sequence", "mlp_single_sample",
     "layer_called_twice", "conv_called_twice", "embedding_padding", "dense_prediction", "cnn_two_layers",
     "unet_transposed", "residual_net", *[n for n in CASES if n.startswith("conv") and n != "conv_called_twice"],
 ]  # fmt: skip
+REPRESENTATIVE = {
+    "mlp_relu", "mlp_sequence", "layer_called_twice", "embedding_padding", "dense_prediction", "conv2d", "conv1d_groups_stride",
+    "conv_transpose2d_groups", "residual_net",
+}  # fmt: skip
 SHARING = ("backpack", "expand", "reduce")
 
 
@@ -68,7 +70,9 @@ def check_factors(oracle, field, columns, sharing, exact=False):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in REPRESENTATIVE else pytest.mark.slow) for n in NAMES]
+)
 def test_exact_columns(name):
     """KFLR in all ways of sharing."""
     extensions = [KFLR(weight_sharing=s, savefield=f"kflr_{s}") for s in SHARING]

@@ -19,8 +19,6 @@ import fxcurv
 from fxcurv.errors import ArgumentError, ExtensionError, LossError
 from fxcurv.extensions import GGNMP, HMP, PCHMP, DiagGGNExact, DiagHessian
 
-pytestmark = pytest.mark.slow
-
 REPRESENTATIVE = {
     "mlp_single_sample", "tied_embedding_lm", "weight_norm_linear", "unreached_parameter", "conv_transpose2d_stride",
     "residual_net", "layer_norm", "squeeze_excite", "transformer_encoder", "rnn_tanh", "ce_maps_ignore_weights",
