@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
 import linecache
 import logging
@@ -70,7 +71,7 @@ class Arguments:
     batch_dims: list[int | None]
     structure: Any = None
 
-    @property
+    @functools.cached_property
     def batch_size(self) -> int:
         """N, from the inputs that have a batch dimension."""
         sizes = {t.shape[d] for t, d in zip(self.inputs, self.batch_dims, strict=True) if d is not None}
@@ -89,6 +90,10 @@ class Arguments:
         A target says nothing of its samples, so its sizes do: the inputs' batch dimension is asked first, the
         others in order, then sizes that are a multiple of N (positions of all samples flattened together).
         """
+        return self._target_dims
+
+    @functools.cached_property
+    def _target_dims(self) -> list[int | None]:
         n = self.batch_size
         first = list(dict.fromkeys(d for d in self.batch_dims if d is not None))
         out: list[int | None] = []

@@ -103,6 +103,7 @@ class Program:
             them, and `verdicts`, the errors that go with them.
         decisions: what was chosen for each contraction.
         largest: the batch size up to which the columns fit the memory budget, if more sweeps would help.
+        served: batch sizes that were asked for -> whether the guards allow them.
         buffers: the (fake) values of the memory that large results are written to (see `passes.recycle`).
     """
 
@@ -129,6 +130,7 @@ class Program:
     timings: dict[str, float] = field(default_factory=dict)
     buffers: list[Tensor] = field(default_factory=list)
     largest: int | None = None
+    served: dict[int, bool] = field(default_factory=dict)
     check_module: fx.GraphModule | None = None
     verdicts: list[Callable[[], Exception]] = field(default_factory=list)
 
@@ -195,6 +197,8 @@ class Program:
         given = dict(zip(self.output.args[0], values, strict=True))
 
         def filled(field: str, nodes: Any) -> Any:
+            if field not in self.borrowing and all(isinstance(n, fx.Node) for n in nodes.values()):
+                return {name: own(given[n]) for name, n in nodes.items()}  # the usual case, and the fast one
             return pytree.tree_map(lambda n: given[n] if field in self.borrowing else own(given[n]), nodes)
 
         return (
@@ -202,7 +206,7 @@ class Program:
             [own(given[n]) for n in self.output_leaves],
             {name: own(given[n]) for name, n in self.mutations.items()},
             {f: filled(f, nodes) for f, nodes in self.results.items()},
-            {f: filled(f, nodes) for f, nodes in self.extras.items()},
+            {f: filled(f, {f: node})[f] for f, node in self.extras.items()},
         )
 
     def serves(self, n: int) -> bool:
@@ -211,8 +215,11 @@ class Program:
             return True
         if not self.batch.symbols or n < 2 or n > (self.largest or n):
             return False
-        values = {s: n for s in self.batch.symbols}
-        return not self.fixed and all(bool(g.expr.subs(values)) for g in self.fake_mode.shape_env.guards)
+        if n not in self.served:  # evaluating guards takes as long as a small problem
+            values = {s: n for s in self.batch.symbols}
+            guards = self.fake_mode.shape_env.guards
+            self.served[n] = not self.fixed and all(bool(g.expr.subs(values)) for g in guards)
+        return self.served[n]
 
     @property
     def fixed(self) -> bool:
