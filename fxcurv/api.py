@@ -20,6 +20,7 @@ from fxcurv.errors import ArgumentError, ExtensionError, locate
 from fxcurv.extensions import Extension
 from fxcurv.passes.recycle import Pool
 from fxcurv.program import Program, specialise
+from fxcurv.progress import progress, silent
 from fxcurv.quantity import Identity
 
 log = logging.getLogger("fxcurv")
@@ -313,13 +314,15 @@ class Compiled:
 
     def _lower(self, arguments: Arguments, mode: Autocast, create_graph: bool) -> Program:
         single = arguments.batch_size == 1
-        program = self._analyse(_doubled(arguments) if single else arguments, mode)
-        if single:  # a model that fixes the batch size is captured at one sample after all
-            program = self._analyse(arguments, mode) if program.fixed else _single(program)
-        program.state["create_graph"] = create_graph
-        return passes.run(program, passes.PIPELINE, self._debug)
+        with progress(f"compiling {type(self.model).__name__}") as tell:
+            program = self._analyse(_doubled(arguments) if single else arguments, mode, tell)
+            if single:  # a model that fixes the batch size is captured at one sample after all
+                program = self._analyse(arguments, mode, tell) if program.fixed else _single(program)
+            program.state["create_graph"] = create_graph
+            return passes.run(program, passes.PIPELINE, self._debug, tell)
 
-    def _analyse(self, arguments: Arguments, mode: Autocast) -> Program:
+    def _analyse(self, arguments: Arguments, mode: Autocast, tell: Callable[[str], None] = silent) -> Program:
+        tell("capture")
         start = time.perf_counter()
         with torch.autocast(mode.device_type, mode.dtype, enabled=mode.dtype is not None):
             program = capture(self.model, self.loss, arguments, self._split)
@@ -327,7 +330,7 @@ class Compiled:
         program.extensions, program.rules = self.extensions, self._rules
         program.state["batch_dims"] = arguments.batch_dims
         program.state["memory_budget"] = self._memory_budget
-        return passes.run(program, passes.ANALYSIS, self._debug)
+        return passes.run(program, passes.ANALYSIS, self._debug, tell)
 
     def _bind(self, program: Program, arguments: Arguments, seed, generator) -> list[Any]:
         params = dict(self.model.named_parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import itertools
 import warnings
 from collections.abc import Callable
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from fxcurv.program import Program
+from fxcurv.program import Program, layout
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,12 @@ def emit(program: Program, fn: Callable, *args: Any, origin: dict[str, Any] | No
     return _splice(program, piece, nodes, origin or {}, before or program.output)
 
 
-def call(program: Program, fn: Callable, *args: Any, origin: dict[str, Any] | None = None) -> fx.Node:
-    """One executable node `fn(*args)` (a `contract` node): its value is known, its body is not traced yet."""
+def call(program: Program, target: Any, *args: Any, origin: dict[str, Any] | None = None) -> fx.Node:
+    """One executable node `target(*args)` (a `contract` node): its `value` is known, its body is not traced yet."""
     with program.graph.inserting_before(program.output):
-        node = program.graph.call_function(fn, args)
-    with tracing(program, origin):
-        node.meta["val"] = fn(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in args))
+        node = program.graph.call_function(target, args)
+    with program.fake_mode:
+        node.meta["val"] = target.value(*fx.node.map_arg(args, lambda a: a.meta["val"]))
     node.meta["origin"] = dict(origin or {})
     return node
 
@@ -66,10 +68,16 @@ def call(program: Program, fn: Callable, *args: Any, origin: dict[str, Any] | No
 def tracing(program: Program, origin: dict[str, Any] | None):
     """Run on fake values; notes the origin of what turns the symbolic batch size into a number.
 
-    The Python dispatcher takes the decompositions that keep sizes symbolic where a C++ kernel would fix them.
+    The Python dispatcher takes the decompositions that keep sizes symbolic where a C++ kernel would fix them. Equal
+    pieces are traced once, so the fake mode's own cache would be filled for nothing, which takes as long as tracing.
     """
     before = program.fixed
-    with program.fake_mode, torch.no_grad(), enable_python_dispatcher():
+    with (
+        disable_fake_tensor_cache(program.fake_mode),
+        program.fake_mode,
+        torch.no_grad(),
+        enable_python_dispatcher(),
+    ):
         yield
     if program.fixed and not before:
         program.state["fixed_by"] = origin or {}
@@ -138,10 +146,13 @@ def constant(program: Program, value: Tensor) -> fx.Node:
 
 
 def _key(fn: Callable, leaves: list[Any], spec: pytree.TreeSpec):
-    base = fn.func if isinstance(fn, functools.partial) else fn
-    if getattr(base, "__closure__", None) or "<lambda>" in getattr(base, "__qualname__", ""):
+    base, bound = fn, None
+    if isinstance(fn, functools.partial):  # two partials are never equal, what they bind may be
+        base, bound = fn.func, (fn.args, tuple(fn.keywords.items()))  # type: ignore[assignment]
+    closure = getattr(base, "__closure__", None) and not inspect.ismethod(base)  # a method's closure is its class
+    if closure or "<lambda>" in getattr(base, "__qualname__", ""):
         return None
-    key = (fn, str(spec), tuple(_signature(leaf) for leaf in leaves))
+    key = (base, bound, str(spec), tuple(signature(leaf) for leaf in leaves))
     try:
         hash(key)
     except TypeError:
@@ -149,11 +160,11 @@ def _key(fn: Callable, leaves: list[Any], spec: pytree.TreeSpec):
     return key
 
 
-def _signature(leaf: Any) -> Any:
+def signature(leaf: Any) -> Any:
+    """What a trace depends on of an argument: of a node its value's kind, of anything else all."""
     if not isinstance(leaf, fx.Node):
         return (type(leaf), leaf)
     val = leaf.meta["val"]
     if isinstance(val, Tensor):
-        sizes = tuple(map(str, val.shape)), tuple(map(str, val.stride()))
-        return ("tensor", val.dtype, val.device, sizes)
-    return ("sym", str(val)) if isinstance(val, SymInt) else ("node", leaf)
+        return ("tensor", val.dtype, val.device, layout(val))
+    return ("sym", val.node.expr) if isinstance(val, SymInt) else ("node", leaf)

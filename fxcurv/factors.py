@@ -10,6 +10,7 @@ where they can be: a convolution's input is unfolded only when a candidate asks 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, dataclass_transform
@@ -33,6 +34,8 @@ class Arrange:
         """[*lead, K, O, I] -> [*lead, *shape]."""
         lead = core.shape[:-3]
         k = len(lead)
+        if self.order == tuple(range(len(self.order))):
+            return core.reshape(*lead, *self.shape)
         t = core.reshape(*lead, *self.sizes)
         return t.permute(*range(k), *(k + d for d in self.order)).reshape(*lead, *self.shape)
 
@@ -42,6 +45,10 @@ class Factor:
 
     tensors: ClassVar[tuple[str, ...]] = ("g",)
     g: Any
+
+    def shape(self) -> tuple[Any, ...]:
+        """The shape of P, (V, N, *param)."""
+        raise NotImplementedError
 
     def materialise(self) -> Tensor:
         """P, [V, N, *param]."""
@@ -90,6 +97,9 @@ class Jacobian(Factor):
 
     g: Any
 
+    def shape(self) -> tuple[Any, ...]:
+        return tuple(self.g.shape)
+
     def materialise(self) -> Tensor:
         return self.g
 
@@ -106,6 +116,9 @@ class Dense(Factor):
     arrange: Arrange
     tensors: ClassVar[tuple[str, ...]] = ("a", "g")
 
+    def shape(self) -> tuple[Any, ...]:
+        return (*self.g.shape[:2], *self.arrange.shape)
+
     def core(self) -> Tensor:
         """[V, N, K, O, I]."""
         v, n, s, k, o = self.g.shape
@@ -113,6 +126,8 @@ class Dense(Factor):
             return self.g.squeeze(2).unsqueeze(-1) * self.a.squeeze(1).unsqueeze(-2)
         if k > 1:
             return torch.einsum("vnsko,nski->vnkoi", self.g, self.a)
+        if v == 1:
+            return torch.bmm(self.g.squeeze(3).squeeze(0).mT, self.a.squeeze(2)).unsqueeze(0).unsqueeze(2)
         left = self.g.squeeze(3).permute(1, 0, 3, 2).reshape(n, v * o, s)
         out = torch.bmm(left, self.a.squeeze(2))
         return out.unflatten(1, (v, o)).movedim(1, 0).unsqueeze(2)
@@ -153,6 +168,9 @@ class Conv(Factor):
     output_padding: tuple[int, ...]
     weight_shape: tuple[int, ...]
     tensors: ClassVar[tuple[str, ...]] = ("a", "g")
+
+    def shape(self) -> tuple[Any, ...]:
+        return (self.g.shape[0], self.a.shape[0] // (self.place.outer * self.place.inner), *self.weight_shape)
 
     def dense(self) -> Dense:
         return self._dense_transposed() if self.transposed else self._dense()
@@ -204,6 +222,9 @@ class Gather(Factor):
     padding: int
     tensors: ClassVar[tuple[str, ...]] = ("index", "g")
 
+    def shape(self) -> tuple[Any, ...]:
+        return (self.g.shape[0], self.index.shape[0], self.rows, self.g.shape[3])
+
     def masked(self) -> Tensor:
         """`g` without the positions of the padding index, which get no gradient."""
         if self.padding < 0:
@@ -243,6 +264,8 @@ def windows(x: Tensor, out, kernel, stride, padding, dilation) -> Tensor:
 def unfold(x: Tensor, out, kernel, stride, padding, dilation) -> Tensor:
     """[B, C, *spatial] -> [B, C * prod(kernel), prod(out)]."""
     dims = len(kernel)
+    if all(k == s == 1 for k, s in zip(kernel, stride, strict=True)) and x.shape[2:] == torch.Size(out):
+        return x.flatten(2)  # a 1 x 1 convolution
     order = [0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims)]
     patches = windows(x, out, kernel, stride, padding, dilation).permute(order)
     return patches.reshape(x.shape[0], x.shape[1] * prod(kernel), prod(out))
@@ -250,6 +273,8 @@ def unfold(x: Tensor, out, kernel, stride, padding, dilation) -> Tensor:
 
 def positions(t: Tensor, place: Shard, lead: int, groups: int) -> Tensor:
     """[*lead, B, groups * C, S] with samples inside B -> [*lead, N, S', groups, C] (S' takes what B holds besides)."""
+    if place == Shard(0) and groups == 1:  # the usual case in few nodes
+        return t.transpose(lead + 1, lead + 2).unsqueeze(lead + 2)
     t = samples_first(t, place, lead) if place != Shard(0) else t.unsqueeze(lead + 1)
     t = t.unflatten(lead + 2, (groups, -1))
     axes = list(range(lead + 1))
@@ -347,3 +372,14 @@ class Contract:
     def __call__(self, *args):
         factors, weights = self.parts(args)
         return contract(self.spec, factors, weights)
+
+    def value(self, *args) -> Tensor:
+        """An empty tensor of the shape and dtype of a call's result."""
+        factors, _ = self.parts(args)
+        v, n, *param = factors[0].shape()
+        n = n if self.spec.samples is None else len(self.spec.samples)
+        lead = [s for axis, s in (("v", v), ("n", n)) if axis not in self.spec.reduce]
+        dtypes = [t.dtype for t in args if t is not None and t.is_floating_point()]
+        return args[0].new_empty(
+            (*lead, *([] if "p" in self.spec.reduce else param)), dtype=functools.reduce(torch.promote_types, dtypes)
+        )

@@ -103,6 +103,7 @@ class Program:
             them, and `verdicts`, the errors that go with them.
         decisions: what was chosen for each contraction.
         largest: the batch size up to which the columns fit the memory budget, if more sweeps would help.
+        stale: nodes that read a value of other strides than the one that they were traced with.
         served: batch sizes that were asked for -> whether the guards allow them.
         buffers: the (fake) values of the memory that large results are written to (see `passes.recycle`).
     """
@@ -130,6 +131,7 @@ class Program:
     timings: dict[str, float] = field(default_factory=dict)
     buffers: list[Tensor] = field(default_factory=list)
     largest: int | None = None
+    stale: set[fx.Node] = field(default_factory=set)
     served: dict[int, bool] = field(default_factory=dict)
     check_module: fx.GraphModule | None = None
     verdicts: list[Callable[[], Exception]] = field(default_factory=list)
@@ -231,14 +233,30 @@ class Program:
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let `new` stand for `old` everywhere, in the graph and in this program's own fields."""
+        self.stand_in(old, new)
+        self.rename({old: new})
+
+    def stand_in(self, old: fx.Node, new: fx.Node) -> None:
+        """`replace` in the graph alone; `rename` does the rest, for many nodes at once."""
+        if is_tensor(old) and is_tensor(new) and layout(old.meta["val"]) != layout(new.meta["val"]):
+            self.stale.update(old.users)
         old.replace_all_uses_with(new)
-        swap = lambda n: new if n is old else n  # noqa: E731
+
+    def rename(self, pairs: dict[fx.Node, fx.Node]) -> None:
+        """Replace nodes in this program's own fields, which may be large, each by one that stays."""
+        swap = lambda n: pairs.get(n, n) if isinstance(n, fx.Node) else n  # noqa: E731
         self.output_leaves = [swap(n) for n in self.output_leaves]
         self.heads = [swap(n) for n in self.heads]
         self.loss = swap(self.loss)
         self.mutations = {name: swap(n) for name, n in self.mutations.items()}
         self.results, self.extras = (pytree.tree_map(swap, fields) for fields in (self.results, self.extras))
         self.checks = [Check(swap(c.node), c.error) for c in self.checks]
+
+
+def layout(val: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Sizes and strides, symbolic ones as expressions: equal where tensors are laid out alike."""
+    plain = lambda s: s.node.expr if isinstance(s, SymInt) else s  # noqa: E731
+    return tuple(map(plain, val.shape)), tuple(map(plain, val.stride()))
 
 
 def place(node: fx.Node) -> Placement:

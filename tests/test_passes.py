@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import fxcurv
-from fxcurv import passes
+from fxcurv import emit, passes
 from fxcurv.extensions import (
     BatchDiagGGNExact,
     BatchDiagGGNMC,
@@ -118,12 +118,12 @@ class Snapshot:
             yield from ((f"{field} of {param}", n) for param, n in results.items())
         yield from program.extras.items()
 
-    def run(self, model, x, y, program) -> dict[str, Tensor]:
+    def run(self, model, x, y, program, run=None) -> dict[str, Tensor]:
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers()), **program.constants}
         given = {"input": x, "target": y, "seed": torch.tensor(7)}
         flat = [given[i.kind] if i.kind in given else tensors[i.name] for i in self.inputs]
         with torch.no_grad():
-            return dict(zip(self.names, fx.Interpreter(self.gm).run(*flat), strict=True))
+            return dict(zip(self.names, (run or fx.Interpreter(self.gm).run)(*flat), strict=True))
 
 
 @functools.cache
@@ -176,6 +176,48 @@ def test_extract_makes_what_select_replaces():
 
 def _is_contract(node):
     return node.op == "call_function" and isinstance(node.target, fxcurv.factors.Contract)
+
+
+class _Declared(fx.Interpreter):
+    """Compares what contract nodes compute with the values that they declare."""
+
+    def __init__(self, gm, batch, n):
+        super().__init__(gm)
+        self.batch, self.n, self.seen = batch, n, 0
+
+    def run_node(self, n):
+        value = super().run_node(n)
+        if _is_contract(n):
+            assert value.shape == torch.Size(self.batch.shape(n.meta["val"], self.n)), n.target
+            assert value.dtype == n.meta["val"].dtype, n.target
+            self.seen += 1
+        return value
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_contract_node_declares_what_it_computes(name):
+    compiled, program, snapshots = observed(name)
+    _, _, x, y = build(name)
+    extracted = next(s for s in snapshots if s.name == "extract")
+    assert any(_is_contract(n) for n in extracted.gm.graph.nodes)
+    checked = _Declared(extracted.gm, program.batch, x.shape[0])
+    extracted.run(compiled.model, x, y, program, run=checked.run)
+    assert checked.seen == sum(_is_contract(n) for n in extracted.gm.graph.nodes)
+
+
+def test_equal_layers_share_traced_pieces(monkeypatch):
+    """A deeper model of equal layers traces no more than a shallow one."""
+    traced = []
+    monkeypatch.setattr(emit, "_trace", lambda *args, trace=emit._trace: traced.append(args[1]) or trace(*args))
+
+    def pieces(depth):
+        traced.clear()
+        layer = lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)  # noqa: E731
+        model = nn.Sequential(*(layer() for _ in range(depth)), nn.Flatten(), nn.Linear(12, 2))
+        lowered(model, [BatchGrad(), DiagGGNMC()], torch.randn(2, 3, 4), torch.tensor([0, 1]))
+        return len(traced)
+
+    assert pieces(4) == pieces(2) > 0
 
 
 # ---- shared work ------------------------------
@@ -304,7 +346,7 @@ def test_verify_finds_a_broken_program():
 
 ROOT = Path(fxcurv.__file__).parent
 ORDER = [
-    "errors", "placement", "program", "emit", "cost", "noise", "kernels", "factors", "candidates", "rules", "averages",
+    "errors", "progress", "placement", "program", "emit", "cost", "noise", "kernels", "factors", "candidates", "rules", "averages",
     "quantity", "uses", "kronecker", "layers", "extensions", "capture", "passes", "linearize", "positive",
     "partition", "product", "cut", "report", "draw", "api", "backpack", "__init__",
 ]  # fmt: skip

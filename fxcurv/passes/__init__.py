@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from fxcurv.passes.codegen import codegen
 from fxcurv.passes.extract import extract
@@ -16,17 +17,19 @@ from fxcurv.passes.select import select
 from fxcurv.passes.simplify import simplify
 from fxcurv.passes.verify import verify
 from fxcurv.program import Program
+from fxcurv.progress import silent
 
 ANALYSIS = [normalize, independence, objective]
 PIPELINE = [propagate, extract, simplify, select, simplify, schedule, recycle, codegen]
 
 
-def run(program: Program, passes: list, debug: bool = False) -> Program:
-    """Run `passes`, with verification between them under `debug`."""
+def run(program: Program, passes: list, debug: bool = False, tell: Callable[[str], None] = silent) -> Program:
+    """Run `passes`, with verification between them under `debug`; `tell` hears which one begins."""
     for step in passes:
+        name = step.__name__
+        tell(name)
         start = time.perf_counter()
         program = step(program)
-        name = step.__name__
         program.timings[name] = program.timings.get(name, 0.0) + time.perf_counter() - start
         if debug:
             verify(program, name)

@@ -24,7 +24,8 @@ def select(program: Program) -> Program:
     done: dict[fx.Node, fx.Node] = {}
     for node in order:
         source = done.get(shared.get(_key(node)))
-        done[node] = _replace(program, node, source)
+        done[node] = _select(program, node, source)
+    program.rename(done)
     program.refresh_output()
     return program
 
@@ -45,7 +46,7 @@ def _materialised_anyway(nodes: list[fx.Node]) -> dict[tuple, fx.Node]:
     return found
 
 
-def _replace(program: Program, node: fx.Node, source: fx.Node | None) -> fx.Node:
+def _select(program: Program, node: fx.Node, source: fx.Node | None) -> fx.Node:
     spec = node.target.spec
     factors, weights = node.target.parts(node.args)
     fake = pytree.tree_map(lambda n: n.meta["val"] if isinstance(n, fx.Node) else n, factors)
@@ -68,7 +69,7 @@ def _replace(program: Program, node: fx.Node, source: fx.Node | None) -> fx.Node
         origin.get("savefield", ""),
     )
     program.decisions.append(decision)
-    program.replace(node, new)
+    program.stand_in(node, new)
     program.graph.erase_node(node)
     return new
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxcurv.program import Program
+from fxcurv.program import Program, layout
 
 aten = torch.ops.aten
 
@@ -28,50 +28,68 @@ def simplify(program: Program) -> Program:
     """See the module."""
     program.refresh_output()
     program.graph.eliminate_dead_code()
-    _drop_idle_views(program)
+    program.rename(_drop_idle_views(program))
+    program.rename(_merge_equals(program))
+    program.refresh_output()
+    return program
+
+
+def _merge_equals(program: Program) -> dict[fx.Node, fx.Node]:
+    """Erase nodes that compute what an earlier one computes; returns each with the node that stays."""
     seen: dict[Any, fx.Node] = {}
+    merged = {}
     for node in list(program.graph.nodes):
         if node.op not in ("call_function", "get_attr") or _random(node):
             continue
         key = _key(node)
         if key in seen:
-            program.replace(node, seen[key])
+            merged[node] = seen[key]
+            program.stand_in(node, seen[key])
             program.graph.erase_node(node)
         else:
             seen[key] = node
-    program.refresh_output()
-    return program
+    return merged
 
 
-def _drop_idle_views(program: Program) -> None:
+def _drop_idle_views(program: Program) -> dict[fx.Node, fx.Node]:
     """A chain of views that ends in the sizes and strides of one of its members is that member."""
     _refresh_views(program)
+    dropped = {}
     for node in list(program.graph.nodes):
         same, source = None, node
         while source.target in VIEWS and isinstance(source.args[0], fx.Node):
             source = source.args[0]
             same = source if _layout(source) == _layout(node) else same
         if same is not None:
-            program.replace(node, same)
+            dropped[node] = same
+            program.stand_in(node, same)
             program.graph.erase_node(node)
+    return dropped
 
 
 def _refresh_views(program: Program) -> None:
     """Give views the strides that they have now: what they view may have been replaced by a value of other strides."""
     with program.fake_mode, torch.no_grad():
-        for node in program.graph.nodes:
-            if node.target in VIEWS:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: a.meta["val"])
-                try:
-                    node.meta["val"] = node.target(*args, **kwargs)
-                except (RuntimeError, ValueError):  # no view of these strides
-                    node.target = aten.reshape.default
-                    node.meta["val"] = node.target(*args, **kwargs)
+        for node in program.graph.nodes if program.stale else ():
+            if node.target in VIEWS and node in program.stale:
+                before = _layout(node)
+                _view_again(node)
+                if _layout(node) != before:
+                    program.stale.update(node.users)
+    program.stale.clear()
+
+
+def _view_again(node: fx.Node) -> None:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: a.meta["val"])
+    try:
+        node.meta["val"] = node.target(*args, **kwargs)
+    except (RuntimeError, ValueError):  # no view of these strides
+        node.target = aten.reshape.default
+        node.meta["val"] = node.target(*args, **kwargs)
 
 
 def _layout(node: fx.Node) -> tuple:
-    val = node.meta["val"]
-    return tuple(map(str, val.shape)), tuple(map(str, val.stride()))
+    return layout(node.meta["val"])
 
 
 def _random(node: fx.Node) -> bool:
