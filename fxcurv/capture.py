@@ -594,6 +594,8 @@ def _batch(placeholders: list[fx.Node], inputs: list[Input], arguments: Argument
         if bound.kind not in ("input", "target") or not isinstance(val, Tensor):
             continue
         dim = arguments.batch_dims[bound.index] if bound.kind == "input" else None
+        if dim is not None and not (isinstance(val.shape[dim], torch.SymInt) and val.shape[dim].node.expr.free_symbols):
+            return Batch(frozenset(), n)  # fixed for the inputs, though a target that nothing reads keeps its symbol
         for d, size in enumerate(val.shape):
             if isinstance(size, torch.SymInt) and (d == dim or size.node.hint == n):
                 symbols |= size.node.expr.free_symbols

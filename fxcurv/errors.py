@@ -62,7 +62,7 @@ def locate(node: fx.Node) -> str:
     op = op if isinstance(op, str | torch._ops.OpOverload) else getattr(op, "__name__", op)
     module = origin.get("module") or module_path(node)
     line = source_line(meta.get("stack_trace") or origin.get("stack_trace") or "")
-    where = f" in module '{module}'" if module else " in the loss" if _in_loss(node) else ""
+    where = f" in module '{module}'" if module else " in the loss" if origin.get("in_loss") or in_loss(node) else ""
     return f"op {op}{where}" + (f"\n  {line}" if line else "")
 
 
@@ -76,7 +76,7 @@ def _stack(node: fx.Node) -> list[str]:
     return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
 
 
-def _in_loss(node: fx.Node) -> bool:
+def in_loss(node: fx.Node) -> bool:
     """What is captured calls the model and the loss, so what is outside the model is the loss."""
     stack = _stack(node)
     return bool(stack) and not any(path.split(".")[0] == "model" for path in stack)

@@ -20,6 +20,11 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Whole(Shard):
+    """All of the batch is one sample, and all of the value its slice; `outer` is the size of dimension 0, if there is one."""
+
+
+@dataclass(frozen=True)
 class Replicate:
     """The same for all samples."""
 
@@ -117,6 +122,8 @@ def samples_first(t, place: Shard, lead: int = 0):
     The slice behind it keeps the original number of dimensions, with the sample's dimension at outer * inner.
     `[*lead, d0, outer*N*inner, d2] -> [*lead, N, d0, outer*inner, d2]`.
     """
+    if isinstance(place, Whole):
+        return t.unsqueeze(lead)
     dim = place.dim + lead
     if place.outer == place.inner == 1:
         return t.movedim(dim, lead).unsqueeze(dim + 1)
@@ -126,6 +133,8 @@ def samples_first(t, place: Shard, lead: int = 0):
 
 def samples_back(t, place: Shard, lead: int = 0):
     """The inverse of `samples_first` for contiguous slices."""
+    if isinstance(place, Whole):
+        return t.squeeze(lead)
     dim = place.dim + lead
     if place.outer == place.inner == 1:
         return t.squeeze(dim + 1).movedim(lead, dim)

@@ -442,7 +442,7 @@ class Operator(_Saved):
             part = part.to(code.devices[name], code.dtypes[name])
             named[name] = part.t().reshape(-1, *shape) if batched else part.reshape(shape)
         found = self._times(named, batched)
-        flat = [t.flatten(1).t() if batched else t.flatten() for t in found.values()]
+        flat = [t.reshape(t.shape[0], -1).t() if batched else t.flatten() for t in found.values()]
         return torch.cat([t.to(v.device, v.dtype) for t in flat])
 
     def to_scipy(self):

@@ -56,10 +56,11 @@ class Check:
 
 @dataclass
 class Batch:
-    """The batch size: its symbols in the captured sizes and its value at capture."""
+    """The batch size: its symbols in the captured sizes and its value at capture; `whole`: all of it is one sample."""
 
     symbols: frozenset = frozenset()
     size: int = 0
+    whole: bool = False
 
     def evaluate(self, value: int | SymInt, n: int) -> int:
         """`value` with the batch size replaced by `n`."""
@@ -75,8 +76,13 @@ class Batch:
         return tuple(self.evaluate(s, n) for s in val.shape)
 
     def per_sample(self, val: Tensor) -> int:
-        """The number of entries of a (fake) tensor with samples, divided by the batch size."""
-        return math.prod(self.shape(val)) // self.probe
+        """The number of entries of a (fake) tensor with samples, divided by the number of samples."""
+        return math.prod(self.shape(val)) // (1 if self.whole else self.probe)
+
+    @property
+    def samples(self) -> int:
+        """The number of samples at capture."""
+        return 1 if self.whole else self.size
 
     @property
     def probe(self) -> int:

@@ -251,6 +251,8 @@ def _batch(program: Program) -> str:
     batch = program.batch
     if not batch.symbols:
         alone = batch.size == 1
+        if batch.whole:
+            return f"fixed at {batch.size}: samples interact, so all of it is one sample"
         reason = "one sample runs as a program of its own" if alone else "torch.export fixed it in the model"
         return f"fixed at {batch.size}: {reason}"
     env = program.fake_mode.shape_env

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxcurv.emit import emit
-from fxcurv.errors import module_path
+from fxcurv.errors import in_loss, module_path
 from fxcurv.factors import Factor
 from fxcurv.placement import REPLICATE
 from fxcurv.program import Program, is_active, place
@@ -26,6 +26,7 @@ def origin_of(node: fx.Node, stage: str, **more: Any) -> dict[str, Any]:
         "op": known.get("op") or str(node.target),
         "module": known.get("module") or module_path(node),
         "stack_trace": known.get("stack_trace") or node.meta.get("stack_trace", ""),
+        "in_loss": known.get("in_loss") or in_loss(node),
         "stage": stage,
         **more,
     }

@@ -26,6 +26,7 @@ class Extension:
         savefield: the field of the result; every instance may choose another.
         requires: the columns it needs.
         per_sample: whether it needs samples that do not interact.
+        whole_batch: whether it is defined where they do interact, of the batch as one sample.
         needs_convex: whether it needs a loss that is convex in the model's output.
         shows_columns: whether the result depends on which root of the loss Hessian the columns are.
     """
@@ -33,6 +34,7 @@ class Extension:
     savefield: str = field(default="", kw_only=True)
     requires: ClassVar[Any] = Gradient()
     per_sample: ClassVar[bool] = True
+    whole_batch: ClassVar[bool] = False
     needs_convex: ClassVar[bool] = False
     shows_columns: ClassVar[Any] = False
 

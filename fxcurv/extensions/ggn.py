@@ -30,9 +30,10 @@ class _Sampled(Extension):
 
 @dataclass(frozen=True)
 class DiagGGNExact(Extension):
-    """diag(sum_n J_n^T H_n J_n), [*P]."""
+    """diag(sum_n J_n^T H_n J_n), [*P]; where samples interact, diag(J^T H J) of the whole batch."""
 
     savefield = "diag_ggn_exact"
+    whole_batch = True
     needs_convex = True
     requires = SqrtGGN(signed=True)
 
@@ -54,9 +55,14 @@ class BatchDiagGGNExact(Extension):
 
 @dataclass(frozen=True)
 class DiagGGNMC(_Sampled):
-    """diag(sum_n J_n^T H_n J_n) estimated with `mc_samples` columns, [*P]."""
+    """diag(sum_n J_n^T H_n J_n) estimated with `mc_samples` columns, [*P].
+
+    Where samples interact in the model, diag(J^T H J) of the whole batch; the loss itself has to be one of cross-entropy,
+    squares or binary cross-entropy with logits.
+    """
 
     savefield = "diag_ggn_mc"
+    whole_batch = True
 
     def extract(self, param: Param) -> fx.Node:
         return param.contract(power=2, reduce="vn")

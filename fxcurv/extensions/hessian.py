@@ -21,9 +21,10 @@ COUPLED = 4096
 
 @dataclass(frozen=True)
 class DiagHessian(Extension):
-    """diag of the Hessian of L, [*P], with the curvature of a regulariser."""
+    """diag of the Hessian of L, [*P], with the curvature of a regulariser. Samples may interact."""
 
     savefield = "diag_h"
+    whole_batch = True
     requires = HessianFactors()
 
     def extract(self, param: Param) -> fx.Node:

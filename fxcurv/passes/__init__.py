@@ -16,10 +16,11 @@ from fxcurv.passes.schedule import schedule
 from fxcurv.passes.select import select
 from fxcurv.passes.simplify import simplify
 from fxcurv.passes.verify import verify
+from fxcurv.passes.whole import whole
 from fxcurv.program import Program
 from fxcurv.progress import silent
 
-ANALYSIS = [normalize, independence, objective]
+ANALYSIS = [normalize, independence, whole, objective]
 PIPELINE = [propagate, extract, simplify, select, simplify, schedule, recycle, codegen]
 
 

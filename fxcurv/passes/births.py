@@ -201,7 +201,7 @@ def _hessian(loss: Subgraph, places, heads: list[Tensor], outside: list[Tensor])
     """H[n], [N, D, D]: the derivative of dL/df in direction e_i, for all samples at once, for every i."""
     slices = [samples_first(h, p) for h, p in zip(heads, places, strict=True)]
     widths = [s[0].numel() for s in slices]
-    joint = torch.cat([s.flatten(1) for s in slices], 1)
+    joint = torch.cat([s.reshape(s.shape[0], -1) for s in slices], 1)
 
     def value(flat):
         parts = torch.split(flat, widths, 1)

@@ -46,7 +46,7 @@ def bytes_per_column(program: Program) -> int:
 
 def capacity(program: Program) -> int:
     """The columns that a sweep may carry at the captured batch size, one at least."""
-    return max(1, budget_of(program) // (bytes_per_column(program) * program.batch.size))
+    return max(1, budget_of(program) // (bytes_per_column(program) * program.batch.samples))
 
 
 def largest_batch(program: Program, columns: int) -> int | None:

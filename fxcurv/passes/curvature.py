@@ -110,7 +110,8 @@ def _unit_columns(d2, call: Call, g: Tensor, start: int, stop: int) -> tuple[Ten
     x, *rest = call.args
     place = call.places[0]
     curvature = (g.squeeze(0) * d2(x, call.y, *rest)).to(x.dtype)
-    weights = samples_first(curvature, place).flatten(1)[:, start:stop].t()
+    rows = samples_first(curvature, place)
+    weights = rows.reshape(rows.shape[0], -1)[:, start:stop].t()
     return separate(torch.ones_like(x).unsqueeze(0), place, None, (start, stop)), weights
 
 

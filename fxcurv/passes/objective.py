@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxcurv.errors import LossError, MixedSamplesError, locate
-from fxcurv.placement import MIXED, PARTIAL, Shard
+from fxcurv.placement import MIXED, PARTIAL, Shard, Whole
 from fxcurv.program import Program
 from fxcurv.quantity import SqrtGGN, Term
 from fxcurv.rules import LossRule
@@ -28,13 +28,14 @@ def objective(program: Program) -> Program:
     extensions = program.extensions
     if program.loss is not None:
         _check_loss(program)
-    if any(e.per_sample for e in extensions):
+    if any(e.per_sample for e in extensions) and not program.batch.whole:
         _check_independence(program)
     if any(isinstance(e.requires, SqrtGGN) for e in extensions):
         if program.loss is None:
             names = ", ".join(type(e).__name__ for e in extensions if isinstance(e.requires, SqrtGGN))
             raise LossError(f"{names} needs a loss: pass one to fxcurv.compile(model, loss, ...)")
         program.state["terms"] = find_terms(program)
+        _check_sampled(program)
     return program
 
 
@@ -47,24 +48,47 @@ def _check_loss(program: Program) -> None:
 
 
 def _check_independence(program: Program) -> None:
-    asked = ", ".join(type(e).__name__ for e in program.extensions if e.per_sample)
+    asked = [e for e in program.extensions if e.per_sample]
+    reason = mixing(program)
+    if reason is None:
+        return
+    names = ", ".join(type(e).__name__ for e in [e for e in asked if not e.whole_batch] or asked)
+    raise MixedSamplesError(reason.format(asked=names))
+
+
+def mixing(program: Program) -> str | None:
+    """Where samples interact, as the message for quantities per sample, `{asked}`; None where they do not."""
     targets = [program.loss] if program.loss is not None else program.heads
     for node in ancestors(targets):
         place = node.meta.get("place")
         if node.meta.get("active") and any(p == MIXED for p in (place if isinstance(place, list) else [place])):
-            raise MixedSamplesError(
-                f"{locate(node)}\nmixes samples, so {asked} (per sample) does not exist for the parameters before it.\n"
-                "Way out: model.eval() or GroupNorm in place of batch norm in training mode; batch_dim= if the batch is "
-                "not dimension 0; a loss that is a sum or mean over samples; or ask for the gradient only."
+            return (
+                f"{_literal(locate(node))}\nmixes samples, so {{asked}} (per sample) does not exist for the parameters before "
+                "it.\nWay out: model.eval() or GroupNorm in place of batch norm in training mode; batch_dim= if the batch "
+                "is not dimension 0; a loss that is a sum or mean over samples; or ask for what the whole batch has: the "
+                "gradient, DiagGGNExact, DiagHessian, products."
             )
     for head in program.heads:
         if head.meta.get("active") and not isinstance(head.meta["place"], Shard):
-            raise MixedSamplesError(
-                f"{locate(head)}\nis a model output without a sample axis, so {asked} (per sample) does not exist. "
+            return (
+                f"{_literal(locate(head))}\nis a model output without a sample axis, so {{asked}} (per sample) does not exist. "
                 "Return one slice per sample, and reduce in the loss."
             )
     if program.loss is not None and program.loss.meta["place"] != PARTIAL:
-        raise MixedSamplesError(f"{locate(program.loss)}\nis no sum over samples, so {asked} does not exist for it.")
+        return f"{_literal(locate(program.loss))}\nis no sum over samples, so {{asked}} does not exist for it."
+    return None
+
+
+def _literal(text: str) -> str:
+    """The user's own line may have braces."""
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def _check_sampled(program: Program) -> None:
+    """Columns are sampled from the likelihood that a loss in closed form has; a loss that couples samples has none."""
+    sampled = ", ".join(type(e).__name__ for e in program.extensions if getattr(e.requires, "mc", None))
+    if program.batch.whole and sampled and any(term.node is None for term in program.state["terms"]):
+        raise MixedSamplesError(program.state["mixing"].format(asked=sampled))
 
 
 def ancestors(nodes: list[fx.Node]) -> list[fx.Node]:
@@ -127,7 +151,8 @@ def _visit(program: Program, node: fx.Node, dependent: set[fx.Node], terms: dict
     if isinstance(rule, LossRule):
         prediction = node.args[0]
         signed = node.meta["val"].ndim > 0 and not any(e.needs_convex for e in program.extensions)
-        if signed or positions != [0] or not _closed_form(node) or not _linear(program, prediction, dependent):
+        alone = signed or positions != [0] or _one_position(prediction, rule)
+        if alone or not _closed_form(node) or not _linear(program, prediction, dependent):
             raise _General
         terms[node] = Term(node, prediction)
     elif rule.linear(positions):
@@ -135,6 +160,12 @@ def _visit(program: Program, node: fx.Node, dependent: set[fx.Node], terms: dict
             _visit(program, source, dependent, terms)
     else:
         raise _General
+
+
+def _one_position(prediction: fx.Node, rule: LossRule) -> bool:
+    """Whether the batch as one sample is a single number, or lies along the axis of classes."""
+    ndim, place = prediction.meta["val"].ndim, prediction.meta["place"]
+    return not ndim or isinstance(place, Whole) and place.dim == rule.class_axis(ndim)
 
 
 def _closed_form(node: fx.Node) -> bool:

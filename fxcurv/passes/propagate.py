@@ -26,8 +26,8 @@ from fxcurv.factors import Factor, Jacobian
 from fxcurv.passes import births, curvature
 from fxcurv.passes.budget import capacity, largest_batch
 from fxcurv.passes.objective import ancestors
-from fxcurv.placement import Shard
-from fxcurv.program import Program, is_active, is_sharded
+from fxcurv.placement import REPLICATE, Shard
+from fxcurv.program import Program, is_active, place
 from fxcurv.quantity import GRADIENT, Group, HessianFactors, groups_of
 from fxcurv.rules.base import Rule, canonical_args, rule_of
 from fxcurv.uses import Use, call_of, origin_of, outputs_of, pull_back, select_group
@@ -272,7 +272,7 @@ def _step(walk: Walk, node: fx.Node, stack: Stack) -> None:
     sharded_output = isinstance(where[0] if isinstance(where, list) else where, Shard)
     leaves = pytree.tree_leaves(canonical_args(node))
     active = [i for i, leaf in enumerate(leaves) if is_active(leaf)]
-    free = [i for i in active if sharded_output and not is_sharded(leaves[i])]
+    free = [i for i in active if sharded_output and place(leaves[i]) == REPLICATE]
     rule, call = rule_of(node.target, program.rules), call_of(program, node)
     origin = origin_of(node, "propagate")
     try:

@@ -55,6 +55,23 @@ class BatchNormEval(Rule):
         return Jacobian(t.sum([2, *range(4, t.ndim)]))
 
 
+@register(aten._native_batch_norm_legit_functional.default)
+class BatchNormTraining(Rule):
+    """y = xhat w + b, xhat normalised over the batch and all but the channels: samples interact."""
+
+    name = "normalization"
+
+    def place(self, sites, args, shape, n):
+        return REPLICATE if all(s is None or s.place == REPLICATE for s in sites) else MIXED
+
+    def formula(self, op, args):
+        x, weight, bias, *running = args[:5]
+        dims = [d for d in range(x.ndim) if d != 1]
+        mean = x.mean(dims, keepdim=True)
+        rstd = torch.rsqrt((x - mean).square().mean(dims, keepdim=True) + args[7])
+        return _affine((x - mean) * rstd, weight, bias), mean.flatten(), rstd.flatten(), *running
+
+
 @rewrite(aten.batch_norm.default)
 def _batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn=True):
     return aten._native_batch_norm_legit_no_training.default(x, weight, bias, mean, var, momentum, eps)[0]

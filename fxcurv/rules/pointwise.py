@@ -170,7 +170,7 @@ class Arithmetic(Rule):
         x, place = call.args[position], call.place
         p = self.pull(call, position, g)
         along = place.dim + 1 - (p.ndim - x.ndim)
-        if along >= 0 and not _is_one(x.shape[along]):
+        if 0 <= along < x.ndim and not _is_one(x.shape[along]):
             return Jacobian(unbroadcast(_own_slices(p, place), x.shape, lead=2))
         # the sample axis first, then what the parameter was broadcast over is summed
         return Jacobian(unbroadcast(samples_first(p, place, lead=1), x.shape, lead=2))
