@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from fxcurv.linearize import PRODUCTS, Joint, Product, emitted, replaced, residual, transposed
 from fxcurv.passes.objective import find_terms
 from fxcurv.placement import PARTIAL, Shard, samples_back, samples_first
+from fxcurv.precision import widened
 from fxcurv.rules.base import Call, Rule, canonical_args
 from fxcurv.rules.loss import LossRule
 from fxcurv.rules.pointwise import unbroadcast
@@ -141,7 +142,7 @@ def _of_product(rule: Rule, call: Call, wrt, g, ts, modify: str) -> list[Tensor]
     cotangent = cotangent.reshape(-1, cotangent.shape[-1]) if joined else cotangent
     s = both[0].reshape(-1, both[0].shape[-1]) if joined else both[0]
     t = both[1].mT if joined else both[1]
-    u, sigma, vh = torch.linalg.svd(cotangent, full_matrices=False)
+    u, sigma, vh = (t.to(s.dtype) for t in torch.linalg.svd(widened(cotangent), full_matrices=False))
     left = (u * sigma.unsqueeze(-2)) @ (u.mT @ s)
     right = ((t @ vh.mT) * sigma.unsqueeze(-2)) @ vh
     absolute = {0: left.reshape(both[0].shape).unsqueeze(0), 1: (right.mT if joined else right).unsqueeze(0)}
@@ -180,7 +181,7 @@ def _decomposed(apply, xs: list[Tensor], ts: list[Tensor], modify: str, layouts:
     eye = torch.eye(width, dtype=flat[0].dtype, device=flat[0].device)
     columns = torch.vmap(column)(eye.unsqueeze(1).expand(width, count, width))
     r = columns.movedim(0, 1)
-    values, vectors = torch.linalg.eigh((r + r.mT) / 2)
+    values, vectors = (t.to(r.dtype) for t in torch.linalg.eigh(widened((r + r.mT) / 2)))
     t = torch.cat([_to_blocks(t, layout) for t, layout in zip(ts, layouts, strict=True)], 1).unsqueeze(2)
     out = (vectors @ (_positive(values, modify).unsqueeze(2) * (vectors.mT @ t))).squeeze(2)
     parts = torch.split(out, widths, 1)
@@ -191,7 +192,8 @@ def _to_blocks(x: Tensor, layout: tuple[Any, ...]) -> Tensor:
     """[*x] -> [blocks, entries of a block]."""
     kind = layout[0]
     if kind == "samples":
-        return samples_first(x, layout[1]).flatten(1)
+        x = samples_first(x, layout[1])
+        return x.reshape(x.shape[0], -1)
     if kind == "axis":
         return x.movedim(layout[1], -1).reshape(-1, x.shape[layout[1]])
     if kind == "trailing":

@@ -14,6 +14,7 @@ from fxcurv.emit import emit
 from fxcurv.errors import in_loss, module_path
 from fxcurv.factors import Factor
 from fxcurv.placement import REPLICATE
+from fxcurv.precision import widened
 from fxcurv.program import Program, is_active, place
 from fxcurv.quantity import Group
 from fxcurv.rules.base import Call, canonical_args, rule_of
@@ -110,6 +111,8 @@ def pull_back(program: Program, use: Use, value: fx.Node, reduce: str) -> fx.Nod
 
 def _through(transpose, call: Call, wrt: int, value: Tensor, lead: int) -> Tensor:
     flat = value.flatten(0, lead - 1) if lead > 1 else value if lead else value.unsqueeze(0)
+    if flat.dtype == torch.float32:
+        call = widened(call)  # squares of half precision stay precise on their way
     (out,) = transpose(call, (wrt,), flat)
     return out.reshape((*value.shape[:lead], *out.shape[1:]))
 

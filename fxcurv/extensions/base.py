@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from fxcurv.emit import call, emit
 from fxcurv.factors import Contract, Factor, Jacobian, Spec
 from fxcurv.placement import samples_first
+from fxcurv.precision import HALF, wide, widened
 from fxcurv.program import Program
 from fxcurv.quantity import GRADIENT, Gradient, Group, groups_of
 from fxcurv.uses import Use, pull_back, select_group
@@ -64,7 +65,7 @@ class Param:
         self.label = type(extension).__name__ if extension is not None else "gradient"
 
     def contract(
-        self, power: int = 1, reduce: str = "", samples=None, weights: fx.Node | None = None, groups=None
+        self, power: int = 1, reduce: str = "", samples=None, weights: fx.Node | None = None, groups=None, precise=None
     ) -> fx.Node:
         """Sum over the axes in `reduce` of weights * P**power, P[v, n, *param].
 
@@ -72,13 +73,15 @@ class Param:
             reduce: letters "v" (columns), "n" (samples), "p" (the parameter's axes); the result keeps the others, in order.
             samples: indices of the samples to keep (None: all).
             weights: a node whose value broadcasts to [V, N].
+            precise: whether half precision is accumulated, and the result given, in float32 (default: squares are).
         """
+        precise = power == 2 if precise is None else precise
         spec = Spec(power, reduce, tuple(samples) if samples is not None else None)
         if groups is None:
             groups = groups_of(self.program, self.extension.requires) if self.extension else [GRADIENT]
         reached = [g for g in groups if any(g in u.groups for u in self.program.state["uses"][self.name])]
         groups = reached if "v" in spec.reduce and reached else groups
-        parts = [self._of_group(spec, g, weights) for g in groups or [GRADIENT]]
+        parts = [self._of_group(spec, g, weights, precise) for g in groups or [GRADIENT]]
         if len(parts) == 1:
             return parts[0]
         return self.emit(_added if "v" in reduce else _joined, parts)
@@ -93,13 +96,15 @@ class Param:
         known = {"stage": "extract", "extension": self.label, "savefield": field, "param": self.name}
         return {**known, "op": self.label, "module": self.name}
 
-    def _of_group(self, spec: Spec, group: Group, weights: fx.Node | None) -> fx.Node:
+    def _of_group(self, spec: Spec, group: Group, weights: fx.Node | None, precise: bool) -> fx.Node:
         uses = [u for u in self.program.state["uses"][self.name] if group in u.groups]
         if not uses:
-            return self._zeros(spec, group)
+            return self._zeros(spec, group, precise)
         if group in self.program.state["weights"]:
             weights = self.program.state["weights"][group]
         factors = [select_group(self.program, u, group, self.origin()) for u in uses]
+        if precise:
+            factors = [f if f.g.meta["val"].dtype not in HALF else self.emit(widened, f) for f in factors]
         path = uses[0].path
         if any(u.path != path for u in uses):
             factors = [self._at_parameter(f, u) for f, u in zip(factors, uses, strict=True)]
@@ -122,11 +127,12 @@ class Param:
         target, args = Contract.of(spec, factors, weights)
         return call(self.program, target, *args, origin={**self.origin(), "rule": rule})
 
-    def _zeros(self, spec: Spec, group: Group) -> fx.Node:
+    def _zeros(self, spec: Spec, group: Group, precise: bool) -> fx.Node:
         """The loss does not reach this parameter: zeros."""
         columns = self.program.state["columns"].get(group, 1)
         head = self.program.heads[0]
-        return self.emit(_zeros, spec, columns, self.node, head, head.meta["place"])
+        dtype = self.node.meta["val"].dtype
+        return self.emit(_zeros, spec, columns, self.node, head, head.meta["place"], wide(dtype) if precise else dtype)
 
 
 def _materialised(factor: Factor) -> Tensor:
@@ -141,8 +147,8 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
-def _zeros(spec: Spec, columns: int, param: Tensor, head: Tensor, place) -> Tensor:
+def _zeros(spec: Spec, columns: int, param: Tensor, head: Tensor, place, dtype: torch.dtype) -> Tensor:
     n = samples_first(head, place).shape[0] if spec.samples is None else len(spec.samples)
     sizes = {"v": columns, "n": n}
     lead = [sizes[axis] for axis in "vn" if axis not in spec.reduce]
-    return param.new_zeros((*lead, *(() if "p" in spec.reduce else param.shape)))
+    return param.new_zeros((*lead, *(() if "p" in spec.reduce else param.shape)), dtype=dtype)

@@ -59,7 +59,7 @@ class Variance(Extension):
 
     def extract(self, param: Param) -> fx.Node:
         squares = param.contract(power=2, reduce="vn")
-        mean = param.contract(power=1, reduce="vn")
+        mean = param.contract(power=1, reduce="vn", precise=True)
         head = param.program.heads[0]
         return param.emit(_variance, squares, mean, head, head.meta["place"])
 
@@ -98,7 +98,9 @@ class ClippedGrad(Extension):
         for param in params:
             norm = norms if self.over == "all" else param.emit(_norm, [squared[param.name]])
             weights = param.emit(_clip, norm, float(self.max_norm))
-            out[param.name] = param.contract(power=1, reduce="vn", weights=weights)
+            total = param.contract(power=1, reduce="vn", weights=weights, precise=True)
+            dtype = param.node.meta["val"].dtype
+            out[param.name] = total if total.meta["val"].dtype == dtype else param.emit(Tensor.to, total, dtype)
         return out, {"sample_norms": norms}
 
 

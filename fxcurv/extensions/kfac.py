@@ -31,6 +31,7 @@ from fxcurv.factors import Arrange, Conv, Dense, Factor, Gather, Jacobian, Spec
 from fxcurv.kronecker import Arrangement, Eigenbasis, Kronecker
 from fxcurv.layers import Embed, Layer, LayerUse, NoLayer, averaged, features, inputs, read, second_moment
 from fxcurv.placement import Shard
+from fxcurv.precision import wide, widely
 from fxcurv.program import Decision, Program
 from fxcurv.quantity import Group, Quantity, SqrtGGN, groups_of
 from fxcurv.rules.base import rule_of
@@ -65,7 +66,7 @@ class _Factored(Extension):
         found = {g: self._layer(param, _distinct(uses, g)) for g in groups}
         layers = {g: layer for g, layer in found.items() if layer is not None}
         if not layers:
-            p = param.contract(power=1, reduce="")
+            p = param.contract(power=1, reduce="", precise=True)
             b = param.emit(_exact_block, p)
             return self._of_exact(param, b, p)
         layer, sharing = layers[groups[0]], self.weight_sharing
@@ -74,7 +75,7 @@ class _Factored(Extension):
         factors = [param.emit(_sum, [_outputs(param, layers[g], g, sharing) for g in groups])]
         if not layer.bias:
             given = [(u.use.factor, u.columns) for u in layer.uses]
-            factors.append(param.emit(_input_factor, given, sharing, _dtype(param)))
+            factors.append(param.emit(widely, _input_factor, given, sharing, _dtype(param)))
         _record(param, layer, sharing)
         return self._of_layer(param, layers, Kronecker(factors, layer.arrangement))
 
@@ -222,7 +223,7 @@ class EKFAC(_Factored):
         for group, layer in layers.items():
             given = [(*_source(param, u, group), u.rows, u.columns) for u in layer.uses if group in u.use.groups]
             if given:
-                rotated = param.emit(rotate, given, basis, _dtype(param))
+                rotated = param.emit(widely, rotate, given, basis, _dtype(param))
                 parts.append(param.contract_factors(Spec(2, "vn"), rotated, layer.uses[0].use.rule))
         moments = param.emit(_sum, parts)
         if rotate is _rotated_lookup:
@@ -242,7 +243,8 @@ class EKFAC(_Factored):
 
 
 def _dtype(param: Param) -> torch.dtype:
-    return param.node.meta["val"].dtype
+    """The dtype of factors."""
+    return wide(param.node.meta["val"].dtype)
 
 
 def _flat(param: Param) -> Arrangement:
@@ -261,7 +263,7 @@ def _outputs(param: Param, layer: Layer, group: Group, sharing: str) -> fx.Node:
     if not given:
         return param.emit(_square_zeros, param.node, layer.arrangement.rows)
     fold = _fold(param.program, group) if sharing == "reduce" else None
-    return param.emit(_output_factor, given, sharing, fold, _dtype(param))
+    return param.emit(widely, _output_factor, given, sharing, fold, _dtype(param))
 
 
 def _fold(program: Program, group: Group) -> tuple[int, int] | None:
@@ -401,7 +403,7 @@ def _transposed(t: Tensor) -> Tensor:
 
 
 def _square_zeros(param: Tensor, size: int) -> Tensor:
-    return param.new_zeros(size, size)
+    return param.new_zeros(size, size, dtype=wide(param.dtype))
 
 
 def _identity_like(factor: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from fxcurv.extensions.kfac import _dtype, _embedded, _Factored, _input_factor
 from fxcurv.kronecker import Kronecker
 from fxcurv.layers import Embed, Layer, LayerUse, NoLayer, read
 from fxcurv.placement import Shard
+from fxcurv.precision import widely
 from fxcurv.program import Decision, is_active
 from fxcurv.quantity import GRADIENT, Averaged
 from fxcurv.rules.base import canonical_args
@@ -61,7 +62,7 @@ class KFRA(_Factored):
         b = m.node if m.summed else param.emit(of_features, m.node, m.shape, at, sharing == "convolution")
         factors = [param.emit(_placed, b, use.rows, _dtype(param))]
         if not layer.bias:
-            factors.append(param.emit(_input_factor, [(use.use.factor, use.columns)], sharing, _dtype(param)))
+            factors.append(param.emit(widely, _input_factor, [(use.use.factor, use.columns)], sharing, _dtype(param)))
         _record(param, layer, m.node)
         return Kronecker(factors, layer.arrangement)
 

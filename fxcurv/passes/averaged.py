@@ -17,6 +17,7 @@ from fxcurv.emit import emit
 from fxcurv.errors import ExtensionError, UnsupportedOpError, locate
 from fxcurv.passes import births
 from fxcurv.placement import Shard
+from fxcurv.precision import widely
 from fxcurv.program import Program, is_active, is_sharded
 from fxcurv.rules.base import canonical_args, rule_of
 from fxcurv.rules.normalization import BatchNormEval
@@ -89,7 +90,7 @@ class _Walk:
 
     def _emit(self, node: fx.Node, fn, *args) -> fx.Node:
         try:
-            return emit(self.program, fn, *args, origin={**origin_of(node, "propagate"), "extension": "KFRA"})
+            return emit(self.program, widely, fn, *args, origin={**origin_of(node, "propagate"), "extension": "KFRA"})
         except (RuntimeError, NotImplementedError, TypeError) as error:
             raise UnsupportedOpError(f"{locate(node)}\nKFRA cannot pass it: {str(error)[:300]}\n{LAST}") from error
 
@@ -254,7 +255,7 @@ def _births(program: Program) -> list[tuple[fx.Node, fx.Node]]:
         if term.node is not None:
             rule, c = rule_of(term.node.target, program.rules), program.state["arrivals"][term.node]
             origin = {**origin_of(term.node, "columns"), "extension": "KFRA"}
-            m = emit(program, averages.summed_hessian, rule, call_of(program, term.node), c, origin=origin)
+            m = emit(program, widely, averages.summed_hessian, rule, call_of(program, term.node), c, origin=origin)
             out.append((term.prediction, m))
             continue
         if len(program.heads) > 1:

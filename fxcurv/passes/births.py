@@ -12,9 +12,10 @@ from fxcurv.errors import ExtensionError, LossError, UnsupportedOpError
 from fxcurv.noise import uniform
 from fxcurv.passes.objective import ancestors, descendants
 from fxcurv.placement import Shard, samples_back, samples_first
+from fxcurv.precision import widened
 from fxcurv.program import Check, Input, Program
 from fxcurv.quantity import GRADIENT, Group, Term
-from fxcurv.rules.base import rule_of
+from fxcurv.rules.base import Call, rule_of
 from fxcurv.rules.loss import Draw, separate
 from fxcurv.uses import Subgraph, call_of, origin_of
 
@@ -101,7 +102,7 @@ def _rows(t: Tensor, start: int, stop: int) -> Tensor:
 
 
 def _exact(rule, call, c, few):
-    return rule.exact(call, c[0].abs(), few)
+    return _in_dtype(rule.exact(widened(call), widened(c[0].abs()), few), call)
 
 
 def _sign(c):
@@ -110,11 +111,16 @@ def _sign(c):
 
 
 def _empirical(rule, call, c):
-    return rule.empirical(call, c)
+    return _in_dtype(rule.empirical(widened(call), widened(c)), call)
 
 
 def _sampled(rule, call, c, seed, draw):
-    return rule.sampled(call, c[0], seed, draw)
+    return _in_dtype(rule.sampled(widened(call), widened(c[0]), seed, draw), call)
+
+
+def _in_dtype(columns: Tensor, call: Call) -> Tensor:
+    """Columns that were computed in float32, in the prediction's dtype."""
+    return columns.to(call.args[0].dtype)
 
 
 def check_positive(program: Program, node: fx.Node, c: fx.Node) -> None:
@@ -212,7 +218,7 @@ def _hessian(loss: Subgraph, places, heads: list[Tensor], outside: list[Tensor])
     n, d = joint.shape
     eye = torch.eye(d, dtype=joint.dtype, device=joint.device).unsqueeze(1).expand(d, n, d)
     columns = torch.vmap(pull)(eye)[0]
-    h = columns.movedim(0, 1)
+    h = widened(columns.movedim(0, 1))  # there is no eigendecomposition in half precision
     return (h + h.mT) / 2
 
 
@@ -249,7 +255,8 @@ def _split(columns: Tensor, places, heads: list[Tensor]) -> list[Tensor]:
     slices = [samples_first(h, p) for h, p in zip(heads, places, strict=True)]
     parts = torch.split(columns, [s[0].numel() for s in slices], 2)
     v = columns.shape[0]
-    return [samples_back(p.reshape(v, *s.shape), place, 1) for p, s, place in zip(parts, slices, places, strict=True)]
+    parts = [p.reshape(v, *s.shape).to(s.dtype) for p, s in zip(parts, slices, strict=True)]
+    return [samples_back(p, place, 1) for p, place in zip(parts, places, strict=True)]
 
 
 def check_convex(program: Program, h: fx.Node) -> None:
@@ -264,11 +271,12 @@ def check_convex(program: Program, h: fx.Node) -> None:
             "Way out: a convex loss, or Hessian quantities."
         )
 
-    program.checks.append(Check(emit(program, _convex, h, origin={"stage": "check"}), error))
+    eps = max(torch.finfo(head.meta["val"].dtype).eps for head in program.heads)
+    program.checks.append(Check(emit(program, _convex, h, eps, origin={"stage": "check"}), error))
 
 
-def _convex(h: Tensor) -> Tensor:
+def _convex(h: Tensor, eps: float) -> Tensor:
     values = torch.linalg.eigvalsh(h.nan_to_num())
     scale = values.abs().amax() if values.numel() else values.sum()
-    tolerance = h.shape[1] * 8 * torch.finfo(h.dtype).eps
+    tolerance = h.shape[1] * 8 * eps
     return (values >= -tolerance * scale).all()

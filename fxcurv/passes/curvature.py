@@ -25,6 +25,7 @@ from fxcurv.factors import Jacobian
 from fxcurv.passes.births import signed_pairs
 from fxcurv.passes.objective import ancestors
 from fxcurv.placement import Shard, samples_back, samples_first
+from fxcurv.precision import widened
 from fxcurv.program import is_active, is_sharded
 from fxcurv.quantity import GRADIENT, Group
 from fxcurv.rules.base import Call, Rule, canonical_args, rule_of, serves_alone
@@ -197,11 +198,11 @@ def _residual_pairs(rule: Rule, call: Call, active: tuple, g: Any, place: Shard 
     }
     inputs = [slices[i] if i in slices else leaves[i].expand(n, *leaves[i].shape) for i in active]
     h = _residuals(rule, call, dict(zip(active, inputs, strict=True)), slices, gs, place)
-    columns, weights = signed_pairs((h + h.mT) / 2)
+    columns, weights = signed_pairs(widened((h + h.mT) / 2))
     out = []
     widths = [t[0].numel() for t in inputs]
     for i, part, t in zip(active, torch.split(columns, widths, 2), inputs, strict=True):
-        part = part.reshape(columns.shape[0], *t.shape)
+        part = part.reshape(columns.shape[0], *t.shape).to(t.dtype)
         if place is None:
             part = part.flatten(0, 1)
         elif i in slices:

@@ -81,6 +81,11 @@ def _visit(program: Program, node: fx.Node) -> None:
     active = bool(inputs) and node.target not in CUTS and any(map(_differentiable, pytree.tree_leaves(val)))
     node.meta["active"] = active
     vals = list(val) if isinstance(val, tuple | list) else [val]
+    if inputs and any(isinstance(v, Tensor) and v.is_complex() for v in vals):
+        raise UnsupportedOpError(
+            f"{locate(node)}\ngives complex numbers, which are not supported between a trainable parameter and the loss. Way "
+            "out: say it in real and imaginary parts, or detach it if nothing is to be learned through it."
+        )
     places = [_place(program, node, v, active) for v in vals[:1]]
     for v in vals[1:]:
         same = isinstance(v, Tensor) and isinstance(vals[0], Tensor) and v.ndim == vals[0].ndim
