@@ -19,6 +19,7 @@ from fxcurv.capture import Arguments, capture, described, filled, flatten_argume
 from fxcurv.errors import ArgumentError, ExtensionError, locate
 from fxcurv.extensions import Extension
 from fxcurv.passes.recycle import Pool
+from fxcurv.probe import Probe
 from fxcurv.program import Program, specialise
 from fxcurv.progress import progress, silent
 from fxcurv.quantity import Identity
@@ -36,6 +37,7 @@ def compile(  # noqa: A001
     rules: dict | None = None,
     update_buffers: bool = True,
     memory_budget: int | None = None,
+    check: str | None = None,
     debug: bool = False,
 ) -> Compiled:
     """Compile `model` and `loss` for a set of quantities.
@@ -52,6 +54,9 @@ def compile(  # noqa: A001
             would; otherwise it is returned as `result.buffers`.
         memory_budget: bytes that the columns of the walk may take (default: half of the free memory); what is more
             goes down in several sweeps, but where a result holds all columns.
+        check: "probe" runs the model four times more at the first call for each kind of input, with samples
+            exchanged, and raises `MixedSamplesError` where a sample moves another's values though the placements say
+            that it does not (a wrong rule in `rules`, say).
         debug: verify the program between passes and check values at every call.
 
     Returns:
@@ -70,19 +75,27 @@ def compile(  # noqa: A001
         )
     if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 1):
         raise ArgumentError(f"memory_budget={memory_budget!r}: pass a number of bytes")
+    if check not in (None, "probe"):
+        raise ArgumentError(f"check={check!r}: pass 'probe' or None")
     _check_trainable(model)
     found = _checked(extensions)
     if loss is None:
         names = ", ".join(type(e).__name__ for e in found if not isinstance(e.requires, Identity))
         if names or not found:
             raise ArgumentError(f"{names or 'the gradient'} needs a loss: pass one as the second argument")
-    return Compiled(model, loss, found, batch_dim, split, dict(rules or {}), update_buffers, debug, memory_budget)
+    return Compiled(model, loss, found, batch_dim, split, dict(rules or {}), update_buffers, debug, memory_budget, check)
 
 
 def _check_trainable(model: nn.Module) -> None:
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         raise ArgumentError(f"parameter '{lazy[0]}' is not initialised: run the model once, then compile it")
+    complex_ = [name for name, p in model.named_parameters() if p.requires_grad and p.is_complex()]
+    if complex_:
+        raise ArgumentError(
+            f"parameter '{complex_[0]}' is complex, which is not supported: split it into real and imaginary parts, or "
+            "freeze it by requires_grad_(False)"
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise ArgumentError("the model has no trainable parameter: set requires_grad on some")
 
@@ -207,10 +220,13 @@ class Autocast(NamedTuple):
 class Compiled:
     """A model and loss, compiled for a set of quantities; programs are made per kind of input and cached."""
 
-    def __init__(self, model, loss, extensions, batch_dim, split, rules, update_buffers, debug, memory_budget=None):
+    def __init__(
+        self, model, loss, extensions, batch_dim, split, rules, update_buffers, debug, memory_budget=None, check=None
+    ):
         self.model, self.loss, self.extensions = model, loss, extensions
         self._batch_dim, self._split, self._rules = batch_dim, split, rules
         self._update_buffers, self._debug, self._memory_budget = update_buffers, debug, memory_budget
+        self._probes = check == "probe"
         self._programs: dict[Any, list[Program]] = {}
         self._checked: set[int] = set()
         self._pool = Pool()
@@ -319,6 +335,7 @@ class Compiled:
             if single:  # a model that fixes the batch size is captured at one sample after all
                 program = self._analyse(arguments, mode, tell) if program.fixed else _single(program)
             program.state["create_graph"] = create_graph
+            program.state["probe"] = Probe(program) if self._probes else None
             return passes.run(program, passes.PIPELINE, self._debug, tell)
 
     def _analyse(self, arguments: Arguments, mode: Autocast, tell: Callable[[str], None] = silent) -> Program:
@@ -354,8 +371,10 @@ class Compiled:
         return flat
 
     def _check(self, program: Program, flat: list[Any]) -> None:
-        cuda = sorted({t.device.index or 0 for t in flat if isinstance(t, Tensor) and t.is_cuda})
-        with torch.random.fork_rng(cuda):  # dropout is drawn once, by the program
+        if program.state["probe"] is not None and id(program) not in self._checked:
+            with torch.random.fork_rng(_cuda(flat)):
+                program.state["probe"].run(flat, program.batch.size)
+        with torch.random.fork_rng(_cuda(flat)):  # dropout is drawn once, by the program
             holds = program.check_module(*flat) if program.check_module is not None else ()
         for held, error in zip(holds, program.verdicts, strict=True):
             if not bool(held):
@@ -375,6 +394,11 @@ class Compiled:
             for name, value in mutations.items():
                 buffers[name].copy_(value.detach())
         return Result(fields, self.extensions, self.model)
+
+
+def _cuda(flat: list[Any]) -> list[int]:
+    """The GPUs that arguments are on."""
+    return sorted({t.device.index or 0 for t in flat if isinstance(t, Tensor) and t.is_cuda})
 
 
 def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:

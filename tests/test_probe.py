@@ -1,0 +1,127 @@
+"""check="probe": rules that lie about placements are found on the values of the first call, truthful ones pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from case_tools import Net, mlp
+from cases import CASES
+from test_quantities import compiled_case
+from torch import Tensor, nn
+
+import fxcurv
+from fxcurv.errors import ArgumentError, MixedSamplesError
+from fxcurv.extensions import BatchGrad, DiagGGNExact, DiagHessian, SumGradSquared
+from fxcurv.placement import Shard
+from fxcurv.rules.base import RULES, Rule
+
+aten = torch.ops.aten
+REPRESENTATIVE = {"ce_ignore_weights_smoothing"}
+
+
+@torch.library.custom_op("fxcurv_tests::centre", mutates_args=())
+def centre(x: Tensor) -> Tensor:
+    """x without its mean over the batch."""
+    return x - x.mean(0)
+
+
+@centre.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+
+OP = torch.ops.fxcurv_tests.centre.default
+
+
+class Claims(Rule):
+    """A rule that says of its op whatever it was told."""
+
+    def __init__(self, place):
+        self.claim = place
+
+    def place(self, sites, args, shape, n):
+        return self.claim
+
+    def transpose(self, call, wrt, g):
+        return [g - g.mean(1, keepdim=True)] if call.op == OP else super().transpose(call, wrt, g)
+
+
+def lying(op, claim, run):
+    model = Net(run, first=nn.Linear(4, 3), last=nn.Linear(3, 3))
+    return fxcurv.compile(
+        model, nn.CrossEntropyLoss(), [BatchGrad(), SumGradSquared()], rules={op: Claims(claim)}, check="probe"
+    )
+
+
+LIES = {
+    "custom op": (OP, Shard(0), lambda m, x: m.last(centre(m.first(x)))),
+    "running sum": (aten.cumsum.default, Shard(0), lambda m, x: m.last(m.first(x).cumsum(0))),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_lies_are_found(name):
+    op, claim, run = LIES[name]
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    with pytest.raises(MixedSamplesError) as caught:
+        lying(op, claim, run)(x, y)
+    for words in ("op ", __file__, "m.first(x)", "BatchGrad, SumGradSquared", "sample", "rules=", "Way out"):
+        assert words in str(caught.value)
+
+
+def test_without_the_probe_a_rule_is_believed():
+    """Without a rule, the op is placed by redrawing values."""
+    op, _, run = LIES["custom op"]
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    model = Net(run, first=nn.Linear(4, 3), last=nn.Linear(3, 3))
+    fxcurv.compile(model, nn.CrossEntropyLoss(), [BatchGrad()], rules={op: Claims(Shard(0))})(x, y)
+    with pytest.raises(MixedSamplesError, match="mixes samples, so BatchGrad"):
+        fxcurv.compile(model, nn.CrossEntropyLoss(), [BatchGrad()], check="probe")(x, y)
+
+
+@pytest.mark.parametrize("name", [n if n in REPRESENTATIVE else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+def test_the_truth_passes(name):
+    compiled, arguments, oracle = compiled_case(CASES[name], [BatchGrad()], check="probe")
+    result = compiled(*arguments)
+    for param, value in oracle.grad_batch().items():
+        torch.testing.assert_close(result.grad_batch[param], value)
+
+
+def test_constants_may_be_reduced_over_the_batch():
+    """Inputs that the model standardises depend on no parameter: individual gradients exist."""
+    model = Net(lambda m, x: m.net((x - x.mean(0)) / x.std(0)), net=mlp())
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    result = fxcurv.compile(model, nn.CrossEntropyLoss(), [BatchGrad()], check="probe")(x, y)
+    torch.testing.assert_close(result.grad_batch["net.0.weight"].sum(0), result.grad["net.0.weight"])
+
+
+def test_the_random_state_and_the_buffers_are_left_alone():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 3))
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    losses = []
+    for check in (None, "probe"):
+        torch.manual_seed(3)
+        losses.append(fxcurv.compile(model, nn.CrossEntropyLoss(), [BatchGrad()], check=check)(x, y).loss)
+    assert losses[0] == losses[1]
+
+
+def test_what_needs_no_independence_is_not_probed():
+    """The whole batch as one sample, and the gradient alone."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    for extensions in ([], [DiagGGNExact(), DiagHessian()]):
+        fxcurv.compile(model, F.cross_entropy, extensions, check="probe")(x, y)
+
+
+def test_one_sample_has_nothing_to_mix_with():
+    op, claim, run = LIES["custom op"]
+    assert op not in RULES
+    lying(op, claim, run)(torch.randn(1, 4), torch.zeros(1, dtype=torch.long))
+
+
+def test_other_checks_are_unknown():
+    with pytest.raises(ArgumentError, match="check='all'"):
+        fxcurv.compile(mlp(), F.cross_entropy, check="all")
