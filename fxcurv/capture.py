@@ -13,6 +13,7 @@ import functools
 import inspect
 import linecache
 import logging
+import math
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ from fxcurv.errors import (
     FxcurvError,
     LossError,
     is_user_file,
+    source_line,
 )
 from fxcurv.program import Batch, Input, Program
 
@@ -412,11 +414,33 @@ def _export(wrapped: _Captured, arguments: Arguments) -> ExportedProgram:
     was_training = [(m, m.training) for m in wrapped.model.modules()]
     wrapped.training = wrapped.model.training
     try:
-        with torch.enable_grad(), _no_custom_functions(), _user_frames():
+        with torch.enable_grad(), _no_custom_functions(), _no_branches(), _user_frames():
             return torch.export.export(wrapped, (inputs, targets), dynamic_shapes=shapes, strict=False)
     finally:
         for module, training in was_training:
             module.training = training
+
+
+@contextlib.contextmanager
+def _no_branches():
+    """A loss of PyTorch that branches on values only to raise, said without the branch."""
+    with mock.patch.object(torch.nn.functional, "gaussian_nll_loss", _gaussian_nll):
+        yield
+
+
+def _gaussian_nll(input, target, var, full=False, eps=1e-6, reduction="mean"):  # noqa: A002
+    """`F.gaussian_nll_loss`; where it raises for a negative variance, this is NaN."""
+    if isinstance(var, float):
+        var = torch.full_like(input, var)
+    if var.shape != input.shape:
+        var = var.unsqueeze(-1) if var.shape == input.shape[:-1] else var
+        if var.ndim != input.ndim or sum(a != b for a, b in zip(var.shape, input.shape, strict=True)) != 1:
+            raise ValueError("var is of incorrect size")
+    # the clamp is of the value alone: the derivative passes
+    clamped = var + (torch.where(var < 0, torch.nan, var.clamp(min=eps)) - var).detach()
+    loss = 0.5 * (clamped.log() + (input - target) ** 2 / clamped)
+    loss = loss + 0.5 * math.log(2 * math.pi) if full else loss
+    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
 
 
 @contextlib.contextmanager
@@ -471,7 +495,9 @@ def _detach_no_grad_regions(exported: ExportedProgram) -> None:
         if not isinstance(module, fx.GraphModule):
             continue
         graph = module.graph
+        learned = _learned(exported, graph)
         for node in [n for n in graph.nodes if n.target is wrap and n.args[0] is False]:
+            _check_writes(module, node, learned)
             for user in [u for u in node.users if isinstance(u.meta.get("val"), Tensor)]:
                 with graph.inserting_after(user):
                     detached = graph.call_function(torch.ops.aten.detach.default, (user,))
@@ -479,6 +505,35 @@ def _detach_no_grad_regions(exported: ExportedProgram) -> None:
                 user.replace_all_uses_with(detached)
                 detached.args = (user,)
         module.recompile()
+
+
+def _learned(exported: ExportedProgram, graph: fx.Graph) -> set[fx.Node]:
+    """The values that are computed from parameters."""
+    parameters, found = exported.graph_signature.inputs_to_parameters, set()
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.name in parameters or any(i in found for i in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _check_writes(module: fx.GraphModule, region: fx.Node, learned: set[fx.Node]) -> None:
+    """Autograd differentiates a value that `no_grad` wrote to as if it had not: detaching it would lose its gradient."""
+    body = getattr(module, region.args[1].target)
+    given = dict(zip([n for n in body.graph.nodes if n.op == "placeholder"], region.args[2:], strict=True))
+    for node in body.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        written = node.args[0]
+        while isinstance(written, fx.Node) and written.op == "call_function" and written.args:
+            written = written.args[0]  # a view of it
+        if given.get(written) in learned:
+            line = source_line(node.meta.get("stack_trace") or "")
+            raise CaptureError(
+                f"op {node.target} writes under no_grad to a value that depends on parameters, which torch.export cannot keep "
+                f"apart from its gradient\n  {line}\nWay out: x = x + (x.clamp(min=eps) - x).detach(), say, in place of "
+                "x.clamp_(min=eps)."
+            )
 
 
 def _names(model: nn.Module) -> dict[int, str]:
