@@ -23,6 +23,7 @@ from fxcurv.probe import Probe
 from fxcurv.program import Program, specialise
 from fxcurv.progress import progress, silent
 from fxcurv.quantity import Identity
+from fxcurv.selection import Choice, chosen, hashable
 
 log = logging.getLogger("fxcurv")
 
@@ -39,6 +40,7 @@ def compile(  # noqa: A001
     memory_budget: int | None = None,
     check: str | None = None,
     debug: bool = False,
+    params: Choice = None,
 ) -> Compiled:
     """Compile `model` and `loss` for a set of quantities.
 
@@ -58,6 +60,9 @@ def compile(  # noqa: A001
             exchanged, and raises `MixedSamplesError` where a sample moves another's values though the placements say
             that it does not (a wrong rule in `rules`, say).
         debug: verify the program between passes and check values at every call.
+        params: the parameters that the gradient and all quantities are of (default: all that are trainable); all others
+            are treated as frozen. A name, a prefix ("encoder.layer.1") or pattern ("head.*"), a list of these, or a
+            predicate (name, parameter) -> bool, asked once per program. Extensions take `params=` of their own.
 
     Returns:
         a callable `compiled(inputs, *targets, seed=None, generator=None) -> Result`; it traces at the first
@@ -65,7 +70,7 @@ def compile(  # noqa: A001
 
     Raises:
         ExtensionError: for a class instead of an instance, an unknown extension, or one asked for twice.
-        ArgumentError: if `model` is no module or has no trainable parameter.
+        ArgumentError: if `model` is no module or has no trainable parameter, or `params` matches none.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}, not an nn.Module: wrap it in one")
@@ -83,7 +88,22 @@ def compile(  # noqa: A001
         names = ", ".join(type(e).__name__ for e in found if not isinstance(e.requires, Identity))
         if names or not found:
             raise ArgumentError(f"{names or 'the gradient'} needs a loss: pass one as the second argument")
-    return Compiled(model, loss, found, batch_dim, split, dict(rules or {}), update_buffers, debug, memory_budget, check)
+    params = hashable(params, ArgumentError, "compile")
+    compiled = Compiled(
+        model,
+        loss,
+        found,
+        batch_dim,
+        split,
+        dict(rules or {}),
+        update_buffers,
+        debug,
+        memory_budget=memory_budget,
+        check=check,
+        params=params,
+    )
+    compiled.covered()
+    return compiled
 
 
 def _check_trainable(model: nn.Module) -> None:
@@ -221,9 +241,21 @@ class Compiled:
     """A model and loss, compiled for a set of quantities; programs are made per kind of input and cached."""
 
     def __init__(
-        self, model, loss, extensions, batch_dim, split, rules, update_buffers, debug, memory_budget=None, check=None
+        self,
+        model,
+        loss,
+        extensions,
+        batch_dim,
+        split,
+        rules,
+        update_buffers,
+        debug,
+        *,
+        memory_budget=None,
+        check=None,
+        params=None,
     ):
-        self.model, self.loss, self.extensions = model, loss, extensions
+        self.model, self.loss, self.extensions, self.params = model, loss, extensions, params
         self._batch_dim, self._split, self._rules = batch_dim, split, rules
         self._update_buffers, self._debug, self._memory_budget = update_buffers, debug, memory_budget
         self._probes = check == "probe"
@@ -282,6 +314,12 @@ class Compiled:
         from fxcurv.report import Report
 
         return Report(self.lower(inputs, *targets))
+
+    def covered(self, extensions: tuple[Extension, ...] | None = None) -> tuple[list[str], dict[Extension, list[str]]]:
+        """(the parameters of all quantities, those of each extension that chose its own), by name."""
+        names = chosen(self.params, self.model, ArgumentError, "compile")
+        own = [e for e in (self.extensions if extensions is None else extensions) if e.params is not None]
+        return names, {e: chosen(e.params, self.model, ExtensionError, type(e).__name__, names) for e in own}
 
     def _arguments(self, inputs: Any, targets: tuple) -> Arguments:
         if self.loss is None and targets:
@@ -345,6 +383,9 @@ class Compiled:
             program = capture(self.model, self.loss, arguments, self._split)
         program.timings["capture"] = time.perf_counter() - start
         program.extensions, program.rules = self.extensions, self._rules
+        names, program.covers = self.covered()
+        program.params = {name: node for name, node in program.params.items() if name in names}
+        program.shapes = {name: shape for name, shape in program.shapes.items() if name in names}
         program.state["batch_dims"] = arguments.batch_dims
         program.state["memory_budget"] = self._memory_budget
         return passes.run(program, passes.ANALYSIS, self._debug, tell)

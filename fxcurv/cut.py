@@ -102,15 +102,18 @@ def forward_part(template: Program) -> Part:
     return Part(fx.GraphModule(template.gm, graph), tuple(n.meta["key"] for n in made))
 
 
-def backward_of_model(template: Program, extensions: Sequence[Extension], create_graph: bool) -> Backward:
+def backward_of_model(
+    template: Program, extensions: Sequence[Extension], covers: dict[Extension, list[str]], create_graph: bool
+) -> Backward:
     """The gradient and first-order quantities from cotangents of the output's leaves, `Input("cotangent", index)`.
 
     Args:
         template: the analysed program of the model alone, numbered by `forward_part`.
+        covers: the parameters of the extensions that chose theirs.
         create_graph: whether only algorithms that autograd can follow are chosen.
     """
     program = _with_seams(template)
-    program.extensions, program.state["create_graph"] = tuple(extensions), create_graph
+    program.extensions, program.covers, program.state["create_graph"] = tuple(extensions), covers, create_graph
     return _finished(objective(program))
 
 

@@ -32,35 +32,36 @@ from fxcurv.program import Program
 # ---- from the program to results ------------------------------
 
 
-def build(program: Program, kind: str, modify: str = "") -> tuple[Products, Operator]:
-    """Emit the products with the "ggn", the "hessian" or the "pch" of `program`.
+def build(program: Program, kind: str, modify: str, names: tuple[str, ...]) -> tuple[Products, Operator]:
+    """Emit the products with the "ggn", the "hessian" or the "pch" of `program`, for the parameters in `names`.
 
     Returns:
-        (the blocks, the matrix over all parameters), pytrees of the nodes that the main program has to return.
+        (the blocks, the matrix over all these parameters), pytrees of the nodes that the main program has to return.
     """
     known = program.state.setdefault("products", {})
-    if (kind, modify) not in known:
-        known[kind, modify] = _positive(program, modify) if kind == "pch" else _whole(program, kind)
-    saved, code = known[kind, modify]
+    key = kind, modify, names
+    if key not in known:
+        known[key] = _positive(program, modify, names) if kind == "pch" else _whole(program, kind, names)
+    saved, code = known[key]
     return Products(saved, code), Operator(saved, code)
 
 
-def _whole(program: Program, kind: str) -> tuple[list[fx.Node], Code]:
+def _whole(program: Program, kind: str, names: tuple[str, ...]) -> tuple[list[fx.Node], Code]:
     """One product for all parameters, of which every block is a part."""
     base, where = joint_of(program, kind)
     if kind == "ggn":
         _check_convex(program, base, where)
     _mark_living(program, base, where)
     joint = base.copy()
-    vectors, found = Product(joint, kind, list(program.shapes)).run()
+    vectors, found = Product(joint, kind, list(names)).run()
     results = _simplified(joint.program, found)
     saved = saved_values(joint.program, vectors.values(), list(results.values()))
     gm = split(joint.program, saved, list(vectors.values()), list(results.values()))
     labels = [_label(program, n, where) for n in saved]
-    return _returned(program, saved, where), Whole(program, labels, gm, list(vectors), list(results))
+    return _returned(program, saved, where), Whole(program, labels, names, gm, list(vectors), list(results))
 
 
-def _positive(program: Program, modify: str) -> tuple[list[fx.Node], Code]:
+def _positive(program: Program, modify: str, names: tuple[str, ...]) -> tuple[list[fx.Node], Code]:
     """A product per parameter, made when it is first called: which residuals there are depends on the parameter.
 
     Kept are the captured inputs, and what matrix products, convolutions and random ops gave: all else is cheap.
@@ -80,7 +81,7 @@ def _positive(program: Program, modify: str) -> tuple[list[fx.Node], Code]:
     changing = _changing(program)  # by this very call, after which they are of no use
     saved = [n for n in saved if where.get(n.meta["key"]) not in changing]
     labels = [_label(program, n, where) for n in saved]
-    return _returned(program, saved, where), Lazy(program, labels, base, [n.meta["key"] for n in saved], modify)
+    return _returned(program, saved, where), Lazy(program, labels, names, base, [n.meta["key"] for n in saved], modify)
 
 
 def _check_convex(program: Program, base: Joint, where: dict[int, fx.Node]) -> None:
@@ -159,9 +160,9 @@ class Code:
         differentiable: whether products can be differentiated, with respect to parameters, inputs and vectors.
     """
 
-    def __init__(self, program: Program, labels: list[str]):
+    def __init__(self, program: Program, labels: list[str], names: tuple[str, ...]):
         self.labels = labels
-        self.shapes = {name: tuple(shape) for name, shape in program.shapes.items()}
+        self.shapes = {name: tuple(program.shapes[name]) for name in names}
         vals = {name: node.meta["val"] for name, node in program.params.items()}
         self.dtypes = {name: vals[name].dtype for name in self.shapes}
         self.devices = {name: vals[name].device for name in self.shapes}
@@ -216,9 +217,15 @@ class Whole(Code):
     """
 
     def __init__(
-        self, program: Program, labels: list[str], whole: fx.GraphModule, inputs: list[str], outputs: list[str]
+        self,
+        program: Program,
+        labels: list[str],
+        names: tuple[str, ...],
+        whole: fx.GraphModule,
+        inputs: list[str],
+        outputs: list[str],
     ):
-        super().__init__(program, labels)
+        super().__init__(program, labels, names)
         self.whole, self.inputs, self.outputs = whole, inputs, outputs
         self._blocks: dict[str, fx.GraphModule] = {}
 
@@ -236,8 +243,10 @@ class Whole(Code):
 class Lazy(Code):
     """A program per parameter, emitted when it is first asked for."""
 
-    def __init__(self, program: Program, labels: list[str], base: Joint, keys: list[int], modify: str):
-        super().__init__(program, labels)
+    def __init__(
+        self, program: Program, labels: list[str], names: tuple[str, ...], base: Joint, keys: list[int], modify: str
+    ):
+        super().__init__(program, labels, names)
         self._base, self._keys, self._modify = base, keys, modify
         self._parts: dict[str, tuple[fx.GraphModule, fx.GraphModule] | None] = {}
 
@@ -387,10 +396,10 @@ def _check_vectors(code: Code, name: str, vectors: Any) -> None:
 
 
 class Operator(_Saved):
-    """A matrix over all parameters, `op @ v`, in the order of the model's `named_parameters()`.
+    """A matrix over all parameters of a product, `op @ v`, in the order of the model's `named_parameters()`.
 
     Attributes:
-        shape: (D, D), D the number of trainable parameters.
+        shape: (D, D), D the number of entries of these parameters.
     """
 
     @property

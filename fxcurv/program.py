@@ -104,6 +104,7 @@ class Program:
         loss: the scalar loss, or None.
         mutations: buffer name -> node with its new value.
         results: field -> parameter name -> node, or a pytree of nodes; `extras`: field -> the same without names.
+        covers: extension -> names of its parameters, for those that chose them.
         borrowing: fields that hold values to compute with later: those of parameters and inputs are not copied.
         checks: conditions on values, verified at the first call; `finish` moves them to `check_module`, which computes
             them, and `verdicts`, the errors that go with them.
@@ -126,6 +127,7 @@ class Program:
     output_template: Any = None
     constants: dict[str, Tensor] = field(default_factory=dict)
     extensions: tuple = ()
+    covers: dict[Any, list[str]] = field(default_factory=dict)
     rules: dict = field(default_factory=dict)
     seed: fx.Node | None = None
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -159,6 +161,10 @@ class Program:
     @property
     def output(self) -> fx.Node:
         return next(reversed(self.graph.nodes))
+
+    def names_of(self, extension: Any) -> list[str]:
+        """The parameters that an extension's quantity is of."""
+        return self.covers.get(extension, list(self.params))
 
     def print_readable(self, print_output: bool = True) -> str:
         """The emitted graph as Python with shapes."""

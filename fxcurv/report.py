@@ -180,6 +180,8 @@ def _rows(program: Program) -> list[Row]:
     rows = []
     for param in program.params:
         for field, label in _fields(program):
+            if param not in program.results[field]:
+                continue
             own = [d for d in program.decisions if d.param == param and d.extension == label]
             own = own or [_shared(program, param, label, program.results[field][param])]
             for d in own:

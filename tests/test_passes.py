@@ -346,8 +346,8 @@ def test_verify_finds_a_broken_program():
 
 ROOT = Path(fxcurv.__file__).parent
 ORDER = [
-    "errors", "progress", "placement", "program", "emit", "cost", "noise", "kernels", "factors", "candidates", "rules", "averages",
-    "quantity", "uses", "kronecker", "layers", "extensions", "capture", "passes", "linearize", "positive",
+    "errors", "progress", "selection", "placement", "program", "emit", "cost", "noise", "kernels", "factors", "candidates",
+    "rules", "averages", "quantity", "uses", "kronecker", "layers", "extensions", "capture", "passes", "linearize", "positive",
     "partition", "product", "cut", "report", "draw", "api", "backpack", "__init__",
 ]  # fmt: skip
 

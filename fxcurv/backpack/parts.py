@@ -131,7 +131,8 @@ class ModelParts(_Parts):
             key = id(found.template), extensions, create_graph
             if key not in self._backwards:
                 with torch.no_grad(), disable():
-                    self._backwards[key] = cut.backward_of_model(found.template, extensions, create_graph)
+                    covers = self.covered(extensions)[1]
+                    self._backwards[key] = cut.backward_of_model(found.template, extensions, covers, create_graph)
             given = [torch.zeros_like(f) if g is None else g for f, g in zip(leaves, gs, strict=True)]
             cotangents = {Input("cotangent", index=k): g for k, g in enumerate(given)}
             return _run(self._backwards[key], values, cotangents, create_graph)

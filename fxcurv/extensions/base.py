@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, fx
 
 from fxcurv.emit import call, emit
+from fxcurv.errors import ExtensionError
 from fxcurv.factors import Contract, Factor, Jacobian, Spec
 from fxcurv.placement import samples_first
 from fxcurv.precision import HALF, wide, widened
 from fxcurv.program import Program
 from fxcurv.quantity import GRADIENT, Gradient, Group, groups_of
+from fxcurv.selection import hashable
 from fxcurv.uses import Use, pull_back, select_group
 
 
@@ -25,6 +27,11 @@ class Extension:
 
     Attributes:
         savefield: the field of the result; every instance may choose another.
+        params: the parameters that the quantity is of, all if not given: a name, a prefix ("encoder.layer.1") or a
+            pattern ("head.*"), a list of these, or a predicate (name, parameter) -> bool, asked once per program. Frozen
+            parameters are never among them. Its columns go down to these parameters only; the gradient stays whole. Of
+            two extensions that set the same extra result (`sample_norms`, `ggn`, `hessian`) over different parameters,
+            the later one's is called `<name>_<savefield>`.
         requires: the columns it needs.
         per_sample: whether it needs samples that do not interact.
         whole_batch: whether it is defined where they do interact, of the batch as one sample.
@@ -33,6 +40,7 @@ class Extension:
     """
 
     savefield: str = field(default="", kw_only=True)
+    params: Any = field(default=None, kw_only=True)
     requires: ClassVar[Any] = Gradient()
     per_sample: ClassVar[bool] = True
     whole_batch: ClassVar[bool] = False
@@ -42,6 +50,7 @@ class Extension:
     def __post_init__(self):
         if not self.savefield:
             object.__setattr__(self, "savefield", type(self).savefield)
+        object.__setattr__(self, "params", hashable(self.params, ExtensionError, type(self).__name__))
         self.check()
 
     def check(self) -> None:
@@ -52,7 +61,7 @@ class Extension:
         raise NotImplementedError
 
     def extract_all(self, params: list[Param]) -> tuple[dict[str, Any], dict[str, fx.Node]]:
-        """(the quantity of every parameter by name, extra results by field)."""
+        """(the quantity of each of `params` by name, extra results by field)."""
         return {p.name: self.extract(p) for p in params}, {}
 
 

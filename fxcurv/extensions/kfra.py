@@ -50,7 +50,7 @@ class KFRA(_Factored):
     def extract(self, param: Param) -> Kronecker:
         from fxcurv.passes.averaged import averaged  # it reads the graph by passes, which read extensions
 
-        found = averaged(param.program)
+        found = averaged(param.program, param.program.names_of(self))
         readers = _readers(param, found)
         if not readers:
             return self._unreached(param)

@@ -25,7 +25,7 @@ class _Products(Extension):
         from fxcurv.product import build  # it reads the graph by passes, which read extensions
 
         program = params[0].program
-        blocks, whole = build(program, self.kind, self.modify)
+        blocks, whole = build(program, self.kind, self.modify, tuple(p.name for p in params))
         program.borrowing |= {self.savefield, self.operator}
         for p in params:
             algorithm = f"matrix-free, {len(whole.labels)} values kept"
@@ -37,7 +37,7 @@ class _Products(Extension):
 class GGNMP(_Products):
     """Products with the generalised Gauss-Newton: a callable per parameter, [V, *P] or [*P] -> the same.
 
-    Also sets `result.ggn`, the matrix over all parameters, `result.ggn @ v`. Samples may interact (batch norm).
+    Also sets `result.ggn`, the matrix over all of these parameters, `result.ggn @ v`. Samples may interact (batch norm).
     """
 
     savefield = "ggnmp"
@@ -50,7 +50,7 @@ class GGNMP(_Products):
 class HMP(_Products):
     """Products with the Hessian: a callable per parameter, [V, *P] or [*P] -> the same.
 
-    Also sets `result.hessian`, the matrix over all parameters, `result.hessian @ v`. Samples may interact (batch norm).
+    Also sets `result.hessian`, the matrix over all of these parameters, `result.hessian @ v`. Samples may interact (batch norm).
     """
 
     savefield = "hmp"

@@ -16,6 +16,7 @@ from fxcurv.averages import Step, Windows
 from fxcurv.emit import emit
 from fxcurv.errors import ExtensionError, UnsupportedOpError, locate
 from fxcurv.passes import births
+from fxcurv.passes.objective import descendants
 from fxcurv.placement import Shard
 from fxcurv.precision import widely
 from fxcurv.program import Program, is_active, is_sharded
@@ -49,27 +50,29 @@ class Lazy:
     by_offsets: bool
 
 
-def averaged(program: Program) -> dict[fx.Node, Matrix]:
-    """M at the output of every op that has a trainable parameter, or one before it.
+def averaged(program: Program, names: list[str]) -> dict[fx.Node, Matrix]:
+    """M at the output of every op that has a parameter in `names`, or one before it.
 
     Raises:
         ExtensionError: where activations branch.
     """
-    if "averaged" not in program.state:
-        program.state["averaged"] = _Walk(program).run()
-    return program.state["averaged"]
+    known = program.state.setdefault("averaged", {})
+    if tuple(names) not in known:
+        known[tuple(names)] = _Walk(program, names).run()
+    return known[tuple(names)]
 
 
 class _Walk:
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, names: list[str]):
         self.program = program
+        self.reached = descendants([program.params[n] for n in names])
         self.arrived: dict[fx.Node, list[fx.Node]] = {}
         self.steps: dict[fx.Node, Step] = {}
         self.below: dict[fx.Node, fx.Node] = {}
         self.lazy: dict[fx.Node, Lazy] = {}
 
     def run(self) -> dict[fx.Node, Matrix]:
-        for value, m in _births(self.program):
+        for value, m in [(value, m) for value, m in _births(self.program) if value in self.reached]:
             self._chain(value)
             self.arrived.setdefault(_op(value)[0], []).append(m)
         for bottom in [n for n in self.steps if n not in self.below]:
@@ -105,7 +108,7 @@ class _Walk:
                     raise ExtensionError(f"KFRA: {locate(node)}\nhas two outputs that the loss reads.\n{LAST}")
                 return
             leaves = pytree.tree_leaves(canonical_args(node))
-            data = [i for i, leaf in enumerate(leaves) if is_active(leaf) and is_sharded(leaf)]
+            data = [i for i, leaf in enumerate(leaves) if leaf in self.reached and is_sharded(leaf)]
             if len(data) > 1:
                 raise ExtensionError(
                     f"KFRA: {locate(node)}\njoins two branches of activations. Its recursion, the average of J^T M J over "
@@ -161,7 +164,7 @@ class _Walk:
             )
 
     def _bytes(self, node: fx.Node, features: int) -> int:
-        (source,) = [a for a in node.all_input_nodes if is_active(a) and is_sharded(a)]
+        (source,) = [a for a in node.all_input_nodes if a in self.reached and is_sharded(a)]
         return source.meta["val"].element_size() * features**2
 
     # the first convolution

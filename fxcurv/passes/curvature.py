@@ -42,7 +42,7 @@ def at(walk: Walk, node: fx.Node, stack: Stack) -> None:
     if GRADIENT not in stack.groups or not isinstance(node.target, torch._ops.OpOverload):
         return
     leaves = pytree.tree_leaves(canonical_args(node))
-    active = [i for i, leaf in enumerate(leaves) if is_active(leaf)]
+    active = [i for i, leaf in enumerate(leaves) if is_active(leaf) and leaf in walk.curved]
     rule = rule_of(node.target, walk.program.rules)
     if rule.linear(active) or rule.piecewise_linear:
         return
@@ -62,8 +62,8 @@ def at(walk: Walk, node: fx.Node, stack: Stack) -> None:
 
 
 def _meet(walk: Walk, a: fx.Node, b: fx.Node) -> bool:
-    """Whether a trainable parameter reaches both values."""
-    params = set(walk.program.params.values())
+    """Whether a parameter whose curvature is asked for reaches both values."""
+    params = {walk.program.params[n] for n in walk.of_curvature}
     return bool(params & set(ancestors([a])) & set(ancestors([b])))
 
 
@@ -83,7 +83,7 @@ def _born(walk: Walk, columns: int, send: Callable[[Group, int, int], None], div
     group = Group("residual", len(walk.residuals))
     walk.residuals.append(group)
     walk.groups.append(group)
-    walk.wanted.add(group)
+    walk.wanted[group] = walk.of_curvature
     walk.born(group, columns, send, divisible)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fxcurv.emit import emit
-from fxcurv.extensions import Param
+from fxcurv.errors import ExtensionError
+from fxcurv.extensions import Extension, Param
 from fxcurv.program import Program
 from fxcurv.rules import RULES, LossRule
 from fxcurv.rules.base import canonical_args, invoke
@@ -14,14 +15,26 @@ def extract(program: Program) -> Program:
     """Fill `program.results` and `program.extras`."""
     if program.loss is not None:
         program.results["grad"] = {name: _gradient(program, name) for name in program.params}
+    of: dict[str, list[str]] = {}
     for extension in program.extensions:
-        params = [Param(program, name, extension) for name in program.params]
-        fields, extras = extension.extract_all(params)
+        fields, extras = extension.extract_all([Param(program, n, extension) for n in program.names_of(extension)])
         program.results[extension.savefield] = fields
-        program.extras.update(extras)
+        for name, value in extras.items():
+            program.extras[_free(program, extension, name, of)] = value
     _open_losses(program)
     program.refresh_output()
     return program
+
+
+def _free(program: Program, extension: Extension, name: str, of: dict[str, list[str]]) -> str:
+    """The field of an extra result; `of`: the parameters that the fields given so far are of."""
+    names = program.names_of(extension)
+    field = name if of.setdefault(name, names) == names else f"{name}_{extension.savefield}"
+    if field in program.results or of.setdefault(field, names) != names:
+        raise ExtensionError(f"{extension} sets '{field}' as well, which is taken: give it another savefield=")
+    if name in program.borrowing:
+        program.borrowing.add(field)
+    return field
 
 
 def _open_losses(program: Program) -> None:

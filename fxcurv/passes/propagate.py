@@ -25,7 +25,7 @@ from fxcurv.errors import UnsupportedOpError, locate
 from fxcurv.factors import Factor, Jacobian
 from fxcurv.passes import births, curvature
 from fxcurv.passes.budget import capacity, largest_batch
-from fxcurv.passes.objective import ancestors
+from fxcurv.passes.objective import ancestors, descendants
 from fxcurv.placement import REPLICATE, Shard
 from fxcurv.program import Program, is_active, place
 from fxcurv.quantity import GRADIENT, Group, HessianFactors, groups_of
@@ -54,9 +54,11 @@ class Walk:
     outputs: dict[fx.Node, dict[int, list[Stack]]] = field(default_factory=dict)
     uses: dict[fx.Node, list[Use]] = field(default_factory=dict)
     direct: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    wanted: set[Group] = field(default_factory=set)
+    wanted: dict[Group, frozenset[str]] = field(default_factory=dict)
+    below: dict[frozenset[str], set[fx.Node]] = field(default_factory=dict)
     weights: dict[Group, fx.Node] = field(default_factory=dict)
     columns: dict[Group, int] = field(default_factory=dict)
+    of_curvature: frozenset[str] = frozenset()
     curved: set[fx.Node] = field(default_factory=set)
     residuals: list[Group] = field(default_factory=list)
     capacity: int = 1 << 62
@@ -75,6 +77,17 @@ class Walk:
         self.carried += count
         send(group, 0, count)
 
+    def wants(self, group: Group, node: fx.Node) -> bool:
+        """Whether an extension needs the columns of `group` at `node`: a parameter of it reaches `node`."""
+        names = self.wanted.get(replace(group, part=0), frozenset())
+        if names not in self.below:
+            self.below[names] = descendants([self.program.params[n] for n in names])
+        return node in self.below[names]
+
+    def carries(self, group: Group, node: fx.Node) -> bool:
+        """Whether the columns of `group` go to `node`; the gradient goes wherever a parameter is."""
+        return group == GRADIENT or self.wants(group, node)
+
     def add(self, node: fx.Node, stack: Stack) -> None:
         self.cotangents.setdefault(node, []).append(stack)
         self.columns.update(zip(stack.groups, stack.columns, strict=True))
@@ -82,12 +95,15 @@ class Walk:
 
 def propagate(program: Program) -> Program:
     """Fill `state["uses"]` (parameter name -> uses), `state["direct"]` (gradient past all samples) and column weights."""
-    wanted = [g for e in program.extensions for g in groups_of(program, e.requires)]
-    groups = list(dict.fromkeys([*([GRADIENT] if program.loss is not None else []), *wanted]))
-    walk = Walk(program, groups, wanted=set(wanted))
-    if any(isinstance(e.requires, HessianFactors) for e in program.extensions):
-        walk.curved = set(ancestors(program.heads))
-        walk.wanted.add(GRADIENT)
+    walk = Walk(program, [GRADIENT] if program.loss is not None else [])
+    for e in program.extensions:
+        curved = isinstance(e.requires, HessianFactors)
+        for group in [*groups_of(program, e.requires), *([GRADIENT] if curved else [])]:
+            walk.wanted[group] = walk.wanted.get(group, frozenset()) | {*program.names_of(e)}
+        if curved:
+            walk.of_curvature |= {*program.names_of(e)}
+    walk.groups = list(dict.fromkeys([*walk.groups, *walk.wanted]))
+    walk.curved = set(ancestors(program.heads)) & descendants([program.params[n] for n in walk.of_curvature])
     # a result that shows its columns holds them all anyway
     if not any(e.shows_columns for e in program.extensions):
         walk.capacity = capacity(program)
@@ -143,8 +159,6 @@ def _part(walk: Walk, group: Group) -> Group:
     part = replace(group, part=len(parts) + 1)
     parts.append(part)
     walk.groups.append(part)
-    if group in walk.wanted:
-        walk.wanted.add(part)
     return part
 
 
@@ -249,6 +263,20 @@ def _joint(given: dict[int, Stack], walk: Walk, node: fx.Node) -> list[Stack]:
     ]
 
 
+def _narrowed(walk: Walk, stack: Stack, groups: tuple[Group, ...], node: fx.Node) -> Stack:
+    """`stack` with the columns of `groups` only."""
+    if groups == stack.groups:
+        return stack
+    columns = tuple(stack.columns[stack.groups.index(g)] for g in groups)
+
+    def of(tensor: fx.Node) -> fx.Node:
+        slots = [[(tensor, *_slot(stack, g)[1:])] for g in groups]
+        return emit(walk.program, _unite, slots, origin=origin_of(node, "propagate"))
+
+    rows = tuple(n if n is None else of(n) for n in stack.node) if isinstance(stack.node, tuple) else of(stack.node)
+    return Stack(groups, columns, rows, stack.per_sample)
+
+
 def _fill(walk: Walk, node: fx.Node, given: dict[int, fx.Node]) -> tuple:
     some = next(iter(given.values()))
     rule = rule_of(node.target, walk.program.rules)
@@ -272,17 +300,24 @@ def _step(walk: Walk, node: fx.Node, stack: Stack) -> None:
     sharded_output = isinstance(where[0] if isinstance(where, list) else where, Shard)
     leaves = pytree.tree_leaves(canonical_args(node))
     active = [i for i, leaf in enumerate(leaves) if is_active(leaf)]
+    kept = {i: tuple(g for g in stack.groups if walk.carries(g, leaves[i])) for i in active}
+    active = [i for i in active if kept[i]]
+    if not active:
+        return
     free = [i for i in active if sharded_output and place(leaves[i]) == REPLICATE]
+    stack = _narrowed(walk, stack, tuple(g for g in stack.groups if any(g in kept[i] for i in active)), node)
     rule, call = rule_of(node.target, program.rules), call_of(program, node)
     origin = origin_of(node, "propagate")
     try:
         wrt = tuple(i for i in active if i not in free)
         if wrt:
             for i, g in zip(wrt, emit(program, rule.transpose, call, wrt, stack.node, origin=origin), strict=True):
-                walk.add(leaves[i], Stack(stack.groups, stack.columns, g, stack.per_sample))
+                there = Stack(stack.groups, stack.columns, g, stack.per_sample)
+                walk.add(leaves[i], _narrowed(walk, there, kept[i], node))
         for i in free:
-            found = emit(program, rule.factors, call, i, stack.node, origin=origin)
-            use = Use(found, stack.groups, stack.columns, rule.name, (), node, leaves[i], stack.node)
+            here = _narrowed(walk, stack, kept[i], node)
+            found = emit(program, rule.factors, call, i, here.node, origin=origin)
+            use = Use(found, here.groups, here.columns, rule.name, (), node, leaves[i], here.node)
             walk.uses.setdefault(leaves[i], []).append(use)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise UnsupportedOpError(
@@ -303,7 +338,7 @@ def _leave_uses(walk: Walk, node: fx.Node) -> None:
     for group in [g for g in walk.groups if any(g in u.groups for u in uses)]:
         here = [u for u in uses if group in u.groups]
         columns = here[0].columns[here[0].groups.index(group)]
-        if group in walk.wanted:
+        if walk.wants(group, node):
             p = _total(walk, node, here, group, _materialised, "")
             rows = emit(walk.program, _flatten_rows, p, origin=origin_of(node, "propagate"))
             walk.add(node, Stack((group,), (columns,), rows, per_sample=True))

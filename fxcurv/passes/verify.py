@@ -19,8 +19,9 @@ def verify(program: Program, after: str) -> None:
     for node in program.graph.nodes:
         if node.op == "call_function":
             _check_node(node, after)
+    wanted = {e.savefield: program.names_of(e) for e in program.extensions}
     for field, results in program.results.items():
-        if set(results) != set(program.params):
+        if set(results) != set(wanted.get(field, program.params)):
             raise InternalError(f"after {after}: {field} covers {sorted(results)}, not every parameter")
 
 
