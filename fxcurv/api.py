@@ -41,6 +41,7 @@ def compile(  # noqa: A001
     check: str | None = None,
     debug: bool = False,
     params: Choice = None,
+    sample: str = "sequence",
 ) -> Compiled:
     """Compile `model` and `loss` for a set of quantities.
 
@@ -63,6 +64,10 @@ def compile(  # noqa: A001
         params: the parameters that the gradient and all quantities are of (default: all that are trainable); all others
             are treated as frozen. A name, a prefix ("encoder.layer.1") or pattern ("head.*"), a list of these, or a
             predicate (name, parameter) -> bool, asked once per program. Extensions take `params=` of their own.
+        sample: "sequence" (one per entry of the batch), or "token": every position of the model's output [N, T, C] has a
+            loss of its own, so individual gradients are [N, T, *P], and what is made of them is of all N T. For a loss
+            that is a sum over positions; they all count as samples, also those that a mask or `ignore_index` leaves out,
+            whose gradient is zero. Sums over samples of the GGN and the Hessian are the same for both.
 
     Returns:
         a callable `compiled(inputs, *targets, seed=None, generator=None) -> Result`; it traces at the first
@@ -88,6 +93,8 @@ def compile(  # noqa: A001
         names = ", ".join(type(e).__name__ for e in found if not isinstance(e.requires, Identity))
         if names or not found:
             raise ArgumentError(f"{names or 'the gradient'} needs a loss: pass one as the second argument")
+    if sample not in ("sequence", "token"):
+        raise ArgumentError(f"sample={sample!r}: use 'sequence' or 'token'")
     params = hashable(params, ArgumentError, "compile")
     compiled = Compiled(
         model,
@@ -101,6 +108,7 @@ def compile(  # noqa: A001
         memory_budget=memory_budget,
         check=check,
         params=params,
+        sample=sample,
     )
     compiled.covered()
     return compiled
@@ -254,11 +262,12 @@ class Compiled:
         memory_budget=None,
         check=None,
         params=None,
+        sample="sequence",
     ):
         self.model, self.loss, self.extensions, self.params = model, loss, extensions, params
         self._batch_dim, self._split, self._rules = batch_dim, split, rules
         self._update_buffers, self._debug, self._memory_budget = update_buffers, debug, memory_budget
-        self._probes = check == "probe"
+        self._probes, self._sample = check == "probe", sample
         self._programs: dict[Any, list[Program]] = {}
         self._checked: set[int] = set()
         self._pool = Pool()
@@ -387,7 +396,7 @@ class Compiled:
         program.params = {name: node for name, node in program.params.items() if name in names}
         program.shapes = {name: shape for name, shape in program.shapes.items() if name in names}
         program.state["batch_dims"] = arguments.batch_dims
-        program.state["memory_budget"] = self._memory_budget
+        program.state["memory_budget"], program.state["sample"] = self._memory_budget, self._sample
         return passes.run(program, passes.ANALYSIS, self._debug, tell)
 
     def _bind(self, program: Program, arguments: Arguments, seed, generator) -> list[Any]:

@@ -19,7 +19,10 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Gradient(Quantity):
-    """One column: dL/df. Always carried when there is a loss."""
+    """One column: dL/df. Always carried when there is a loss.
+
+    Where every position of f is a sample of its own, a column per position: dL/df there, and zero elsewhere.
+    """
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Group:
     """Columns of one birth: `kind` of columns at loss term or head `term`.
 
     kind: "gradient", "exact", "mc", "empirical", "signed", "root", "signs" (root times random signs), "identity" or
-        "residual" (of an op; `term` counts them).
+        "token" (the gradient, a column per position) or "residual" (of an op; `term` counts them).
     part: a group that is too large for the memory budget goes down the walk in parts.
     """
 
@@ -75,6 +78,7 @@ class Group:
 
 
 GRADIENT = Group("gradient")
+TOKEN = Group("token")
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def _whole_groups(program: Program, quantity: Quantity) -> list[Group]:
     if isinstance(quantity, Nothing | Averaged):
         return []
     if not isinstance(quantity, SqrtGGN):
-        return [Group("gradient")]
+        return [TOKEN if "positions" in program.state else GRADIENT]
     out = []
     for index, term in enumerate(program.state["terms"]):
         if quantity.empirical:

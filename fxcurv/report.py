@@ -33,6 +33,7 @@ STAGES = {
 }
 KINDS = {
     "gradient": "gradient",
+    "token": "gradient per position",
     "exact": "exact",
     "mc": "sampled",
     "empirical": "empirical",

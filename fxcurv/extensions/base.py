@@ -36,6 +36,7 @@ class Extension:
         per_sample: whether it needs samples that do not interact.
         whole_batch: whether it is defined where they do interact, of the batch as one sample.
         needs_convex: whether it needs a loss that is convex in the model's output.
+        any_sample: whether it is the same whatever is a sample, a sequence or a token.
         shows_columns: whether the result depends on which root of the loss Hessian the columns are.
     """
 
@@ -45,6 +46,7 @@ class Extension:
     per_sample: ClassVar[bool] = True
     whole_batch: ClassVar[bool] = False
     needs_convex: ClassVar[bool] = False
+    any_sample: ClassVar[bool] = False
     shows_columns: ClassVar[Any] = False
 
     def __post_init__(self):
@@ -83,8 +85,12 @@ class Param:
             samples: indices of the samples to keep (None: all).
             weights: a node whose value broadcasts to [V, N].
             precise: whether half precision is accumulated, and the result given, in float32 (default: squares are).
+
+        Where a sample is a token, N is two axes, [N, T].
         """
         precise = power == 2 if precise is None else precise
+        if groups is None and self.positions is not None:
+            return self._by_token(power, reduce, samples, weights, precise)
         spec = Spec(power, reduce, tuple(samples) if samples is not None else None)
         if groups is None:
             groups = groups_of(self.program, self.extension.requires) if self.extension else [GRADIENT]
@@ -94,6 +100,26 @@ class Param:
         if len(parts) == 1:
             return parts[0]
         return self.emit(_added if "v" in reduce else _joined, parts)
+
+    @property
+    def positions(self) -> int | None:
+        """T, where the samples of this quantity are tokens: N T of them. Else None."""
+        tokens = self.extension is not None and type(self.extension.requires) is Gradient
+        return self.program.state["positions"][0] if tokens and "positions" in self.program.state else None
+
+    def _by_token(self, power: int, reduce: str, samples, weights: fx.Node | None, precise: bool) -> fx.Node:
+        """The same of P[n, t, *param], which is what the columns t of the walk give at sample n."""
+        if samples is not None:
+            raise ExtensionError(f'{self.label}(subsampling=...) with sample="token": index the result instead')
+        spec = Spec(power, ("vn" if "n" in reduce else "") + ("p" if "p" in reduce else ""))
+        parts, start = [], 0
+        for group in groups_of(self.program, Gradient()):
+            stop = start + self.program.state["columns"][group]
+            own = self.emit(_of_columns, weights, start, stop) if weights is not None else None
+            parts.append(self._of_group(spec, group, own, precise))
+            start = stop
+        value = parts[0] if len(parts) == 1 else self.emit(_added if "n" in reduce else _joined, parts)
+        return self.emit(_sample_axes, value, "n" in reduce, "v" in reduce)
 
     def emit(self, fn, *args):
         """Emit `fn(*args)` in the name of the extension."""
@@ -154,6 +180,17 @@ def _added(parts: list[Tensor]) -> Tensor:
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts)
+
+
+def _of_columns(weights: Tensor, start: int, stop: int) -> Tensor:
+    """Weights [1, N, T] for the columns t from `start` to `stop`, [V, N]."""
+    return weights[0, :, start:stop].t()
+
+
+def _sample_axes(value: Tensor, summed: bool, one_column: bool) -> Tensor:
+    """[T, N, ...] -> [N, T, ...], if the samples are not summed; with an axis of columns before them if it is kept."""
+    value = value if summed else value.movedim(0, 1)
+    return value if one_column else value.unsqueeze(0)
 
 
 def _zeros(spec: Spec, columns: int, param: Tensor, head: Tensor, place, dtype: torch.dtype) -> Tensor:

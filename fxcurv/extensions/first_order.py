@@ -1,4 +1,8 @@
-"""Individual gradients and what is made of them."""
+"""Individual gradients and what is made of them.
+
+Under `compile(sample="token")` the individual gradients are g_{n,t}, those of the loss at each position of the model's
+output [N, T, C], through every position that it depends on. N is two axes then, [N, T].
+"""
 
 from __future__ import annotations
 
@@ -61,11 +65,11 @@ class Variance(Extension):
         squares = param.contract(power=2, reduce="vn")
         mean = param.contract(power=1, reduce="vn", precise=True)
         head = param.program.heads[0]
-        return param.emit(_variance, squares, mean, head, head.meta["place"])
+        return param.emit(_variance, squares, mean, head, head.meta["place"], param.positions or 1)
 
 
-def _variance(squares: Tensor, total: Tensor, head: Tensor, place) -> Tensor:
-    n = samples_first(head, place).shape[0]
+def _variance(squares: Tensor, total: Tensor, head: Tensor, place, positions: int) -> Tensor:
+    n = samples_first(head, place).shape[0] * positions
     return squares / n - (total / n).square()
 
 

@@ -35,6 +35,7 @@ class DiagGGNExact(Extension):
     savefield = "diag_ggn_exact"
     whole_batch = True
     needs_convex = True
+    any_sample = True
     requires = SqrtGGN(signed=True)
 
     def extract(self, param: Param) -> fx.Node:
@@ -63,6 +64,7 @@ class DiagGGNMC(_Sampled):
 
     savefield = "diag_ggn_mc"
     whole_batch = True
+    any_sample = True
 
     def extract(self, param: Param) -> fx.Node:
         return param.contract(power=2, reduce="vn")
@@ -123,6 +125,7 @@ class Jacobian(Extension):
     """J_n, the derivative of the model's output, [N, *f.shape[1:], *P]. Needs no loss."""
 
     savefield = "jacobian"
+    any_sample = True
     requires = Identity()
 
     def extract(self, param: Param) -> fx.Node:

@@ -25,6 +25,7 @@ class DiagHessian(Extension):
 
     savefield = "diag_h"
     whole_batch = True
+    any_sample = True
     requires = HessianFactors()
 
     def extract(self, param: Param) -> fx.Node:

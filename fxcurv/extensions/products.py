@@ -17,6 +17,7 @@ class _Products(Extension):
 
     requires = Nothing()
     per_sample = False
+    any_sample = True
     kind: ClassVar[str] = ""
     operator: ClassVar[str] = ""
     modify: ClassVar[str] = ""

@@ -10,6 +10,7 @@ from fxcurv.passes.extract import extract
 from fxcurv.passes.independence import independence
 from fxcurv.passes.normalize import normalize
 from fxcurv.passes.objective import objective
+from fxcurv.passes.positions import positions
 from fxcurv.passes.propagate import propagate
 from fxcurv.passes.recycle import recycle
 from fxcurv.passes.schedule import schedule
@@ -20,7 +21,7 @@ from fxcurv.passes.whole import whole
 from fxcurv.program import Program
 from fxcurv.progress import silent
 
-ANALYSIS = [normalize, independence, whole, objective]
+ANALYSIS = [normalize, independence, whole, objective, positions]
 PIPELINE = [propagate, extract, simplify, select, simplify, schedule, recycle, codegen]
 
 

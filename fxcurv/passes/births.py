@@ -14,7 +14,7 @@ from fxcurv.passes.objective import ancestors, descendants
 from fxcurv.placement import Shard, samples_back, samples_first
 from fxcurv.precision import widened
 from fxcurv.program import Check, Input, Program
-from fxcurv.quantity import GRADIENT, Group, Term
+from fxcurv.quantity import GRADIENT, TOKEN, Group, Term
 from fxcurv.rules.base import Call, rule_of
 from fxcurv.rules.loss import Draw, separate
 from fxcurv.uses import Subgraph, call_of, origin_of
@@ -29,13 +29,15 @@ def at(walk: Walk, node: fx.Node) -> None:
     groups = [g for g in walk.groups if g != GRADIENT]
     terms: list[Term] = program.state.get("terms", [])
     for index, term in enumerate(terms):
-        here = [g for g in groups if g.term == index and g.kind != "identity"]
+        here = [g for g in groups if g.term == index and g.kind not in ("identity", "token")]
         if term.node is node:
             _closed_form(walk, term, here)
         elif here and term.node is None and node is _latest(program.heads):
             _general(walk, here)
     if Group("identity") in groups and node is _latest(program.heads):
         _identity(walk, node)
+    if TOKEN in groups and node is _latest(program.heads):
+        _by_position(walk, node)
 
 
 def _latest(heads: list[fx.Node]) -> fx.Node:
@@ -151,6 +153,22 @@ def _identity(walk: Walk, head: fx.Node) -> None:
     origin = origin_of(head, "columns")
     columns = emit(program, _eye, head, head.meta["place"], origin=origin)
     _born(walk, Group("identity"), [head], [columns], None, origin)
+
+
+def _by_position(walk: Walk, head: fx.Node) -> None:
+    """The gradient in f, apart by positions."""
+    from fxcurv.passes.propagate import merged
+
+    stack = merged(walk, head, walk.cotangents[head])
+    walk.cotangents[head] = [stack]
+    start = sum(stack.columns[: stack.groups.index(GRADIENT)])
+    origin, classes = origin_of(head, "columns"), walk.program.state["positions"][1]
+    columns = emit(walk.program, _apart, stack.node, start, head.meta["place"], classes, origin=origin)
+    _born(walk, TOKEN, [head], [columns], None, origin)
+
+
+def _apart(g: Tensor, start: int, place: Shard, classes: int | None) -> Tensor:
+    return separate(g[start : start + 1], place, classes)
 
 
 def _eye(f: Tensor, place: Shard) -> Tensor:
