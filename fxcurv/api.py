@@ -23,6 +23,7 @@ from fxcurv.probe import Probe
 from fxcurv.program import Program, specialise
 from fxcurv.progress import progress, silent
 from fxcurv.quantity import Identity
+from fxcurv.recompiles import Key, why
 from fxcurv.selection import Choice, chosen, hashable
 
 log = logging.getLogger("fxcurv")
@@ -246,7 +247,12 @@ class Autocast(NamedTuple):
 
 
 class Compiled:
-    """A model and loss, compiled for a set of quantities; programs are made per kind of input and cached."""
+    """A model and loss, compiled for a set of quantities; programs are made per kind of input and cached.
+
+    Attributes:
+        recompiles: for every program after the first, why it was needed: what is not as the nearest earlier one has it.
+            The logger "fxcurv" says so at level INFO when it happens (`TORCH_LOGS=fxcurv` in the environment shows it).
+    """
 
     def __init__(
         self,
@@ -268,7 +274,8 @@ class Compiled:
         self._batch_dim, self._split, self._rules = batch_dim, split, rules
         self._update_buffers, self._debug, self._memory_budget = update_buffers, debug, memory_budget
         self._probes, self._sample = check == "probe", sample
-        self._programs: dict[Any, list[Program]] = {}
+        self.recompiles: list[str] = []
+        self._programs: dict[tuple[Key, Autocast, bool], list[Program]] = {}
         self._checked: set[int] = set()
         self._pool = Pool()
 
@@ -350,16 +357,22 @@ class Compiled:
 
     def _program(self, arguments: Arguments, mode: Autocast, create_graph: bool = False) -> Program:
         n = arguments.batch_size
-        programs = self._programs.setdefault((self._key(arguments), mode, create_graph), [])
-        for program in programs:
+        key = self._key(arguments), mode, create_graph
+        for program in self._programs.get(key, []):
             if program.serves(n):
                 return program
+        reason = why(key, self._programs, n, self._modules())
         program = self._lower(arguments, mode, create_graph)
-        log.info("compiled for batch size %d (%s)", n, "symbolic" if program.batch.symbols else "fixed")
-        programs.append(program)
+        again = f" again, because {reason}" if reason else ""
+        log.info("compiled%s; batch size: %s", again, program.batch_note)
+        self.recompiles += [reason] if reason else []
+        self._programs.setdefault(key, []).append(program)
         return program
 
-    def _key(self, arguments: Arguments) -> Any:
+    def _modules(self) -> list[nn.Module]:
+        return [self.model, *([self.loss] if isinstance(self.loss, nn.Module) else [])]
+
+    def _key(self, arguments: Arguments) -> Key:
         """What a program depends on, but for the batch size."""
         n = arguments.batch_size
 
@@ -367,13 +380,13 @@ class Compiled:
             shape = tuple(("n", s // n) if d == batch_dim else s for d, s in enumerate(t.shape))
             return shape, t.dtype, t.device
 
-        leaves = [describe(t, d) for t, d in zip(arguments.inputs, arguments.batch_dims, strict=True)]
-        leaves += [describe(t, d) for t, d in zip(arguments.targets, arguments.target_dims(), strict=True)]
-        modules = [self.model, *([self.loss] if isinstance(self.loss, nn.Module) else [])]
+        inputs = tuple(describe(t, d) for t, d in zip(arguments.inputs, arguments.batch_dims, strict=True))
+        targets = tuple(describe(t, d) for t, d in zip(arguments.targets, arguments.target_dims(), strict=True))
+        modules = self._modules()
         flags = tuple((type(m), m.training) for module in modules for m in module.modules())
         tensors = [pair for module in modules for pair in _tensors(module)]
         state = tuple((name, t.requires_grad, t.dtype, t.device, t.shape) for name, t in tensors)
-        return tuple(leaves), arguments.structure, flags, state, n == 1
+        return Key(inputs, targets, arguments.structure, flags, state, n == 1)
 
     def _lower(self, arguments: Arguments, mode: Autocast, create_graph: bool) -> Program:
         single = arguments.batch_size == 1

@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.fx.proxy import TracerBase
 from torch.utils import _pytree as pytree
 
@@ -264,6 +264,7 @@ class _Record:
 
     template: Any = None
     leaves: int = 0
+    fixed_by: Any = None
 
 
 class _Captured(nn.Module):
@@ -380,9 +381,10 @@ def capture(model: nn.Module, loss: Callable | None, arguments: Arguments, split
     wrapped = _Captured(model, loss, arguments, split)
     with _quiet():
         try:
-            exported = _export(wrapped, arguments)
-            _detach_no_grad_regions(exported)
-            exported = exported.run_decompositions({})
+            with _fixed_sizes(wrapped):
+                exported = _export(wrapped, arguments)
+                _detach_no_grad_regions(exported)
+                exported = exported.run_decompositions({})
         except FxcurvError:
             raise
         except Exception as error:
@@ -452,6 +454,29 @@ def _user_frames():
         return traceback.StackSummary.from_list([f for f in frames[start + 1 :] if is_user_file(f.filename)])
 
     with mock.patch.object(TracerBase, "_filter_traceback_frames", keep):
+        yield
+
+
+@contextlib.contextmanager
+def _fixed_sizes(wrapped: _Captured):
+    """Note the op, module and line that first make a number of the batch size, the only symbolic size."""
+    original = ShapeEnv._set_replacement
+    names = {id(m): name for name, m in wrapped.model.named_modules()}
+
+    def replaced(env, symbol, target, *args):
+        if target.is_number and wrapped.record.fixed_by is None:
+            frames = [frame for frame, _ in traceback.walk_stack(None)]  # the innermost first
+            ops = [f.f_locals.get("func") for f in frames]
+            modules = [names[id(m)] for f in frames if id(m := f.f_locals.get("self")) in names]
+            lines = [f for f in frames if is_user_file(f.f_code.co_filename)]
+            wrapped.record.fixed_by = {
+                "op": str(next((op for op in ops if isinstance(op, torch._ops.OpOverload)), "")),
+                "module": modules[0] if modules else "",
+                "stack_trace": "".join(traceback.format_stack(lines[0], 1)) if lines else "",
+            }
+        return original(env, symbol, target, *args)
+
+    with mock.patch.object(ShapeEnv, "_set_replacement", replaced):
         yield
 
 
@@ -574,6 +599,8 @@ def _program(model: nn.Module, wrapped: _Captured, exported: ExportedProgram, ar
     program.state["fake_mode"] = next(
         n.meta["val"].fake_mode for n in placeholders if isinstance(n.meta.get("val"), Tensor)
     )
+    if program.fixed and wrapped.record.fixed_by is not None:
+        program.state["fixed_by"] = wrapped.record.fixed_by
     program.refresh_output()
     return program
 

@@ -12,6 +12,7 @@ from torch import SymInt, Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 
+from fxcurv.errors import source_line
 from fxcurv.placement import REPLICATE, Placement, Shard
 
 # Stands for the batch size wherever placements are computed: no size of a model has it as a factor by accident.
@@ -242,6 +243,20 @@ class Program:
             return True
         replaced = self.fake_mode.shape_env.replacements
         return any(s in replaced and not replaced[s].free_symbols for s in self.batch.symbols)
+
+    @property
+    def batch_note(self) -> str:
+        """Whether the batch size is symbolic, or what fixed it: op, module path and the user's line."""
+        if not self.fixed:
+            return f"symbolic (captured at {self.batch.size})"
+        if self.batch.size == 1:
+            return "fixed at 1: one sample runs as a program of its own"
+        if self.batch.whole:
+            return f"fixed at {self.batch.size}: samples interact, so all of it is one sample"
+        origin = self.state.get("fixed_by", {})
+        where = f" in module '{origin['module']}'" if origin.get("module") else ""
+        line = source_line(origin.get("stack_trace") or "")
+        return f"fixed at {self.batch.size} by {origin.get('op') or 'the model'}{where}" + (f", {line}" if line else "")
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let `new` stand for `old` everywhere, in the graph and in this program's own fields."""

@@ -101,7 +101,7 @@ class Report:
         self.columns = _columns(program)
         self.sweeps = program.state["sweeps"]
         self.fallbacks = _fallbacks(program)
-        self.batch = _batch(program)
+        self.batch = program.batch_note
         self.timings = dict(program.timings)
 
     def __rich__(self) -> Group:
@@ -248,24 +248,6 @@ def _fallbacks(program: Program) -> tuple[str, ...]:
         if rule_of(node.target, program.rules) is FALLBACK:
             found[str(node.target)] = None
     return tuple(found)
-
-
-def _batch(program: Program) -> str:
-    batch = program.batch
-    if not batch.symbols:
-        alone = batch.size == 1
-        if batch.whole:
-            return f"fixed at {batch.size}: samples interact, so all of it is one sample"
-        reason = "one sample runs as a program of its own" if alone else "torch.export fixed it in the model"
-        return f"fixed at {batch.size}: {reason}"
-    env = program.fake_mode.shape_env
-    for symbol in batch.symbols:
-        value = env.replacements.get(symbol)
-        if value is not None and not value.free_symbols:
-            origin = program.state.get("fixed_by", {})
-            where = f" by {origin['op']} in '{origin.get('module', '')}'" if origin.get("op") else ""
-            return f"fixed at {value} while an op was traced{where}"
-    return f"symbolic (captured at {batch.size})"
 
 
 # what it costs --------------------------------------------------------------------------------------------

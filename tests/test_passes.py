@@ -346,9 +346,10 @@ def test_verify_finds_a_broken_program():
 
 ROOT = Path(fxcurv.__file__).parent
 ORDER = [
-    "errors", "progress", "selection", "placement", "program", "emit", "cost", "noise", "kernels", "factors", "candidates",
-    "rules", "averages", "quantity", "uses", "kronecker", "layers", "extensions", "capture", "passes", "linearize", "positive",
-    "partition", "product", "cut", "report", "draw", "api", "backpack", "__init__",
+    "errors", "progress", "selection", "placement", "program", "emit", "cost", "noise", "kernels", "precision", "factors",
+    "candidates", "rules", "averages", "quantity", "uses", "kronecker", "layers", "extensions", "capture", "passes",
+    "linearize", "positive", "partition", "product", "cut", "probe", "report", "draw", "recompiles", "api", "backpack",
+    "__init__",
 ]  # fmt: skip
 
 

@@ -111,7 +111,7 @@ def test_batch_size_that_was_fixed():
     for symbol in program.batch.symbols:
         program.fake_mode.shape_env.replacements[symbol] = sympy.Integer(N)
     program.state["fixed_by"] = {"op": "aten.some_op.default", "module": "body"}
-    assert Report(program).batch == f"fixed at {N} while an op was traced by aten.some_op.default in 'body'"
+    assert Report(program).batch == f"fixed at {N} by aten.some_op.default in module 'body'"
 
 
 def test_without_a_loss():

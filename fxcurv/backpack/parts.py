@@ -20,6 +20,7 @@ from fxcurv.errors import LossError
 from fxcurv.extensions import Extension
 from fxcurv.program import Input, Program
 from fxcurv.quantity import Gradient, Identity
+from fxcurv.recompiles import Key
 
 
 @dataclass
@@ -185,8 +186,9 @@ class LossParts(_Parts):
             self._verified.add(case)
         return _run(backward, values, given, create_graph), not backward.regularised
 
-    def _key(self, arguments: Arguments) -> Any:
-        return id(self._found.template), super()._key(arguments)
+    def _key(self, arguments: Arguments) -> Key:
+        key = super()._key(arguments)
+        return key._replace(structure=(id(self._found.template), key.structure))
 
     def _lower(self, arguments: Arguments, mode: Autocast, create_graph: bool) -> Program:
         program = self._analysed(arguments, mode)
