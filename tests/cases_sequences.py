@@ -182,6 +182,98 @@ def lstm_sequence_first() -> Parts:
     return model, nn.CrossEntropyLoss(), torch.randn(3, 3, 2), labels(3)
 
 
+# ---- the batch anywhere ------------------------------
+
+
+@case(kind="ce", batch_dim=1, class_dim=-1, out_dim=1, tags="ambiguous_columns")
+def lstm_sequence_first_labels() -> Parts:
+    """Samples second in inputs, outputs and targets: a label per step."""
+    model = Net(lambda m, x: m.head(m.cell(x)[0]), cell=nn.LSTM(2, 2), head=nn.Linear(2, 3))
+    return model, flat_cross_entropy, torch.randn(3, 2, 2), labels(3, 2)
+
+
+@case(kind="mse", batch_dim=(1, 1, 1, 0), out_dim=1, tags="hessian_slow")
+def transformer_sequence_first() -> Parts:
+    """Source and target sequences with samples second, padding masks with samples first; nothing pooled."""
+    inner = nn.Transformer(4, 2, 1, 1, 2, dropout=0.0)
+    causal = nn.Transformer.generate_square_subsequent_mask(2, dtype=torch.float64)
+
+    def run(m: Any, source: Tensor, target: Tensor, shift: Tensor, padding: Tensor) -> Tensor:
+        masks = {"tgt_mask": m.causal, "tgt_is_causal": True, "src_key_padding_mask": padding}
+        return m.inner(source + shift, target, **masks)
+
+    padding = torch.tensor([[False, False, True], [False, True, False], [False, False, False]])
+    model = Net(run, inner=inner, causal=causal).eval()
+    inputs = (torch.randn(3, 3, 4), torch.randn(2, 3, 4), torch.randn(1, 3, 4), padding)
+    return model, nn.MSELoss(), inputs, torch.randn(2, 3, 4)
+
+
+@case(kind="mse", batch_dim=1, out_dim=1)
+def multihead_attention_sequence_first() -> Parts:
+    """Joint projections of [T, N, D], which attention merges to [T, N H, D / H]."""
+    model = Net(lambda m, x: m.attention(x, x, x, need_weights=False)[0], attention=nn.MultiheadAttention(4, 2)).eval()
+    return model, nn.MSELoss(), torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+
+
+@case(kind="mse", batch_dim={"nodes": 0, "adjacency": None, "where": None})
+def graph_network() -> Parts:
+    """An adjacency matrix and positions that all samples share: inputs without samples."""
+
+    def run(m: Any, nodes: Tensor, adjacency: Tensor, where: Tensor) -> Tensor:
+        h = torch.tanh(m.first(adjacency @ (nodes + m.table(where))))
+        return m.second(adjacency @ h)
+
+    model = Net(run, first=nn.Linear(2, 3), second=nn.Linear(3, 2), table=nn.Embedding(5, 2))
+    inputs = {"nodes": torch.randn(2, 4, 2), "adjacency": torch.rand(4, 4).softmax(1), "where": torch.tensor([0, 3, 1, 0])}
+    return model, nn.MSELoss(), inputs, torch.randn(2, 4, 2)
+
+
+def _merged(sequence_first: bool) -> Callable[[], Parts]:
+    def make() -> Parts:
+        def run(m: Any, x: Tensor) -> Tensor:
+            steps, n, d = x.shape
+            h = torch.tanh(m.lin(x.reshape(steps * n, d)))
+            mixed = torch.cumsum(h.view(steps, n, -1), 0 if sequence_first else 1)
+            return m.head(mixed.reshape(steps * n, -1))
+
+        model = Net(run, lin=nn.Linear(2, 3), head=nn.Linear(3, 3))
+        return model, nn.CrossEntropyLoss(), torch.randn(3, 2, 2), labels(6)
+
+    return make
+
+
+def _unmerged(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).view(3, 2, 3)
+
+
+def _merge(f: Tensor) -> Tensor:
+    return f.flatten(0, 1)
+
+
+# the model's own output, and its targets, are [T N, C] or [N T, C]
+add(
+    "merged_sequence_first", _merged(True), "ambiguous_columns", batch_dim=1, kind="ce", class_dim=-1, out_dim=1,
+    logits=_unmerged, head=_merge,
+)  # fmt: skip
+add("merged_batch_first", _merged(False), "ambiguous_columns", kind="ce", class_dim=-1, logits=_unmerged, head=_merge)
+
+
+@case(kind="ce", batch_dim=(1, 0), class_dim=-1, out_dim=1, tags="ambiguous_columns")
+def ragged_sequence_first() -> Parts:
+    """Sequences of different lengths: a padding mask in the attention, labels that the mean ignores; one has none left."""
+
+    def run(m: Any, tokens: Tensor, padding: Tensor) -> Tensor:
+        x = m.emb(tokens)
+        x = x + m.attention(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+        return m.head(x)
+
+    padding = torch.tensor([[False, False, False], [False, False, True], [False, True, True]])
+    y = labels(3, 3).masked_fill(padding.t(), -100)
+    y[0, 2] = -100
+    model = Net(run, emb=nn.Embedding(4, 2), attention=nn.MultiheadAttention(2, 1), head=nn.Linear(2, 3)).eval()
+    return model, flat_cross_entropy, (labels(3, 3, classes=4), padding), y
+
+
 @case(kind="mse")
 def gru_cell_loop() -> Parts:
     def run(m: Any, x: Tensor) -> Tensor:
