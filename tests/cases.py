@@ -3,6 +3,7 @@
 import cases_images  # noqa: F401
 import cases_losses  # noqa: F401
 import cases_models  # noqa: F401
+import cases_modules  # noqa: F401
 import cases_sequences  # noqa: F401
 from case_tools import CASES, Case
 

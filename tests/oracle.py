@@ -160,13 +160,13 @@ class Oracle:
 
     @cached_property
     def f(self) -> Tensor:
-        """[N, C], with its graph."""
-        return torch.cat([leaf.reshape(len(leaf), -1) for leaf in self.leaves], 1)
+        """[N, C], with its graph; in float64 also where the model returns less, as some do on purpose."""
+        return torch.cat([leaf.reshape(len(leaf), -1) for leaf in self.leaves], 1).double()
 
     def loss_of_flat(self, flat: Tensor) -> Tensor:
         """L as a function of f [N, C] alone."""
         parts = flat.split([leaf[0].numel() for leaf in self.leaves], 1)
-        shaped = [part.reshape(leaf.shape) for part, leaf in zip(parts, self.leaves, strict=True)]
+        shaped = [part.reshape(leaf.shape).to(leaf.dtype) for part, leaf in zip(parts, self.leaves, strict=True)]
         every = [leaf.detach() for leaf in tensors(self.end)]
         for i, part in zip(self.read, shaped, strict=True):
             every[i] = part.movedim(0, self.out_dim)

@@ -19,9 +19,19 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 LAYERS = (nn.Linear, nn.Embedding, *CONVOLUTIONS)
 
 
+def input_first(layer: nn.Module) -> bool:
+    """Whether the weight is [in, out]: an embedding's, and that of the linear layer of transformers' GPT-2."""
+    return isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D"
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether factors of its weight are defined here."""
+    return isinstance(module, LAYERS) or input_first(module)
+
+
 def matrix(layer: nn.Module, weight: Tensor) -> Tensor:
     """A weight [*lead, *P] as [*lead, out, in]."""
-    if isinstance(layer, nn.Embedding):
+    if input_first(layer):
         return weight.mT
     if isinstance(layer, TRANSPOSED):
         inputs, outputs, *kernel = layer.weight.shape
@@ -69,7 +79,7 @@ class KroneckerOracle(Oracle):
         found: dict[str, list[tuple[Tensor, Tensor]]] = {}
         handles = []
         for path, layer in self.model.named_modules():
-            if isinstance(layer, LAYERS):
+            if is_layer(layer):
                 handles.append(layer.register_forward_hook(functools.partial(note, found.setdefault(path, []))))
         self.__dict__.pop("end", None)
         with plain_mathematics(), torch.enable_grad():

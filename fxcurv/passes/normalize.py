@@ -1,7 +1,8 @@
 """normalize: one spelling per op.
 
-Canonical positional arguments, composite ops said in ops that have rules, markers and asserts removed, and f moved to
-the logits where a log-softmax or a sigmoid stands in front of the loss.
+Canonical positional arguments, composite ops said in ops that have rules, markers and asserts removed, f moved to
+the logits where a log-softmax or a sigmoid stands in front of the loss, and a lookup at [arange(N), i] said as what it
+is, a lookup in every sample's own slice.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def normalize(program: Program) -> Program:
     """See the module."""
     _drop_markers(program)
     _logits(program)
+    _own_slices(program)
     for _ in range(10):  # a rewrite may give ops that have a rewrite themselves
         if not _rewrite_once(program):
             break
@@ -146,6 +148,49 @@ def _one_op(program: Program, node: fx.Node, op, args) -> fx.Node:
         new = program.graph.call_function(op, args)
     new.meta = {**node.meta, "origin": origin_of(node, "forward")}
     return new
+
+
+def _own_slices(program: Program) -> None:
+    """x[arange(N), i]: as a lookup anywhere, whether it stays with its own sample would be a matter of values."""
+    for node in list(program.graph.nodes):
+        if node.target is aten.index.Tensor and len(node.args[1]) > 1 and _counts_samples(program, *node.args):
+            new = emit(program, _in_own_slice, *node.args, origin=origin_of(node, "forward"), before=node)
+            _substitute(program, node, new)
+
+
+# they leave the order of elements as it is
+_IN_ORDER = {
+    aten._to_copy.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.clone.default, aten.view.default,
+    aten.reshape.default, aten.unsqueeze.default,
+}  # fmt: skip
+
+
+def _counts_samples(program: Program, x: fx.Node, indices: list[fx.Node | None]) -> bool:
+    """Whether all indices are numbers, and the first is arange(len(x)) along the first axis of their common shape."""
+    vals = [i.meta["val"] for i in indices if i is not None]
+    if len(vals) < len(indices) or any(v.dtype in (torch.bool, torch.uint8) for v in vals):
+        return False
+    size, shape = program.batch.shape(x.meta["val"])[0], program.batch.shape(vals[0])
+    if not shape or shape != (size, *[1] * (len(shape) - 1)) or any(v.ndim > len(shape) for v in vals):
+        return False
+    source: Any = indices[0]
+    while source.target in _IN_ORDER:
+        source = source.args[0]
+    if source.target is aten.arange.start_step:
+        return source.args[0] == 0 and source.args[2:] in ((), (1,))
+    return source.target is aten.arange.default or (source.target is aten.arange.start and source.args[0] == 0)
+
+
+def _in_own_slice(x: Tensor, indices: list[Tensor]) -> Tensor:
+    """y[n, *k, ...] = x[n, i[n, *k], j[n, *k], ...] for x [N, I, J, ...]."""
+    first, *others = torch.broadcast_tensors(*indices)
+    place = torch.zeros_like(first)
+    for size, index in zip(x.shape[1:], others, strict=False):
+        place = place * size + torch.where(index < 0, index + size, index)
+    rest = x.shape[len(indices) :]
+    place = place.long().reshape(x.shape[0], -1, *[1] * len(rest))
+    slices = x.reshape(x.shape[0], -1, *rest)
+    return slices.gather(1, place.expand(-1, -1, *rest)).reshape(*first.shape, *rest)
 
 
 def _select_heads(program: Program) -> None:
