@@ -147,12 +147,6 @@ class Patches(nn.Module):
 
 
 @case(kind="ce")
-def spectral_norm_attribute() -> Parts:
-    """As a hook sets it: the older form of `torch.nn.utils`."""
-    return classify(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.utils.spectral_norm(nn.Linear(3, 3))).eval(), 4)
-
-
-@case(kind="ce")
 def orthogonal_weight() -> Parts:
     return classify(nn.Sequential(orthogonal(nn.Linear(3, 3)), nn.Tanh(), nn.Linear(3, 3)), 3)
 

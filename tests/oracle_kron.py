@@ -17,6 +17,7 @@ from torch import Tensor, nn
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 LAYERS = (nn.Linear, nn.Embedding, *CONVOLUTIONS)
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
 def input_first(layer: nn.Module) -> bool:
@@ -51,7 +52,9 @@ def in_parameter_order(layer: nn.Module, block: Tensor) -> Tensor:
 
 def channels_last(layer: nn.Module, y: Tensor) -> Tensor:
     """The output of one sample with features last, [S, O]."""
-    y = y.movedim(0, -1) if isinstance(layer, CONVOLUTIONS) else y
+    images = (*CONVOLUTIONS, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+    first = isinstance(layer, images) or getattr(layer, "data_format", "") == "channels_first"
+    y = y.movedim(0, -1) if first else y
     return y.reshape(-1, y.shape[-1])
 
 
@@ -71,7 +74,7 @@ def inputs_of(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class KroneckerOracle(Oracle):
-    """An oracle that also knows what entered and left every layer."""
+    """An oracle that also knows what entered and left every layer and norm."""
 
     @functools.cached_property
     def calls(self) -> dict[str, list[tuple[Tensor, Tensor]]]:
@@ -79,7 +82,7 @@ class KroneckerOracle(Oracle):
         found: dict[str, list[tuple[Tensor, Tensor]]] = {}
         handles = []
         for path, layer in self.model.named_modules():
-            if is_layer(layer):
+            if is_layer(layer) or isinstance(layer, NORMS):
                 handles.append(layer.register_forward_hook(functools.partial(note, found.setdefault(path, []))))
         self.__dict__.pop("end", None)
         with plain_mathematics(), torch.enable_grad():

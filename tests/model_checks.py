@@ -1,0 +1,213 @@
+"""Every quantity of one model against the oracle, in float32 or float64, eval or training mode.
+
+The oracle always computes in float64, on the weights that the model has. In training mode it draws the same dropout:
+the generator is seeded before each of its forward passes and before the call.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from case_tools import Case
+from oracle import Named
+from oracle_kron import NORMS, KroneckerOracle, is_layer, matrix, outer
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+import fxcurv
+from fxcurv.extensions import (
+    EKFAC,
+    GGNMP,
+    HMP,
+    KFAC,
+    KFLR,
+    BatchDiagGGNExact,
+    BatchDiagGGNMC,
+    BatchDiagHessian,
+    BatchGrad,
+    BatchL2Grad,
+    ClippedGrad,
+    DiagGGNExact,
+    DiagGGNMC,
+    DiagHessian,
+    Jacobian,
+    SqrtGGNExact,
+    SqrtGGNMC,
+    SumGradSquared,
+    Variance,
+)
+
+SAMPLES, MAX_NORM, SEED = 2, 0.1, 1
+
+GROUPS: dict[str, list[Any]] = {
+    "gradient": [],
+    "first order": [BatchGrad(), BatchL2Grad(), SumGradSquared(), Variance(), ClippedGrad(MAX_NORM)],
+    "Gauss-Newton": [DiagGGNExact(), BatchDiagGGNExact(), SqrtGGNExact()],
+    "sampled": [DiagGGNMC(mc_samples=SAMPLES), BatchDiagGGNMC(mc_samples=SAMPLES), SqrtGGNMC(mc_samples=SAMPLES)],
+    "Jacobian": [Jacobian()],
+    "Kronecker": [
+        KFAC(mc_samples=SAMPLES, blocks="exact"), KFLR(blocks="exact"), EKFAC(mc_samples=SAMPLES, blocks="exact"),
+    ],
+    "Hessian": [DiagHessian(), BatchDiagHessian()],
+    "products": [GGNMP(), HMP()],
+}  # fmt: skip
+# what a group's check reads besides
+ALSO = {"Kronecker": [*GROUPS["sampled"]]}
+PLAIN = {
+    "gradient": ("grad",),
+    "first order": ("grad_batch", "batch_l2", "sum_grad_squared", "variance"),
+    "Gauss-Newton": ("diag_ggn_exact", "diag_ggn_exact_batch"),
+    "Jacobian": ("jacobian",),
+    "Hessian": ("diag_h", "diag_h_batch"),
+}
+
+
+class Checked:
+    """A compiled call and the oracle of the same model, inputs and dropout."""
+
+    def __init__(self, case: Case, groups: Sequence[str], dtype: torch.dtype, training: bool, **kwargs: Any) -> None:
+        model, loss, inputs, targets = case.build(dtype)
+        model.train(training)
+        exact = copy.deepcopy(model).double()
+        exact.register_forward_pre_hook(lambda *_: torch.manual_seed(SEED) and None)
+        inputs64, targets64 = (tree_map_only(Tensor, _widened, part) for part in (inputs, targets))
+        self.oracle = KroneckerOracle(exact, loss, inputs64, targets64, **case.oracle)
+        if "Kronecker" in groups:
+            self.oracle.calls  # noqa: B018 - noted on the forward pass that everything else then uses
+        found: list[Any] = []
+        for group in groups:
+            found += [e for e in [*GROUPS[group], *ALSO.get(group, [])] if e not in found]
+        self.ambiguous = bool({"tokens", "ambiguous_columns"} & case.tags)
+        # relative to a quantity's largest entry: what the dtype, or a norm in float32, leaves
+        self.tolerance = 1e-3 if dtype is torch.float32 else 1e-4 if "float32_inside" in case.tags else 1e-8
+        with torch.random.fork_rng():
+            torch.manual_seed(SEED)
+            self.result = fxcurv.compile(model, loss, found, batch_dim=case.batch_dim, **kwargs)(inputs, targets, seed=7)
+
+    def check(self, group: str) -> list[str]:
+        """Raise where a number of the group is wrong; returns the parameters that had nothing to compare with."""
+        with torch.random.fork_rng():
+            for field in PLAIN.get(group, ()):
+                self.same(getattr(self.result, field), getattr(self.oracle, field)(), field)
+            return CHECKS[group](self) if group in CHECKS else []
+
+    def same(self, actual: dict[str, Any], expected: Named, what: str) -> None:
+        assert set(actual) == set(expected), what
+        scale = max(v.abs().max().item() for v in expected.values())
+        for name, value in expected.items():
+            self.close(actual[name], value, f"{what} of {name}", scale)
+
+    def close(self, actual: Tensor, expected: Tensor, what: str, scale: float | None = None) -> None:
+        scale = expected.abs().max().item() if scale is None else scale
+        torch.testing.assert_close(
+            actual.double(), expected, rtol=self.tolerance, atol=self.tolerance * scale + 1e-30,
+            msg=lambda m: f"{what}: {m}",
+        )  # fmt: skip
+
+
+def _widened(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
+
+
+def first_order(c: Checked) -> list[str]:
+    c.same(c.result.grad_clipped, c.oracle.grad_clipped(MAX_NORM), "grad_clipped")
+    return []
+
+
+def gram(columns: Named) -> Named:
+    """sum_v P P^T per sample of [V, N, *P]."""
+    flat = {k: v.double().flatten(2) for k, v in columns.items()}
+    return {k: torch.einsum("vnp,vnq->npq", v, v) for k, v in flat.items()}
+
+
+def gauss_newton(c: Checked) -> list[str]:
+    actual, expected = c.result.sqrt_ggn_exact, c.oracle.sqrt_ggn_exact()
+    if c.ambiguous:
+        c.same(gram(actual), gram(expected), "sqrt_ggn_exact, squared,")
+    else:
+        c.same(actual, expected, "sqrt_ggn_exact")
+    return []
+
+
+def sampled(c: Checked) -> list[str]:
+    """The roots are J^T of some columns, those columns are draws as defined, the diagonals are the roots' squares."""
+    roots = {k: v.double() for k, v in c.result.sqrt_ggn_mc.items()}
+    found = c.oracle.recover(roots)
+    assert found.residual < 10 * c.tolerance, f"sqrt_ggn_mc is off by {found.residual:.2g}"
+    if found.unique and c.oracle.kind in ("ce", "bce") and c.tolerance < 1e-6:
+        c.oracle.draws(found.columns)
+    c.same(c.result.diag_ggn_mc_batch, {k: v.square().sum(0) for k, v in roots.items()}, "diag_ggn_mc_batch")
+    c.same(c.result.diag_ggn_mc, {k: v.square().sum((0, 1)) for k, v in roots.items()}, "diag_ggn_mc")
+    return []
+
+
+def kronecker(c: Checked) -> list[str]:
+    """Factors by the definition: those of layers, of biases, exact blocks; returns weights that are no layer's."""
+    roots = {"kflr": c.oracle.sqrt_ggn_exact(), "kfac": {k: v.double() for k, v in c.result.sqrt_ggn_mc.items()}}
+    columns = {"kflr": c.oracle.columns, "kfac": c.oracle.recover(roots["kfac"]).columns}
+    left = []
+    for name in c.oracle.params:
+        for field, root in roots.items():
+            expected = factors(c, name, len(c.result.kflr[name]), columns[field], root[name])
+            if expected is None:
+                left.append(name)
+                break
+            for found, wanted in zip(getattr(c.result, field)[name], expected, strict=True):
+                c.close(found, wanted.diagonal() if found.ndim == 1 else wanted, f"{field} of {name}")
+        else:
+            eigenbasis(c, name, roots["kfac"][name])
+    return left
+
+
+def factors(c: Checked, name: str, count: int, columns: Tensor, root: Tensor) -> tuple[Tensor, ...] | None:
+    """The `count` factors of a parameter, from columns and the root that they give; None: no layer that has them."""
+    path, _, leaf = name.rpartition(".")
+    owner, weight = c.oracle.model.get_submodule(path), f"{path}.weight".lstrip(".")
+    calls = c.oracle.calls.get(path, [])
+    known = bool(calls) and all(len(y) == len(c.oracle.f) for _, y in calls)
+    if is_layer(owner) and known and leaf == "weight" and count == 2:
+        return c.oracle.factors(path, columns, "backpack")
+    if is_layer(owner) and known and leaf == "bias" and len(c.result.kflr[weight]) == 2:
+        return c.oracle.factors(path, columns, "backpack")[:1]
+    if isinstance(owner, NORMS) and known and leaf == "bias":
+        return (outer(torch.cat(c.oracle.columns_at(path, columns), 2)),)
+    return (outer(root.flatten(2)),) if count == 1 else None
+
+
+def eigenbasis(c: Checked, name: str, root: Tensor) -> None:
+    """Orthogonal, diagonalises KFAC's factors, and its moments are those of P in it."""
+    *bases, moments = (t.double() for t in c.result.ekfac[name])
+    for q, factor in zip(bases, c.result.kfac[name], strict=True):
+        if q.ndim == 1:  # an embedding's second side is diagonal already
+            continue
+        c.close(q.T @ q, torch.eye(len(q), dtype=q.dtype), f"basis of {name}")
+        inside = q.T @ factor.double() @ q
+        off = inside - torch.diag(inside.diagonal())
+        assert off.abs().max() <= c.tolerance * (inside.abs().max() + 1e-30), f"basis of {name}"
+    if len(bases) == 1:
+        p = root.flatten(2) @ bases[0]
+    else:
+        turn = bases[1] if bases[1].ndim == 2 else torch.eye(len(bases[1]), dtype=root.dtype)
+        p = bases[0].T @ matrix(c.oracle.model.get_submodule(name.rpartition(".")[0]), root) @ turn
+    c.close(moments.flatten(), p.square().sum((0, 1)).flatten(), f"ekfac of {name}")
+
+
+def products(c: Checked) -> list[str]:
+    for field, blocks in (("ggnmp", c.oracle.ggn()), ("hmp", c.oracle.hessian())):
+        dtype = c.result.loss.dtype
+        dtype = next(iter(c.result.grad.values())).dtype if dtype is not torch.float64 else dtype
+        found = {}
+        for name, p in c.oracle.params.items():
+            eye = torch.eye(p.numel(), dtype=dtype).reshape(p.numel(), *p.shape)
+            found[name] = getattr(c.result, field)[name](eye).reshape(p.numel(), p.numel())
+        c.same(found, blocks, field)
+    return []
+
+
+CHECKS: dict[str, Callable[[Checked], list[str]]] = {
+    "first order": first_order, "Gauss-Newton": gauss_newton, "sampled": sampled, "Kronecker": kronecker,
+    "products": products,
+}  # fmt: skip
