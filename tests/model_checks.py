@@ -75,8 +75,6 @@ class Checked:
         exact.register_forward_pre_hook(lambda *_: torch.manual_seed(SEED) and None)
         inputs64, targets64 = (tree_map_only(Tensor, _widened, part) for part in (inputs, targets))
         self.oracle = KroneckerOracle(exact, loss, inputs64, targets64, **case.oracle)
-        if "Kronecker" in groups:
-            self.oracle.calls  # noqa: B018 - noted on the forward pass that everything else then uses
         found: list[Any] = []
         for group in groups:
             found += [e for e in [*GROUPS[group], *ALSO.get(group, [])] if e not in found]
@@ -90,6 +88,7 @@ class Checked:
     def check(self, group: str) -> list[str]:
         """Raise where a number of the group is wrong; returns the parameters that had nothing to compare with."""
         with torch.random.fork_rng():
+            self.oracle.calls  # noqa: B018 - noted on the forward pass that everything else then uses
             for field in PLAIN.get(group, ()):
                 self.same(getattr(self.result, field), getattr(self.oracle, field)(), field)
             return CHECKS[group](self) if group in CHECKS else []
@@ -133,21 +132,43 @@ def gauss_newton(c: Checked) -> list[str]:
 
 
 def sampled(c: Checked) -> list[str]:
-    """The roots are J^T of some columns, those columns are draws as defined, the diagonals are the roots' squares."""
+    """The roots are J^T of columns that are draws as defined, the diagonals are the roots' squares."""
     roots = {k: v.double() for k, v in c.result.sqrt_ggn_mc.items()}
-    found = c.oracle.recover(roots)
-    assert found.residual < 10 * c.tolerance, f"sqrt_ggn_mc is off by {found.residual:.2g}"
-    if found.unique and c.oracle.kind in ("ce", "bce") and c.tolerance < 1e-6:
-        c.oracle.draws(found.columns)
+    drawn_columns(c, roots)
     c.same(c.result.diag_ggn_mc_batch, {k: v.square().sum(0) for k, v in roots.items()}, "diag_ggn_mc_batch")
     c.same(c.result.diag_ggn_mc, {k: v.square().sum((0, 1)) for k, v in roots.items()}, "diag_ggn_mc")
     return []
 
 
+def drawn_columns(c: Checked, roots: Named) -> Tensor:
+    """The columns [M, N, C] behind a `sqrt_ggn_mc`; for cross-entropy those of labels, whatever noise their inverse has."""
+    columns = c.oracle.recover(roots).columns
+    if c.oracle.kind == "ce":
+        p, scale, index = c.oracle.ce_scale
+        weight = (scale / len(columns)).clamp(min=0).sqrt()
+        shaped = columns[:, :, index].reshape(-1, *p.shape)
+        labels = (p - shaped / weight[..., None]).nan_to_num().argmax(-1)
+        j = torch.cat([v.flatten(2) for v in c.oracle.jac.values()], 2)[:, index].unflatten(1, p.shape[1:])
+        wanted = torch.cat([roots[k].flatten(2) for k in c.oracle.jac], 2)
+        for _ in range(5):
+            for s in range(p.shape[1]):  # the label that is best given those at the other positions
+                exact = weight[..., None] * (p - torch.nn.functional.one_hot(labels, p.shape[-1]))
+                rest = wanted - torch.einsum("nskp,vnsk->vnp", j, exact)
+                rest = rest + torch.einsum("nkp,vnk->vnp", j[:, s], exact[:, :, s])
+                every = weight[:, s, None, None] * (p[:, s, None] - torch.eye(p.shape[-1]).to(p))
+                options = torch.einsum("nkp,nlk->nlp", j[:, s], every)
+                labels[:, :, s] = (rest[:, :, None] - options).square().sum(-1).argmin(-1)
+        exact = weight[..., None] * (p - torch.nn.functional.one_hot(labels, p.shape[-1]))
+        columns = exact.flatten(2)[:, :, index.argsort()]
+    expected = {k: torch.einsum("nc...,vnc->vn...", v, columns) for k, v in c.oracle.jac.items()}
+    c.same(roots, expected, "sqrt_ggn_mc")
+    return columns
+
+
 def kronecker(c: Checked) -> list[str]:
     """Factors by the definition: those of layers, of biases, exact blocks; returns weights that are no layer's."""
     roots = {"kflr": c.oracle.sqrt_ggn_exact(), "kfac": {k: v.double() for k, v in c.result.sqrt_ggn_mc.items()}}
-    columns = {"kflr": c.oracle.columns, "kfac": c.oracle.recover(roots["kfac"]).columns}
+    columns = {"kflr": c.oracle.columns, "kfac": drawn_columns(c, roots["kfac"])}
     left = []
     for name in c.oracle.params:
         for field, root in roots.items():
@@ -164,17 +185,25 @@ def kronecker(c: Checked) -> list[str]:
 
 def factors(c: Checked, name: str, count: int, columns: Tensor, root: Tensor) -> tuple[Tensor, ...] | None:
     """The `count` factors of a parameter, from columns and the root that they give; None: no layer that has them."""
-    path, _, leaf = name.rpartition(".")
-    owner, weight = c.oracle.model.get_submodule(path), f"{path}.weight".lstrip(".")
+    path, leaf = held(c, name)
     calls = c.oracle.calls.get(path, [])
-    known = bool(calls) and all(len(y) == len(c.oracle.f) for _, y in calls)
-    if is_layer(owner) and known and leaf == "weight" and count == 2:
-        return c.oracle.factors(path, columns, "backpack")
-    if is_layer(owner) and known and leaf == "bias" and len(c.result.kflr[weight]) == 2:
-        return c.oracle.factors(path, columns, "backpack")[:1]
-    if isinstance(owner, NORMS) and known and leaf == "bias":
-        return (outer(torch.cat(c.oracle.columns_at(path, columns), 2)),)
+    if calls and all(len(y) == len(c.oracle.f) for _, y in calls):
+        if is_layer(c.oracle.model.get_submodule(path)) and (leaf == "bias" or count == 2):
+            return c.oracle.factors(path, columns, "backpack")[:count]
+        if leaf == "bias":  # of a norm
+            return (outer(torch.cat(c.oracle.columns_at(path, columns), 2)),)
     return (outer(root.flatten(2)),) if count == 1 else None
+
+
+def held(c: Checked, name: str) -> tuple[str, str]:
+    """The layer or norm that calls a parameter its weight or bias, which others may hold first."""
+    p = c.oracle.params[name]
+    for path, module in c.oracle.model.named_modules():
+        if is_layer(module) or isinstance(module, NORMS):
+            for leaf in ("weight", "bias"):
+                if getattr(module, leaf, None) is p:
+                    return path, leaf
+    return "", ""
 
 
 def eigenbasis(c: Checked, name: str, root: Tensor) -> None:
@@ -190,8 +219,9 @@ def eigenbasis(c: Checked, name: str, root: Tensor) -> None:
     if len(bases) == 1:
         p = root.flatten(2) @ bases[0]
     else:
+        layer = c.oracle.model.get_submodule(held(c, name)[0])
         turn = bases[1] if bases[1].ndim == 2 else torch.eye(len(bases[1]), dtype=root.dtype)
-        p = bases[0].T @ matrix(c.oracle.model.get_submodule(name.rpartition(".")[0]), root) @ turn
+        p = bases[0].T @ matrix(layer, root) @ turn
     c.close(moments.flatten(), p.square().sum((0, 1)).flatten(), f"ekfac of {name}")
 
 
