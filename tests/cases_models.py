@@ -407,6 +407,20 @@ def standardised_inputs() -> Parts:
     return regress(Net(lambda m, x: m.layer((x - x.mean(0)) / x.std(0)), layer=mlp(out=2)), 4, n=4)
 
 
+@case(kind="ce")
+def own_slices() -> Parts:
+    """Lookups at [arange(N), i]: the last position that counts, from behind, and several positions and features."""
+
+    def run(m: Any, x: Tensor, last: Tensor) -> Tensor:
+        rows = torch.arange(len(x))
+        h = torch.tanh(m.first(x))
+        pair = h[rows[:, None], torch.stack([last, last - 1], 1), torch.tensor([0, -1])]
+        return m.head(torch.cat([h[rows, last], h[rows, -1], pair], 1))
+
+    model = Net(run, first=nn.Linear(2, 3), head=nn.Linear(8, 3))
+    return model, nn.CrossEntropyLoss(), (torch.randn(3, 4, 2), torch.tensor([3, 1, 2])), labels(3)
+
+
 # ---- several inputs, other batch dimensions ------------------------------
 
 

@@ -153,7 +153,7 @@ def _one_op(program: Program, node: fx.Node, op, args) -> fx.Node:
 def _own_slices(program: Program) -> None:
     """x[arange(N), i]: as a lookup anywhere, whether it stays with its own sample would be a matter of values."""
     for node in list(program.graph.nodes):
-        if node.target is aten.index.Tensor and len(node.args[1]) > 1 and _counts_samples(program, *node.args):
+        if node.target is aten.index.Tensor and _counts_samples(program, *node.args):
             new = emit(program, _in_own_slice, *node.args, origin=origin_of(node, "forward"), before=node)
             _substitute(program, node, new)
 
@@ -184,6 +184,8 @@ def _counts_samples(program: Program, x: fx.Node, indices: list[fx.Node | None])
 def _in_own_slice(x: Tensor, indices: list[Tensor]) -> Tensor:
     """y[n, *k, ...] = x[n, i[n, *k], j[n, *k], ...] for x [N, I, J, ...]."""
     first, *others = torch.broadcast_tensors(*indices)
+    if not others:
+        return x.reshape(*first.shape, *x.shape[1:])
     place = torch.zeros_like(first)
     for size, index in zip(x.shape[1:], others, strict=False):
         place = place * size + torch.where(index < 0, index + size, index)
