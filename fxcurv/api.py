@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from fxcurv import passes
 from fxcurv.capture import Arguments, capture, described, filled, flatten_arguments
+from fxcurv.dynamo import Step, parted, step_for
 from fxcurv.errors import ArgumentError, ExtensionError, locate
 from fxcurv.extensions import Extension
 from fxcurv.passes.recycle import Pool
@@ -277,6 +279,7 @@ class Compiled:
         self.recompiles: list[str] = []
         self._programs: dict[tuple[Key, Autocast, bool], list[Program]] = {}
         self._checked: set[int] = set()
+        self._steps = SimpleNamespace()  # by name: Dynamo guards the length of a list or dict that it reads
         self._pool = Pool()
 
     def __call__(
@@ -300,6 +303,8 @@ class Compiled:
         Raises:
             FxcurvError: see `fxcurv.errors`; nothing on the model has changed then.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return self._traced(inputs, targets, seed, generator, create_graph)
         arguments = self._arguments(inputs, targets)
         # results are normal tensors also under inference_mode, so that `attach` and an optimizer can use them
         mode = self._autocast()
@@ -317,6 +322,45 @@ class Compiled:
                 raise _run_error(program, arguments, flat, error) from error
             with torch.set_grad_enabled(create_graph):
                 return self._result(program, flat, values)
+
+    def _traced(self, inputs, targets, seed, generator, create_graph) -> Result:
+        """A call inside `torch.compile`: Dynamo traces this."""
+        if generator is not None:
+            raise ArgumentError("generator= inside torch.compile: pass seed=, an int or a 0-dim integer tensor")
+        for module in self._modules():
+            for m in module.modules():
+                m.training  # noqa: B018  Dynamo guards what is read
+        mode = self._autocast()
+        skeleton, tensors = parted((inputs, targets))
+        step = getattr(self._steps, step_for(self, skeleton, create_graph, mode.device_type, mode.dtype, *tensors))
+        if not step.accepts(tensors):
+            raise ArgumentError("the program is for other sizes: call compiled.lower(inputs, targets) before the step")
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        named = {**dict(self.model.named_parameters()), **buffers}
+        if isinstance(self.loss, nn.Module):
+            named.update({f"loss.{name}": t for name, t in _tensors(self.loss)})
+        with torch.autocast(mode.device_type, enabled=False), torch.set_grad_enabled(create_graph):
+            drawn = _seed(seed, None, next(self.model.parameters()).device)
+            values = step(named, tensors, drawn)
+        if self._update_buffers:
+            with torch.no_grad():
+                for name, k in step.writes.items():
+                    buffers[name].copy_(values[k])
+            return Result(step.fields(values), self.extensions, self.model)
+        written = {name: values[k] for name, k in step.writes.items()}
+        return Result({**step.fields(values), "buffers": written}, self.extensions, self.model)
+
+    def _step(self, inputs, targets, create_graph: bool, device_type: str, dtype: torch.dtype | None) -> str:
+        """The name of the `Step` for a call inside `torch.compile`, its values checked; Dynamo does not trace this."""
+        arguments, mode = self._arguments(inputs, targets), Autocast(device_type, dtype)
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type, enabled=False):
+            program = self._program(arguments, mode, create_graph)
+            if self._debug or id(program) not in self._checked:
+                self._check(program, self._bind(program, arguments, 0, None))
+            name = f"step_{id(program)}"
+            if not hasattr(self._steps, name):
+                setattr(self._steps, name, Step(program, arguments))
+            return name
 
     def lower(self, inputs: Any, *targets: Any) -> Program:
         """The program for this kind of input."""

@@ -407,10 +407,10 @@ def _quiet():
 def _export(wrapped: _Captured, arguments: Arguments) -> ExportedProgram:
     dims = arguments.batch_dims, arguments.split_dims()
     shapes = tuple([{d: Dim.AUTO} if d is not None else None for d in part] for part in dims)
-    # autograd saves nothing of tensors made under inference_mode
-    # nor does it like to be asked for the gradient of what is no leaf
+    # autograd saves nothing of tensors made under inference_mode, nor does it like to be asked for the gradient of what is no
+    # leaf; export marks its inputs' dynamic dimensions, and unmarks those that the user marked
     inputs, targets = (
-        [t.clone() if t.is_inference() else t if t.is_leaf else t.detach() for t in tensors]
+        [t.clone() if t.is_inference() else t.detach().requires_grad_(t.requires_grad and t.is_leaf) for t in tensors]
         for tensors in (arguments.inputs, arguments.split_targets())
     )
     was_training = [(m, m.training) for m in wrapped.model.modules()]

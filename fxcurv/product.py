@@ -183,6 +183,12 @@ class Code:
         """What a block computes once from the saved values, (*saved) -> kept; None: kept is what is saved."""
         return None
 
+    def prepare(self) -> None:
+        """Emit every block now: inside `torch.compile` it would be too late."""
+        for name in self.shapes:
+            self.block(name)
+            self.prologue(name)
+
     def run(self, gm: fx.GraphModule, kept: list[Any], vectors: list[Tensor], batched: bool) -> tuple[Tensor, ...]:
         """Run a product program on vectors, each with one more leading axis if `batched`."""
         if torch.compiler.is_compiling():  # Dynamo knows no inference mode
@@ -279,12 +285,17 @@ class Lazy(Code):
         return first, split(program, kept, list(vectors.values()), results)
 
 
-class _Saved:
+class Saved:
     """Saved values and the code that reads them: a pytree whose leaves are the values."""
 
     def __init__(self, saved: Iterable[Any], code: Code):
         self._saved, self._code = list(saved), code
         self._note_versions()
+
+    @property
+    def code(self) -> Code:
+        """The programs that compute products from the values."""
+        return self._code
 
     @property
     def labels(self) -> list[str]:
@@ -331,7 +342,7 @@ def _version(value: Any) -> int | None:
     return value._version
 
 
-class Products(_Saved, Mapping):
+class Products(Saved, Mapping):
     """Parameter name -> its block's product; a pytree of the values kept from the forward pass."""
 
     def __getitem__(self, name: str) -> Block:
@@ -360,7 +371,7 @@ class Block:
         return self._products._code.block(self.name)
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        """The block times each vector. The first call of a block emits its program (so not inside `torch.compile`).
+        """The block times each vector. The first call of a block emits its program.
 
         Args:
             vectors: [V, *P] or [*P].
@@ -395,7 +406,7 @@ def _check_vectors(code: Code, name: str, vectors: Any) -> None:
         )
 
 
-class Operator(_Saved):
+class Operator(Saved):
     """A matrix over all parameters of a product, `op @ v`, in the order of the model's `named_parameters()`.
 
     Attributes:
@@ -474,7 +485,7 @@ class Operator(_Saved):
         return f"Operator({self.shape[0]} x {self.shape[1]})"
 
 
-def _flatten(kept: _Saved):
+def _flatten(kept: Saved):
     return kept._saved, kept._code
 
 

@@ -348,7 +348,7 @@ ROOT = Path(fxcurv.__file__).parent
 ORDER = [
     "errors", "progress", "selection", "placement", "program", "emit", "cost", "noise", "kernels", "precision", "factors",
     "candidates", "rules", "averages", "quantity", "uses", "kronecker", "layers", "extensions", "capture", "passes",
-    "linearize", "positive", "partition", "product", "cut", "probe", "report", "draw", "recompiles", "api", "backpack",
+    "linearize", "positive", "partition", "product", "cut", "probe", "report", "draw", "recompiles", "dynamo", "api", "backpack",
     "__init__",
 ]  # fmt: skip
 

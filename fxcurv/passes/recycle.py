@@ -48,6 +48,20 @@ def recycle(program: Program) -> Program:
     return program
 
 
+def functional(program: Program) -> fx.GraphModule:
+    """The graph as it was before this pass: all results in new memory."""
+    values: dict[fx.Node, fx.Node] = {}
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(program.graph, values))
+    plain = {out: op for op, out in OUT.items()}
+    for node in list(graph.nodes):
+        if isinstance(node.kwargs.get("out"), fx.Node):
+            node.target, node.kwargs = plain[node.target], {k: v for k, v in node.kwargs.items() if k != "out"}
+    for node in [n for n in graph.nodes if n.op == "placeholder" and n.meta.get("origin", {}).get("stage") == "recycle"]:
+        graph.erase_node(node)
+    return fx.GraphModule(program.gm, graph)
+
+
 def _maker(node: fx.Node) -> fx.Node:
     """The node that allocates what `node` is a view of."""
     while node.target in VIEWS:
