@@ -102,6 +102,17 @@ CHOICES: dict[str, tuple[Any, list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", CHOICES)
+def test_choices(kind: str) -> None:
+    """Of extensions, those of compile's."""
+    model, _, _ = build()
+    choice, names = CHOICES[kind]
+    e = BatchGrad(params=choice)
+    assert fxcurv.compile(model, CE, params=choice).covered() == (names, {})
+    assert fxcurv.compile(model, CE, [e]).covered() == ([name for name, _ in model.named_parameters()], {e: names})
+    assert hash(e) == hash(BatchGrad(params=choice))
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k == "list" else pytest.mark.slow) for k in CHOICES])
 def test_choices_of_compile(kind: str) -> None:
     """The gradient and all quantities are of these parameters."""
     model, x, y = build()
@@ -114,8 +125,8 @@ def test_choices_of_compile(kind: str) -> None:
 @pytest.mark.parametrize(
     ("where", "choice", "names"),
     [
-        ("compile", "body.0", LOWEST),
         ("extensions", "head", HEAD),
+        pytest.param("compile", "body.0", LOWEST, marks=pytest.mark.slow),
         pytest.param("compile", "head", HEAD, marks=pytest.mark.slow),
         pytest.param("extensions", "body.0", LOWEST, marks=pytest.mark.slow),
     ],
@@ -218,6 +229,7 @@ def test_columns_stop_where_no_one_needs_them() -> None:
     assert max(widths(fxcurv.compile(model, CE, both).lower(x, y), "body.1")) == 8
 
 
+@pytest.mark.slow
 def test_residuals_stop_where_no_one_needs_them() -> None:
     """The Hessian's columns of the ops before the head are none of the head's business."""
     model, x, y = build()
@@ -230,6 +242,7 @@ def test_residuals_stop_where_no_one_needs_them() -> None:
     assert count() == 8
 
 
+@pytest.mark.slow
 def test_a_body_that_the_quantity_could_not_pass() -> None:
     """What is refused for a layer is no obstacle for those after it."""
     torch.manual_seed(0)
@@ -246,6 +259,7 @@ def test_a_body_that_the_quantity_could_not_pass() -> None:
             torch.testing.assert_close(list(actual[f"1.{name}"]), list(expected[name]))
 
 
+@pytest.mark.slow
 def test_kfra_passes_only_the_branch_that_it_needs() -> None:
     model, x, y = build()
     with pytest.raises(errors.ExtensionError, match="joins two branches"):
@@ -277,11 +291,15 @@ def test_tied_parameters_have_all_their_names() -> None:
     x, y = torch.randn(N, 4, dtype=torch.float64), torch.tensor([0, 2, 1, 1])
     oracle = Oracle(model, CE, x, y)
     for choice in ("first.weight", "last.weight", lambda name, p: name == "last.weight"):
-        result = fxcurv.compile(model, CE, [DiagHessian(params=choice), BatchGrad(params="last")], debug=True)(x, y)
-        close(result.diag_h, oracle.diag_h(), ["first.weight"], "tied")
-        close(result.grad_batch, oracle.grad_batch(), ["first.weight", "last.bias"], "by prefix")
+        e = DiagHessian(params=choice)
+        assert fxcurv.compile(model, CE, [e]).covered()[1] == {e: ["first.weight"]}
+    asked = [DiagHessian(params="last.weight"), BatchGrad(params="last")]
+    result = fxcurv.compile(model, CE, asked, debug=True)(x, y)
+    close(result.diag_h, oracle.diag_h(), ["first.weight"], "tied")
+    close(result.grad_batch, oracle.grad_batch(), ["first.weight", "last.bias"], "by prefix")
 
 
+@pytest.mark.slow
 def test_differentiable() -> None:
     model, x, y = build()
     result = fxcurv.compile(model, CE, [DiagGGNExact(params="head")])(x, y, create_graph=True)
@@ -308,22 +326,29 @@ def test_attached_and_explained() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_the_drop_in() -> None:
+@pytest.mark.parametrize(
+    "asked",
+    [
+        [BatchGrad(params="head")],
+        pytest.param([BatchGrad(params="head"), DiagGGNExact(params="body.0")], marks=pytest.mark.slow),
+    ],
+    ids=["first order", "second order"],
+)
+def test_the_drop_in(asked: list[Extension]) -> None:
     model, x, y = build()
     oracle = Oracle(model, CE, x, y)
     expected = {"grad_batch": oracle.grad_batch(), "diag_ggn_exact": oracle.diag_ggn_exact(), "grad": oracle.grad()}
-    for asked in ([BatchGrad(params="head")], [BatchGrad(params="head"), DiagGGNExact(params="body.0")]):
-        copied, lossfunc = extend(build()[0]), extend(nn.CrossEntropyLoss())
-        loss = lossfunc(copied(x), y)
-        with backpack(*asked):
-            loss.backward()
-        found = dict(copied.named_parameters())
-        for name, p in found.items():
-            torch.testing.assert_close(p.grad, expected["grad"][name])
-        for e, names in zip(asked, (HEAD, LOWEST), strict=False):
-            assert [name for name, p in found.items() if hasattr(p, e.savefield)] == names
-            for name in names:
-                torch.testing.assert_close(getattr(found[name], e.savefield), expected[e.savefield][name])
+    copied, lossfunc = extend(build()[0]), extend(nn.CrossEntropyLoss())
+    loss = lossfunc(copied(x), y)
+    with backpack(*asked):
+        loss.backward()
+    found = dict(copied.named_parameters())
+    for name, p in found.items():
+        torch.testing.assert_close(p.grad, expected["grad"][name])
+    for e, names in zip(asked, (HEAD, LOWEST), strict=False):
+        assert [name for name, p in found.items() if hasattr(p, e.savefield)] == names
+        for name in names:
+            torch.testing.assert_close(getattr(found[name], e.savefield), expected[e.savefield][name])
 
 
 def test_frozen_parameters_are_never_among_them() -> None:

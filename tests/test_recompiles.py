@@ -36,6 +36,7 @@ def test_another_batch_size_is_no_reason(caplog: pytest.LogCaptureFixture) -> No
     assert record.getMessage() == "compiled; batch size: symbolic (captured at 6)"
 
 
+@pytest.mark.slow
 def test_every_reason(caplog: pytest.LogCaptureFixture) -> None:
     """The nearest program is the one that least is different from."""
     model = build()
@@ -81,6 +82,14 @@ def test_every_reason(caplog: pytest.LogCaptureFixture) -> None:
         "'2.weight' is float32[1, 4] instead of float32[2, 4]",
         x, y[..., :1],
     )  # fmt: skip
+
+
+def test_another_sequence_length_is() -> None:
+    compiled = fxcurv.compile(build(), flat_squares)
+    for length in (5, 7, 5):
+        compiled(*batch(4, length))
+    (reason,) = compiled.recompiles
+    assert reason.startswith("input 0 is float32[n, 7, 3] instead of float32[n, 5, 3]; target 0 is ")
 
 
 def test_other_values_are_a_reason() -> None:

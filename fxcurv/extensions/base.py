@@ -28,10 +28,10 @@ class Extension:
     Attributes:
         savefield: the field of the result; every instance may choose another.
         params: the parameters that the quantity is of, all if not given: a name, a prefix ("encoder.layer.1") or a
-            pattern ("head.*"), a list of these, or a predicate (name, parameter) -> bool, asked once per program. Frozen
-            parameters are never among them. Its columns go down to these parameters only; the gradient stays whole. Of
-            two extensions that set the same extra result (`sample_norms`, `ggn`, `hessian`) over different parameters,
-            the later one's is called `<name>_<savefield>`.
+            pattern ("head.*"), a list of these, or a predicate (name, parameter) -> bool, asked once per program (make it
+            once: another function is another extension). Frozen parameters are never among them. Its columns go down to
+            these parameters only; the gradient stays whole. Of two extensions that set the same extra result
+            (`sample_norms`, `ggn`, `hessian`) over different parameters, the later one's is `<name>_<savefield>`.
         requires: the columns it needs.
         per_sample: whether it needs samples that do not interact.
         whole_batch: whether it is defined where they do interact, of the batch as one sample.
