@@ -216,15 +216,20 @@ def widths(program: Any, module: str) -> set[int]:
 def test_columns_stop_where_no_one_needs_them() -> None:
     """The gradient goes on alone; without one nothing is below the head at all."""
     model, x, y = build()
-    wide = fxcurv.compile(model, CE, [DiagGGNExact(), SqrtGGNMC(mc_samples=7)]).lower(x, y)
-    assert max(widths(wide, "body.1")) > 7
     of_head = [DiagGGNExact(params="head.*"), SqrtGGNMC(mc_samples=7, params="head.*")]
     narrow = fxcurv.compile(model, CE, of_head).lower(x, y)
     assert widths(narrow, "body.1") == {1}
     alone = fxcurv.compile(model, CE, of_head, params="head.*").lower(x, y)
     assert not widths(alone, "body.1")
     assert not widths(alone, "body.0")
-    # groups stop separately: the sampled columns go further than the exact ones
+
+
+@pytest.mark.slow
+def test_groups_stop_separately() -> None:
+    """The sampled columns go further than the exact ones."""
+    model, x, y = build()
+    wide = fxcurv.compile(model, CE, [DiagGGNExact(), SqrtGGNMC(mc_samples=7)]).lower(x, y)
+    assert max(widths(wide, "body.1")) > 8
     both = [DiagGGNExact(params="head.*"), SqrtGGNMC(mc_samples=7, params="body.1")]
     assert max(widths(fxcurv.compile(model, CE, both).lower(x, y), "body.1")) == 8
 
@@ -351,6 +356,7 @@ def test_the_drop_in(asked: list[Extension]) -> None:
             torch.testing.assert_close(getattr(found[name], e.savefield), expected[e.savefield][name])
 
 
+@pytest.mark.slow
 def test_frozen_parameters_are_never_among_them() -> None:
     model, x, y = build()
     compiled = fxcurv.compile(model, CE, [BatchGrad(params="head")], params=["head", "body.1.bias"])

@@ -154,7 +154,7 @@ def images() -> Tokens:
 
 
 KINDS = [plain, ragged, shifted, masked, sequence_first, merged, classes_second, squares, images]
-BY_DEFAULT = {ragged, merged}
+BY_DEFAULT = {ragged}
 
 
 def built(make: Callable[[], Tokens]) -> Tokens:
