@@ -425,9 +425,23 @@ def _export(wrapped: _Captured, arguments: Arguments) -> ExportedProgram:
 
 @contextlib.contextmanager
 def _no_branches():
-    """A loss of PyTorch that branches on values only to raise, said without the branch."""
-    with mock.patch.object(torch.nn.functional, "gaussian_nll_loss", _gaussian_nll):
+    """Losses of PyTorch that branch on values: said without the branch, or refused."""
+    gaussian = mock.patch.object(torch.nn.functional, "gaussian_nll_loss", _gaussian_nll)
+    with gaussian, mock.patch.object(torch, "ctc_loss", _no_ctc):
         yield
+
+
+def _no_ctc(*args, **kwargs):
+    raise LossError(
+        "ctc_loss: the shapes inside it depend on the values of the target lengths, which torch.export cannot trace, and it "
+        f"has no second derivative.\n{_user_line()}Way out: the forward recursion over time in torch.logsumexp, with masks."
+    )
+
+
+def _user_line() -> str:
+    """The innermost frame of the user's that is running."""
+    frames = [f for f in traceback.extract_stack() if is_user_file(f.filename)]
+    return _line(frames[-1].filename, frames[-1].lineno or 0, frames[-1].name) if frames else ""
 
 
 def _gaussian_nll(input, target, var, full=False, eps=1e-6, reduction="mean"):  # noqa: A002

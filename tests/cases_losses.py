@@ -126,6 +126,28 @@ for _name, _make in {
         lambda f, t: torch.einsum("nc,cd,nd->", f - t, Q3.to(f), f - t), lambda: torch.randn(4, 3)
     ),
     "partial_read": on_mlp(lambda f, t: F.mse_loss(f[:, :2], t), lambda: torch.randn(4, 2)),
+    "poisson_rate": on_mlp(
+        lambda f, t: F.poisson_nll_loss(F.softplus(f), t, log_input=False), lambda: torch.randint(5, (4, 3)).double()
+    ),
+    "poisson_full_sum": on_mlp(
+        lambda f, t: F.poisson_nll_loss(f, t, full=True, reduction="sum"), lambda: torch.randint(5, (4, 3)).double()
+    ),
+    "smooth_l1": on_mlp(lambda f, t: F.smooth_l1_loss(f, t, beta=0.7), lambda: torch.randn(4, 3)),
+    "kl_div_mean": on_mlp(lambda f, t: F.kl_div(f.log_softmax(1), t), lambda: soft(4, 3)),
+    "kl_div_log_target": on_mlp(
+        lambda f, t: F.kl_div(f.log_softmax(1), t, reduction="sum", log_target=True), lambda: soft(4, 3).log()
+    ),
+    "hinge_embedding": on_mlp(F.hinge_embedding_loss, lambda: torch.randn(4, 3).sign()),
+    "multi_margin": on_mlp(lambda f, t: F.multi_margin_loss(f, t), lambda: labels(4)),
+    "multi_margin_squares": on_mlp(
+        lambda f, t: F.multi_margin_loss(f, t, p=2, margin=0.7, weight=W3.to(f), reduction="sum"), lambda: labels(4)
+    ),
+    "multilabel_margin": on_mlp(
+        lambda f, t: F.multilabel_margin_loss(f, t),
+        lambda: torch.tensor([[0, -1, 1], [1, 2, -1], [2, -1, 0], [-1, 0, 1]]),
+    ),
+    "multilabel_soft_margin": on_mlp(F.multilabel_soft_margin_loss, lambda: torch.rand(4, 3).round()),
+    "soft_margin": on_mlp(F.soft_margin_loss, lambda: torch.randn(4, 3).sign()),
 }.items():
     add(f"loss_{_name}", _make, "ambiguous_columns")
 Q3 = torch.tensor([[2.0, 0.5, 0.1], [0.5, 1.0, -0.3], [0.1, -0.3, 1.5]], dtype=torch.float64)
@@ -180,6 +202,38 @@ def both(logits: Tensor, value: Tensor, t: Any) -> Tensor:
     return F.cross_entropy(logits, t["label"]) + 0.5 * F.mse_loss(value, t["value"])
 
 
+def several(*parts: str) -> Net:
+    """An MLP for each part, their outputs in a tuple."""
+    return Net(lambda m, x: tuple(getattr(m, p)(x) for p in parts), **{p: mlp() for p in parts})
+
+
+add(
+    "output_auxiliary",
+    lambda: heads(
+        lambda a, b, h: (a, h),
+        lambda o, t: F.cross_entropy(o[0], t["label"]) + 0.1 * F.mse_loss(o[1], torch.zeros_like(o[1])),
+    ),
+    "several_leaves ambiguous_columns",
+)
+for _name, _loss, _parts, _target, _tags in (
+    ("margin_ranking", lambda o, t: F.margin_ranking_loss(*o, t, margin=0.5), "ab", lambda: torch.randn(4, 3).sign(), ""),
+    ("gaussian_nll", lambda o, t: F.gaussian_nll_loss(o[0], t, o[1].exp()), "ab", lambda: torch.randn(4, 3), "nonconvex"),
+    (
+        "gaussian_nll_full", lambda o, t: F.gaussian_nll_loss(o[0], t, F.softplus(o[1]), full=True, reduction="sum"), "ab",
+        lambda: torch.randn(4, 3), "nonconvex",
+    ),
+    ("product", lambda o, t: (o[0] * o[1] - t).square().mean(), "ab", lambda: torch.randn(4, 3), "nonconvex"),
+    ("triplet", lambda o, t: F.triplet_margin_loss(*o) + 0 * t.sum(), "abc", lambda: torch.randn(4), "nonconvex"),
+    (
+        "cosine_embedding", lambda o, t: F.cosine_embedding_loss(*o, t, margin=-0.9), "ab",
+        lambda: torch.tensor([1.0, -1.0, 1.0, -1.0]), "nonconvex",
+    ),
+):  # fmt: skip
+    add(
+        f"output_{_name}",
+        lambda loss=_loss, parts=_parts, target=_target: (several(*parts), loss, torch.randn(4, 4), target()),
+        f"several_leaves ambiguous_columns {_tags}",
+    )
 add(
     "output_tuple",
     lambda: heads(lambda a, b, h: (a, b), lambda o, t: both(o[0], o[1], t)),

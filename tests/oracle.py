@@ -31,10 +31,35 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
+def multi_margin(x: Tensor, t: Tensor, p: int = 1, margin: float = 1.0, weight: Any = None, reduction: str = "mean") -> Tensor:
+    """`F.multi_margin_loss` class by class."""
+    scale = torch.ones(x.shape[1]).to(x) if weight is None else weight
+    each = [
+        scale[k] * sum((margin - row[k] + row[j]).clamp(min=0) ** p for j in range(len(row)) if j != k) / len(row)
+        for row, k in zip(x, t.tolist(), strict=True)
+    ]
+    return torch.stack(each).sum() / (len(x) if reduction == "mean" else 1)
+
+
+def multilabel_margin(x: Tensor, t: Tensor) -> Tensor:
+    """`F.multilabel_margin_loss` class by class."""
+    total = x.sum() * 0
+    for row, marks in zip(x, t.tolist(), strict=True):
+        chosen = marks[: marks.index(-1)] if -1 in marks else marks
+        others = [j for j in range(len(row)) if j not in chosen]
+        total = total + sum((1 - row[k] + row[j]).clamp(min=0) for k in chosen for j in others) / len(row)
+    return total / len(x)
+
+
 @contextmanager
 def plain_mathematics() -> Iterator[None]:
-    """Without the kernels whose second derivative is missing (attention) or wrong (weight norm, in v)."""
-    with sdpa_kernel(SDPBackend.MATH), patch.object(torch, "_weight_norm", weight_norm):
+    """Without the kernels whose second derivative is missing (attention, margins) or wrong (weight norm, in v)."""
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        patch.object(torch, "_weight_norm", weight_norm),
+        patch.object(torch.nn.functional, "multi_margin_loss", multi_margin),
+        patch.object(torch.nn.functional, "multilabel_margin_loss", multilabel_margin),
+    ):
         yield
 
 

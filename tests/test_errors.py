@@ -101,6 +101,13 @@ def nothing(*_: Any) -> Any:
     return None
 
 
+def clamped(f: torch.Tensor) -> torch.Tensor:
+    v = f.exp()
+    with torch.no_grad():
+        v.clamp_(min=1.0)
+    return v
+
+
 BAD = {
     # extensions
     "extension class": Bad(errors.ExtensionError, ["BatchGrad is a class", "BatchGrad()"], extensions=[BatchGrad]),
@@ -200,6 +207,16 @@ BAD = {
     ),
     "loss detached": Bad(
         errors.LossError, ["does not depend", "detach"], loss=lambda f, y: F.cross_entropy(f.detach(), y)
+    ),
+    "loss CTC": Bad(
+        errors.LossError,
+        ["ctc_loss", __file__, "F.ctc_loss(f.log_softmax", "logsumexp"],
+        loss=lambda f, y: F.ctc_loss(f.log_softmax(1)[:, None], y[:1], torch.tensor([N]), torch.tensor([1])),
+    ),
+    "variance clamped in place": Bad(
+        errors.CaptureError,
+        ["clamp_", "no_grad", __file__, "v.clamp_(min=1.0)", "Way out"],
+        loss=lambda f, y: (f.square() / clamped(f)).mean(),
     ),
     "loss times -1": Bad(
         errors.LossError,

@@ -12,6 +12,7 @@ REPRESENTATIVE = {
     "mlp_gelu", "layer_called_twice", "tied_embedding_lm", "weight_norm_linear", "low_rank_adapter", "cnn_two_layers",
     "squeeze_excite", "layer_norm", "transformer_encoder", "lstm", "rnn_tanh", "ce_maps_ignore_weights", "loss_poisson",
     "loss_negative_scale", "loss_regularised", "symmetric_weight", "pointwise_ops", "batch_norm2d", "mlp_single_sample",
+    "output_gaussian_nll",
 }  # fmt: skip
 NAMES = [
     pytest.param(name, marks=[] if name in REPRESENTATIVE else pytest.mark.slow)

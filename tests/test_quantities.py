@@ -48,8 +48,8 @@ REPRESENTATIVE = {
     "low_rank_adapter", "functional_einsum", "inputs_tuple", "batch_second", "frozen_parameters", "unreached_parameter",
     "conv2d_groups", "conv_transpose2d_stride", "residual_net", "batch_norm2d", "group_norm", "max_pool2d",
     "transformer_encoder", "transformer_decoder_lm", "multihead_attention_inputs", "lstm", "ragged_sequence_first",
-    "ce_maps_ignore_weights", "ce_soft", "mse_maps", "own_slices", "bce_weights_soft", "loss_poisson", "sigmoid_in_model",
-    "output_tuple",
+    "ce_maps_ignore_weights", "ce_soft", "mse_maps", "own_slices", "bce_weights_soft", "loss_poisson", "loss_hinge_embedding",
+    "sigmoid_in_model", "output_tuple",
 }  # fmt: skip
 
 

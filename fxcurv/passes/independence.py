@@ -24,6 +24,9 @@ aten = torch.ops.aten
 
 # Their derivative is zero or undefined: what they return is a constant.
 CUTS = {aten.detach.default, aten.sign.default, aten.floor.default, aten.ceil.default, aten.round.default}
+# These read nothing but the shape.
+CUTS |= {aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
+CUTS |= {aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
 
 
 def independence(program: Program) -> Program:

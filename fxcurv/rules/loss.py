@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fxcurv import noise
 from fxcurv.placement import MIXED, PARTIAL, REPLICATE, Replicate, Shard, reduction
-from fxcurv.rules.base import Call, Rule, register
+from fxcurv.rules.base import Call, Rule, register, rewrite
 
 aten = torch.ops.aten
-NONE, MEAN = 0, 1
+NONE, MEAN, SUM = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -202,3 +202,32 @@ class BinaryCrossEntropy(Elementwise):
         p = torch.sigmoid(z)
         u = noise.uniform(seed, draw.stream, draw.columns, z, call.places[0])
         return (p - (u < p).to(p.dtype)) * self.weight(call, c).sqrt() * draw.columns**-0.5
+
+
+# margins: PyTorch's ops have no second derivative
+
+
+def _reduced(each: Tensor, mode: int) -> Tensor:
+    return each.mean() if mode == MEAN else each.sum() if mode == SUM else each
+
+
+@rewrite(aten.multi_margin_loss.default)
+def _multi_margin(x, target, p=1, margin=1, weight=None, mode=MEAN):
+    """sum_{j != t} w_t max(0, margin - x_t + x_j)^p / C."""
+    index = target.unsqueeze(-1)
+    above = torch.relu(margin - x.gather(-1, index) + x)
+    above = torch.where(torch.arange(x.shape[-1], device=x.device) == index, 0, above)
+    each = (above if p == 1 else above.square()).sum(-1) / x.shape[-1]
+    return _reduced(each if weight is None else each * weight[target], mode)
+
+
+@rewrite(aten.multilabel_margin_loss.default)
+def _multilabel_margin(x, target, mode=MEAN):
+    """sum_{t, j} max(0, 1 - x_t + x_j) / C over the targets t before the first -1 and all j that are none."""
+    given = (target < 0).to(torch.long).cumsum(-1) == 0
+    index = torch.where(given, target, 0)
+    classes = torch.arange(x.shape[-1], device=x.device)
+    chosen = ((index.unsqueeze(-1) == classes) & given.unsqueeze(-1)).any(-2)
+    above = torch.relu(1 - x.gather(-1, index).unsqueeze(-1) + x.unsqueeze(-2))
+    counted = given.unsqueeze(-1) & ~chosen.unsqueeze(-2)
+    return _reduced(torch.where(counted, above, 0).sum((-2, -1)) / x.shape[-1], mode)
