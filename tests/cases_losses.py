@@ -133,7 +133,7 @@ for _name, _make in {
         lambda f, t: F.poisson_nll_loss(f, t, full=True, reduction="sum"), lambda: torch.randint(5, (4, 3)).double()
     ),
     "smooth_l1": on_mlp(lambda f, t: F.smooth_l1_loss(f, t, beta=0.7), lambda: torch.randn(4, 3)),
-    "kl_div_mean": on_mlp(lambda f, t: F.kl_div(f.log_softmax(1), t), lambda: soft(4, 3)),
+    "kl_div_mean": on_mlp(lambda f, t: F.kl_div(f.log_softmax(1), t, reduction="none").mean(), lambda: soft(4, 3)),
     "kl_div_log_target": on_mlp(
         lambda f, t: F.kl_div(f.log_softmax(1), t, reduction="sum", log_target=True), lambda: soft(4, 3).log()
     ),
@@ -147,6 +147,9 @@ for _name, _make in {
         lambda: torch.tensor([[0, -1, 1], [1, 2, -1], [2, -1, 0], [-1, 0, 1]]),
     ),
     "multilabel_soft_margin": on_mlp(F.multilabel_soft_margin_loss, lambda: torch.rand(4, 3).round()),
+    "probabilities": on_mlp(
+        lambda f, t: F.binary_cross_entropy(0.9 * f.sigmoid(), t, weight=W3.to(f)), lambda: torch.zeros(4, 3)
+    ),
     "soft_margin": on_mlp(F.soft_margin_loss, lambda: torch.randn(4, 3).sign()),
 }.items():
     add(f"loss_{_name}", _make, "ambiguous_columns")

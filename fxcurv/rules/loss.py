@@ -204,6 +204,13 @@ class BinaryCrossEntropy(Elementwise):
         return (p - (u < p).to(p.dtype)) * self.weight(call, c).sqrt() * draw.columns**-0.5
 
 
+@rewrite(aten.binary_cross_entropy.default)
+def _probabilities(p, target, weight=None, mode=MEAN):
+    """Binary cross-entropy of probabilities that no sigmoid gave; logarithms end at -100, as PyTorch's do."""
+    each = (target - 1) * torch.log1p(-p).clamp(min=-100) - target * p.log().clamp(min=-100)
+    return _reduced(each if weight is None else each * weight, mode)
+
+
 # margins: PyTorch's ops have no second derivative
 
 
