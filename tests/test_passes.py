@@ -346,7 +346,7 @@ def test_verify_finds_a_broken_program():
 
 ROOT = Path(fxcurv.__file__).parent
 ORDER = [
-    "errors", "progress", "selection", "placement", "program", "emit", "cost", "noise", "kernels", "precision", "factors",
+    "errors", "progress", "selection", "precision", "placement", "program", "emit", "cost", "noise", "kernels", "factors",
     "candidates", "rules", "averages", "quantity", "uses", "kronecker", "layers", "extensions", "capture", "passes",
     "linearize", "positive", "partition", "product", "cut", "probe", "report", "draw", "recompiles", "dynamo", "api", "backpack",
     "__init__",
