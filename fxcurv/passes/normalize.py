@@ -31,6 +31,7 @@ def normalize(program: Program) -> Program:
     _drop_markers(program)
     _logits(program)
     _own_slices(program)
+    _even_bags(program)
     for _ in range(10):  # a rewrite may give ops that have a rewrite themselves
         if not _rewrite_once(program):
             break
@@ -193,6 +194,30 @@ def _in_own_slice(x: Tensor, indices: list[Tensor]) -> Tensor:
     place = place.long().reshape(x.shape[0], -1, *[1] * len(rest))
     slices = x.reshape(x.shape[0], -1, *rest)
     return slices.gather(1, place.expand(-1, -1, *rest)).reshape(*first.shape, *rest)
+
+
+def _even_bags(program: Program) -> None:
+    """embedding_bag of indices [N, K]: its offsets are arange(0, N * K, K), so a bag is a slice."""
+    for node in list(program.graph.nodes):
+        if node.target is not aten.embedding_bag.padding_idx:
+            continue
+        weight, indices, offsets, by_frequency, mode, _, scale, with_last, padding = canonical_args(node)
+        sizes = [program.batch.shape(i.meta["val"]) for i in (indices, offsets)]
+        step = offsets.args[2] if offsets.target is aten.arange.start_step and len(offsets.args) > 2 else 0
+        even = isinstance(step, int) and step > 0 and offsets.args[0] == 0 and sizes[0] == (sizes[1][0] * step,)
+        read = {user.args[1] for user in node.users if user.users}
+        if even and read <= {0} and not by_frequency and not with_last and padding in (None, -1):
+            args = (weight, indices, scale, step, mode)
+            new = emit(program, _bags, *args, origin=origin_of(node, "forward"), before=node)
+            _substitute(program, node, (new,) * 4)
+
+
+def _bags(weight: Tensor, indices: Tensor, scale: Tensor | None, size: int, mode: int) -> Tensor:
+    """y [N, D]: the sum (mode 0), mean (1) or maximum (2) of W[i] over the K indices of a sample."""
+    y = aten.embedding.default(weight, indices.reshape(-1, size))
+    if scale is not None:
+        y = y * scale.reshape(-1, size, 1)
+    return y.max(1).values if mode == 2 else y.mean(1) if mode == 1 else y.sum(1)
 
 
 def _select_heads(program: Program) -> None:
