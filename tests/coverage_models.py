@@ -113,7 +113,7 @@ def _checked(case: str, mode: str, groups: tuple[str, ...]) -> dict[str, str]:
     for group in groups:
         try:
             left = checked.check(group)
-            found[group] = f"right but for {', '.join(left)}" if left else "right"
+            found[group] = f"right, no oracle for {', '.join(left)}" if left else "right"
         except Exception as error:
             found[group] = f"wrong: {type(error).__name__}: {error}"
     return found
