@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from fxcurv import passes
+from fxcurv.backend import Backend, export
 from fxcurv.capture import Arguments, capture, described, filled, flatten_arguments
 from fxcurv.dynamo import Step, parted, step_for
 from fxcurv.errors import ArgumentError, ExtensionError, locate
@@ -45,6 +46,9 @@ def compile(  # noqa: A001
     debug: bool = False,
     params: Choice = None,
     sample: str = "sequence",
+    backend: str | Callable = "eager",
+    mode: str | None = None,
+    dynamic: bool | None = None,
 ) -> Compiled:
     """Compile `model` and `loss` for a set of quantities.
 
@@ -71,6 +75,10 @@ def compile(  # noqa: A001
             loss of its own, so individual gradients are [N, T, *P], and what is made of them is of all N T. For a loss
             that is a sum over positions; they all count as samples, also those that a mask or `ignore_index` leaves out,
             whose gradient is zero. Sums over samples of the GGN and the Hessian are the same for both.
+        backend: "eager" runs the emitted graph op by op; "inductor", or another backend of `torch.compile`, compiles it
+            with `fullgraph=True`. (A call inside a `torch.compile`d function is compiled with that function.)
+        mode, dynamic: passed to `torch.compile`, for such a backend. The batch size is dynamic where it is symbolic. With
+            "reduce-overhead" on a GPU, results are overwritten by the next call.
 
     Returns:
         a callable `compiled(inputs, *targets, seed=None, generator=None) -> Result`; it traces at the first
@@ -112,6 +120,7 @@ def compile(  # noqa: A001
         check=check,
         params=params,
         sample=sample,
+        backend=Backend(backend, mode, dynamic),
     )
     compiled.covered()
     return compiled
@@ -271,11 +280,13 @@ class Compiled:
         check=None,
         params=None,
         sample="sequence",
+        backend=None,
     ):
         self.model, self.loss, self.extensions, self.params = model, loss, extensions, params
         self._batch_dim, self._split, self._rules = batch_dim, split, rules
         self._update_buffers, self._debug, self._memory_budget = update_buffers, debug, memory_budget
         self._probes, self._sample = check == "probe", sample
+        self._backend, self._runners = backend or Backend(), {}
         self.recompiles: list[str] = []
         self._programs: dict[tuple[Key, Autocast, bool], list[Program]] = {}
         self._checked: set[int] = set()
@@ -315,13 +326,20 @@ class Compiled:
                 if self._debug or id(program) not in self._checked:
                     self._check(program, flat)
                 with torch.set_grad_enabled(create_graph):
-                    values = program.gm(*flat)
+                    values = self._run(program, flat)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, IndexError) as error:
                 raise _run_error(program, arguments, flat, error) from error
             with torch.set_grad_enabled(create_graph):
                 return self._result(program, flat, values)
+
+    def _run(self, program: Program, flat: list[Any]) -> tuple:
+        if self._backend.name == "eager":
+            return program.gm(*flat)
+        if id(program) not in self._runners:
+            self._runners[id(program)] = self._backend.runner(program)
+        return self._runners[id(program)]([t for t, i in zip(flat, program.inputs, strict=True) if i.kind != "memory"])
 
     def _traced(self, inputs, targets, seed, generator, create_graph) -> Result:
         """A call inside `torch.compile`: Dynamo traces this."""
@@ -368,6 +386,22 @@ class Compiled:
         mode = self._autocast()
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(mode.device_type, enabled=False):
             return self._program(arguments, mode)
+
+    def export(self, inputs: Any, *targets: Any) -> torch.export.ExportedProgram:
+        """The whole computation as a program of its own, with the model's parameters and buffers in it.
+
+        Its module is called with `(inputs, targets, seed)`, `targets` a tuple, `seed` a 0-dim int64 tensor (of no effect
+        where nothing is sampled), and returns the result's fields as a dict, Kronecker factors as lists of tensors. The batch size is dynamic where it is symbolic.
+        `torch.export.save` and AOTInductor take it; programs with fxcurv's own ops need `import fxcurv.kernels` where they run.
+
+        Raises:
+            ArgumentError: with products, which are callables.
+        """
+        arguments, mode = self._arguments(inputs, targets), self._autocast()
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(mode.device_type, enabled=False):
+            program = self._program(arguments, mode)
+            seed = _seed(0, None, next(self.model.parameters()).device)
+            return export(self.model, self.loss, program, arguments, inputs, targets, seed)
 
     def explain(self, inputs: Any, *targets: Any):
         """A report: per parameter the rule, the algorithm, FLOPs and bytes; totals; the columns carried."""

@@ -348,8 +348,8 @@ ROOT = Path(fxcurv.__file__).parent
 ORDER = [
     "errors", "progress", "selection", "precision", "placement", "program", "emit", "cost", "noise", "kernels", "factors",
     "candidates", "rules", "averages", "quantity", "uses", "kronecker", "layers", "extensions", "capture", "passes",
-    "linearize", "positive", "partition", "product", "cut", "probe", "report", "draw", "recompiles", "dynamo", "api", "backpack",
-    "__init__",
+    "linearize", "positive", "partition", "product", "cut", "probe", "report", "draw", "recompiles", "dynamo", "backend", "api",
+    "backpack", "__init__",
 ]  # fmt: skip
 
 
