@@ -316,6 +316,10 @@ class Compiled:
         """
         if torch.compiler.is_dynamo_compiling():
             return self._traced(inputs, targets, seed, generator, create_graph)
+        return self._eager(inputs, targets, seed, generator, create_graph)
+
+    @torch.compiler.disable
+    def _eager(self, inputs, targets, seed, generator, create_graph) -> Result:
         arguments = self._arguments(inputs, targets)
         # results are normal tensors also under inference_mode, so that `attach` and an optimizer can use them
         mode = self._autocast()
@@ -345,12 +349,10 @@ class Compiled:
         """A call inside `torch.compile`: Dynamo traces this."""
         if generator is not None:
             raise ArgumentError("generator= inside torch.compile: pass seed=, an int or a 0-dim integer tensor")
-        for module in self._modules():
-            for m in module.modules():
-                m.training  # noqa: B018  Dynamo guards what is read
         mode = self._autocast()
         skeleton, tensors = parted((inputs, targets))
-        step = getattr(self._steps, step_for(self, skeleton, create_graph, mode.device_type, mode.dtype, *tensors))
+        modes = [m.training for module in self._modules() for m in module.modules()]
+        step = getattr(self._steps, step_for(self, skeleton, modes, create_graph, mode.device_type, mode.dtype, *tensors))
         if not step.accepts(tensors):
             raise ArgumentError("the program is for other sizes: call compiled.lower(inputs, targets) before the step")
         buffers = dict(self.model.named_buffers(remove_duplicate=False))
@@ -391,8 +393,9 @@ class Compiled:
         """The whole computation as a program of its own, with the model's parameters and buffers in it.
 
         Its module is called with `(inputs, targets, seed)`, `targets` a tuple, `seed` a 0-dim int64 tensor (of no effect
-        where nothing is sampled), and returns the result's fields as a dict, Kronecker factors as lists of tensors. The batch size is dynamic where it is symbolic.
-        `torch.export.save` and AOTInductor take it; programs with fxcurv's own ops need `import fxcurv.kernels` where they run.
+        where nothing is sampled), and returns the result's fields as a dict, Kronecker factors as lists of tensors. The
+        batch size is dynamic where it is symbolic. `torch.export.save` and AOTInductor take it; programs with fxcurv's
+        own ops need `import fxcurv.kernels` where they run.
 
         Raises:
             ArgumentError: with products, which are callables.

@@ -131,6 +131,7 @@ def _is_given(node: fx.Node) -> bool:
 def step_for(
     compiled: Compiled,
     skeleton: Any,
+    modes: list[bool],
     create_graph: bool,
     device_type: str,
     dtype: torch.dtype | None,
@@ -138,7 +139,8 @@ def step_for(
 ) -> str:
     """The name of the `Step` for arguments of this structure, `HOLE` for each tensor. Dynamo calls this with real tensors.
 
-    A module would be a constant without a source, which Dynamo cannot guard.
+    A module would be a constant without a source, which Dynamo cannot guard. It guards what is used: so `modes` is passed, the
+    training flags, though they are read again here.
     """
     inputs, targets = _filled(skeleton, tensors)
     with torch._guards.tracing(None):

@@ -113,7 +113,7 @@ CASES = {
         Net(lambda m, x: m.scale * torch.tanh(m.net(x)).mean(), net=mlp(), scale=param()),
         lambda f, t: (f - 1).square(), X(4), LABELS,
     ),
-    "root of the squares": lambda: (mlp(), lambda f, t: F.mse_loss(f, t).sqrt(), X(4), X()),
+    "roots of the features' squares": lambda: (mlp(), lambda f, t: (f - t).square().sum(0).sqrt().sum(), X(4), X()),
     "squares of the mean": lambda: (mlp(), lambda f, t: (f.mean(0) - t.mean(0)).square().sum(), X(4), X()),
     "ranking": lambda: (
         mlp(out=1), lambda f, t: F.softplus(1 - (f[:, 0] - f[:, :1]) * (t - t[:, None]).sign()).mean(), X(4), torch.rand(N),
@@ -131,10 +131,10 @@ CASES = {
         clip, X(4), LABELS,
     ),
 }  # fmt: skip
-NONCONVEX = {"InfoNCE", "CLIP", "root of the squares"}
+NONCONVEX = {"InfoNCE", "CLIP"}
 COUPLED = {
-    "root of the squares", "squares of the mean", "ranking", "log likelihood of one", "InfoNCE", "CLIP", "pooled", "one number",
-    "weights from the left",
+    "roots of the features' squares", "squares of the mean", "ranking", "log likelihood of one", "InfoNCE", "CLIP", "pooled",
+    "one number", "weights from the left",
 }  # fmt: skip
 REPRESENTATIVE = {"batch norm", "one statistic", "pairs"}
 
@@ -252,6 +252,18 @@ def test_convexity_is_that_of_the_whole_batch():
     model, loss, x, y = build("InfoNCE")
     with pytest.raises(LossError, match="not convex.*DiagGGNExact"):
         fxcurv.compile(model, loss, [DiagGGNExact()])(x, y)
+
+
+@pytest.mark.parametrize("extension", [DiagGGNExact(), DiagHessian(), DiagGGNMC()], ids=str)
+def test_a_function_of_the_reduced_loss_has_gradient_and_products_only(extension):
+    loss = lambda f, t: F.mse_loss(f, t) ** 2  # noqa: E731
+    model, x, y = mlp().double(), X(4).double(), X().double()
+    with pytest.raises(MixedSamplesError, match=f"(?s)non-linear function of the reduced loss.*{type(extension).__name__}"):
+        fxcurv.compile(model, loss, [extension])(x, y)
+    expected = WholeBatch(model, loss, x, y)
+    result = fxcurv.compile(model, loss, [HMP()])(x, y)
+    close(result.grad, expected.grad)
+    torch.testing.assert_close(result.hessian @ torch.eye(len(expected.hessian), dtype=x.dtype), expected.hessian)
 
 
 def test_batches_of_other_sizes():

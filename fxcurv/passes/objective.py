@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxcurv.errors import LossError, MixedSamplesError, locate
 from fxcurv.placement import MIXED, PARTIAL, Shard, Whole
-from fxcurv.program import Program
+from fxcurv.program import Program, is_tensor
 from fxcurv.quantity import SqrtGGN, Term
 from fxcurv.rules import LossRule
 from fxcurv.rules.base import canonical_args, rule_of
@@ -62,6 +62,11 @@ def mixing(program: Program) -> str | None:
     for node in ancestors(targets):
         place = node.meta.get("place")
         if node.meta.get("active") and any(p == MIXED for p in (place if isinstance(place, list) else [place])):
+            if of_reduced_loss(program, node):
+                return (
+                    f"{_literal(locate(node))}\nis a non-linear function of the reduced loss, for which {{asked}} is not "
+                    "defined.\nWay out: a loss that is a sum or mean over samples, or ask for the gradient or products."
+                )
             return (
                 f"{_literal(locate(node))}\nmixes samples, so {{asked}} (per sample) does not exist for the parameters before "
                 "it.\nWay out: model.eval() or GroupNorm in place of batch norm in training mode; batch_dim= if the batch "
@@ -77,6 +82,13 @@ def mixing(program: Program) -> str | None:
     if program.loss is not None and program.loss.meta["place"] != PARTIAL:
         return f"{_literal(locate(program.loss))}\nis no sum over samples, so {{asked}} does not exist for it."
     return None
+
+
+def of_reduced_loss(program: Program, node: fx.Node) -> bool:
+    """Whether `node` reads nothing of the model but one number that the loss has summed over samples, as in `loss**2`."""
+    sources = [i for i in node.all_input_nodes if i.meta.get("active")]
+    summed = all(i.meta["place"] == PARTIAL and is_tensor(i) and not i.meta["val"].ndim for i in sources)
+    return summed and node not in ancestors(program.heads) and all(isinstance(h.meta["place"], Shard) for h in program.heads)
 
 
 def _literal(text: str) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcurv.passes.objective import ancestors, mixing
-from fxcurv.placement import PARTIAL, REPLICATE, Placement, Whole
+from fxcurv.passes.objective import ancestors, mixing, of_reduced_loss
+from fxcurv.placement import MIXED, PARTIAL, REPLICATE, Placement, Whole
 from fxcurv.program import Batch, Program, specialise
 
 
@@ -24,7 +24,7 @@ def whole(program: Program) -> Program:
     """
     asked = [e for e in program.extensions if e.per_sample]
     reason = mixing(program) if asked and all(e.whole_batch for e in asked) else None
-    if reason is None:
+    if reason is None or any(_is_mixed(n) and of_reduced_loss(program, n) for n in ancestors([program.loss])):
         return program
     program.state["mixing"] = reason
     n = program.batch.size
@@ -41,6 +41,10 @@ def whole(program: Program) -> Program:
         places = [_place(v, node in data, node in inside) for v in (val if isinstance(val, tuple | list) else [val])]
         node.meta["place"] = places if isinstance(val, tuple | list) else places[0]
     return program
+
+
+def _is_mixed(node: fx.Node) -> bool:
+    return bool(node.meta.get("active")) and node.meta.get("place") == MIXED
 
 
 def _place(val: Any, from_inputs: bool, inside: bool) -> Placement:
