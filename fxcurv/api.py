@@ -19,7 +19,7 @@ from fxcurv import passes
 from fxcurv.backend import Backend, export
 from fxcurv.capture import Arguments, capture, described, filled, flatten_arguments
 from fxcurv.dynamo import Step, parted, step_for
-from fxcurv.errors import ArgumentError, ExtensionError, locate
+from fxcurv.errors import ArgumentError, ExtensionError, UnsupportedOpError, locate
 from fxcurv.extensions import Extension
 from fxcurv.passes.recycle import Pool
 from fxcurv.probe import Probe
@@ -475,9 +475,19 @@ class Compiled:
             program = self._analyse(_doubled(arguments) if single else arguments, mode, tell)
             if single:  # a model that fixes the batch size is captured at one sample after all
                 program = self._analyse(arguments, mode, tell) if program.fixed else _single(program)
-            program.state["create_graph"] = create_graph
-            program.state["probe"] = Probe(program) if self._probes else None
-            return passes.run(program, passes.PIPELINE, self._debug, tell)
+            try:
+                return self._emitted(program, create_graph, tell)
+            except UnsupportedOpError:
+                if not program.batch.symbols:
+                    raise
+            # some ops are traced at sizes that are numbers only
+            program = specialise(self._analyse(arguments, mode, tell), arguments.batch_size)
+            return self._emitted(program, create_graph, tell)
+
+    def _emitted(self, program: Program, create_graph: bool, tell: Callable[[str], None]) -> Program:
+        program.state["create_graph"] = create_graph
+        program.state["probe"] = Probe(program) if self._probes else None
+        return passes.run(program, passes.PIPELINE, self._debug, tell)
 
     def _analyse(self, arguments: Arguments, mode: Autocast, tell: Callable[[str], None] = silent) -> Program:
         tell("capture")

@@ -575,6 +575,20 @@ def _check_writes(module: fx.GraphModule, region: fx.Node, learned: set[fx.Node]
             )
 
 
+def _drop_effects(graph: fx.Graph, tokens: set[str]) -> None:
+    """Drop what orders side effects: checks of values (those of `linalg` under `vmap`) go as asserts do."""
+    for node in [n for n in graph.nodes if n.target is torch.ops.higher_order.with_effects]:
+        for user in list(node.users):
+            if user.args[1] != 0:
+                raise CaptureError(f"op {node.args[1]} has side effects and a result, which no derivative passes")
+            user.replace_all_uses_with(node.args[0])
+            graph.erase_node(user)
+        graph.erase_node(node)
+    for node in [n for n in graph.nodes if n.op == "placeholder" and n.name in tokens]:
+        node.replace_all_uses_with(None)  # type: ignore[arg-type]
+        graph.erase_node(node)
+
+
 def _names(model: nn.Module) -> dict[int, str]:
     return {id(p): name for name, p in model.named_parameters()}
 
@@ -584,6 +598,7 @@ def _program(model: nn.Module, wrapped: _Captured, exported: ExportedProgram, ar
     for old, new in zip(exported.graph.nodes, gm.graph.nodes, strict=True):
         new.meta = dict(old.meta)
     signature = exported.graph_signature
+    _drop_effects(gm.graph, {spec.arg.name for spec in signature.input_specs if spec.kind.name == "TOKEN"})
     names = _names(model)
     trainable = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     inputs: list[Input] = []

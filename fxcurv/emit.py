@@ -21,6 +21,9 @@ from torch.utils import _pytree as pytree
 
 from fxcurv.program import Program, layout
 
+# Derivatives that are zero everywhere are tensors without memory, which nobody can keep.
+MATERIALISED = {torch.ops.aten._efficientzerotensor.default: torch.zeros}
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -98,9 +101,9 @@ def _trace(program: Program, fn: Callable, leaves: list[Any], spec: pytree.TreeS
         warnings.simplefilter("ignore")
         # nodes of one traced piece share their values, and a trace tells its inputs apart by identity
         vals = [_fresh(node.meta["val"]) for node in nodes]
-        gm = make_fx(flat)(*vals)
+        gm = make_fx(flat, MATERIALISED)(*vals)
         if any(_mutates(node) for node in gm.graph.nodes):
-            gm = make_fx(dispatch_functionalize(flat))(*vals)
+            gm = make_fx(dispatch_functionalize(flat), MATERIALISED)(*vals)
     gm.graph.eliminate_dead_code()
     return Piece(gm, out_spec)
 

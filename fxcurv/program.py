@@ -68,8 +68,9 @@ class Batch:
         if not isinstance(value, SymInt) or not self.symbols:
             return int(value)
         # `_expr` is the size as captured: a later specialisation of the batch must not hide where the samples are.
-        expr = value.node._expr
-        return int(expr.subs({s: n for s in self.symbols}))
+        expr = value.node._expr.subs({s: n for s in self.symbols})
+        # other symbols are sizes that turned out to be numbers
+        return int(expr if expr.is_number else value.node.shape_env.replace(expr).subs({s: n for s in self.symbols}))
 
     def shape(self, val: Tensor, n: int | None = None) -> tuple[int, ...]:
         """The shape of a (fake) tensor with the batch size replaced by `n` (default: `PRIME`, if it is symbolic)."""

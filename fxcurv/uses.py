@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from fxcurv.emit import emit
 from fxcurv.errors import in_loss, module_path
 from fxcurv.factors import Factor
-from fxcurv.placement import REPLICATE
+from fxcurv.placement import REPLICATE, Placement, Shard
 from fxcurv.precision import widened
 from fxcurv.program import Program, is_active, place
 from fxcurv.quantity import Group
@@ -57,8 +57,23 @@ def call_of(program: Program, node: fx.Node) -> Call:
     places = tuple(place(leaf) if isinstance(leaf, fx.Node) else REPLICATE for leaf in leaves)
     sizes = tuple(_size_at_one(program, leaf) for leaf in leaves)
     y = outputs_of(program, node) if isinstance(node.meta["val"], tuple | list) else node
+    alone = node.meta.get("alone", True)
+    return Call(node.target, args, y, place_of_outputs(node), places, sizes, _places_of_floats(node), alone)
+
+
+def place_of_outputs(node: fx.Node) -> Placement:
+    """The placement of an op's output; of several, that of the first with samples."""
     where = node.meta["place"]
-    return Call(node.target, args, y, where[0] if isinstance(where, list) else where, places, sizes)
+    if not isinstance(where, list):
+        return where
+    return next((p for p in where if isinstance(p, Shard)), where[0])
+
+
+def _places_of_floats(node: fx.Node) -> tuple[Placement, ...]:
+    where, val = node.meta["place"], node.meta["val"]
+    if not isinstance(where, list):
+        return (where,)
+    return tuple(p for p, v in zip(where, val, strict=True) if isinstance(v, Tensor) and v.is_floating_point())
 
 
 def _size_at_one(program: Program, leaf: Any) -> int | None:

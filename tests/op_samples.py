@@ -192,6 +192,7 @@ def by_hand() -> dict[Any, list[tuple]]:
         aten.slice.Tensor: [(t(6, 4), 0, 1, 5, 2), (t(6, 4), -1, -3, None, 1), (t(3), 0, None, 100, 1)],
         aten.split.sizes: [(t(6, 4), [2, 3, 1], 0), (t(6, 4), [1, 3], -1)],
         aten.contiguous.default: [(t(3, 4).t(),)],
+        aten.copy.default: [(t(3, 4), t(3, 4)), (t(3, 4), t(4)), (t(3, 4).float(), t(3, 1))],
         aten.constant_pad_nd.default: [(t(3, 4), [1, 2]), (t(3, 4), [-1, 2, 1, 0], 1.5), (t(3, 4, 5), [0, -2])],
         aten.cat.default: [([t(3, 2), t(3, 1)], 1), ([t(3, 2), t(1, 2)], 0), ([t(2, 2, 1), t(2, 2, 3)], -1)],
         aten.sum.dim_IntList: [(t(3, 4, 2), d, k) for d in ([0], [1, -1], []) for k in (False, True)],

@@ -31,7 +31,7 @@ from fxcurv.quantity import GRADIENT, Group
 from fxcurv.rules.base import Call, Rule, canonical_args, rule_of, serves_alone
 from fxcurv.rules.loss import separate
 from fxcurv.rules.pointwise import Pointwise
-from fxcurv.uses import Use, call_of, origin_of
+from fxcurv.uses import Use, call_of, origin_of, place_of_outputs
 
 if TYPE_CHECKING:
     from fxcurv.passes.propagate import Stack, Walk
@@ -46,8 +46,7 @@ def at(walk: Walk, node: fx.Node, stack: Stack) -> None:
     rule = rule_of(node.target, walk.program.rules)
     if rule.linear(active) or rule.piecewise_linear:
         return
-    where = node.meta["place"]
-    where = where[0] if isinstance(where, list) else where
+    where = place_of_outputs(node)
     if stack.per_sample:
         _joint(walk, node, stack, rule, active, leaves, None)
     elif isinstance(where, Shard):
@@ -139,7 +138,7 @@ def _cross_pairs(rule: Rule, call: Call, position: int, free: tuple, g: Tensor):
 
     def caused(unit: Tensor) -> list[Tensor]:
         args = pytree.tree_unflatten([unit if i == position else a for i, a in enumerate(leaves)], spec)
-        there = Call(call.op, args, call.y, call.place, call.places, call.sizes)
+        there = Call(call.op, args, call.y, call.place, call.places, call.sizes, call.outs, call.alone)
         return [rule.factors(there, i, g).materialise().squeeze(0) for i in free]
 
     per_unit = [caused(unit) for unit in units.unbind(0)]

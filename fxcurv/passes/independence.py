@@ -7,7 +7,10 @@ reduced and broadcast over the batch freely: only where their sample axis is mat
 
 from __future__ import annotations
 
+import functools
 import operator
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -16,7 +19,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxcurv.errors import UnsupportedOpError, locate
-from fxcurv.placement import MIXED, PARTIAL, REPLICATE, Placement, Shard, Site
+from fxcurv.placement import MIXED, PARTIAL, REPLICATE, Placement, Shard, Site, samples_first
 from fxcurv.program import Program, specialise
 from fxcurv.rules.base import canonical_args, invoke, rule_of
 
@@ -33,6 +36,17 @@ def independence(program: Program) -> Program:
     """Set `meta["place"]` and `meta["active"]` on every node."""
     if program.batch.symbols and program.fixed:
         program = specialise(program, program.batch.size)  # a rewrite fixed the batch size: then for all values alike
+    try:
+        return _placed(program)
+    except _OneSize:
+        return _placed(specialise(program, program.batch.size))
+
+
+class _OneSize(Exception):
+    """The placement of a value with a size that is a number, and happens to be the batch's."""
+
+
+def _placed(program: Program) -> Program:
     params = set(program.params.values())
     bound = {}
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
@@ -81,18 +95,16 @@ def _visit(program: Program, node: fx.Node) -> None:
         return
     val = node.meta.get("val")
     inputs = [n for n in node.all_input_nodes if n.meta.get("active")]
-    active = bool(inputs) and node.target not in CUTS and any(map(_differentiable, pytree.tree_leaves(val)))
-    node.meta["active"] = active
-    vals = list(val) if isinstance(val, tuple | list) else [val]
-    if inputs and any(isinstance(v, Tensor) and v.is_complex() for v in vals):
+    leaves = pytree.tree_leaves(val)
+    if inputs and node.target not in CUTS and any(isinstance(v, Tensor) and v.is_complex() for v in leaves):
         raise UnsupportedOpError(
             f"{locate(node)}\ngives complex numbers, which are not supported between a trainable parameter and the loss. Way "
             "out: say it in real and imaginary parts, or detach it if nothing is to be learned through it."
         )
-    places = [_place(program, node, v, active) for v in vals[:1]]
-    for v in vals[1:]:
-        same = isinstance(v, Tensor) and isinstance(vals[0], Tensor) and v.ndim == vals[0].ndim
-        places.append(places[0] if same else structural(program, v))
+    active = bool(inputs) and node.target not in CUTS and any(map(_differentiable, leaves))
+    node.meta["active"] = active
+    vals = list(val) if isinstance(val, tuple | list) else [val]
+    places = _places(program, node, vals, active)
     node.meta["place"] = places if isinstance(val, tuple | list) else places[0]
 
 
@@ -100,17 +112,19 @@ def _differentiable(val: Any) -> bool:
     return isinstance(val, Tensor) and val.is_floating_point()
 
 
-def _place(program: Program, node: fx.Node, val: Any, active: bool) -> Placement:
-    if not isinstance(val, Tensor):
-        return REPLICATE
-    found: Any = _by_rule(program, node, val)
+def _places(program: Program, node: fx.Node, vals: list[Any], active: bool) -> list[Placement]:
+    """The placement of every output; a rule says it of the first only."""
+    first = vals[0] if vals else None
+    found: Any = _by_rule(program, node, first) if isinstance(first, Tensor) else REPLICATE
     if found is None and active:
-        found = _probe(program, node)
-    if active:
-        return found
-    if found is None or found == MIXED:
-        return structural(program, val)
-    return REPLICATE if found == PARTIAL else found
+        return _probe(program, node, vals)
+    if not active:
+        if found is None or found == MIXED:
+            found = structural(program, first)
+        found = REPLICATE if found == PARTIAL else found
+    rest = vals[1:]
+    alike = [isinstance(v, Tensor) and isinstance(first, Tensor) and v.ndim == first.ndim for v in rest]
+    return [found, *(found if same else structural(program, v) for v, same in zip(rest, alike, strict=True))]
 
 
 def sites(program: Program, node: fx.Node) -> list[Site | None]:
@@ -150,56 +164,130 @@ def numeric_args(program: Program, node: fx.Node, n: int) -> tuple:
     return pytree.tree_map(number, canonical_args(node))
 
 
-def _probe(program: Program, node: fx.Node) -> Placement:
+def _probe(program: Program, node: fx.Node, vals: list[Any]) -> list[Placement]:
     """Redraw one sample at a time and see which outputs move."""
-    n = 3 if program.batch.symbols else program.batch.size
     if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
         raise UnsupportedOpError(
             f"{locate(node)}\nis random and has no rule, so its derivative would draw again. Way out: draw the noise from "
             "the data (an input), use nn.Dropout, or pass rules={op: rule}."
         )
-    leaves, spec = pytree.tree_flatten(numeric_args(program, node, n))
-    generator = torch.Generator().manual_seed(0)
-    values = [_draw(program, leaf, n, generator) for leaf in leaves]
-    sharded = {
-        i: leaf.meta["place"]
-        for i, leaf in enumerate(leaves)
-        if isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("place"), Shard)
-    }
-    # what depends on no parameter may be reduced over the batch freely (a normaliser made of targets)
-    shards = {i: p for i, p in sharded.items() if leaves[i].meta["active"]} or sharded
-
-    def run(samples: tuple[int, ...]) -> Tensor:
-        drawn = torch.Generator().manual_seed(1)
-        new = list(values)
-        for i, place in shards.items():
-            new[i] = _redrawn(values[i], place, samples, n, drawn)
+    # small is quick; the batch's own size is what a size that happens to equal it asks for
+    sizes = [3, program.batch.size] if program.batch.symbols else [program.batch.size]
+    reason = ""
+    for n, domain in product(dict.fromkeys(sizes), DOMAINS):
+        trial = _Trial(program, node, n, domain)
         try:
-            out = pytree.tree_leaves(invoke(node.target, pytree.tree_unflatten(new, spec)))[0]
+            places = [_infer(program, functools.partial(trial.run, k), n, v) if isinstance(v, Tensor) else REPLICATE
+                      for k, v in enumerate(vals)]  # fmt: skip
+        except _Uninformative as error:
+            reason = reason or str(error)
+            continue
+        node.meta["alone"] = trial.serves_alone(places)
+        return places
+    if not any(e.per_sample for e in program.extensions):
+        return [MIXED for _ in vals]  # a gradient asks nobody
+    raise UnsupportedOpError(
+        f"{locate(node)}\nhas no rule, and probing which samples it mixes failed: {reason}\nWay out: pass "
+        "rules={op: rule} with a `place` of its own."
+    )
+
+
+class _Uninformative(Exception):
+    """Values at which an op fails, gives no numbers or does not vary say nothing of its samples."""
+
+
+def _anywhere(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def _positive(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Positive numbers; square matrices are positive definite, triangular or not."""
+    x = torch.rand(shape, dtype=torch.float64, generator=generator)
+    square = len(shape) > 1 and shape[-1] == shape[-2]
+    return 0.1 * x / shape[-1] + torch.eye(shape[-1], dtype=x.dtype) if square else 0.1 + 0.8 * x
+
+
+@dataclass(frozen=True)
+class _Domain:
+    """Where values are drawn: `floats(shape, generator)`, and integers, any of 0 and 1 or one number."""
+
+    floats: Callable[[tuple[int, ...], torch.Generator], Tensor]
+    integer: int | None = None
+
+
+DOMAINS = (_Domain(_anywhere), _Domain(_positive, 1), _Domain(_positive, 0))
+
+
+class _Trial:
+    """An op on random values in a batch of `n`."""
+
+    def __init__(self, program: Program, node: fx.Node, n: int, domain: _Domain):
+        self.program, self.node, self.n, self.domain = program, node, n, domain
+        self.leaves, self.spec = pytree.tree_flatten(numeric_args(program, node, n))
+        generator = torch.Generator().manual_seed(0)
+        self.values = [self._draw(leaf, generator) for leaf in self.leaves]
+        self.sharded = {
+            i: leaf.meta["place"]
+            for i, leaf in enumerate(self.leaves)
+            if isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("place"), Shard)
+        }
+
+    def run(self, k: int, samples: tuple[int, ...]) -> Tensor:
+        """Output `k`, with the slices of the given samples drawn anew."""
+        # what depends on no parameter may be reduced over the batch freely (a normaliser made of targets)
+        moving = {i: p for i, p in self.sharded.items() if self.leaves[i].meta["active"]} or self.sharded
+        drawn = torch.Generator().manual_seed(1)
+        new = list(self.values)
+        for i, place in moving.items():
+            new[i] = _redrawn(self.values[i], place, samples, self.n, self.domain, drawn)
+        try:
+            out = self._outputs(new)[k]
         except Exception as error:
-            raise UnsupportedOpError(
-                f"{locate(node)}\nhas no rule, and probing which samples it mixes failed: {error}\nWay out: pass "
-                "rules={op: rule} with a `place` of its own."
-            ) from error
-        return out.nan_to_num()
+            raise _Uninformative(str(error)) from error
+        if self.domain is DOMAINS[0] and out.isnan().any():
+            raise _Uninformative("it gives no numbers")
+        with torch.enable_grad():
+            return out.nan_to_num()
 
-    return _infer(run, n)
+    def serves_alone(self, places: list[Placement]) -> bool:
+        """Whether the op on one sample's slices gives that sample's slices of the outputs."""
+        single = pytree.tree_leaves(numeric_args(self.program, self.node, 1))
+        values = [v if isinstance(v, Tensor) else s for v, s in zip(self.values, single, strict=True)]
+        whole = self._outputs(self.values)
+        pairs = [(k, samples_first(whole[k], p)) for k, p in enumerate(places) if isinstance(p, Shard)]
+        for n in range(self.n):
+            own = {i: samples_first(self.values[i], p)[n] for i, p in self.sharded.items()}
+            try:
+                out = self._outputs([own.get(i, v) for i, v in enumerate(values)])
+            except Exception:
+                return False
+            if any(o.shape != y.shape or not torch.allclose(o, y, 1e-5, equal_nan=True) for o, y in
+                   ((out[k], y[n]) for k, y in pairs)):  # fmt: skip
+                return False
+        return True
+
+    def _outputs(self, values: list[Any]) -> list[Any]:
+        with torch.enable_grad():
+            out = invoke(self.node.target, pytree.tree_unflatten(values, self.spec))
+            out = list(out) if isinstance(out, tuple | list) else [out]
+            return [o if not isinstance(o, Tensor) or o.is_floating_point() else o.double() for o in out]
+
+    def _draw(self, leaf: Any, generator: torch.Generator) -> Any:
+        val = leaf.meta.get("val") if isinstance(leaf, fx.Node) else None
+        if not isinstance(val, Tensor):
+            return leaf
+        shape = self.program.batch.shape(val, self.n)
+        if val.is_floating_point():
+            return self.domain.floats(shape, generator).to(val.dtype).requires_grad_(leaf.meta["active"])
+        if self.domain.integer is not None:
+            return torch.full(shape, self.domain.integer, dtype=val.dtype)
+        return torch.randint(0, 2, shape, generator=generator).to(val.dtype)
 
 
-def _draw(program: Program, leaf: Any, n: int, generator: torch.Generator) -> Any:
-    val = leaf.meta.get("val") if isinstance(leaf, fx.Node) else None
-    if not isinstance(val, Tensor):
-        return leaf
-    shape = program.batch.shape(val, n)
-    if val.is_floating_point():
-        return torch.randn(shape, dtype=torch.float64, generator=generator).to(val.dtype)
-    return torch.randint(0, 2, shape, generator=generator).to(val.dtype)
-
-
-def _redrawn(value: Tensor, place: Shard, samples: tuple[int, ...], n: int, generator) -> Tensor:
+def _redrawn(value: Tensor, place: Shard, samples: tuple[int, ...], n: int, domain: _Domain, generator) -> Tensor:
     """`value` with the slices of `samples` drawn anew (the same ones whatever the other samples)."""
     if value.is_floating_point():
-        other = torch.randn(value.shape, dtype=torch.float64, generator=generator).to(value.dtype)
+        other = domain.floats(tuple(value.shape), generator).to(value.dtype)
     else:
         other = (1 - value.to(torch.long)).to(value.dtype)
     slots = torch.arange(value.shape[place.dim]).div(place.inner, rounding_mode="floor") % n
@@ -208,18 +296,25 @@ def _redrawn(value: Tensor, place: Shard, samples: tuple[int, ...], n: int, gene
     return torch.where(chosen, other, value)
 
 
-def _infer(run, n: int) -> Placement:
+def _infer(program: Program, run: Callable[[tuple[int, ...]], Tensor], n: int, val: Tensor) -> Placement:
     base = run(())
     singles = [run((k,)) for k in range(n)]
     moved = [single != base for single in singles]
     if not any(bool(m.any()) for m in moved):
-        return REPLICATE
+        if base.requires_grad:  # unlike that of an op that reads only a value's shape
+            raise _Uninformative("its output is the same wherever it was tried")
+        return structural(program, val)
     for dim, (outer, inner) in product(range(base.ndim), _splits_of(base.shape, n)):
         if outer * n * inner != base.shape[dim]:
+            continue
+        one_size = outer * program.batch.probe * inner != program.batch.shape(val)[dim]
+        if one_size and n != program.batch.size:
             continue
         slots = torch.arange(base.shape[dim]).div(inner, rounding_mode="floor") % n
         view = slots.view(-1, *[1] * (base.ndim - dim - 1))
         if all(not bool((m & (view != k)).any()) for k, m in enumerate(moved)):
+            if one_size:
+                raise _OneSize
             return Shard(dim, outer, inner)
     both = run(tuple(range(n)))
     total = base + sum(s - base for s in singles)

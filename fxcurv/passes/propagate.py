@@ -30,7 +30,7 @@ from fxcurv.placement import REPLICATE, Shard
 from fxcurv.program import Program, is_active, place
 from fxcurv.quantity import GRADIENT, Group, HessianFactors, groups_of
 from fxcurv.rules.base import Rule, canonical_args, rule_of
-from fxcurv.uses import Use, call_of, origin_of, outputs_of, pull_back, select_group
+from fxcurv.uses import Use, call_of, origin_of, outputs_of, place_of_outputs, pull_back, select_group
 
 
 @dataclass(frozen=True)
@@ -296,8 +296,7 @@ def _zeros(some: Tensor, like: Tensor) -> Tensor:
 def _step(walk: Walk, node: fx.Node, stack: Stack) -> None:
     """Send one stack through the op at `node`, to its sharded and to its sample-free inputs."""
     program = walk.program
-    where = node.meta["place"]
-    sharded_output = isinstance(where[0] if isinstance(where, list) else where, Shard)
+    sharded_output = isinstance(place_of_outputs(node), Shard)
     leaves = pytree.tree_leaves(canonical_args(node))
     active = [i for i, leaf in enumerate(leaves) if is_active(leaf)]
     kept = {i: tuple(g for g in stack.groups if walk.carries(g, leaves[i])) for i in active}

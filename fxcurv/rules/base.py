@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,8 @@ class Call:
     """One op call as a traced rule sees it: canonical positional `args` and output `y` (tensors), placements (static).
 
     `places` and `sizes` go with the flattened `args`; `sizes` holds, for arguments that depend on the batch size, their
-    value at N = 1 (None elsewhere).
+    value at N = 1 (None elsewhere). `place` is that of the first output with samples, `outs` those of all floating-point
+    outputs. `alone`: whether the op on one sample's slices gives that sample's outputs, as far as trying it has shown.
     """
 
     op: Callable
@@ -28,15 +30,17 @@ class Call:
     place: Any
     places: tuple[Any, ...]
     sizes: tuple[int | None, ...]
+    outs: tuple[Any, ...] = ()
+    alone: bool = True
 
 
 def _flatten(call: Call):
-    return [call.args, call.y], (call.op, call.place, call.places, call.sizes)
+    return [call.args, call.y], (call.op, call.place, call.places, call.sizes, call.outs, call.alone)
 
 
 def _unflatten(values, context):
-    op, place, places, sizes = context
-    return Call(op, *values, place, places, sizes)  # type: ignore[call-arg]
+    op, *rest = context
+    return Call(op, *values, *rest)  # type: ignore[call-arg]
 
 
 pytree.register_pytree_node(Call, _flatten, _unflatten)
@@ -88,7 +92,7 @@ class Rule:
         slices = [samples_first(leaves[i], call.places[i]) for i in sharded]
         fixed = [s if s is not None else leaf for s, leaf in zip(call.sizes, leaves, strict=True)]
         g = g if isinstance(g, tuple) else (g,)
-        g = tuple(samples_first(t, call.place, lead=1) for t in g)
+        g = _samples_first(call, g, lead=1)
 
         def one(g_n, *slices_n):
             def op(h):
@@ -99,16 +103,33 @@ class Rule:
             return torch.vmap(pull)(g_n)[0]
 
         alone = _substitute(fixed, sharded, [s[0] for s in slices])
-        if not serves_alone(call, alone, [t[0, 0] for t in g]):
-            return Jacobian(_one_hot(call, position, g))
-        return Jacobian(torch.vmap(one, in_dims=(1, *[0] * len(slices)), out_dims=1)(g, *slices))
+        if serves_alone(call, alone, [t[0, 0] for t in g]):
+            with contextlib.suppress(RuntimeError):  # some ops notice the missing samples in their backward only
+                p = torch.vmap(one, in_dims=(1, *[0] * len(slices)))(g, *slices)
+                return Jacobian(p.movedim(0, 1))  # not by out_dims, where vmap expands a constant result wrongly
+        return Jacobian(_one_hot(call, position, g))
+
+
+def _samples_first(call: Call, ys: Sequence[Tensor], lead: int = 0) -> tuple[Tensor, ...]:
+    """The op's outputs (behind `lead` axes) as [*lead, N, *slice]; one without samples is the same for all."""
+    places = call.outs or (call.place,) * len(ys)
+    pairs = list(zip(ys, places, strict=False))
+    sharded = [samples_first(y, p, lead) for y, p in pairs if isinstance(p, Shard)]
+    n = sharded[0].shape[lead]
+    found = iter(sharded)
+    return tuple(
+        next(found) if isinstance(p, Shard) else y.unsqueeze(lead).expand(*y.shape[:lead], n, *y.shape[lead:])
+        for y, p in pairs
+    )
 
 
 def serves_alone(call: Call, leaves: Sequence[Any], like: Sequence[Tensor]) -> bool:
     """Whether the op on one sample's slices, `leaves`, gives that sample's outputs, of shapes as `like`.
 
-    It does not where an axis of a parameter meets the axis of the samples.
+    It does not where an axis or an index of another argument meets the axis of the samples.
     """
+    if not call.alone:
+        return False
     spec = pytree.tree_structure(call.args)
     try:
         out = floats(invoke(call.op, pytree.tree_unflatten(leaves, spec)))
@@ -123,14 +144,15 @@ def _one_hot(call: Call, position: int, g: tuple[Tensor, ...]) -> Tensor:
 
     def op(h):
         out = floats(invoke(call.op, pytree.tree_unflatten(_substitute(leaves, [position], [h]), spec)))
-        return tuple(samples_first(o, call.place) for o in out)
+        return _samples_first(call, out)
 
     _, pull = torch.func.vjp(op, leaves[position])
 
     def one(sample):
         return torch.vmap(pull)(tuple(t * sample.view(-1, *[1] * (t.ndim - 2)) for t in g))[0]
 
-    return torch.vmap(one, out_dims=1)(torch.eye(g[0].shape[1], dtype=g[0].dtype, device=g[0].device))
+    samples = torch.eye(g[0].shape[1], dtype=g[0].dtype, device=g[0].device)
+    return torch.vmap(one)(samples).movedim(0, 1)
 
 
 def floats(out: Any) -> tuple[Tensor, ...]:

@@ -47,7 +47,7 @@ class Copy(Movement):
     """The same values, perhaps in another dtype."""
 
     def place(self, sites, args, shape, n):
-        return sites[0].place
+        return sites[0].place if sites[0] else None  # a number becomes a tensor
 
     def transpose(self, call: Call, wrt, g):
         return [g.to(call.args[0].dtype)]
@@ -251,3 +251,29 @@ def _repeat(x, repeats):
             x = x.unsqueeze(d)
             x = x.expand(*x.shape[:d], repeats[d], *x.shape[d + 1 :])
     return x.reshape([r * s for r, s in zip(repeats, sizes, strict=True)])
+
+
+@rewrite(aten.pad.default)
+def _pad(x, pad, mode="constant", value=None):
+    if mode != "circular":
+        return aten.pad.default(x, pad, mode, value)
+    for k in range(len(pad) // 2):
+        (low, high), d = pad[2 * k : 2 * k + 2], x.ndim - 1 - k
+        size = x.shape[d]
+        inner = x.narrow(d, max(-low, 0), size - max(-low, 0) - max(-high, 0))
+        ends = x.narrow(d, size - low, low) if low > 0 else None, x.narrow(d, 0, high) if high > 0 else None
+        x = torch.cat([t for t in (ends[0], inner, ends[1]) if t is not None], d)
+    return x
+
+
+@rewrite(aten.copy.default)
+def _copy(x, source, non_blocking=False):
+    return source.to(x.dtype).expand(x.shape)
+
+
+@rewrite(aten.block_diag.default)
+def _block_diag(blocks):
+    blocks = [b.reshape([1] * (2 - b.ndim) + list(b.shape)) for b in blocks]
+    widths = [b.shape[1] for b in blocks]
+    padded = [(sum(widths[:k]), sum(widths[k + 1 :])) for k in range(len(widths))]
+    return aten.cat.default([aten.constant_pad_nd.default(b, p) for b, p in zip(blocks, padded, strict=True)])

@@ -1,0 +1,68 @@
+"""PyTorch's operator database against the oracle (see `op_sweep.py`): some ops by default, all of them when slow."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from case_tools import Net, param
+from op_sweep import database, name_of, outcomes
+from torch import nn
+
+import fxcurv
+from fxcurv.errors import MixedSamplesError, UnsupportedOpError
+from fxcurv.extensions import BatchGrad
+
+FINE = {"right", "mixed", "refused", "random", "constant", "sparse", "not finite", "no number"}
+# served by a rule, by the fallback, by a decomposition; indices into samples; outputs of different shapes; constants
+SOME = [
+    "addmm", "bmm", "cat", "cholesky", "cumsum", "diagonal_scatter", "gather", "index_put", "linalg.cholesky", "linalg.det",
+    "linalg.svd", "logsumexp", "lu_unpack", "nextafter", "nn.functional.group_norm", "nn.functional.pad (circular)",
+    "nn.functional.prelu", "prod", "scatter_add", "select_scatter", "sgn", "sort", "_upsample_bilinear2d_aa", "var (unbiased)",
+]  # fmt: skip
+INFOS = {name_of(info): info for info in database()}
+
+
+def check(name):
+    found = outcomes(INFOS[name], 1)
+    for o in found:
+        assert o.kind in FINE, o
+        # an error of fxcurv's own names op and line
+        assert o.kind != "refused" or "op " in o.message or "torch.export" in o.message or "the loss" in o.message, o
+        assert not o.gradient.startswith(("wrong", "failed")), o
+    return {o.kind for o in found}
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_op(name):
+    assert "right" in check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in INFOS if name not in SOME])
+def test_every_op(name):
+    check(name)
+
+
+def refused(run, error, match, **kwargs):
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 5, 6)
+    net = Net(run, w=param(1, 1, 6))
+    with torch.no_grad():
+        y = torch.randn_like(net(x))
+    with pytest.raises(error, match=match):
+        fxcurv.compile(net, nn.MSELoss(), [BatchGrad()], **kwargs)(x, y)
+
+
+def test_a_complex_branch_is_not_a_constant():
+    """A real branch beside it hides that its gradient would be lost."""
+    refused(lambda m, x: x * m.w + torch.fft.irfft(torch.fft.rfft(x * m.w)), UnsupportedOpError, "complex")
+
+
+def test_a_size_that_is_the_probes_batch():
+    """Resizing to 3 is the identity on the probe's batch of 3, and mixes samples on any other."""
+    aten = torch.ops.aten
+
+    def run(m, x):
+        return aten._upsample_bilinear2d_aa(x * m.w, [3, 6], False)
+
+    refused(run, MixedSamplesError, "mixes samples", batch_dim=2)
