@@ -8,7 +8,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 DEFINITION := pyproject.toml constraints.txt
-FIGURES := demo.png batched_jacobians.png diag_ggn_optimizer.png
+FIGURES := demo.png batched_jacobians.png diag_ggn_optimizer.png train_compiled.png
 
 .PHONY: help venv test test-all demo examples bench lint clean
 

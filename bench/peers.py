@@ -82,15 +82,15 @@ def plain(problem: Problem, quantity: Quantity | None = None) -> Implementation:
     return Implementation(call, _given(model, x, y), model.zero_grad)
 
 
-def fxcurv(problem: Problem, quantity: Quantity) -> Implementation | None:
-    """The compiled program, called as a user calls it."""
+def fxcurv(problem: Problem, quantity: Quantity, **options: Any) -> Implementation | None:
+    """The compiled program, called as a user calls it; `options` go to `fxcurv.compile`."""
     package = importlib.import_module("fxcurv")
     offered = importlib.import_module("fxcurv.extensions")
     if any(getattr(offered, name, None) is None for name, _ in quantity.extensions):
         return None
     extensions = [getattr(offered, name)(**arguments) for name, arguments in quantity.extensions]
     model, loss, x, y = _set_up(problem)
-    compiled = package.compile(model, loss, extensions=extensions)
+    compiled = package.compile(model, loss, extensions=extensions, **options)
     savefields = [extension.savefield for extension in extensions]
     if not quantity.product:
         return Implementation(
@@ -276,6 +276,7 @@ BUILDERS: dict[str, Callable[[Problem, Quantity], Implementation | None]] = {
 }
 
 
-def wanted(families: list[str]) -> dict[str, Callable[[Problem, Quantity], Implementation | None]]:
-    """The builders of these families: the part of a name before the colon."""
-    return {name: builder for name, builder in BUILDERS.items() if name.partition(":")[0] in families}
+def wanted(families: list[str], backends: list[str]) -> dict[str, Callable[[Problem, Quantity], Implementation | None]]:
+    """The builders of these families, the part of a name before the colon, and fxcurv's under these backends too."""
+    found = {name: builder for name, builder in BUILDERS.items() if name.partition(":")[0] in families}
+    return {**found, **{f"fxcurv:{backend}": partial(fxcurv, backend=backend) for backend in backends}}

@@ -201,7 +201,7 @@ def measure(problem: str, quantity: str, args: argparse.Namespace, progress: tqd
     case, how = PROBLEMS[problem], QUANTITIES[quantity]
     entries = [Entry("plain")]
     entries[0].prepare(lambda: plain(case), args.limit, compare=False)
-    for name, build in wanted(args.peers).items():
+    for name, build in wanted(args.peers, args.backend).items():
         progress.set_postfix_str(f"{problem} {quantity}: prepare {name}")
         entry = Entry(name)
         if entry.prepare(lambda build=build: build(case, how), args.limit, compare=not how.random):
@@ -394,6 +394,7 @@ def arguments() -> argparse.Namespace:
     add("--problems", nargs="+", default=["a", "e", "b", "c"], choices=PROBLEMS, help="default: a e b c")
     add("--extensions", nargs="+", default=list(QUANTITIES), choices=QUANTITIES, metavar="NAME")
     add("--peers", nargs="+", default=families, choices=families, help="the plain gradient always runs")
+    add("--backend", nargs="+", default=[], metavar="NAME", help="fxcurv under these torch.compile backends too (inductor)")
     add("--rounds", type=int, default=20, help="timed calls of each implementation")
     add("--budget", type=float, default=20, help="seconds after which an implementation gets no more rounds")
     add("--limit", type=float, default=120, help="seconds to build and warm up, and for any later call")

@@ -16,7 +16,7 @@ import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MODULES = {"data"}  # that scripts import
-SCRIPTS = {"demo", "batched_jacobians", "all_extensions", "gradient_of_variance", "diag_ggn_optimizer"}
+SCRIPTS = {"demo", "batched_jacobians", "all_extensions", "gradient_of_variance", "diag_ggn_optimizer", "train_compiled"}
 PNG = b"\x89PNG"
 
 
@@ -51,6 +51,13 @@ def test_demo(run):
     assert found and float(found[1]) > 0.9
     assert "columns on the V axis: 1 gradient" in out
     assert is_png(Path("small.png"))
+
+
+def test_train_compiled(run):
+    """Three steps, the last batch smaller; in full, with Inductor, by `make examples`."""
+    out = run("train_compiled", "--backend", "aot_eager", "--steps", 3, "--batch-size", 700, "--figure", "times.png")
+    assert re.findall(r"^(eager|compiled step|backend=) .* the same losses$", out, re.M) == ["eager", "compiled step", "backend="]
+    assert is_png(Path("times.png"))
 
 
 def test_batched_jacobians(run):
