@@ -31,7 +31,7 @@ ALIASES = {
     "convolution": "conv2d", "_native_batch_norm_legit_no_training": "batch_norm", "cross_entropy_loss": "cross_entropy",
     "native_dropout": "dropout", "max_pool2d_with_indices": "max_pool2d", "max_pool3d_with_indices": "max_pool3d",
     "_adaptive_avg_pool2d": "adaptive_avg_pool2d", "_adaptive_avg_pool3d": "adaptive_avg_pool3d", "_unsafe_view": "view",
-    "_to_copy": "to", "alias": "alias_copy",
+    "_to_copy": "to", "alias": "alias_copy", "_cdist_forward": "cdist",
 }  # fmt: skip
 
 

@@ -383,12 +383,14 @@ def gradient_alone(trial: Trial, oracle: Oracle) -> str:
 
 
 def outcomes(info, count: int) -> list[Outcome]:
-    """All trials of one op. A mixing one is made once."""
+    """All trials of `count` samples of one op, of more until one is right. A mixing one is made once."""
     out: list[Outcome] = []
     mixed = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for draws in samples(info, count):
+        for k, draws in enumerate(samples(info, 4 * count)):
+            if k >= count and any(o.kind == "right" for o in out):
+                break
             try:
                 made = trials(draws)
             except Unfit as unfit:
@@ -401,7 +403,7 @@ def outcomes(info, count: int) -> list[Outcome]:
                 mixed |= trial.mode == "mixing"
                 out.append(outcome_of(trial, draws[0], trial.mode == "mixing"))
                 kept_apart |= trial.mode != "mixing" and out[-1].kind == "right"
-    return out or [Outcome("", "", "no number", message="the database has no sample with a derivative")]
+    return out or [Outcome("", "", "no number", message="no small sample with a derivative")]
 
 
 # ---- the sweep ------------------------------
@@ -487,7 +489,7 @@ REASONS = {  # what a message says: what the table says
     "PyTorch itself": "no batch: torch.vmap fails",
     "sparse tensors": "sparse tensors",
     "no derivative": "PyTorch has no derivative",
-    "no sample": "no sample in the database",
+    "no small sample": "the database has no small sample with a derivative",
     "took more than": "too large to try",
 }
 

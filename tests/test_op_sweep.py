@@ -15,9 +15,10 @@ from fxcurv.extensions import BatchGrad
 FINE = {"right", "mixed", "refused", "random", "constant", "sparse", "not finite", "no number"}
 # served by a rule, by the fallback, by a decomposition; indices into samples; outputs of different shapes; constants
 SOME = [
-    "addmm", "bmm", "cat", "cholesky", "cumsum", "diagonal_scatter", "gather", "index_put", "linalg.cholesky", "linalg.det",
-    "linalg.svd", "logsumexp", "lu_unpack", "nextafter", "nn.functional.group_norm", "nn.functional.pad (circular)",
-    "nn.functional.prelu", "prod", "scatter_add", "select_scatter", "sgn", "sort", "_upsample_bilinear2d_aa", "var (unbiased)",
+    "_upsample_bilinear2d_aa", "addmm", "bmm", "cat", "cdist", "cholesky", "cumsum", "diagonal_scatter", "gather",
+    "index_put", "linalg.cholesky", "linalg.det", "linalg.svd", "logsumexp", "lu_unpack", "nextafter",
+    "nn.functional.group_norm", "nn.functional.pad (circular)", "nn.functional.prelu", "prod", "scatter_add",
+    "select_scatter", "sgn", "sort", "var (unbiased)",
 ]  # fmt: skip
 INFOS = {name_of(info): info for info in database()}
 

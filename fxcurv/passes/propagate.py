@@ -29,7 +29,7 @@ from fxcurv.passes.objective import ancestors, descendants
 from fxcurv.placement import REPLICATE, Shard
 from fxcurv.program import Program, is_active, place
 from fxcurv.quantity import GRADIENT, Group, HessianFactors, groups_of
-from fxcurv.rules.base import Rule, canonical_args, rule_of
+from fxcurv.rules.base import FAILURES, Rule, canonical_args, rule_of
 from fxcurv.uses import Use, call_of, origin_of, outputs_of, place_of_outputs, pull_back, select_group
 
 
@@ -318,7 +318,7 @@ def _step(walk: Walk, node: fx.Node, stack: Stack) -> None:
             found = emit(program, rule.factors, call, i, here.node, origin=origin)
             use = Use(found, here.groups, here.columns, rule.name, (), node, leaves[i], here.node)
             walk.uses.setdefault(leaves[i], []).append(use)
-    except (RuntimeError, NotImplementedError, TypeError) as error:
+    except (*FAILURES, TypeError) as error:
         raise UnsupportedOpError(
             f"{locate(node)}\nhas no rule, and the general fallback failed: {type(error).__name__}: {str(error)[:300]}\n"
             "Way out: pass rules={op: rule}, or write the op in other PyTorch ops."

@@ -104,7 +104,7 @@ class Rule:
 
         alone = _substitute(fixed, sharded, [s[0] for s in slices])
         if serves_alone(call, alone, [t[0, 0] for t in g]):
-            with contextlib.suppress(RuntimeError):  # some ops notice the missing samples in their backward only
+            with contextlib.suppress(*FAILURES):  # some ops notice the missing samples in their backward only
                 p = torch.vmap(one, in_dims=(1, *[0] * len(slices)))(g, *slices)
                 return Jacobian(p.movedim(0, 1))  # not by out_dims, where vmap expands a constant result wrongly
         return Jacobian(_one_hot(call, position, g))
@@ -133,7 +133,7 @@ def serves_alone(call: Call, leaves: Sequence[Any], like: Sequence[Tensor]) -> b
     spec = pytree.tree_structure(call.args)
     try:
         out = floats(invoke(call.op, pytree.tree_unflatten(leaves, spec)))
-    except RuntimeError:
+    except FAILURES:
         return False
     return [o.shape for o in out] == [t.shape for t in like]
 
@@ -186,6 +186,9 @@ def _substitute(leaves: Sequence[Any], positions: Sequence[int], values: Sequenc
         new[i] = value
     return new
 
+
+FAILURES = (RuntimeError, ValueError, IndexError)
+"""What ops raise at arguments that they do not take."""
 
 FALLBACK = Rule()
 RULES: dict[Callable, Rule] = {}

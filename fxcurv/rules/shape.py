@@ -271,6 +271,12 @@ def _copy(x, source, non_blocking=False):
     return source.to(x.dtype).expand(x.shape)
 
 
+@rewrite(aten._cdist_forward.default)
+def _cdist(x, z, p, mode):
+    """Under `vmap`, PyTorch's derivative of it is wrong."""
+    return torch.linalg.vector_norm(x.unsqueeze(-2) - z.unsqueeze(-3), p, -1)
+
+
 @rewrite(aten.block_diag.default)
 def _block_diag(blocks):
     blocks = [b.reshape([1] * (2 - b.ndim) + list(b.shape)) for b in blocks]
