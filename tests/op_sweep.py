@@ -19,6 +19,8 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -30,6 +32,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +66,8 @@ class Sample:
 
     def call(self, leaves: list[Any]) -> Any:
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        return self.process(self.info.gradcheck_wrapper(self.info.op, *args, **kwargs))
+        with mock.patch.object(methods(), "wrapper_set_seed", lambda op, *a, **k: op(*a, **k)):  # it hides that ops are random
+            return self.process(self.info.gradcheck_wrapper(self.info.op, *args, **kwargs))
 
     @property
     def shapes(self) -> str:
@@ -409,12 +413,17 @@ def outcomes(info, count: int) -> list[Outcome]:
 # ---- the sweep ------------------------------
 
 
-def database() -> list[Any]:
-    """The entries of PyTorch's database with a derivative in float64."""
+@functools.cache
+def methods() -> Any:
+    """The module of PyTorch's database."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from torch.testing._internal.common_methods_invocations import op_db
-    return [info for info in op_db if info.supports_autograd and torch.float64 in info.dtypes]
+        return importlib.import_module("torch.testing._internal.common_methods_invocations")
+
+
+def database() -> list[Any]:
+    """The entries of PyTorch's database with a derivative in float64."""
+    return [info for info in methods().op_db if info.supports_autograd and torch.float64 in info.dtypes]
 
 
 def name_of(info) -> str:
@@ -490,11 +499,14 @@ REASONS = {  # what a message says: what the table says
     "sparse tensors": "sparse tensors",
     "no derivative": "PyTorch has no derivative",
     "no small sample": "the database has no small sample with a derivative",
+    "no sample": "the database has no small sample with a derivative",
     "took more than": "too large to try",
 }
 
 
 def reason(o: dict) -> str:
+    if o["kind"] in ("random", "not finite"):
+        return {"random": "served, but random: not compared", "not finite": "not finite"}[o["kind"]]
     for said, short in REASONS.items():
         if said in o["message"]:
             return short
@@ -512,6 +524,7 @@ def row(name: str, several: list[dict]) -> tuple[str, ...]:
     mixed = "yes" if any(o["kind"] == "mixed" for o in several) else ""
     rest = {f"{o['kind'].upper()}: {reason(o)}" if o["kind"] in ("wrong", "failed") else reason(o)
             for o in several if o["kind"] not in ("right", "mixed")}  # fmt: skip
+    rest |= {f"GRADIENT {o['gradient'][:60]}" for o in several if o["gradient"].startswith(("wrong", "failed"))}
     served = served or (["nothing left to differentiate"] if right else [])
     return name, "; ".join(served), str(len(right) or ""), worst, mixed, "; ".join(sorted(rest))
 
@@ -536,9 +549,13 @@ precision.
 """
 
 
+def _off(o: dict) -> bool:
+    return o["kind"] in ("wrong", "failed") or o["gradient"].startswith(("wrong", "failed"))
+
+
 def table(found: dict[str, list[dict]], count: int) -> str:
     served = [n for n, several in found.items() if any(o["kind"] == "right" for o in several)]
-    wrong = [n for n, several in found.items() if any(o["kind"] in ("wrong", "failed") for o in several)]
+    wrong = [n for n, several in found.items() if any(_off(o) for o in several)]
     kinds = collections.Counter(o["kind"] for several in found.values() for o in several)
     counts = (
         f"{len(found)} entries: {len(served)} served ({kinds['right']} trials right), {len(found) - len(served)} refused "

@@ -17,8 +17,8 @@ FINE = {"right", "mixed", "refused", "random", "constant", "sparse", "not finite
 SOME = [
     "_upsample_bilinear2d_aa", "addmm", "bmm", "cat", "cdist", "cholesky", "cumsum", "diagonal_scatter", "gather",
     "index_put", "linalg.cholesky", "linalg.det", "linalg.svd", "logsumexp", "lu_unpack", "nextafter",
-    "nn.functional.group_norm", "nn.functional.pad (circular)", "nn.functional.prelu", "prod", "scatter_add",
-    "select_scatter", "sgn", "sort", "var (unbiased)",
+    "nn.functional.cosine_embedding_loss", "nn.functional.group_norm", "nn.functional.pad (circular)",
+    "nn.functional.prelu", "prod", "scatter_add", "select_scatter", "sgn", "sort", "var (unbiased)",
 ]  # fmt: skip
 INFOS = {name_of(info): info for info in database()}
 

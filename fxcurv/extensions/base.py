@@ -194,7 +194,10 @@ def _sample_axes(value: Tensor, summed: bool, one_column: bool) -> Tensor:
 
 
 def _zeros(spec: Spec, columns: int, param: Tensor, head: Tensor, place, dtype: torch.dtype) -> Tensor:
-    n = samples_first(head, place).shape[0] if spec.samples is None else len(spec.samples)
-    sizes = {"v": columns, "n": n}
-    lead = [sizes[axis] for axis in "vn" if axis not in spec.reduce]
+    def size(axis: str) -> Any:
+        if axis == "v":
+            return columns
+        return samples_first(head, place).shape[0] if spec.samples is None else len(spec.samples)
+
+    lead = [size(axis) for axis in "vn" if axis not in spec.reduce]
     return param.new_zeros((*lead, *(() if "p" in spec.reduce else param.shape)), dtype=dtype)

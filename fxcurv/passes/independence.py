@@ -26,7 +26,10 @@ from fxcurv.rules.base import canonical_args, invoke, rule_of
 aten = torch.ops.aten
 
 # Their derivative is zero or undefined: what they return is a constant.
-CUTS = {aten.detach.default, aten.sign.default, aten.floor.default, aten.ceil.default, aten.round.default}
+CUTS = {
+    aten.detach.default, aten.sign.default, aten.floor.default, aten.ceil.default, aten.round.default, aten.trunc.default,
+    aten.fill.Scalar, aten.zero.default,
+}  # fmt: skip
 # These read nothing but the shape.
 CUTS |= {aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
 CUTS |= {aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
