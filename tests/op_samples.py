@@ -167,6 +167,11 @@ def by_hand() -> dict[Any, list[tuple]]:
             for extra in ((), (2,), (2, 3))
             for w, b in ((t(4), t(4)), (None, None))
         ],
+        aten._native_batch_norm_legit_functional.default: [
+            (t(3, 4, *extra), w, b, mean, var, True, 0.1, 1e-5)
+            for extra in ((), (2,), (2, 3))
+            for w, b in ((t(4), t(4)), (None, None))
+        ],
         aten.layer_norm.default: [(t(3, 2, 4), [4], t(4), t(4)), (t(3, 2, 4), [2, 4], t(2, 4), None), (t(4), [4])],
         aten.convolution.default: [
             (t(3, 2, 5), t(4, 2, 3), t(4), [2], [1], [1], False, [0], 1),

@@ -51,14 +51,21 @@ def multilabel_margin(x: Tensor, t: Tensor) -> Tensor:
     return total / len(x)
 
 
+def bag_of(index: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    """`F.embedding_bag` of indices [N, K] without options."""
+    mode, found = rest[4], weight[index]
+    return found.amax(1) if mode == "max" else getattr(found, mode)(1)
+
+
 @contextmanager
 def plain_mathematics() -> Iterator[None]:
-    """Without the kernels whose second derivative is missing (attention, margins) or wrong (weight norm, in v)."""
+    """Without the kernels whose second derivative is missing (attention, margins, bags) or wrong (weight norm, in v)."""
     with (
         sdpa_kernel(SDPBackend.MATH),
         patch.object(torch, "_weight_norm", weight_norm),
         patch.object(torch.nn.functional, "multi_margin_loss", multi_margin),
         patch.object(torch.nn.functional, "multilabel_margin_loss", multilabel_margin),
+        patch.object(torch.nn.functional, "embedding_bag", bag_of),
     ):
         yield
 

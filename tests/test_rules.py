@@ -239,7 +239,7 @@ def test_place(op):
                 every = floats(run(ref_op, redraw(ref_args, moving, n, list(range(n)))))[0]
                 total = base + sum(moved - base for moved in singles)
                 torch.testing.assert_close(every, total, **tolerance(op, every))
-    assert seen, "no placement was claimed"
+    assert seen or op in MIXING, "no placement was claimed"
 
 
 @pytest.mark.parametrize("op", RULES, ids=name_of)
@@ -353,6 +353,10 @@ def test_rewrite(op):
         assert len(actual) == len(expected), shapes(args)
         for a, e in zip(actual, expected, strict=True):
             close(a, e, (op, shapes(args)), **TOLERANCE, equal_nan=True)
+
+
+# They mix samples, so that they claim no placement.
+MIXING = {aten._native_batch_norm_legit_functional.default}
 
 
 def trained_statistics(op, args):

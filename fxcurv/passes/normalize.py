@@ -159,6 +159,8 @@ def _own_slices(program: Program) -> None:
             _substitute(program, node, new)
 
 
+MOST = 2**63 - 1  # the end of a slice without one
+
 # they leave the order of elements as it is
 _IN_ORDER = {
     aten._to_copy.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.clone.default, aten.view.default,
@@ -175,11 +177,16 @@ def _counts_samples(program: Program, x: fx.Node, indices: list[fx.Node | None])
     if not shape or shape != (size, *[1] * (len(shape) - 1)) or any(v.ndim > len(shape) for v in vals):
         return False
     source: Any = indices[0]
-    while source.target in _IN_ORDER:
+    while source.target in _IN_ORDER or _is_all(source):
         source = source.args[0]
     if source.target is aten.arange.start_step:
         return source.args[0] == 0 and source.args[2:] in ((), (1,))
     return source.target is aten.arange.default or (source.target is aten.arange.start and source.args[0] == 0)
+
+
+def _is_all(node: fx.Node) -> bool:
+    """Whether a slice takes everything, as in x[:, None]."""
+    return node.target is aten.slice.Tensor and node.args[2:] in ((), (0, MOST), (0, MOST, 1), (None, None))
 
 
 def _in_own_slice(x: Tensor, indices: list[Tensor]) -> Tensor:

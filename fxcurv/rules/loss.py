@@ -221,16 +221,20 @@ def _reduced(each: Tensor, mode: int) -> Tensor:
 @rewrite(aten.multi_margin_loss.default)
 def _multi_margin(x, target, p=1, margin=1, weight=None, mode=MEAN):
     """sum_{j != t} w_t max(0, margin - x_t + x_j)^p / C."""
+    rows, target = x.ndim == 2, target.reshape(-1)
+    x = x if rows else x.reshape(1, -1)
     index = target.unsqueeze(-1)
     above = torch.relu(margin - x.gather(-1, index) + x)
     above = torch.where(torch.arange(x.shape[-1], device=x.device) == index, 0, above)
     each = (above if p == 1 else above.square()).sum(-1) / x.shape[-1]
-    return _reduced(each if weight is None else each * weight[target], mode)
+    each = each if weight is None else each * weight[target]
+    return _reduced(each if rows else each.squeeze(0), mode)
 
 
 @rewrite(aten.multilabel_margin_loss.default)
 def _multilabel_margin(x, target, mode=MEAN):
     """sum_{t, j} max(0, 1 - x_t + x_j) / C over the targets t before the first -1 and all j that are none."""
+    x, target = (t if t.ndim else t.reshape(1) for t in (x, target))
     given = (target < 0).to(torch.long).cumsum(-1) == 0
     index = torch.where(given, target, 0)
     classes = torch.arange(x.shape[-1], device=x.device)
