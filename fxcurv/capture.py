@@ -564,8 +564,8 @@ def _check_writes(module: fx.GraphModule, region: fx.Node, learned: set[fx.Node]
         if node.op != "call_function" or schema is None or not schema.is_mutable:
             continue
         written = node.args[0]
-        while isinstance(written, fx.Node) and written.op == "call_function" and written.args:
-            written = written.args[0]  # a view of it
+        while isinstance(written, fx.Node) and _is_view(written):
+            written = written.args[0]
         if given.get(written) in learned:
             line = source_line(node.meta.get("stack_trace") or "")
             raise CaptureError(
@@ -573,6 +573,11 @@ def _check_writes(module: fx.GraphModule, region: fx.Node, learned: set[fx.Node]
                 f"apart from its gradient\n  {line}\nWay out: x = x + (x.clamp(min=eps) - x).detach(), say, in place of "
                 "x.clamp_(min=eps)."
             )
+
+
+def _is_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(r.alias_info for r in schema.returns) and bool(node.args)
 
 
 def _drop_effects(graph: fx.Graph, tokens: set[str]) -> None:

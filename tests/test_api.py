@@ -618,6 +618,20 @@ def test_dtypes(dtype: torch.dtype) -> None:
             assert (actual - value).norm() <= tolerance * value.norm()
 
 
+def test_no_grad_may_write_to_what_it_has_made() -> None:
+    """The power iteration of spectral norm in training: in place, on values computed from the weight."""
+    torch.manual_seed(0)
+    model = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)).double()
+    twin = copy.deepcopy(model)
+    x, y = batch()
+    result = fxcurv.compile(model, CE, [BatchGrad()])(x.double(), y)
+    CE(twin(x.double()), y).backward()
+    for name, p in twin.named_parameters():
+        torch.testing.assert_close(result.grad[name], p.grad)
+        torch.testing.assert_close(result.grad_batch[name].sum(0), p.grad)
+    torch.testing.assert_close(dict(model.named_buffers()), dict(twin.named_buffers()))
+
+
 class Decayed(nn.Module):
     """Squares of parameters that it keeps in a list, where no module sees them."""
 

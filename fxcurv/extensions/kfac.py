@@ -90,7 +90,7 @@ class _Factored(Extension):
             name = type(self).__name__
             raise ExtensionError(
                 f"{name}: parameter '{param.name}' has no Kronecker factors: {why}.\nIt is used by {locate(at)}\n"
-                f'Way out: {name}(blocks="exact") gives its exact block, or freeze it by requires_grad_(False).'
+                f'Way out: {name}(blocks="exact") gives its exact block, {name}(params=...) leaves it out.'
             ) from why
 
     def _unreached(self, param: Param) -> Any:

@@ -82,7 +82,7 @@ class KFRA(_Factored):
         except NoLayer as why:
             raise ExtensionError(
                 f"KFRA: parameter '{param.name}' has no factors: {why}.\nIt is used by {locate(readers[-1])}\n"
-                'Way out: KFLR(blocks="exact") or KFAC(blocks="exact"), or freeze it by requires_grad_(False).'
+                'Way out: KFLR(blocks="exact") or KFAC(blocks="exact"), or KFRA(params=...) without it.'
             ) from why
 
 
