@@ -160,9 +160,9 @@ def test_attach_accumulates_and_sets_fields():
         same(step(x, y), eager(x, y), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["SGD", pytest.param("Adam", marks=pytest.mark.slow)])
-def test_optimizers(name):
-    """PyTorch breaks the graph at its own optimizers' `step`; the rest is one frame."""
+@pytest.mark.parametrize(("name", "rtol"), [("SGD", 1e-10), pytest.param("Adam", 1e-5, marks=pytest.mark.slow)])
+def test_optimizers(name, rtol):
+    """PyTorch breaks the graph at its own optimizers' `step`; compiled, its Adam counts steps in float32."""
 
     def make(model):
         compiled = fxcurv.compile(model, nn.CrossEntropyLoss(), [ext.DiagGGNExact()])
@@ -180,7 +180,7 @@ def test_optimizers(name):
     step, eager, _ = compiled_step(make, mlp(), fullgraph=False)
     for _ in range(3):
         x, y = features(8)
-        same(step(x, y), eager(x, y), rtol=1e-10, atol=1e-12)
+        same(step(x, y), eager(x, y), rtol=rtol, atol=1e-12)
 
 
 def test_autocast():
