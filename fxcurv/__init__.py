@@ -1,8 +1,9 @@
 """fxcurv: a compiler for individual gradients and curvature of PyTorch models."""
 
 from fxcurv import errors, extensions
-from fxcurv.api import Compiled, Result, compile  # noqa: A004
+from fxcurv.api import Compiled, compile  # noqa: A004
 from fxcurv.program import Program
+from fxcurv.result import Result
 from fxcurv.rules import Contraction, Pointwise, Rule, register, rewrite
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`compile`, what it returns, and what a call returns."""
+"""`compile` and what it returns."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
 from fxcurv import passes
+from fxcurv.arguments import Arguments, described, filled, flatten_arguments
 from fxcurv.backend import Backend, export
-from fxcurv.capture import Arguments, capture, described, filled, flatten_arguments
+from fxcurv.capture import capture
 from fxcurv.dynamo import Step, parted, step_for
 from fxcurv.errors import ArgumentError, ExtensionError, UnsupportedOpError, locate
 from fxcurv.extensions import Extension
@@ -27,6 +27,7 @@ from fxcurv.program import Program, specialise
 from fxcurv.progress import progress, silent
 from fxcurv.quantity import Identity
 from fxcurv.recompiles import Key, why
+from fxcurv.result import Result
 from fxcurv.selection import Choice, chosen, hashable
 
 log = logging.getLogger("fxcurv")
@@ -168,86 +169,6 @@ def _check_savefield(e: Extension) -> None:
         raise ExtensionError(f"{e} saves to '{name}', which every result has: give it another savefield=")
     if hasattr(Tensor, name):
         raise ExtensionError(f"{e} saves to '{name}', which every tensor has: give it another savefield=")
-
-
-class Result:
-    """What a call returns: a registered pytree, detached from the parameters.
-
-    Attributes:
-        loss: the loss, 0-dim (none if there is no loss function).
-        output: the model's output, in its own structure.
-        grad: parameter name -> gradient.
-        buffers: buffer name -> new value, if buffers are not updated.
-        <savefield>: for every extension, parameter name -> value.
-    """
-
-    def __init__(self, fields: dict[str, Any], extensions: tuple[Extension, ...], model: nn.Module | None):
-        self._fields, self._extensions, self._model = fields, extensions, model
-
-    def __getattr__(self, name: str) -> Any:
-        fields = self.__dict__.get("_fields", {})
-        if name in fields:
-            return fields[name]
-        raise AttributeError(f"the result has no '{name}': it has {', '.join(fields)}")
-
-    def __getitem__(self, extension: Extension) -> Any:
-        """The field of an extension instance."""
-        if extension not in self._extensions:
-            raise ExtensionError(f"{extension} was not asked for: the result has {list(self._extensions)}")
-        return self._fields[extension.savefield]
-
-    def __dir__(self):
-        return [*super().__dir__(), *self._fields]
-
-    def __repr__(self) -> str:
-        return f"Result({', '.join(self._fields)})"
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy is values without the model that they came from."""
-        return {**self.__dict__, "_model": None}
-
-    def attach(self, model: nn.Module | None = None) -> Result:
-        """Put the results on the parameters.
-
-        `p.grad` accumulates as `backward()` does: in place, in memory of its own, so that a later `zero_grad`
-        or another `attach` does not reach into this result. `p.<savefield>` is this result's own tensor.
-
-        Args:
-            model: whose parameters (default: the compiled model; a copied or loaded result has none).
-        """
-        model = model or self._model
-        if model is None:
-            raise ArgumentError("a copied result knows no model: pass one, result.attach(model)")
-        named = dict(model.named_parameters())
-        grads = self._fields.get("grad", {})
-        values = {e.savefield: self._fields[e.savefield] for e in self._extensions}
-        missing = {name for field in (grads, *values.values()) for name in field} - set(named)
-        if missing:
-            raise ArgumentError(f"the model has no {sorted(missing)}: attach to the model that was compiled")
-        with torch.no_grad():
-            for name, gradient in grads.items():
-                p = named[name]
-                if p.grad is None:
-                    p.grad = gradient.clone()
-                else:
-                    p.grad.add_(gradient)
-        for savefield, field in values.items():
-            for name, value in field.items():
-                setattr(named[name], savefield, value)
-        return self
-
-
-def _flatten_result(result: Result) -> tuple[list[Any], Any]:
-    names = list(result._fields)
-    return [result._fields[n] for n in names], (tuple(names), result._extensions, result._model)
-
-
-def _unflatten_result(values: Iterable[Any], context: Any) -> Result:
-    names, extensions, model = context
-    return Result(dict(zip(names, values, strict=True)), extensions, model)
-
-
-pytree.register_pytree_node(Result, _flatten_result, _unflatten_result)
 
 
 class Autocast(NamedTuple):

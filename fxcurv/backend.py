@@ -11,7 +11,7 @@ from torch import SymInt, Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxcurv.capture import Arguments
+from fxcurv.arguments import Arguments
 from fxcurv.dynamo import Step, parted
 from fxcurv.errors import ArgumentError
 from fxcurv.passes.recycle import functional

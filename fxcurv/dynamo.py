@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxcurv.capture import Arguments, Slot, filled, map_leaves
+from fxcurv.arguments import Arguments, Slot, filled, map_leaves
 from fxcurv.errors import ArgumentError
 from fxcurv.passes.recycle import functional
 from fxcurv.product import Saved

@@ -347,9 +347,9 @@ def test_verify_finds_a_broken_program():
 ROOT = Path(fxcurv.__file__).parent
 ORDER = [
     "errors", "progress", "selection", "precision", "placement", "program", "emit", "cost", "noise", "kernels", "factors",
-    "candidates", "rules", "averages", "quantity", "uses", "kronecker", "layers", "extensions", "capture", "passes",
-    "linearize", "positive", "partition", "product", "cut", "probe", "report", "draw", "recompiles", "dynamo", "backend", "api",
-    "backpack", "__init__",
+    "candidates", "rules", "averages", "quantity", "uses", "kronecker", "layers", "extensions", "result", "arguments",
+    "capture", "passes", "linearize", "positive", "partition", "product", "cut", "probe", "report", "draw", "recompiles",
+    "dynamo", "backend", "api", "backpack", "__init__",
 ]  # fmt: skip
 
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 from torch.utils import _pytree as pytree
 
+from fxcurv.arguments import filled
 from fxcurv.backpack.context import backpack, current, is_disabled
 from fxcurv.backpack.losses import LossCall, leaves_only, tensors_of
 from fxcurv.backpack.parts import ModelParts, Pass
-from fxcurv.capture import filled
 from fxcurv.errors import ArgumentError
 
 _parts: weakref.WeakKeyDictionary[nn.Module, ModelParts] = weakref.WeakKeyDictionary()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxcurv.capture import Slot, map_leaves
+from fxcurv.arguments import Slot, map_leaves
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from fxcurv import cut
 from fxcurv.api import Autocast, Compiled, _doubled, _seed, _single, _tensors
+from fxcurv.arguments import Arguments, flatten_arguments
 from fxcurv.backpack.context import disable
 from fxcurv.backpack.losses import LossCall, TotalLoss, gradients, leaves_only, same_gradients, targets_of
-from fxcurv.capture import Arguments, flatten_arguments
 from fxcurv.errors import LossError
 from fxcurv.extensions import Extension
 from fxcurv.program import Input, Program
