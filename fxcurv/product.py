@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -167,7 +167,7 @@ class Code:
         self.dtypes = {name: vals[name].dtype for name in self.shapes}
         self.devices = {name: vals[name].device for name in self.shapes}
         self.differentiable = bool(program.state.get("create_graph"))
-        self._batched: dict[Any, fx.GraphModule] = {}
+        self._batched: dict[Any, Callable] = {}
 
     def __deepcopy__(self, memo: dict) -> Code:
         return self
@@ -211,8 +211,21 @@ class Code:
             plain = [t.detach() if isinstance(t, Tensor) else t for t in (*kept, *vectors)]
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # an op without a batching rule is looped over
-                self._batched[key] = make_fx(mapped)(*plain)
+                try:
+                    self._batched[key] = make_fx(mapped)(*plain)
+                except RuntimeError:  # vmap refuses a few ops (as_strided_scatter)
+                    self._batched[key] = _one_by_one(gm, len(kept))
         return self._batched[key]
+
+
+def _one_by_one(gm: fx.GraphModule, count: int) -> Callable[..., tuple[Tensor, ...]]:
+    """`gm` over the leading axis of its arguments but the first `count`, in a loop."""
+
+    def run(*args: Any) -> tuple[Tensor, ...]:
+        rows = [gm(*args[:count], *vectors) for vectors in zip(*args[count:], strict=True)]
+        return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
+
+    return run
 
 
 class Whole(Code):

@@ -52,8 +52,9 @@ def multilabel_margin(x: Tensor, t: Tensor) -> Tensor:
 
 
 def bag_of(index: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    """`F.embedding_bag` of indices [N, K] without options."""
-    mode, found = rest[4], weight[index]
+    """`F.embedding_bag` of indices [N, K], with weights per sample and no other option."""
+    mode, scale, found = rest[4], rest[6], weight[index]
+    found = found if scale is None else found * scale.unsqueeze(-1)
     return found.amax(1) if mode == "max" else getattr(found, mode)(1)
 
 
