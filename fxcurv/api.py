@@ -18,7 +18,7 @@ from fxcurv import passes
 from fxcurv.arguments import Arguments, described, filled, flatten_arguments
 from fxcurv.backend import Backend, export
 from fxcurv.capture import capture
-from fxcurv.dynamo import Step, parted, step_for
+from fxcurv.dynamo import Step, named_tensors, parted, step_for
 from fxcurv.errors import ArgumentError, ExtensionError, UnsupportedOpError, locate
 from fxcurv.extensions import Extension
 from fxcurv.passes.recycle import Pool
@@ -276,20 +276,18 @@ class Compiled:
         step = getattr(self._steps, step_for(self, skeleton, modes, create_graph, mode.device_type, mode.dtype, *tensors))
         if not step.accepts(tensors):
             raise ArgumentError("the program is for other sizes: call compiled.lower(inputs, targets) before the step")
-        buffers = dict(self.model.named_buffers(remove_duplicate=False))
-        named = {**dict(self.model.named_parameters()), **buffers}
-        if isinstance(self.loss, nn.Module):
-            named.update({f"loss.{name}": t for name, t in _tensors(self.loss)})
+        named = named_tensors(self.model, self.loss)
         with torch.autocast(mode.device_type, enabled=False), torch.set_grad_enabled(create_graph):
             drawn = _seed(seed, None, next(self.model.parameters()).device)
             values = step(named, tensors, drawn)
+        fields = step.fields(values)
         if self._update_buffers:
             with torch.no_grad():
                 for name, k in step.writes.items():
-                    buffers[name].copy_(values[k])
-            return Result(step.fields(values), self.extensions, self.model)
-        written = {name: values[k] for name, k in step.writes.items()}
-        return Result({**step.fields(values), "buffers": written}, self.extensions, self.model)
+                    named[name].copy_(values[k])
+        else:
+            fields["buffers"] = {name: values[k] for name, k in step.writes.items()}
+        return Result(fields, self.extensions, self.model)
 
     def _step(self, inputs, targets, create_graph: bool, device_type: str, dtype: torch.dtype | None) -> str:
         """The name of the `Step` for a call inside `torch.compile`, its values checked; Dynamo does not trace this."""

@@ -12,7 +12,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from fxcurv.arguments import Arguments
-from fxcurv.dynamo import Step, parted
+from fxcurv.dynamo import Step, named_tensors, parted
 from fxcurv.errors import ArgumentError
 from fxcurv.passes.recycle import functional
 from fxcurv.product import Saved
@@ -70,15 +70,10 @@ class _Whole(nn.Module):
 
     def __init__(self, model: nn.Module, loss: Any, step: Step):
         super().__init__()
-        self.model, self.step = model, step
-        if isinstance(loss, nn.Module):
-            self.loss = loss
+        self.model, self.loss, self.step = model, loss, step
 
     def forward(self, inputs, targets, seed):
-        named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers(remove_duplicate=False))}
-        if hasattr(self, "loss"):
-            tensors = (*self.loss.named_parameters(), *self.loss.named_buffers(remove_duplicate=False))
-            named.update({f"loss.{name}": t for name, t in tensors})
+        named = named_tensors(self.model, self.loss)
         values = self.step(named, parted((inputs, targets))[1], seed)
         for name, k in self.step.writes.items():
             named[name].copy_(values[k])

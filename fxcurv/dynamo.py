@@ -147,6 +147,15 @@ def step_for(
         return compiled._step(inputs, targets, create_graph, device_type, dtype)
 
 
+def named_tensors(model: nn.Module, loss: Any) -> dict[str, Tensor]:
+    """Parameters and buffers as a `Step` takes them: those of a loss that is a module under "loss.<name>"."""
+    loss_tensors: dict[str, Tensor] = {}
+    if isinstance(loss, nn.Module):
+        tensors = (*loss.named_parameters(), *loss.named_buffers(remove_duplicate=False))
+        loss_tensors = {f"loss.{name}": t for name, t in tensors}
+    return {**dict(model.named_parameters()), **dict(model.named_buffers(remove_duplicate=False)), **loss_tensors}
+
+
 def parted(structure: Any) -> tuple[Any, list[Tensor]]:
     """(the structure with holes for tensors, the tensors)."""
     leaves, spec = pytree.tree_flatten(structure)
