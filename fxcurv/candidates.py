@@ -16,7 +16,7 @@ from torch import SymInt, Tensor
 from fxcurv.cost import Cost
 from fxcurv.factors import Conv, Dense, Factor, Gather, Jacobian, Spec, combine, reduce_p, weighted
 from fxcurv.kernels.outer_norm import outer_norm
-from fxcurv.kernels.outer_square import outer_square
+from fxcurv.kernels.outer_square_sum import outer_square_sum
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _blocked_square_applies(spec, factors):
 def _blocked_square(spec, factors, weights):
     f = factors[0].dense()
     w = None if weights is None else weights.expand(f.g.shape[:2])
-    out = outer_square(f.a.squeeze(2), f.g.squeeze(3), w, "n" not in spec.reduce)
+    out = outer_square_sum(f.a.squeeze(2), f.g.squeeze(3), w, "n" not in spec.reduce)
     return f.arrange(out.unsqueeze(-3))
 
 

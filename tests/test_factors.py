@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fxcurv.candidates import CANDIDATES, dims
 from fxcurv.factors import Arrange, Contract, Conv, Dense, Gather, Jacobian, Spec, combine, contract, unfold
 from fxcurv.kernels import outer_norm as norm_kernel
-from fxcurv.kernels import outer_square as square_kernel
+from fxcurv.kernels import outer_square_sum as square_kernel
 from fxcurv.placement import Shard
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
@@ -279,22 +279,22 @@ def test_outer_norm(shape, dtype):
 @pytest.mark.parametrize("per_sample", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_outer_square(shape, weighted, per_sample, dtype):
+def test_outer_square_sum(shape, weighted, per_sample, dtype):
     v, n, s, o, i = shape
     a, g = t(n, s, i).to(dtype), t(v, n, s, o).to(dtype)
     w = t(v, n).to(dtype) if weighted else None
-    actual = square_kernel.outer_square(a, g, w, per_sample)
+    actual = square_kernel.outer_square_sum(a, g, w, per_sample)
     assert actual.shape == ((n, o, i) if per_sample else (o, i))
     torch.testing.assert_close(actual, square_kernel.reference(a, g, w, per_sample))
     squares = (g.mT @ a) ** 2 * (1 if w is None else w[:, :, None, None])
     torch.testing.assert_close(actual, squares.sum(0) if per_sample else squares.sum((0, 1)))
 
 
-def test_outer_square_in_several_blocks(monkeypatch):
+def test_outer_square_sum_in_several_blocks(monkeypatch):
     monkeypatch.setattr(square_kernel, "BLOCK", 12)
     a, g, w = t(3, 2, 3), t(7, 3, 2, 2), t(7, 3)
     for per_sample in (True, False):
-        actual = square_kernel.outer_square(a, g, w, per_sample)
+        actual = square_kernel.outer_square_sum(a, g, w, per_sample)
         torch.testing.assert_close(actual, square_kernel.reference(a, g, w, per_sample))
 
 
@@ -308,4 +308,4 @@ def test_kernels_as_operators(layout):
     torch.library.opcheck(torch.ops.fxcurv.outer_norm.default, (a, g), test_utils=tests)
     for per_sample in (True, False):
         for weights in (w, None):
-            torch.library.opcheck(torch.ops.fxcurv.outer_square.default, (a, g, weights, per_sample), test_utils=tests)
+            torch.library.opcheck(torch.ops.fxcurv.outer_square_sum.default, (a, g, weights, per_sample), test_utils=tests)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fxcurv
 from fxcurv.extensions import BatchGrad, DiagGGNExact, DiagGGNMC, Jacobian, SumGradSquared, Variance
 from fxcurv.kernels.outer_norm import outer_norm
-from fxcurv.kernels.outer_square import outer_square
+from fxcurv.kernels.outer_square_sum import outer_square_sum
 from fxcurv.report import Report, short
 
 EXTENSIONS = [BatchGrad(), SumGradSquared(), Variance(), DiagGGNExact(), DiagGGNMC(mc_samples=2)]
@@ -150,7 +150,7 @@ def test_kernels_have_flops(v, n, s, o, i):
         outer_norm(a, g)
     assert counter.get_total_flops() == 2 * v * n * s * o * i
     with FlopCounterMode(display=False) as counter:
-        outer_square(a, g, None, False)
+        outer_square_sum(a, g, None, False)
     assert counter.get_total_flops() == 2 * v * n * s * o * i
 
 

@@ -1,4 +1,4 @@
-"""outer_square: sum_v w[v, n] (sum_s g[v, n, s, o] a[n, s, i])^2, per sample or summed over samples.
+"""outer_square_sum: sum_v w[v, n] (sum_s g[v, n, s, o] a[n, s, i])^2, per sample or summed over samples.
 
 Shapes: a [N, S, I], g [V, N, S, O], w [V, N] or None -> [O, I], or [N, O, I] with `per_sample`.
 The per-sample products [V, N, O, I] never exist: a block that fits the cache is written, squared and added.
@@ -21,8 +21,8 @@ def reference(a: Tensor, g: Tensor, w: Tensor | None, per_sample: bool) -> Tenso
     return p.sum(0) if per_sample else p.sum((0, 1))
 
 
-@torch.library.custom_op("fxcurv::outer_square", mutates_args=())
-def outer_square(a: Tensor, g: Tensor, w: Tensor | None, per_sample: bool) -> Tensor:
+@torch.library.custom_op("fxcurv::outer_square_sum", mutates_args=())
+def outer_square_sum(a: Tensor, g: Tensor, w: Tensor | None, per_sample: bool) -> Tensor:
     """See the module; columns with real weights, so the sum needs no root and no sign."""
     v, n, s, o = g.shape
     i = a.shape[2]
@@ -44,13 +44,13 @@ def outer_square(a: Tensor, g: Tensor, w: Tensor | None, per_sample: bool) -> Te
     return out if per_sample else out[0]
 
 
-@outer_square.register_fake
+@outer_square_sum.register_fake
 def _(a, g, w, per_sample):
     o, i = g.shape[3], a.shape[2]
     return g.new_empty((g.shape[1], o, i) if per_sample else (o, i))
 
 
-@register_flop_formula(torch.ops.fxcurv.outer_square)
+@register_flop_formula(torch.ops.fxcurv.outer_square_sum)
 def _(a, g, *rest, out_shape=None, **kwargs):
     v, n, s, o = g
     return 2 * v * n * s * o * a[2]
