@@ -161,7 +161,7 @@ def _no_sharing(spec, factors):
 
 
 def _squared(spec, factors, weights):
-    f = factors[0].dense()
+    f = factors[0].lean()
     a = f.a.squeeze(1).square()
     g = weighted(f.g.squeeze(2).square(), weights)
     g = g.squeeze(0) if g.shape[0] == 1 else g.sum(0)
@@ -191,7 +191,7 @@ def _is_norm(spec, factors):
 
 
 def _gram(spec, factors, weights):
-    f = factors[0].dense()
+    f = factors[0].lean()
     a, g = f.a.transpose(1, 2), f.g.transpose(2, 3)
     aa = torch.matmul(a, a.mT)
     each = (torch.matmul(g, g.mT) * aa).sum((-3, -2, -1))
@@ -218,7 +218,7 @@ def _blocked_square_applies(spec, factors):
 
 
 def _blocked_square(spec, factors, weights):
-    f = factors[0].dense()
+    f = factors[0].lean()
     w = None if weights is None else weights.expand(f.g.shape[:2])
     out = outer_square_sum(f.a.squeeze(2), f.g.squeeze(3), w, "n" not in spec.reduce)
     return f.arrange(out.unsqueeze(-3))
@@ -233,7 +233,7 @@ def _blocked_square_cost(spec, factors):
 
 
 def _blocked_norm(spec, factors, weights):
-    f = factors[0].dense()
+    f = factors[0].lean()
     each = weighted(outer_norm(f.a.squeeze(2), f.g.squeeze(3)), weights)
     return each.sum(0) if "v" in spec.reduce else each
 

@@ -37,7 +37,7 @@ class Arrange:
         if self.order == tuple(range(len(self.order))):
             return core.reshape(*lead, *self.shape)
         t = core.reshape(*lead, *self.sizes)
-        return t.permute(*range(k), *(k + d for d in self.order)).reshape(*lead, *self.shape)
+        return t.permute(*range(k), *(k + d for d in self.order)).reshape(*lead, *self.shape).contiguous()
 
 
 class Factor:
@@ -61,6 +61,10 @@ class Factor:
     def dense(self) -> Factor:
         """The same use with nothing left to unfold."""
         return self
+
+    def lean(self) -> Factor:
+        """`dense()`, the inputs in whichever order is the cheapest to write."""
+        return self.dense()
 
     def samples(self, index: Tensor) -> Factor:
         """The same use on the samples in `index` only (called on `dense()`)."""
@@ -175,6 +179,16 @@ class Conv(Factor):
     def dense(self) -> Dense:
         return self._dense_transposed() if self.transposed else self._dense()
 
+    def lean(self) -> Dense:
+        if self.transposed or self.groups > 1 or self.place != Shard(0) or not channels_last(self.a):
+            return self.dense()
+        out, dims = self.g.shape[3:], len(self.kernel)
+        patches = windows(self.a, out, self.kernel, self.stride, self.padding, self.dilation)
+        a = patches.permute(0, *range(2, 2 + 2 * dims), 1).reshape(self.a.shape[0], prod(out), 1, -1)
+        sizes = (self.weight_shape[0], *self.kernel, self.weight_shape[1])
+        order = (0, 1 + dims, *range(1, 1 + dims))
+        return Dense(a, positions(self.g.flatten(3), self.place, 1, 1), Arrange(sizes, order, self.weight_shape))
+
     def _dense(self) -> Dense:
         out = self.g.shape[3:]
         cols = unfold(self.a, out, self.kernel, self.stride, self.padding, self.dilation)
@@ -203,7 +217,7 @@ class Conv(Factor):
         return torch.ops.aten.convolution_backward(
             g, self.a, g.new_empty(()).expand(self.weight_shape), None, list(self.stride), list(self.padding),
             list(self.dilation), self.transposed, list(self.output_padding), self.groups, [False, True, False],
-        )[1]  # fmt: skip
+        )[1].contiguous()  # fmt: skip
 
     def samples(self, index: Tensor) -> Factor:
         return self.dense().samples(index)
@@ -251,6 +265,11 @@ class Gather(Factor):
         return dataclasses.replace(self, index=self.index.index_select(0, index), g=self.g.index_select(1, index))
 
 
+def channels_last(x: Tensor) -> bool:
+    """Whether an image [B, C, *spatial] has its channels last in memory; with one channel it is both."""
+    return x.ndim == 4 and x.shape[1] != 1 and x.stride(1) == 1
+
+
 def windows(x: Tensor, out, kernel, stride, padding, dilation) -> Tensor:
     """Patches of `x` in any number of dimensions, as a view: [B, C, *spatial] -> [B, C, *out, *kernel]."""
     if any(padding):
@@ -267,6 +286,8 @@ def unfold(x: Tensor, out, kernel, stride, padding, dilation) -> Tensor:
     if all(k == s == 1 for k, s in zip(kernel, stride, strict=True)) and x.shape[2:] == torch.Size(out):
         return x.flatten(2)  # a 1 x 1 convolution
     order = [0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims)]
+    if channels_last(x) and x.shape[1] > 4:
+        x = x.contiguous()  # the copy is small, and patches are then copied row by row
     patches = windows(x, out, kernel, stride, padding, dilation).permute(order)
     return patches.reshape(x.shape[0], x.shape[1] * prod(kernel), prod(out))
 

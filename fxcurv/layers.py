@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxcurv.factors import Conv, Dense, Factor, Gather, positions, windows
+from fxcurv.factors import Conv, Dense, Factor, Gather, channels_last, positions, windows
 from fxcurv.kronecker import Arrangement
 from fxcurv.placement import Shard, samples_first
 from fxcurv.program import is_active
@@ -255,6 +255,10 @@ def second_moment(factor: Dense | Conv) -> Tensor:
         # features first, so that the patches are written once, in the layout of the product
         f, dims = factor, len(factor.kernel)
         patches = windows(f.a, f.g.shape[3:], f.kernel, f.stride, f.padding, f.dilation)
+        if channels_last(f.a):
+            rows = patches.permute(0, *range(2, 2 + 2 * dims), 1).reshape(-1, prod(f.kernel) * f.a.shape[1])
+            moment = (rows.t() @ rows).reshape(2 * (prod(f.kernel), f.a.shape[1]))
+            return moment.permute(1, 0, 3, 2).reshape(2 * (f.a.shape[1] * prod(f.kernel),))
         order = [1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims)]
         rows = patches.permute(order).reshape(f.a.shape[1] * prod(f.kernel), -1)
         return rows @ rows.t()

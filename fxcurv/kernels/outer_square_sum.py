@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-# Elements of the scratch block: 1 MiB in float32, half of a typical L2 cache.
-BLOCK = 1 << 18
+# Elements of the scratch block, 2 MiB in float32; a batched product of fewer samples leaves threads without work.
+BLOCK = 1 << 19
+FEWEST = 4
 
 
 def reference(a: Tensor, g: Tensor, w: Tensor | None, per_sample: bool) -> Tensor:
@@ -26,22 +27,18 @@ def outer_square_sum(a: Tensor, g: Tensor, w: Tensor | None, per_sample: bool) -
     """See the module; columns with real weights, so the sum needs no root and no sign."""
     v, n, s, o = g.shape
     i = a.shape[2]
-    out = g.new_zeros((n, o, i) if per_sample else (1, o, i))
-    rows = max(1, min(v, BLOCK // max(1, o * i)))
-    scratch = g.new_empty(rows * o, i)
-    left = g.permute(1, 0, 3, 2)
-    for k in range(n):
-        target, block = out[k if per_sample else 0], left[k].reshape(v * o, s)
-        for start in range(0, v, rows):
-            stop = min(v, start + rows)
-            p = torch.mm(block[start * o : stop * o], a[k], out=scratch[: (stop - start) * o])
-            for j in range(stop - start):
-                column = p[j * o : (j + 1) * o]
-                if w is None:
-                    target.addcmul_(column, column)
-                else:
-                    target.addcmul_(column, column * w[start + j, k])
-    return out if per_sample else out[0]
+    out = g.new_zeros((n, o, i) if per_sample else (o, i))
+    factor = None if w is None else w.tolist()
+    count = max(1, min(n, max(FEWEST, BLOCK // max(1, o * i))))
+    scratch = g.new_empty(count, o, i)
+    for start in range(0, n, count):
+        stop = min(n, start + count)
+        for k in range(v):
+            p = torch.bmm(g[k, start:stop].mT, a[start:stop], out=scratch[: stop - start])
+            for j, one in enumerate(p, start):
+                target = out[j] if per_sample else out
+                target.addcmul_(one, one, value=1 if factor is None else factor[k][j])
+    return out
 
 
 @outer_square_sum.register_fake

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from fxcurv.passes.codegen import codegen
 from fxcurv.passes.extract import extract
 from fxcurv.passes.independence import independence
+from fxcurv.passes.layout import layout
 from fxcurv.passes.normalize import normalize
 from fxcurv.passes.objective import objective
 from fxcurv.passes.positions import positions
 from fxcurv.passes.propagate import propagate
 from fxcurv.passes.recycle import recycle
+from fxcurv.passes.reorder import reorder
 from fxcurv.passes.schedule import schedule
 from fxcurv.passes.select import select
 from fxcurv.passes.simplify import simplify
@@ -21,7 +23,7 @@ from fxcurv.passes.whole import whole
 from fxcurv.program import Program
 from fxcurv.progress import silent
 
-ANALYSIS = [normalize, independence, whole, objective, positions]
+ANALYSIS = [normalize, reorder, layout, independence, whole, objective, positions]
 PIPELINE = [propagate, extract, simplify, select, simplify, schedule, recycle, codegen]
 
 

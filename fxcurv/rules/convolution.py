@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fxcurv.factors import Conv, Factor, Jacobian
+from fxcurv.factors import Conv, Factor, Jacobian, channels_last
 from fxcurv.placement import MIXED, REPLICATE, Shard, samples_first
 from fxcurv.rules.base import Call, Rule, register, rewrite
 
@@ -35,6 +35,8 @@ class Convolution(Rule):
         if 0 in wrt:
             like = x.new_empty(()).expand(v * b, *x.shape[1:])
             mask = [True, False, False]
+            if channels_last(x):  # `like` has no layout of its own, so the weight says which one the result has
+                weight = weight.contiguous(memory_format=torch.channels_last)
             gx = aten.convolution_backward.default(g.flatten(0, 1), like, weight, None, *conv, mask)[0]
             out[0] = gx.unflatten(0, (v, b))
         if 1 in wrt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fxcurv.kernels.max_pool_columns import max_pool_columns
 from fxcurv.placement import MIXED, PARTIAL, Shard
 from fxcurv.rules.base import Call, Rule, register, rewrite
 
@@ -38,7 +39,14 @@ class MaxPool(Pool):
         super().__init__(dims, linear=False)
 
     def transpose(self, call: Call, wrt, g):
-        g, x, index = g[0], call.args[0], call.y[1]
+        g, (x, *window), index = g[0], call.args, call.y[1]
+        if call.op is aten.max_pool2d_with_indices.default and x.ndim == 4:
+            kernel, stride, padding, dilation, ceil = window
+            window = (kernel, stride or kernel, padding, dilation, ceil)
+            if g.shape[0] == 1:
+                back = aten.max_pool2d_with_indices_backward.default
+                return [back(g[0], x, *window, index).unsqueeze(0)]
+            return [max_pool_columns(g, x, index, *window)]
         flat = x.ndim - self.dims
         index = index.flatten(flat).unsqueeze(0).expand(g.shape[0], *[-1] * (flat + 1))
         zeros = g.new_zeros(g.shape[0], *x.shape[:flat], x.shape[flat:].numel())

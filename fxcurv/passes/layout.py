@@ -1,0 +1,114 @@
+"""layout: images with their channels last in memory, on a CPU.
+
+There convolutions, and pooling by far more, are faster with channels last, and unfolding copies runs of channels. A
+convolution's input is brought into that layout once; ops that keep the layout of what they read pass it on; any other
+op, and what the caller gets, reads the values in the layout that they were captured with.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxcurv.program import Program, layout as laid_out
+from fxcurv.rules.base import RULES, Rule, canonical_args
+from fxcurv.rules.pointwise import Pointwise
+from fxcurv.uses import origin_of
+
+aten = torch.ops.aten
+
+CONVOLUTION = aten.convolution.default
+# besides the elementwise ones: their outputs are laid out as their first argument is
+KEEP = {
+    CONVOLUTION, aten.max_pool2d_with_indices.default, aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default,
+    aten._native_batch_norm_legit_no_training.default, aten.constant_pad_nd.default, aten.add.Tensor, operator.getitem,
+}  # fmt: skip
+
+
+def layout(program: Program) -> Program:
+    """See the module."""
+    if any(p.meta["val"].device.type != "cpu" for p in program.params.values()):
+        return program
+    if not any(_is_2d(n) for n in program.graph.nodes):
+        return program
+    _Layout(program).run()
+    program.graph.eliminate_dead_code()
+    program.refresh_output()
+    return program
+
+
+def _is_2d(node: fx.Node) -> bool:
+    return node.target is CONVOLUTION and node.meta["val"].ndim == 4
+
+
+class _Layout:
+    """One pass over the nodes in order; `before` holds the layouts of those whose layout changed."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.before: dict[fx.Node, Any] = {}
+        self.copies: dict[tuple[fx.Node, torch.memory_format], fx.Node] = {}
+        self.shown = {*program.output_leaves, *program.heads, *program.mutations.values(), program.loss}
+
+    def run(self) -> None:
+        for node in list(self.program.graph.nodes):
+            if node.op != "call_function":
+                continue
+            if _is_2d(node):
+                x, *rest = node.args
+                node.args = (self.copy(x, torch.channels_last, node), *rest)
+            elif not _keeps(node):
+                fix = lambda a, n=node: self.copy(a, torch.contiguous_format, n) if a in self.before else a  # noqa: E731
+                node.args, node.kwargs = fx.node.map_arg(node.args, fix), fx.node.map_arg(node.kwargs, fix)
+            self.revalue(node)
+
+    def copy(self, node: fx.Node, form: torch.memory_format, before: fx.Node) -> fx.Node:
+        """`node` in the layout `form`."""
+        if node.meta["val"].is_contiguous(memory_format=form):
+            return node
+        found = self.copies.get((node, form))
+        if found is None:
+            with self.program.graph.inserting_before(before):
+                found = self.program.graph.call_function(aten.clone.default, (node,), {"memory_format": form})
+            found.meta = {**node.meta, "origin": origin_of(node, "forward")}
+            found.meta["val"] = self.value(found)
+            self.copies[node, form] = found
+        return found
+
+    def revalue(self, node: fx.Node) -> None:
+        """Compute the value of `node` anew, in the layout that it has now."""
+        if not any(i in self.before or i in self.copies.values() for i in node.all_input_nodes):
+            return
+        old, node.meta["val"] = node.meta["val"], self.value(node)
+        if _same(old, node.meta["val"]):
+            return
+        if node in self.shown:
+            own = self.copy(node, torch.contiguous_format, node.next)
+            if own is not node:
+                self.program.replace(node, own)
+                own.args = (node,)
+        else:
+            self.before[node] = old
+
+    def value(self, node: fx.Node) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: a.meta["val"])
+        with self.program.fake_mode, torch.no_grad():
+            return node.target(*args, **kwargs)
+
+
+def _keeps(node: fx.Node) -> bool:
+    if node.target is aten.add.Tensor:  # a broadcast argument has no layout of its own
+        shapes = [a.meta["val"].shape for a in node.args if isinstance(a, fx.Node)]
+        return all(s == shapes[0] for s in shapes)
+    return node.target in KEEP or isinstance(RULES.get(node.target), Pointwise)
+
+
+def _same(old: Any, new: Any) -> bool:
+    if isinstance(old, Tensor):
+        return laid_out(old) == laid_out(new)
+    if isinstance(old, tuple | list):
+        return all(_same(a, b) for a, b in zip(old, new, strict=True))
+    return True
