@@ -38,6 +38,7 @@ class Extension:
         needs_convex: whether it needs a loss that is convex in the model's output.
         any_sample: whether it is the same whatever is a sample, a sequence or a token.
         shows_columns: whether the result depends on which root of the loss Hessian the columns are.
+        holds_samples: whether the result is a sum over columns for every sample, which each part of them would write anew.
     """
 
     savefield: str = field(default="", kw_only=True)
@@ -48,6 +49,7 @@ class Extension:
     needs_convex: ClassVar[bool] = False
     any_sample: ClassVar[bool] = False
     shows_columns: ClassVar[Any] = False
+    holds_samples: ClassVar[bool] = False
 
     def __post_init__(self):
         if not self.savefield:

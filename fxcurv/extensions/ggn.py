@@ -47,6 +47,7 @@ class BatchDiagGGNExact(Extension):
     """diag(J_n^T H_n J_n) of every sample, [N, *P]."""
 
     savefield = "diag_ggn_exact_batch"
+    holds_samples = True
     needs_convex = True
     requires = SqrtGGN(signed=True)
 

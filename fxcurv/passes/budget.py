@@ -16,6 +16,11 @@ from fxcurv.program import Program, is_active, is_sharded
 # Cotangents of the widest value that are alive at a time: at an op's output, at its input, and in a layout between.
 HELD = 3
 SHARE = 0.5
+# On a CPU: the largest block that the C library's allocator keeps when it is freed. Larger ones are mapped, and cleared page
+# by page, at every call, which takes longer than what most ops do with them.
+KEPT = 32 << 20
+# What all sweeps together may add to a graph, in nodes of the forward pass.
+NODES = 2000
 # Where the system does not say.
 UNKNOWN = 8 << 30
 
@@ -39,14 +44,32 @@ def budget_of(program: Program) -> int:
 
 def bytes_per_column(program: Program) -> int:
     """What one column of one sample takes where the values are widest."""
+    return HELD * _widest(program)
+
+
+def _widest(program: Program) -> int:
     vals = [n.meta.get("val") for n in program.graph.nodes if is_active(n) and is_sharded(n)]
     widest = max((program.batch.per_sample(v) * v.itemsize for v in vals if isinstance(v, Tensor)), default=1)
-    return HELD * max(widest, 1)
+    return max(widest, 1)
 
 
 def capacity(program: Program) -> int:
     """The columns that a sweep may carry at the captured batch size, one at least."""
     return max(1, budget_of(program) // (bytes_per_column(program) * program.batch.samples))
+
+
+def convenient(program: Program) -> int:
+    """The columns of a sweep whose stacks are in memory that the allocator keeps, where this matters."""
+    if any(p.meta["val"].device.type != "cpu" for p in program.params.values()):
+        return 1 << 62
+    return max(1, KEPT // (_widest(program) * program.batch.samples))
+
+
+def sizes(columns: int, fits: int, convenient: int, forward: int) -> int:
+    """The columns of each sweep, as even as can be, when `columns` go down in sweeps of at most `fits`."""
+    most = max(2, NODES // max(1, forward))
+    room = min(fits, max(convenient, -(-columns // most)))
+    return -(-columns // -(-columns // room))
 
 
 def largest_batch(program: Program, columns: int) -> int | None:

@@ -24,7 +24,7 @@ from fxcurv.emit import emit
 from fxcurv.errors import UnsupportedOpError, locate
 from fxcurv.factors import Factor, Jacobian
 from fxcurv.passes import births, curvature
-from fxcurv.passes.budget import capacity, largest_batch
+from fxcurv.passes.budget import capacity, convenient, largest_batch, sizes
 from fxcurv.passes.objective import ancestors, descendants
 from fxcurv.placement import REPLICATE, Shard
 from fxcurv.program import Program, is_active, place
@@ -62,6 +62,7 @@ class Walk:
     curved: set[fx.Node] = field(default_factory=set)
     residuals: list[Group] = field(default_factory=list)
     capacity: int = 1 << 62
+    convenient: int = 1 << 62
     carried: int = 0
     waiting: list[tuple[Group, int, Callable[[Group, int, int], None]]] = field(default_factory=list)
     parts: dict[Group, list[Group]] = field(default_factory=dict)
@@ -71,7 +72,7 @@ class Walk:
 
         send: puts the columns from `start` to `stop` on the walk, called as `send(part of the group, start, stop)`.
         """
-        if divisible and self.carried + count > self.capacity:
+        if divisible and self.carried + count > min(self.capacity, self.convenient):
             self.waiting.append((group, count, send))
             return
         self.carried += count
@@ -107,6 +108,8 @@ def propagate(program: Program) -> Program:
     # a result that shows its columns holds them all anyway
     if not any(e.shows_columns for e in program.extensions):
         walk.capacity = capacity(program)
+        if not any(e.holds_samples for e in program.extensions):
+            walk.convenient = convenient(program)
     forward = list(program.graph.nodes)
     targets = [program.loss] if program.loss is not None else program.heads
     reached = set(ancestors(targets))
@@ -117,7 +120,7 @@ def propagate(program: Program) -> Program:
             if is_active(node) or node in walk.outputs:
                 _visit(walk, node)
     widest = walk.carried
-    sweeps = _sweeps(walk)
+    sweeps = _sweeps(walk, len(reached))
     for sweep in sweeps:
         for group, start, stop, send in sweep:
             send(_part(walk, group), start, stop)
@@ -136,16 +139,18 @@ def propagate(program: Program) -> Program:
     return program
 
 
-def _sweeps(walk: Walk) -> list[list[tuple[Group, int, int, Callable[[Group, int, int], None]]]]:
+def _sweeps(walk: Walk, forward: int) -> list[list[tuple[Group, int, int, Callable[[Group, int, int], None]]]]:
     """The waiting columns, (group, start, stop, send), packed into sweeps of what can be carried."""
     sweeps: list[list] = []
+    total = sum(count for _, count, _ in walk.waiting)
+    size = sizes(total, walk.capacity, walk.convenient, forward) if total else 0
     room = 0
     for group, count, send in walk.waiting:
         start = 0
         while start < count:
             if not room:
                 sweeps.append([])
-                room = walk.capacity
+                room = size
             stop = min(count, start + room)
             sweeps[-1].append((group, start, stop, send))
             room -= stop - start
