@@ -7,6 +7,7 @@ import torch
 from fxcurv.factors import Conv, Factor, Jacobian, channels_last
 from fxcurv.placement import MIXED, REPLICATE, Shard, samples_first
 from fxcurv.rules.base import Call, Rule, register, rewrite
+from fxcurv.rules.pointwise import total
 
 aten = torch.ops.aten
 
@@ -52,7 +53,7 @@ class Convolution(Rule):
     def factors(self, call: Call, position: int, g) -> Factor:
         x, weight, _, stride, padding, dilation, transposed, extra, groups = call.args
         if position == 2:
-            return Jacobian(samples_first(g, call.place, lead=1).sum([2, *range(4, g.ndim + 1)]))
+            return Jacobian(total(samples_first(g, call.place, lead=1), [2, *range(4, g.ndim + 1)]))
         dims = weight.ndim - 2
         return Conv(  # type: ignore[call-arg]
             x, g, call.places[0], tuple(weight.shape[2:]), *(_per_dim(a, dims) for a in (stride, padding, dilation)),

@@ -36,7 +36,18 @@ class Pointwise(Rule):
         x, *rest = call.args
         if tuple(wrt) != (0,):
             return super().transpose(call, wrt, g)
-        return [g * numbers(self.d1(x, call.y, *rest), g.dtype)]
+        return [self.pull(g, x, call.y, *rest)]
+
+    def pull(self, g: Tensor, x: Tensor, y: Tensor, *constants) -> Tensor:
+        """The cotangent [V, *x] from that of the output."""
+        return g * numbers(self.d1(x, y, *constants), g.dtype)
+
+
+class Relu(Pointwise):
+    """Its transpose is one op of PyTorch's, which needs no mask."""
+
+    def pull(self, g, x, y):
+        return aten.threshold_backward.default(g, y.expand_as(g), 0)
 
 
 def numbers(slope: Tensor, dtype: torch.dtype) -> Tensor:
@@ -128,7 +139,6 @@ SMOOTH: dict[Callable, tuple[Callable, Callable | None]] = {
     ),
 }
 PIECEWISE_LINEAR: dict[Callable, Callable] = {
-    aten.relu.default: lambda x, y: y > 0,
     aten.relu6.default: lambda x, y: (x > 0) & (x < 6),
     aten.leaky_relu.default: lambda x, y, slope=0.01: torch.where(x > 0, x.new_ones(()), slope),
     aten.hardtanh.default: lambda x, y, lo=-1, hi=1: (x > lo) & (x < hi),
@@ -137,6 +147,7 @@ PIECEWISE_LINEAR: dict[Callable, Callable] = {
     aten.threshold.default: lambda x, y, threshold, value: x > threshold,
 }
 
+register(aten.relu.default, rule=Relu(lambda x, y: y > 0, piecewise_linear=True))
 for _op, (_d1, _d2) in SMOOTH.items():
     register(_op, rule=Pointwise(_d1, _d2))
 for _op, _slope in PIECEWISE_LINEAR.items():
@@ -147,9 +158,17 @@ def unbroadcast(g: Tensor, shape: Sequence[int], lead: int = 1) -> Tensor:
     """The transpose of broadcasting `shape` to what `g` has behind its `lead` leading axes."""
     extra = g.ndim - lead - len(shape)
     if extra:
-        g = g.sum(list(range(lead, lead + extra)))
+        g = total(g, range(lead, lead + extra))
     ones = [lead + d for d, s in enumerate(shape) if isinstance(s, int) and s == 1 and not _is_one(g.shape[lead + d])]
     return g.sum(ones, keepdim=True) if ones else g
+
+
+def total(t: Tensor, axes: Sequence[int]) -> Tensor:
+    """The sum over `axes`; those of size one are dropped, not summed, which would copy."""
+    ones = [d for d in axes if _is_one(t.shape[d])]
+    rest = [d for d in axes if d not in ones]
+    t = t.sum(rest, keepdim=True) if rest else t
+    return t.squeeze(list(axes))
 
 
 def _is_one(size) -> bool:
