@@ -14,7 +14,7 @@ import torch
 from torch import SymInt, Tensor
 
 from fxcurv.cost import Cost
-from fxcurv.factors import Conv, Dense, Factor, Gather, Jacobian, Spec, combine, reduce_p, weighted
+from fxcurv.factors import Conv, Dense, Factor, Gather, Jacobian, Spec, combine, reduce_p, summed, weighted
 from fxcurv.kernels.outer_norm import outer_norm
 from fxcurv.kernels.outer_square_sum import outer_square_sum
 
@@ -162,16 +162,20 @@ def _no_sharing(spec, factors):
 
 def _squared(spec, factors, weights):
     f = factors[0].lean()
-    a = f.a.squeeze(1).square()
-    g = weighted(f.g.squeeze(2).square(), weights)
-    g = g.squeeze(0) if g.shape[0] == 1 else g.sum(0)
+    a, g = f.a.squeeze(1), f.g.squeeze(2)
+    if g.shape[2] == 1:  # without groups, in the shape that a bias of the same layer has
+        a, g = a.squeeze(1).square(), g.squeeze(2).square()
+        g = summed(weighted(g, weights), 0)
+        if spec.reduce == "vn":
+            return f.arrange(torch.mm(g.t(), a).unsqueeze(0))
+        a, g = a.unsqueeze(1), g.unsqueeze(1)
+    else:
+        a, g = a.square(), summed(weighted(g.square(), weights), 0)
     if "p" in spec.reduce:
         each = (a.sum(2) * g.sum(2)).sum(1)
         return each.sum() if "n" in spec.reduce else each
     if "n" not in spec.reduce:
         return f.arrange(g.unsqueeze(-1) * a.unsqueeze(-2))
-    if g.shape[1] == 1:
-        return f.arrange(torch.mm(g.squeeze(1).t(), a.squeeze(1)).unsqueeze(0))
     return f.arrange(torch.einsum("nko,nki->koi", g, a))
 
 

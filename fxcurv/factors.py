@@ -349,11 +349,18 @@ def reduce_p(spec: Spec, p: Tensor, weights: Tensor | None) -> Tensor:
     t = weighted(p.square() if spec.power == 2 else p, weights)
     axes = {"v": [0], "n": [1], "p": list(range(2, t.ndim))}
     dims = [d for axis in spec.reduce for d in axes[axis]]
+    if 0 in dims:  # columns by themselves, which is where several reductions of one P begin
+        t, dims = summed(t, 0), [d - 1 for d in dims if d > 0]
     single = [d for d in dims if isinstance(t.shape[d], int) and t.shape[d] == 1]
     t = t.sum([d for d in dims if d not in single], keepdim=True) if len(dims) > len(single) else t
     for d in sorted(dims, reverse=True):
         t = t.squeeze(d)
     return t
+
+
+def summed(t: Tensor, d: int) -> Tensor:
+    """The sum over an axis, a view where its size is one."""
+    return t.squeeze(d) if isinstance(t.shape[d], int) and t.shape[d] == 1 else t.sum(d)
 
 
 def contract(spec: Spec, factors: list[Factor], weights: Tensor | None = None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxcurv.program import Program, layout
 
@@ -28,6 +28,7 @@ def simplify(program: Program) -> Program:
     """See the module."""
     program.refresh_output()
     program.graph.eliminate_dead_code()
+    _slice_first(program)
     program.rename(_drop_idle_views(program))
     program.rename(_merge_equals(program))
     program.refresh_output()
@@ -49,6 +50,39 @@ def _merge_equals(program: Program) -> dict[fx.Node, fx.Node]:
         else:
             seen[key] = node
     return merged
+
+
+# views of the axes behind the first one, if they leave its size
+BEHIND = {aten.unsqueeze.default, aten.squeeze.dim, aten.view.default, aten.reshape.default}
+
+
+def _slice_first(program: Program) -> None:
+    """Columns of a view are a view of the columns: said so, a weight and a bias read the same columns of a stack."""
+    for node in list(program.graph.nodes):
+        while node.target is aten.slice.Tensor and node.args[1] == 0 and _is_behind(node.args[0]):
+            view = node.args[0]
+            source, *rest = view.args
+            with program.graph.inserting_before(node):
+                first = program.graph.call_function(aten.slice.Tensor, (source, *node.args[1:]))
+            first.meta = dict(node.meta)
+            if view.target in (aten.view.default, aten.reshape.default):
+                rest = [[node.meta["val"].shape[0], *rest[0][1:]]]
+            node.target, node.args = view.target, (first, *rest)
+            with program.fake_mode, torch.no_grad():
+                first.meta["val"] = aten.slice.Tensor(source.meta["val"], *first.args[1:])
+            node = first
+    program.graph.eliminate_dead_code()
+
+
+def _is_behind(view: fx.Node) -> bool:
+    """Whether a node views the axes behind the first, and does not copy."""
+    if view.target not in BEHIND or not isinstance(view.args[0], fx.Node):
+        return False
+    after, before = view.meta["val"], view.args[0].meta["val"]
+    if view.target in (aten.unsqueeze.default, aten.squeeze.dim) and view.args[1] in (0, -after.ndim, -before.ndim):
+        return False
+    same = isinstance(before, Tensor) and before.ndim and after.ndim and layout(before)[0][0] == layout(after)[0][0]
+    return bool(same) and layout(before)[1][0] == layout(after)[1][0] and isinstance(after.shape[0], int)
 
 
 def _drop_idle_views(program: Program) -> dict[fx.Node, fx.Node]:
