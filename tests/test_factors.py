@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from fxcurv.candidates import CANDIDATES, dims
 from fxcurv.factors import Arrange, Contract, Conv, Dense, Gather, Jacobian, Spec, combine, contract, unfold
-from fxcurv.kernels import outer_norm as norm_kernel
 from fxcurv.kernels import outer_square_sum as square_kernel
 from fxcurv.placement import Shard
 
@@ -265,17 +264,6 @@ SHAPES = [(1, 1, 1, 1, 1), (2, 3, 5, 7, 3), (3, 2, 1, 4, 9), (5, 1, 4, 1, 6), (1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_outer_norm(shape, dtype):
-    v, n, s, o, i = shape
-    a, g = t(n, s, i).to(dtype), t(v, n, s, o).to(dtype)
-    actual = norm_kernel.outer_norm(a, g)
-    assert actual.shape == (v, n)
-    torch.testing.assert_close(actual, norm_kernel.reference(a, g))
-    torch.testing.assert_close(actual, ((g.mT @ a) ** 2).sum((2, 3)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("per_sample", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -305,7 +293,6 @@ def test_kernels_as_operators(layout):
     if layout == "strided":
         a, g, w = t(5, 2, 3).permute(2, 1, 0), t(4, 2, 3, 2).permute(3, 2, 1, 0), t(3, 2).t()
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.fxcurv.outer_norm.default, (a, g), test_utils=tests)
     for per_sample in (True, False):
         for weights in (w, None):
             torch.library.opcheck(torch.ops.fxcurv.outer_square_sum.default, (a, g, weights, per_sample), test_utils=tests)

@@ -1,0 +1,76 @@
+"""What the Triton kernels share: launch configurations, precision, and a tile of a product of matrices.
+
+Sums are accumulated in float32, in float64 for float64. float32 factors enter the tensor cores as tf32 where
+`torch.backends.cuda.matmul.fp32_precision` says so, and are multiplied in full ("ieee") otherwise.
+No kernel adds atomically: programs that share a sum write parts, which are added afterwards in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def config(rows: int, cols: int, inner: int, warps: int, stages: int) -> triton.Config:
+    """A tile [rows, cols] of the result, `inner` terms of its sum at a time."""
+    return triton.Config({"ROWS": rows, "COLS": cols, "INNER": inner}, num_warps=warps, num_stages=stages)
+
+
+# The first is taken where nothing can be timed.
+CONFIGS = [
+    config(64, 64, 32, 4, 3),
+    config(64, 64, 32, 8, 2),
+    config(32, 64, 32, 4, 3),
+    config(64, 32, 32, 4, 3),
+    config(32, 32, 32, 4, 2),
+    config(128, 64, 32, 8, 3),
+    config(64, 128, 32, 8, 3),
+    config(128, 128, 32, 8, 3),
+    config(128, 128, 64, 8, 3),
+]
+# The small one first: two products at once fill the registers.
+SQUARE = [c for c in reversed(CONFIGS[:5]) if c.kwargs["ROWS"] == c.kwargs["COLS"]] + CONFIGS[-2:]
+# The least side of a tile: it bounds the number of parts.
+SMALLEST = 32
+
+
+def tuned(key: Sequence[str], zero: Sequence[str] = (), configs: Sequence[triton.Config] = CONFIGS) -> Callable:
+    """Decorator: a kernel timed with each of `configs` at the first call with these values of the arguments `key`.
+
+    `zero` names results of which a configuration may leave elements unwritten: they are zero whichever was tried before.
+    """
+    timed = torch.cuda.is_available() and not triton.knobs.runtime.interpret
+    choice = list(configs if timed else configs[:1])
+    return lambda fn: triton.autotune(choice, key=list(key), reset_to_zero=list(zero) or None)(triton.jit(fn))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """`input_precision` of `tl.dot` for factors of this dtype."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def launch(kernel: Any, grid: Callable, like: Tensor, *args: Any) -> None:
+    """Run `kernel` on the device of `like`, whichever is the current one, at the precision for its dtype."""
+    with torch.cuda.device_of(like):
+        kernel[grid](*args, PRECISION=precision(like.dtype))
+
+
+@triton.jit
+def product(
+    x, y, m, n, k_end, m_end, n_end, stride_xm, stride_xk, stride_yk, stride_yn,
+    ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The tile sum_k x[m, k] y[k, n] at the rows m [ROWS] and columns n [COLS]; zero beyond the ends."""
+    tile = tl.zeros((ROWS, COLS), ACC)
+    for start in range(0, k_end, INNER):
+        k = start + tl.arange(0, INNER)
+        left = tl.load(x + m[:, None] * stride_xm + k[None, :] * stride_xk, (m[:, None] < m_end) & (k[None, :] < k_end), 0.0)
+        right = tl.load(y + k[:, None] * stride_yk + n[None, :] * stride_yn, (k[:, None] < k_end) & (n[None, :] < n_end), 0.0)
+        tile = tl.dot(left, right, tile, input_precision=PRECISION, out_dtype=ACC)
+    return tile

@@ -1,0 +1,88 @@
+"""Arguments for each kernel, in shapes and layouts that are awkward for blocks and tiles; no kernel is imported here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+LAYOUTS = ["contiguous", "reversed", "steps", "expanded"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Arguments of an op.
+
+    Attributes:
+        make: (random, *sizes) -> the arguments; random(*shape) is a tensor.
+        sizes: small ones, odd, single and empty.
+        tiled: of more than one tile in each direction.
+    """
+
+    make: Callable[..., tuple]
+    sizes: list[tuple]
+    tiled: list[tuple]
+
+
+def _outer_norm(random, v, n, s, o, i):
+    return random(n, s, i), random(v, n, s, o)
+
+
+PRODUCTS = [(1, 1, 1, 1, 1), (2, 3, 5, 7, 3), (3, 2, 1, 4, 9), (1, 4, 2, 8, 1), (2, 2, 3, 40, 33)]
+EMPTY = [(2, 0, 3, 2, 2), (0, 2, 3, 2, 2), (2, 2, 0, 3, 2)]
+
+KERNELS = {
+    # those with a few positions of many features are cheaper by Gram matrices: of one, two and four blocks
+    "outer_norm": Kernel(
+        _outer_norm, PRODUCTS + EMPTY, [(2, 2, 70, 70, 67), (2, 2, 30, 100, 90), (2, 1, 70, 200, 301), (1, 1, 200, 600, 500)]
+    ),
+}
+SMALL = [(name, sizes) for name, kernel in KERNELS.items() for sizes in kernel.sizes]
+TILED = [(name, sizes) for name, kernel in KERNELS.items() for sizes in kernel.tiled]
+
+
+def arguments(name: str, sizes: tuple, dtype=torch.float64, layout="contiguous", device="cpu") -> tuple:
+    """The arguments of `name` at `sizes`, random numbers of one seed."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return laid_out(values.to(device, dtype), layout)
+
+    return KERNELS[name].make(random, *sizes)
+
+
+def laid_out(t: Tensor, layout: str) -> Tensor:
+    """`t` in another layout; "expanded" repeats its first slice along the first axis."""
+    axes = tuple(reversed(range(t.ndim)))
+    if layout == "reversed":
+        return t.permute(axes).contiguous().permute(axes)
+    if layout == "steps":
+        wide = t.new_full([2 * size + 1 for size in t.shape], torch.nan)
+        view = wide[tuple(slice(1, None, 2) for _ in t.shape)]
+        return view.copy_(t)
+    return t[:1].expand(t.shape) if layout == "expanded" and len(t) else t
+
+
+def check(name: str, run: Callable, args: tuple, eps: float | None = None) -> None:
+    """`run(*args)` beside the reference in float64, within rounding of the same sums of absolute values."""
+    reference = importlib.import_module(f"fxcurv.kernels.{name}").reference
+    exact = pytree.tree_map(lambda t: t.double() if isinstance(t, Tensor) else t, args)
+    actual, expected = run(*args), reference(*exact)
+    bound = reference(*pytree.tree_map(lambda t: t.abs() if isinstance(t, Tensor) else t, exact))
+    assert actual.shape == expected.shape
+    assert actual.dtype == result_dtype(name, args)
+    error = (actual.double() - expected).abs()
+    eps = eps or torch.finfo(actual.dtype).eps
+    assert (error <= 16 * eps * bound).all(), f"{(error / (eps * bound)).max():.3g} units of rounding"
+
+
+def result_dtype(name: str, args: Any) -> torch.dtype:
+    """What half precision is summed or squared in is float32."""
+    dtype = args[0].dtype
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

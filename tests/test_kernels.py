@@ -1,0 +1,51 @@
+"""The custom ops on a CPU against their references, and as operators: schema, fake, count of operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import KERNELS, LAYOUTS, SMALL, TILED, arguments, check
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxcurv.kernels import cpu
+
+
+def op(name):
+    return getattr(torch.ops.fxcurv, name).default
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "sizes"), SMALL + TILED, ids=str)
+def test_values(name, sizes, dtype):
+    check(name, op(name), arguments(name, sizes, dtype))
+
+
+@pytest.mark.parametrize("block", [1, 7, 100, 5000])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("name", "sizes"), SMALL, ids=str)
+def test_values_in_several_blocks(name, sizes, layout, block, monkeypatch):
+    monkeypatch.setattr(cpu, "BLOCK", block)
+    check(name, op(name), arguments(name, sizes, layout=layout))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "reversed"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_as_operators(name, layout):
+    """Schema, fake and no autograd formula: what `torch.library` can check of an op."""
+    args = arguments(name, KERNELS[name].sizes[1], layout=layout)
+    torch.library.opcheck(op(name), args, test_utils=("test_schema", "test_faketensor"))
+
+
+# Operations at sizes of the table, counted by hand: two for each term of each sum of products.
+FLOPS = {
+    ("outer_norm", (2, 3, 5, 7, 3)): 2 * (2 * 3 * 5) * (7 * 3),  # by the products
+    ("outer_norm", (2, 2, 30, 100, 90)): 2 * (30 * 31 // 2) * (2 * 90 + 2 * 2 * 100),  # each pair of positions once
+}
+
+
+@pytest.mark.parametrize(("name", "sizes"), FLOPS, ids=str)
+def test_flops(name, sizes):
+    args = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in arguments(name, sizes)]
+    with FlopCounterMode(display=False) as counter:
+        op(name)(*args)
+    assert counter.get_total_flops() == FLOPS[name, sizes]

@@ -1,0 +1,122 @@
+"""The Triton kernels against the references: on a GPU where there is one, and in Triton's interpreter, in a process of its own.
+
+Without a GPU they are compiled as well, for two architectures, and the machine code's use of resources is read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from kernel_cases import LAYOUTS, SMALL, TILED, arguments, check
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+runs = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="needs a GPU or TRITON_INTERPRET=1")
+compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+# bytes of shared memory that a block may have
+SHARED = {80: 163 << 10, 90: 227 << 10}
+
+
+def kernel(name):
+    """The function that launches the op's kernels, on tensors of any device."""
+    return getattr(importlib.import_module(f"fxcurv.kernels.{name}_triton"), name)
+
+
+@compiles
+def test_in_the_interpreter():
+    """The tests below, where Triton was imported as an interpreter; products of bfloat16 are beyond it."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", __file__, "-k", "test_value"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert " passed" in run.stdout and "skipped" not in run.stdout
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize(("name", "sizes"), SMALL + TILED, ids=str)
+def test_values(name, sizes, dtype):
+    check(name, kernel(name), arguments(name, sizes, dtype, device=DEVICE))
+
+
+@runs
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize(("name", "sizes"), SMALL, ids=str)
+def test_values_in_other_layouts(name, sizes, layout):
+    check(name, kernel(name), arguments(name, sizes, torch.float32, layout, DEVICE))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize(("name", "sizes"), SMALL + TILED, ids=str)
+def test_on_a_gpu(name, sizes, monkeypatch):
+    """The op itself on CUDA tensors; bfloat16; and tf32, at its eleven bits."""
+    op = getattr(torch.ops.fxcurv, name)
+    check(name, op, arguments(name, sizes, torch.float32, device=DEVICE))
+    check(name, op, arguments(name, sizes, torch.bfloat16, device=DEVICE))
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    check(name, op, arguments(name, sizes, torch.float32, device=DEVICE), eps=2**-11)
+
+
+class Absent:
+    """In place of Triton's driver: a device of compute capability `capability` on which nothing runs."""
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_target(self):
+        return triton.backends.compiler.GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return self.capability  # kernels are cached by it
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compiled(name, args, capability, monkeypatch):
+    """The kernels that a launch compiles, at the default configuration."""
+    made = []
+    run = triton.JITFunction.run
+
+    def compile_only(self, *args, warmup, **kwargs):
+        made.append(run(self, *args, warmup=True, **kwargs))
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Absent(capability))
+    monkeypatch.setattr(triton.JITFunction, "run", compile_only)
+    kernel(name)(*args)
+    return made
+
+
+def resources(made, folder):
+    """Registers, and bytes of stack and local memory, of a compiled kernel; spilled registers live on the stack."""
+    (folder / "kernel.cubin").write_bytes(made.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(folder / "kernel.cubin")]
+    words = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return {key: int(value) for key, _, value in (w.partition(":") for w in words) if key in ("REG", "STACK", "LOCAL")}
+
+
+def check_resources(name, sizes, dtype, capability, monkeypatch, folder):
+    made = compiled(name, arguments(name, sizes, dtype), capability, monkeypatch)
+    assert made
+    for each in made:
+        used = resources(each, folder)
+        assert used["REG"] <= 255 and used["STACK"] == used["LOCAL"] == 0, f"{each.metadata.name} spills: {used}"
+        assert each.metadata.shared <= SHARED[capability]
+
+
+without_gpu = pytest.mark.skipif(DEVICE != "cpu", reason="with a GPU, a launch times configurations")
+
+
+@compiles
+@without_gpu
+@pytest.mark.parametrize(("dtype", "capability"), [(torch.float32, 80), (torch.bfloat16, 90)], ids=str)
+@pytest.mark.parametrize(("name", "sizes"), TILED, ids=str)
+def test_resources(name, sizes, dtype, capability, monkeypatch, tmp_path):
+    check_resources(name, sizes, dtype, capability, monkeypatch, tmp_path)
