@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,22 @@ def _outer_norm(random, v, n, s, o, i):
     return random(n, s, i), random(v, n, s, o)
 
 
+def _outer_square_sum(random, v, n, s, o, i, weighted, per_sample):
+    return random(n, s, i), random(v, n, s, o), random(v, n) if weighted else None, per_sample
+
+
+def _outer_square_sum_conv(random, v, n, c, o, size, kernel, stride, padding, dilation, groups, weighted, per_sample):
+    geometry = list(zip(size, kernel, stride, padding, dilation, strict=True))
+    out = [(d + 2 * p - di * (k - 1) - 1) // st + 1 for d, k, st, p, di in geometry]
+    x, g, w = random(n, c, *size), random(v, n, o, *out), random(v, n) if weighted else None
+    return x, g, w, per_sample, list(kernel), list(stride), list(padding), list(dilation), groups
+
+
+def _each(sizes, *choices):
+    """Each of `sizes` with each combination of the choices appended."""
+    return [(*size, *choice) for size in sizes for choice in itertools.product(*choices)]
+
+
 PRODUCTS = [(1, 1, 1, 1, 1), (2, 3, 5, 7, 3), (3, 2, 1, 4, 9), (1, 4, 2, 8, 1), (2, 2, 3, 40, 33)]
 EMPTY = [(2, 0, 3, 2, 2), (0, 2, 3, 2, 2), (2, 2, 0, 3, 2)]
 
@@ -40,6 +57,29 @@ KERNELS = {
     # those with a few positions of many features are cheaper by Gram matrices: of one, two and four blocks
     "outer_norm": Kernel(
         _outer_norm, PRODUCTS + EMPTY, [(2, 2, 70, 70, 67), (2, 2, 30, 100, 90), (2, 1, 70, 200, 301), (1, 1, 200, 600, 500)]
+    ),
+    "outer_square_sum": Kernel(
+        _outer_square_sum,
+        _each(PRODUCTS + EMPTY, (True, False), (True, False)),
+        [(2, 6, 37, 70, 67, True, False), (2, 1, 70, 66, 130, False, True)],
+    ),
+    # (v, n, channels, outputs, size, kernel, stride, padding, dilation, groups, weighted, per_sample)
+    "outer_square_sum_conv": Kernel(
+        _outer_square_sum_conv,
+        [
+            (1, 1, 1, 1, (1,), (1,), (1,), (0,), (1,), 1, False, False),
+            (2, 3, 2, 3, (7,), (3,), (2,), (2,), (1,), 1, True, False),
+            (2, 3, 4, 6, (5, 4), (3, 2), (1, 2), (1, 0), (1, 1), 2, True, True),
+            (3, 2, 3, 3, (6, 7), (2, 3), (2, 1), (0, 3), (2, 2), 3, False, False),
+            (1, 5, 3, 2, (4, 5), (1, 1), (1, 1), (0, 0), (1, 1), 1, True, False),
+            (2, 2, 2, 2, (3, 4, 5), (2, 1, 3), (1, 2, 1), (1, 0, 2), (1, 1, 2), 2, True, True),
+            (0, 2, 2, 3, (5,), (3,), (1,), (1,), (1,), 1, True, False),
+            (2, 0, 2, 3, (5,), (3,), (1,), (1,), (1,), 1, False, True),
+        ],
+        [
+            (2, 6, 8, 70, (6, 7), (3, 3), (1, 1), (1, 1), (1, 1), 1, True, False),
+            (1, 2, 6, 132, (3, 4, 5), (3, 2, 3), (1, 1, 2), (1, 0, 1), (1, 2, 1), 2, False, True),
+        ],
     ),
 }
 SMALL = [(name, sizes) for name, kernel in KERNELS.items() for sizes in kernel.sizes]

@@ -1,4 +1,4 @@
-"""Factors against autograd and loops, every candidate against the definition, and the blocked kernels."""
+"""Factors against autograd and loops, and every candidate against the definition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from fxcurv.candidates import CANDIDATES, dims
 from fxcurv.factors import Arrange, Contract, Conv, Dense, Gather, Jacobian, Spec, combine, contract, unfold
-from fxcurv.kernels import outer_square_sum as square_kernel
 from fxcurv.placement import Shard
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
@@ -256,43 +255,3 @@ def test_unfold(data):
     eye = torch.eye(channels * prod(kernel), dtype=torch.float64).reshape(-1, channels, *kernel)
     y = FORWARD[d](x, eye, None, stride, padding, dilation)
     torch.testing.assert_close(unfold(x, y.shape[2:], kernel, stride, padding, dilation), y.flatten(2))
-
-
-# ---- kernels ------------------------------
-
-SHAPES = [(1, 1, 1, 1, 1), (2, 3, 5, 7, 3), (3, 2, 1, 4, 9), (5, 1, 4, 1, 6), (1, 4, 2, 8, 1), (2, 0, 3, 2, 2)]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("per_sample", [True, False])
-@pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_outer_square_sum(shape, weighted, per_sample, dtype):
-    v, n, s, o, i = shape
-    a, g = t(n, s, i).to(dtype), t(v, n, s, o).to(dtype)
-    w = t(v, n).to(dtype) if weighted else None
-    actual = square_kernel.outer_square_sum(a, g, w, per_sample)
-    assert actual.shape == ((n, o, i) if per_sample else (o, i))
-    torch.testing.assert_close(actual, square_kernel.reference(a, g, w, per_sample))
-    squares = (g.mT @ a) ** 2 * (1 if w is None else w[:, :, None, None])
-    torch.testing.assert_close(actual, squares.sum(0) if per_sample else squares.sum((0, 1)))
-
-
-def test_outer_square_sum_in_several_blocks(monkeypatch):
-    monkeypatch.setattr(square_kernel, "BLOCK", 12)
-    a, g, w = t(3, 2, 3), t(7, 3, 2, 2), t(7, 3)
-    for per_sample in (True, False):
-        actual = square_kernel.outer_square_sum(a, g, w, per_sample)
-        torch.testing.assert_close(actual, square_kernel.reference(a, g, w, per_sample))
-
-
-@pytest.mark.parametrize("layout", ["plain", "strided"])
-def test_kernels_as_operators(layout):
-    """Schema, fake and no autograd formula: what `torch.library` can check of an op."""
-    a, g, w = t(3, 2, 5), t(2, 3, 2, 4), t(2, 3)
-    if layout == "strided":
-        a, g, w = t(5, 2, 3).permute(2, 1, 0), t(4, 2, 3, 2).permute(3, 2, 1, 0), t(3, 2).t()
-    tests = ("test_schema", "test_faketensor")
-    for per_sample in (True, False):
-        for weights in (w, None):
-            torch.library.opcheck(torch.ops.fxcurv.outer_square_sum.default, (a, g, weights, per_sample), test_utils=tests)

@@ -40,6 +40,11 @@ def test_as_operators(name, layout):
 FLOPS = {
     ("outer_norm", (2, 3, 5, 7, 3)): 2 * (2 * 3 * 5) * (7 * 3),  # by the products
     ("outer_norm", (2, 2, 30, 100, 90)): 2 * (30 * 31 // 2) * (2 * 90 + 2 * 2 * 100),  # each pair of positions once
+    ("outer_square_sum", (2, 3, 5, 7, 3, True, False)): 2 * (2 * 3 * 5) * (7 * 3),
+    # 5 positions of 6 taps for each of 3 outputs
+    ("outer_square_sum_conv", (2, 3, 2, 3, (7,), (3,), (2,), (2,), (1,), 1, True, False)): 2 * (2 * 3) * 3 * 5 * 6,
+    # 5 x 2 positions, 2 of the 4 channels and 6 taps for each of 6 outputs
+    ("outer_square_sum_conv", (2, 3, 4, 6, (5, 4), (3, 2), (1, 2), (1, 0), (1, 1), 2, True, True)): 2 * 6 * 6 * 10 * 12,
 }
 
 

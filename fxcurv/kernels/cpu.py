@@ -13,8 +13,10 @@ from torch import Tensor
 
 from fxcurv.precision import wide
 
-# Elements of a block: 1 MiB in float32, half of a typical L2 cache.
-BLOCK = 1 << 18
+# Elements of a block: 2 MiB in float32.
+BLOCK = 1 << 19
+# Samples in a block at least: in a batched product of fewer, threads have no work.
+FEWEST = 4
 
 
 def boxes(sizes: tuple[int, ...], budget: int, most: int | None = None) -> Iterator[tuple[slice, ...]]:
@@ -33,8 +35,8 @@ def boxes(sizes: tuple[int, ...], budget: int, most: int | None = None) -> Itera
 
 def products(
     a: Callable[[slice], Tensor], g: Tensor, i: int, most: int | None = None
-) -> Iterator[tuple[slice, slice, slice, Tensor]]:
-    """Blocks (v, n, o, p) of P = sum_s g a^T: p [N', K, V', O', I] in `wide(g.dtype)`, valid until the next block.
+) -> Iterator[tuple[int, slice, slice, Tensor]]:
+    """Blocks (v, n, o, p) of P = sum_s g a^T of one column, p [N', K, O', I] in `wide(g.dtype)`, valid until the next block.
 
     Args:
         a: the factor [N', K, S, I] of the samples in a slice; called once for every slice.
@@ -42,16 +44,39 @@ def products(
         i: the size I.
         most: the largest N'.
     """
-    v, n, k, s, o = g.shape
-    budget = max(1, BLOCK // max(1, k * i))
-    scratch = g.new_empty(min(budget, v * n * o) * k * i, dtype=wide(g.dtype))
-    left = g.permute(1, 2, 0, 4, 3)
-    samples, inputs = None, scratch
-    for ns, vs, os in boxes((n, v, o), budget, most):
-        if ns != samples:
-            samples, inputs = ns, a(ns).to(scratch.dtype).flatten(0, 1)
-        part = left[ns, :, vs, os].to(scratch.dtype)
-        shape = (*part.shape[:-1], i)
-        rows = part.flatten(0, 1).flatten(1, 2)
-        p = scratch[: rows.shape[0] * rows.shape[1] * i].view(*rows.shape[:2], i)
-        yield vs, ns, os, torch.bmm(rows, inputs, out=p).view(shape)
+    v, n, k, _, o = g.shape
+    row = max(1, k * i)
+    outputs = max(1, min(o, BLOCK // row))
+    count = max(1, min(n, most or n, max(FEWEST, BLOCK // (row * outputs))))
+    scratch = g.new_empty(count * row * outputs, dtype=wide(g.dtype))
+    for ns in spans(n, count):
+        inputs = a(ns).to(scratch.dtype).flatten(0, 1)
+        for column, os in itertools.product(range(v), spans(o, outputs)):
+            left = g[column, ns, :, :, os].to(scratch.dtype).flatten(0, 1).mT
+            p = scratch[: left.shape[0] * left.shape[1] * i].view(*left.shape[:2], i)
+            yield column, ns, os, torch.bmm(left, inputs, out=p).unflatten(0, (-1, k))
+
+
+def spans(size: int, step: int) -> list[slice]:
+    """Slices of at most `step` that cover an axis."""
+    return [slice(start, min(size, start + step)) for start in range(0, size, step)]
+
+
+def square_sum(
+    a: Callable[[slice], Tensor], g: Tensor, i: int, w: Tensor | None, per_sample: bool, most: int | None = None
+) -> Tensor:
+    """sum_v w[v, n] P[v, n]^2, [N, K, O, I], or its sum over samples, [1, K, O, I], in `wide(g.dtype)`.
+
+    Args:
+        a, g, i, most: as in `products`.
+        w: signed weights [V, N], or None for ones.
+        per_sample: whether the samples' sums are kept apart.
+    """
+    v, n, k, _, o = g.shape
+    out = g.new_zeros(n if per_sample else 1, k, o, i, dtype=wide(g.dtype))
+    values = None if w is None else w.tolist()
+    for column, ns, os, p in products(a, g, i, most):
+        for sample, one in enumerate(p, ns.start):
+            weight = 1 if values is None else values[column][sample]
+            out[sample if per_sample else 0, :, os].addcmul_(one, one, value=weight)
+    return out

@@ -7,19 +7,19 @@ import triton.language as tl
 from torch import Tensor
 
 from fxcurv.kernels.outer_norm import costs
-from fxcurv.kernels.tiles import SMALLEST, SQUARE, launch, product, tuned
+from fxcurv.kernels.tiles import LEAST, SQUARE, launch, product, tiles, tuned
 from fxcurv.precision import wide
 
 
-@tuned(key=["S", "O", "I"], zero=["parts"])
+@tuned(key=["S", "O", "I"], rows="O", cols="I", zero=["parts"])
 def by_products(
     a, g, parts, V, N, S, O, I, stride_an, stride_as, stride_ai, stride_gv, stride_gn, stride_gs, stride_go,
     ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """parts[tile, v, n] = the sum of squares of a tile of P[v, n]."""
     across = tl.cdiv(I, COLS)
-    tiles = tl.cdiv(O, ROWS) * across
-    tile, vn = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    count = tl.cdiv(O, ROWS) * across
+    tile, vn = tl.program_id(0) % count, tl.program_id(0) // count
     v, n = (vn // N).to(tl.int64), (vn % N).to(tl.int64)
     o = tile // across * ROWS + tl.arange(0, ROWS)
     i = tile % across * COLS + tl.arange(0, COLS)
@@ -30,7 +30,7 @@ def by_products(
     tl.store(parts + tile.to(tl.int64) * V * N + vn, tl.sum(p * p))
 
 
-@tuned(key=["S", "O", "I"], zero=["parts"], configs=SQUARE)
+@tuned(key=["S", "O", "I"], rows="S", cols="S", zero=["parts"], configs=SQUARE)
 def by_gram(
     a, g, parts, V, N, S, O, I, stride_an, stride_as, stride_ai, stride_gv, stride_gn, stride_gs, stride_go,
     ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
@@ -66,18 +66,14 @@ def outer_norm(a: Tensor, g: Tensor) -> Tensor:
     if 0 in (*g.shape, i):
         return g.new_zeros(v, n, dtype=wide(g.dtype))
     if gram < direct:
-        kernel, bound = by_gram, _pairs(s, SMALLEST)
+        kernel, bound = by_gram, _pairs(s, LEAST)
         grid = lambda meta: (n * _pairs(s, meta["ROWS"]),)  # noqa: E731
     else:
-        kernel, bound = by_products, _tiles(o, i, SMALLEST, SMALLEST)
-        grid = lambda meta: (v * n * _tiles(o, i, meta["ROWS"], meta["COLS"]),)  # noqa: E731
+        kernel, bound = by_products, tiles(o, i, LEAST, LEAST)
+        grid = lambda meta: (v * n * tiles(o, i, meta["ROWS"], meta["COLS"]),)  # noqa: E731
     parts = g.new_zeros(bound, v, n, dtype=wide(g.dtype))
     launch(kernel, grid, g, a, g, parts, v, n, s, o, i, *a.stride(), *g.stride())
     return parts.sum(0)
-
-
-def _tiles(o: int, i: int, rows: int, cols: int) -> int:
-    return triton.cdiv(o, rows) * triton.cdiv(i, cols)
 
 
 def _pairs(s: int, rows: int) -> int:

@@ -1,7 +1,8 @@
 """outer_square_sum: sum_v w[v, n] (sum_s g[v, n, s, o] a[n, s, i])^2, per sample or summed over samples.
 
-Shapes: a [N, S, I], g [V, N, S, O], w [V, N] or None -> [O, I], or [N, O, I] with `per_sample`.
-The per-sample products [V, N, O, I] never exist: a block that fits the cache is written, squared and added.
+Shapes: a [N, S, I], g [V, N, S, O], w [V, N] or None (ones), of either sign -> [O, I], or [N, O, I] with `per_sample`; in
+float32 for inputs in half precision. The per-sample products [V, N, O, I] never exist: a block that fits the cache, or a
+tile in registers, is squared and added.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-# Elements of the scratch block, 2 MiB in float32; a batched product of fewer samples leaves threads without work.
-BLOCK = 1 << 19
-FEWEST = 4
+from fxcurv.kernels import cpu
+from fxcurv.kernels.register import on_cuda
+from fxcurv.precision import wide
 
 
 def reference(a: Tensor, g: Tensor, w: Tensor | None, per_sample: bool) -> Tensor:
@@ -25,29 +26,20 @@ def reference(a: Tensor, g: Tensor, w: Tensor | None, per_sample: bool) -> Tenso
 @torch.library.custom_op("fxcurv::outer_square_sum", mutates_args=())
 def outer_square_sum(a: Tensor, g: Tensor, w: Tensor | None, per_sample: bool) -> Tensor:
     """See the module; columns with real weights, so the sum needs no root and no sign."""
-    v, n, s, o = g.shape
-    i = a.shape[2]
-    out = g.new_zeros((n, o, i) if per_sample else (o, i))
-    factor = None if w is None else w.tolist()
-    count = max(1, min(n, max(FEWEST, BLOCK // max(1, o * i))))
-    scratch = g.new_empty(count, o, i)
-    for start in range(0, n, count):
-        stop = min(n, start + count)
-        for k in range(v):
-            p = torch.bmm(g[k, start:stop].mT, a[start:stop], out=scratch[: stop - start])
-            for j, one in enumerate(p, start):
-                target = out[j] if per_sample else out
-                target.addcmul_(one, one, value=1 if factor is None else factor[k][j])
-    return out
+    out = cpu.square_sum(lambda n: a[n].unsqueeze(1), g.unsqueeze(2), a.shape[2], w, per_sample).squeeze(1)
+    return out if per_sample else out.squeeze(0)
 
 
 @outer_square_sum.register_fake
 def _(a, g, w, per_sample):
     o, i = g.shape[3], a.shape[2]
-    return g.new_empty((g.shape[1], o, i) if per_sample else (o, i))
+    return g.new_empty((g.shape[1], o, i) if per_sample else (o, i), dtype=wide(g.dtype))
 
 
 @register_flop_formula(torch.ops.fxcurv.outer_square_sum)
 def _(a, g, *rest, out_shape=None, **kwargs):
     v, n, s, o = g
     return 2 * v * n * s * o * a[2]
+
+
+on_cuda(outer_square_sum, "outer_square_sum")

@@ -24,29 +24,49 @@ def config(rows: int, cols: int, inner: int, warps: int, stages: int) -> triton.
 # The first is taken where nothing can be timed.
 CONFIGS = [
     config(64, 64, 32, 4, 3),
+    config(64, 64, 16, 4, 3),
     config(64, 64, 32, 8, 2),
     config(32, 64, 32, 4, 3),
     config(64, 32, 32, 4, 3),
-    config(32, 32, 32, 4, 2),
     config(128, 64, 32, 8, 3),
     config(64, 128, 32, 8, 3),
+    config(128, 128, 16, 8, 3),
     config(128, 128, 32, 8, 3),
     config(128, 128, 64, 8, 3),
 ]
-# The small one first: two products at once fill the registers.
-SQUARE = [c for c in reversed(CONFIGS[:5]) if c.kwargs["ROWS"] == c.kwargs["COLS"]] + CONFIGS[-2:]
-# The least side of a tile: it bounds the number of parts.
-SMALLEST = 32
+# Kernels that hold a second tile start with a small one, with which the registers suffice for every dtype.
+TWO_TILES = [config(32, 32, 16, 8, 2), *CONFIGS]
+SQUARE = [config(32, 32, 16, 4, 1), *(c for c in CONFIGS if c.kwargs["ROWS"] == c.kwargs["COLS"])]
+LEAST = 32  # the least side of a tile
 
 
-def tuned(key: Sequence[str], zero: Sequence[str] = (), configs: Sequence[triton.Config] = CONFIGS) -> Callable:
+def tuned(
+    key: Sequence[str], rows: str, cols: str, zero: Sequence[str] = (), configs: Sequence[triton.Config] = CONFIGS
+) -> Callable:
     """Decorator: a kernel timed with each of `configs` at the first call with these values of the arguments `key`.
 
-    `zero` names results of which a configuration may leave elements unwritten: they are zero whichever was tried before.
+    Args:
+        key: names of arguments.
+        rows: the argument with the size that is cut in tiles of ROWS: no tile is much larger than the matrix.
+        cols: likewise for COLS.
+        zero: results of which a configuration may leave elements unwritten: zero whichever was tried before.
+        configs: the candidates.
     """
     timed = torch.cuda.is_available() and not triton.knobs.runtime.interpret
-    choice = list(configs if timed else configs[:1])
-    return lambda fn: triton.autotune(choice, key=list(key), reset_to_zero=list(zero) or None)(triton.jit(fn))
+
+    def fitting(configs: list[triton.Config], args: dict[str, Any], **meta: Any) -> list[triton.Config]:
+        limits = [("ROWS", triton.next_power_of_2(args[rows])), ("COLS", triton.next_power_of_2(args[cols]))]
+        return [c for c in configs if all(c.kwargs[side] <= max(limit, 2 * LEAST) for side, limit in limits)]
+
+    def decorate(fn: Callable) -> Any:
+        return triton.autotune(
+            list(configs if timed else configs[:1]),
+            key=list(key),
+            reset_to_zero=list(zero) or None,
+            prune_configs_by={"early_config_prune": fitting},
+        )(triton.jit(fn))
+
+    return decorate
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -59,6 +79,18 @@ def launch(kernel: Any, grid: Callable, like: Tensor, *args: Any) -> None:
     """Run `kernel` on the device of `like`, whichever is the current one, at the precision for its dtype."""
     with torch.cuda.device_of(like):
         kernel[grid](*args, PRECISION=precision(like.dtype))
+
+
+def tiles(rows: int, cols: int, tile_rows: int, tile_cols: int) -> int:
+    """Tiles of a matrix."""
+    return triton.cdiv(rows, tile_rows) * triton.cdiv(cols, tile_cols)
+
+
+def splits(n: int, programs: int, device: torch.device) -> tuple[int, int]:
+    """(parts, samples of each) of a sum over n, so that parts times `programs` keeps the device busy."""
+    busy = 4 * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1)
+    each = triton.cdiv(n, max(1, min(n, busy // programs)))
+    return triton.cdiv(n, each), each
 
 
 @triton.jit

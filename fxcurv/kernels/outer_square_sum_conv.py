@@ -1,0 +1,73 @@
+"""outer_square_sum_conv: sum_v w[v, n] (dL/dW of sample n and column v)^2 for a convolution, never unfolded as a whole.
+
+Shapes: x [N, C, *in], g [V, N, O, *out], w [V, N] or None (ones), of either sign -> [O, C / groups, *kernel], or
+[N, O, C / groups, *kernel] with `per_sample`; in float32 for inputs in half precision. One to three spatial dimensions.
+
+The gradient is sum_s g[v, n, o, s] patch[n, s, i] over the output's positions s, with i over channels of the group and
+the kernel: see `outer_square_sum`. On a CPU the patches of a few samples are written to the same memory each time.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fxcurv.kernels import cpu
+from fxcurv.kernels.patches import windows
+from fxcurv.kernels.register import on_cuda
+from fxcurv.precision import wide
+
+
+def reference(
+    x: Tensor, g: Tensor, w: Tensor | None, per_sample: bool,
+    kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """The definition: autograd's gradient of each sample and column."""
+    weight = x.new_zeros(g.shape[2], x.shape[1] // groups, *kernel)
+    out = x.new_zeros(len(x), *weight.shape)
+    geometry = ([0], stride, padding, dilation, False, [0] * len(kernel), groups, [False, True, False])
+    for v in range(len(g)):
+        for n in range(len(x)):
+            p = torch.ops.aten.convolution_backward(g[v, n : n + 1], x[n : n + 1], weight, *geometry)[1]
+            out[n] += p.square() if w is None else w[v, n] * p.square()
+    return out if per_sample else out.sum(0)
+
+
+@torch.library.custom_op("fxcurv::outer_square_sum_conv", mutates_args=())
+def outer_square_sum_conv(
+    x: Tensor, g: Tensor, w: Tensor | None, per_sample: bool,
+    kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """See the module; the geometry is `torch.nn.functional.conv2d`'s, in as many dimensions as the kernel has."""
+    n, c = x.shape[:2]
+    s, i = prod(g.shape[3:]), c // groups * prod(kernel)
+    most = max(1, min(n, cpu.BLOCK // max(1, groups * i * s)))
+    scratch = x.new_empty(most, c, *kernel, *g.shape[3:], dtype=wide(x.dtype))
+
+    def patches(samples: slice) -> Tensor:
+        view = windows(x[samples], g.shape[3:], kernel, stride, padding, dilation)
+        dims = len(kernel)
+        order = (0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
+        block = scratch[: view.shape[0]].copy_(view.permute(order))
+        return block.reshape(view.shape[0], groups, i, s).mT
+
+    grouped = g.unflatten(2, (groups, -1)).flatten(4).mT
+    out = cpu.square_sum(patches, grouped, i, w, per_sample, most).unflatten(3, (c // groups, *kernel)).flatten(1, 2)
+    return out if per_sample else out.squeeze(0)
+
+
+@outer_square_sum_conv.register_fake
+def _(x, g, w, per_sample, kernel, stride, padding, dilation, groups):
+    shape = (g.shape[2], x.shape[1] // groups, *kernel)
+    return x.new_empty((x.shape[0], *shape) if per_sample else shape, dtype=wide(x.dtype))
+
+
+@register_flop_formula(torch.ops.fxcurv.outer_square_sum_conv)
+def _(x, g, w, per_sample, kernel, stride, padding, dilation, groups, *rest, out_shape=None, **kwargs):
+    return 2 * prod(g) * (x[1] // groups) * prod(kernel)
+
+
+on_cuda(outer_square_sum_conv, "outer_square_sum_conv")
