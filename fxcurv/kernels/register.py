@@ -10,10 +10,11 @@ import importlib
 from typing import Any
 
 
-def on_cuda(op: Any, name: str) -> None:
-    """Make the function `name` of `<name>_triton` the implementation of the custom op `op` on CUDA tensors."""
+def on_cuda(op: Any, name: str, file: str | None = None) -> None:
+    """Make the function `name` of `<file>_triton` (of `<name>_triton`) the implementation of the custom op `op` on CUDA."""
+    module = f"fxcurv.kernels.{file or name}_triton"
 
     def run(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"fxcurv.kernels.{name}_triton"), name)(*args)
+        return getattr(importlib.import_module(module), name)(*args)
 
     op.register_kernel("cuda")(run)

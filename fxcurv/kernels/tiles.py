@@ -34,7 +34,7 @@ CONFIGS = [
     config(128, 128, 32, 8, 3),
     config(128, 128, 64, 8, 3),
 ]
-# Kernels that hold a second tile start with a small one, with which the registers suffice for every dtype.
+# Kernels that hold more than a tile and its factors start with a small one, so that registers suffice for every dtype.
 TWO_TILES = [config(32, 32, 16, 8, 2), *CONFIGS]
 SQUARE = [config(32, 32, 16, 4, 1), *(c for c in CONFIGS if c.kwargs["ROWS"] == c.kwargs["COLS"])]
 LEAST = 32  # the least side of a tile
