@@ -1,19 +1,29 @@
 """Custom ops: a file each, with reference, CPU implementation and fake beside each other. Importing this registers them."""
 
 from fxcurv.kernels import (
+    embedding_square_sum,
     max_pool_columns,
+    norm_square_sum,
     outer_batch,
     outer_clip_sum,
     outer_norm,
     outer_square_sum,
     outer_square_sum_conv,
+    softmax_root,
+    syrk,
+    syrk_conv,
 )
 
 __all__ = [
+    "embedding_square_sum",
     "max_pool_columns",
+    "norm_square_sum",
     "outer_batch",
     "outer_clip_sum",
     "outer_norm",
     "outer_square_sum",
     "outer_square_sum_conv",
+    "softmax_root",
+    "syrk",
+    "syrk_conv",
 ]

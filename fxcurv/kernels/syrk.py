@@ -1,0 +1,71 @@
+"""syrk: x x^T, one triangle of which is computed and then mirrored.
+
+Shapes: x [K, M] -> [K, K], in float32 for half precision.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fxcurv.kernels.register import on_cuda
+from fxcurv.precision import wide
+
+# Rows of a strip of the triangle, at least: below this a library's matrix product loses more than the triangle saves.
+STRIP = 128
+
+
+def reference(x: Tensor) -> Tensor:
+    """The definition."""
+    return torch.einsum("km,lm->kl", x, x)
+
+
+def strips(k: int) -> list[slice]:
+    """Strips of `k` rows: sixteen, or as many as leave `STRIP` rows to each."""
+    rows = k if k < 2 * STRIP else max(STRIP, -(-k // 16))
+    return [slice(start, min(k, start + rows)) for start in range(0, k, max(1, rows))]
+
+
+def add_triangle(out: Tensor, x: Tensor, beta: int = 1) -> None:
+    """`out` becomes beta out + x x^T in strips, each up to the diagonal's block."""
+    for rows in strips(len(x)):
+        out[rows, : rows.stop].addmm_(x[rows], x[: rows.stop].t(), beta=beta)
+
+
+def mirror(out: Tensor) -> Tensor:
+    """`out` with what lies above its strips copied from below."""
+    for rows in strips(len(out))[1:]:
+        out[: rows.start, rows] = out[rows, : rows.start].t()
+    return out
+
+
+@torch.library.custom_op("fxcurv::syrk", mutates_args=())
+def syrk(x: Tensor) -> Tensor:
+    """x x^T; the module says more."""
+    return by_strips(x.to(wide(x.dtype)))
+
+
+def by_strips(x: Tensor) -> Tensor:
+    """x x^T by matrix products of the library."""
+    out = x.new_empty(len(x), len(x))
+    add_triangle(out, x, beta=0)
+    return mirror(out)
+
+
+@syrk.register_fake
+def _(x):
+    return x.new_empty(x.shape[0], x.shape[0], dtype=wide(x.dtype))
+
+
+def triangle_flops(k: int, m: int) -> int:
+    """Operations of a lower triangle with its diagonal."""
+    return k * (k + 1) * m
+
+
+@register_flop_formula(torch.ops.fxcurv.syrk)
+def _(x, *rest, out_shape=None, **kwargs):
+    return triangle_flops(*x)
+
+
+on_cuda(syrk, "syrk")
