@@ -21,9 +21,9 @@ from fxcurv.capture import capture
 from fxcurv.dynamo import Step, named_tensors, parted, step_for
 from fxcurv.errors import ArgumentError, ExtensionError, UnsupportedOpError, locate
 from fxcurv.extensions import Extension
-from fxcurv.passes.recycle import Pool
+from fxcurv.passes.recycle import Pool, functional
 from fxcurv.probe import Probe
-from fxcurv.program import Program, specialise
+from fxcurv.program import Kept, Program, specialise
 from fxcurv.progress import progress, silent
 from fxcurv.quantity import Identity
 from fxcurv.recompiles import Key, why
@@ -221,6 +221,7 @@ class Compiled:
         seed: int | Tensor | None = None,
         generator: torch.Generator | None = None,
         create_graph: bool = False,
+        out: Result | None = None,
     ) -> Result:
         """Compute all quantities on one batch.
 
@@ -231,40 +232,76 @@ class Compiled:
             generator: a `torch.Generator` that draws the seed. With neither, the default generator does.
             create_graph: results (loss and output too) can be differentiated again, by `torch.autograd.grad`, with
                 respect to parameters and inputs; only algorithms that autograd can follow are chosen.
+            out: an earlier result of this object, whose memory this call writes to, though it is still held: large
+                results on the CPU (of 1 MiB and more: individual gradients, roots, diagonals per sample) take the storage
+                that theirs had there, for a batch that is not larger; smaller ones are new. Those fields of the earlier
+                result, their views, and what `attach` put on parameters then hold this call's numbers (after a smaller
+                batch, with old ones behind them), its other fields stay as they were, and it cannot be `out` again.
+                Without `out`, memory is used again only when nobody holds it.
 
         Raises:
+            ArgumentError: also for an `out` that cannot serve: no result of this program, or too small a one, fields
+                that were replaced, or with `create_graph`, another backend than "eager", or inside `torch.compile`.
             FxcurvError: see `fxcurv.errors`; nothing on the model has changed then.
         """
         if torch.compiler.is_dynamo_compiling():
+            if out is not None:
+                raise ArgumentError("out= inside torch.compile: drop it, the compiled step plans its own memory")
             return self._traced(inputs, targets, seed, generator, create_graph)
-        return self._eager(inputs, targets, seed, generator, create_graph)
+        return self._eager(inputs, targets, seed, generator, create_graph, out)
 
     @torch.compiler.disable
-    def _eager(self, inputs, targets, seed, generator, create_graph) -> Result:
+    def _eager(self, inputs, targets, seed, generator, create_graph, out) -> Result:
         arguments = self._arguments(inputs, targets)
+        kept = None if out is None else self._kept(out, create_graph)
         # results are normal tensors also under inference_mode, so that `attach` and an optimizer can use them
         mode = self._autocast()
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(mode.device_type, enabled=False):
             program = self._program(arguments, mode, create_graph)
             flat = self._bind(program, arguments, seed, generator)
+            memory = self._memory(program, arguments.batch_size, flat, kept)
             try:
                 if self._debug or id(program) not in self._checked:
                     self._check(program, flat)
                 with torch.set_grad_enabled(create_graph):
-                    values = self._run(program, flat)
+                    values = self._run(program, flat, memory)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, IndexError) as error:
                 raise _run_error(program, arguments, flat, error) from error
             with torch.set_grad_enabled(create_graph):
-                return self._result(program, flat, values)
+                result = self._result(program, flat, values)
+            if out is not None:
+                out._memory = None
+            return result
 
-    def _run(self, program: Program, flat: list[Any]) -> tuple:
+    def _kept(self, out: Any, create_graph: bool) -> Kept:
+        """The memory of an earlier result, if this call may write to it."""
+        if not isinstance(out, Result):
+            raise ArgumentError(f"out= is a {type(out).__name__}: pass a result of an earlier call")
+        if create_graph:
+            raise ArgumentError("out= with create_graph=True: what is differentiated again must stay as it is, drop one")
+        if self._backend.name != "eager":
+            raise ArgumentError(f'out= with backend={self._backend.name!r}, which plans its own memory: use "eager"')
+        if out._memory is None:
+            raise ArgumentError(
+                "out= is a result without memory of its own: a copy, one of a compiled step or with create_graph=True, or "
+                "one that was out= before. Pass the latest result"
+            )
+        return out._memory
+
+    def _memory(self, program: Program, n: int, flat: list[Any], kept: Kept | None) -> list[Tensor]:
+        """What the eager graph writes large results to, its last arguments."""
+        if self._backend.name != "eager":
+            return []
+        return self._pool.take(program, n) if kept is None else self._pool.take_from(kept, program, n, flat)
+
+    def _run(self, program: Program, flat: list[Any], memory: list[Tensor]) -> tuple:
         if self._backend.name == "eager":
-            return program.gm(*flat)
+            return program.gm(*flat, *memory)
         if id(program) not in self._runners:
             self._runners[id(program)] = self._backend.runner(program)
-        return self._runners[id(program)]([t for t, i in zip(flat, program.inputs, strict=True) if i.kind != "memory"])
+        return self._runners[id(program)](flat)
 
     def _traced(self, inputs, targets, seed, generator, create_graph) -> Result:
         """A call inside `torch.compile`: Dynamo traces this."""
@@ -423,20 +460,19 @@ class Compiled:
         return passes.run(program, passes.ANALYSIS, self._debug, tell)
 
     def _bind(self, program: Program, arguments: Arguments, seed, generator) -> list[Any]:
+        """What the placeholders are bound to, but memory for results."""
         params = dict(self.model.named_parameters())
         buffers = dict(self.model.named_buffers(remove_duplicate=False))
         of_loss = dict(_tensors(self.loss)) if isinstance(self.loss, nn.Module) else {}
         targets = arguments.split_targets()
         flat: list[Any] = []
-        for bound in program.inputs:
+        for bound in program.inputs[: len(program.inputs) - len(program.buffers)]:
             if bound.kind == "param":
                 flat.append(params[bound.name])
             elif bound.kind == "buffer":
                 flat.append(buffers[bound.name])
             elif bound.kind == "constant":
                 flat.append(of_loss.get(bound.name.removeprefix("loss."), program.constants[bound.name]))
-            elif bound.kind == "memory":
-                flat.append(self._pool.take(program, bound.index, arguments.batch_size))
             elif bound.kind == "seed":
                 flat.append(_seed(seed, generator, next(iter(params.values())).device))
             else:
@@ -455,7 +491,7 @@ class Compiled:
         self._checked.add(id(program))
 
     def _result(self, program: Program, flat: list[Any], values: tuple) -> Result:
-        loss, leaves, mutations, results, extras = program.unpack(values, _owner(program, flat))
+        loss, leaves, mutations, results, extras = program.unpack(values, _owner(flat))
         fields: dict[str, Any] = {} if loss is None else {"loss": loss}
         fields["output"] = filled(program.output_template, leaves)
         fields.update(results)
@@ -466,7 +502,8 @@ class Compiled:
             buffers = dict(self.model.named_buffers(remove_duplicate=False))
             for name, value in mutations.items():
                 buffers[name].copy_(value.detach())
-        return Result(fields, self.extensions, self.model)
+        own = self._backend.name == "eager" and not program.state["create_graph"]
+        return Result(fields, self.extensions, self.model, self._pool.kept(program, fields) if own else None)
 
 
 def _cuda(flat: list[Any]) -> list[int]:
@@ -479,10 +516,9 @@ def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
     yield from module.named_buffers(remove_duplicate=False)
 
 
-def _owner(program: Program, flat: list[Any]) -> Callable[[Any], Any]:
+def _owner(flat: list[Any]) -> Callable[[Any], Any]:
     """Gives a result memory of its own: a gradient may be just another parameter, which a step changes."""
-    bound = zip(flat, program.inputs, strict=True)
-    given = {t.untyped_storage().data_ptr() for t, b in bound if isinstance(t, Tensor) and b.kind != "memory"}
+    given = {t.untyped_storage().data_ptr() for t in flat if isinstance(t, Tensor)}
 
     def own(value: Any) -> Any:
         shared = isinstance(value, Tensor) and value.untyped_storage().data_ptr() in given
@@ -519,7 +555,7 @@ class _Locate(fx.Interpreter):
 def _run_error(program: Program, arguments: Arguments, flat: list[Any], error: Exception) -> ArgumentError:
     """An op refused the values that it got, which tracing did not see: say which one."""
     where = ""
-    finder = _Locate(program.gm)
+    finder = _Locate(functional(program))
     with contextlib.suppress(RuntimeError, IndexError):
         finder.run(*flat)
         finder.at = None

@@ -55,6 +55,14 @@ class Check:
     error: Callable[[], Exception]
 
 
+@dataclass(frozen=True)
+class Memory:
+    """A buffer that large results are written to: its fake value, and the (field, parameter name) of those results."""
+
+    val: Tensor
+    results: tuple[tuple[str, str], ...]
+
+
 @dataclass
 class Batch:
     """The batch size: its symbols in the captured sizes and its value at capture; `whole`: all of it is one sample."""
@@ -114,7 +122,7 @@ class Program:
         largest: the batch size up to which the columns fit the memory budget, if more sweeps would help.
         stale: nodes that read a value of other strides than the one that they were traced with.
         served: batch sizes that were asked for -> whether the guards allow them.
-        buffers: the (fake) values of the memory that large results are written to (see `passes.recycle`).
+        buffers: the memory that large results are written to (see `passes.recycle`).
     """
 
     gm: fx.GraphModule
@@ -139,7 +147,7 @@ class Program:
     decisions: list[Decision] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
-    buffers: list[Tensor] = field(default_factory=list)
+    buffers: list[Memory] = field(default_factory=list)
     largest: int | None = None
     stale: set[fx.Node] = field(default_factory=set)
     served: dict[int, bool] = field(default_factory=dict)
@@ -279,6 +287,15 @@ class Program:
         self.mutations = {name: swap(n) for name, n in self.mutations.items()}
         self.results, self.extras = (pytree.tree_map(swap, fields) for fields in (self.results, self.extras))
         self.checks = [Check(swap(c.node), c.error) for c in self.checks]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The memory of a result: its program, a flat tensor for each of that program's buffers, its fields, which lie there."""
+
+    program: Program
+    tensors: tuple[Tensor, ...]
+    fields: dict[str, Any]
 
 
 def layout(val: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

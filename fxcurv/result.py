@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from fxcurv.errors import ArgumentError, ExtensionError
 from fxcurv.extensions import Extension
+from fxcurv.program import Kept
 
 
 class Result:
@@ -24,8 +25,14 @@ class Result:
         <savefield>: for every extension, parameter name -> value.
     """
 
-    def __init__(self, fields: dict[str, Any], extensions: tuple[Extension, ...], model: nn.Module | None):
-        self._fields, self._extensions, self._model = fields, extensions, model
+    def __init__(
+        self,
+        fields: dict[str, Any],
+        extensions: tuple[Extension, ...],
+        model: nn.Module | None,
+        memory: Kept | None = None,
+    ):
+        self._fields, self._extensions, self._model, self._memory = fields, extensions, model, memory
 
     def __getattr__(self, name: str) -> Any:
         fields = self.__dict__.get("_fields", {})
@@ -46,8 +53,8 @@ class Result:
         return f"Result({', '.join(self._fields)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is values without the model that they came from."""
-        return {**self.__dict__, "_model": None}
+        """A copy is values without the model and the memory that they came from."""
+        return {**self.__dict__, "_model": None, "_memory": None}
 
     def attach(self, model: nn.Module | None = None) -> Result:
         """Put the results on the parameters.

@@ -24,7 +24,7 @@ from fxcurv.program import Program
 from fxcurv.progress import silent
 
 ANALYSIS = [normalize, reorder, layout, independence, whole, objective, positions]
-PIPELINE = [propagate, extract, simplify, select, simplify, schedule, recycle, codegen]
+PIPELINE = [propagate, extract, simplify, select, simplify, schedule, codegen, recycle]
 
 
 def run(program: Program, passes: list, debug: bool = False, tell: Callable[[str], None] = silent) -> Program:

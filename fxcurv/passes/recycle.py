@@ -2,19 +2,25 @@
 
 Fresh pages are the slowest resource of a CPU: mapping and clearing them takes longer than computing individual
 gradients. A result that is a view of one matrix product or elementwise product gets an extra input, the memory to
-write to. `Pool` hands out the storage of the previous call's result when nobody else holds it.
+write to. `Pool` hands out the storage of the previous call's result when nobody else holds it, or of one that the caller
+names (`out=`).
+
+Runs last, so that what is made of the graph before (the checks) knows no memory.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxcurv.candidates import size
+from fxcurv.errors import ArgumentError
 from fxcurv.passes.simplify import VIEWS
-from fxcurv.program import Input, Program
+from fxcurv.program import Input, Kept, Memory, Program
 
 aten = torch.ops.aten
 
@@ -28,8 +34,11 @@ def recycle(program: Program) -> Program:
     """See the module."""
     if program.state.get("create_graph") or any(p.meta["val"].device.type != "cpu" for p in program.params.values()):
         return program
-    results = {n for table in program.results.values() for n in table.values() if isinstance(n, fx.Node)}
-    makers = dict.fromkeys(_maker(node) for node in results)
+    makers: dict[fx.Node, list[tuple[str, str]]] = {}
+    for field, table in program.results.items():
+        for name, node in table.items():
+            if isinstance(node, fx.Node):
+                makers.setdefault(_maker(node), []).append((field, name))
     last = [n for n in program.graph.nodes if n.op == "placeholder"][-1]
     for node in [m for m in program.graph.nodes if m in makers]:
         val = node.meta["val"]
@@ -43,8 +52,9 @@ def recycle(program: Program) -> Program:
             last = program.graph.placeholder(f"memory_{len(program.buffers)}")
         last.meta = {"val": val, "origin": {"stage": "recycle"}}
         program.inputs.append(Input("memory", index=len(program.buffers)))
-        program.buffers.append(val)
+        program.buffers.append(Memory(val, tuple(makers[node])))
         node.target, node.kwargs = OUT[node.target], {**node.kwargs, "out": last}
+    program.gm.recompile()
     return program
 
 
@@ -64,7 +74,7 @@ def functional(program: Program) -> fx.GraphModule:
 
 def _maker(node: fx.Node) -> fx.Node:
     """The node that allocates what `node` is a view of."""
-    while node.target in VIEWS:
+    while node.target in VIEWS or node.target is aten.reshape.default:
         node = node.args[0]
     return node
 
@@ -77,16 +87,59 @@ class Pool:
         # evaluating a symbolic shape takes longer than a small problem's kernels
         self._shapes: dict[tuple[int, int, int], tuple[int, ...]] = {}
 
-    def take(self, program: Program, index: int, n: int) -> Tensor:
-        """Memory for buffer `index` of `program` at batch size `n`: kept if nobody else holds it, else new."""
-        key, val = (id(program), index), program.buffers[index]
-        shape = self._shapes.get((*key, n))
-        if shape is None:
-            shape = self._shapes[*key, n] = program.batch.shape(val, n)
+    def take(self, program: Program, n: int) -> list[Tensor]:
+        """Memory for the buffers of `program` at batch size `n`, each kept if nobody else holds it, else new."""
+        return [self._view(program, index, n, free=True) for index in range(len(program.buffers))]
+
+    def take_from(self, kept: Kept, program: Program, n: int, flat: Sequence[Any]) -> list[Tensor]:
+        """The memory of an earlier result for the buffers of `program` at batch size `n`, whoever holds it.
+
+        Args:
+            kept: the result's memory, where its fields must still lie.
+            flat: what the graph reads, which must lie elsewhere.
+
+        Raises:
+            ArgumentError: if the result's memory cannot serve.
+        """
+        if kept.program is not program:
+            raise ArgumentError(
+                "out= is a result of another program: of another compiled object, another kind of input, or another batch "
+                "size where it is fixed. Pass a result of the same kind of call, or none"
+            )
+        given = {t.untyped_storage().data_ptr() for t in flat if isinstance(t, Tensor)}
+        for index, (tensor, memory) in enumerate(zip(kept.tensors, program.buffers, strict=True)):
+            where, needed = tensor.untyped_storage().data_ptr(), math.prod(self._shape(program, index, n))
+            names = [f"{field}['{name}']" for field, name in memory.results]
+            values = [kept.fields.get(field, {}).get(name) for field, name in memory.results]
+            for name, value in zip(names, values, strict=True):
+                if not isinstance(value, Tensor) or value.untyped_storage().data_ptr() != where:
+                    raise ArgumentError(f"out=: {name} of the result has been replaced; pass a result as it was returned")
+            if tensor.numel() < needed:
+                raise ArgumentError(
+                    f"out=: {names[0]} of the result has memory for {tensor.numel()} numbers, and a batch of {n} needs "
+                    f"{needed}: pass a result of a batch at least as large, or none"
+                )
+            if where in given:
+                raise ArgumentError(f"out=: an argument or parameter of this call lies in the memory of {names[0]}: clone it")
+        self._kept.update({(id(program), index): tensor for index, tensor in enumerate(kept.tensors)})
+        return [self._view(program, index, n, free=False) for index in range(len(program.buffers))]
+
+    def kept(self, program: Program, fields: dict[str, Any]) -> Kept:
+        """What the last call of `program` wrote to, and its fields."""
+        return Kept(program, tuple(self._kept[id(program), index] for index in range(len(program.buffers))), fields)
+
+    def _view(self, program: Program, index: int, n: int, free: bool) -> Tensor:
+        key, shape = (id(program), index), self._shape(program, index, n)
         kept, numel = self._kept.get(key), math.prod(shape)
-        if kept is None or kept.numel() < numel or not _ours_alone(kept):
-            kept = self._kept[key] = torch.empty(numel, dtype=val.dtype)
+        if kept is None or free and (kept.numel() < numel or not _ours_alone(kept)):
+            kept = self._kept[key] = torch.empty(numel, dtype=program.buffers[index].val.dtype)
         return kept[:numel].view(shape)
+
+    def _shape(self, program: Program, index: int, n: int) -> tuple[int, ...]:
+        key = id(program), index, n
+        if key not in self._shapes:
+            self._shapes[key] = program.batch.shape(program.buffers[index].val, n)
+        return self._shapes[key]
 
     def clear(self) -> None:
         """Give all memory back."""
