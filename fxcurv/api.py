@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -31,6 +31,8 @@ from fxcurv.result import Result
 from fxcurv.selection import Choice, chosen, hashable
 
 log = logging.getLogger("fxcurv")
+
+Emitted = TypeVar("Emitted")
 
 
 def compile(  # noqa: A001
@@ -431,14 +433,12 @@ class Compiled:
             program = self._analyse(_doubled(arguments) if single else arguments, mode, tell)
             if single:  # a model that fixes the batch size is captured at one sample after all
                 program = self._analyse(arguments, mode, tell) if program.fixed else _single(program)
-            try:
-                return self._emitted(program, create_graph, tell)
-            except UnsupportedOpError:
-                if not program.batch.symbols:
-                    raise
-            # some ops are traced at sizes that are numbers only
-            program = specialise(self._analyse(arguments, mode, tell), arguments.batch_size)
-            return self._emitted(program, create_graph, tell)
+            return at_numbers_if_need_be(
+                lambda p: self._emitted(p, create_graph, tell),
+                program,
+                lambda: self._analyse(arguments, mode, tell),
+                arguments.batch_size,
+            )
 
     def _emitted(self, program: Program, create_graph: bool, tell: Callable[[str], None]) -> Program:
         program.state["create_graph"] = create_graph
@@ -567,6 +567,18 @@ def _run_error(program: Program, arguments: Arguments, flat: list[Any], error: E
         "Way out: inputs and targets of the dtype, shape and range that the model and the loss expect (class "
         "indices: int64, below the number of classes)."
     )
+
+
+def at_numbers_if_need_be(
+    emit: Callable[[Program], Emitted], program: Program, again: Callable[[], Program], n: int
+) -> Emitted:
+    """`emit(program)`, or where an op is traced at sizes that are numbers only, of what `again` makes, at `n` samples."""
+    try:
+        return emit(program)
+    except UnsupportedOpError:
+        if not program.batch.symbols:
+            raise
+    return emit(specialise(again(), n))
 
 
 def _single(program: Program) -> Program:

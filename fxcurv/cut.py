@@ -103,16 +103,15 @@ def forward_part(template: Program) -> Part:
 
 
 def backward_of_model(
-    template: Program, extensions: Sequence[Extension], covers: dict[Extension, list[str]], create_graph: bool
+    program: Program, extensions: Sequence[Extension], covers: dict[Extension, list[str]], create_graph: bool
 ) -> Backward:
     """The gradient and first-order quantities from cotangents of the output's leaves, `Input("cotangent", index)`.
 
     Args:
-        template: the analysed program of the model alone, numbered by `forward_part`.
+        program: `with_seams` of the model alone.
         covers: the parameters of the extensions that chose theirs.
         create_graph: whether only algorithms that autograd can follow are chosen.
     """
-    program = _with_seams(template)
     program.extensions, program.covers, program.state["create_graph"] = tuple(extensions), covers, create_graph
     return _finished(objective(program))
 
@@ -158,8 +157,12 @@ def _copy_nodes(program: Program, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     return env
 
 
-def _with_seams(template: Program) -> Program:
-    """A copy of `template` whose loss is the sum of a seam at every leaf that depends on a parameter."""
+def with_seams(template: Program) -> Program:
+    """A copy of `template` whose loss is the sum of a seam at every leaf that depends on a parameter.
+
+    Args:
+        template: the analysed program of the model alone, numbered by `forward_part`.
+    """
     graph = fx.Graph()
     env = _copy_nodes(template, graph)
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]

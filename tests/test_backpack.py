@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import Oracle
 from oracle_kron import KroneckerOracle
 from torch import nn
@@ -259,6 +260,31 @@ def test_batch_sizes_and_losses_share_programs():
             same(model, Oracle(copy.deepcopy(model), nn.CrossEntropyLoss(weight), x, y, kind="ce"), extensions)
     (parts,) = _parts[model]._with_loss.values()
     assert sum(map(len, parts._programs.values())) == 2  # one sample has its own
+
+
+class Transformed(nn.Module):
+    """Resamples its images on grids of its own: an op whose derivative is traced at batch sizes that are numbers only."""
+
+    def __init__(self):
+        super().__init__()
+        self.grid, self.head = nn.Linear(4, 6), nn.Linear(4, 3)
+
+    def forward(self, x):
+        grid = F.affine_grid(torch.tanh(self.grid(x)).unflatten(1, (2, 3)), (x.shape[0], 1, 2, 2), align_corners=False)
+        return self.head(F.grid_sample(x.unflatten(1, (1, 2, 2)), grid, align_corners=False).flatten(1))
+
+
+def test_an_op_that_needs_numbers_for_sizes():
+    """With the output's gradient alone, with the loss, and at one sample; each batch size has backward parts of its own."""
+    torch.manual_seed(0)
+    model, lossfunc = extend(Transformed().double()), nn.CrossEntropyLoss()
+    for n in (4, 7, 4, 1):
+        x, y = torch.randn(n, 4, dtype=torch.float64), torch.randint(3, (n,))
+        for extensions in ([BatchGrad()], [BatchGrad(), DiagGGNExact()]):
+            model.zero_grad()
+            backward(model, extend(copy.deepcopy(lossfunc)), x, y, extensions)
+            with disable():
+                same(model, Oracle(copy.deepcopy(model), lossfunc, x, y, kind="ce"), extensions)
 
 
 class Counted(TorchDispatchMode):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fxcurv import cut
-from fxcurv.api import Autocast, Compiled, _doubled, _seed, _single, _tensors
+from fxcurv.api import Autocast, Compiled, _seed, _tensors, at_numbers_if_need_be
 from fxcurv.arguments import Arguments, flatten_arguments
 from fxcurv.backpack.context import disable
 from fxcurv.backpack.losses import LossCall, TotalLoss, gradients, leaves_only, same_gradients, targets_of
 from fxcurv.errors import LossError
 from fxcurv.extensions import Extension
 from fxcurv.program import Input, Program
+from fxcurv.progress import silent
 from fxcurv.quantity import Gradient, Identity
 from fxcurv.recompiles import Key
 
@@ -30,6 +31,7 @@ class Pass:
     Attributes:
         template: the analysed program of the model alone.
         arguments: of the call, without their values.
+        samples: the batch size.
         rng: the state of the generators before the pass, if it draws.
         calls: of extended losses on its output.
         twice: backward passes that differentiate results of an earlier backward pass.
@@ -38,6 +40,7 @@ class Pass:
     parts: ModelParts
     template: Program
     arguments: Arguments
+    samples: int
     mode: Autocast
     rng: Any = None
     calls: list[LossCall] = field(default_factory=list)
@@ -60,15 +63,10 @@ class _Parts(Compiled):
     def model(self, _: None) -> None:
         """`Compiled` would hold it."""
 
-    def _analysed(self, arguments: Arguments, mode: Autocast) -> Program:
-        single = arguments.batch_size == 1
+    def _analyse(self, arguments: Arguments, mode: Autocast, tell: Callable[[str], None] = silent) -> Program:
         # a trace has no use for the graphs that the values come from
         inputs, targets = ([t.detach() for t in tensors] for tensors in (arguments.inputs, arguments.targets))
-        arguments = replace(arguments, inputs=inputs, targets=targets)
-        program = self._analyse(_doubled(arguments) if single else arguments, mode)
-        if single:
-            program = self._analyse(arguments, mode) if program.fixed else _single(program)
-        return program
+        return super()._analyse(replace(arguments, inputs=inputs, targets=targets), mode, tell)
 
 
 class ModelParts(_Parts):
@@ -78,7 +76,7 @@ class ModelParts(_Parts):
         super().__init__(model)
         self._forwards: dict[int, cut.Part] = {}
         self._random: dict[int, bool] = {}
-        self._backwards: dict[Any, cut.Backward] = {}
+        self._backwards: dict[Any, list[cut.Backward]] = {}
         self._with_loss: dict[Any, LossParts] = {}
 
     def begin(self, args: tuple, kwargs: dict) -> tuple[Pass, list[Any]]:
@@ -89,7 +87,7 @@ class ModelParts(_Parts):
             template = self._program(arguments, mode)
             flat = self._bind(template, arguments, None, None)
         rng = _rng_state(arguments.inputs) if self._random[id(template)] else None
-        return Pass(self, template, replace(arguments, inputs=[]), mode, rng), flat
+        return Pass(self, template, replace(arguments, inputs=[]), arguments.batch_size, mode, rng), flat
 
     def _inputs(self, args: tuple, kwargs: dict) -> Any:
         if not kwargs:
@@ -98,9 +96,8 @@ class ModelParts(_Parts):
             return kwargs
         return dict(inspect.signature(type(self.model).__mro__[2].forward).bind(self.model, *args, **kwargs).arguments)
 
-    def _lower(self, arguments: Arguments, mode: Autocast, create_graph: bool) -> Program:
+    def _emitted(self, program: Program, create_graph: bool, tell: Callable[[str], None]) -> Program:
         """The analysed program, numbered; its forward part is emitted at once."""
-        program = self._analysed(arguments, mode)
         self._forwards[id(program)] = cut.forward_part(program)
         tags = [getattr(n.target, "tags", ()) for n in program.graph.nodes]
         self._random[id(program)] = any(torch.Tag.nondeterministic_seeded in t for t in tags)
@@ -129,14 +126,10 @@ class ModelParts(_Parts):
         """field -> parameter name -> value: the gradient from cotangents `gs` of `leaves`, and the extensions."""
         create_graph = torch.is_grad_enabled()
         if all(isinstance(e.requires, Gradient | Identity) for e in extensions):
-            key = id(found.template), extensions, create_graph
-            if key not in self._backwards:
-                with torch.no_grad(), disable():
-                    covers = self.covered(extensions)[1]
-                    self._backwards[key] = cut.backward_of_model(found.template, extensions, covers, create_graph)
+            backward = self._of_model(found, extensions, create_graph)
             given = [torch.zeros_like(f) if g is None else g for f, g in zip(leaves, gs, strict=True)]
             cotangents = {Input("cotangent", index=k): g for k, g in enumerate(given)}
-            return _run(self._backwards[key], values, cotangents, create_graph)
+            return _run(backward, values, cotangents, create_graph)
         calls = [c for c in found.calls if c.scale is not None]
         _check_calls(calls, extensions)
         key = tuple(c.key() for c in calls), extensions
@@ -147,6 +140,23 @@ class ModelParts(_Parts):
         if not whole:
             results["grad"] = self.backward(found, (), leaves, gs, values)["grad"]
         return results
+
+    def _of_model(self, found: Pass, extensions: tuple[Extension, ...], create_graph: bool) -> cut.Backward:
+        """The backward part of the model alone that serves this pass."""
+        n, made = found.samples, self._backwards.setdefault((id(found.template), extensions, create_graph), [])
+        for backward in made:
+            if backward.program.serves(n):
+                return backward
+        covers = self.covered(extensions)[1]
+        with torch.no_grad(), disable():
+            backward = at_numbers_if_need_be(
+                lambda program: cut.backward_of_model(program, extensions, covers, create_graph),
+                cut.with_seams(found.template),
+                lambda: cut.with_seams(found.template),
+                n,
+            )
+        made.append(backward)
+        return backward
 
 
 class LossParts(_Parts):
@@ -190,10 +200,10 @@ class LossParts(_Parts):
         key = super()._key(arguments)
         return key._replace(structure=(id(self._found.template), key.structure))
 
-    def _lower(self, arguments: Arguments, mode: Autocast, create_graph: bool) -> Program:
-        program = self._analysed(arguments, mode)
+    def _emitted(self, program: Program, create_graph: bool, tell: Callable[[str], None]) -> Program:
         program.state["create_graph"] = create_graph
-        self._backwards[id(program)] = cut.backward_of_loss(program, self._found.template, arguments.batch_size)
+        n = self._found.samples
+        self._backwards[id(program)] = cut.backward_of_loss(program, self._found.template, n)
         return program
 
     def _given(self, backward: cut.Backward, arguments: Arguments, device: torch.device) -> dict[Input, Any]:
