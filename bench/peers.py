@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 Fields = dict[str, dict[str, Any]]
 
+# Kronecker factors are of these modules' parameters where a model has others too.
+KRONECKER, MATRICES = ("KFAC", "KFLR", "KFRA"), (nn.Linear, nn.Conv2d)
+
 
 @dataclass
 class Implementation:
@@ -69,15 +72,16 @@ def _products(functions: dict[str, Any], vectors: dict[str, Tensor]) -> dict[str
 def _vectors(params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """One vector per parameter, [V=1, *P]."""
     torch.manual_seed(1)
-    return {name: torch.randn(1, *param.shape) for name, param in params.items()}
+    return {name: torch.randn(1, *param.shape, device=param.device) for name, param in params.items()}
 
 
-def plain(problem: Problem, quantity: Quantity | None = None) -> Implementation:
+def plain(problem: Problem, quantity: Quantity | None = None, backend: str = "eager") -> Implementation:
     """Forward and backward, nothing else: the unit of all ratios."""
     model, loss, x, y = _set_up(problem)
+    run = model if backend == "eager" else torch.compile(model, backend=backend, dynamic=False)
 
     def call() -> None:
-        loss(model(x), y).backward()
+        loss(run(x), y).backward()
 
     return Implementation(call, _given(model, x, y), model.zero_grad)
 
@@ -88,8 +92,12 @@ def fxcurv(problem: Problem, quantity: Quantity, **options: Any) -> Implementati
     offered = importlib.import_module("fxcurv.extensions")
     if any(getattr(offered, name, None) is None for name, _ in quantity.extensions):
         return None
-    extensions = [getattr(offered, name)(**arguments) for name, arguments in quantity.extensions]
     model, loss, x, y = _set_up(problem)
+    layers = {"params": list(_named(model, MATRICES))} if problem.only else {}
+    extensions = [
+        getattr(offered, name)(**arguments, **(layers if name in KRONECKER else {}))
+        for name, arguments in quantity.extensions
+    ]
     compiled = package.compile(model, loss, extensions=extensions, **options)
     savefields = [extension.savefield for extension in extensions]
     if not quantity.product:
@@ -248,7 +256,7 @@ def curvlinops(problem: Problem, quantity: Quantity) -> Implementation | None:
         return None
     kfac = importlib.import_module("curvlinops").KFACLinearOperator
     model, loss, x, y = _set_up(problem)
-    params = list(_named(model, (nn.Linear, nn.Conv2d) if problem.only else ()).values())
+    params = list(_named(model, MATRICES if problem.only else ()).values())
 
     def call() -> Any:
         operator = kfac(
