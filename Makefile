@@ -10,10 +10,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 DEFINITION := pyproject.toml constraints.txt
 FIGURES := demo.png batched_jacobians.png diag_ggn_optimizer.png train_compiled.png
 
-.PHONY: help venv test test-all demo examples bench lint clean
+.PHONY: help venv test test-all demo examples bench bench-kernels bench-scaling lint clean
 
 help:
-	@echo "make venv | test | test-all | demo | examples | bench | lint | clean"
+	@echo "make venv | test | test-all | demo | examples | bench | bench-kernels | bench-scaling | lint | clean"
 	@echo "ARGS goes to what is run: make test ARGS='-k linear', make demo ARGS='--epochs 3'"
 
 venv: $(VENV)/.installed
@@ -48,6 +48,12 @@ examples: $(VENV)/.installed
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python bench/run.py $(ARGS)
+
+bench-kernels: $(VENV)/.installed-bench
+	$(BIN)/python bench/kernels.py --plot bench/results/roofline.png $(ARGS)
+
+bench-scaling: $(VENV)/.installed-bench
+	$(BIN)/python bench/scaling.py $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

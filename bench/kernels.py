@@ -25,6 +25,7 @@ from measure import (
     set_up,
     synchronize,
     version,
+    within,
     write,
 )
 from torch import Tensor
@@ -261,9 +262,13 @@ def run(args: argparse.Namespace) -> list[Row]:
     path = args.out / f"{place(shared)}-kernels.csv"
     ceiling = {dtype: ceilings(scale, dtype, args.device) for dtype in args.dtypes}
     rows: list[Row] = []
-    jobs = [(n, la, d) for n in args.kernels for la in KERNELS[n].layers[: 1 if args.quick else None] for d in args.dtypes]
+    most = 1 if args.quick else None
+    jobs = [(i, n, d) for n in args.kernels for i in range(len(KERNELS[n].layers[:most])) for d in args.dtypes]
+    # The kernels' first layers before their second ones, so that no kernel is left out for want of time.
+    jobs.sort(key=lambda job: job[0])
     with tqdm(jobs, dynamic_ncols=True, unit="shape") as progress:
-        for name, layer, dtype in progress:
+        for index, name, dtype in within(progress, args.seconds):
+            layer = KERNELS[name].layers[index]
             progress.set_postfix_str(f"{name} {layer.name} {dtype}")
             torch._dynamo.reset()
             try:

@@ -4,13 +4,14 @@ import argparse
 import csv
 import gc
 import importlib
+import math
 import os
 import re
 import resource
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from importlib import metadata
@@ -46,6 +47,16 @@ def at_most(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def within(jobs: Sequence[Any], seconds: float) -> Iterator[Any]:
+    """The jobs, as long as this time has not passed; what is left out is said."""
+    start = time.monotonic()
+    for done, job in enumerate(jobs):
+        if time.monotonic() - start > seconds:
+            print(f"\nLEFT OUT: {len(jobs) - done} of {len(jobs)}, since {seconds:g} s have passed", flush=True)
+            return
+        yield job
 
 
 def synchronize(device: torch.device) -> None:
@@ -305,4 +316,5 @@ def add_common(parser: argparse.ArgumentParser, rounds: int) -> None:
     add("--threads", type=int, default=2)
     add("--rounds", type=int, default=rounds, help="timed calls of each implementation")
     add("--limit", type=float, default=120, help="seconds to build and warm up, and for any later call")
+    add("--seconds", type=float, default=math.inf, help="begin nothing new after this time")
     add("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV file")

@@ -59,3 +59,30 @@ def _save(figure: plt.Figure, path: Path) -> None:
     figure.savefig(path, dpi=80)
     plt.close(figure)
     print(path)
+
+
+def scaling(rows: list[Row], axes: tuple[str, ...], path: Path) -> None:
+    """A row of panels per axis: time, operations and peak; dotted: the power that is expected, from the first point."""
+    panels_of = {"median_ms": ("ms", ""), "gflop": ("GFLOP", "expected_gflop"), "peak_mib": ("MiB", "expected_peak")}
+    figure, panels = plt.subplots(len(axes), 3, figsize=(13, 3.2 * len(axes)), squeeze=False, layout="constrained")
+    colours = plt.colormaps["tab20"].colors
+    quantities = list(dict.fromkeys(row["quantity"] for row in rows))
+    for line, axis in zip(panels, axes, strict=True):
+        for panel, (column, (unit, expected)) in zip(line, panels_of.items(), strict=True):
+            for index, quantity in enumerate(quantities):
+                own = [row for row in rows if (row["quantity"], row["axis"]) == (quantity, axis) and row[column]]
+                if not own:
+                    continue
+                x, y = [int(row[axis]) for row in own], [float(row[column]) for row in own]
+                panel.plot(x, y, marker=".", linewidth=1, color=colours[index % 20], label=quantity)
+                power = int(own[0][expected or "expected_gflop"])
+                panel.plot(x, [y[0] * (at / x[0]) ** power for at in x], ":", linewidth=0.8, color=colours[index % 20])
+            panel.set_xscale("log", base=2)
+            panel.set_yscale("log")
+            panel.set_xlabel(axis)
+            panel.set_ylabel(unit)
+    for panel, title in zip(panels[0], ("time", "operations of products", "peak of memory"), strict=True):
+        panel.set_title(title)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=6)
+    _save(figure, path)

@@ -14,7 +14,20 @@ import cases
 import models
 import torch
 from cases import QUANTITIES, Problem, Quantity
-from measure import Entry, Row, add_common, machine, percentiles, place, print_rows, read, set_up, version, write
+from measure import (
+    Entry,
+    Row,
+    add_common,
+    machine,
+    percentiles,
+    place,
+    print_rows,
+    read,
+    set_up,
+    version,
+    within,
+    write,
+)
 from peers import plain, wanted
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -215,7 +228,7 @@ def run(args: argparse.Namespace) -> list[Row]:
     jobs = [(p, q) for p in args.problems for q in args.extensions if offered(QUANTITIES[q], p)]
     rows: list[Row] = []
     with tqdm(jobs, dynamic_ncols=True, unit="quantity") as progress:
-        for problem, quantity in progress:
+        for problem, quantity in within(progress, args.seconds):
             rows += to_rows(problem, quantity, measure(problem, quantity, args, progress), shared)
             write(path, COLUMNS, rows, KEY[:2])
     print(f"\n{path}\n")
