@@ -222,7 +222,7 @@ def to_rows(case: Case, ceiling: tuple[float, float], shared: Row) -> list[Row]:
     for name in [name for name in IMPLEMENTATIONS if name in case.seconds or name in case.notes]:
         row: Row = dict.fromkeys(COLUMNS, "") | shared | percentiles(case.seconds.get(name, []))
         row |= dict(zip(KEY, (case.kernel, case.shape, case.dtype, name), strict=True))
-        row |= {"arguments": sizes, "flops": case.flops, "bytes": case.bytes, "limit": limit}
+        row |= {"arguments": sizes, "flops": case.flops, "bytes": case.bytes, "limit": limit if case.bytes else ""}
         row |= {"note": case.notes.get(name, "")}
         row |= {"ceiling_gflops": f"{ceiling[0] / 1e9:.4g}", "ceiling_gbytes": f"{ceiling[1] / 1e9:.4g}"}
         if name in case.errors:

@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 from measure import Row
+from PIL import Image
 
 MARKERS = "os^vD<>Pp*hX"
 
@@ -58,6 +59,8 @@ def _save(figure: plt.Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
     plt.close(figure)
+    if path.suffix == ".png":  # a palette instead of all colours: a quarter of the size
+        Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
     print(path)
 
 

@@ -86,7 +86,7 @@ def cnn(n: int, v: int, width: int, depth: int) -> tuple[nn.Module, Tensor, Tens
 
 
 NETS = {
-    "mlp": Net(mlp, (64, 8, 64, 4), {}),
+    "mlp": Net(mlp, (32, 8, 128, 4), {}),
     # KFRA's matrix would be of all pixels; ReLU has no curvature.
     "cnn": Net(cnn, (16, 8, 16, 4), {"KFRA": None, "DiagHessian": ALL, "BatchDiagHessian": ALL}),
 }
@@ -193,11 +193,11 @@ def main() -> int:
         own = [row for row in rows if row["net"] == net]
         importlib.import_module("plots").scaling(own, AXES, plot.with_name(f"{plot.stem}-{net}{plot.suffix}"))
     failures = [f"{row['net']} {row['quantity']} {row['axis']}: {row['note']}" for row in rows if row["note"]]
-    # A term that the leading one outgrows may still weigh at these sizes: a tenth of a power.
+    # A term that the leading one outgrows may still weigh: a tenth of a power, and more in tiny networks.
     failures += [
         f"{row['net']} {row['quantity']}: operations grow with {row['axis']} to the power {row['gflop']}"
         for row in table
-        if row["gflop"] and float(row["gflop"]) > row["expected_gflop"] + 0.1
+        if row["gflop"] and float(row["gflop"]) > row["expected_gflop"] + (0.3 if args.quick else 0.1)
     ]
     for failure in failures:
         print("CHECK", failure)
