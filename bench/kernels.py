@@ -16,6 +16,7 @@ from kernel_cases import KERNELS, Kernel, Layer, Make
 from measure import (
     Row,
     add_common,
+    allow_tf32,
     at_most,
     machine,
     percentiles,
@@ -127,13 +128,12 @@ def prepare(name: str, layer: Layer, dtype: str, wanted: list[str], scale: Scale
 
 @contextmanager
 def precision(dtype: str) -> Iterator[None]:
-    """Let products of float32 be rounded to TF32, or not."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    """Let products of float32 be rounded to TF32, or not; afterwards they are exact."""
+    allow_tf32(dtype == "tf32")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        allow_tf32(False)
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:

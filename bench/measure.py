@@ -150,12 +150,19 @@ def bound_memory() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (int(0.9 * available), resource.RLIM_INFINITY))
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Whether CUDA may round factors in float32 to TF32, in products and in convolutions alike."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 def set_up(device: torch.device, threads: int) -> None:
-    """What a run does first: its threads, and the memory that an allocation may not go beyond.
+    """What a run does first: its threads, exact products, and the memory that an allocation may not go beyond.
 
     On CUDA the allocator raises by itself, and the libraries' workspaces are taken here, so that no entry pays.
     """
     torch.set_num_threads(threads)
+    allow_tf32(False)
     if device.type == "cuda":
         square = torch.ones(64, 64, device=device)
         torch.mm(square, square)
