@@ -152,6 +152,7 @@ PROBLEMS = {
 }
 
 MC = {"mc_samples": 1}
+CLIP = {"max_norm": 1e-2}  # of gradients with the mean's 1/N: below what problems a to f have when fresh
 FIRST_ORDER = (("BatchGrad", {}), ("BatchL2Grad", {}), ("SumGradSquared", {}), ("Variance", {}))
 GGN = (("DiagGGNExact", {}), ("DiagGGNMC", MC), ("BatchDiagGGNExact", {}), ("BatchDiagGGNMC", MC))
 KRON = (("KFAC", MC), ("KFLR", {}), ("KFRA", {}))
@@ -164,6 +165,7 @@ QUANTITIES = {
     "SumGradSquared": Quantity((("SumGradSquared", {}),), func="sgs"),
     "Variance": Quantity((("Variance", {}),), func="variance"),
     "FirstOrderAll": Quantity(FIRST_ORDER, func="all", save_memory=True),
+    "ClippedGrad": Quantity((("ClippedGrad", CLIP),), func="clipped"),
     "DiagGGNExact": Quantity((("DiagGGNExact", {}),)),
     "DiagGGNMC": Quantity((("DiagGGNMC", MC),), random=True),
     "BatchDiagGGNExact": Quantity((("BatchDiagGGNExact", {}),)),

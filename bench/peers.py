@@ -1,5 +1,7 @@
 """How each implementation makes a quantity: fxcurv, BackPACK, torch.func, curvlinops, and the plain gradient.
 
+``hook_peers.py`` has Opacus and ASDL.
+
 A builder takes a problem and a quantity and returns an ``Implementation``, or None where the implementation
 does not offer the quantity.  Each gets a model of its own with the same parameters, since hooks stay on a
 model.  Whatever a builder or a call raises becomes the reason in an empty cell.
@@ -15,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from cases import Problem, Quantity
+from cases import CLIP, Problem, Quantity
 from torch import Tensor, nn
 
 Fields = dict[str, dict[str, Any]]
@@ -121,6 +123,8 @@ def backpack(problem: Problem, quantity: Quantity, save_memory: bool = False) ->
     offered = importlib.import_module("backpack.extensions")
     second_order = importlib.import_module("backpack.extensions.secondorder.base")
     switch = importlib.import_module("backpack.core.derivatives.convnd").weight_jac_t_save_memory
+    if any(not hasattr(offered, name) for name, _ in quantity.extensions):
+        return None
     extensions = [getattr(offered, name)(**arguments) for name, arguments in quantity.extensions]
     model, loss, x, y = _set_up(problem)
     if save_memory and not (quantity.save_memory and any(isinstance(m, nn.Conv2d) for m in model.modules())):
@@ -180,12 +184,19 @@ def _variance(grads: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: grad.var(0, correction=0) for name, grad in grads.items()}
 
 
+def _clipped(grads: dict[str, Tensor], max_norm: float) -> dict[str, Tensor]:
+    norms = sum(_l2(grads).values()).sqrt()
+    weights = torch.where(norms > max_norm, max_norm / norms, 1.0)
+    return {name: torch.tensordot(weights, grad, 1) for name, grad in grads.items()}
+
+
 # From per-sample gradients [N, *P] to the fields of a quantity.
 REDUCTIONS: dict[str, Callable[[dict[str, Tensor]], Fields]] = {
     "grad": lambda grads: {"grad_batch": grads},
     "l2": lambda grads: {"batch_l2": _l2(grads)},
     "sgs": lambda grads: {"sum_grad_squared": _sum(_square(grads))},
     "variance": lambda grads: {"variance": _variance(grads)},
+    "clipped": lambda grads: {"grad_clipped": _clipped(grads, **CLIP)},
     "all": lambda grads: {
         "grad_batch": grads,
         "batch_l2": _l2(grads),
@@ -286,5 +297,6 @@ BUILDERS: dict[str, Callable[[Problem, Quantity], Implementation | None]] = {
 
 def wanted(families: list[str], backends: list[str]) -> dict[str, Callable[[Problem, Quantity], Implementation | None]]:
     """The builders of these families, the part of a name before the colon, and fxcurv's under these backends too."""
-    found = {name: builder for name, builder in BUILDERS.items() if name.partition(":")[0] in families}
+    builders = BUILDERS | importlib.import_module("hook_peers").BUILDERS  # which has what is theirs from here
+    found = {name: builder for name, builder in builders.items() if name.partition(":")[0] in families}
     return {**found, **{f"fxcurv:{backend}": partial(fxcurv, backend=backend) for backend in backends}}

@@ -40,18 +40,22 @@ COLUMNS = (
     *(*KEY, *NUMBERS, "rounds", "note"),
     *("allocator", "device", "threads", "cpu", "cores", "torch", "fxcurv", "peer", "date"),
 )
-PACKAGES = {"backpack": "backpack-for-pytorch", "curvlinops": "curvlinops-for-pytorch", "func": "torch"}
+PACKAGES = {
+    "backpack": "backpack-for-pytorch", "curvlinops": "curvlinops-for-pytorch", "func": "torch", "opacus": "opacus",
+    "asdl": "asdfghjkl",
+}  # fmt: skip
+OTHERS = ("func", "curvlinops", "opacus", "asdl")
 PROBLEMS = cases.PROBLEMS | models.PROBLEMS
 
 
 # ---------------------------------------------------------------- measuring
 
 
-def differs(one: dict[tuple[str, str], float], other: dict[tuple[str, str], float]) -> str:
-    """Where two fingerprints disagree, as text; empty where they agree in what both have."""
+def differs(one: dict[tuple[str, str], float], other: dict[tuple[str, str], float], name: str) -> str:
+    """Where two fingerprints disagree, `other` that of `name`, as text; empty where they agree in what both have."""
     for key in one.keys() & other.keys():
         if abs(one[key] - other[key]) > 1e-3 * max(abs(one[key]), abs(other[key])) + 1e-12:
-            return f"differs from BackPACK in {'/'.join(key)}: {one[key]:.4g} against {other[key]:.4g}"
+            return f"differs from {name} in {'/'.join(key)}: {one[key]:.4g} against {other[key]:.4g}"
     return ""
 
 
@@ -81,9 +85,10 @@ def measure(problem: str, quantity: str, args: argparse.Namespace, progress: tqd
         entry = Entry(name, args.device)
         if entry.prepare(lambda build=build: build(case, how), args.limit, compare=not how.random):
             entries.append(entry)
-    reference = next((entry.values for entry in entries if entry.name == "backpack"), {})
+    # BackPACK where it has the quantity, else the next peer that does
+    reference = next((entry for entry in entries if entry.values and not entry.name.startswith("fxcurv")), entries[0])
     for entry in entries[1:]:
-        entry.note = "; ".join(filter(None, (entry.note, differs(entry.values, reference))))
+        entry.note = "; ".join(filter(None, (entry.note, differs(entry.values, reference.values, reference.name))))
     interleave(entries, args, progress, f"{problem} {quantity}")
     return entries
 
@@ -168,7 +173,7 @@ def print_markdown(rows: list[Row]) -> None:
                 kind: [row for row in here if row["quantity"] == quantity and row["allocator"] == kind]
                 for kind in ("default", "keep")
             }
-            families = (("fxcurv",), ("backpack",), ("func", "curvlinops"))
+            families = (("fxcurv",), ("backpack",), OTHERS)
             cells = [cell(split["default"], split["keep"], family) for family in families]
             goal = goals.get((problem, quantity), {"goal": "", "goal_keep": ""})
             wish = goal["goal"] + (f" [{goal['goal_keep']}]" if goal["goal_keep"] else "")
@@ -176,7 +181,7 @@ def print_markdown(rows: list[Row]) -> None:
 
 
 def slower(rows: list[Row]) -> list[str]:
-    """The fxcurv rows that failed, differ from BackPACK's or are slower, as sentences."""
+    """The fxcurv rows that failed, differ from a peer's or are slower, as sentences."""
     found = []
     for row in (row for row in rows if row["implementation"] == "fxcurv"):
         where = ("problem", "quantity", "allocator")
@@ -198,7 +203,7 @@ def slower(rows: list[Row]) -> list[str]:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    families = ["fxcurv", "backpack", "func", "curvlinops"]
+    families = ["fxcurv", "backpack", *OTHERS]
     add_common(parser, rounds=20)
     add = parser.add_argument
     add("--problems", nargs="+", default=["a", "e", "b", "c"], choices=PROBLEMS, help="default: a e b c")
@@ -242,6 +247,7 @@ def main() -> int:
         # malloc reads these once, when the process starts.
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP)
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
+    warnings.filterwarnings("ignore", message="Using a non-full backward hook")
     warnings.filterwarnings("ignore", message="There is a performance drop because")  # vmap's, of what it loops over
     rows = [row for path in args.files for row in read(path)] if args.files else run(args)
     if args.markdown:
