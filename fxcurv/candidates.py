@@ -222,7 +222,8 @@ def _blocked_square_applies(spec, factors):
 
 
 def _blocked_square(spec, factors, weights):
-    f = factors[0].lean()
+    # kept per sample, products are written in the order of the parameter
+    f = factors[0].lean() if "n" in spec.reduce else factors[0].dense()
     w = None if weights is None else weights.expand(f.g.shape[:2])
     out = outer_square_sum(f.a.squeeze(2), f.g.squeeze(3), w, "n" not in spec.reduce)
     return f.arrange(out.unsqueeze(-3))

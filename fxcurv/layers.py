@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxcurv.factors import Conv, Dense, Factor, Gather, channels_last, positions, windows
+from fxcurv.kernels.syrk import STRIP, syrk
 from fxcurv.kronecker import Arrangement
 from fxcurv.placement import Shard, samples_first
 from fxcurv.program import is_active
@@ -257,13 +258,17 @@ def second_moment(factor: Dense | Conv) -> Tensor:
         patches = windows(f.a, f.g.shape[3:], f.kernel, f.stride, f.padding, f.dilation)
         if channels_last(f.a):
             rows = patches.permute(0, *range(2, 2 + 2 * dims), 1).reshape(-1, prod(f.kernel) * f.a.shape[1])
-            moment = (rows.t() @ rows).reshape(2 * (prod(f.kernel), f.a.shape[1]))
+            moment = gram(rows).reshape(2 * (prod(f.kernel), f.a.shape[1]))
             return moment.permute(1, 0, 3, 2).reshape(2 * (f.a.shape[1] * prod(f.kernel),))
         order = [1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims)]
         rows = patches.permute(order).reshape(f.a.shape[1] * prod(f.kernel), -1)
-        return rows @ rows.t()
-    a = averaged(inputs(factor)).flatten(0, 1)
-    return a.t() @ a
+        return gram(rows.t())
+    return gram(averaged(inputs(factor)).flatten(0, 1))
+
+
+def gram(rows: Tensor) -> Tensor:
+    """rows^T rows, one triangle of it computed where a block of it is worth a product of its own."""
+    return syrk(rows.t()) if rows.shape[1] >= 2 * STRIP else rows.t() @ rows
 
 
 def averaged(a: Tensor) -> Tensor:

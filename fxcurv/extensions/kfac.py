@@ -29,7 +29,7 @@ from fxcurv.errors import ExtensionError, locate
 from fxcurv.extensions.base import Extension, Param
 from fxcurv.factors import Arrange, Conv, Dense, Factor, Gather, Jacobian, Spec
 from fxcurv.kronecker import Arrangement, Eigenbasis, Kronecker
-from fxcurv.layers import Embed, Layer, LayerUse, NoLayer, averaged, features, inputs, read, second_moment
+from fxcurv.layers import Embed, Layer, LayerUse, NoLayer, averaged, features, gram, inputs, read, second_moment
 from fxcurv.placement import Shard
 from fxcurv.precision import wide, widely
 from fxcurv.program import Decision, Program
@@ -344,7 +344,7 @@ def _output_factor(given: Given, sharing: str, fold: tuple[int, int] | None, dty
 
 
 def _moment(rows: Tensor) -> Tensor:
-    return rows.t() @ rows
+    return gram(rows)
 
 
 def _embedded(t: Tensor, embed: Embed | None, dim: int) -> Tensor:

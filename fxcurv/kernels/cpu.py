@@ -63,20 +63,28 @@ def spans(size: int, step: int) -> list[slice]:
 
 
 def square_sum(
-    a: Callable[[slice], Tensor], g: Tensor, i: int, w: Tensor | None, per_sample: bool, most: int | None = None
-) -> Tensor:
+    a: Callable[[slice], Tensor], g: Tensor, i: int, w: Tensor | None, per_sample: bool, most: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """sum_v w[v, n] P[v, n]^2, [N, K, O, I], or its sum over samples, [1, K, O, I], in `wide(g.dtype)`.
 
     Args:
         a, g, i, most: as in `products`.
         w: signed weights [V, N], or None for ones.
         per_sample: whether the samples' sums are kept apart.
+        out: memory for the result, by default new.
     """
     v, n, k, _, o = g.shape
-    out = g.new_zeros(n if per_sample else 1, k, o, i, dtype=wide(g.dtype))
+    shape = (n if per_sample else 1, k, o, i)
+    out = g.new_empty(shape, dtype=wide(g.dtype)) if out is None else out.view(shape)
+    fresh = per_sample and v > 0 and g.shape[3] > 0  # the first column writes what later ones add to
+    out = out if fresh else out.zero_()
     values = None if w is None else w.tolist()
     for column, ns, os, p in products(a, g, i, most):
         for sample, one in enumerate(p, ns.start):
-            weight = 1 if values is None else values[column][sample]
-            out[sample if per_sample else 0, :, os].addcmul_(one, one, value=weight)
+            weight, target = 1 if values is None else values[column][sample], out[sample if per_sample else 0, :, os]
+            if fresh and column == 0:
+                torch.mul(one, one if values is None else one * weight, out=target)
+            else:
+                target.addcmul_(one, one, value=weight)
     return out

@@ -30,6 +30,12 @@ def outer_square_sum(a: Tensor, g: Tensor, w: Tensor | None, per_sample: bool) -
     return out if per_sample else out.squeeze(0)
 
 
+def into(a: Tensor, g: Tensor, w: Tensor | None, per_sample: bool, *, out: Tensor) -> Tensor:
+    """The op on a CPU, its result in memory that the caller has."""
+    cpu.square_sum(lambda n: a[n].unsqueeze(1), g.unsqueeze(2), a.shape[2], w, per_sample, out=out)
+    return out
+
+
 @outer_square_sum.register_fake
 def _(a, g, w, per_sample):
     o, i = g.shape[3], a.shape[2]

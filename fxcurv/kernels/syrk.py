@@ -13,7 +13,7 @@ from fxcurv.kernels.register import on_cuda
 from fxcurv.precision import wide
 
 # Rows of a strip of the triangle, at least: below this a library's matrix product loses more than the triangle saves.
-STRIP = 128
+STRIP = 256
 
 
 def reference(x: Tensor) -> Tensor:
@@ -22,8 +22,8 @@ def reference(x: Tensor) -> Tensor:
 
 
 def strips(k: int) -> list[slice]:
-    """Strips of `k` rows: sixteen, or as many as leave `STRIP` rows to each."""
-    rows = k if k < 2 * STRIP else max(STRIP, -(-k // 16))
+    """Even strips of `k` rows: sixteen, or as many as leave `STRIP` rows to each."""
+    rows = -(-k // max(1, min(16, k // STRIP)))
     return [slice(start, min(k, start + rows)) for start in range(0, k, max(1, rows))]
 
 
@@ -68,4 +68,8 @@ def _(x, *rest, out_shape=None, **kwargs):
     return triangle_flops(*x)
 
 
+syrk.register_autograd(
+    lambda ctx, grad: ((grad + grad.t()).to(ctx.saved_tensors[0].dtype) @ ctx.saved_tensors[0]),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
+)
 on_cuda(syrk, "syrk")

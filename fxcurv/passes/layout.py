@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcurv.program import Program, layout as laid_out
-from fxcurv.rules.base import RULES, Rule, canonical_args
+from fxcurv.program import Program
+from fxcurv.program import layout as laid_out
+from fxcurv.rules.base import RULES
 from fxcurv.rules.pointwise import Pointwise
 from fxcurv.uses import origin_of
 

@@ -19,12 +19,17 @@ from torch import Tensor, fx
 
 from fxcurv.candidates import size
 from fxcurv.errors import ArgumentError
+from fxcurv.kernels.outer_square_sum import into
 from fxcurv.passes.simplify import VIEWS
 from fxcurv.program import Input, Kept, Memory, Program
 
 aten = torch.ops.aten
 
-OUT = {aten.bmm.default: aten.bmm.out, aten.mul.Tensor: aten.mul.out}
+OUT: dict[Any, Any] = {
+    aten.bmm.default: aten.bmm.out,
+    aten.mul.Tensor: aten.mul.out,
+    torch.ops.fxcurv.outer_square_sum.default: into,
+}
 
 # Smaller results come from memory that the allocator keeps anyway.
 WORTHWHILE = 1 << 20
