@@ -23,7 +23,7 @@ def config(side: int, inner: int, warps: int, stages: int) -> triton.Config:
     return triton.Config({"SIDE": side, "INNER": inner}, num_warps=warps, num_stages=stages)
 
 
-# The first is taken where nothing can be timed: addresses of patches take registers, and it never spills.
+# The first is taken where nothing can be timed. Addresses of patches take registers: the largest are for matrices.
 CONFIGS = [config(32, 32, 4, 2), config(64, 16, 8, 2), config(64, 32, 8, 3), config(128, 32, 8, 3), config(128, 64, 8, 3)]
 # Programs that fill a large device, if their tiles are of this size, and positions that are worth one of them.
 PROGRAMS = 512

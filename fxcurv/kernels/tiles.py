@@ -41,13 +41,17 @@ LEAST = 32  # the least side of a tile
 
 
 def tuned(
-    key: Sequence[str], rows: str, cols: str, zero: Sequence[str] = (), configs: Sequence[triton.Config] = CONFIGS
+    key: Sequence[str],
+    rows: str = "",
+    cols: str = "",
+    zero: Sequence[str] = (),
+    configs: Sequence[triton.Config] = CONFIGS,
 ) -> Callable:
     """Decorator: a kernel timed with each of `configs` at the first call with these values of the arguments `key`.
 
     Args:
         key: names of arguments.
-        rows: the argument with the size that is cut in tiles of ROWS: no tile is much larger than the matrix.
+        rows: the argument with the size that is cut in tiles of ROWS: no tile is much larger than the matrix. "": any is.
         cols: likewise for COLS.
         zero: results of which a configuration may leave elements unwritten: zero whichever was tried before.
         configs: the candidates.
@@ -55,7 +59,8 @@ def tuned(
     timed = torch.cuda.is_available() and not triton.knobs.runtime.interpret
 
     def fitting(configs: list[triton.Config], args: dict[str, Any], **meta: Any) -> list[triton.Config]:
-        limits = [("ROWS", triton.next_power_of_2(args[rows])), ("COLS", triton.next_power_of_2(args[cols]))]
+        sides = [(side, name) for side, name in (("ROWS", rows), ("COLS", cols)) if name]
+        limits = [(side, triton.next_power_of_2(args[name])) for side, name in sides]
         return [c for c in configs if all(c.kwargs[side] <= max(limit, 2 * LEAST) for side, limit in limits)]
 
     def decorate(fn: Callable) -> Any:
