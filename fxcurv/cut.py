@@ -23,6 +23,7 @@ from fxcurv.extensions import Extension
 from fxcurv.passes.codegen import codegen
 from fxcurv.passes.extract import extract
 from fxcurv.passes.objective import objective
+from fxcurv.passes.presum import presum
 from fxcurv.passes.propagate import propagate
 from fxcurv.passes.schedule import schedule
 from fxcurv.passes.select import select
@@ -33,7 +34,7 @@ from fxcurv.rules.base import canonical_args
 from fxcurv.rules.loss import LossRule
 
 BACKWARD = [propagate, extract]
-FINISH = [simplify, select, simplify, schedule, codegen]
+FINISH = [simplify, select, simplify, presum, schedule, codegen]
 
 
 @torch.library.custom_op("fxcurv::seam", mutates_args=())

@@ -12,6 +12,7 @@ from fxcurv.passes.layout import layout
 from fxcurv.passes.normalize import normalize
 from fxcurv.passes.objective import objective
 from fxcurv.passes.positions import positions
+from fxcurv.passes.presum import presum
 from fxcurv.passes.propagate import propagate
 from fxcurv.passes.recycle import recycle
 from fxcurv.passes.reorder import reorder
@@ -24,7 +25,7 @@ from fxcurv.program import Program
 from fxcurv.progress import silent
 
 ANALYSIS = [normalize, reorder, layout, independence, whole, objective, positions]
-PIPELINE = [propagate, extract, simplify, select, simplify, schedule, codegen, recycle]
+PIPELINE = [propagate, extract, simplify, select, simplify, presum, schedule, codegen, recycle]
 
 
 def run(program: Program, passes: list, debug: bool = False, tell: Callable[[str], None] = silent) -> Program:
