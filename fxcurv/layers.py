@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxcurv.factors import Conv, Dense, Factor, Gather, channels_last, positions, windows
-from fxcurv.kernels.syrk import STRIP, syrk
+from fxcurv.kernels.syrk import FEW, syrk
 from fxcurv.kronecker import Arrangement
 from fxcurv.placement import Shard, samples_first
 from fxcurv.program import is_active
@@ -268,7 +268,7 @@ def second_moment(factor: Dense | Conv) -> Tensor:
 
 def gram(rows: Tensor) -> Tensor:
     """rows^T rows, one triangle of it computed where a block of it is worth a product of its own."""
-    return syrk(rows.t()) if rows.shape[1] >= 2 * STRIP else rows.t() @ rows
+    return syrk(rows.t()) if rows.shape[1] >= FEW else rows.t() @ rows
 
 
 def averaged(a: Tensor) -> Tensor:

@@ -92,8 +92,8 @@ def test_syrk_of_any_strides(layout):
 def test_strips_partition_the_rows(k):
     strips = syrk.strips(k)
     assert [row for rows in strips for row in range(rows.start, rows.stop)] == list(range(k))
-    assert len(strips) <= 16 and (len(strips) == 1) == (k < 2 * syrk.STRIP)
-    assert all(rows.stop - rows.start >= min(k, syrk.STRIP) for rows in strips[:-1])
+    assert len(strips) <= 16 and (len(strips) == 1) == (k < syrk.FEW)
+    assert all(rows.stop - rows.start >= min(k, syrk.STRIP) // 2 for rows in strips)
 
 
 CONVOLUTIONS = {

@@ -12,8 +12,10 @@ from torch.utils.flop_counter import register_flop_formula
 from fxcurv.kernels.register import on_cuda
 from fxcurv.precision import wide
 
-# Rows of a strip of the triangle, at least: below this a library's matrix product loses more than the triangle saves.
+# Rows of a strip of the triangle: with fewer a library's matrix product loses more than the triangle saves.
 STRIP = 256
+# Fewer rows are one product.
+FEW = 256
 
 
 def reference(x: Tensor) -> Tensor:
@@ -22,8 +24,8 @@ def reference(x: Tensor) -> Tensor:
 
 
 def strips(k: int) -> list[slice]:
-    """Even strips of `k` rows: sixteen, or as many as leave `STRIP` rows to each."""
-    rows = -(-k // max(1, min(16, k // STRIP)))
+    """Even strips of `k` rows: two to sixteen, of about `STRIP` rows."""
+    rows = -(-k // (1 if k < FEW else max(2, min(16, k // STRIP))))
     return [slice(start, min(k, start + rows)) for start in range(0, k, max(1, rows))]
 
 

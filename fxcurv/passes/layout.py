@@ -68,7 +68,9 @@ class _Layout:
 
     def copy(self, node: fx.Node, form: torch.memory_format, before: fx.Node) -> fx.Node:
         """`node` in the layout `form`."""
-        if node.meta["val"].is_contiguous(memory_format=form):
+        val = node.meta["val"]
+        # one channel is both, and a convolution takes it for channels first
+        if val.is_contiguous(memory_format=form) and (form is torch.contiguous_format or val.stride(1) == 1):
             return node
         found = self.copies.get((node, form))
         if found is None:
