@@ -10,12 +10,14 @@ import os
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 from kernel_cases import KERNELS, LAYOUTS, SMALL, TILED, arguments, check, rounding
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux")
 
+OLD = triton.__version__.startswith("3.6")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 runs = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="needs a GPU or TRITON_INTERPRET=1")
@@ -32,10 +34,12 @@ def kernel(name):
 
 
 @compiles
+@pytest.mark.skipif(OLD and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0", reason="Triton 3.6 interprets before NumPy 2.4")
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_in_the_interpreter(which):
     """The tests of values below, where Triton was imported as an interpreter; products of bfloat16 are beyond it."""
     command = [sys.executable, "-m", "pytest", "-q", "-n0", __file__, "-k", "test_values", "-m", which]
+    command += ["-W", "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"] if OLD else []
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]
@@ -137,7 +141,6 @@ def test_resources(name, dtype, capability, monkeypatch, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("name", "sizes"), SMALL + TILED, ids=str)
+@pytest.mark.parametrize(("name", "sizes"), TILED, ids=str)
 def test_resources_of_all(name, sizes, dtype, capability, monkeypatch, tmp_path):
-    if 0 not in sizes:
-        check_resources(name, sizes, dtype, capability, monkeypatch, tmp_path)
+    check_resources(name, sizes, dtype, capability, monkeypatch, tmp_path)
