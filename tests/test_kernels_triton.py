@@ -16,6 +16,7 @@ import torch
 from kernel_cases import KERNELS, LAYOUTS, SMALL, TILED, arguments, check, rounding
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux")
+tiles = importlib.import_module("fxcurv.kernels.tiles")
 
 OLD = triton.__version__.startswith("3.6")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -33,6 +34,19 @@ def kernel(name):
     return getattr(importlib.import_module(f"fxcurv.kernels.{name}_triton"), name)
 
 
+def tuned(name):
+    """The kernels of an op that choose among configurations."""
+    values = vars(importlib.import_module(f"fxcurv.kernels.{name}_triton")).values()
+    return [value for value in values if isinstance(value, triton.runtime.Autotuner)]
+
+
+@pytest.fixture
+def one_configuration(monkeypatch):
+    """The default one: timing the others for every case would take minutes."""
+    for each in (each for name in KERNELS for each in tuned(name)):
+        monkeypatch.setattr(each, "configs", each.configs[:1])
+
+
 @compiles
 @pytest.mark.skipif(OLD and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0", reason="Triton 3.6 interprets before NumPy 2.4")
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
@@ -47,6 +61,7 @@ def test_in_the_interpreter(which):
 
 
 @runs
+@pytest.mark.usefixtures("one_configuration")
 @pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize(("name", "sizes"), SMALL + TILED, ids=str)
 def test_values(name, sizes, dtype):
@@ -54,6 +69,7 @@ def test_values(name, sizes, dtype):
 
 
 @runs
+@pytest.mark.usefixtures("one_configuration")
 @pytest.mark.parametrize(("name", "sizes", "layout"), IN_TURN, ids=str)
 def test_values_in_other_layouts(name, sizes, layout):
     check(name, kernel(name), arguments(name, sizes, torch.float32, layout, DEVICE))
@@ -61,13 +77,44 @@ def test_values_in_other_layouts(name, sizes, layout):
 
 @runs
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_configuration")
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 @pytest.mark.parametrize(("name", "sizes"), SMALL + TILED, ids=str)
 def test_values_in_all_layouts(name, sizes, layout):
     check(name, kernel(name), arguments(name, sizes, torch.float32, layout, DEVICE))
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@runs
+@pytest.mark.slow
+@pytest.mark.parametrize("k", range(len(tiles.SQUARE)))
+@pytest.mark.parametrize(("name", "sizes"), TILED, ids=str)
+def test_values_of_all_configurations(name, sizes, k, monkeypatch):
+    for each in tuned(name):
+        monkeypatch.setattr(each, "configs", [tiles.SQUARE[k]])
+    check(name, kernel(name), arguments(name, sizes, torch.float32, device=DEVICE))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_configuration_is_much_larger_than_the_matrix(name):
+    for each in tuned(name):
+        fit = each.early_config_prune(tiles.SQUARE, {"S": 10, "O": 10, "I": 10})
+        assert fit and all(max(config.kwargs["ROWS"], config.kwargs["COLS"]) <= 64 for config in fit)
+        assert each.early_config_prune(tiles.SQUARE, {"S": 100, "O": 100, "I": 100}) == tiles.SQUARE
+
+
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", KERNELS)
+def test_tuned_on_a_gpu(name):
+    args = arguments(name, KERNELS[name].tiled[0], torch.float32, device=DEVICE)
+    for _ in range(2):  # the first call times the configurations
+        check(name, getattr(torch.ops.fxcurv, name), args)
+
+
+@needs_gpu
+@pytest.mark.usefixtures("one_configuration")
 @pytest.mark.parametrize(("name", "sizes"), SMALL + TILED, ids=str)
 def test_on_a_gpu(name, sizes, monkeypatch):
     """The op itself on CUDA tensors; bfloat16; and tf32, which keeps ten bits."""
