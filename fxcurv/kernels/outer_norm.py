@@ -23,8 +23,9 @@ def reference(a: Tensor, g: Tensor) -> Tensor:
     return torch.einsum("vnso,nsi->vnoi", g, a).square().sum((2, 3))
 
 
-def costs(v: int, n: int, s: int, o: int, i: int, block: int) -> tuple[int, int]:
-    """Operations (by P, by Gram matrices in blocks of so many positions)."""
+def costs(v: int, n: int, s: int, o: int, i: int, block: int | None = None) -> tuple[int, int]:
+    """Operations (by P, by Gram matrices in blocks of so many positions; by default, as many as fit a CPU's cache)."""
+    block = max(1, cpu.BLOCK // max(1, s)) if block is None else block
     return 2 * v * n * s * o * i, n * s * (s + min(block, s)) * (i + v * o)
 
 
@@ -32,8 +33,7 @@ def costs(v: int, n: int, s: int, o: int, i: int, block: int) -> tuple[int, int]
 def outer_norm(a: Tensor, g: Tensor) -> Tensor:
     """See the module."""
     v, n, s, o = g.shape
-    rows = max(1, cpu.BLOCK // max(1, s))
-    direct, gram = costs(v, n, s, o, a.shape[2], rows)
+    direct, gram = costs(v, n, s, o, a.shape[2])
     out = g.new_zeros(v, n, dtype=wide(g.dtype))
     return _by_gram(a, g, out) if gram < direct else _by_products(a, g, out)
 
@@ -65,9 +65,8 @@ def _(a, g):
 
 @register_flop_formula(torch.ops.fxcurv.outer_norm)
 def _(a, g, *rest, out_shape=None, **kwargs):
-    """The cheaper way's, with no pair of positions counted twice."""
     v, n, s, o = g
-    return min(costs(v, n, s, o, a[2], block=1))
+    return min(costs(v, n, s, o, a[2]))
 
 
 on_cuda(outer_norm, "outer_norm")
