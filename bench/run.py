@@ -217,7 +217,9 @@ def arguments() -> argparse.Namespace:
     add("--from", dest="files", nargs="+", type=Path, help="measure nothing, print the tables of these files")
     add("--markdown", action="store_true", help="print the README's table")
     add("--check", action="store_true", help="exit with 1 if fxcurv fails, differs or is slower")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.rounds = min(args.rounds, 3) if args.quick else args.rounds
+    return args
 
 
 def offered(quantity: Quantity, problem: str) -> bool:
