@@ -15,6 +15,7 @@ from torch import SymInt, Tensor
 
 from fxcurv.cost import Cost
 from fxcurv.factors import Conv, Dense, Factor, Gather, Jacobian, Spec, combine, reduce_p, summed, weighted
+from fxcurv.kernels.outer_moments import outer_moments
 from fxcurv.kernels.outer_norm import outer_norm
 from fxcurv.kernels.outer_square_sum import outer_square_sum
 
@@ -210,7 +211,11 @@ def _gram_cost(spec, factors):
     return _unfold_cost(d) + Cost(flops, d.inputs + 3 * grams, 2 * grams, 5)
 
 
-# blocked kernels: products of one sample at a time, in the cache -------------------------------------
+# What a pass over a block in the cache takes, of a pass over memory.
+IN_CACHE = 0.6
+
+
+# blocked kernels: products of a few samples at a time, in the cache -----------------------------------
 
 
 def _blockable(spec, factors):
@@ -234,7 +239,7 @@ def _blocked_square_cost(spec, factors):
     out = d.item * d.p * (1 if "n" in spec.reduce else d.n)
     cached = d.item * d.v * d.n * d.p
     dispatches = d.n * (2 + d.v)
-    return _unfold_cost(d) + Cost(d.flops, d.inputs + out + 0.6 * cached, out, dispatches)
+    return _unfold_cost(d) + Cost(d.flops, d.inputs + out + IN_CACHE * cached, out, dispatches)
 
 
 def _blocked_norm(spec, factors, weights):
@@ -246,6 +251,35 @@ def _blocked_norm(spec, factors, weights):
 def _blocked_norm_cost(spec, factors):
     d = dims(factors[0])
     return _unfold_cost(d) + Cost(d.flops, d.inputs + 0.4 * d.item * d.v * d.n * d.p, 0, d.n * 4)
+
+
+# together: reductions of one column's P that share its products -------------------------------------------
+
+TOGETHER = [(1, "vn"), (2, "vn"), (2, "vp")]
+
+
+def together_applies(specs, factors) -> bool:
+    """Whether one op gives the reductions `specs` of these factors, without weights."""
+    known = all((s.power, s.reduce) in TOGETHER and s.samples is None for s in specs)
+    one = len(factors) == 1 and isinstance(factors[0], Dense | Conv)
+    return known and one and len(specs) > 1 and dims(factors[0]).k == dims(factors[0]).v == 1 and dims(factors[0]).s > 1
+
+
+def together(specs, factors) -> list[Tensor]:
+    """The reductions `specs`, in order."""
+    f = factors[0].lean()
+    wanted = [any((s.power, s.reduce) == kind for s in specs) for kind in TOGETHER]
+    found = outer_moments(f.a.squeeze(2), f.g.squeeze(3).squeeze(0), *wanted)
+    total, squares = (f.arrange(t.unsqueeze(-3)) if want else t for t, want in zip(found[:2], wanted, strict=False))
+    results = dict(zip(TOGETHER, (total.to(f.g.dtype), squares, found[2]), strict=True))
+    return [results[s.power, s.reduce] for s in specs]
+
+
+def together_cost(specs, factors) -> Cost:
+    """Products once, and a pass over them in the cache for each kind."""
+    d, kinds = dims(factors[0]), len({(s.power, s.reduce) for s in specs})
+    out = d.item * d.p * 2
+    return _unfold_cost(d) + Cost(d.flops, d.inputs + out + kinds * IN_CACHE * d.item * d.n * d.p, out, d.n * (1 + kinds))
 
 
 # embeddings ------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxcurv.candidates import CANDIDATES, dims
+from fxcurv.candidates import CANDIDATES, Candidate, dims, together, together_applies, together_cost
 from fxcurv.cost import Cost
 from fxcurv.emit import emit
 from fxcurv.factors import Contract, Spec, reduce_p
@@ -22,7 +22,9 @@ def select(program: Program) -> Program:
             first.prepend(p)  # it has the same arguments, and the others are to read it
     order = [*shared.values(), *(n for n in nodes if n not in shared.values())]
     done: dict[fx.Node, fx.Node] = {}
-    for node in order:
+    for group in _groups([n for n in nodes if _key(n) not in shared]):
+        done.update(_together(program, group))
+    for node in (n for n in order if n not in done):
         source = done.get(shared.get(_key(node)))
         done[node] = _select(program, node, source)
     program.rename(done)
@@ -46,32 +48,72 @@ def _materialised_anyway(nodes: list[fx.Node]) -> dict[tuple, fx.Node]:
     return found
 
 
+def _groups(nodes: list[fx.Node]) -> list[list[fx.Node]]:
+    """Contractions of the same P."""
+    found: dict[tuple, list[fx.Node]] = {}
+    for node in nodes:
+        found.setdefault(_key(node), []).append(node)
+    return [group for group in found.values() if len(group) > 1]
+
+
+def _fake(factors):
+    return pytree.tree_map(lambda n: n.meta["val"] if isinstance(n, fx.Node) else n, factors)
+
+
+def _options(program: Program, spec: Spec, fake) -> list[tuple[Candidate, Cost]]:
+    again = bool(program.state.get("create_graph"))
+    allowed = [c for c in CANDIDATES if c.applies(spec, fake) and (c.differentiable or not again)]
+    return sorted(((c, c.cost(spec, fake)) for c in allowed), key=lambda option: option[1].seconds())
+
+
+def _together(program: Program, group: list[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Give the contractions of one P by one op, if this is cheaper than the cheapest way for each."""
+    specs = [node.target.spec for node in group]
+    factors, weights = group[0].target.parts(group[0].args)
+    fake = _fake(factors)
+    if program.state.get("create_graph") or weights is not None or not together_applies(specs, fake):
+        return {}
+    cost = together_cost(specs, fake)
+    apart = [_options(program, spec, fake)[0] for spec in specs]
+    alone = sum(k.seconds() for _, k in apart)
+    if cost.seconds() >= alone:
+        return {}
+    first = min(group, key=list(program.graph.nodes).index)
+    origin = {**first.meta["origin"], "stage": "select"}
+    news = emit(program, together, specs, factors, origin=origin, before=first)
+    share = Cost(cost.flops / len(group), cost.bytes / len(group), cost.fresh / len(group), cost.calls // len(group))
+    for node, new, (candidate, k) in zip(group, news, apart, strict=True):
+        _record(program, node, "together", share, [(candidate.name, k.seconds())])
+        program.stand_in(node, new)
+        program.graph.erase_node(node)
+    return dict(zip(group, news, strict=True))
+
+
 def _select(program: Program, node: fx.Node, source: fx.Node | None) -> fx.Node:
     spec = node.target.spec
     factors, weights = node.target.parts(node.args)
-    fake = pytree.tree_map(lambda n: n.meta["val"] if isinstance(n, fx.Node) else n, factors)
-    again = bool(program.state.get("create_graph"))
-    allowed = [c for c in CANDIDATES if c.applies(spec, fake) and (c.differentiable or not again)]
-    options = [(c.name, c.cost(spec, fake), c.run, factors) for c in allowed]
+    fake = _fake(factors)
+    options = [(c.name, cost, c.run, factors) for c, cost in _options(program, spec, fake)]
     if source is not None and "v" in spec.reduce:
         options.append(("reuse P", _reuse_cost(spec, fake), _from_p, source))
     priced = sorted(options, key=lambda option: option[1].seconds())
     name, cost, run, operands = priced[0]
     origin = {**node.meta["origin"], "stage": "select"}
     new = emit(program, run, spec, operands, weights, origin=origin, before=node)
-    decision = Decision(  # type: ignore[call-arg]
-        *(origin.get(key, "") for key in ("param", "extension", "rule")),
-        name,
-        int(cost.flops),
-        int(cost.bytes),
-        cost.seconds(),
-        tuple((other, k.seconds()) for other, k, *_ in priced[1:]),
-        origin.get("savefield", ""),
-    )
-    program.decisions.append(decision)
+    _record(program, node, name, cost, [(other, k.seconds()) for other, k, *_ in priced[1:]])
     program.stand_in(node, new)
     program.graph.erase_node(node)
     return new
+
+
+def _record(program: Program, node: fx.Node, name: str, cost: Cost, rejected: list[tuple[str, float]]) -> None:
+    origin = node.meta["origin"]
+    names = [origin.get(key, "") for key in ("param", "extension", "rule")]
+    program.decisions.append(
+        Decision(
+            *names, name, int(cost.flops), int(cost.bytes), cost.seconds(), tuple(rejected), origin.get("savefield", "")
+        )
+    )
 
 
 def _from_p(spec: Spec, p: Tensor, weights) -> Tensor:
