@@ -15,6 +15,7 @@ SPINE = ("forward", "columns", "propagate")
 
 def schedule(program: Program) -> Program:
     """See the module."""
+    program.graph.eliminate_dead_code()  # a view that nobody reads, which simplify leaves, would have its input run early
     nodes = list(program.graph.nodes)
     position = {n: k for k, n in enumerate(nodes)}
     spine = {n for n in nodes if n.meta.get("origin", {}).get("stage", "forward") in SPINE or n.op == "placeholder"}
