@@ -15,9 +15,12 @@ from torch import SymInt, Tensor
 
 from fxcurv.cost import Cost
 from fxcurv.factors import Conv, Dense, Factor, Gather, Jacobian, Spec, combine, reduce_p, summed, weighted
-from fxcurv.kernels.outer_moments import outer_moments
+from fxcurv.kernels.outer_batch import outer_batch_conv
+from fxcurv.kernels.outer_moments import outer_moments, outer_moments_conv
 from fxcurv.kernels.outer_norm import outer_norm
 from fxcurv.kernels.outer_square_sum import outer_square_sum
+from fxcurv.kernels.outer_square_sum_conv import outer_square_sum_conv
+from fxcurv.placement import Shard
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,27 @@ def _conv_dims(f: Conv, item: int) -> Dims:
     s = prod(g[3:])
     unfolded = a[0] * a[1] * kernel * s if kernel * s > 1 else 0
     return Dims(g[0], g[1] // merged, s * merged, f.groups, w[0] // f.groups, w[1] * kernel, unfolded, item)
+
+
+def implicit(factor: Factor) -> bool:
+    """Whether this is a convolution that kernels unfold a few samples at a time."""
+    plain = isinstance(factor, Conv) and not factor.transposed and factor.place == Shard(0)
+    return plain and any(size > 1 for size in (*factor.kernel, *factor.stride))  # type: ignore[attr-defined]
+
+
+def geometry(f: Conv) -> tuple:
+    """The arguments of a kernel that unfolds."""
+    return list(f.kernel), list(f.stride), list(f.padding), list(f.dilation), f.groups
+
+
+def _block_cost(factor: Factor) -> Cost:
+    """What unfolding costs a blocked kernel: a pass in the cache, or all of it."""
+    d = dims(factor)
+    return Cost(0, 2 * IN_CACHE * d.item * d.unfold, 0, d.n) if implicit(factor) else _unfold_cost(d)
+
+
+# What a pass over a block in the cache takes, of a pass over memory.
+IN_CACHE = 0.6
 
 
 def _unfold_cost(d: Dims) -> Cost:
@@ -211,15 +235,11 @@ def _gram_cost(spec, factors):
     return _unfold_cost(d) + Cost(flops, d.inputs + 3 * grams, 2 * grams, 5)
 
 
-# What a pass over a block in the cache takes, of a pass over memory.
-IN_CACHE = 0.6
-
-
 # blocked kernels: products of a few samples at a time, in the cache -----------------------------------
 
 
 def _blockable(spec, factors):
-    return _one_dense(spec, factors) and dims(factors[0]).k == 1
+    return _one_dense(spec, factors) and (dims(factors[0]).k == 1 or implicit(factors[0]))
 
 
 def _blocked_square_applies(spec, factors):
@@ -227,9 +247,12 @@ def _blocked_square_applies(spec, factors):
 
 
 def _blocked_square(spec, factors, weights):
-    # kept per sample, products are written in the order of the parameter
-    f = factors[0].lean() if "n" in spec.reduce else factors[0].dense()
+    f, per_sample = factors[0], "n" not in spec.reduce
     w = None if weights is None else weights.expand(f.g.shape[:2])
+    if implicit(f):
+        return outer_square_sum_conv(f.a, f.g, w, per_sample, *geometry(f))
+    # kept per sample, products are written in the order of the parameter
+    f = f.dense() if per_sample else f.lean()
     out = outer_square_sum(f.a.squeeze(2), f.g.squeeze(3), w, "n" not in spec.reduce)
     return f.arrange(out.unsqueeze(-3))
 
@@ -239,18 +262,40 @@ def _blocked_square_cost(spec, factors):
     out = d.item * d.p * (1 if "n" in spec.reduce else d.n)
     cached = d.item * d.v * d.n * d.p
     dispatches = d.n * (2 + d.v)
-    return _unfold_cost(d) + Cost(d.flops, d.inputs + out + IN_CACHE * cached, out, dispatches)
+    return _block_cost(factors[0]) + Cost(d.flops, d.inputs + out + IN_CACHE * cached, out, dispatches)
 
 
 def _blocked_norm(spec, factors, weights):
-    f = factors[0].lean()
-    each = weighted(outer_norm(f.a.squeeze(2), f.g.squeeze(3)), weights)
+    f = factors[0]
+    if implicit(f) and dims(f).v == 1:
+        each = outer_moments_conv(f.a, f.g.squeeze(0), False, False, True, *geometry(f))[2].unsqueeze(0)
+    else:
+        f = f.lean()
+        each = outer_norm(f.a.squeeze(2), f.g.squeeze(3))
+    each = weighted(each, weights)
     return each.sum(0) if "v" in spec.reduce else each
 
 
 def _blocked_norm_cost(spec, factors):
     d = dims(factors[0])
-    return _unfold_cost(d) + Cost(d.flops, d.inputs + 0.4 * d.item * d.v * d.n * d.p, 0, d.n * 4)
+    return _block_cost(factors[0]) + Cost(d.flops, d.inputs + 0.4 * d.item * d.v * d.n * d.p, 0, d.n * 4)
+
+
+def _blocked_products_apply(spec, factors):
+    kept = spec.power == 1 and spec.samples is None and len(factors) == 1 and implicit(factors[0])
+    return kept and (spec.reduce == "" or spec.reduce == "v" and dims(factors[0]).v == 1)
+
+
+def _blocked_products(spec, factors, weights):
+    f = factors[0]
+    p = weighted(outer_batch_conv(f.a, f.g, *geometry(f)), weights)
+    return p.squeeze(0) if "v" in spec.reduce else p
+
+
+def _blocked_products_cost(spec, factors):
+    d = dims(factors[0])
+    p = d.item * d.v * d.n * d.p
+    return _block_cost(factors[0]) + Cost(d.flops, d.inputs + p, p, d.n)
 
 
 # together: reductions of one column's P that share its products -------------------------------------------
@@ -262,16 +307,24 @@ def together_applies(specs, factors) -> bool:
     """Whether one op gives the reductions `specs` of these factors, without weights."""
     known = all((s.power, s.reduce) in TOGETHER and s.samples is None for s in specs)
     one = len(factors) == 1 and isinstance(factors[0], Dense | Conv)
-    return known and one and len(specs) > 1 and dims(factors[0]).k == dims(factors[0]).v == 1 and dims(factors[0]).s > 1
+    if not known or not one or len(specs) < 2:
+        return False
+    d = dims(factors[0])
+    return d.v == 1 and d.s > 1 and (d.k == 1 or implicit(factors[0]))
 
 
 def together(specs, factors) -> list[Tensor]:
     """The reductions `specs`, in order."""
-    f = factors[0].lean()
+    f = factors[0]
     wanted = [any((s.power, s.reduce) == kind for s in specs) for kind in TOGETHER]
-    found = outer_moments(f.a.squeeze(2), f.g.squeeze(3).squeeze(0), *wanted)
-    total, squares = (f.arrange(t.unsqueeze(-3)) if want else t for t, want in zip(found[:2], wanted, strict=False))
-    results = dict(zip(TOGETHER, (total.to(f.g.dtype), squares, found[2]), strict=True))
+    if implicit(f):
+        total, squares, norms = outer_moments_conv(f.a, f.g.squeeze(0), *wanted, *geometry(f))
+    else:
+        f = f.lean()
+        found = outer_moments(f.a.squeeze(2), f.g.squeeze(3).squeeze(0), *wanted)
+        total, squares = (f.arrange(t.unsqueeze(-3)) if want else t for t, want in zip(found[:2], wanted, strict=False))
+        norms = found[2]
+    results = dict(zip(TOGETHER, (total.to(f.g.dtype), squares, norms), strict=True))
     return [results[s.power, s.reduce] for s in specs]
 
 
@@ -279,7 +332,7 @@ def together_cost(specs, factors) -> Cost:
     """Products once, and a pass over them in the cache for each kind."""
     d, kinds = dims(factors[0]), len({(s.power, s.reduce) for s in specs})
     out = d.item * d.p * 2
-    return _unfold_cost(d) + Cost(d.flops, d.inputs + out + kinds * IN_CACHE * d.item * d.n * d.p, out, d.n * (1 + kinds))
+    return _block_cost(factors[0]) + Cost(d.flops, d.inputs + out + kinds * IN_CACHE * d.item * d.n * d.p, out, d.n * (1 + kinds))
 
 
 # embeddings ------------------------------------------------------------------------------------------
@@ -319,6 +372,9 @@ CANDIDATES = [
     Candidate(
         "blocked norms", lambda s, f: _is_norm(s, f) and _blockable(s, f), _blocked_norm, _blocked_norm_cost,
         differentiable=False,
+    ),
+    Candidate(
+        "blocked products", _blocked_products_apply, _blocked_products, _blocked_products_cost, differentiable=False
     ),
     Candidate("occurring rows", _rows_apply, _rows, _rows_cost),
 ]  # fmt: skip

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fxcurv.kernels.patches import channels_last, windows
 from fxcurv.placement import Shard, samples_first
 
 
@@ -263,21 +264,6 @@ class Gather(Factor):
 
     def samples(self, index: Tensor) -> Factor:
         return dataclasses.replace(self, index=self.index.index_select(0, index), g=self.g.index_select(1, index))
-
-
-def channels_last(x: Tensor) -> bool:
-    """Whether an image [B, C, *spatial] has its channels last in memory; with one channel it is both."""
-    return x.ndim == 4 and x.shape[1] != 1 and x.stride(1) == 1
-
-
-def windows(x: Tensor, out, kernel, stride, padding, dilation) -> Tensor:
-    """Patches of `x` in any number of dimensions, as a view: [B, C, *spatial] -> [B, C, *out, *kernel]."""
-    if any(padding):
-        x = torch.nn.functional.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
-    for d, (k, s, di, o) in enumerate(zip(kernel, stride, dilation, out, strict=True)):
-        # a stride that does not divide leaves rows at the far end that no patch reads
-        x = x.unfold(2 + d, (k - 1) * di + 1, s).narrow(2 + d, 0, o)[..., ::di]
-    return x
 
 
 def unfold(x: Tensor, out, kernel, stride, padding, dilation) -> Tensor:

@@ -1,10 +1,15 @@
 """outer_moments: the sum over samples of P[n] = sum_s g[n, s, :] a[n, s, :]^T, that of its squares, and its norms, at once.
 
 Shapes: a [N, S, I], g [N, S, O] -> (total [O, I], squares [O, I], norms [N]): sum_n P[n], sum_n P[n]^2, ||P[n]||^2; what is not
-wanted is empty. A gradient costs no product of its own beside the others: a block of P in the cache serves all three.
+wanted is empty. `outer_moments_conv` is the same for a convolution, x [N, C, *in], g [N, O, *out], with the weight's shape in
+place of [O, I], its input unfolded a few samples at a time. A gradient costs no product of its own beside the others: a
+block of P in the cache serves all three.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -13,6 +18,8 @@ from torch.utils.flop_counter import register_flop_formula
 from fxcurv.kernels import cpu
 from fxcurv.kernels.outer_norm import outer_norm
 from fxcurv.kernels.outer_square_sum import outer_square_sum
+from fxcurv.kernels.outer_square_sum_conv import outer_square_sum_conv
+from fxcurv.kernels.patches import Patches, grouped, windows
 from fxcurv.precision import wide
 
 
@@ -27,18 +34,24 @@ def reference(a: Tensor, g: Tensor, total: bool, squares: bool, norms: bool) -> 
 @torch.library.custom_op("fxcurv::outer_moments", mutates_args=())
 def outer_moments(a: Tensor, g: Tensor, total: bool, squares: bool, norms: bool) -> tuple[Tensor, Tensor, Tensor]:
     """See the module; in float32 for half precision."""
-    out = tuple(t.zero_() for t in _empty(a, g, total, squares, norms))
-    for _, n, o, p in cpu.products(lambda n: a[n].unsqueeze(1), g.unsqueeze(0).unsqueeze(2), a.shape[2]):
-        p = p.squeeze(1)
-        if total:
-            out[0][o] += p.sum(0)
-        if squares:
+    out = tuple(t.zero_().unsqueeze(0) for t in _empty(a, g, total, squares, norms))
+    _add(lambda n: a[n].unsqueeze(1), g.unsqueeze(1), a.shape[2], None, out, (total, squares, norms))
+    return tuple(t.squeeze(0) for t in out)  # type: ignore[return-value]
+
+
+def _add(
+    a: Callable[[slice], Tensor], g: Tensor, i: int, most: int | None, out: Sequence[Tensor], wanted: Sequence[bool]
+) -> None:
+    """Add the moments of products of a(samples) [N', K, S, I] and g [N, K, S, O] to [K, O, I], [K, O, I], [1, N]."""
+    for _, n, o, p in cpu.products(a, g.unsqueeze(0), i, most):
+        if wanted[0]:
+            out[0][:, o] += p.sum(0)
+        if wanted[1]:
             for one in p:
-                out[1][o].addcmul_(one, one)
-        if norms:
+                out[1][:, o].addcmul_(one, one)
+        if wanted[2]:
             rows = p.flatten(1)
-            out[2][n] += torch.linalg.vecdot(rows, rows)
-    return out  # type: ignore[return-value]
+            out[2][0, n] += torch.linalg.vecdot(rows, rows)
 
 
 @outer_moments.register_kernel("cuda")
@@ -70,3 +83,77 @@ def _empty(a: Tensor, g: Tensor, total: bool, squares: bool, norms: bool) -> tup
 def _(a, g, *rest, out_shape=None, **kwargs):
     n, s, o = g
     return 2 * n * s * o * a[2]
+
+
+# convolutions ----------------------------------------------------------------------------------------
+
+
+def reference_conv(
+    x: Tensor, g: Tensor, total: bool, squares: bool, norms: bool,
+    kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The definition: autograd's gradient of each sample."""
+    weight = x.new_zeros(g.shape[1], x.shape[1] // groups, *kernel)
+    geometry = ([0], stride, padding, dilation, False, [0] * len(kernel), groups, [False, True, False])
+    pairs = zip(g.split(1), x.split(1), strict=True)
+    p = torch.stack([torch.ops.aten.convolution_backward(gn, xn, weight, *geometry)[1] for gn, xn in pairs])
+    found = p.sum(0), p.square().sum(0), p.square().flatten(1).sum(1)
+    return tuple(t if w else t.new_empty(0) for t, w in zip(found, (total, squares, norms), strict=True))  # type: ignore[return-value]
+
+
+@torch.library.custom_op("fxcurv::outer_moments_conv", mutates_args=())
+def outer_moments_conv(
+    x: Tensor, g: Tensor, total: bool, squares: bool, norms: bool,
+    kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See the module; the geometry is `torch.nn.functional.conv2d`'s."""
+    a = Patches(x, g.shape[2:], (kernel, stride, padding, dilation), groups, in_order=False)
+    cotangents = grouped(g.unsqueeze(0), groups).squeeze(0)
+
+    def new(wanted: bool, *shape: int) -> Tensor:
+        return g.new_zeros(shape if wanted else (0,), dtype=wide(g.dtype))
+
+    matrix = (groups, cotangents.shape[3], a.i)
+    out = new(total, *matrix), new(squares, *matrix), new(norms, 1, g.shape[0])
+    _add(a, cotangents, a.i, a.most, out, (total, squares, norms))
+    matrices = [a.weight(t) if wanted else t for t, wanted in zip(out[:2], (total, squares), strict=True)]
+    return matrices[0], matrices[1], out[2].squeeze(0) if norms else out[2]
+
+
+@outer_moments_conv.register_kernel("cuda")
+def _(x, g, total, squares, norms, kernel, stride, padding, dilation, groups):
+    """By an op for each; the norms by unfolding."""
+    empty = _empty_conv(x, g, False, False, False, kernel, groups)
+    columns, weight = g.unsqueeze(0), g.new_empty(()).expand(g.shape[1], x.shape[1] // groups, *kernel)
+    geometry = ([0], stride, padding, dilation, False, [0] * len(kernel), groups, [False, True, False])
+    found = list(empty)
+    if total:
+        found[0] = torch.ops.aten.convolution_backward(g, x, weight, *geometry)[1].to(empty[0].dtype).contiguous()
+    if squares:
+        found[1] = outer_square_sum_conv(x, columns, None, False, kernel, stride, padding, dilation, groups)
+    if norms:
+        dims = len(kernel)
+        view = windows(x, g.shape[2:], kernel, stride, padding, dilation)
+        view = view.permute(0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
+        a = view.reshape(len(x), -1, groups, x.shape[1] // groups * weight[0, 0].numel())
+        parts = zip(a.unbind(2), grouped(columns, groups).unbind(2), strict=True)
+        found[2] = sum(outer_norm(u, v)[0] for u, v in parts)
+    return tuple(found)
+
+
+@outer_moments_conv.register_fake
+def _(x, g, total, squares, norms, kernel, stride, padding, dilation, groups):
+    return _empty_conv(x, g, total, squares, norms, kernel, groups)
+
+
+def _empty_conv(x, g, total, squares, norms, kernel, groups):
+    def new(wanted, *shape):
+        return g.new_empty(shape if wanted else (0,), dtype=wide(g.dtype))
+
+    weight = (g.shape[1], x.shape[1] // groups, *kernel)
+    return new(total, *weight), new(squares, *weight), new(norms, g.shape[0])
+
+
+@register_flop_formula(torch.ops.fxcurv.outer_moments_conv)
+def _(x, g, total, squares, norms, kernel, stride, padding, dilation, groups, *rest, out_shape=None, **kwargs):
+    return 2 * prod(g) * (x[1] // groups) * prod(kernel)

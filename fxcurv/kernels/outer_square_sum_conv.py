@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fxcurv.kernels import cpu
-from fxcurv.kernels.patches import windows
+from fxcurv.kernels.patches import Patches, grouped
 from fxcurv.kernels.register import on_cuda
 from fxcurv.precision import wide
 
@@ -42,21 +42,22 @@ def outer_square_sum_conv(
     kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
     """See the module; the geometry is `torch.nn.functional.conv2d`'s, in as many dimensions as the kernel has."""
-    n, c = x.shape[:2]
-    s, i = prod(g.shape[3:]), c // groups * prod(kernel)
-    most = max(1, min(n, cpu.BLOCK // max(1, groups * i * s)))
-    scratch = x.new_empty(most, c, *kernel, *g.shape[3:], dtype=wide(x.dtype))
+    return _blocks(x, g, w, per_sample, (kernel, stride, padding, dilation), groups)
 
-    def patches(samples: slice) -> Tensor:
-        view = windows(x[samples], g.shape[3:], kernel, stride, padding, dilation)
-        dims = len(kernel)
-        order = (0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
-        block = scratch[: view.shape[0]].copy_(view.permute(order))
-        return block.reshape(view.shape[0], groups, i, s).mT
 
-    grouped = g.unflatten(2, (groups, -1)).flatten(4).mT
-    out = cpu.square_sum(patches, grouped, i, w, per_sample, most).unflatten(3, (c // groups, *kernel)).flatten(1, 2)
-    return out if per_sample else out.squeeze(0)
+def into(
+    x: Tensor, g: Tensor, w: Tensor | None, per_sample: bool,
+    kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int, *, out: Tensor,
+) -> Tensor:  # fmt: skip
+    """The op on a CPU for every sample, its result in memory that the caller has."""
+    _blocks(x, g, w, per_sample, (kernel, stride, padding, dilation), groups, out)
+    return out
+
+
+def _blocks(x: Tensor, g: Tensor, w: Tensor | None, per_sample: bool, geometry: tuple, groups: int, out=None) -> Tensor:
+    a = Patches(x, g.shape[3:], geometry, groups, in_order=per_sample)
+    total = cpu.square_sum(a, grouped(g, groups), a.i, w, per_sample, a.most, out)
+    return a.weight(total if per_sample else total.squeeze(0))
 
 
 @outer_square_sum_conv.register_fake

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from fxcurv.candidates import size
 from fxcurv.errors import ArgumentError
-from fxcurv.kernels.outer_square_sum import into
+from fxcurv.kernels import outer_batch, outer_square_sum, outer_square_sum_conv
 from fxcurv.passes.simplify import VIEWS
 from fxcurv.program import Input, Kept, Memory, Program
 
@@ -28,7 +28,9 @@ aten = torch.ops.aten
 OUT: dict[Any, Any] = {
     aten.bmm.default: aten.bmm.out,
     aten.mul.Tensor: aten.mul.out,
-    torch.ops.fxcurv.outer_square_sum.default: into,
+    torch.ops.fxcurv.outer_square_sum.default: outer_square_sum.into,
+    torch.ops.fxcurv.outer_square_sum_conv.default: outer_square_sum_conv.into,
+    torch.ops.fxcurv.outer_batch_conv.default: outer_batch.into_conv,
 }
 
 # Smaller results come from memory that the allocator keeps anyway.

@@ -79,7 +79,7 @@ def _joined(source: fx.Node, padded: fx.Node, window: list) -> list | None:
     if left or top or right < 0 or bottom < 0 or any(d != 1 for d in dilation):
         return None
     outs = padded.meta["val"].shape[-2:]
-    for size, out, pad, k, s in zip(sizes, outs, (bottom, right), kernel, stride, strict=True):
+    for size, out, k, s in zip(sizes, outs, kernel, stride, strict=True):
         count = -(-(size - k) // s) + 1
         count -= (count - 1) * s >= size  # the last window starts inside
         if count != (out - k) // s + 1:
