@@ -7,6 +7,7 @@ followed by the strides of a view, so a transposed weight or a slice of a joint 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fxcurv.candidates import size
 from fxcurv.factors import Conv, Dense, Factor, Gather, channels_last, positions, windows
 from fxcurv.kernels.syrk import FEW, syrk
+from fxcurv.kernels.syrk_conv import syrk_conv
 from fxcurv.kronecker import Arrangement
 from fxcurv.placement import Shard, samples_first
 from fxcurv.program import is_active
@@ -25,6 +28,9 @@ from fxcurv.rules.shape import Copy, Permute, Select, Slice, View
 from fxcurv.uses import Use
 
 aten = torch.ops.aten
+
+# Elements of all patches from which they are not written at once: what the C library's allocator keeps, in float32.
+LARGE = 1 << 23
 
 # argument that is added to the output, and the output's axis that it lies along
 BIASES: dict[Any, tuple[int, int]] = {
@@ -218,8 +224,8 @@ def _arrange(shape: tuple[int, ...], axes: list[tuple[Axes, Axes, int]]) -> tupl
 def _embed(axes: Axes, offset: int, whole: Arrangement, strides: list[int], dims: tuple[int, ...]) -> Embed | None:
     """Where the features that `axes` run over lie among those of `dims`."""
     flat = torch.full((), offset)
-    for size, stride in axes:
-        flat = flat.unsqueeze(-1) + stride * torch.arange(size)
+    for length, stride in axes:
+        flat = flat.unsqueeze(-1) + stride * torch.arange(length)
     flat, index = flat.flatten(), 0
     for d in dims:
         index = index * whole.sizes[d] + flat // strides[d] % whole.sizes[d]
@@ -253,17 +259,23 @@ def scattered(f: Conv) -> Tensor:
 def second_moment(factor: Dense | Conv) -> Tensor:
     """sum_{n,s} a a^T with a averaged over groups, [I, I]."""
     if isinstance(factor, Conv) and not factor.transposed and factor.groups == 1:
-        # features first, so that the patches are written once, in the layout of the product
-        f, dims = factor, len(factor.kernel)
-        patches = windows(f.a, f.g.shape[3:], f.kernel, f.stride, f.padding, f.dilation)
-        if channels_last(f.a):
-            rows = patches.permute(0, *range(2, 2 + 2 * dims), 1).reshape(-1, prod(f.kernel) * f.a.shape[1])
-            moment = gram(rows).reshape(2 * (prod(f.kernel), f.a.shape[1]))
-            return moment.permute(1, 0, 3, 2).reshape(2 * (f.a.shape[1] * prod(f.kernel),))
-        order = [1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims)]
-        rows = patches.permute(order).reshape(f.a.shape[1] * prod(f.kernel), -1)
-        return gram(rows.t())
+        f, out = factor, list(factor.g.shape[3:])
+        window = [list(f.kernel), list(f.stride), list(f.padding), list(f.dilation)]
+        if prod(size(f.a)[:2]) * prod(f.kernel) * prod(out) > LARGE:
+            return syrk_conv(f.a, out, *window)
+        return _moment_of_patches(f.a, out, window)
     return gram(averaged(inputs(factor)).flatten(0, 1))
+
+
+def _moment_of_patches(x: Tensor, out: Sequence[int], window: Sequence[Sequence[int]]) -> Tensor:
+    """The same of a convolution's input, its patches written at once, in the order that copies the longest runs."""
+    dims, kernel, channels = len(out), prod(window[0]), x.shape[1]
+    outs, kernels = range(2, 2 + dims), range(2 + dims, 2 + 2 * dims)
+    patches = windows(x, out, *window)
+    if not channels_last(x):
+        return gram(patches.permute(1, *kernels, 0, *outs).reshape(channels * kernel, -1).t())
+    moment = gram(patches.permute(0, *outs, *kernels, 1).reshape(-1, kernel * channels))
+    return moment.reshape(2 * (kernel, channels)).permute(1, 0, 3, 2).reshape(2 * (channels * kernel,))
 
 
 def gram(rows: Tensor) -> Tensor:

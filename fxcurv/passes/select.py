@@ -109,11 +109,10 @@ def _select(program: Program, node: fx.Node, source: fx.Node | None) -> fx.Node:
 def _record(program: Program, node: fx.Node, name: str, cost: Cost, rejected: list[tuple[str, float]]) -> None:
     origin = node.meta["origin"]
     names = [origin.get(key, "") for key in ("param", "extension", "rule")]
-    program.decisions.append(
-        Decision(
-            *names, name, int(cost.flops), int(cost.bytes), cost.seconds(), tuple(rejected), origin.get("savefield", "")
-        )
+    decision = Decision(  # type: ignore[call-arg]
+        *names, name, int(cost.flops), int(cost.bytes), cost.seconds(), tuple(rejected), origin.get("savefield", "")
     )
+    program.decisions.append(decision)
 
 
 def _from_p(spec: Spec, p: Tensor, weights) -> Tensor:

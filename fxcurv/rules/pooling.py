@@ -41,8 +41,7 @@ class MaxPool(Pool):
     def transpose(self, call: Call, wrt, g):
         g, (x, *window), index = g[0], call.args, call.y[1]
         if call.op is aten.max_pool2d_with_indices.default and x.ndim == 4:
-            kernel, stride, padding, dilation, ceil = window
-            window = (kernel, stride or kernel, padding, dilation, ceil)
+            window[1] = window[1] or window[0]  # the stride is the kernel's size, if none is given
             if g.shape[0] == 1:
                 back = aten.max_pool2d_with_indices_backward.default
                 return [back(g[0], x, *window, index).unsqueeze(0)]
