@@ -15,6 +15,7 @@ from torch import SymInt, Tensor
 
 from fxcurv.cost import Cost
 from fxcurv.factors import Conv, Dense, Factor, Gather, Jacobian, Spec, combine, reduce_p, summed, weighted
+from fxcurv.kernels.embedding_square_sum import embedding_square_sum
 from fxcurv.kernels.outer_batch import outer_batch_conv
 from fxcurv.kernels.outer_moments import outer_moments, outer_moments_conv
 from fxcurv.kernels.outer_norm import outer_norm
@@ -363,6 +364,23 @@ def _rows_cost(spec, factors):
     return Cost(2 * d.v * d.n * d.s * d.s * d.o, d.item * d.n * d.s * (3 * d.v * d.o + d.s) + out, out, 6)
 
 
+def _pairs_apply(spec, factors):
+    return _rows_apply(spec, factors) and spec.reduce == "vn"
+
+
+def _pairs(spec, factors, weights):
+    """By sorted pairs of sample and row, with no matrix of positions by positions."""
+    f = factors[0]
+    w = None if weights is None else weights.expand(f.g.shape[:2])
+    return embedding_square_sum(f.index, f.g, w, f.rows, f.padding)
+
+
+def _pairs_cost(spec, factors):
+    d = dims(factors[0])
+    out = d.item * d.p
+    return Cost(4 * d.v * d.n * d.s * d.o, 4 * d.inputs + out, out, 30 + 2 * d.v)
+
+
 CANDIDATES = [
     Candidate("materialise", lambda spec, factors: True, _materialise, _materialise_cost),
     Candidate("direct", _is_sum, _direct, _direct_cost),
@@ -377,4 +395,5 @@ CANDIDATES = [
         "blocked products", _blocked_products_apply, _blocked_products, _blocked_products_cost, differentiable=False
     ),
     Candidate("occurring rows", _rows_apply, _rows, _rows_cost),
+    Candidate("pairs of sample and row", _pairs_apply, _pairs, _pairs_cost, differentiable=False),
 ]  # fmt: skip
