@@ -249,11 +249,11 @@ def _blocked_square_applies(spec, factors):
 
 def _blocked_square(spec, factors, weights):
     f, per_sample = factors[0], "n" not in spec.reduce
+    # kept per sample, products are written in the order of the parameter
+    f = f if implicit(f) else f.dense() if per_sample else f.lean()
     w = None if weights is None else weights.expand(f.g.shape[:2])
     if implicit(f):
         return outer_square_sum_conv(f.a, f.g, w, per_sample, *geometry(f))
-    # kept per sample, products are written in the order of the parameter
-    f = f.dense() if per_sample else f.lean()
     out = outer_square_sum(f.a.squeeze(2), f.g.squeeze(3), w, "n" not in spec.reduce)
     return f.arrange(out.unsqueeze(-3))
 
@@ -264,6 +264,13 @@ def _blocked_square_cost(spec, factors):
     cached = d.item * d.v * d.n * d.p
     dispatches = d.n * (2 + d.v)
     return _block_cost(factors[0]) + Cost(d.flops, d.inputs + out + IN_CACHE * cached, out, dispatches)
+
+
+def _blocked_norm_applies(spec, factors):
+    if not _is_norm(spec, factors):
+        return False
+    d = dims(factors[0])
+    return d.k == 1 or implicit(factors[0]) and d.v == 1
 
 
 def _blocked_norm(spec, factors, weights):
@@ -388,8 +395,7 @@ CANDIDATES = [
     Candidate("Gram", _is_norm, _gram, _gram_cost),
     Candidate("blocked squares", _blocked_square_applies, _blocked_square, _blocked_square_cost, differentiable=False),
     Candidate(
-        "blocked norms", lambda s, f: _is_norm(s, f) and _blockable(s, f), _blocked_norm, _blocked_norm_cost,
-        differentiable=False,
+        "blocked norms", _blocked_norm_applies, _blocked_norm, _blocked_norm_cost, differentiable=False
     ),
     Candidate(
         "blocked products", _blocked_products_apply, _blocked_products, _blocked_products_cost, differentiable=False
