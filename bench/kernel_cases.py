@@ -82,11 +82,13 @@ class Kernel:
         layers: Where it is measured, the cheapest first.
         arguments: Of the op, from a layer and the number of samples.
         naive: The same from public PyTorch, as one writes it; None where the kernel's reference is that.
+        beside: The kernel in whose module this one is, for convolutions, with `reference_conv`; "" for one of its own.
     """
 
     layers: tuple[Layer, ...]
     arguments: Callable[[Make, Layer, int], tuple[Any, ...]]
-    naive: Callable[..., Tensor] | None = None
+    naive: Callable[..., Any] | None = None
+    beside: str = ""
 
 
 CONVOLUTIONS = (
@@ -122,6 +124,10 @@ NORMS = (
     Layer("GPT-2 layer norm 768", 8, 768, 768, positions=1024),
     Layer("ResNet-50 stage 1 batch norm", 64, 256, 256, positions=56 * 56),
 )
+POOLS = (
+    Layer("3C3D pool1, 10 columns", 64, 64, 64, side=28, kernel=3, stride=2, padding=1, columns=10),
+    Layer("ResNet-50 pool", 64, 64, 64, side=112, kernel=3, stride=2, padding=1),
+)
 
 
 def factors(make: Make, layer: Layer, n: int) -> tuple[Tensor, Tensor]:
@@ -135,6 +141,19 @@ def images(make: Make, layer: Layer, n: int) -> tuple[Tensor, Tensor]:
     return x, make(layer.columns, n, layer.outputs, layer.out, layer.out)
 
 
+def one_column(make: Make, layer: Layer, n: int) -> tuple[Tensor, Tensor]:
+    """X [N, C, H, W] and g [N, O, H', W']."""
+    x, g = images(make, layer, n)
+    return x, g[0]
+
+
+def pooled(make: Make, layer: Layer, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """G [V, N, C, H', W'], x [N, C, H, W] and where its maxima are."""
+    x, g = images(make, layer, n)
+    kernel, stride, padding, _ = layer.geometry
+    return g, x, F.max_pool2d(x, kernel, stride, padding, return_indices=True)[1]
+
+
 def unfolded(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
     """Patches [N, C * kernel, S]."""
     return F.unfold(x, kernel, dilation, padding, stride)
@@ -144,6 +163,17 @@ def naive_conv(x: Tensor, g: Tensor, w: None, per_sample: bool, *geometry: Any) 
     """Individual gradients from unfolded images, squared and summed; without weights, one group."""
     p = torch.einsum("vnos,nis->vnoi", g.flatten(3), unfolded(x, *geometry[:4]))
     return p.square().sum((0, 1)).view(g.shape[2], x.shape[1], *geometry[0])
+
+
+def naive_products(x: Tensor, g: Tensor, *geometry: Any) -> Tensor:
+    """Individual gradients from unfolded images, [V, N, O, I]; one group."""
+    return torch.einsum("vnos,nis->vnoi", g.flatten(3), unfolded(x, *geometry[:4])).unflatten(3, (x.shape[1], *geometry[0]))
+
+
+def naive_moments(x: Tensor, g: Tensor, total: bool, squares: bool, norms: bool, *geometry: Any) -> tuple[Tensor, ...]:
+    """Individual gradients, and what is asked for of them: everything."""
+    p = naive_products(x, g.unsqueeze(0), *geometry)[0]
+    return p.sum(0), p.square().sum(0), p.square().flatten(1).sum(1)
 
 
 def naive_clip(a: Tensor, g: Tensor, c: Tensor) -> Tensor:
@@ -178,6 +208,19 @@ KERNELS = {
         (*CONVOLUTIONS, COLUMNS[-1]), lambda m, layer, n: (*images(m, layer, n), None, False, *layer.geometry, 1), naive_conv
     ),
     "outer_batch": Kernel(LINEAR + CONVOLUTIONS, factors),
+    "outer_batch_conv": Kernel(
+        (*CONVOLUTIONS, COLUMNS[-1]), lambda m, layer, n: (*images(m, layer, n), *layer.geometry, 1), naive_products,
+        beside="outer_batch",
+    ),
+    "outer_moments": Kernel(
+        LINEAR + CONVOLUTIONS,
+        lambda m, layer, n: (m(n, layer.s, layer.i), m(n, layer.s, layer.outputs), True, True, True),
+    ),
+    "outer_moments_conv": Kernel(
+        CONVOLUTIONS, lambda m, layer, n: (*one_column(m, layer, n), True, True, True, *layer.geometry, 1), naive_moments,
+        beside="outer_moments",
+    ),
+    "max_pool_columns": Kernel(POOLS, lambda m, layer, n: (*pooled(m, layer, n), *layer.geometry, False)),
     "outer_clip_sum": Kernel(
         LINEAR + CONVOLUTIONS,
         lambda m, layer, n: (m(n, layer.s, layer.i), m(n, layer.s, layer.outputs), m(n)),

@@ -103,14 +103,21 @@ def work(call: Callable[..., Tensor], make: Make, kernel: Kernel, layer: Layer, 
     return counter.get_total_flops(), sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def definition(name: str) -> Callable[..., Any]:
+    """The reference of a kernel."""
+    beside = KERNELS[name].beside
+    module = importlib.import_module(f"fxcurv.kernels.{beside or name}")
+    return module.reference_conv if beside else module.reference
+
+
 def prepare(name: str, layer: Layer, dtype: str, wanted: list[str], scale: Scale, device: torch.device) -> Case:
     """The case at the largest batch within the scale."""
     kernel, make = KERNELS[name], Make(device, DTYPES[dtype])
-    module = importlib.import_module(f"fxcurv.kernels.{name}")
+    reference = definition(name)
     calls = {
         "fxcurv": getattr(torch.ops.fxcurv, name),
-        "reference": module.reference,
-        "compiled": torch.compile(module.reference, dynamic=False),
+        "reference": reference,
+        "compiled": torch.compile(reference, dynamic=False),
         "naive": kernel.naive,
     }
     n = layer.batch
@@ -162,10 +169,17 @@ def ceilings(scale: Scale, dtype: str, device: torch.device) -> tuple[float, flo
     return 2 * scale.square**3 / product, 2 * scale.copy / copy
 
 
-def exact(case: Case) -> Tensor:
-    """The kernel's definition in float64."""
+def exact(case: Case) -> list[Tensor]:
+    """The results of the kernel's definition in float64."""
     wide = [leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in case.arguments]
-    return importlib.import_module(f"fxcurv.kernels.{case.kernel}").reference(*wide)
+    return pytree.tree_leaves(definition(case.kernel)(*wide))
+
+
+def distance(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest error, of each result in units of its largest value."""
+    units = [e.abs().max().clamp_min(1e-300) for e in expected]
+    errors = [(f.double() - e).abs().max() / u for f, e, u in zip(found, expected, units, strict=True)]
+    return torch.stack(errors).max().item()
 
 
 def warm_up(case: Case, limit: float, device: torch.device) -> None:
@@ -187,8 +201,7 @@ def warm_up(case: Case, limit: float, device: torch.device) -> None:
             case.notes[name] = reason(error)
             continue
         if expected is not None:
-            unit = expected.abs().max().clamp_min(1e-300)
-            case.errors[name] = ((result.double() - expected).abs().max() / unit).item()
+            case.errors[name] = distance(pytree.tree_leaves(result), expected)
             if not case.errors[name] <= TOLERANCE[case.dtype]:
                 case.notes[name] = f"differs from the reference in float64 by {case.errors[name]:.1e}"
         del result

@@ -46,8 +46,10 @@ def test_every_kernel_is_measured(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "bench")
     table = import_module("kernel_cases").KERNELS
     names = [module.name for module in pkgutil.iter_modules(fxcurv.kernels.__path__)]
-    kernels = [n for n in names if "triton" not in n and hasattr(import_module(f"fxcurv.kernels.{n}"), "reference")]
-    assert kernels and set(kernels) <= set(table)
+    modules = {n: import_module(f"fxcurv.kernels.{n}") for n in names if "triton" not in n}
+    kernels = {n for n, module in modules.items() if hasattr(module, "reference")}
+    beside = {f"{n}_conv" for n, module in modules.items() if hasattr(module, "reference_conv")}
+    assert kernels and beside and kernels | beside <= set(table)
 
 
 def test_scaling(tmp_path):

@@ -7,6 +7,7 @@ which a batch of V N images would have to repeat; on a CPU each is written where
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from torch.utils.flop_counter import register_flop_formula
 backward = torch.ops.aten.max_pool2d_with_indices_backward
 
 
-def reference(g: Tensor, x: Tensor, index: Tensor) -> Tensor:
-    """The definition: every value goes to where its maximum was."""
+def reference(g: Tensor, x: Tensor, index: Tensor, *window: Any) -> Tensor:
+    """The definition: every value goes to where its maximum was, which the window has no more say in."""
     v, (n, c, h, w) = g.shape[0], x.shape
     where = index.flatten(2).unsqueeze(0).expand(v, -1, -1, -1)
     return g.new_zeros(v, n, c, h * w).scatter_add(3, where, g.flatten(3)).reshape(v, n, c, h, w)
