@@ -65,13 +65,10 @@ def all_cnn_c(width: int, side: int, classes: int, n: int) -> tuple[nn.Module, T
 SMALL, REAL = ((12, 16, 20, 8), 2 << 20, 4 << 20), ((96, 32, 100, 64), 1 << 30, 2 << 30)
 
 
-HELD = pytest.mark.xfail(reason="the unfolded inputs of all convolutions are held from sweep to sweep")
-
-
 @pytest.mark.parametrize(
     ("extension", "sizes", "budget", "limit"),
     [
-        pytest.param(ext.DiagGGNExact(), *SMALL, marks=HELD, id="diagonal-small"),
+        pytest.param(ext.DiagGGNExact(), *SMALL, id="diagonal-small"),
         pytest.param(ext.KFLR(), *SMALL, id="factors-small"),
         pytest.param(ext.DiagGGNExact(), *REAL, marks=pytest.mark.slow, id="diagonal-real"),
         pytest.param(ext.KFLR(), *REAL, marks=pytest.mark.slow, id="factors-real"),
@@ -88,18 +85,8 @@ def test_many_classes(extension: Any, sizes: tuple[int, ...], budget: int, limit
 
 # ---- reductions beside the plain gradient ------------------------------
 
-UNFOLDED = "the unfolded input of a convolution is materialised for all samples"
-POOLED = "the transpose of max-pooling makes the zeros that it adds to beside its result"
-REDUCTIONS = [
-    (ext.BatchL2Grad(), UNFOLDED), (ext.SumGradSquared(), UNFOLDED), (ext.DiagGGNExact(), UNFOLDED), (ext.DiagGGNMC(), ""),
-    (ext.KFAC(), ""), (ext.KFLR(), POOLED),
-]  # fmt: skip
-SLOW = [(ext.Variance(), UNFOLDED), (ext.ClippedGrad(0.01), UNFOLDED), (ext.DiagHessian(), UNFOLDED)]
-
-
-def expected(extension: Any, why: str, *marks: Any) -> Any:
-    """A case, which fails for a reason that is known, if there is one."""
-    return pytest.param(extension, id=type(extension).__name__, marks=[*marks, *([pytest.mark.xfail(reason=why)] if why else [])])
+REDUCTIONS = [ext.BatchL2Grad(), ext.SumGradSquared(), ext.DiagGGNExact(), ext.DiagGGNMC(), ext.KFAC(), ext.KFLR()]
+SLOW = [ext.Variance(), ext.ClippedGrad(0.01), ext.DiagHessian()]
 
 
 def net_3c3d() -> tuple[nn.Module, Tensor, Tensor]:
@@ -115,7 +102,7 @@ def net_3c3d() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "extension", [*(expected(*case) for case in REDUCTIONS), *(expected(*case, pytest.mark.slow) for case in SLOW)]
+    "extension", [*REDUCTIONS, *(pytest.param(e, marks=pytest.mark.slow) for e in SLOW)], ids=lambda e: type(e).__name__
 )
 def test_reductions_take_little_more_than_the_gradient(extension: Any) -> None:
     """At most 1.5 times the gradient's peak, or two stacks of the columns of one sweep above it, and the results."""
