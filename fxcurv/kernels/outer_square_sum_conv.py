@@ -49,15 +49,17 @@ def into(
     x: Tensor, g: Tensor, w: Tensor | None, per_sample: bool,
     kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int, *, out: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The op on a CPU for every sample, its result in memory that the caller has."""
+    """The op on a CPU, its result in memory that the caller has."""
     _blocks(x, g, w, per_sample, (kernel, stride, padding, dilation), groups, out)
     return out
 
 
 def _blocks(x: Tensor, g: Tensor, w: Tensor | None, per_sample: bool, geometry: tuple, groups: int, out=None) -> Tensor:
     a = Patches(x, g.shape[3:], geometry, groups, in_order=per_sample)
-    total = cpu.square_sum(a, grouped(g, groups), a.i, w, per_sample, a.most, out)
-    return a.weight(total if per_sample else total.squeeze(0))
+    # sums over another order of inputs than the weight's are brought into its order at the end
+    total = cpu.square_sum(a, grouped(g, groups), a.i, w, per_sample, a.most, None if a.last else out)
+    total = a.weight(total if per_sample else total.squeeze(0))
+    return out.copy_(total) if a.last and out is not None else total
 
 
 @outer_square_sum_conv.register_fake
