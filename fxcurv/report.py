@@ -318,7 +318,8 @@ def _only(program: Program, targets: list[fx.Node]) -> fx.GraphModule:
     copies: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(program.graph, copies)
     graph.output(tuple(copies[t] for t in targets))
-    graph.eliminate_dead_code()
+    # what writes to given memory would count as needed
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     return fx.GraphModule(program.gm, graph)
 
 

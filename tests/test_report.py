@@ -100,6 +100,13 @@ def test_prints(report):
     assert "body.0.weight" in console.export_text()
 
 
+def test_results_in_reused_memory():
+    compiled = fxcurv.compile(nn.Linear(700, 400), nn.MSELoss(), [BatchGrad()])
+    x, y = torch.randn(N, 700), torch.randn(N, 400)
+    assert compiled.lower(x, y).buffers
+    assert compiled.explain(x, y).plain.flops == 2 * 2 * N * 700 * 400
+
+
 def test_batch_size_that_was_fixed():
     model, loss = nn.Linear(IN, OUT), nn.MSELoss()
     one = fxcurv.compile(model, loss, [BatchGrad()]).explain(torch.randn(1, IN), torch.randn(1, OUT))
