@@ -12,6 +12,7 @@ from torch import SymInt, Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 
+from fxcurv.cost import Machine, machine
 from fxcurv.errors import source_line
 from fxcurv.placement import REPLICATE, Placement, Shard
 
@@ -34,7 +35,10 @@ class Input:
 
 @dataclass(frozen=True)
 class Decision:
-    """What `select` chose for one contraction, and at which predicted cost."""
+    """What `select` chose for one contraction, or what an extension computes otherwise, at which predicted cost.
+
+    stage: "select", or of an extension's own "extract".
+    """
 
     param: str
     extension: str
@@ -45,6 +49,7 @@ class Decision:
     seconds: float
     rejected: tuple[tuple[str, float], ...] = ()
     savefield: str = ""
+    stage: str = "select"
 
 
 @dataclass(frozen=True)
@@ -171,6 +176,11 @@ class Program:
     @property
     def output(self) -> fx.Node:
         return next(reversed(self.graph.nodes))
+
+    @property
+    def machine(self) -> Machine:
+        """What the cost model knows of the device that the parameters are on."""
+        return machine(next(iter(self.params.values())).meta["val"].device)
 
     def names_of(self, extension: Any) -> list[str]:
         """The parameters that an extension's quantity is of."""

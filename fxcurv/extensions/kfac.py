@@ -290,7 +290,7 @@ def _record(param: Param, layer: Layer, sharing: str) -> None:
     param.program.decisions.append(
         Decision(
             param.name, param.label, layer.uses[0].use.rule, f"covariances, {sharing}", int(cost.flops),
-            int(cost.bytes), cost.seconds(), savefield=param.origin()["savefield"],
+            int(cost.bytes), cost.seconds(param.program.machine), savefield=param.origin()["savefield"], stage="extract",
         )
     )  # fmt: skip
 

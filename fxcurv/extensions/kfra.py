@@ -121,7 +121,7 @@ def _record(param: Param, layer: Layer, m: fx.Node) -> None:
     param.program.decisions.append(
         Decision(
             param.name, param.label, layer.uses[0].use.rule, f"averaged matrix [{size}, {size}]", int(cost.flops),
-            int(cost.bytes), cost.seconds(), savefield=param.origin()["savefield"],
+            int(cost.bytes), cost.seconds(param.program.machine), savefield=param.origin()["savefield"], stage="extract",
         )
     )  # fmt: skip
 

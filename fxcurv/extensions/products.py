@@ -30,7 +30,7 @@ class _Products(Extension):
         program.borrowing |= {self.savefield, self.operator}
         for p in params:
             algorithm = f"matrix-free, {len(whole.labels)} values kept"
-            program.decisions.append(Decision(p.name, p.label, "", algorithm, 0, 0, 0.0, (), self.savefield))
+            program.decisions.append(Decision(p.name, p.label, "", algorithm, 0, 0, 0.0, (), self.savefield, "extract"))
         return blocks, {self.operator: whole} if self.operator else {}
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxcurv.candidates import CANDIDATES, Candidate, dims, together, together_applies, together_cost
-from fxcurv.cost import Cost
+from fxcurv.cost import Cost, Machine
 from fxcurv.emit import emit
 from fxcurv.factors import Contract, Spec, reduce_p
 from fxcurv.program import Decision, Program
@@ -60,10 +60,19 @@ def _fake(factors):
     return pytree.tree_map(lambda n: n.meta["val"] if isinstance(n, fx.Node) else n, factors)
 
 
+def ranked(spec: Spec, factors: list, machine: Machine, again: bool = False) -> list[tuple[Candidate, Cost]]:
+    """The candidates for a contraction, the one predicted to be the fastest first.
+
+    Args:
+        factors: with fake tensors, or any that have a shape and a dtype.
+        again: whether the result is to be differentiated again, which not all candidates allow.
+    """
+    allowed = [c for c in CANDIDATES if c.applies(spec, factors) and (c.differentiable or not again)]
+    return sorted(((c, c.cost(spec, factors)) for c in allowed), key=lambda option: option[1].seconds(machine))
+
+
 def _options(program: Program, spec: Spec, fake) -> list[tuple[Candidate, Cost]]:
-    again = bool(program.state.get("create_graph"))
-    allowed = [c for c in CANDIDATES if c.applies(spec, fake) and (c.differentiable or not again)]
-    return sorted(((c, c.cost(spec, fake)) for c in allowed), key=lambda option: option[1].seconds())
+    return ranked(spec, fake, program.machine, bool(program.state.get("create_graph")))
 
 
 def _together(program: Program, group: list[fx.Node]) -> dict[fx.Node, fx.Node]:
@@ -75,15 +84,15 @@ def _together(program: Program, group: list[fx.Node]) -> dict[fx.Node, fx.Node]:
         return {}
     cost = together_cost(specs, fake)
     apart = [_options(program, spec, fake)[0] for spec in specs]
-    alone = sum(k.seconds() for _, k in apart)
-    if cost.seconds() >= alone:
+    alone = sum(k.seconds(program.machine) for _, k in apart)
+    if cost.seconds(program.machine) >= alone:
         return {}
     first = min(group, key=list(program.graph.nodes).index)
-    origin = {**first.meta["origin"], "stage": "select"}
+    origin = _origin(program, first, len(group))
     news = emit(program, together, specs, factors, origin=origin, before=first)
     share = Cost(cost.flops / len(group), cost.bytes / len(group), cost.fresh / len(group), cost.calls // len(group))
     for node, new, (candidate, k) in zip(group, news, apart, strict=True):
-        _record(program, node, "together", share, [(candidate.name, k.seconds())])
+        _record(program, node, "together", share, [(candidate.name, k)])
         program.stand_in(node, new)
         program.graph.erase_node(node)
     return dict(zip(group, news, strict=True))
@@ -96,23 +105,31 @@ def _select(program: Program, node: fx.Node, source: fx.Node | None) -> fx.Node:
     options = [(c.name, cost, c.run, factors) for c, cost in _options(program, spec, fake)]
     if source is not None and "v" in spec.reduce:
         options.append(("reuse P", _reuse_cost(spec, fake), _from_p, source))
-    priced = sorted(options, key=lambda option: option[1].seconds())
+    priced = sorted(options, key=lambda option: option[1].seconds(program.machine))
     name, cost, run, operands = priced[0]
-    origin = {**node.meta["origin"], "stage": "select"}
+    origin = _origin(program, node, 1)
     new = emit(program, run, spec, operands, weights, origin=origin, before=node)
-    _record(program, node, name, cost, [(other, k.seconds()) for other, k, *_ in priced[1:]])
+    _record(program, node, name, cost, [(other, k) for other, k, *_ in priced[1:]])
     program.stand_in(node, new)
     program.graph.erase_node(node)
     return new
 
 
-def _record(program: Program, node: fx.Node, name: str, cost: Cost, rejected: list[tuple[str, float]]) -> None:
-    origin = node.meta["origin"]
-    names = [origin.get(key, "") for key in ("param", "extension", "rule")]
-    decision = Decision(  # type: ignore[call-arg]
-        *names, name, int(cost.flops), int(cost.bytes), cost.seconds(), tuple(rejected), origin.get("savefield", "")
-    )
-    program.decisions.append(decision)
+def _origin(program: Program, node: fx.Node, count: int) -> dict:
+    """Provenance of what replaces a contraction: also which `count` decisions, recorded next, its nodes are of."""
+    start = len(program.decisions)
+    return {**node.meta["origin"], "stage": "select", "decisions": tuple(range(start, start + count))}
+
+
+def _record(program: Program, node: fx.Node, name: str, cost: Cost, rejected: list[tuple[str, Cost]]) -> None:
+    origin, machine = node.meta["origin"], program.machine
+    param, extension, rule = (origin.get(key, "") for key in ("param", "extension", "rule"))
+    program.decisions.append(
+        Decision(
+            param, extension, rule, name, int(cost.flops), int(cost.bytes), cost.seconds(machine),
+            tuple((other, k.seconds(machine)) for other, k in rejected), savefield=origin.get("savefield", ""),
+        )
+    )  # fmt: skip
 
 
 def _from_p(spec: Spec, p: Tensor, weights) -> Tensor:
