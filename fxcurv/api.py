@@ -364,11 +364,25 @@ class Compiled:
             seed = _seed(0, None, next(self.model.parameters()).device)
             return export(self.model, self.loss, program, arguments, inputs, targets, seed)
 
-    def explain(self, inputs: Any, *targets: Any):
-        """A report: per parameter the rule, the algorithm, FLOPs and bytes; totals; the columns carried."""
+    def explain(self, inputs: Any, *targets: Any, measure: bool = False):
+        """A report: per parameter the rule, the algorithm, FLOPs, bytes, predicted time; totals; the columns carried.
+
+        Args:
+            inputs, targets: as in a call.
+            measure: run the eager graph a few times on these values, and show what each choice took beside the prediction.
+        """
         from fxcurv.report import Report
 
-        return Report(self.lower(inputs, *targets))
+        program = self.lower(inputs, *targets)
+        if not measure:
+            return Report(program)
+        arguments, mode = self._arguments(inputs, targets), self._autocast()
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(mode.device_type, enabled=False):
+            flat = self._bind(program, arguments, 0, None)
+            try:
+                return Report(program, flat)
+            except (RuntimeError, IndexError) as error:
+                raise _run_error(program, arguments, flat, error) from error
 
     def covered(self, extensions: tuple[Extension, ...] | None = None) -> tuple[list[str], dict[Extension, list[str]]]:
         """(the parameters of all quantities, those of each extension that chose its own), by name."""

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxcurv.candidates import size
+from fxcurv.measure import RUNS, measure
 from fxcurv.program import Decision, Program, is_active
 from fxcurv.quantity import GRADIENT, groups_of
 from fxcurv.rules.base import FALLBACK, rule_of
@@ -56,7 +57,14 @@ def stage_of(node: fx.Node) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One quantity of one parameter. `share`: of the predicted time of all quantities, in [0, 1]."""
+    """One quantity of one parameter.
+
+    Attributes:
+        seconds: predicted by the cost model.
+        share: of the predicted time of all quantities, in [0, 1].
+        measured: seconds on real values (see `measure`), 0 where all nodes are shared with rows above; None where there
+            was nothing to choose, or no values were given.
+    """
 
     param: str
     extension: str
@@ -66,6 +74,7 @@ class Row:
     bytes: int
     seconds: float
     share: float
+    measured: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,12 +101,16 @@ class Report:
         fallbacks: ops on the walk that have no rule of their own.
         batch: whether the batch size is symbolic, or what fixed it.
         timings: pass -> seconds.
+
+    Args:
+        program: a finished one.
+        flat: the graph's arguments, but memory for results: what was chosen is run on them and timed (default: not).
     """
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, flat: list[Any] | None = None):
         self.totals = _count_program(program)
         self.plain = _count_plain(program)
-        self.rows = _rows(program)
+        self.rows = _rows(program, None if flat is None else measure(program, flat))
         self.columns = _columns(program)
         self.sweeps = program.state["sweeps"]
         self.fallbacks = _fallbacks(program)
@@ -123,7 +136,9 @@ class Report:
     __repr__ = __str__
 
     def _table_of_rows(self) -> Table:
-        table = _table("What was chosen", ["parameter", "quantity", "rule", "algorithm"], ["FLOPs", "bytes", "time"])
+        timed = any(row.measured is not None for row in self.rows)
+        numbers = ["FLOPs", "bytes", "time", "predicted", *(["measured"] if timed else [])]
+        table = _table("What was chosen", ["parameter", "quantity", "rule", "algorithm"], numbers)
         previous = None
         for row in self.rows:
             if previous not in (None, row.param):
@@ -131,10 +146,13 @@ class Report:
             style = "yellow" if row.rule == FALLBACK.name else None
             table.add_row(
                 row.param if row.param != previous else "", row.extension, row.rule, row.algorithm,
-                short(row.flops), short(row.bytes), f"{row.share:.0%}", style=style,
+                short(row.flops), short(row.bytes), f"{row.share:.0%}", _duration(row.seconds),
+                *(["shared" if row.seconds and row.measured == 0 else _duration(row.measured)] if timed else []), style=style,
             )  # fmt: skip
             previous = row.param
         table.caption = "predicted by the cost model; time: share among these rows"
+        if timed:
+            table.caption += f"; measured: median of {RUNS} runs, op by op"
         return table
 
     def _table_of_totals(self) -> Table:
@@ -172,11 +190,19 @@ def short(value: float) -> str:
     return f"{value:.3g}{units[0]}"
 
 
+def _duration(seconds: float | None) -> str:
+    """In microseconds or milliseconds; a dash where nothing is computed."""
+    if not seconds:
+        return "-"
+    return f"{1e6 * seconds:.3g} us" if seconds < 999.5e-6 else f"{short(1e3 * seconds)} ms"
+
+
 # what was chosen ------------------------------------------------------------------------------------------
 
 
-def _rows(program: Program) -> list[Row]:
-    """All decisions, and a row for every quantity that needed none of its own."""
+def _rows(program: Program, measured: list[float] | None) -> list[Row]:
+    """All decisions, with what they took, and a row for every quantity that needed none of its own."""
+    taken = {id(d): s for d, s in zip(program.decisions, measured or [], strict=measured is not None)}
     seconds = sum(d.seconds for d in program.decisions) or 1.0
     rows = []
     for param in program.params:
@@ -186,7 +212,8 @@ def _rows(program: Program) -> list[Row]:
             own = [d for d in program.decisions if d.param == param and d.extension == label]
             own = own or [_shared(program, param, label, program.results[field][param])]
             for d in own:
-                row = Row(param, label, d.rule, d.algorithm, d.flops, d.bytes, d.seconds, d.seconds / seconds)
+                predicted = d.seconds, d.seconds / seconds
+                row = Row(param, label, d.rule, d.algorithm, d.flops, d.bytes, *predicted, taken.get(id(d)))
                 if row not in rows:  # two extensions of one class have one label
                     rows.append(row)
     return rows

@@ -13,7 +13,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import fxcurv
-from fxcurv.extensions import BatchGrad, DiagGGNExact, DiagGGNMC, Jacobian, SumGradSquared, Variance
+from fxcurv.errors import ArgumentError
+from fxcurv.extensions import KFAC, BatchGrad, BatchL2Grad, DiagGGNExact, DiagGGNMC, Jacobian, SumGradSquared, Variance
+from fxcurv.measure import _decisions_of
 from fxcurv.report import Report, short
 
 EXTENSIONS = [BatchGrad(), SumGradSquared(), Variance(), DiagGGNExact(), DiagGGNMC(mc_samples=2)]
@@ -100,11 +102,60 @@ def test_prints(report):
     assert "body.0.weight" in console.export_text()
 
 
+def images(extensions, positions=8):
+    """Large enough that the three reductions of individual gradients come from one op."""
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(8 * (positions - 2) ** 2, OUT))
+    compiled = fxcurv.compile(model, nn.CrossEntropyLoss(), extensions)
+    return compiled, torch.randn(N, 2, positions, positions), torch.randint(OUT, (N,))
+
+
+def test_measured_beside_predicted():
+    """Every choice has both times, what extensions compute by themselves too; what has no prediction has neither."""
+    extensions = [SumGradSquared(), Variance(), BatchL2Grad(), DiagGGNExact(), KFAC()]
+    compiled, x, y = images(extensions)
+    state = torch.random.get_rng_state()
+    report = compiled.explain(x, y, measure=True)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    chosen = [row for row in report.rows if row.seconds]
+    assert {row.extension for row in chosen} == {"gradient", *(type(e).__name__ for e in extensions)} - {"Variance"}
+    # A bias's factor is part of its weight's.
+    for row in chosen:
+        assert row.measured > 0 or (row.extension, row.measured) == ("KFAC", 0) and row.param.endswith("bias"), row
+    assert all(row.measured is None for row in report.rows if not row.seconds)
+    text = str(report)
+    assert "predicted" in text and "measured" in text and "shared" in text
+    assert "measured" not in str(compiled.explain(x, y))
+
+
+def test_every_emitted_reduction_belongs_to_its_decision():
+    """Nodes name decisions of their own parameter and extension, and of all that one op gives."""
+    compiled, x, y = images([SumGradSquared(), BatchL2Grad(), KFAC()], positions=32)
+    program = compiled.lower(x, y)
+    found = _decisions_of(program)
+    for node, indices in found.items():
+        own = {(program.decisions[k].param, program.decisions[k].extension) for k in indices}
+        assert not own or (node.meta["origin"]["param"], node.meta["origin"]["extension"]) in own
+    together = [k for k, d in enumerate(program.decisions) if d.algorithm == "together"]
+    assert len(together) == 3
+    assert tuple(together) in found.values()
+    assert {k for indices in found.values() for k in indices} >= {
+        k for k, d in enumerate(program.decisions) if d.stage == "select"
+    }
+
+
 def test_results_in_reused_memory():
     compiled = fxcurv.compile(nn.Linear(700, 400), nn.MSELoss(), [BatchGrad()])
     x, y = torch.randn(N, 700), torch.randn(N, 400)
     assert compiled.lower(x, y).buffers
     assert compiled.explain(x, y).plain.flops == 2 * 2 * N * 700 * 400
+    rows = compiled.explain(x, y, measure=True).rows
+    assert {row.extension for row in rows if row.measured > 0} == {"gradient", "BatchGrad"}
+
+
+def test_measuring_refuses_wrong_values():
+    compiled, x, y = images([BatchL2Grad()])
+    with pytest.raises(ArgumentError, match="fails on the inputs"):
+        compiled.explain(x, y + 100, measure=True)
 
 
 def test_batch_size_that_was_fixed():
