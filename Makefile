@@ -10,10 +10,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 DEFINITION := pyproject.toml constraints.txt
 FIGURES := demo.png batched_jacobians.png diag_ggn_optimizer.png train_compiled.png
 
-.PHONY: help venv test test-all demo examples bench bench-kernels bench-scaling lint clean
+.PHONY: help venv test test-all demo examples bench bench-kernels bench-scaling bench-selection lint clean
 
 help:
-	@echo "make venv | test | test-all | demo | examples | bench | bench-kernels | bench-scaling | lint | clean"
+	@echo "make venv | test | test-all | demo | examples | bench | bench-kernels | bench-scaling | bench-selection | lint | clean"
 	@echo "ARGS goes to what is run: make test ARGS='-k linear', make demo ARGS='--epochs 3'"
 
 venv: $(VENV)/.installed
@@ -54,6 +54,9 @@ bench-kernels: $(VENV)/.installed-bench
 
 bench-scaling: $(VENV)/.installed-bench
 	$(BIN)/python bench/scaling.py $(ARGS)
+
+bench-selection: $(VENV)/.installed-bench
+	$(BIN)/python bench/selection.py $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -9,8 +9,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import fxcurv.kernels
+from fxcurv.extensions import BatchL2Grad
 
 ROOT = Path(__file__).parent.parent
 for package in ("tqdm", "matplotlib"):
@@ -50,6 +53,31 @@ def test_every_kernel_is_measured(monkeypatch):
     kernels = {n for n, module in modules.items() if hasattr(module, "reference")}
     beside = {f"{n}_conv" for n, module in modules.items() if hasattr(module, "reference_conv")}
     assert kernels and beside and kernels | beside <= set(table)
+
+
+def test_selection(tmp_path):
+    """What was chosen is what was predicted to be the fastest, of several; ratios are to what was the fastest."""
+    rows = run("selection.py", tmp_path, "--rounds", "2")
+    cases = {}
+    for row in rows:
+        cases.setdefault(tuple(row[k] for k in ("layer", "V", "S", "reduction")), []).append(row)
+    assert {key[-1] for key in cases} == {
+        "2vn", "2vp", "2v", "1v", "1vn+2vn", "1vn+2vp", "2vn+2vp", "1vn+2vn+2vp"
+    }  # fmt: skip
+    for case in cases.values():
+        predicted, median = ([float(row[k]) for row in case] for k in ("predicted_ms", "median_ms"))
+        assert len(case) >= 2 and min(median) > 0
+        assert [row["chosen"] for row in case] == ["True"] + ["False"] * (len(case) - 1)
+        assert predicted == sorted(predicted)
+        assert sum(row["fastest"] == "True" for row in case) == 1
+        assert [float(row["ratio"]) for row in case] == pytest.approx([m / min(median) for m in median], rel=1e-3)
+    # The compiler prices the same layer alike: of the gradient and norms of one column, at 16 positions.
+    compiled = fxcurv.compile(nn.Linear(8, 8), nn.MSELoss(), [BatchL2Grad()])
+    decided = compiled.lower(torch.randn(4, 16, 8), torch.randn(4, 16, 8)).decisions
+    priced = 1e3 * sum(d.seconds for d in decided if d.param == "weight")
+    best = cases["linear", "1", "16", "1vn+2vp"][0]
+    assert float(best["predicted_ms"]) == pytest.approx(priced, rel=1e-3)
+    assert (best["candidate"] == "together") == ("together" in {d.algorithm for d in decided})
 
 
 def test_scaling(tmp_path):
