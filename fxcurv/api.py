@@ -380,7 +380,7 @@ class Compiled:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(mode.device_type, enabled=False):
             flat = self._bind(program, arguments, 0, None)
             try:
-                return Report(program, flat)
+                return Report(program, flat, arguments.batch_size)
             except (RuntimeError, IndexError) as error:
                 raise _run_error(program, arguments, flat, error) from error
 

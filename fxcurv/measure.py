@@ -14,7 +14,7 @@ from fxcurv.program import Program
 RUNS = 5
 
 
-def measure(program: Program, flat: list[Any]) -> list[float]:
+def measure(program: Program, flat: list[Any], samples: int) -> list[float]:
     """Seconds of each of `program.decisions`: the median over a few runs of the graph, node by node, after one to warm up.
 
     A node that several decisions read counts for the first of them; one that computes several at once, in equal parts.
@@ -22,11 +22,9 @@ def measure(program: Program, flat: list[Any]) -> list[float]:
 
     Args:
         flat: the graph's arguments, but the memory for results.
+        samples: the batch size.
     """
-    memory = [
-        torch.empty(program.batch.shape(m.val, program.batch.size), dtype=m.val.dtype, device=m.val.device)
-        for m in program.buffers
-    ]
+    memory = [torch.empty(program.batch.shape(m.val, samples), dtype=m.val.dtype) for m in program.buffers]
     cuda = sorted({t.device.index or 0 for t in flat if isinstance(t, Tensor) and t.is_cuda})
     runs = []
     for _ in range(1 + RUNS):

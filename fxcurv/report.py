@@ -105,12 +105,14 @@ class Report:
     Args:
         program: a finished one.
         flat: the graph's arguments, but memory for results: what was chosen is run on them and timed (default: not).
+        samples: the batch size of `flat`; predictions are for that at capture.
     """
 
-    def __init__(self, program: Program, flat: list[Any] | None = None):
+    def __init__(self, program: Program, flat: list[Any] | None = None, samples: int = 0):
+        self._captured, self._samples = program.batch.size, samples
         self.totals = _count_program(program)
         self.plain = _count_plain(program)
-        self.rows = _rows(program, None if flat is None else measure(program, flat))
+        self.rows = _rows(program, None if flat is None else measure(program, flat, samples))
         self.columns = _columns(program)
         self.sweeps = program.state["sweeps"]
         self.fallbacks = _fallbacks(program)
@@ -153,6 +155,8 @@ class Report:
         table.caption = "predicted by the cost model; time: share among these rows"
         if timed:
             table.caption += f"; measured: median of {RUNS} runs, op by op"
+            if self._samples != self._captured:
+                table.caption += f"; predicted for {self._captured} samples, measured with {self._samples}"
         return table
 
     def _table_of_totals(self) -> Table:

@@ -148,8 +148,12 @@ def test_results_in_reused_memory():
     x, y = torch.randn(N, 700), torch.randn(N, 400)
     assert compiled.lower(x, y).buffers
     assert compiled.explain(x, y).plain.flops == 2 * 2 * N * 700 * 400
-    rows = compiled.explain(x, y, measure=True).rows
-    assert {row.extension for row in rows if row.measured > 0} == {"gradient", "BatchGrad"}
+    same = compiled.explain(x, y, measure=True)
+    more = compiled.explain(torch.cat([x, x]), torch.cat([y, y]), measure=True)
+    for report in (same, more):
+        assert {row.extension for row in report.rows if row.measured > 0} == {"gradient", "BatchGrad"}
+    assert "measured with" not in str(same)
+    assert f"predicted for {N} samples, measured with {2 * N}" in " ".join(str(more).split())
 
 
 def test_measuring_refuses_wrong_values():
