@@ -188,6 +188,9 @@ class Compiled:
             The logger "fxcurv" says so at level INFO when it happens (`TORCH_LOGS=fxcurv` in the environment shows it).
     """
 
+    _as_written = False
+    """Whether no op of the model may be said in others, for quantities that depend on them."""
+
     def __init__(
         self,
         model,
@@ -471,6 +474,7 @@ class Compiled:
         program.shapes = {name: shape for name, shape in program.shapes.items() if name in names}
         program.state["batch_dims"] = arguments.batch_dims
         program.state["memory_budget"], program.state["sample"] = self._memory_budget, self._sample
+        program.state["as_written"] = self._as_written or any(e.by_op for e in self.extensions)
         return passes.run(program, passes.ANALYSIS, self._debug, tell)
 
     def _bind(self, program: Program, arguments: Arguments, seed, generator) -> list[Any]:

@@ -50,6 +50,8 @@ class Pass:
 class _Parts(Compiled):
     """Programs of a model that outlives them: an entry of a dictionary by models must not keep its model alive."""
 
+    _as_written = True  # which extensions follow is not known yet
+
     def __init__(self, model: nn.Module, extensions: tuple[Extension, ...] = ()):
         self._model = weakref.ref(model)
         super().__init__(None, None, extensions, 0, None, {}, True, False)

@@ -38,6 +38,7 @@ class Extension:
         needs_convex: whether it needs a loss that is convex in the model's output.
         any_sample: whether it is the same whatever is a sample, a sequence or a token.
         shows_columns: whether the result depends on which root of the loss Hessian the columns are.
+        by_op: whether the result depends on which ops the model is written in, so that none may be said in others.
         holds_samples: whether the result is a sum over columns for every sample, which each part of them would write anew.
     """
 
@@ -50,6 +51,7 @@ class Extension:
     any_sample: ClassVar[bool] = False
     shows_columns: ClassVar[Any] = False
     holds_samples: ClassVar[bool] = False
+    by_op: ClassVar[bool] = False
 
     def __post_init__(self):
         if not self.savefield:

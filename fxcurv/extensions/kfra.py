@@ -45,6 +45,7 @@ class KFRA(_Factored):
     """
 
     savefield = "kfra"
+    by_op = True  # it averages over samples after every op
     requires = Averaged()
 
     def extract(self, param: Param) -> Kronecker:

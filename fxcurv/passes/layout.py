@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from fxcurv.program import Program
 from fxcurv.program import layout as laid_out
@@ -99,7 +100,7 @@ class _Layout:
 
     def value(self, node: fx.Node) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: a.meta["val"])
-        with self.program.fake_mode, torch.no_grad():
+        with self.program.fake_mode, torch.no_grad(), enable_python_dispatcher():
             return node.target(*args, **kwargs)
 
 

@@ -23,6 +23,8 @@ ACTIVATIONS = {aten.relu.default: True, aten.relu6.default: True, aten.hardtanh.
 
 def reorder(program: Program) -> Program:
     """See the module."""
+    if program.state.get("as_written"):
+        return program
     for node in [n for n in program.graph.nodes if n.target is POOL]:
         values = [user for user in node.users if user.args[1] == 0]
         if len(node.users) == len(values) == 1:
