@@ -17,8 +17,8 @@ from fxcurv.uses import origin_of
 aten = torch.ops.aten
 
 POOL = aten.max_pool2d_with_indices.default
-# monotone, flat wherever not injective, and zero at zero -> whether everything below zero is mapped to zero
-ACTIVATIONS = {aten.relu.default: True, aten.relu6.default: True, aten.hardtanh.default: False}
+# monotone, flat wherever not injective, and zero at zero
+ACTIVATIONS = {aten.relu.default, aten.relu6.default, aten.hardtanh.default}
 
 
 def reorder(program: Program) -> Program:
@@ -41,7 +41,7 @@ def _swap(program: Program, node: fx.Node, value: fx.Node) -> None:
     if not any(_alone(act, f) for f in ACTIVATIONS) or act in program.heads or _bounds_miss_zero(act):
         return
     source = act.args[0]
-    joined = _joined(source, given, window) if padded and ACTIVATIONS[act.target] else None
+    joined = _joined(source, given, window) if padded and _rectifies(act) else None
     with_pad = given.args[1] if padded and joined is None else None
     origin = origin_of(node, "forward")
     pooled = emit(program, _pool, source, with_pad, joined or window, origin=origin, before=value)
@@ -62,6 +62,11 @@ def _bounds_miss_zero(act: fx.Node) -> bool:
     return not low <= 0 <= high
 
 
+def _rectifies(act: fx.Node) -> bool:
+    """Whether everything below zero is mapped to zero."""
+    return act.target is not aten.hardtanh.default or canonical_args(act)[1] == 0
+
+
 def _pool(x, pad, window):
     if pad is not None:
         x = aten.constant_pad_nd.default(x, pad, 0)
@@ -75,10 +80,12 @@ def _joined(source: fx.Node, padded: fx.Node, window: list) -> list | None:
     pads, sizes = padded.args[1], source.meta["val"].shape[-2:]
     if len(pads) != 4 or any(padding) or ceil or not all(isinstance(s, int) for s in sizes):
         return None
+    if any(d != 1 for d in dilation):  # a window may see padding alone, where the pool has no maximum
+        return None
     (left, right, top, bottom) = pads
     if left == right and top == bottom and 0 <= left <= kernel[1] // 2 and 0 <= top <= kernel[0] // 2:
         return [kernel, stride, [top, left], dilation, False]
-    if left or top or right < 0 or bottom < 0 or any(d != 1 for d in dilation):
+    if left or top or right < 0 or bottom < 0:
         return None
     outs = padded.meta["val"].shape[-2:]
     for size, out, k, s in zip(sizes, outs, kernel, stride, strict=True):
