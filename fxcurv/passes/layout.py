@@ -23,10 +23,11 @@ from fxcurv.uses import origin_of
 aten = torch.ops.aten
 
 CONVOLUTION = aten.convolution.default
-# besides the elementwise ones: their outputs are laid out as their first argument is
+# besides the elementwise ones of one argument: their outputs are laid out as what they read is
 KEEP = {
     CONVOLUTION, aten.max_pool2d_with_indices.default, aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default,
-    aten._native_batch_norm_legit_no_training.default, aten.constant_pad_nd.default, aten.add.Tensor, operator.getitem,
+    aten._native_batch_norm_legit_no_training.default, aten.constant_pad_nd.default, aten.add.Tensor, aten.sub.Tensor,
+    aten.mul.Tensor, aten.cat.default, aten._to_copy.default, operator.getitem,
 }  # fmt: skip
 
 
@@ -105,9 +106,6 @@ class _Layout:
 
 
 def _keeps(node: fx.Node) -> bool:
-    if node.target is aten.add.Tensor:  # a broadcast argument has no layout of its own
-        shapes = [a.meta["val"].shape for a in node.args if isinstance(a, fx.Node)]
-        return all(s == shapes[0] for s in shapes)
     return node.target in KEEP or isinstance(RULES.get(node.target), Pointwise)
 
 
