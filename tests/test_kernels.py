@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from kernel_cases import KERNELS, LAYOUTS, SMALL, TILED, arguments, check, laid_out
+from kernel_samples import KERNELS, LAYOUTS, SMALL, TILED, arguments, check, laid_out
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxcurv.kernels import cpu, outer_batch

@@ -13,7 +13,7 @@ import sys
 import numpy
 import pytest
 import torch
-from kernel_cases import KERNELS, LAYOUTS, SMALL, TILED, arguments, check, rounding
+from kernel_samples import KERNELS, LAYOUTS, SMALL, TILED, arguments, check, rounding
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux")
 tiles = importlib.import_module("fxcurv.kernels.tiles")

@@ -346,9 +346,9 @@ def test_verify_finds_a_broken_program():
 
 ROOT = Path(fxcurv.__file__).parent
 ORDER = [
-    "errors", "progress", "selection", "precision", "placement", "program", "emit", "cost", "noise", "kernels", "factors",
+    "errors", "progress", "selection", "precision", "placement", "cost", "program", "emit", "noise", "kernels", "factors",
     "candidates", "rules", "averages", "quantity", "uses", "kronecker", "layers", "extensions", "result", "arguments",
-    "capture", "passes", "linearize", "positive", "partition", "product", "cut", "probe", "report", "draw", "recompiles",
+    "capture", "passes", "linearize", "positive", "partition", "product", "cut", "probe", "measure", "report", "draw", "recompiles",
     "dynamo", "backend", "api", "backpack", "__init__",
 ]  # fmt: skip
 
