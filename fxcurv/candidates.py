@@ -392,7 +392,7 @@ CANDIDATES = [
     Candidate("materialise", lambda spec, factors: True, _materialise, _materialise_cost),
     Candidate("direct", _is_sum, _direct, _direct_cost),
     Candidate("squared factors", _no_sharing, _squared, _squared_cost),
-    Candidate("Gram", _is_norm, _gram, _gram_cost),
+    Candidate("Gram", lambda s, f: _is_norm(s, f) and not _no_sharing(s, f), _gram, _gram_cost),
     Candidate("blocked squares", _blocked_square_applies, _blocked_square, _blocked_square_cost, differentiable=False),
     Candidate(
         "blocked norms", _blocked_norm_applies, _blocked_norm, _blocked_norm_cost, differentiable=False
