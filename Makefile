@@ -1,19 +1,25 @@
 # Every target makes the environment it needs; a set of packages is installed again when its definition changes.
 #   make test PYTHON=python3.12 VENV=/some/where
+# TORCH is a version of PyTorch other than the pinned one, in an environment of its own; pip's settings lead to nightly ones:
+#   make test TORCH=2.14.1
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/nightly/cpu make smoke TORCH=2.16.0.dev20261101+cpu
 
 PYTHON ?= python3
-VENV ?= .venv
+TORCH ?=
+VENV ?= .venv$(addprefix -,$(TORCH))
 ARGS ?=
 
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+PINS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
+INSTALL := $(BIN)/python -m pip install --quiet --constraint $(PINS)
 DEFINITION := pyproject.toml constraints.txt
 FIGURES := demo.png batched_jacobians.png diag_ggn_optimizer.png train_compiled.png
 
-.PHONY: help venv test test-all demo examples bench bench-kernels bench-scaling bench-selection lint clean
+.PHONY: help venv test test-all smoke demo examples bench bench-kernels bench-scaling bench-selection lint clean
 
 help:
-	@echo "make venv | test | test-all | demo | examples | bench | bench-kernels | bench-scaling | bench-selection | lint | clean"
+	@echo "make venv | test | test-all | smoke | demo | examples | bench | bench-kernels | bench-scaling | bench-selection | lint | clean"
+	@echo "TORCH=2.14.1 takes that PyTorch, in an environment of its own"
 	@echo "ARGS goes to what is run: make test ARGS='-k linear', make demo ARGS='--epochs 3'"
 
 venv: $(VENV)/.installed
@@ -21,6 +27,7 @@ venv: $(VENV)/.installed
 $(VENV)/.installed: $(DEFINITION)
 	@echo "Installing fxcurv and its dependencies into $(VENV); PyTorch is a large download."
 	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH),{ grep -vE '^(torch|triton)==' constraints.txt; echo 'torch==$(TORCH)'; } > $(PINS))
 	$(INSTALL) --editable '.[test,demo]'
 	@touch $@
 
@@ -38,6 +45,10 @@ test: $(VENV)/.installed
 # The last -m wins over the one in pyproject.toml that leaves slow tests out.
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -m '' $(ARGS)
+
+# Whether a PyTorch will do, in a minute: a test or two of each part, and all that it has to have.
+smoke: $(VENV)/.installed
+	$(BIN)/python -m pytest @tests/smoke.txt $(ARGS)
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -66,4 +77,4 @@ lint: $(VENV)/.installed-lint
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	rm -f $(FIGURES)
-	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -path './$(VENV)' -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -283,7 +283,7 @@ def run(args: argparse.Namespace) -> list[Row]:
         for index, name, dtype in within(progress, args.seconds):
             layer = KERNELS[name].layers[index]
             progress.set_postfix_str(f"{name} {layer.name} {dtype}")
-            torch._dynamo.reset()
+            torch.compiler.reset()
             try:
                 case = prepare(name, layer, dtype, ["fxcurv", *args.against], scale, args.device)
                 with precision(dtype):

@@ -74,7 +74,7 @@ def placed(name: str, device: torch.device, quick: bool) -> Problem:
 
 def measure(problem: str, quantity: str, args: argparse.Namespace, progress: tqdm) -> list[Entry]:
     """All implementations of one quantity on one problem, the plain gradient first."""
-    torch._dynamo.reset()  # its limit of recompilations counts per function, and all entries share one
+    torch.compiler.reset()  # its limit of recompilations counts per function, and all entries share one
     case, how = placed(problem, args.device, args.quick), QUANTITIES[quantity]
     entries = [Entry("plain", args.device)]
     entries[0].prepare(lambda: plain(case), args.limit, compare=False)

@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs: dict[str, Run] = {}
     failed = False
     for name, make in WAYS.items():
-        torch._dynamo.reset()
+        torch.compiler.reset()
         losses, seconds = runs[name] = train(make(args.backend), x, y, args.steps, args.batch_size)
         later = 1000 * statistics.median(seconds[1:])
         first = divergence(losses, runs["eager"][0])

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import pytree
 from fxcurv.errors import ArgumentError
 
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import pytree
 from fxcurv.placement import Shard, samples_back, samples_first
 from fxcurv.rules.base import Call, Rule
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import maybe_mark_dynamic, pytree
 from fxcurv.arguments import Arguments
 from fxcurv.dynamo import Step, named_tensors, parted
 from fxcurv.errors import ArgumentError
@@ -44,7 +44,7 @@ class Backend:
             given = list(flat)
             for k, dims in symbolic:
                 given[k] = given[k].view_as(given[k])  # the mark is on the tensor, which is the user's
-                torch._dynamo.maybe_mark_dynamic(given[k], dims)
+                maybe_mark_dynamic(given[k], dims)
             if self.mode == "reduce-overhead":
                 torch.compiler.cudagraph_mark_step_begin()
             return module(*given)

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import inspect
 import linecache
-import logging
 import math
 import traceback
 import warnings
@@ -21,9 +20,16 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
-from torch.fx.proxy import TracerBase
 
+from fxcurv._torch import (
+    GuardOnDataDependentSymNode,
+    OpOverload,
+    captured_size,
+    fake_tensor_log,
+    original,
+    patched,
+    schema_of,
+)
 from fxcurv.arguments import Arguments, described, filled, map_leaves, templated
 from fxcurv.errors import (
     ArgumentError,
@@ -130,12 +136,12 @@ def _scalar(loss: Any) -> Tensor:
 @contextlib.contextmanager
 def _no_custom_functions():
     """Refuse custom autograd functions by name: export would differentiate through their forward."""
-    original = vars(torch.autograd.Function)["apply"].__func__
+    own = original("torch.autograd.Function.apply")  # a class method, from PyTorch 2.14 on one of C
 
     def apply(cls, *args, **kwargs):
         # torch.library ops carry their own backward, and checkpointing's no-op has none
         if cls.__name__.startswith("GeneratedBackwardFor_") or cls.__name__ == "_NoopSaveInputs":
-            return original(cls, *args, **kwargs)
+            return own.__get__(None, cls)(*args, **kwargs)
         frames = [f for f in inspect.stack() if is_user_file(f.filename)]
         line = _line(frames[0].filename, frames[0].lineno, frames[0].function) if frames else ""
         raise CustomFunctionError(
@@ -146,7 +152,7 @@ def _no_custom_functions():
             "use_reentrant=False."
         )
 
-    with mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)):
+    with patched("torch.autograd.Function.apply", classmethod(apply)):
         yield
 
 
@@ -174,8 +180,7 @@ def capture(model: nn.Module, loss: Callable | None, arguments: Arguments, split
 @contextlib.contextmanager
 def _quiet():
     """Silence what PyTorch says about its own code while tracing."""
-    fake_tensors = logging.getLogger("torch._subclasses.fake_tensor")  # logs every error that it raises
-    with warnings.catch_warnings(), mock.patch.object(fake_tensors, "disabled", True):
+    with warnings.catch_warnings(), mock.patch.object(fake_tensor_log, "disabled", True):
         warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
         weights = r"(self\.[\w.]*_flat_weights\S*\s?)+"  # of nn.LSTM and nn.GRU, which are parameters as well
         assigned = rf"The tensor attributes? {weights}(was|were) assigned during export"
@@ -205,8 +210,8 @@ def _export(wrapped: _Captured, arguments: Arguments) -> ExportedProgram:
 @contextlib.contextmanager
 def _no_branches():
     """Losses of PyTorch that branch on values: said without the branch, or refused."""
-    gaussian = mock.patch.object(torch.nn.functional, "gaussian_nll_loss", _gaussian_nll)
-    with gaussian, mock.patch.object(torch, "ctc_loss", _no_ctc):
+    gaussian = patched("torch.nn.functional.gaussian_nll_loss", _gaussian_nll)
+    with gaussian, patched("torch.ctc_loss", _no_ctc):
         yield
 
 
@@ -246,14 +251,15 @@ def _user_frames():
         start = max((i for i, f in enumerate(frames) if f.filename == __file__), default=-1)
         return traceback.StackSummary.from_list([f for f in frames[start + 1 :] if is_user_file(f.filename)])
 
-    with mock.patch.object(TracerBase, "_filter_traceback_frames", keep):
+    with patched("torch.fx.proxy.TracerBase._filter_traceback_frames", keep):
         yield
 
 
 @contextlib.contextmanager
 def _fixed_sizes(wrapped: _Captured):
     """Note the op, module and line that first make a number of the batch size, the only symbolic size."""
-    original = ShapeEnv._set_replacement
+    name = "torch.fx.experimental.symbolic_shapes.ShapeEnv._set_replacement"
+    own = original(name)
     names = {id(m): name for name, m in wrapped.model.named_modules()}
 
     def replaced(env, symbol, target, *args):
@@ -263,13 +269,13 @@ def _fixed_sizes(wrapped: _Captured):
             modules = [names[id(m)] for f in frames if id(m := f.f_locals.get("self")) in names]
             lines = [f for f in frames if is_user_file(f.f_code.co_filename)]
             wrapped.record.fixed_by = {
-                "op": str(next((op for op in ops if isinstance(op, torch._ops.OpOverload)), "")),
+                "op": str(next((op for op in ops if isinstance(op, OpOverload)), "")),
                 "module": modules[0] if modules else "",
                 "stack_trace": "".join(traceback.format_stack(lines[0], 1)) if lines else "",
             }
-        return original(env, symbol, target, *args)
+        return own(env, symbol, target, *args)
 
-    with mock.patch.object(ShapeEnv, "_set_replacement", replaced):
+    with patched(name, replaced):
         yield
 
 
@@ -339,7 +345,7 @@ def _check_writes(module: fx.GraphModule, region: fx.Node, learned: set[fx.Node]
     body = getattr(module, region.args[1].target)
     given = dict(zip([n for n in body.graph.nodes if n.op == "placeholder"], region.args[2:], strict=True))
     for node in body.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
+        schema = schema_of(node.target)
         if node.op != "call_function" or schema is None or not schema.is_mutable:
             continue
         written = node.args[0]
@@ -355,7 +361,7 @@ def _check_writes(module: fx.GraphModule, region: fx.Node, learned: set[fx.Node]
 
 
 def _is_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return schema is not None and any(r.alias_info for r in schema.returns) and bool(node.args)
 
 
@@ -494,5 +500,5 @@ def _batch(placeholders: list[fx.Node], inputs: list[Input], arguments: Argument
         for d, size in enumerate(val.shape):
             if isinstance(size, torch.SymInt) and (d == dim or size.node.hint == n):
                 symbols |= size.node.expr.free_symbols
-                symbols |= size.node._expr.free_symbols if size.node.expr.free_symbols else set()
+                symbols |= captured_size(size).free_symbols if size.node.expr.free_symbols else set()
     return Batch(frozenset(symbols), n)

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from fxcurv import passes
+from fxcurv._torch import pytree
 from fxcurv.errors import LossError, locate
 from fxcurv.extensions import Extension
 from fxcurv.passes.codegen import codegen

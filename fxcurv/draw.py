@@ -16,8 +16,8 @@ from typing import Any
 
 import networkx as nx
 from torch import SymInt, Tensor, fx
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import pytree
 from fxcurv.errors import module_path, source_line
 from fxcurv.program import Program
 from fxcurv.report import STAGES, stage_of

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import OpOverload, pytree, schema_of, tracing
 from fxcurv.arguments import Arguments, Slot, filled, map_leaves
 from fxcurv.errors import ArgumentError
 from fxcurv.passes.recycle import functional
@@ -119,15 +119,15 @@ def _fields(program: Program, position: dict[fx.Node, int]) -> dict[str, Any]:
 
 def _is_given(node: fx.Node) -> bool:
     """Whether a value is an argument of the graph, or a view of one."""
-    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-        returns = node.target._schema.returns
+    while node.op == "call_function" and isinstance(node.target, OpOverload):
+        returns = schema_of(node.target).returns
         if len(returns) != 1 or returns[0].alias_info is None or not node.all_input_nodes:
             return False
         node = node.all_input_nodes[0]
     return node.op in ("placeholder", "get_attr")
 
 
-@torch._dynamo.assume_constant_result
+@torch.compiler.assume_constant_result
 def step_for(
     compiled: Compiled,
     skeleton: Any,
@@ -143,7 +143,7 @@ def step_for(
     training flags, though they are read again here.
     """
     inputs, targets = _filled(skeleton, tensors)
-    with torch._guards.tracing(None):
+    with tracing(None):
         return compiled._step(inputs, targets, create_graph, device_type, dtype)
 
 

@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import disable_fake_tensor_cache
-from torch._subclasses.functional_tensor import dispatch_functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import (
+    disable_fake_tensor_cache,
+    dispatch_functionalize,
+    enable_python_dispatcher,
+    make_fx,
+    pytree,
+    schema_of,
+)
 from fxcurv.program import Program, layout
 
 # Derivatives that are zero everywhere are tensors without memory, which nobody can keep.
@@ -115,7 +118,7 @@ def _fresh(val: Any) -> Any:
 
 
 def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return schema is not None and schema.is_mutable
 
 

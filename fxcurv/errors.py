@@ -8,6 +8,8 @@ import re
 import torch
 from torch import fx
 
+from fxcurv._torch import OpOverload
+
 
 class FxcurvError(Exception):
     """Base of all errors raised by fxcurv."""
@@ -59,7 +61,7 @@ def locate(node: fx.Node) -> str:
     meta = node.meta
     origin = meta.get("origin", {})
     op = origin.get("op") or (node.target if node.op == "call_function" else node.name)
-    op = op if isinstance(op, str | torch._ops.OpOverload) else getattr(op, "__name__", op)
+    op = op if isinstance(op, str | OpOverload) else getattr(op, "__name__", op)
     module = origin.get("module") or module_path(node)
     line = source_line(meta.get("stack_trace") or origin.get("stack_trace") or "")
     where = f" in module '{module}'" if module else " in the loss" if origin.get("in_loss") or in_loss(node) else ""

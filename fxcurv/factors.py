@@ -17,8 +17,8 @@ from typing import Any, ClassVar, dataclass_transform
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import pytree
 from fxcurv.kernels.patches import channels_last, windows
 from fxcurv.placement import Shard, samples_first
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from fxcurv._torch import pytree
 
 __all__ = ["Arrangement", "Eigenbasis", "Kronecker", "dense", "matmul", "solve"]
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import pytree
 from fxcurv.candidates import size
 from fxcurv.factors import Conv, Dense, Factor, Gather, channels_last, positions, windows
 from fxcurv.kernels.syrk import FEW, syrk

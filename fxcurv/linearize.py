@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import pytree
 from fxcurv.emit import emit
 from fxcurv.errors import UnsupportedOpError, locate
 from fxcurv.passes.objective import ancestors, descendants

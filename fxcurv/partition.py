@@ -14,6 +14,7 @@ import networkx as nx
 import torch
 from torch import SymInt, Tensor, fx
 
+from fxcurv._torch import schema_of
 from fxcurv.errors import InternalError
 from fxcurv.passes.objective import ancestors
 from fxcurv.program import Program
@@ -37,7 +38,7 @@ _CHEAP = {
 
 
 def _is_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return schema is not None and any(r.alias_info is not None for r in schema.returns)
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import pytree
 from fxcurv.linearize import PRODUCTS, Joint, Product, emitted, replaced, residual, transposed
 from fxcurv.passes.objective import find_terms
 from fxcurv.placement import PARTIAL, Shard, samples_back, samples_first

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from fxcurv._torch import pytree
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import pytree
 from fxcurv.errors import MixedSamplesError, locate
 from fxcurv.placement import PARTIAL, Placement, Shard, samples_back, samples_first
 from fxcurv.program import Program, is_active

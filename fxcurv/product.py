@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import make_fx, pytree, version_of
 from fxcurv.emit import constant
 from fxcurv.errors import ArgumentError, ExtensionError, locate
 from fxcurv.linearize import Joint, Product, drop_zeros, joint_of
@@ -352,7 +351,7 @@ class Saved:
 def _version(value: Any) -> int | None:
     if torch.compiler.is_compiling() or not isinstance(value, Tensor) or value.is_inference():
         return None
-    return value._version
+    return version_of(value)
 
 
 class Products(Saved, Mapping):

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import captured_size, enable_python_dispatcher, pytree
 from fxcurv.cost import Machine, machine
 from fxcurv.errors import source_line
 from fxcurv.placement import REPLICATE, Placement, Shard
@@ -81,7 +80,7 @@ class Batch:
         if not isinstance(value, SymInt) or not self.symbols:
             return int(value)
         # `_expr` is the size as captured: a later specialisation of the batch must not hide where the samples are.
-        expr = value.node._expr.subs({s: n for s in self.symbols})
+        expr = captured_size(value).subs({s: n for s in self.symbols})
         # other symbols are sizes that turned out to be numbers
         return int(expr if expr.is_number else value.node.shape_env.replace(expr).subs({s: n for s in self.symbols}))
 

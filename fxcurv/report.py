@@ -15,11 +15,9 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from fxcurv._torch import FakeTensorMode, OpOverload, TorchDispatchMode, pytree
 from fxcurv.candidates import size
 from fxcurv.measure import RUNS, measure
 from fxcurv.program import Decision, Program, is_active
@@ -274,7 +272,7 @@ def _fallbacks(program: Program) -> tuple[str, ...]:
     found: dict[str, None] = {}
     for node in program.graph.nodes:
         differentiated = stage_of(node) == "forward" and is_active(node)
-        if not differentiated or not isinstance(node.target, torch._ops.OpOverload):
+        if not differentiated or not isinstance(node.target, OpOverload):
             continue
         if rule_of(node.target, program.rules) is FALLBACK:
             found[str(node.target)] = None

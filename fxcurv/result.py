@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import pytree
 from fxcurv.errors import ArgumentError, ExtensionError
 from fxcurv.extensions import Extension
 from fxcurv.program import Kept

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import pytree
 from fxcurv.emit import emit
 from fxcurv.errors import in_loss, module_path
 from fxcurv.factors import Factor

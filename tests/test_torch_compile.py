@@ -31,7 +31,7 @@ PRODUCTS = (ext.HMP, ext.GGNMP, ext.PCHMP)
 
 @pytest.fixture(autouse=True)
 def fresh():
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counters.clear()
 
 

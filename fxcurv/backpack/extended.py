@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.loss import _Loss
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import Loss, is_view, own_parameters, pytree, running_backward
 from fxcurv.arguments import filled
 from fxcurv.backpack.context import backpack, current, is_disabled
 from fxcurv.backpack.losses import LossCall, leaves_only, tensors_of
@@ -57,7 +56,7 @@ class _Extended:
         plain = super().forward
         if is_disabled():
             return plain(*args, **kwargs)
-        if isinstance(self, _Loss) or next(self.parameters(), None) is None:
+        if isinstance(self, Loss) or next(self.parameters(), None) is None:
             return _noted(self, plain(*args, **kwargs), args, kwargs)
         trainable = any(p.requires_grad for p in self.parameters())
         if not torch.is_grad_enabled() or not trainable:
@@ -123,7 +122,7 @@ class _Cut(torch.autograd.Function):
         buffers = dict(parts.model.named_buffers(remove_duplicate=False))
         for name, value in mutations.items():
             buffers[name].copy_(value)
-        leaves = [f.clone() if f._is_view() or any(f is t for t in flat) else f for f in leaves]
+        leaves = [f.clone() if is_view(f) or any(f is t for t in flat) else f for f in leaves]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(f for f in leaves if not f.is_floating_point()))
         flattened, ctx.spec = pytree.tree_flatten((leaves, kept, values))
@@ -141,7 +140,7 @@ class _Cut(torch.autograd.Function):
         flattened = [next(rest) if there else other for there, other in zip(ctx.where, ctx.others, strict=True)]
         leaves, flat, values = pytree.tree_unflatten(flattened, ctx.spec)
         create_graph = torch.is_grad_enabled()
-        context = backpack() if torch._C._current_graph_task_id() in found.twice else current()
+        context = backpack() if running_backward() in found.twice else current()
         with torch.autocast(found.mode.device_type, enabled=False):
             if create_graph or given:
                 again, differentiable = found.parts.again(found, flat)
@@ -168,7 +167,7 @@ def _mark(found: Pass, results: dict[str, Any]) -> None:
     """A backward pass from a result comes by the model again: then it has no quantities of its own."""
 
     def note(_: Tensor) -> None:
-        found.twice.add(torch._C._current_graph_task_id())
+        found.twice.add(running_backward())
 
     for tensor in leaves_only(results):
         if tensor.requires_grad and not tensor.is_leaf:
@@ -183,6 +182,6 @@ def _attach(found: Pass, context: backpack, results: dict[str, Any]) -> None:
             setattr(params[name], extension.savefield, value)
     if context.extension_hook is not None:
         losses = [call.loss for call in found.calls if call.scale is not None]
-        own = [m for m in model.modules() if m._parameters or next(m.children(), None) is None]
+        own = [m for m in model.modules() if own_parameters(m) or next(m.children(), None) is None]
         for module in [*losses, *reversed(own)]:
             context.extension_hook(module)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import base_of, has_hooks, pytree
 from fxcurv.arguments import Slot, map_leaves
 
 
@@ -77,7 +77,7 @@ class LossCall:
         reads: list[View | None] = []
 
         def read(t: Tensor) -> Any:
-            f = t if hasattr(t, "_fxcurv_pass") else t._base
+            f = t if hasattr(t, "_fxcurv_pass") else base_of(t)
             if not hasattr(f, "_fxcurv_pass"):
                 return t
             found, leaf = f._fxcurv_pass
@@ -99,7 +99,7 @@ def _signature(module: nn.Module) -> Any:
     """What a module without state does, or the module itself."""
     settings = {k: v for k, v in vars(module).items() if not isinstance(v, dict) and v is not None}
     plain = all(isinstance(v, bool | int | float | str | set) for v in settings.values())
-    hooked = module._forward_hooks or module._forward_pre_hooks
+    hooked = has_hooks(module)
     if not plain or hooked:
         return module
     return type(module), tuple((k, v) for k, v in settings.items() if not isinstance(v, set))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcurv import cut
+from fxcurv._torch import pytree
 from fxcurv.api import Autocast, Compiled, _seed, _tensors, at_numbers_if_need_be
 from fxcurv.arguments import Arguments, flatten_arguments
 from fxcurv.backpack.context import disable
@@ -269,7 +270,7 @@ def _owned(results: dict[str, Any], inputs: list[Any], borrowing: set[str]) -> d
         if name in borrowing:
             out[name] = results[name]
             continue
-        out[name] = torch.utils._pytree.tree_map(own, results[name])
+        out[name] = pytree.tree_map(own, results[name])
         if name != "grad":
             taken |= {t.untyped_storage().data_ptr() for t in leaves_only(out[name])}
     return out

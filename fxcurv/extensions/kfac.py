@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import pytree
 from fxcurv.candidates import dims
 from fxcurv.cost import Cost
 from fxcurv.errors import ExtensionError, locate

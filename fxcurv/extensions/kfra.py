@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import pytree
 from fxcurv.averages import of_features
 from fxcurv.candidates import dims
 from fxcurv.cost import Cost

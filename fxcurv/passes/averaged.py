@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from fxcurv import averages
+from fxcurv._torch import pytree
 from fxcurv.averages import Step, Windows
 from fxcurv.emit import emit
 from fxcurv.errors import ExtensionError, UnsupportedOpError, locate

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import OpOverload, pytree
 from fxcurv.errors import UnsupportedOpError, locate
 from fxcurv.placement import MIXED, PARTIAL, REPLICATE, Placement, Shard, Site, samples_first
 from fxcurv.program import Program, specialise
@@ -149,7 +149,7 @@ def _by_rule(program: Program, node: fx.Node, val: Tensor) -> Placement | None:
     if found is not None:
         return found
     here = [s for s in sites(program, node) if s]
-    if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
+    if isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags:
         from fxcurv import placement
 
         return placement.pointwise(here, val.ndim, linear=False)
@@ -169,7 +169,7 @@ def numeric_args(program: Program, node: fx.Node, n: int) -> tuple:
 
 def _probe(program: Program, node: fx.Node, vals: list[Any]) -> list[Placement]:
     """Redraw one sample at a time and see which outputs move."""
-    if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+    if isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
         raise UnsupportedOpError(
             f"{locate(node)}\nis random and has no rule, so its derivative would draw again. Way out: draw the noise from "
             "the data (an input), use nn.Dropout, or pass rules={op: rule}."

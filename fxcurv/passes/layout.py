@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 
+from fxcurv._torch import enable_python_dispatcher
 from fxcurv.program import Program
 from fxcurv.program import layout as laid_out
 from fxcurv.rules.base import RULES

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxcurv._torch import OpOverload, decomposes
 from fxcurv.emit import emit
 from fxcurv.errors import locate
 from fxcurv.program import Program, propagate_values
@@ -81,7 +82,7 @@ def _equation(node: fx.Node, program: Program):
         return None
     if node.target in REWRITES:
         return REWRITES[node.target]
-    if isinstance(node.target, torch._ops.OpOverload) and node.target._can_decompose() and _is_float(node):
+    if isinstance(node.target, OpOverload) and decomposes(node.target) and _is_float(node):
         return node.target  # a trace decomposes it
     return None
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import operator
 
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import pytree
 from fxcurv.errors import LossError, MixedSamplesError, locate
 from fxcurv.placement import MIXED, PARTIAL, Shard, Whole
 from fxcurv.program import Program, is_tensor

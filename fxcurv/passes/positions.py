@@ -11,9 +11,9 @@ from math import prod
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from fxcurv import placement
+from fxcurv._torch import pytree
 from fxcurv.errors import ExtensionError, LossError, locate
 from fxcurv.passes.independence import numeric_args
 from fxcurv.passes.objective import ancestors, descendants

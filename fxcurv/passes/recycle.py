@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxcurv._torch import uses_of_storage
 from fxcurv.candidates import size
 from fxcurv.errors import ArgumentError
 from fxcurv.kernels import outer_batch, outer_square_sum, outer_square_sum_conv
@@ -154,14 +155,12 @@ class Pool:
 
 
 def _ours_alone(kept: Tensor) -> bool:
-    storage = kept.untyped_storage()
-    return torch._C._storage_Use_Count(storage._cdata) <= _HELD
+    return uses_of_storage(kept) <= _HELD
 
 
 def _held() -> int:
     """How often a storage is counted when only one tensor (and the object that asks) holds it."""
-    probe = torch.empty(1)
-    return torch._C._storage_Use_Count(probe.untyped_storage()._cdata)
+    return uses_of_storage(torch.empty(1))
 
 
 _HELD = _held()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import pytree
 from fxcurv.candidates import CANDIDATES, Candidate, dims, together, together_applies, together_cost
 from fxcurv.cost import Cost, Machine
 from fxcurv.emit import emit

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, fx
 
+from fxcurv._torch import FakeTensor, schema_of
 from fxcurv.errors import InternalError, locate
 from fxcurv.program import Program
 
@@ -30,10 +30,10 @@ def _check_node(node: fx.Node, after: str) -> None:
         return
     if "val" not in node.meta:
         raise InternalError(f"after {after}: {locate(node)} has no value")
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     into_memory = isinstance(node.kwargs.get("out"), fx.Node) and node.kwargs["out"].op == "placeholder"
     if schema is not None and schema.is_mutable and not into_memory:
         raise InternalError(f"after {after}: {locate(node)} mutates its input")
     val = node.meta["val"]
-    if isinstance(val, Tensor) and not isinstance(val, torch._subclasses.FakeTensor):
+    if isinstance(val, Tensor) and not isinstance(val, FakeTensor):
         raise InternalError(f"after {after}: {locate(node)} holds a real tensor")

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import OpOverload, pytree, schema_of
 from fxcurv.factors import Factor, Jacobian
 from fxcurv.placement import Placement, Shard, Site, samples_first
 
@@ -162,19 +162,19 @@ def floats(out: Any) -> tuple[Tensor, ...]:
 
 def canonical_args(node: fx.Node) -> tuple:
     """All arguments of an op in the order of its schema, defaults filled in."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return tuple(node.args)
     args = list(node.args)
-    for argument in node.target._schema.arguments[len(args) :]:
+    for argument in schema_of(node.target).arguments[len(args) :]:
         args.append(node.kwargs.get(argument.name, argument.default_value))
     return tuple(args)
 
 
 def invoke(op: Callable, args: Sequence[Any], fn: Callable | None = None) -> Any:
     """Call `op` (or `fn` in its place) on canonical arguments, keyword-only ones by their names."""
-    if not isinstance(op, torch._ops.OpOverload):
+    if not isinstance(op, OpOverload):
         return (fn or op)(*args)
-    schema = op._schema.arguments
+    schema = schema_of(op).arguments
     positional = sum(not a.kwarg_only for a in schema)
     keywords = {a.name: v for a, v in zip(schema[positional:], args[positional:], strict=True)}
     return (fn or op)(*args[:positional], **keywords)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch._decomp import decomposition_table
 
+from fxcurv._torch import decomposition_table
 from fxcurv.rules.base import rewrite
 
 aten = torch.ops.aten

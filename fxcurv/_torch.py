@@ -1,0 +1,220 @@
+"""Everything private of PyTorch that this package uses or patches: a row per name, and nothing of it anywhere else.
+
+A name that a version of PyTorch lacks is an error at `import fxcurv`, which says what is missing, instead of one inside a
+user's call; a PyTorch that is newer than any tried gets one warning. Private operators (`aten._softmax`) are named by the
+rules that are about them, and have a row here. A test reads the whole tree for other uses.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+
+TRIED = ("2.11", "2.12", "2.13", "2.14", "2.15")
+
+# What is used -> the versions in which it was seen: each was run with this package's tests.
+SEEN: dict[str, Sequence[str]] = {
+    # tracing
+    "torch._dispatch.python.enable_python_dispatcher": TRIED,
+    "torch._subclasses.fake_tensor.FakeTensor": TRIED,
+    "torch._subclasses.fake_tensor.FakeTensorMode": TRIED,
+    "torch._subclasses.fake_tensor.disable_fake_tensor_cache": TRIED,
+    "torch._subclasses.functional_tensor.dispatch_functionalize": TRIED,
+    "torch.fx.experimental.proxy_tensor.make_fx": TRIED,
+    "torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode": TRIED,
+    "torch.fx.experimental.symbolic_shapes.ShapeEnv": TRIED,
+    "torch.fx.experimental.sym_node.SymNode._expr": TRIED,
+    "torch.utils._pytree": TRIED,
+    "torch.utils._python_dispatch.TorchDispatchMode": TRIED,
+    # operators
+    "torch._decomp.decomposition_table": TRIED,
+    "torch._ops.OpOverload": TRIED,
+    "torch._ops.OpOverload._can_decompose": TRIED,
+    "torch._ops.OpOverload._schema": TRIED,
+    # torch.compile
+    "torch._dynamo.maybe_mark_dynamic": TRIED,
+    "torch._guards.tracing": TRIED,
+    # autograd, memory, modules
+    "torch._C._current_graph_task_id": TRIED,
+    "torch._C._storage_Use_Count": TRIED,
+    "torch.UntypedStorage._cdata": TRIED,
+    "torch.Tensor._base": TRIED,
+    "torch.Tensor._is_view": TRIED,
+    "torch.Tensor._version": TRIED,
+    "torch.nn.Module._forward_hooks": TRIED,
+    "torch.nn.Module._forward_pre_hooks": TRIED,
+    "torch.nn.Module._parameters": TRIED,
+    "torch.nn.modules.loss._Loss": TRIED,
+    # patched while a model is captured
+    "torch.autograd.Function.apply": TRIED,
+    "torch.ctc_loss": TRIED,
+    "torch.fx.experimental.symbolic_shapes.ShapeEnv._set_replacement": TRIED,
+    "torch.fx.proxy.TracerBase._filter_traceback_frames": TRIED,
+    "torch.nn.functional.gaussian_nll_loss": TRIED,
+    # operators that captured graphs hold
+    "torch.ops.aten._adaptive_avg_pool2d": TRIED,
+    "torch.ops.aten._adaptive_avg_pool3d": TRIED,
+    "torch.ops.aten._cdist_forward": TRIED,
+    "torch.ops.aten._efficientzerotensor": TRIED,
+    "torch.ops.aten._log_softmax": TRIED,
+    "torch.ops.aten._log_softmax_backward_data": TRIED,
+    "torch.ops.aten._native_batch_norm_legit_functional": TRIED,
+    "torch.ops.aten._native_batch_norm_legit_no_training": TRIED,
+    "torch.ops.aten._safe_softmax": TRIED,
+    "torch.ops.aten._softmax": TRIED,
+    "torch.ops.aten._softmax_backward_data": TRIED,
+    "torch.ops.aten._to_copy": TRIED,
+    "torch.ops.aten._unsafe_view": TRIED,
+    "torch.ops.aten._weight_norm_interface": TRIED,
+    "torch.ops.higher_order.with_effects": TRIED,
+    "torch.ops.higher_order.wrap_with_set_grad_enabled": TRIED,
+}
+
+
+def find(name: str) -> tuple[Any, str]:
+    """(what holds the last part of a dotted name, that part).
+
+    Raises:
+        AttributeError: if there is no such thing in this PyTorch.
+    """
+    *path, last = name.split(".")
+    owner: Any = importlib.import_module(path[0])
+    for k, part in enumerate(path[1:], 1):
+        if not hasattr(owner, part):
+            importlib.import_module(".".join(path[: k + 1]))  # a submodule that nobody imported yet
+        owner = getattr(owner, part)
+    code = getattr(getattr(owner, "__init__", None), "__code__", None)
+    of_instances = isinstance(owner, type) and code is not None and last in (*code.co_names, *code.co_consts)
+    if not of_instances and not hasattr(owner, last):
+        importlib.import_module(name)
+    return owner, last
+
+
+def check(seen: dict[str, Sequence[str]], version: str) -> None:
+    """Refuse a PyTorch that lacks a name; warn of one that is newer than any tried.
+
+    Raises:
+        ImportError: names what is missing, and the way out.
+    """
+    missing = [name for name in seen if not _exists(name)]
+    if missing:
+        was = "\n".join(f"  {name}, seen in PyTorch {', '.join(seen[name])}" for name in missing)
+        raise ImportError(
+            f"fxcurv uses private parts of PyTorch that PyTorch {version} does not have:\n{was}\n"
+            f'Way out: pip install "torch>={TRIED[0]},<={TRIED[-1]}.*", or a newer fxcurv; please report it.'
+        )
+    if _minor(version) > _minor(TRIED[-1]):
+        warnings.warn(
+            f"fxcurv was tried with PyTorch {TRIED[0]} to {TRIED[-1]}, and this is {version}: all that it uses of PyTorch is "
+            "there, but may behave otherwise. `make smoke TORCH=...` of fxcurv's source tries a version in a minute or so.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _exists(name: str) -> bool:
+    try:
+        find(name)
+    except (AttributeError, ImportError):
+        return False
+    return True
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+check(SEEN, str(torch.__version__))
+
+from torch._decomp import decomposition_table
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo import maybe_mark_dynamic
+from torch._guards import tracing
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.nn.modules.loss import _Loss as Loss
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = [
+    "FakeTensor", "FakeTensorMode", "GuardOnDataDependentSymNode", "Loss", "OpOverload", "SEEN", "ShapeEnv", "TRIED",
+    "TorchDispatchMode", "base_of", "captured_size", "check", "decomposes", "decomposition_table", "disable_fake_tensor_cache",
+    "dispatch_functionalize", "enable_python_dispatcher", "fake_tensor_log", "find", "has_hooks", "is_view", "make_fx",
+    "maybe_mark_dynamic", "original", "own_parameters", "patched", "pytree", "running_backward", "schema_of", "tracing",
+    "uses_of_storage", "version_of",
+]  # fmt: skip
+
+# logs every error that a trace raises
+fake_tensor_log = logging.getLogger(disable_fake_tensor_cache.__module__)
+
+
+def patched(name: str, new: Any) -> Any:
+    """`new` in place of something of PyTorch's that has a row here, as a context manager."""
+    if name not in SEEN:
+        raise LookupError(f"{name} is patched without a row in {__name__}")
+    return mock.patch.object(*find(name), new)
+
+
+def original(name: str) -> Any:
+    """What PyTorch has under a name, as its class or module holds it: bind a class method by `__get__(None, cls)`."""
+    owner, last = find(name)
+    return next(vars(c)[last] for c in getattr(owner, "__mro__", (owner,)) if last in vars(c))
+
+
+def schema_of(target: Any) -> Any:
+    """The schema of an operator; None of anything else."""
+    return getattr(target, "_schema", None)
+
+
+def decomposes(op: OpOverload) -> bool:
+    """Whether an operator is said in others."""
+    return op._can_decompose()
+
+
+def captured_size(size: torch.SymInt) -> Any:
+    """A symbolic size as it was captured, before any replacement of its symbols."""
+    return size.node._expr
+
+
+def uses_of_storage(tensor: torch.Tensor) -> int:
+    """How often the storage of a tensor is held, the object that this asks by included."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+def running_backward() -> int:
+    """A number for the backward pass that is running."""
+    return torch._C._current_graph_task_id()
+
+
+def is_view(tensor: torch.Tensor) -> bool:
+    """Whether autograd knows a tensor as a view of another."""
+    return tensor._is_view()
+
+
+def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """What a tensor is a view of."""
+    return tensor._base
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to in place."""
+    return tensor._version
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether anything runs before or after a module's forward pass."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def own_parameters(module: torch.nn.Module) -> dict[str, Any]:
+    """A module's parameters but those of its submodules."""
+    return module._parameters
