@@ -206,12 +206,7 @@ def test_each_missing_name_is_named(missing):
 
 
 def test_a_newer_pytorch_gives_one_warning():
-    code = (
-        "import torch\ntorch.__version__ = '2.99.1'\n"
-        "import fxcurv, fxcurv._torch, fxcurv.backpack\n"
-        "model = torch.nn.Linear(2, 1)\n"
-        "fxcurv.compile(model, torch.nn.functional.mse_loss, [])(torch.ones(3, 2), torch.ones(3, 1))\n"
-    )  # fmt: skip
+    code = "import torch\ntorch.__version__ = '2.99.1'\nimport fxcurv, fxcurv._torch, fxcurv.backpack"
     done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("fxcurv was tried with PyTorch 2.11 to") == 1 and "2.99.1" in done.stderr
