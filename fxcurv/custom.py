@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -29,7 +30,7 @@ from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
 from fxcurv.emit import MATERIALISED, emit, tracing
-from fxcurv.errors import CustomFunctionError, FxcurvError, UnsupportedOpError, locate
+from fxcurv.errors import CustomFunctionError, FxcurvError, UnsupportedOpError, is_user_file, locate
 from fxcurv.placement import MIXED, PARTIAL, REPLICATE, Placement, Shard
 from fxcurv.program import Program, is_active, layout
 from fxcurv.quantity import Gradient
@@ -55,12 +56,9 @@ def custom_function(xs: list[Tensor], sizes: list[int], kind: int) -> list[Tenso
 
 @custom_function.register_fake
 def _(xs, sizes, kind):
-    before = [x._version for x in xs]
     with torch._C.DisableTorchFunction():  # where export notes that gradients are switched on and off
         ran = _KINDS[kind].run([*xs, *sizes])
     _KINDS[kind].last = ran
-    if [x._version for x in xs] != before:
-        raise _KINDS[kind].refused("writes to its input in place, which is not kept", "clone it first")
     return [torch.empty_like(y) for y in ran.tensors]
 
 
@@ -240,7 +238,7 @@ class Custom:
         reaches = lambda start: _reaches(self.backward.graph, set(start))  # noqa: E731
         self.keeps_inside = reaches(given[:n])
         self.once = _is_once(_original(self.cls, "backward"))
-        self.smooth = reaches(given[: 2 * n + outs])
+        self.smooth = self.once or reaches(given[: 2 * n + outs])
         gs = given[2 * n + outs :]
         self.linear = _is_linear(program, self.backward.graph, gs) or _tried_linear(program, self.backward, gs)
 
@@ -431,7 +429,8 @@ def _replace(stack: contextlib.ExitStack, cls: type) -> None:
             f"torch.autograd.grad, say), which is not kept.\n{WAY_OUT}"
         )
 
-    new: dict[str, Callable] = {"forward": forward, "backward": backward, "vjp": backward}
+    used = "backward" if _ORIGINALS[cls, "backward"] is not Function.backward else "vjp"  # PyTorch wants one of them
+    new: dict[str, Callable] = {"forward": forward, used: backward}
     if separate:
         new["setup_context"] = setup_context
     for name, fn in new.items():
@@ -464,10 +463,11 @@ def _called(cls: type, args: tuple) -> tuple[Any, Custom]:
     kind = Custom(cls, args)
     leaves = pytree.tree_leaves(args)
     if any(isinstance(leaf, torch.SymFloat | torch.SymBool) for leaf in leaves):
-        raise kind.refused("is given a number that depends on the batch size")
+        raise kind.refused("is given a number that depends on the batch size", where=_user_line())
     _KINDS.append(kind)
     xs, sizes = [v for v in leaves if isinstance(v, Tensor)], [v for v in leaves if isinstance(v, SymInt)]
-    ys = torch.ops.fxcurv.custom_function(xs, sizes, len(_KINDS) - 1)
+    with _saying(kind, _user_line()):
+        ys = torch.ops.fxcurv.custom_function(xs, sizes, len(_KINDS) - 1)
     # which outputs there are besides tensors, and which of them carry no gradient
     ran = kind.last
     assert ran is not None
@@ -477,6 +477,12 @@ def _called(cls: type, args: tuple) -> tuple[Any, Custom]:
     out = [next(given) if isinstance(t, Tensor) else t for t in ran.leaves]
     kind.last = None
     return (tuple(out) if ran.several else out[0]), kind
+
+
+def _user_line() -> str:
+    """The innermost frame of the user's that is running: where `apply` is called."""
+    frames = [f for f in traceback.extract_stack() if is_user_file(f.filename)]
+    return f'File "{frames[-1].filename}", line {frames[-1].lineno}, in {frames[-1].name}: {frames[-1].line}\n' if frames else ""
 
 
 def _mark(ctx: Any, out: Any, kind: Custom) -> None:
@@ -510,6 +516,8 @@ def functions_as_targets(graph: fx.Graph) -> None:
 def _saying(kind: Custom, where: str) -> Iterator[None]:
     try:
         yield
+    except _Refused as error:
+        raise kind.refused(str(error), where=where) from None
     except CustomFunctionError as error:
         raise CustomFunctionError(f"{where}{error}") from error
     except FxcurvError:
@@ -522,10 +530,41 @@ def _graph(program: Program, fn: Callable, vals: list[Any], origin: dict[str, An
     """`fn` as a graph of functional ops, on fake values."""
     with tracing(program, origin):
         fresh = [_fresh(v) for v in vals]
-        gm = make_fx(dispatch_functionalize(lambda *args: list(fn(*args))), MATERIALISED)(*fresh)
+        listed = lambda *args: list(fn(*args))  # noqa: E731
+        gm = make_fx(listed, MATERIALISED)(*fresh)
+        writes = [n for n in gm.graph.nodes if _writes(n)]
+        if any(_root(n).op == "placeholder" for n in writes):
+            raise _Refused("writes to its input in place, which is not kept")
+        if writes:
+            gm = make_fx(dispatch_functionalize(listed), MATERIALISED)(*fresh)
+    for node in gm.graph.nodes:
+        if node.target is aten.sym_size.int:
+            node.target = _size_of  # which vmap knows
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
+
+
+def _size_of(x: Tensor, d: int) -> int | SymInt:
+    return x.shape[d]
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """What a write goes to, through views."""
+    source = node.args[0]
+    while source.op == "call_function" and (_writes(source) or any(r.alias_info for r in _returns(source))):
+        source = source.args[0]
+    return source
+
+
+def _returns(node: fx.Node) -> Sequence[Any]:
+    schema = getattr(node.target, "_schema", None)
+    return schema.returns if schema is not None else ()
 
 
 def _fresh(val: Any) -> Any:
@@ -614,7 +653,7 @@ def _tried_linear(program: Program, gm: fx.GraphModule, gs: list[fx.Node]) -> bo
     return True
 
 
-_OF_SHAPE = ("empty", "zeros", "ones", "full", "sym_size", "arange")
+_OF_SHAPE = ("_size_of", "empty", "zeros", "ones", "full", "sym_size", "arange")
 
 
 def _reads_shape(node: fx.Node) -> bool:
@@ -673,11 +712,27 @@ def _follow(program: Program, gm: fx.GraphModule, given: list[Seen], place_of: C
             node.meta["active"] = any(i.meta["active"] for i in node.all_input_nodes) and not _reads_shape(node)
             if node.target is aten.detach.default:
                 found = [node.args[0].meta["place"]]
+            elif _moves_samples(program, node):
+                found = [MIXED for _ in vals]
             else:
                 found = place_of(program, node, vals, node.meta["active"])
             node.meta["place"] = found if isinstance(val, tuple | list) else found[0]
     out = pytree.tree_leaves(gm.graph.output_node().args[0], is_leaf=lambda n: n is None)
     return [_seen(n) for n in out]
+
+
+def _moves_samples(program: Program, node: fx.Node) -> bool:
+    """Whether an op moves slices by the values of an index along the samples' axis: whose they are, no trial can tell."""
+    name = str(getattr(node.target, "_schema", None) and node.target._schema.name).removeprefix("aten::")
+    if not node.meta["active"] or not name.startswith(("index", "scatter", "gather", "take", "put", "masked_scatter")):
+        return False
+    if name.startswith(("take", "put", "masked_scatter")):
+        return True
+    values = [a for a in node.all_input_nodes if a.meta["active"] and isinstance(a.meta.get("place"), Shard)]
+    if name in ("index", "index_put", "_index_put_impl"):
+        along = [d for d, index in enumerate(node.args[1]) if index is not None]
+        return any(v.meta["place"].dim in along for v in values)
+    return any(v.meta["place"].dim == node.args[1] % v.meta["val"].ndim for v in values if v.meta["val"].ndim)
 
 
 def _comes_back(program: Program, node: fx.Node, given: list[Seen], found: list[Seen], place_of: Callable) -> bool:
