@@ -1,14 +1,13 @@
 """Model and loss to a `Program`: `torch.export` to a functional graph of ATen ops with a symbolic batch.
 
 What export would lose silently is kept or refused here: the leaves that the loss reads are marked, outputs of
-`no_grad` regions are detached, custom autograd functions are refused by name.
+`no_grad` regions are detached, custom autograd functions keep their backward (`custom.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import linecache
 import math
 import traceback
@@ -31,10 +30,10 @@ from fxcurv._torch import (
     schema_of,
 )
 from fxcurv.arguments import Arguments, described, filled, map_leaves, templated
+from fxcurv.custom import functions_as_targets, kept_functions
 from fxcurv.errors import (
     ArgumentError,
     CaptureError,
-    CustomFunctionError,
     FxcurvError,
     LossError,
     is_user_file,
@@ -132,30 +131,6 @@ def _scalar(loss: Any) -> Tensor:
     return loss if loss.ndim == 0 else loss.reshape(())
 
 
-
-@contextlib.contextmanager
-def _no_custom_functions():
-    """Refuse custom autograd functions by name: export would differentiate through their forward."""
-    own = original("torch.autograd.Function.apply")  # a class method, from PyTorch 2.14 on one of C
-
-    def apply(cls, *args, **kwargs):
-        # torch.library ops carry their own backward, and checkpointing's no-op has none
-        if cls.__name__.startswith("GeneratedBackwardFor_") or cls.__name__ == "_NoopSaveInputs":
-            return own.__get__(None, cls)(*args, **kwargs)
-        frames = [f for f in inspect.stack() if is_user_file(f.filename)]
-        line = _line(frames[0].filename, frames[0].lineno, frames[0].function) if frames else ""
-        raise CustomFunctionError(
-            f"the model calls the custom autograd function '{cls.__qualname__}', whose backward tracing "
-            f"would drop silently.\n{line}"
-            "Way out: write it as plain PyTorch ops (x + (f(x) - x).detach() for a straight-through "
-            "estimator), or as a torch.library.custom_op with register_autograd; for checkpointing, "
-            "use_reentrant=False."
-        )
-
-    with patched("torch.autograd.Function.apply", classmethod(apply)):
-        yield
-
-
 def capture(model: nn.Module, loss: Callable | None, arguments: Arguments, split: str | None = None) -> Program:
     """Trace `model` and `loss` into a functional graph.
 
@@ -200,7 +175,7 @@ def _export(wrapped: _Captured, arguments: Arguments) -> ExportedProgram:
     was_training = [(m, m.training) for m in wrapped.model.modules()]
     wrapped.training = wrapped.model.training
     try:
-        with torch.enable_grad(), _no_custom_functions(), _no_branches(), _user_frames():
+        with torch.enable_grad(), kept_functions(), _no_branches(), _user_frames():
             return torch.export.export(wrapped, (inputs, targets), dynamic_shapes=shapes, strict=False)
     finally:
         for module, training in was_training:
@@ -387,6 +362,7 @@ def _program(model: nn.Module, wrapped: _Captured, exported: ExportedProgram, ar
     gm = fx.GraphModule(exported.graph_module, copy.deepcopy(exported.graph))
     for old, new in zip(exported.graph.nodes, gm.graph.nodes, strict=True):
         new.meta = dict(old.meta)
+    functions_as_targets(gm.graph)
     signature = exported.graph_signature
     _drop_effects(gm.graph, {spec.arg.name for spec in signature.input_specs if spec.kind.name == "TOKEN"})
     names = _names(model)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcurv._torch import OpOverload, pytree
+from fxcurv.custom import Custom
 from fxcurv.emit import emit
 from fxcurv.factors import Jacobian
 from fxcurv.passes.births import signed_pairs
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 def at(walk: Walk, node: fx.Node, stack: Stack) -> None:
     """Add the residual columns of the op at `node` to its inputs' cotangents."""
-    if GRADIENT not in stack.groups or not isinstance(node.target, OpOverload):
+    if GRADIENT not in stack.groups or not isinstance(node.target, OpOverload | Custom):
         return
     leaves = pytree.tree_leaves(canonical_args(node))
     active = [i for i, leaf in enumerate(leaves) if is_active(leaf) and leaf in walk.curved]

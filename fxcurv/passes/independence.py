@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxcurv import custom
 from fxcurv._torch import OpOverload, pytree
+from fxcurv.custom import Custom
 from fxcurv.errors import UnsupportedOpError, locate
 from fxcurv.placement import MIXED, PARTIAL, REPLICATE, Placement, Shard, Site, samples_first
 from fxcurv.program import Program, specialise
@@ -117,6 +119,8 @@ def _differentiable(val: Any) -> bool:
 
 def _places(program: Program, node: fx.Node, vals: list[Any], active: bool) -> list[Placement]:
     """The placement of every output; a rule says it of the first only."""
+    if isinstance(node.target, Custom):
+        return custom.places(program, node, vals, _places)
     first = vals[0] if vals else None
     found: Any = _by_rule(program, node, first) if isinstance(first, Tensor) else REPLICATE
     if found is None and active:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxcurv.custom import inline
 from fxcurv.program import Program, layout
 
 aten = torch.ops.aten
@@ -26,6 +27,7 @@ VIEWS = {
 
 def simplify(program: Program) -> Program:
     """See the module."""
+    inline(program)
     program.refresh_output()
     program.graph.eliminate_dead_code()
     _slice_first(program)
