@@ -1,7 +1,6 @@
 """trial: the placement of what an op without a rule returns, found by trying it on random values.
 
-Slices of some samples are drawn anew, and what moves is where these samples are. Any two samples differ in a bit of their
-numbers, so that the halves of all bits, drawn anew one after the other, show every pair that meets.
+Slices of some samples are drawn anew, and what moves is where these samples are; `halves` of them show every pair that meets.
 
 What is true of the values that were tried has to be true of all:
 
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxcurv.placement import MIXED, PARTIAL, Mixed, Partial, Placement, Shard, samples_first
+from fxcurv.placement import MIXED, PARTIAL, Mixed, Partial, Placement, Shard, halves, samples_first
 from fxcurv.program import Program
 from fxcurv.rules.base import canonical_args, invoke
 
@@ -180,14 +179,6 @@ class Domain:
 
 
 DOMAINS = (Domain(_anywhere), Domain(_positive), Domain(_positive, 1), Domain(_positive, 0))
-
-
-def halves(n: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """For every bit of a sample's number: the samples that have it, and the others."""
-    bits = range(max(1, (n - 1).bit_length()))
-    return [
-        (tuple(k for k in range(n) if k >> bit & 1), tuple(k for k in range(n) if not k >> bit & 1)) for bit in bits
-    ]
 
 
 class Trial:
