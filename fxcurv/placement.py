@@ -116,6 +116,15 @@ def permute(place: Placement, order: tuple[int, ...]) -> Placement:
     return Shard(order.index(place.dim), place.outer, place.inner)
 
 
+def halves(n: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """For every bit of a sample's number: the samples that have it, and those that do not.
+
+    Any two samples differ in a bit, so that a change of each half in turn shows every pair that meets.
+    """
+    bits = range(max(1, (n - 1).bit_length()))
+    return [(tuple(k for k in range(n) if k >> b & 1), tuple(k for k in range(n) if not k >> b & 1)) for b in bits]
+
+
 def samples_first(t, place: Shard, lead: int = 0):
     """Split the sample axis of `t` off and move it behind `lead` leading axes.
 

@@ -1,9 +1,11 @@
 """Probe: whether samples are as independent as the placements say, with the values of a call (`compile(check="probe")`).
 
-The captured forward graph runs four times in step: as it is, and with the first sample's values, the last one's, or both
-exchanged for a neighbour's. Exchanged are the slices of what depends on no parameter where it first meets a parameter, so
-that constants may still be reduced over the batch. At every op, a value of one slice per sample has to move in these
-slices only, and a sum over samples by the sum of both changes.
+The captured forward graph runs several times in step: as it is, and with the values of all samples, of half of them, or of
+the other half exchanged for a neighbour's. The halves are those of every bit of a sample's number, two bits at a time: any
+two samples are in different halves once, so that every pair that meets is found, by three forward passes for each doubling
+of the batch. Exchanged are the slices of what depends on no parameter where it first meets a parameter, so that constants
+may still be reduced over the batch. At every op, a value of one slice per sample has to move in the exchanged slices only,
+and a sum over samples by the sum of both halves' changes.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ from torch import Tensor, fx
 
 from fxcurv._torch import pytree
 from fxcurv.errors import MixedSamplesError, locate
-from fxcurv.placement import PARTIAL, Placement, Shard, samples_back, samples_first
+from fxcurv.placement import MIXED, PARTIAL, Placement, Shard, halves, samples_back, samples_first
 from fxcurv.program import Program, is_active
 
 # Rounding relative to a value's largest entry, in units of its dtype's: kernels may sum rows in another order.
 ROUNDING = {torch.float64: 1000, torch.float32: 1000, torch.float16: 16, torch.bfloat16: 16}
+# Bits whose halves run in step: each takes the memory of two batches.
+AT_ONCE = 2
 
 
 class Probe:
@@ -48,8 +52,10 @@ class Probe:
             MixedSamplesError: naming the first op where a sample moves another.
         """
         if self.needed and n > 1:
-            first, last = (0,), (n - 1,)
-            _InStep(self._gm, [(), first, last, first + last], self.asked).run(*flat)
+            pairs = halves(n)
+            for start in range(0, len(pairs), AT_ONCE):
+                some = [half for pair in pairs[start : start + AT_ONCE] for half in pair]
+                _InStep(self._gm, [(), tuple(range(n)), *some], self.asked).run(*flat)
 
 
 class _InStep(fx.Interpreter):
@@ -105,24 +111,30 @@ class _InStep(fx.Interpreter):
                     )
 
     def _moved(self, place: Placement, values: Sequence[Tensor]) -> str:
-        base, *others = [v.double().nan_to_num() for v in values]
+        base, every, *halves_ = [v.double().nan_to_num() for v in values]
         limit = ROUNDING.get(values[0].dtype, 1000) * torch.finfo(values[0].dtype).eps
-        scale = max(v.abs().max().item() for v in (base, *others)) if base.numel() else 0.0
+        scale = max(v.abs().max().item() for v in (base, every, *halves_)) if base.numel() else 0.0
         if isinstance(place, Shard):
-            for samples, other in zip(self.exchanged[1:], others, strict=True):
+            for samples, other in zip(self.exchanged[2:], halves_, strict=True):
                 rows = samples_first((other - base).abs(), place)
                 size = rows.reshape(rows.shape[0], -1).amax(1)
                 size[list(samples)] = 0
                 if size.max() > limit * scale:
-                    return f"exchanging sample {samples[0]} moves sample {int(size.argmax())} by {size.max().item():.2g}"
+                    moved = int(size.argmax())
+                    return f"exchanging {_listed(samples)} moves sample {moved} by {size.max().item():.2g}"
         elif place == PARTIAL:
-            first, last, both = others
-            error = (both - first - last + base).abs().max().item()
-            if error > limit * scale:
-                return f"the changes of samples {self.exchanged[1][0]} and {self.exchanged[2][0]} do not add up, by {error:.2g}"
-        elif any((other - base).abs().max() > limit * scale for other in others):
+            for one, other, samples in zip(halves_[::2], halves_[1::2], self.exchanged[2::2], strict=True):
+                error = (every - one - other + base).abs().max().item()
+                if error > limit * scale:
+                    return f"the changes of {_listed(samples)} and of the others do not add up, by {error:.2g}"
+        elif place != MIXED and any((v - base).abs().max() > limit * scale for v in (every, *halves_)):
             return "it is said to be the same for all samples, and moves with one"
         return ""
+
+
+def _listed(samples: tuple[int, ...]) -> str:
+    numbers = ", ".join(map(str, samples[:3])) + (", ..." if len(samples) > 3 else "")
+    return f"sample{'s' if len(samples) > 1 else ''} {numbers}"
 
 
 def exchanged(value: Tensor, place: Shard, samples: tuple[int, ...]) -> Tensor:
@@ -130,5 +142,5 @@ def exchanged(value: Tensor, place: Shard, samples: tuple[int, ...]) -> Tensor:
     rows = samples_first(value, place)
     index = torch.arange(rows.shape[0], device=value.device)
     for k in samples:
-        index[k] = (k + 1) % rows.shape[0] if k == 0 else k - 1
+        index[k] = (k + 1) % rows.shape[0]
     return samples_back(rows[index], place) if samples else value

@@ -31,7 +31,6 @@ def _(x):
     return torch.empty_like(x)
 
 
-
 OP = torch.ops.fxcurv_tests.centre.default
 
 
@@ -125,3 +124,24 @@ def test_one_sample_has_nothing_to_mix_with():
 def test_other_checks_are_unknown():
     with pytest.raises(ArgumentError, match="check='all'"):
         fxcurv.compile(mlp(), F.cross_entropy, check="all")
+
+
+@pytest.mark.parametrize("n", [2, 3, 6])
+def test_every_pair_that_meets_is_found(n):
+    """One sample reads one other's value: whichever two they are."""
+    net = Net(lambda m, x, rows: m.last(m.first(x)[rows]), first=nn.Linear(4, 3), last=nn.Linear(3, 3))
+    compiled = fxcurv.compile(
+        net, F.cross_entropy, [BatchGrad()], rules={aten.index.Tensor: Claims(Shard(0))}, check="probe", batch_dim=(0, None)
+    )
+    x, y, params = torch.randn(n, 4), torch.randint(3, (n,)), dict(net.named_parameters())
+    program = compiled.lower((x, torch.arange(n)), y)
+    for to, of in [(a, b) for a in range(n) for b in range(n)]:
+        rows = torch.arange(n)
+        rows[to] = of
+        given = {"input": (x, rows), "target": (y,)}
+        flat = [params[i.name] if i.kind == "param" else given[i.kind][i.index] for i in program.inputs if i.kind != "seed"]
+        if to == of:
+            program.state["probe"].run(flat, n)
+            continue
+        with pytest.raises(MixedSamplesError, match=r"index(?s:.*)exchanging samples? .* moves sample " + str(to)):
+            program.state["probe"].run(flat, n)

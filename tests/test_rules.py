@@ -260,6 +260,18 @@ def test_place_of_sums_over_samples(op):
                     assert found in (None, MIXED), (op, shapes(args), others | {i: PARTIAL})
 
 
+@pytest.mark.parametrize("op", RULES, ids=name_of)
+def test_place_of_what_is_mixed(op):
+    """An argument that depends on parameters and mixes samples gives nothing but such values, whatever is beside it."""
+    for _, args in samples(op):
+        y, able = run(op, args), differentiable(op, args)
+        for i in able:
+            beside = [(7, dict.fromkeys(tensors(args), place)) for place in (REPLICATE, PARTIAL, MIXED)]
+            for n, others in [*beside, *placements(args, 12)]:
+                found = placed(RULES[op], op, args, y, n, others | {i: MIXED}, able)
+                assert found in (None, MIXED), (op, shapes(args), i, others)
+
+
 def same(a, b):
     return torch.allclose(a, b, rtol=1e-9, atol=1e-12, equal_nan=True)
 

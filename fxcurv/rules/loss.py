@@ -54,7 +54,8 @@ class LossRule(Rule):
 
     def place(self, sites, args, shape, n):
         z = sites[0]
-        if any(s and s.active and s.place not in (z.place, REPLICATE) for s in sites[1:]):
+        beside = [s for s in sites[1:] if s and s.active and s.place != REPLICATE]
+        if any(s.place != z.place or s.shape != z.shape for s in beside):
             return MIXED  # a target that depends on parameters and on other samples
         if not isinstance(z.place, Shard):
             return z.place if isinstance(z.place, Replicate) else MIXED

@@ -166,10 +166,9 @@ class Pad(Movement):
     """A constant around (or, with negative widths, a crop of) the last axes."""
 
     def place(self, sites, args, shape, n):
-        padded = len(shape) - len(args[1]) // 2
-        x = sites[0]
-        moved = isinstance(x.place, Shard) and x.place.dim >= padded and shape[x.place.dim] != x.shape[x.place.dim]
-        return MIXED if moved else x.place
+        x, k = sites[0], len(args[1]) // 2
+        along = len(shape) - 1 - x.place.dim if isinstance(x.place, Shard) else k  # counted from the last axis
+        return MIXED if along < k and any(args[1][2 * along : 2 * along + 2]) else x.place
 
     def transpose(self, call: Call, wrt, g):
         widths = call.args[1]
