@@ -217,6 +217,20 @@ def by_hand() -> dict[Any, list[tuple]]:
             (t(2, 4, 3, 4), t(2, 2, 5, 4), t(2, 2, 5, 4), t(3, 5), 0.0, False, 0.3, True),
             (t(2, 2, 3, 4), t(2, 2, 5, 4), t(2, 2, 5, 4), t(2, 1, 3, 5) > -1),
         ],
+        aten.slice_scatter.default: [
+            (t(3, 4), t(3, 2), 1, 2, 2**63 - 1, 1), (t(3, 4), t(3, 4)), (t(3, 4), t(3, 2), -1, None, None, 2),
+            (t(3, 4), t(3, 2), 1, -3, -1, 1), (t(4, 3), t(1, 3), 0, 3, 100, 2),
+        ],
+        aten.select_scatter.default: [(t(3, 4), t(3), 1, 2), (t(3, 4), t(3), -1, -1), (t(3, 4, 2), t(4, 2), 0, -2)],
+        aten.as_strided.default: [(t(3, 4), [3, 2], [4, 1]), (t(4, 3).t(), [2, 2], [2, 3], 1), (t(3, 4), [3, 3], [1, 1])],
+        aten.as_strided_scatter.default: [(t(3, 4), t(3, 2), [3, 2], [4, 1]), (t(4, 3).t(), t(2), [2], [5], 1)],
+        aten.index_put.default: [
+            (t(3, 4), [None, torch.tensor([2, 0])], t(3, 2)), (t(3, 4), [torch.tensor([1, 2]), torch.tensor([0, 3])], t(1)),
+            (t(3, 4), [torch.tensor([1, 1])], t(2, 4), True),
+        ],
+        aten.index_fill.int_Scalar: [(t(3, 4), 1, torch.tensor([0, 2]), 1.5)],
+        aten.index_fill.int_Tensor: [(t(3, 4), 1, torch.tensor([0, 2]), t(1)[0])],
+        aten.fill.Tensor: [(t(3, 4), t(1)[0])],
         aten.unflatten.int: [(t(3, 6), 1, [2, 3]), (t(3, 6), -1, [-1, 2])],
     }  # fmt: skip
     steps = [t(3, 3), t(3, 3), t(3), t(3)] * 2

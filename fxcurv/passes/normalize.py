@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxcurv._torch import OpOverload, decomposes
 from fxcurv.emit import emit
-from fxcurv.errors import locate
+from fxcurv.errors import UnsupportedOpError, locate
 from fxcurv.program import Program, propagate_values
 from fxcurv.rules import REWRITES, RULES
 from fxcurv.rules.base import canonical_args, invoke
@@ -30,9 +31,11 @@ _ASSERTS = ("_assert", "sym_constrain", "_guards")
 def normalize(program: Program) -> Program:
     """See the module."""
     _drop_markers(program)
+    _refuse_counts_of_values(program)
     _logits(program)
     _own_slices(program)
     _even_bags(program)
+    _masked_writes(program)
     for _ in range(10):  # a rewrite may give ops that have a rewrite themselves
         if not _rewrite_once(program):
             break
@@ -53,6 +56,17 @@ def _drop_markers(program: Program) -> None:
             program.graph.erase_node(node)
         elif node.op == "call_function" and not node.users and any(name.startswith(a) for a in _ASSERTS):
             program.graph.erase_node(node)
+
+
+def _refuse_counts_of_values(program: Program) -> None:
+    """A size that counts values is no size of a sample's slice."""
+    program.graph.eliminate_dead_code()
+    for node in program.graph.nodes:
+        if node.op == "call_function" and free_unbacked_symbols(node.meta.get("val")):
+            raise UnsupportedOpError(
+                f"{locate(node)}\nmakes a tensor whose size depends on values. Way out: keep all entries, as in "
+                "torch.where(mask, f(x), x) for x[mask] = f(x[mask]), or (x * mask).sum() for x[mask].sum()."
+            )
 
 
 def _views_to_reshapes(program: Program) -> None:
@@ -202,6 +216,34 @@ def _in_own_slice(x: Tensor, indices: list[Tensor]) -> Tensor:
     place = place.long().reshape(x.shape[0], -1, *[1] * len(rest))
     slices = x.reshape(x.shape[0], -1, *rest)
     return slices.gather(1, place.expand(-1, -1, *rest)).reshape(*first.shape, *rest)
+
+
+def _masked_writes(program: Program) -> None:
+    """x[mask] = one value: `where`, which needs no number of entries that are written."""
+    for node in list(program.graph.nodes):
+        if node.target is not aten.index_put.default:
+            continue
+        x, indices, values, accumulate = canonical_args(node)
+        masks = [i for i in indices if i is not None]
+        if len(masks) != 1 or masks[0].meta["val"].dtype not in (torch.bool, torch.uint8):
+            continue
+        lead = indices.index(masks[0])
+        mask, shape = masks[0].meta["val"], values.meta["val"].shape
+        rest = x.meta["val"].ndim - lead - mask.ndim
+        along = len(shape) - rest - 1  # the axis of `values` that counts the entries
+        if along < 0 or shape[along] == 1:
+            args = (x, masks[0], values, lead, rest, along, accumulate)
+            _substitute(program, node, emit(program, _where_masked, *args, origin=origin_of(node, "forward"), before=node))
+
+
+def _where_masked(x: Tensor, mask: Tensor, value: Tensor, lead: int, rest: int, along: int, accumulate: bool) -> Tensor:
+    """x[:, .., mask] = value (or += value), with `lead` axes before the mask's and `rest` behind."""
+    mask = mask.to(torch.bool).reshape(*mask.shape, *[1] * rest)
+    if along >= 0:  # its one entry serves all
+        ones = [1] * (mask.ndim - rest - 1)
+        value = value.reshape(*value.shape[:along], *ones, *value.shape[along:])
+    value = value.to(x.dtype)
+    return torch.where(mask, x + value if accumulate else value, x)
 
 
 def _even_bags(program: Program) -> None:

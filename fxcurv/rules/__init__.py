@@ -5,6 +5,7 @@ from fxcurv.rules import (  # noqa: F401
     contraction,
     convolution,
     embedding,
+    inplace,
     loss,
     normalization,
     pointwise,

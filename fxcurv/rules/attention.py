@@ -23,7 +23,8 @@ def _attention(q, k, v, mask=None, dropout_p=0.0, is_causal=False, *, scale=None
         scores = torch.where(mask, scores, -torch.inf)
     elif mask is not None:
         scores = scores + mask
-    p = torch.softmax(scores, -1)
+    # a query that may attend to nothing gets zeros, as PyTorch's kernels give
+    p = torch.softmax(scores, -1) if mask is None or is_causal else aten._safe_softmax.default(scores, -1)
     if dropout_p > 0:
         p = aten.native_dropout.default(p, dropout_p, True)[0]
     return p @ v

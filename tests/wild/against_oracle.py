@@ -1,0 +1,55 @@
+"""One model of one parameter-carrying layer before and after a function, all quantities against the oracle."""
+
+from __future__ import annotations
+
+import torch
+from case_tools import Net
+from oracle import Oracle, plain_mathematics
+from torch import nn
+
+import fxcurv
+from fxcurv.extensions import HMP, KFLR, BatchDiagHessian, BatchGrad, DiagGGNExact, DiagHessian, SqrtGGNExact
+
+
+def between(fn, wide: int = 5, bias: bool = True) -> Net:
+    """linear, tanh, `fn`, linear."""
+    torch.manual_seed(0)
+    a, b = nn.Linear(4, wide, dtype=torch.float64), nn.Linear(wide, 3, bias, dtype=torch.float64)
+    return Net(lambda m, x: m.b(fn(torch.tanh(m.a(x)))), a=a, b=b)
+
+
+def close(actual, expected, what: str, tol: float = 1e-9) -> None:
+    assert actual.keys() == expected.keys(), what
+    for name, e in expected.items():
+        a = actual[name].detach()
+        assert a.shape == e.shape, (what, name)
+        assert a.isfinite().all(), (what, name)
+        off = (a - e).abs().max().item() if e.numel() else 0.0
+        assert off <= tol * max(1.0, e.abs().max().item() if e.numel() else 0.0), (what, name, off)
+
+
+def check(model: nn.Module, loss, x, y, sizes=(), **oracle) -> None:
+    """Individual gradients, Gauss-Newton and Hessian quantities; then at other batch sizes, the first n samples."""
+    asked = [BatchGrad(), DiagGGNExact(), SqrtGGNExact(), DiagHessian(), BatchDiagHessian(), HMP()]
+    compiled = fxcurv.compile(model, loss, asked)
+    for n in (len(x), *sizes):
+        xs, ys = x[:n], y[:n]
+        found = compiled(xs, ys)
+        with plain_mathematics():
+            true = Oracle(model, loss, xs, ys, **oracle)
+            close(found.grad, true.grad(), "grad")
+            close(found.grad_batch, true.grad_batch(), "grad_batch")
+            close(found.diag_ggn_exact, true.diag_ggn_exact(), "diag_ggn_exact")
+            close(found.sqrt_ggn_exact, true.sqrt_ggn_exact(), "sqrt_ggn_exact")
+            close(found.diag_h, true.diag_h(), "diag_h")
+            close(found.diag_h_batch, true.diag_h_batch(), "diag_h_batch")
+            hessian = true.hessian()
+        for name, p in model.named_parameters():
+            v = torch.randn(2, *p.shape, dtype=p.dtype)
+            product = found.hmp[name](v)
+            expected = (v.flatten(1) @ hessian[name]).reshape(v.shape)
+            close({name: product}, {name: expected}, "hmp")
+
+
+def kflr_of(model, loss, x, y):
+    return fxcurv.compile(model, loss, [KFLR()])(x, y).kflr
