@@ -29,15 +29,15 @@ def objective(program: Program) -> Program:
     extensions = program.extensions
     if program.loss is not None:
         _check_loss(program)
+    of_output = [e for e in extensions if isinstance(e.requires, SqrtGGN) and not isinstance(e.requires, HessianFactors)]
+    if of_output:
+        check_ends(program, ", ".join(type(e).__name__ for e in of_output))
     if any(e.per_sample for e in extensions) and not program.batch.whole:
         _check_independence(program)
     if any(isinstance(e.requires, SqrtGGN) for e in extensions):
         if program.loss is None:
             names = ", ".join(type(e).__name__ for e in extensions if isinstance(e.requires, SqrtGGN))
             raise LossError(f"{names} needs a loss: pass one to fxcurv.compile(model, loss, ...)")
-        asked = [e for e in extensions if isinstance(e.requires, SqrtGGN) and not isinstance(e.requires, HessianFactors)]
-        if asked:
-            check_ends(program, ", ".join(type(e).__name__ for e in asked))
         program.state["terms"] = find_terms(program)
         _check_sampled(program)
         _check_empirical(program)
