@@ -149,7 +149,9 @@ def capture(model: nn.Module, loss: Callable | None, arguments: Arguments, split
             raise
         except Exception as error:
             raise _capture_error(error, wrapped) from error
-        return _program(model, wrapped, exported, arguments)
+        program = _program(model, wrapped, exported, arguments)
+        program.state["split"] = split
+        return program
 
 
 @contextlib.contextmanager

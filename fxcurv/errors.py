@@ -43,6 +43,10 @@ class UnsupportedOpError(FxcurvError):
     """An op has no rule and the general fallback cannot serve it: pass `rules={op: MyRule()}`."""
 
 
+class FieldError(FxcurvError):
+    """A field would not be of all that the gradient beside it is of: change the backward pass."""
+
+
 class InternalError(FxcurvError):
     """An invariant of the compiler does not hold: please report it."""
 

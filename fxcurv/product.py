@@ -22,6 +22,7 @@ from fxcurv.errors import ArgumentError, ExtensionError, locate
 from fxcurv.linearize import Joint, Product, drop_zeros, joint_of
 from fxcurv.partition import closure, copied, repeatable, restrict, saved_values, size_of, split
 from fxcurv.passes import births
+from fxcurv.passes.ends import check_ends
 from fxcurv.passes.objective import ancestors, find_terms
 from fxcurv.passes.simplify import simplify
 from fxcurv.placement import PARTIAL, Shard
@@ -47,6 +48,8 @@ def build(program: Program, kind: str, modify: str, names: tuple[str, ...]) -> t
 
 def _whole(program: Program, kind: str, names: tuple[str, ...]) -> tuple[list[fx.Node], Code]:
     """One product for all parameters, of which every block is a part."""
+    if kind == "ggn":
+        check_ends(program, "the product with it")
     base, where = joint_of(program, kind)
     if kind == "ggn":
         _check_convex(program, base, where)

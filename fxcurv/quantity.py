@@ -67,7 +67,8 @@ class Group:
     """Columns of one birth: `kind` of columns at loss term or head `term`.
 
     kind: "gradient", "exact", "mc", "empirical", "signed", "root", "signs" (root times random signs), "identity" or
-        "token" (the gradient, a column per position) or "residual" (of an op; `term` counts them).
+        "token" (the gradient, a column per position), "residual" (of an op; `term` counts them) or "none" (columns of a
+        loss that is linear in f: zeros, which nothing carries).
     part: a group that is too large for the memory budget goes down the walk in parts.
     """
 
@@ -102,7 +103,7 @@ def _whole_groups(program: Program, quantity: Quantity) -> list[Group]:
         return []
     if not isinstance(quantity, SqrtGGN):
         return [TOKEN if "positions" in program.state else GRADIENT]
-    out = []
+    out = [] if program.state["terms"] else [Group("none", draws=quantity.mc or 0)]
     for index, term in enumerate(program.state["terms"]):
         if quantity.empirical:
             out.append(Group("empirical", index))

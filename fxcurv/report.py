@@ -98,6 +98,7 @@ class Report:
         sweeps: how often the walk goes down, for columns beyond the memory budget.
         fallbacks: ops on the walk that have no rule of their own.
         batch: whether the batch size is symbolic, or what fixed it.
+        output: what f is and whether its loss has curvature, "" for a model's output with a loss that has.
         timings: pass -> seconds.
 
     Args:
@@ -115,6 +116,7 @@ class Report:
         self.sweeps = program.state["sweeps"]
         self.fallbacks = _fallbacks(program)
         self.batch = program.batch_note
+        self.output = _output(program)
         self.timings = dict(program.timings)
 
     def __rich__(self) -> Group:
@@ -124,6 +126,8 @@ class Report:
         if self.sweeps > 1:
             parts.append(Text(f"sweeps of the walk, to stay within the memory budget: {self.sweeps}"))
         parts.append(Text(f"ops on the walk without a rule: {', '.join(self.fallbacks) or 'none'}"))
+        if self.output:
+            parts.append(Text(f"f: {self.output}"))
         parts.append(Text(f"batch size: {self.batch}"))
         passes = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in self.timings.items())
         return Group(*parts, Text(f"compiled in: {passes}"))
@@ -235,6 +239,12 @@ def _shared(program: Program, param: str, label: str, result: Any) -> Decision:
     rules = [d.rule for d in program.decisions if d.param == param and d.extension in others]
     how = "as " + ", ".join(others) if others else "on the walk"
     return Decision(param, label, rules[0] if rules else "", how, 0, 0, 0.0)
+
+
+def _output(program: Program) -> str:
+    linear = program.state.get("terms") == []
+    note = "; the loss is linear in it, so the Gauss-Newton is zero" if linear else ""
+    return program.state.get("ends", "the model's output" if linear else "") + note
 
 
 def _label(node: fx.Node) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fxcurv._torch import Loss, is_view, own_parameters, pytree, running_backward
 from fxcurv.arguments import filled
+from fxcurv.backpack import ledger
 from fxcurv.backpack.context import backpack, current, is_disabled
 from fxcurv.backpack.losses import LossCall, leaves_only, tensors_of
 from fxcurv.backpack.parts import ModelParts, Pass
@@ -41,6 +42,8 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False) 
         raise ArgumentError(f"extend takes an nn.Module, not a {type(module).__name__}: wrap it in one")
     if not isinstance(module, _Extended):
         module.__class__ = _extended_class(type(module))
+    if not isinstance(module, _Loss):
+        ledger.watch(module)
     return module
 
 
@@ -97,6 +100,7 @@ def _run(parts: ModelParts, args: tuple, kwargs: dict) -> Any:
     """The model's output, with its pass left at every tensor in it."""
     found, flat = parts.begin(args, kwargs)
     model, template = parts.model, found.template
+    ledger.watch(model)
     trained = [dict(model.named_parameters())[name] for name in template.params]
     given = [t for t in tensors_of((args, kwargs)) if t.requires_grad]
     leaves = _Cut.apply(found, flat, len(trained), *trained, *given)
@@ -140,16 +144,20 @@ class _Cut(torch.autograd.Function):
         flattened = [next(rest) if there else other for there, other in zip(ctx.where, ctx.others, strict=True)]
         leaves, flat, values = pytree.tree_unflatten(flattened, ctx.spec)
         create_graph = torch.is_grad_enabled()
-        context = backpack() if running_backward() in found.twice else current()
+        twice = running_backward() in found.twice
+        context = backpack() if twice else current()
         with torch.autocast(found.mode.device_type, enabled=False):
             if create_graph or given:
-                again, differentiable = found.parts.again(found, flat)
+                again, differentiable = found.parts.again(found, flat, ledger.alias)
             of_inputs = _of_inputs(again, given, gs, create_graph) if given else []
             values = differentiable if create_graph else values
             detached = [f.detach() for f in leaves]
             results = found.parts.backward(found, context.extensions, detached, gs, values)
         if create_graph:
             _mark(found, results)
+        if twice:
+            held = dict(found.parts.model.named_parameters())
+            ledger.unaccounted(*(held[name] for name in found.template.params))
         _attach(found, context, results)
         for call in found.calls:
             call.scale = None
@@ -177,9 +185,7 @@ def _mark(found: Pass, results: dict[str, Any]) -> None:
 def _attach(found: Pass, context: backpack, results: dict[str, Any]) -> None:
     model = found.parts.model
     params = dict(model.named_parameters())
-    for extension in context.extensions:
-        for name, value in results[extension.savefield].items():
-            setattr(params[name], extension.savefield, value)
+    ledger.write(found, model, params, results, context)
     if context.extension_hook is not None:
         losses = [call.loss for call in found.calls if call.scale is not None]
         own = [m for m in model.modules() if own_parameters(m) or next(m.children(), None) is None]

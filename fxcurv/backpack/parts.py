@@ -114,12 +114,19 @@ class ModelParts(_Parts):
         values = {**dict(zip(placeholders, flat, strict=True)), **dict(zip(part.keys, made, strict=True))}
         return leaves, dict(zip(template.mutations, mutations, strict=True)), values
 
-    def again(self, found: Pass, flat: list[Any]) -> tuple[list[Tensor], dict[int, Any]]:
-        """The same forward pass under autograd, for derivatives that the emitted parts do not give."""
+    def again(
+        self, found: Pass, flat: list[Any], alias: Callable[[Tensor], Tensor]
+    ) -> tuple[list[Tensor], dict[int, Any]]:
+        """The same forward pass under autograd, for derivatives that the emitted parts do not give.
+
+        alias: what stands for a parameter in it.
+        """
         cuda = sorted({t.device.index or 0 for t in leaves_only(flat) if t.is_cuda})
         with torch.enable_grad(), torch.random.fork_rng(cuda, enabled=found.rng is not None):
             if found.rng is not None:
                 _set_rng_state(found.rng)
+            bound = zip(flat, found.template.inputs, strict=True)
+            flat = [alias(t) if what.kind == "param" else t for t, what in bound]
             leaves, _, values = self.forward(found.template, flat)
         return leaves, values
 

@@ -100,7 +100,7 @@ class Param:
             groups = groups_of(self.program, self.extension.requires) if self.extension else [GRADIENT]
         reached = [g for g in groups if any(g in u.groups for u in self.program.state["uses"][self.name])]
         groups = reached if "v" in spec.reduce and reached else groups
-        parts = [self._of_group(spec, g, weights, precise) for g in groups or [GRADIENT]]
+        parts = [self._of_group(spec, g, weights, precise) for g in groups]
         if len(parts) == 1:
             return parts[0]
         return self.emit(_added if "v" in reduce else _joined, parts)
@@ -168,10 +168,16 @@ class Param:
 
     def _zeros(self, spec: Spec, group: Group, precise: bool) -> fx.Node:
         """The loss does not reach this parameter: zeros."""
-        columns = self.program.state["columns"].get(group, 1)
+        columns = self._columns(group)
         head = self.program.heads[0]
         dtype = self.node.meta["val"].dtype
         return self.emit(_zeros, spec, columns, self.node, head, head.meta["place"], wide(dtype) if precise else dtype)
+
+    def _columns(self, group: Group) -> int:
+        """How many columns a group has: of a loss without curvature as many as the model's output has numbers."""
+        if group.kind == "none":
+            return group.draws or sum(self.program.batch.per_sample(h.meta["val"]) for h in self.program.heads)
+        return self.program.state["columns"].get(group, 1)
 
 
 def _materialised(factor: Factor) -> Tensor:

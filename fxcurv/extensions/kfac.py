@@ -33,7 +33,7 @@ from fxcurv.layers import Embed, Layer, LayerUse, NoLayer, averaged, features, g
 from fxcurv.placement import Shard
 from fxcurv.precision import wide, widely
 from fxcurv.program import Decision, Program
-from fxcurv.quantity import Group, Quantity, SqrtGGN, groups_of
+from fxcurv.quantity import GRADIENT, Group, Quantity, SqrtGGN, groups_of
 from fxcurv.rules.base import rule_of
 from fxcurv.uses import Use, columns_of
 
@@ -60,7 +60,10 @@ class _Factored(Extension):
 
     def extract(self, param: Param) -> Kronecker | Eigenbasis:
         groups = groups_of(param.program, self.requires)
-        uses = [u for u in param.program.state["uses"][param.name] if any(g in u.groups for g in groups)]
+        reached = param.program.state["uses"][param.name]
+        uses = [u for u in reached if any(g in u.groups for g in groups)]
+        # a loss that is linear in f has no columns, but its layers have inputs
+        uses = uses or [u for u in reached if GRADIENT in u.groups]
         if not uses:
             return self._unreached(param)
         found = {g: self._layer(param, _distinct(uses, g)) for g in groups}
@@ -225,6 +228,8 @@ class EKFAC(_Factored):
             if given:
                 rotated = param.emit(widely, rotate, given, basis, _dtype(param))
                 parts.append(param.contract_factors(Spec(2, "vn"), rotated, layer.uses[0].use.rule))
+        if not parts:
+            return Eigenbasis([*basis, param.emit(_zero_moments, factors)], factors.arrangement)
         moments = param.emit(_sum, parts)
         if rotate is _rotated_lookup:
             moments = param.emit(_transposed, moments)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from fxcurv.passes.codegen import codegen
+from fxcurv.passes.ends import ends
 from fxcurv.passes.extract import extract
 from fxcurv.passes.independence import independence
 from fxcurv.passes.layout import layout
@@ -24,7 +25,7 @@ from fxcurv.passes.whole import whole
 from fxcurv.program import Program
 from fxcurv.progress import silent
 
-ANALYSIS = [normalize, reorder, layout, independence, whole, objective, positions]
+ANALYSIS = [normalize, reorder, layout, independence, ends, whole, objective, positions]
 PIPELINE = [propagate, extract, simplify, select, simplify, presum, schedule, codegen, recycle]
 
 

@@ -254,6 +254,10 @@ def _slice_shape(program: Program, node: fx.Node) -> tuple[int, ...]:
 def _births(program: Program) -> list[tuple[fx.Node, fx.Node]]:
     """(prediction, sum of the Hessians over samples there) of every loss term."""
     out = []
+    if not program.state["terms"]:  # the loss is linear in f
+        origin = {"stage": "columns", "op": "Hessian of the loss", "module": "", "extension": "KFRA"}
+        for head in program.heads:
+            out.append((head, emit(program, averages.none, head, head.meta["place"], origin=origin)))
     for term in program.state["terms"]:
         if term.node is not None:
             rule, c = rule_of(term.node.target, program.rules), program.state["arrivals"][term.node]

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from fxcurv.emit import emit
 from fxcurv.errors import ExtensionError, LossError, UnsupportedOpError
 from fxcurv.noise import uniform
-from fxcurv.passes.objective import ancestors, descendants
+from fxcurv.passes.objective import ancestors, descendants, past
 from fxcurv.placement import Shard, samples_back, samples_first
 from fxcurv.precision import widened
 from fxcurv.program import Check, Input, Program
@@ -209,7 +209,8 @@ def hessian_of_loss(program: Program) -> fx.Node:
     """The Hessian of the whole loss in f per sample, [N, D, D] (the loss being a sum over samples)."""
     heads = program.heads
     places = tuple(h.meta["place"] for h in heads)
-    inner = [n for n in ancestors([program.loss]) if n in descendants(heads) and n not in heads]
+    between = past(program) & descendants(heads)
+    inner = [n for n in ancestors([program.loss]) if n in between]
     outside = list(dict.fromkeys(i for n in inner for i in n.all_input_nodes if i not in inner and i not in heads))
     loss = Subgraph(tuple(inner), tuple(heads), tuple(outside), program.loss)
     origin = {"stage": "columns", "op": "Hessian of the loss", "module": ""}

@@ -12,9 +12,10 @@ from torch import Tensor, fx
 
 from fxcurv._torch import pytree
 from fxcurv.errors import LossError, MixedSamplesError, locate
+from fxcurv.passes.ends import check_ends
 from fxcurv.placement import MIXED, PARTIAL, Shard, Whole
 from fxcurv.program import Program, is_tensor
-from fxcurv.quantity import SqrtGGN, Term
+from fxcurv.quantity import HessianFactors, SqrtGGN, Term
 from fxcurv.rules import LossRule
 from fxcurv.rules.base import canonical_args, rule_of
 
@@ -28,6 +29,9 @@ def objective(program: Program) -> Program:
     extensions = program.extensions
     if program.loss is not None:
         _check_loss(program)
+    of_output = [e for e in extensions if isinstance(e.requires, SqrtGGN) and not isinstance(e.requires, HessianFactors)]
+    if of_output:
+        check_ends(program, ", ".join(type(e).__name__ for e in of_output))
     if any(e.per_sample for e in extensions) and not program.batch.whole:
         _check_independence(program)
     if any(isinstance(e.requires, SqrtGGN) for e in extensions):
@@ -36,6 +40,7 @@ def objective(program: Program) -> Program:
             raise LossError(f"{names} needs a loss: pass one to fxcurv.compile(model, loss, ...)")
         program.state["terms"] = find_terms(program)
         _check_sampled(program)
+        _check_empirical(program)
     return program
 
 
@@ -103,6 +108,16 @@ def _check_sampled(program: Program) -> None:
         raise MixedSamplesError(program.state["mixing"].format(asked=sampled))
 
 
+def _check_empirical(program: Program) -> None:
+    """The empirical column is of a likelihood, which a loss that is linear in f does not have."""
+    asked = ", ".join(type(e).__name__ for e in program.extensions if getattr(e.requires, "empirical", False))
+    if asked and not program.state["terms"]:
+        raise LossError(
+            f'{asked}(fisher="empirical") needs a loss in closed form (cross-entropy, squares, binary cross-entropy with '
+            'logits), and this one is linear in the model\'s output. Way out: fisher="mc", which is zero.'
+        )
+
+
 def ancestors(nodes: list[fx.Node]) -> list[fx.Node]:
     """`nodes` and everything they are computed from, in the graph's order."""
     found, stack = set(), list(nodes)
@@ -123,6 +138,17 @@ def descendants(nodes: list[fx.Node]) -> set[fx.Node]:
     return found
 
 
+def past(program: Program) -> set[fx.Node]:
+    """What the loss is computed by from f (and from constants, and parameters of its own)."""
+    found, stack = set(), [program.loss]
+    while stack:
+        node = stack.pop()
+        if node not in found and node not in program.heads:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
 def find_terms(program: Program) -> list[Term]:
     """The loss terms, or one general term."""
     dependent = descendants(program.heads)
@@ -139,7 +165,7 @@ def find_terms(program: Program) -> list[Term]:
 
 def _check_reads_outputs_only(program: Program, dependent: set[fx.Node]) -> None:
     """An activation that reaches the loss past the model's output would be left out of f."""
-    for node in dependent - set(program.heads):
+    for node in dependent & past(program):
         for source in node.all_input_nodes:
             if source.meta.get("active") and source not in dependent and isinstance(source.meta["place"], Shard):
                 inside = [a for a in ancestors([source]) if a in program.params.values()]

@@ -1,0 +1,157 @@
+"""ends: where the model ends, if it computes its loss itself.
+
+A language model that is called with labels returns its loss, and `loss = lambda out: out.loss` only hands it on. The output
+that the loss reads is a number then, which is no f: of it the loss is linear, and the Gauss-Newton of a linear function is
+zero. So f is what the loss op inside the model reads, where the output is a linear function of such ops alone. A mean of a
+layer's output (a critic's) ends at that layer. What else a number hides is not known: the Gauss-Newton is refused.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxcurv.errors import LossError, locate
+from fxcurv.placement import REPLICATE, Shard
+from fxcurv.program import Program, is_active, is_sharded, is_tensor, place
+from fxcurv.rules import LossRule
+from fxcurv.rules.base import canonical_args, rule_of
+
+# losses without a rule of their own, by the name of the op that was captured
+LOSSES = re.compile(r"aten\.(\w+_loss\w*|binary_cross_entropy\w*|kl_div)(\.|$)")
+
+
+def ends(program: Program) -> Program:
+    """Move f from outputs that are the model's own loss to what the loss op in it reads."""
+    if program.loss is None or program.state.get("split") or not is_active(program.loss):
+        return program
+    linearly = _read_linearly(program)
+    heads: dict[fx.Node, None] = {}
+    for head in program.heads:
+        found = _inside(program, head, head in linearly) if is_active(head) else None
+        heads.update(dict.fromkeys(found or [head]))
+    program.heads = list(heads)
+    return program
+
+
+def check_ends(program: Program, asked: str) -> None:
+    """Refuse what needs f, where it is hidden behind a number that the model returns."""
+    if "hidden" in program.state:
+        raise LossError(program.state["hidden"].format(asked=asked))
+
+
+def _inside(program: Program, head: fx.Node, linearly: bool) -> list[fx.Node] | None:
+    """What stands for f in place of `head`; None where it is f itself, or is not known (`state["hidden"]`)."""
+    stops = [n for n in _stops(program, head) if place(n) != REPLICATE]  # others are regularisers
+    losses = [n for n in stops if _is_loss(program, n)]
+    others = [n for n in stops if n not in losses]
+    number = is_tensor(head) and not head.meta["val"].ndim and place(head) != REPLICATE
+    read = list(dict.fromkeys(leaf for n in losses for leaf in _predictions(program, n)))
+    if losses and linearly and not others and all(is_sharded(n) for n in read):
+        program.state["ends"] = f"what the model's own loss reads, {_named(losses)}"
+        return list(dict.fromkeys(_returned(program, n) for n in read))
+    if number and linearly and not losses and all(map(_is_layer, others)):
+        program.state["ends"] = f"what the model sums up itself, of {_named(others)}"
+        return list(dict.fromkeys(_returned(program, n) for n in others))
+    if linearly and (number or losses) or number and losses:
+        at = (others or losses)[0]
+        program.state["hidden"] = (
+            f"{_literal(locate(at))}\nis inside a loss that the model computes itself, so it is not known where the model ends and "
+            "the loss begins, and {asked} (of the Gauss-Newton) does not exist.\nWay out: split='path of the submodule whose "
+            "output is f'; or return that output from the model, and compute the loss in the loss function."
+        )
+    return None
+
+
+def _named(nodes: list[fx.Node]) -> str:
+    return "; ".join(locate(n).replace("\n ", "") for n in nodes)
+
+
+def _literal(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def _read_linearly(program: Program) -> set[fx.Node]:
+    """The outputs that the loss is a linear function of."""
+    linearly, otherwise = set(), set()
+    seen, stack = set(), [(program.loss, True)]
+    while stack:
+        node, straight = stack.pop()
+        if (node, straight) in seen:
+            continue
+        seen.add((node, straight))
+        if node in program.heads:
+            (linearly if straight else otherwise).add(node)
+        else:
+            straight = straight and _is_linear(program, node)
+            stack.extend((source, straight) for source in node.all_input_nodes if is_active(source))
+    return linearly - otherwise
+
+
+def _stops(program: Program, head: fx.Node) -> list[fx.Node]:
+    """The values that `head` is a linear function of, and which are no linear functions themselves."""
+    found: dict[fx.Node, None] = {}
+    seen, stack = set(), [head]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op != "call_function" or _is_loss(program, node) or not _is_linear(program, node):
+            found[node] = None
+        else:
+            stack.extend(source for source in node.all_input_nodes if is_active(source))
+    return list(found)
+
+
+def _is_linear(program: Program, node: fx.Node) -> bool:
+    if node.target is operator.getitem:
+        return True
+    leaves = pytree.tree_leaves(canonical_args(node))
+    return rule_of(node.target, program.rules).linear([i for i, leaf in enumerate(leaves) if is_active(leaf)])
+
+
+def _is_loss(program: Program, node: fx.Node) -> bool:
+    if node.op != "call_function" or node.target is operator.getitem:
+        return False
+    return isinstance(rule_of(node.target, program.rules), LossRule) or LOSSES.match(_captured_op(node)) is not None
+
+
+def _captured_op(node: fx.Node) -> str:
+    return str(node.meta.get("origin", {}).get("op") or node.target)
+
+
+def _predictions(program: Program, node: fx.Node) -> list[fx.Node]:
+    """The differentiable values that a loss op reads; it may have become several nodes."""
+    op, found = _captured_op(node), {}
+    seen, stack = set(), [node]
+    while stack:
+        member = stack.pop()
+        if member in seen:
+            continue
+        seen.add(member)
+        for source in filter(is_active, member.all_input_nodes):
+            if source.op == "call_function" and _is_loss(program, source) and _captured_op(source) == op:
+                stack.append(source)
+            elif place(source) != REPLICATE:
+                found[source] = None
+    return list(found)
+
+
+def _returned(program: Program, value: fx.Node) -> fx.Node:
+    """An output of the model that `value` is a linear function of, if there is one: f as the user knows it."""
+    node = value
+    while node not in program.output_leaves:
+        sources = [i for i in node.all_input_nodes if is_active(i)]
+        if len(sources) != 1 or node.op != "call_function" or not _is_linear(program, node) or not is_sharded(sources[0]):
+            return value
+        (node,) = sources
+    return node if isinstance(place(node), Shard) and isinstance(node.meta.get("val"), Tensor) else value
+
+
+def _is_layer(node: fx.Node) -> bool:
+    """Whether an op gives each sample a value by a parameter of its own: what is summed is no loss of something else."""
+    return is_sharded(node) and any(is_active(i) and place(i) == REPLICATE for i in node.all_input_nodes)
