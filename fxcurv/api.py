@@ -18,7 +18,7 @@ from fxcurv import passes
 from fxcurv.arguments import Arguments, described, filled, flatten_arguments
 from fxcurv.backend import Backend, export
 from fxcurv.capture import capture
-from fxcurv.dynamo import Step, named_tensors, parted, step_for
+from fxcurv.dynamo import Step, guarded, named_tensors, parted, step_for
 from fxcurv.errors import ArgumentError, ExtensionError, FxcurvError, LossError, UnsupportedOpError, locate
 from fxcurv.extensions import Extension
 from fxcurv.passes.recycle import Pool, functional
@@ -323,7 +323,9 @@ class Compiled:
         step = getattr(self._steps, step_for(self, skeleton, modes, create_graph, mode.device_type, mode.dtype, *tensors))
         if not step.accepts(tensors):
             raise ArgumentError("the program is for other sizes: call compiled.lower(inputs, targets) before the step")
-        named = named_tensors(self.model, self.loss)
+        values, tensors_held = step.read(self._all_modules())
+        guarded(values)
+        named = {**named_tensors(self.model, self.loss), **tensors_held}
         with torch.autocast(mode.device_type, enabled=False), torch.set_grad_enabled(create_graph):
             drawn = _seed(seed, None, next(self.model.parameters()).device)
             values = step(named, tensors, drawn)
@@ -340,7 +342,14 @@ class Compiled:
         """The name of the `Step` for a call inside `torch.compile`, its values checked; Dynamo does not trace this."""
         arguments, mode = self._arguments(inputs, targets), Autocast(device_type, dtype)
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type, enabled=False):
-            program = self._program(arguments, mode, create_graph)
+            program = self._program(arguments, mode, create_graph, schedules=False)
+            unseen = program.state["python"].unguarded()
+            if unseen:
+                raise ArgumentError(
+                    f"{unseen} is read by the model or the loss, and torch.compile would not see it change. Way out: an attribute "
+                    "of the model, or of a loss that is a module; a counter outside of the forward pass; or call it outside of "
+                    "the compiled function."
+                )
             if self._debug or id(program) not in self._checked:
                 self._check(program, self._bind(program, arguments, 0, None))
             name = f"step_{id(program)}"
@@ -368,7 +377,7 @@ class Compiled:
         """
         arguments, mode = self._arguments(inputs, targets), self._autocast()
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(mode.device_type, enabled=False):
-            program = self._program(arguments, mode)
+            program = self._program(arguments, mode, schedules=False)
             seed = _seed(0, None, next(self.model.parameters()).device)
             return export(self.model, self.loss, program, arguments, inputs, targets, seed)
 
@@ -416,16 +425,21 @@ class Compiled:
         enabled = torch.is_autocast_enabled(device)
         return Autocast(device, torch.get_autocast_dtype(device) if enabled else None)
 
-    def _program(self, arguments: Arguments, mode: Autocast, create_graph: bool = False) -> Program:
+    def _program(
+        self, arguments: Arguments, mode: Autocast, create_graph: bool = False, schedules: bool = True
+    ) -> Program:
+        """The program for these arguments and what Python holds; `schedules`: whether floats may be inputs of it."""
         n = arguments.batch_size
         key, modules = (self._key(arguments), mode, create_graph), self._all_modules()
         serving = [program for program in self._programs.get(key, []) if program.serves(n)]
+        serving = [program for program in serving if schedules or not program.state["python"].numbers]
         for program in serving:
             if program.state["python"].holds(modules):
                 return program
         changed = min((program.state["python"].differences(modules) for program in serving), key=len, default=[])
         reason = shortened(reasons(changed)) if changed else why(key, self._programs, n, self._modules())
-        program = self._scheduled(arguments, mode, create_graph, changed) or self._lower(arguments, mode, create_graph)
+        program = self._scheduled(arguments, mode, create_graph, changed) if schedules and self._schedules else None
+        program = program or self._lower(arguments, mode, create_graph)
         again = f" again, because {reason}" if reason else ""
         log.info("compiled%s; batch size: %s", again, program.batch_note)
         self.recompiles += [reason] if reason else []
@@ -438,7 +452,7 @@ class Compiled:
         Args:
             changed: what is not as the nearest program has it, of `State.differences`.
         """
-        numbers = self._schedule.changed(changed) if self._schedules else ()
+        numbers = self._schedule.changed(changed)
         while numbers:
             try:
                 if self._schedule.new() and not self._same_forward(arguments, mode, numbers):

@@ -261,6 +261,11 @@ class State:
         for effect in self.effects:
             effect.run(modules)
 
+    def unguarded(self) -> str:
+        """What a function that `torch.compile` makes could not see change; "" if there is nothing."""
+        cells = [p.title for p, how in self.leaves if how == "scalar" and isinstance(p.root, types.CellType)]
+        return next(iter([*cells, *(effect.path.title for effect in self.effects)]), "")
+
     def names(self) -> list[str]:
         """The values that are compared by value, and those that are inputs, for a report."""
         shown = [f"{path.title} = {then!r}" for (path, how), then in zip(self.leaves, self.values, strict=True) if how == "scalar"]
@@ -393,11 +398,11 @@ class Reads:
 
     def _attribute(self, module: nn.Module, name: str, value: Any, frame: types.FrameType) -> None:
         code = frame.f_code
-        outside = id(module) not in self._index and not code.co_filename.startswith(_LAYERS) and id(code) not in self._codes
-        if is_ours(code.co_filename) or id(module) in self._born or outside:
+        instructions = self._codes[id(code)][1] if id(code) in self._codes else []
+        machinery = id(module) not in self._index and not code.co_filename.startswith(_LAYERS) and not instructions
+        if is_ours(code.co_filename) or id(module) in self._born or machinery:
             return
         path = self._of_module(module, name)
-        instructions = self._codes[id(code)][1] if id(code) in self._codes else []
         at = next((k for k, i in enumerate(instructions) if i.offset >= frame.f_lasti), len(instructions))
         step = _counts(instructions, at, name)
         if (id(module), name) in self._written:  # a value of this very pass, unless it counted up an older one

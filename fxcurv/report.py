@@ -100,6 +100,7 @@ class Report:
         sweeps: how often the walk goes down, for columns beyond the memory budget.
         fallbacks: ops on the walk that have no rule of their own.
         batch: whether the batch size is symbolic, or what fixed it.
+        python: the values of attributes, closures and globals that the program depends on.
         timings: pass -> seconds.
 
     Args:
@@ -117,6 +118,7 @@ class Report:
         self.sweeps = program.state["sweeps"]
         self.fallbacks = _fallbacks(program)
         self.batch = program.batch_note
+        self.python = program.state["python"].names()
         self.timings = dict(program.timings)
 
     def __rich__(self) -> Group:
@@ -127,6 +129,9 @@ class Report:
             parts.append(Text(f"sweeps of the walk, to stay within the memory budget: {self.sweeps}"))
         parts.append(Text(f"ops on the walk without a rule: {', '.join(self.fallbacks) or 'none'}"))
         parts.append(Text(f"batch size: {self.batch}"))
+        if self.python:
+            more = f", and {len(self.python) - 6} more" if len(self.python) > 6 else ""
+            parts.append(Text(f"values that Python holds: {', '.join(self.python[:6])}{more}"))
         passes = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in self.timings.items())
         return Group(*parts, Text(f"compiled in: {passes}"))
 
