@@ -18,15 +18,16 @@ from fxcurv import passes
 from fxcurv.arguments import Arguments, described, filled, flatten_arguments
 from fxcurv.backend import Backend, export
 from fxcurv.capture import capture
-from fxcurv.dynamo import Step, named_tensors, parted, step_for
-from fxcurv.errors import ArgumentError, ExtensionError, UnsupportedOpError, locate
+from fxcurv.dynamo import Step, guarded, named_tensors, parted, step_for
+from fxcurv.errors import ArgumentError, ExtensionError, FxcurvError, LossError, UnsupportedOpError, locate
 from fxcurv.extensions import Extension
 from fxcurv.passes.recycle import Pool, functional
 from fxcurv.probe import Probe
 from fxcurv.program import Kept, Program, specialise
 from fxcurv.progress import progress, silent
+from fxcurv.python_state import Path, Schedule, alike, all_modules, reasons
 from fxcurv.quantity import Identity
-from fxcurv.recompiles import Key, why
+from fxcurv.recompiles import Key, shortened, why
 from fxcurv.result import Result
 from fxcurv.selection import Choice, chosen, hashable
 
@@ -190,6 +191,8 @@ class Compiled:
 
     _as_written = False
     """Whether no op of the model may be said in others, for quantities that depend on them."""
+    _schedules = True
+    """Whether a float that changes at every call may become an input of the program."""
 
     def __init__(
         self,
@@ -216,6 +219,7 @@ class Compiled:
         self.recompiles: list[str] = []
         self._programs: dict[tuple[Key, Autocast, bool], list[Program]] = {}
         self._checked: set[int] = set()
+        self._schedule = Schedule()
         self._steps = SimpleNamespace()  # by name: Dynamo guards the length of a list or dict that it reads
         self._pool = Pool()
 
@@ -266,7 +270,7 @@ class Compiled:
             flat = self._bind(program, arguments, seed, generator)
             memory = self._memory(program, arguments.batch_size, flat, kept)
             try:
-                if self._debug or id(program) not in self._checked:
+                if self._debug or id(program) not in self._checked or program.state["python"].numbers:
                     self._check(program, flat)
                 with torch.set_grad_enabled(create_graph):
                     values = self._run(program, flat, memory)
@@ -276,6 +280,7 @@ class Compiled:
                 raise _run_error(program, arguments, flat, error) from error
             with torch.set_grad_enabled(create_graph):
                 result = self._result(program, flat, values)
+            program.state["python"].run_effects(self._all_modules())
             if out is not None:
                 out._memory = None
             return result
@@ -318,7 +323,9 @@ class Compiled:
         step = getattr(self._steps, step_for(self, skeleton, modes, create_graph, mode.device_type, mode.dtype, *tensors))
         if not step.accepts(tensors):
             raise ArgumentError("the program is for other sizes: call compiled.lower(inputs, targets) before the step")
-        named = named_tensors(self.model, self.loss)
+        values, tensors_held = step.read(self._all_modules())
+        guarded(values)
+        named = {**named_tensors(self.model, self.loss), **tensors_held}
         with torch.autocast(mode.device_type, enabled=False), torch.set_grad_enabled(create_graph):
             drawn = _seed(seed, None, next(self.model.parameters()).device)
             values = step(named, tensors, drawn)
@@ -335,7 +342,14 @@ class Compiled:
         """The name of the `Step` for a call inside `torch.compile`, its values checked; Dynamo does not trace this."""
         arguments, mode = self._arguments(inputs, targets), Autocast(device_type, dtype)
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type, enabled=False):
-            program = self._program(arguments, mode, create_graph)
+            program = self._program(arguments, mode, create_graph, schedules=False)
+            unseen = program.state["python"].unguarded()
+            if unseen:
+                raise ArgumentError(
+                    f"{unseen} is read by the model or the loss, and torch.compile would not see it change. Way out: an attribute "
+                    "of the model, or of a loss that is a module; a counter outside of the forward pass; or call it outside of "
+                    "the compiled function."
+                )
             if self._debug or id(program) not in self._checked:
                 self._check(program, self._bind(program, arguments, 0, None))
             name = f"step_{id(program)}"
@@ -363,7 +377,7 @@ class Compiled:
         """
         arguments, mode = self._arguments(inputs, targets), self._autocast()
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(mode.device_type, enabled=False):
-            program = self._program(arguments, mode)
+            program = self._program(arguments, mode, schedules=False)
             seed = _seed(0, None, next(self.model.parameters()).device)
             return export(self.model, self.loss, program, arguments, inputs, targets, seed)
 
@@ -411,19 +425,61 @@ class Compiled:
         enabled = torch.is_autocast_enabled(device)
         return Autocast(device, torch.get_autocast_dtype(device) if enabled else None)
 
-    def _program(self, arguments: Arguments, mode: Autocast, create_graph: bool = False) -> Program:
+    def _program(
+        self, arguments: Arguments, mode: Autocast, create_graph: bool = False, schedules: bool = True
+    ) -> Program:
+        """The program for these arguments and what Python holds; `schedules`: whether floats may be inputs of it."""
         n = arguments.batch_size
-        key = self._key(arguments), mode, create_graph
-        for program in self._programs.get(key, []):
-            if program.serves(n):
+        key, modules = (self._key(arguments), mode, create_graph), self._all_modules()
+        serving = [program for program in self._programs.get(key, []) if program.serves(n)]
+        serving = [program for program in serving if schedules or not program.state["python"].numbers]
+        for program in serving:
+            if program.state["python"].holds(modules):
                 return program
-        reason = why(key, self._programs, n, self._modules())
-        program = self._lower(arguments, mode, create_graph)
+        changed = min((program.state["python"].differences(modules) for program in serving), key=len, default=[])
+        reason = shortened(reasons(changed)) if changed else why(key, self._programs, n, self._modules())
+        program = self._scheduled(arguments, mode, create_graph, changed) if schedules and self._schedules else None
+        program = program or self._lower(arguments, mode, create_graph)
         again = f" again, because {reason}" if reason else ""
         log.info("compiled%s; batch size: %s", again, program.batch_note)
         self.recompiles += [reason] if reason else []
         self._programs.setdefault(key, []).append(program)
         return program
+
+    def _scheduled(self, arguments: Arguments, mode: Autocast, create_graph: bool, changed: list) -> Program | None:
+        """A program in which floats that have changed twice are inputs, if the model can be traced so.
+
+        Args:
+            changed: what is not as the nearest program has it, of `State.differences`.
+        """
+        numbers = self._schedule.changed(changed)
+        while numbers:
+            try:
+                if self._schedule.new() and not self._same_forward(arguments, mode, numbers):
+                    raise LossError("with the float as a tensor, the model computes something else")
+                program = self._lower(arguments, mode, create_graph, numbers)
+                self._schedule.works()
+                return program
+            except (FxcurvError, RuntimeError, TypeError, ValueError) as error:
+                given_up = ", ".join(path.title for path in self._schedule.give_up())
+                log.info("%s: a program for each value, because %s", given_up, error)
+            numbers = self._schedule.changed(())
+        return None
+
+    def _same_forward(self, arguments: Arguments, mode: Autocast, numbers: tuple[Path, ...]) -> bool:
+        """Whether the forward pass with these floats as inputs computes what it does with their values in it."""
+        outcomes = []
+        for chosen_numbers in ((), numbers):
+            with torch.autocast(mode.device_type, mode.dtype, enabled=mode.dtype is not None):
+                program = capture(self.model, self.loss, arguments, self._split, chosen_numbers)
+            flat = self._bind(program, arguments, 0, None)
+            with torch.random.fork_rng(_cuda(flat)):
+                torch.manual_seed(0)
+                outcomes.append(program.gm(*flat))
+        return all(alike(a, b) for a, b in zip(*outcomes, strict=True))
+
+    def _all_modules(self) -> list[nn.Module]:
+        return all_modules(self.model, self.loss)
 
     def _modules(self) -> list[nn.Module]:
         return [self.model, *([self.loss] if isinstance(self.loss, nn.Module) else [])]
@@ -444,16 +500,18 @@ class Compiled:
         state = tuple((name, t.requires_grad, t.dtype, t.device, t.shape) for name, t in tensors)
         return Key(inputs, targets, arguments.structure, flags, state, n == 1)
 
-    def _lower(self, arguments: Arguments, mode: Autocast, create_graph: bool) -> Program:
+    def _lower(
+        self, arguments: Arguments, mode: Autocast, create_graph: bool, numbers: tuple[Path, ...] = ()
+    ) -> Program:
         single = arguments.batch_size == 1
         with progress(f"compiling {type(self.model).__name__}") as tell:
-            program = self._analyse(_doubled(arguments) if single else arguments, mode, tell)
+            program = self._analyse(_doubled(arguments) if single else arguments, mode, tell, numbers)
             if single:  # a model that fixes the batch size is captured at one sample after all
-                program = self._analyse(arguments, mode, tell) if program.fixed else _single(program)
+                program = self._analyse(arguments, mode, tell, numbers) if program.fixed else _single(program)
             return at_numbers_if_need_be(
                 lambda p: self._emitted(p, create_graph, tell),
                 program,
-                lambda: self._analyse(arguments, mode, tell),
+                lambda: self._analyse(arguments, mode, tell, numbers),
                 arguments.batch_size,
             )
 
@@ -462,11 +520,17 @@ class Compiled:
         program.state["probe"] = Probe(program) if self._probes else None
         return passes.run(program, passes.PIPELINE, self._debug, tell)
 
-    def _analyse(self, arguments: Arguments, mode: Autocast, tell: Callable[[str], None] = silent) -> Program:
+    def _analyse(
+        self,
+        arguments: Arguments,
+        mode: Autocast,
+        tell: Callable[[str], None] = silent,
+        numbers: tuple[Path, ...] = (),
+    ) -> Program:
         tell("capture")
         start = time.perf_counter()
         with torch.autocast(mode.device_type, mode.dtype, enabled=mode.dtype is not None):
-            program = capture(self.model, self.loss, arguments, self._split)
+            program = capture(self.model, self.loss, arguments, self._split, numbers)
         program.timings["capture"] = time.perf_counter() - start
         program.extensions, program.rules = self.extensions, self._rules
         names, program.covers = self.covered()
@@ -483,6 +547,8 @@ class Compiled:
         buffers = dict(self.model.named_buffers(remove_duplicate=False))
         of_loss = dict(_tensors(self.loss)) if isinstance(self.loss, nn.Module) else {}
         targets = arguments.split_targets()
+        python, modules = program.state["python"], self._all_modules()
+        constants = {**program.constants, **python.tensors(modules)}
         flat: list[Any] = []
         for bound in program.inputs[: len(program.inputs) - len(program.buffers)]:
             if bound.kind == "param":
@@ -490,7 +556,9 @@ class Compiled:
             elif bound.kind == "buffer":
                 flat.append(buffers[bound.name])
             elif bound.kind == "constant":
-                flat.append(of_loss.get(bound.name.removeprefix("loss."), program.constants[bound.name]))
+                flat.append(of_loss.get(bound.name.removeprefix("loss."), constants[bound.name]))
+            elif bound.kind == "number":
+                flat.append(python.number(bound.index, modules, next(iter(params.values())).device))
             elif bound.kind == "seed":
                 flat.append(_seed(seed, generator, next(iter(params.values())).device))
             else:

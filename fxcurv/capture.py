@@ -12,7 +12,7 @@ import linecache
 import math
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -40,6 +40,7 @@ from fxcurv.errors import (
     source_line,
 )
 from fxcurv.program import Batch, Input, Program
+from fxcurv.python_state import Number, Path, Reads
 
 
 @torch.library.custom_op("fxcurv::head", mutates_args=())
@@ -64,15 +65,20 @@ class _Record:
 class _Captured(nn.Module):
     """What is exported: the model, its marked output leaves, and the loss on them."""
 
-    def __init__(self, model: nn.Module, loss: Callable | None, arguments: Arguments, split: str | None):
+    def __init__(self, model: nn.Module, loss: Callable | None, arguments: Arguments, split: str | None, reads: Reads):
         super().__init__()
+        self.reads = reads
         self.model = model
         self.loss = loss
         self.arguments = arguments
         self.split = split
         self.record = _Record()
 
-    def forward(self, inputs, targets):
+    def forward(self, inputs, targets, numbers):
+        with self.reads.numbers(numbers), self.reads:
+            return self._run(inputs, targets)
+
+    def _run(self, inputs, targets):
         args, kwargs = filled(self.arguments.input_template, inputs)
         marked: list[Tensor] = []
 
@@ -84,6 +90,7 @@ class _Captured(nn.Module):
 
         with self._split_at(self.split, mark) if self.split else contextlib.nullcontext():
             output = self.model(*args, **kwargs)
+        map_leaves(output, Number, Number.refuse)
         output = output if self.split else map_leaves(output, Tensor, mark)
         leaves: list[Tensor] = []
         self.record.template = templated(output, leaves)
@@ -131,14 +138,20 @@ def _scalar(loss: Any) -> Tensor:
     return loss if loss.ndim == 0 else loss.reshape(())
 
 
-def capture(model: nn.Module, loss: Callable | None, arguments: Arguments, split: str | None = None) -> Program:
+def capture(
+    model: nn.Module, loss: Callable | None, arguments: Arguments, split: str | None = None, numbers: Sequence[Path] = ()
+) -> Program:
     """Trace `model` and `loss` into a functional graph.
+
+    Args:
+        numbers: where floats are that become inputs of the graph.
 
     Raises:
         CaptureError: if `torch.export` cannot trace them; carries its reason and what usually helps.
         LossError: if the loss is not a scalar tensor.
     """
-    wrapped = _Captured(model, loss, arguments, split)
+    reads = Reads(model, loss, numbers)
+    wrapped = _Captured(model, loss, arguments, split, reads)
     with _quiet():
         try:
             with _fixed_sizes(wrapped):
@@ -149,8 +162,10 @@ def capture(model: nn.Module, loss: Callable | None, arguments: Arguments, split
             raise
         except Exception as error:
             raise _capture_error(error, wrapped) from error
+        reads.check()
         program = _program(model, wrapped, exported, arguments)
         program.state["split"] = split
+        program.state["python"] = reads.state(program.constants, [*wrapped.parameters(), *wrapped.buffers()])
         return program
 
 
@@ -166,7 +181,8 @@ def _quiet():
 
 
 def _export(wrapped: _Captured, arguments: Arguments) -> ExportedProgram:
-    dims = arguments.batch_dims, arguments.split_dims()
+    numbers = wrapped.reads.tensors(next(wrapped.model.parameters()).device)
+    dims = arguments.batch_dims, arguments.split_dims(), [None] * len(numbers)
     shapes = tuple([{d: Dim.AUTO} if d is not None else None for d in part] for part in dims)
     # autograd saves nothing of tensors made under inference_mode, nor does it like to be asked for the gradient of what is no
     # leaf; export marks its inputs' dynamic dimensions, and unmarks those that the user marked
@@ -178,7 +194,7 @@ def _export(wrapped: _Captured, arguments: Arguments) -> ExportedProgram:
     wrapped.training = wrapped.model.training
     try:
         with torch.enable_grad(), kept_functions(), _no_branches(), _user_frames():
-            return torch.export.export(wrapped, (inputs, targets), dynamic_shapes=shapes, strict=False)
+            return torch.export.export(wrapped, (inputs, targets, numbers), dynamic_shapes=shapes, strict=False)
     finally:
         for module, training in was_training:
             module.training = training
@@ -373,7 +389,7 @@ def _program(model: nn.Module, wrapped: _Captured, exported: ExportedProgram, ar
     params: dict[str, fx.Node] = {}
     bound_params: dict[str, fx.Node] = {}
     constants: dict[str, Tensor] = {}
-    counts = {"input": 0, "target": 0}
+    counts = {"input": 0, "target": 0, "number": 0}
     for node in [n for n in gm.graph.nodes if n.op == "placeholder"]:
         bound = _bind(node, signature, exported, model, wrapped, names, constants, counts, arguments)
         if bound.kind == "param" and bound.name in bound_params:  # also held outside of any module's parameters
@@ -425,10 +441,10 @@ def _bind(node, signature, exported, model, wrapped, names, constants, counts, a
         if same:
             return Input("param", same[0])
         return Input("constant", target)
-    index = counts["input"] + counts["target"]
-    kind = "input" if index < len(arguments.inputs) else "target"
+    given = {"input": len(arguments.inputs), "target": len(arguments.targets)}
+    kind = next((k for k, count in given.items() if counts[k] < count), "number")
     counts[kind] += 1
-    return Input(kind, index=index if kind == "input" else index - len(arguments.inputs))
+    return Input(kind, index=counts[kind] - 1)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -39,6 +39,9 @@ class Step(nn.Module):
         self.gm = functional(program)
         self.bound = [(i.kind, i.name, i.index) for i in program.inputs if i.kind != "memory"]
         self.constants = dict(program.constants)
+        python = program.state["python"]
+        self.places = [(p.module, None if p.module is not None else p.root, p.steps) for p, how in python.leaves if how == "scalar"]
+        self.tensors = [(name, p.module, p.steps) for name, p in python.sources.items() if p.module is not None]
         position = {node: k for k, node in enumerate(program.output.args[0])}
         self.shared = [_is_given(node) for node in program.output.args[0]]
         self.writes = {name: position[node] for name, node in program.mutations.items()}
@@ -95,9 +98,26 @@ class Step(nn.Module):
         values = self.gm(*flat)
         return [v.clone() if shared else v for v, shared in zip(values, self.shared, strict=True)]
 
+    def read(self, modules: Sequence[nn.Module]) -> tuple[list[Any], dict[str, Tensor]]:
+        """(the numbers and other plain values that Python holds, tensors by name); read while tracing, this leaves guards."""
+        values = [_at(modules[k] if k is not None else root, steps) for k, root, steps in self.places]
+        return values, {name: _at(modules[k], steps) for name, k, steps in self.tensors}
+
     def fields(self, values: Sequence[Any]) -> dict[str, Any]:
         """A result's fields, of what `forward` returned."""
         return pytree.tree_unflatten([values[k] for k in self.order], self.spec)
+
+
+def _at(value: Any, steps: Sequence[tuple[str, Any]]) -> Any:
+    for kind, name in steps:
+        value = getattr(value, name, None) if kind == "attr" else value[name]
+    return value
+
+
+@torch._dynamo.assume_constant_result
+def guarded(values: list[Any]) -> int:
+    """Makes Dynamo guard these values: it guards what a constant is made of."""
+    return len(values)
 
 
 def _fields(program: Program, position: dict[fx.Node, int]) -> dict[str, Any]:

@@ -60,6 +60,11 @@ def is_user_file(path: str) -> bool:
     return not path.startswith((*_INSIDE, "<eval_with_key>", "<frozen", "<string>"))
 
 
+def is_ours(path: str) -> bool:
+    """Whether a frame of this file is the compiler's."""
+    return path.startswith(_INSIDE[1])
+
+
 def locate(node: fx.Node) -> str:
     """Where a node of a captured graph comes from: op, module path and the user's source line."""
     meta = node.meta

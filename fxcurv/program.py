@@ -24,6 +24,7 @@ class Input:
     """What a placeholder of the graph is bound to at a call.
 
     kind: "param", "buffer", "constant" (by `name`), "input", "target" (by `index` among the tensor leaves), "seed",
+        "number" (a float that Python holds, by `index` among `python_state.State.numbers`),
         "memory" (by `index` among the program's buffers).
     """
 

@@ -47,7 +47,7 @@ def why(key: tuple, programs: Mapping[tuple, Sequence[Program]], n: int, modules
         reasons += [f"autocast is {autocast.dtype or 'off'}"] if autocast != other else []
         reasons += [f"create_graph={create_graph}"] if create_graph != differentiable else []
         found.append(reasons)
-    return _shortened(min(found, key=len)) if found else ""
+    return shortened(min(found, key=len)) if found else ""
 
 
 def _limit(program: Program) -> str:
@@ -101,7 +101,7 @@ def _state(now: Iterable[Any], before: Iterable[Any]) -> str:
     return f"{_tensor((values[2], *values[:2]))} instead of {_tensor((others[2], *others[:2]))}"
 
 
-def _shortened(reasons: Sequence[str], most: int = 3) -> str:
+def shortened(reasons: Sequence[str], most: int = 3) -> str:
     """One line of the first reasons."""
     more = f", and {len(reasons) - most} more" if len(reasons) > most else ""
     return "; ".join(reasons[:most]) + more

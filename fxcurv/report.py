@@ -99,6 +99,7 @@ class Report:
         fallbacks: ops on the walk that have no rule of their own.
         batch: whether the batch size is symbolic, or what fixed it.
         output: what f is and whether its loss has curvature, "" for a model's output with a loss that has.
+        python: the values of attributes, closures and globals that the program depends on.
         timings: pass -> seconds.
 
     Args:
@@ -117,6 +118,7 @@ class Report:
         self.fallbacks = _fallbacks(program)
         self.batch = program.batch_note
         self.output = _output(program)
+        self.python = program.state["python"].names()
         self.timings = dict(program.timings)
 
     def __rich__(self) -> Group:
@@ -129,6 +131,9 @@ class Report:
         if self.output:
             parts.append(Text(f"f: {self.output}"))
         parts.append(Text(f"batch size: {self.batch}"))
+        if self.python:
+            more = f", and {len(self.python) - 6} more" if len(self.python) > 6 else ""
+            parts.append(Text(f"values that Python holds: {', '.join(self.python[:6])}{more}"))
         passes = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in self.timings.items())
         return Group(*parts, Text(f"compiled in: {passes}"))
 

@@ -52,6 +52,7 @@ class _Parts(Compiled):
     """Programs of a model that outlives them: an entry of a dictionary by models must not keep its model alive."""
 
     _as_written = True  # which extensions follow is not known yet
+    _schedules = False  # both halves have to be programs of the same captured graph
 
     def __init__(self, model: nn.Module, extensions: tuple[Extension, ...] = ()):
         self._model = weakref.ref(model)
@@ -66,10 +67,12 @@ class _Parts(Compiled):
     def model(self, _: None) -> None:
         """`Compiled` would hold it."""
 
-    def _analyse(self, arguments: Arguments, mode: Autocast, tell: Callable[[str], None] = silent) -> Program:
+    def _analyse(
+        self, arguments: Arguments, mode: Autocast, tell: Callable[[str], None] = silent, numbers: tuple = ()
+    ) -> Program:
         # a trace has no use for the graphs that the values come from
         inputs, targets = ([t.detach() for t in tensors] for tensors in (arguments.inputs, arguments.targets))
-        return super()._analyse(replace(arguments, inputs=inputs, targets=targets), mode, tell)
+        return super()._analyse(replace(arguments, inputs=inputs, targets=targets), mode, tell, numbers)
 
 
 class ModelParts(_Parts):
