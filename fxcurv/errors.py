@@ -41,6 +41,10 @@ class UnsupportedOpError(FxcurvError):
     """An op has no rule and the general fallback cannot serve it: pass `rules={op: MyRule()}`."""
 
 
+class SelfCheckError(FxcurvError):
+    """A program's numbers are not those of plain PyTorch, or do not add up (`compile(check="first")`): please report it."""
+
+
 class InternalError(FxcurvError):
     """An invariant of the compiler does not hold: please report it."""
 

@@ -101,6 +101,7 @@ class Report:
         fallbacks: ops on the walk that have no rule of their own.
         batch: whether the batch size is symbolic, or what fixed it.
         timings: pass -> seconds.
+        check: what was compared at the first call, and how long that took (`compile(check=)`).
 
     Args:
         program: a finished one.
@@ -118,6 +119,8 @@ class Report:
         self.fallbacks = _fallbacks(program)
         self.batch = program.batch_note
         self.timings = dict(program.timings)
+        known = program.state.get("selfcheck")
+        self.check = known.note if known is not None else "off"
 
     def __rich__(self) -> Group:
         parts: list[Any] = [self._table_of_rows(), Text(), self._table_of_totals(), Text()]
@@ -127,6 +130,7 @@ class Report:
             parts.append(Text(f"sweeps of the walk, to stay within the memory budget: {self.sweeps}"))
         parts.append(Text(f"ops on the walk without a rule: {', '.join(self.fallbacks) or 'none'}"))
         parts.append(Text(f"batch size: {self.batch}"))
+        parts.append(Text(f"checked: {self.check}"))
         passes = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in self.timings.items())
         return Group(*parts, Text(f"compiled in: {passes}"))
 
