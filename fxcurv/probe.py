@@ -105,9 +105,11 @@ class _InStep(fx.Interpreter):
                     )
 
     def _moved(self, place: Placement, values: Sequence[Tensor]) -> str:
+        if not values[0].numel():
+            return ""
         base, *others = [v.double().nan_to_num() for v in values]
         limit = ROUNDING.get(values[0].dtype, 1000) * torch.finfo(values[0].dtype).eps
-        scale = max(v.abs().max().item() for v in (base, *others)) if base.numel() else 0.0
+        scale = max(v.abs().max().item() for v in (base, *others))
         if isinstance(place, Shard):
             for samples, other in zip(self.exchanged[1:], others, strict=True):
                 rows = samples_first((other - base).abs(), place)
