@@ -82,16 +82,15 @@ class _Differentiable(fx.Interpreter):
 
     def go(self) -> _Differentiable:
         """Run the graph."""
-        from fxcurv.selfcheck import _FixedDraws
-
         count = len([n for n in self.module.graph.nodes if n.op == "placeholder"])
         bound = zip(self.check.flat[:count], self.check.program.inputs, strict=False)
         own = self.check.program.params
-        given = [
-            t.detach().requires_grad_() if what.kind == "param" and what.name in own else t for t, what in bound
-        ]
-        self.params = {w.name: g for g, w in zip(given, self.check.program.inputs, strict=False) if w.kind == "param" and w.name in own}
-        with torch.random.fork_rng(), torch.enable_grad(), _FixedDraws():
+        given, self.params = [], {}
+        for t, what in bound:
+            if what.kind == "param" and what.name in own:
+                t = self.params[what.name] = t.detach().requires_grad_()
+            given.append(t)
+        with torch.random.fork_rng(), torch.enable_grad(), self.check.drawing():
             self.run(*given)
         return self
 
@@ -147,15 +146,16 @@ def _of_gradient(check: Check, events: _Events, graph: _Differentiable, wrong: S
     cotangents = {n: g for n, g in zip(nodes, gs, strict=True) if g is not None}
     if all(_close(c, w) for c, w in zip(captured, wanted, strict=True)):
         return _wrong_rule(check, graph, cotangents)
-    return _lost_derivative(check, graph, list(cotangents.values()), nodes)
+    return _lost_derivative(check, cotangents, nodes)
 
 
-def _lost_derivative(check: Check, graph: _Differentiable, cotangents: list[Tensor], nodes: list[fx.Node]) -> str:
+def _lost_derivative(check: Check, cotangents: dict[fx.Node, Tensor], nodes: list[fx.Node]) -> str:
     """The module between the last cotangent (from the loss on) that capture has, and the first that it has not."""
     watched = _Live(check)
     after = None
     for name, module, g in reversed(watched.cotangents):
-        if not any(_close(c, g) for c in cotangents):
+        inside = [n for n in nodes if not name or f"{module_path(n)}.".startswith(f"{name}.")]
+        if not any(_close(cotangents[n], g) for n in inside or nodes if n in cotangents):
             if after is None:
                 return f"a derivative is lost in capture, between what {_named(name, module)} returns and the loss:"
             own = _ops_in(nodes, after[0])

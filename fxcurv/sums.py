@@ -233,7 +233,7 @@ class _Sums:
             for r, d, name, columns, diagonal in self.both(root, total):
                 squares = _squares(columns).sum(axes)
                 known = {"allowed": _tiny(diagonal, largest), "scale": _signed(squares, diagonal)}
-                yield self.pair(d, f"beside the squares of {r.savefield}", name, diagonal, squares, **known)
+                yield self.pair(d, f"beside the squares of {type(r).__name__}", name, diagonal, squares, **known)
 
     def _largest(self, kind: type) -> Tensor | None:
         """The largest value of a diagonal over all parameters: rounding of J is relative to it."""
