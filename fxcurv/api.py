@@ -30,6 +30,7 @@ from fxcurv.quantity import Identity
 from fxcurv.recompiles import Key, shortened, why
 from fxcurv.result import Result
 from fxcurv.selection import Choice, chosen, hashable
+from fxcurv.selfcheck import Check, SelfCheck
 
 log = logging.getLogger("fxcurv")
 
@@ -46,7 +47,7 @@ def compile(  # noqa: A001
     rules: dict | None = None,
     update_buffers: bool = True,
     memory_budget: int | None = None,
-    check: str | None = None,
+    check: str | None = "first",
     debug: bool = False,
     params: Choice = None,
     sample: str = "sequence",
@@ -68,9 +69,14 @@ def compile(  # noqa: A001
             would; otherwise it is returned as `result.buffers`.
         memory_budget: bytes that the columns of the walk may take (default: half of the free memory); what is more
             goes down in several sweeps, but where a result holds all columns.
-        check: "probe" runs the model four times more at the first call for each kind of input, with samples
-            exchanged, and raises `MixedSamplesError` where a sample moves another's values though the placements say
-            that it does not (a wrong rule in `rules`, say).
+        check: "first" (default): at the first call of every new program, before it returns, loss, output, gradient and new
+            buffers are compared with a plain forward and backward pass of the model as it is, sums of individual
+            quantities with their totals, and samples are exchanged (as under "probe"); a difference raises
+            `SelfCheckError`, naming where it begins. It takes a few plain steps per compilation, which `explain()` shows,
+            at most a plain step's memory and one more gradient, and changes no result. "always": at every call, for
+            debugging. "probe": samples alone, exchanged in runs of the forward pass at the first call for each kind of
+            input; raises `MixedSamplesError` where a sample moves another's values though the placements say that it
+            does not (a wrong rule in `rules`, say). None: nothing is checked.
         debug: verify the program between passes and check values at every call.
         params: the parameters that the gradient and all quantities are of (default: all that are trainable); all others
             are treated as frozen. A name, a prefix ("encoder.layer.1") or pattern ("head.*"), a list of these, or a
@@ -100,8 +106,8 @@ def compile(  # noqa: A001
         )
     if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 1):
         raise ArgumentError(f"memory_budget={memory_budget!r}: pass a number of bytes")
-    if check not in (None, "probe"):
-        raise ArgumentError(f"check={check!r}: pass 'probe' or None")
+    if check not in (None, "first", "always", "probe"):
+        raise ArgumentError(f"check={check!r}: pass 'first', 'always', 'probe' or None")
     _check_trainable(model)
     found = _checked(extensions)
     if loss is None:
@@ -214,12 +220,13 @@ class Compiled:
         self.model, self.loss, self.extensions, self.params = model, loss, extensions, params
         self._batch_dim, self._split, self._rules = batch_dim, split, rules
         self._update_buffers, self._debug, self._memory_budget = update_buffers, debug, memory_budget
-        self._probes, self._sample = check == "probe", sample
+        self._check_when, self._sample = check, sample
         self._backend, self._runners = backend or Backend(), {}
         self.recompiles: list[str] = []
         self._programs: dict[tuple[Key, Autocast, bool], list[Program]] = {}
         self._checked: set[int] = set()
         self._schedule = Schedule()
+        self._verified: set[int] = set()
         self._steps = SimpleNamespace()  # by name: Dynamo guards the length of a list or dict that it reads
         self._pool = Pool()
 
@@ -272,8 +279,12 @@ class Compiled:
             try:
                 if self._debug or id(program) not in self._checked or program.state["python"].numbers:
                     self._check(program, flat)
+                selfcheck = self._selfcheck(program, arguments, mode, flat)
                 with torch.set_grad_enabled(create_graph):
                     values = self._run(program, flat, memory)
+                if selfcheck is not None:
+                    selfcheck.finish(values)
+                    self._verified.add(id(program))
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, IndexError) as error:
@@ -350,8 +361,14 @@ class Compiled:
                     "of the model, or of a loss that is a module; a counter outside of the forward pass; or call it outside of "
                     "the compiled function."
                 )
+            flat = self._bind(program, arguments, 0, None)
             if self._debug or id(program) not in self._checked:
-                self._check(program, self._bind(program, arguments, 0, None))
+                self._check(program, flat)
+            selfcheck = self._selfcheck(program, arguments, mode, flat)
+            if selfcheck is not None:
+                with torch.random.fork_rng(_cuda(flat)):
+                    selfcheck.finish(functional(program)(*flat))
+                self._verified.add(id(program))
             name = f"step_{id(program)}"
             if not hasattr(self._steps, name):
                 setattr(self._steps, name, Step(program, arguments))
@@ -517,7 +534,8 @@ class Compiled:
 
     def _emitted(self, program: Program, create_graph: bool, tell: Callable[[str], None]) -> Program:
         program.state["create_graph"] = create_graph
-        program.state["probe"] = Probe(program) if self._probes else None
+        program.state["probe"] = Probe(program) if self._check_when else None
+        program.state["selfcheck"] = SelfCheck(program, self._split) if self._check_when in ("first", "always") else None
         return passes.run(program, passes.PIPELINE, self._debug, tell)
 
     def _analyse(
@@ -564,6 +582,13 @@ class Compiled:
             else:
                 flat.append((arguments.inputs if bound.kind == "input" else targets)[bound.index])
         return flat
+
+    def _selfcheck(self, program: Program, arguments: Arguments, mode: Autocast, flat: list[Any]) -> Check | None:
+        """The check of a call that is to be checked, its plain passes done."""
+        known = program.state["selfcheck"]
+        if known is None or id(program) in self._verified and self._check_when != "always":
+            return None
+        return known.begin(self.model, self.loss, program, arguments, mode, flat)
 
     def _check(self, program: Program, flat: list[Any]) -> None:
         if program.state["probe"] is not None and id(program) not in self._checked:

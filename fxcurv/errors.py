@@ -47,6 +47,10 @@ class FieldError(FxcurvError):
     """A field would not be of all that the gradient beside it is of: change the backward pass."""
 
 
+class SelfCheckError(FxcurvError):
+    """A program's numbers are not those of plain PyTorch, or do not add up (`compile(check="first")`): please report it."""
+
+
 class InternalError(FxcurvError):
     """An invariant of the compiler does not hold: please report it."""
 

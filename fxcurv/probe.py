@@ -111,9 +111,11 @@ class _InStep(fx.Interpreter):
                     )
 
     def _moved(self, place: Placement, values: Sequence[Tensor]) -> str:
+        if not values[0].numel():
+            return ""
         base, every, *halves_ = [v.double().nan_to_num() for v in values]
         limit = ROUNDING.get(values[0].dtype, 1000) * torch.finfo(values[0].dtype).eps
-        scale = max(v.abs().max().item() for v in (base, every, *halves_)) if base.numel() else 0.0
+        scale = max(v.abs().max().item() for v in (base, every, *halves_))
         if isinstance(place, Shard):
             for samples, other in zip(self.exchanged[2:], halves_, strict=True):
                 rows = samples_first((other - base).abs(), place)

@@ -101,6 +101,7 @@ class Report:
         output: what f is and whether its loss has curvature, "" for a model's output with a loss that has.
         python: the values of attributes, closures and globals that the program depends on.
         timings: pass -> seconds.
+        check: what was compared at the first call, and how long that took (`compile(check=)`).
 
     Args:
         program: a finished one.
@@ -120,6 +121,8 @@ class Report:
         self.output = _output(program)
         self.python = program.state["python"].names()
         self.timings = dict(program.timings)
+        known = program.state.get("selfcheck")
+        self.check = known.note if known is not None else "off"
 
     def __rich__(self) -> Group:
         parts: list[Any] = [self._table_of_rows(), Text(), self._table_of_totals(), Text()]
@@ -134,6 +137,7 @@ class Report:
         if self.python:
             more = f", and {len(self.python) - 6} more" if len(self.python) > 6 else ""
             parts.append(Text(f"values that Python holds: {', '.join(self.python[:6])}{more}"))
+        parts.append(Text(f"checked: {self.check}"))
         passes = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in self.timings.items())
         return Group(*parts, Text(f"compiled in: {passes}"))
 

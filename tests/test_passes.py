@@ -349,8 +349,8 @@ ORDER = [
     "_torch", "errors", "progress", "selection", "precision", "placement", "cost", "program", "emit", "noise",
     "kernels", "factors", "candidates", "rules", "averages", "quantity", "uses", "kronecker", "layers", "extensions",
     "result", "arguments", "python_state", "custom", "capture", "passes", "linearize", "positive", "partition",
-    "product", "cut", "probe", "measure", "report", "draw", "recompiles", "dynamo", "backend", "api", "backpack",
-    "__init__",
+    "product", "cut", "probe", "sums", "bisect", "selfcheck", "measure", "report", "draw", "recompiles", "dynamo",
+    "backend", "api", "backpack", "__init__",
 ]  # fmt: skip
 
 
