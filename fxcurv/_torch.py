@@ -107,7 +107,7 @@ def check(seen: dict[str, Sequence[str]], version: str) -> None:
         was = "\n".join(f"  {name}, seen in PyTorch {', '.join(seen[name])}" for name in missing)
         raise ImportError(
             f"fxcurv uses private parts of PyTorch that PyTorch {version} does not have:\n{was}\n"
-            f'Way out: pip install "torch>={TRIED[0]},<={TRIED[-1]}.*", or a newer fxcurv; please report it.'
+            f'Way out: pip install "torch=={TRIED[-1]}.*", or a newer fxcurv; please report it.'
         )
     if _minor(version) > _minor(TRIED[-1]):
         warnings.warn(
