@@ -175,7 +175,7 @@ class Program:
 
     @property
     def output(self) -> fx.Node:
-        return next(reversed(self.graph.nodes))
+        return next(iter(reversed(self.graph.nodes)))  # PyTorch 2.11 gives no iterator
 
     @property
     def machine(self) -> Machine:
