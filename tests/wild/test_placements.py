@@ -201,7 +201,6 @@ LOSSES = {
     "differences of neighbours": (lambda f, y: (f[1:] - f[:-1]).square().sum(), REFUSED),
     "cumulated": (lambda f, y: f.cumsum(0).square().sum(), REFUSED),
     "largest of the batch": (lambda f, y: f.amax(), REFUSED),
-    "pairwise distances": (lambda f, y: F.pdist(f).sum(), REFUSED),
 }  # fmt: skip
 
 
@@ -255,17 +254,12 @@ def data(sizes):
 
 
 def meets(function, x):
-    """Whether a sample moves another's slice, by redrawing it, at any of a few values."""
-    for seed in range(6):
+    """Whether a sample's slice depends on another's, at any of a few values."""
+    for seed in range(4):
         torch.manual_seed(seed)
-        x = torch.randn_like(x)
-        base = function(x)
-        for k in range(len(x)):
-            new = x.clone()
-            new[k] = torch.randn_like(x[k])
-            moved = (function(new) - base).abs() > 1e-12
-            if moved[[j for j in range(len(x)) if j != k]].any():
-                return True
+        h = torch.autograd.functional.jacobian(function, torch.randn_like(x)).abs().amax((1, 3))
+        if (h - h.diag().diag()).max() > 1e-12:
+            return True
     return False
 
 
@@ -348,8 +342,7 @@ def test_losses(name, sizes):
     n = len(f)
     h = joint(f).permute(0, 2, 1, 3)
     apart = all(h[i, j].abs().max() < 1e-12 for i in range(n) for j in range(n) if i != j)
-    if name not in ("largest of the batch",):
-        assert apart == (outcome != REFUSED), "the table is wrong"
+    assert name == "largest of the batch" or apart == (outcome != REFUSED), "the table is wrong"
     expected = PerSample(net, (x,), separately, y)
     compiled = fxcurv.compile(net, loss, [BatchGrad(), BatchL2Grad()])
     if outcome == RIGHT:
