@@ -96,7 +96,8 @@ def arrangements(args, able):
         others = [i for i in given if i not in pair]
         for where in itertools.product(*(options(given[i], n) for i in pair)):
             for index in (False, True):
-                beside = {i: options(given[i], n)[-1] if index and not given[i].is_floating_point() else REPLICATE for i in others}
+                ints = {i for i in others if index and not given[i].is_floating_point()}
+                beside = {i: options(given[i], n)[-1] if i in ints else REPLICATE for i in others}
                 yield n, dict(zip(pair, where, strict=True)) | beside, pair
 
 
