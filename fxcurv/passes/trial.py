@@ -353,7 +353,7 @@ def _of_sums(trials: list[Trial]) -> list[Placement | None]:
             found.append(None)
             continue
         if not first.requires_grad:
-            found.append(None)
+            found.append(MIXED if any(bool((o[k] != ab[k]).any()) for o, *_, ab in outs) else None)
             continue
         affine = all(torch.allclose(ab[k] + o[k], a[k] + b[k], rtol=1e-6, atol=1e-8) for o, a, b, ab in outs)
         found.append(PARTIAL if affine else MIXED)
