@@ -64,7 +64,8 @@ def ops():
         for overload in packet.overloads() if not private and isinstance(packet, torch._ops.OpOverloadPacket) else ():
             op = getattr(packet, overload)
             plain = not op._schema.is_mutable and not overload.endswith("out") and not composite(op)
-            known = op in RULES or op in REWRITES or torch.Tag.pointwise in op.tags
+            unchecked = "backward" in name  # they take indices of PyTorch itself, and write anywhere
+            known = unchecked or op in RULES or op in REWRITES or torch.Tag.pointwise in op.tags
             if plain and not known and torch.Tag.nondeterministic_seeded not in op.tags:
                 yield op
 
