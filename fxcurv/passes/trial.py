@@ -235,6 +235,8 @@ class Trial:
     def _ends(self, v: Tensor) -> list[int]:
         """Where the range of an index may end: after a dimension, or after all elements of an argument."""
         tensors = [t for t in self.values if isinstance(t, Tensor)]
+        if "backward" in str(self.node.target):  # PyTorch does not check its own indices, and would write anywhere
+            return [2]
         ends = {2, self.n, *(t.numel() for t in tensors), *(size for t in tensors for size in t.shape)}
         return sorted((e for e in ends if 0 < e <= torch.iinfo(v.dtype).max), reverse=True)
 
@@ -353,7 +355,7 @@ def _of_sums(trials: list[Trial]) -> list[Placement | None]:
             found.append(None)
             continue
         if not first.requires_grad:
-            found.append(None)
+            found.append(MIXED if any(bool((o[k] != ab[k]).any()) for o, *_, ab in outs) else None)
             continue
         affine = all(torch.allclose(ab[k] + o[k], a[k] + b[k], rtol=1e-6, atol=1e-8) for o, a, b, ab in outs)
         found.append(PARTIAL if affine else MIXED)

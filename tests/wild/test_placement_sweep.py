@@ -28,7 +28,6 @@ BY_INDEX = [
     "gather", "scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_put", "index_select", "index",
     "index_reduce", "index_fill", "take", "put", "masked_scatter", "max_unpool2d", "_embedding_bag",
 ]  # fmt: skip
-SQUARE = (3, 3)
 t = op_samples.t
 
 
@@ -58,17 +57,24 @@ BY_HAND = {
 
 def ops():
     """Differentiable ops of the database that are captured as they are and have neither rule nor rewrite."""
-    names = {name for name in op_samples._database()} | {op._schema.name.removeprefix("aten::") for op in BY_HAND}
+    names = set(op_samples._database()) | {op._schema.name.removeprefix("aten::") for op in BY_HAND}
     for name in sorted(names):
         packet = getattr(aten, name, None)
         private = name.startswith("__")
         for overload in packet.overloads() if not private and isinstance(packet, torch._ops.OpOverloadPacket) else ():
             op = getattr(packet, overload)
-            tensor = any("Tensor" in str(a.type) for a in op._schema.arguments)  # the others serve scripts alone
-            plain = tensor and not op._schema.is_mutable and not overload.endswith("out") and not op._can_decompose()
-            known = op in RULES or op in REWRITES or torch.Tag.pointwise in op.tags
+            plain = not op._schema.is_mutable and not overload.endswith("out") and not composite(op)
+            unchecked = "backward" in name  # they take indices of PyTorch itself, and write anywhere
+            known = unchecked or op in RULES or op in REWRITES or torch.Tag.pointwise in op.tags
             if plain and not known and torch.Tag.nondeterministic_seeded not in op.tags:
                 yield op
+
+
+def composite(op):
+    try:
+        return op._can_decompose()
+    except RuntimeError:  # it serves scripts alone
+        return True
 
 
 def calls(op):
@@ -91,7 +97,8 @@ def arrangements(args, able):
         others = [i for i in given if i not in pair]
         for where in itertools.product(*(options(given[i], n) for i in pair)):
             for index in (False, True):
-                beside = {i: options(given[i], n)[-1] if index and not given[i].is_floating_point() else REPLICATE for i in others}
+                ints = {i for i in others if index and not given[i].is_floating_point()}
+                beside = {i: options(given[i], n)[-1] if i in ints else REPLICATE for i in others}
                 yield n, dict(zip(pair, where, strict=True)) | beside, pair
 
 

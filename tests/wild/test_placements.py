@@ -154,9 +154,11 @@ MODELS = {
     "outer products within": (lambda h, i, e: (h.unsqueeze(2) * h.unsqueeze(1)).softmax(1).sum(2), RIGHT),
     # statistics
     "residual to the mean": (lambda h, i, e: h - h.mean(0), REFUSED),
-    "residual to the mean by an op without a rule": (lambda h, i, e: torch.lerp(h, h.mean(0, keepdim=True).expand_as(h), 0.3), REFUSED),
+    "residual to the mean by an op without a rule": (
+        lambda h, i, e: torch.lerp(h, h.mean(0, keepdim=True).expand_as(h), 0.3), REFUSED),
     "mean beside samples, no rule": (lambda h, i, e: torch.addcmul(h, h, h.mean(0)), REFUSED),
-    "mean, repeated by an op without a rule": (lambda h, i, e: h + h.mean(0, keepdim=True).repeat_interleave(h.shape[0], 0), REFUSED),
+    "mean, repeated by an op without a rule": (
+        lambda h, i, e: h + h.mean(0, keepdim=True).repeat_interleave(h.shape[0], 0), REFUSED),
     "mean written to samples": (lambda h, i, e: h.index_add(0, i, h.mean(0, keepdim=True).expand_as(h)), REFUSED),
     "mean written to features": (lambda h, i, e: h.scatter_add(1, wide(i, h) % h.shape[1], h.mean(0).expand_as(h)), REFUSED),
     "sum of outer products with samples": (lambda h, i, e: torch.cdist(h, h.mean(0, keepdim=True)) * h, REFUSED),
@@ -174,8 +176,10 @@ MODELS = {
     "standardised by a detached mean": (lambda h, i, e: h - h.mean(0).detach(), RIGHT),
     "standardised inputs": (lambda h, i, e: h * (i - i.float().mean()).unsqueeze(1), RIGHT),
     # mixed before an op that has no rule
-    "messages of messages": (lambda h, i, e: torch.zeros_like(h).index_add(0, arange(h), torch.tanh(aggregated(h, e))), REFUSED),
-    "gather of what is mixed": (lambda h, i, e: h.gather(1, torch.ones_like(wide(i, h))) * h.softmax(0).gather(1, wide(i, h) * 0), REFUSED),
+    "messages of messages": (
+        lambda h, i, e: torch.zeros_like(h).index_add(0, arange(h), torch.tanh(aggregated(h, e))), REFUSED),
+    "gather of what is mixed": (
+        lambda h, i, e: h.gather(1, torch.ones_like(wide(i, h))) * h.softmax(0).gather(1, wide(i, h) * 0), REFUSED),
     "grid sample of what is mixed": (
         lambda h, i, e: h + F.grid_sample(h.softmax(0)[:, None, None], torch.zeros_like(h[:, :1, None, None].expand(-1, 1, 1, 2)),
                                           align_corners=False)[:, 0, 0], REFUSED),
@@ -201,7 +205,6 @@ LOSSES = {
     "differences of neighbours": (lambda f, y: (f[1:] - f[:-1]).square().sum(), REFUSED),
     "cumulated": (lambda f, y: f.cumsum(0).square().sum(), REFUSED),
     "largest of the batch": (lambda f, y: f.amax(), REFUSED),
-    "pairwise distances": (lambda f, y: F.pdist(f).sum(), REFUSED),
 }  # fmt: skip
 
 
@@ -255,17 +258,12 @@ def data(sizes):
 
 
 def meets(function, x):
-    """Whether a sample moves another's slice, by redrawing it, at any of a few values."""
-    for seed in range(6):
+    """Whether a sample's slice depends on another's, at any of a few values."""
+    for seed in range(4):
         torch.manual_seed(seed)
-        x = torch.randn_like(x)
-        base = function(x)
-        for k in range(len(x)):
-            new = x.clone()
-            new[k] = torch.randn_like(x[k])
-            moved = (function(new) - base).abs() > 1e-12
-            if moved[[j for j in range(len(x)) if j != k]].any():
-                return True
+        h = torch.autograd.functional.jacobian(function, torch.randn_like(x)).abs().amax((1, 3))
+        if (h - h.diag().diag()).max() > 1e-12:
+            return True
     return False
 
 
@@ -348,8 +346,7 @@ def test_losses(name, sizes):
     n = len(f)
     h = joint(f).permute(0, 2, 1, 3)
     apart = all(h[i, j].abs().max() < 1e-12 for i in range(n) for j in range(n) if i != j)
-    if name not in ("largest of the batch",):
-        assert apart == (outcome != REFUSED), "the table is wrong"
+    assert name == "largest of the batch" or apart == (outcome != REFUSED), "the table is wrong"
     expected = PerSample(net, (x,), separately, y)
     compiled = fxcurv.compile(net, loss, [BatchGrad(), BatchL2Grad()])
     if outcome == RIGHT:
