@@ -95,7 +95,7 @@ def _born(walk: Walk, group: Group, heads: list[fx.Node], columns: list[fx.Node]
         if weights is not None:
             walk.weights[part] = emit(walk.program, _rows, weights, start, stop, origin=origin)
 
-    walk.born(group, columns[0].meta["val"].shape[0], send)
+    walk.born(group, int(columns[0].meta["val"].shape[0]), send)
 
 
 def _rows(t: Tensor, start: int, stop: int) -> Tensor:
