@@ -81,7 +81,7 @@ def tracing(program: Program, origin: dict[str, Any] | None):
     with (
         disable_fake_tensor_cache(program.fake_mode),
         program.fake_mode,
-        torch.no_grad(),
+        torch.enable_grad(),  # the backward of some ops (det, solve) takes a way under no_grad that is not differentiated
         enable_python_dispatcher(),
     ):
         yield

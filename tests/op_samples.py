@@ -223,7 +223,7 @@ def by_hand() -> dict[Any, list[tuple]]:
         ],
         aten.select_scatter.default: [(t(3, 4), t(3), 1, 2), (t(3, 4), t(3), -1, -1), (t(3, 4, 2), t(4, 2), 0, -2)],
         aten.as_strided.default: [(t(3, 4), [3, 2], [4, 1]), (t(4, 3).t(), [2, 2], [2, 3], 1), (t(3, 4), [3, 3], [1, 1])],
-        aten.as_strided_scatter.default: [(t(3, 4), t(3, 2), [3, 2], [4, 1]), (t(4, 3).t(), t(2), [2], [5], 1)],
+        aten.as_strided_scatter.default: [(t(3, 4), t(3, 2), [3, 2], [4, 1]), (t(3, 4), t(2), [2], [5], 1)],
         aten.index_put.default: [
             (t(3, 4), [None, torch.tensor([2, 0])], t(3, 2)), (t(3, 4), [torch.tensor([1, 2]), torch.tensor([0, 3])], t(1)),
             (t(3, 4), [torch.tensor([1, 1])], t(2, 4), True),

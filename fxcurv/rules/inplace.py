@@ -48,10 +48,9 @@ class Write(Rule):
     def place(self, sites, args, shape, n):
         x, source, dim = sites[0], sites[1], args[2] % len(shape)
         start, end, step = self._slice(args, shape[dim])
-        if (start, end, step) == (0, shape[dim], 1):
-            return _with_axis(source, dim).place if self.select else source.place
         place = placement.pointwise([x, _with_axis(source, dim) if self.select else source], len(shape), True)
-        return MIXED if isinstance(place, Shard) and place.dim == dim else place
+        whole = (start, end, step) == (0, shape[dim], 1)
+        return MIXED if isinstance(place, Shard) and place.dim == dim and not whole else place
 
     def transpose(self, call: Call, wrt, g):
         dim = call.args[2] % (g.ndim - 1)
@@ -124,7 +123,7 @@ class WriteStrided(Strided):
 
 @register(
     aten.index_put.default, aten.index_copy.default, aten.index_fill.int_Scalar, aten.index_fill.int_Tensor,
-    aten.masked_scatter.default, aten.diagonal_scatter.default,
+    aten.diagonal_scatter.default,
 )  # fmt: skip
 class Linear(Rule):
     """Linear in all that is differentiable, jointly; all else is the fallback's."""
