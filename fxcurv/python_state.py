@@ -42,7 +42,7 @@ _LAYERS = os.path.dirname(nn.__file__)
 # a structure that is deeper, or has more leaves, is compared by identity and length beyond that
 DEEPEST, MOST = 8, 10_000
 # what the machinery of every module reads; `_flat_weights` of a recurrent one are its parameters again
-_STANDARD = (frozenset(vars(nn.Module())) | frozenset(vars(nn.Module)) | {"_flat_weights"}) - {"forward"}
+_STANDARD = {*vars(nn.Module()), *(n for n, v in vars(nn.Module).items() if not callable(v)), "_flat_weights"}
 _STDLIB, _SITE = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")
 _LIBRARIES = {
     "torch", "functorch", "torchgen", "sympy", "mpmath", "networkx", "numpy", "filelock", "fsspec", "jinja2", "triton", "optree",
