@@ -42,7 +42,7 @@ _LAYERS = os.path.dirname(nn.__file__)
 # a structure that is deeper, or has more leaves, is compared by identity and length beyond that
 DEEPEST, MOST = 8, 10_000
 # what the machinery of every module reads; `_flat_weights` of a recurrent one are its parameters again
-_STANDARD = (frozenset(vars(nn.Module())) | frozenset(vars(nn.Module)) | {"_flat_weights"}) - {"forward"}
+_STANDARD = {*vars(nn.Module()), *(n for n, v in vars(nn.Module).items() if not callable(v)), "_flat_weights"}
 _STDLIB, _SITE = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")
 _LIBRARIES = {
     "torch", "functorch", "torchgen", "sympy", "mpmath", "networkx", "numpy", "filelock", "fsspec", "jinja2", "triton", "optree",
@@ -559,7 +559,8 @@ class Reads:
             elif id(module) not in kept and frozen(now, False) != self._first[path.key]:
                 self._changed.append(path)
         for key, path in self._paths.items():
-            if key in self._first and not _is_attribute(path) and self._first[key] != frozen(path.get(self.modules), False):
+            written = _is_attribute(path) and (id(path.root), path.steps[0][1]) in self._written
+            if key in self._first and not written and self._first[key] != frozen(path.get(self.modules), False):
                 self._changed.append(path)
 
     def check(self) -> None:
@@ -630,7 +631,7 @@ def _how(path: Path, value: Any) -> str:
 
 
 def _is_attribute(path: Path) -> bool:
-    """Whether a place is an attribute of a module, which the trace restores."""
+    """Whether a place is an attribute of a module."""
     return isinstance(path.root, nn.Module) and len(path.steps) == 1
 
 
