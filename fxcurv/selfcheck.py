@@ -181,7 +181,8 @@ class Check:
             if rounded is not None:
                 stack.enter_context(_Rounded(rounded))
             self._pass(plain)
-            plain.buffers = {n: t.detach() for n, t in self.model.named_buffers(remove_duplicate=False)}
+            if plain.leaves:  # a pass that broke off has updated some of them only
+                plain.buffers = {n: t.detach() for n, t in self.model.named_buffers(remove_duplicate=False)}
         plain.draws = draws.shapes if draws is not None else []
         return plain
 
