@@ -29,6 +29,7 @@ from fxcurv.quantity import Identity
 from fxcurv.recompiles import Key, why
 from fxcurv.result import Result
 from fxcurv.selection import Choice, chosen, hashable
+from fxcurv.side_effects import hooks_of
 
 log = logging.getLogger("fxcurv")
 
@@ -442,7 +443,7 @@ class Compiled:
         flags = tuple((type(m), m.training) for module in modules for m in module.modules())
         tensors = [pair for module in modules for pair in _tensors(module)]
         state = tuple((name, t.requires_grad, t.dtype, t.device, t.shape) for name, t in tensors)
-        return Key(inputs, targets, arguments.structure, flags, state, n == 1)
+        return Key(inputs, targets, arguments.structure, flags, state, n == 1, hooks_of(modules))
 
     def _lower(self, arguments: Arguments, mode: Autocast, create_graph: bool) -> Program:
         single = arguments.batch_size == 1

@@ -34,6 +34,7 @@ from fxcurv.errors import (
     source_line,
 )
 from fxcurv.program import Batch, Input, Program
+from fxcurv.side_effects import no_side_effects
 
 
 @torch.library.custom_op("fxcurv::head", mutates_args=())
@@ -135,7 +136,7 @@ def capture(model: nn.Module, loss: Callable | None, arguments: Arguments, split
     wrapped = _Captured(model, loss, arguments, split)
     with _quiet():
         try:
-            with _fixed_sizes(wrapped):
+            with _fixed_sizes(wrapped), no_side_effects([m for m in (model, loss) if isinstance(m, nn.Module)]):
                 exported = _export(wrapped, arguments)
                 _detach_no_grad_regions(exported)
                 exported = exported.run_decompositions({})

@@ -348,7 +348,7 @@ ROOT = Path(fxcurv.__file__).parent
 ORDER = [
     "errors", "progress", "selection", "precision", "placement", "cost", "program", "emit", "noise", "kernels", "factors",
     "candidates", "rules", "averages", "quantity", "uses", "kronecker", "layers", "extensions", "result", "arguments",
-    "custom", "capture", "passes", "linearize", "positive", "partition", "product", "cut", "probe", "measure", "report", "draw",
+    "custom", "side_effects", "capture", "passes", "linearize", "positive", "partition", "product", "cut", "probe", "measure", "report", "draw",
     "recompiles", "dynamo", "backend", "api", "backpack", "__init__",
 ]  # fmt: skip
 
