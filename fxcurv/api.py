@@ -31,6 +31,7 @@ from fxcurv.recompiles import Key, shortened, why
 from fxcurv.result import Result
 from fxcurv.selection import Choice, chosen, hashable
 from fxcurv.selfcheck import Check, SelfCheck
+from fxcurv.side_effects import hooks_of
 
 log = logging.getLogger("fxcurv")
 
@@ -515,7 +516,7 @@ class Compiled:
         flags = tuple((type(m), m.training) for module in modules for m in module.modules())
         tensors = [pair for module in modules for pair in _tensors(module)]
         state = tuple((name, t.requires_grad, t.dtype, t.device, t.shape) for name, t in tensors)
-        return Key(inputs, targets, arguments.structure, flags, state, n == 1)
+        return Key(inputs, targets, arguments.structure, flags, state, n == 1, hooks_of(modules))
 
     def _lower(
         self, arguments: Arguments, mode: Autocast, create_graph: bool, numbers: tuple[Path, ...] = ()

@@ -41,6 +41,7 @@ from fxcurv.errors import (
 )
 from fxcurv.program import Batch, Input, Program
 from fxcurv.python_state import Number, Path, Reads
+from fxcurv.side_effects import no_side_effects
 
 
 @torch.library.custom_op("fxcurv::head", mutates_args=())
@@ -154,7 +155,7 @@ def capture(
     wrapped = _Captured(model, loss, arguments, split, reads)
     with _quiet():
         try:
-            with _fixed_sizes(wrapped):
+            with _fixed_sizes(wrapped), no_side_effects([m for m in (model, loss) if isinstance(m, nn.Module)]):
                 exported = _export(wrapped, arguments)
                 _detach_no_grad_regions(exported)
                 exported = exported.run_decompositions({})

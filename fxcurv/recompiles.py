@@ -19,6 +19,7 @@ class Key(NamedTuple):
         modules: (type, training) of every module.
         tensors: (name, requires_grad, dtype, device, shape) of parameters and buffers.
         single: a batch of one sample.
+        hooks: on the modules, and global ones.
     """
 
     inputs: tuple
@@ -27,6 +28,7 @@ class Key(NamedTuple):
     modules: tuple
     tensors: tuple
     single: bool
+    hooks: tuple = ()
 
 
 def why(key: tuple, programs: Mapping[tuple, Sequence[Program]], n: int, modules: Sequence[nn.Module]) -> str:
@@ -77,6 +79,7 @@ def _differences(new: Key, old: Key, names: Sequence[str]) -> list[str]:
         out += [f"'{name}' is {_state(rest, known[name])}" for name, *rest in new.tensors if rest != known[name]]
     if new.single != old.single:
         out.append("a batch of one sample" if new.single else "more than one sample")
+    out += ["other hooks on modules"] if new.hooks != old.hooks else []
     return out
 
 

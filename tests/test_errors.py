@@ -41,11 +41,11 @@ class Net(nn.Module):
 
 
 class Round(torch.autograd.Function):
-    """A straight-through estimator, as users write it."""
+    """A straight-through estimator that no trace can follow."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.round()
+        return torch.from_numpy(x.numpy().round())
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:

@@ -348,9 +348,9 @@ ROOT = Path(fxcurv.__file__).parent
 ORDER = [
     "_torch", "errors", "progress", "selection", "precision", "placement", "cost", "program", "emit", "noise",
     "kernels", "factors", "candidates", "rules", "averages", "quantity", "uses", "kronecker", "layers", "extensions",
-    "result", "arguments", "python_state", "custom", "capture", "passes", "linearize", "positive", "partition",
-    "product", "cut", "probe", "sums", "bisect", "selfcheck", "measure", "report", "draw", "recompiles", "dynamo",
-    "backend", "api", "backpack", "__init__",
+    "result", "arguments", "python_state", "custom", "side_effects", "capture", "passes", "linearize", "positive",
+    "partition", "product", "cut", "probe", "sums", "bisect", "selfcheck", "measure", "report", "draw", "recompiles",
+    "dynamo", "backend", "api", "backpack", "__init__",
 ]  # fmt: skip
 
 
