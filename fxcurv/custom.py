@@ -324,21 +324,26 @@ class _Replay(Function):
         saved, ys = list(ctx.saved_tensors[: -ctx.count]), list(ctx.saved_tensors[-ctx.count :])
         gs = [torch.zeros_like(y) if c or g is None else g for y, g, c in zip(ys, gs, kind.constant, strict=True)]
         kept = saved
-        if kind.once:
-            error = kind.refused("has no second derivative, it is marked @once_differentiable")
-            saved, ys = ([_stopped(t, error) for t in ts] for ts in (saved, ys))
-            kept = saved
-        elif kind.keeps_inside:
+        if kind.keeps_inside and not kind.once:
             error = kind.refused(
                 "keeps values of its forward that are neither inputs nor outputs, so PyTorch does not know the derivative of "
                 "its backward",
                 "return them as outputs, or compute them again in its backward",
             )
             kept = [_stopped(t, error) for t in saved]
-        found = iter(kind.backward(*kept, *ctx.sizes, *saved, *ctx.sizes, *ys, *gs))
+        grads = kind.backward(*kept, *ctx.sizes, *saved, *ctx.sizes, *ys, *gs)
+        found = iter(_once(kind, grads, [*saved, *ys]) if kind.once else grads)
         tops = {*kind.tensor_tops}
         leaves = [next(found) if k in tops else None for k in range(len(saved))]
         return (None, *leaves, *[None] * len(ctx.sizes))
+
+
+def _once(kind: Custom, grads: Sequence[Tensor | None], saved: list[Tensor]) -> list[Tensor | None]:
+    """The gradients, tied to all that they may depend on: a backward may detach it, which would read as a derivative of zero."""
+    error = kind.refused("has no second derivative, it is marked @once_differentiable")
+    sums = [_stopped(t, error).sum() for t in saved if t.is_floating_point()]
+    zero = sum(torch.where(torch.ones_like(s, dtype=torch.bool), 0, s) for s in sums)
+    return [g if g is None else g + zero.to(g.dtype) for g in grads]  # type: ignore[union-attr]
 
 
 def _stopped(t: Tensor, error: Exception) -> Tensor:
