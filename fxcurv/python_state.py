@@ -416,10 +416,8 @@ class Reads:
         own = name in module.__dict__
         found = _MISSING if own else next((vars(c)[name] for c in type(module).__mro__ if name in vars(c)), _MISSING)
         if isinstance(found, types.FunctionType):
-            holder = next(c for c in type(module).__mro__ if name in vars(c))
-            if _holds_state(found.__code__.co_filename):
-                steps = ("attr", "__dict__"), ("item", name)
-                self._add(Path(None, holder, steps, f"{holder.__name__}.{name}"), found)
+            if name == "forward" or _holds_state(found.__code__.co_filename):  # read by the module, which may get its own
+                self._add(path.step("attr", "__func__"), found)
                 self.of_code(found)
             return
         if found is not _MISSING and hasattr(type(found), "__get__"):
