@@ -25,10 +25,12 @@ SEEN: dict[str, Sequence[str]] = {
     "torch._subclasses.fake_tensor.FakeTensor": TRIED,
     "torch._subclasses.fake_tensor.FakeTensorMode": TRIED,
     "torch._subclasses.fake_tensor.disable_fake_tensor_cache": TRIED,
+    "torch._subclasses.functional_tensor.FunctionalTensor": TRIED,
     "torch._subclasses.functional_tensor.dispatch_functionalize": TRIED,
     "torch.fx.experimental.proxy_tensor.make_fx": TRIED,
     "torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode": TRIED,
     "torch.fx.experimental.symbolic_shapes.ShapeEnv": TRIED,
+    "torch.fx.experimental.symbolic_shapes.free_unbacked_symbols": TRIED,
     "torch.fx.experimental.sym_node.SymNode._expr": TRIED,
     "torch.utils._pytree": TRIED,
     "torch.utils._python_dispatch.TorchDispatchMode": TRIED,
@@ -38,25 +40,32 @@ SEEN: dict[str, Sequence[str]] = {
     "torch._ops.OpOverload._can_decompose": TRIED,
     "torch._ops.OpOverload._schema": TRIED,
     # torch.compile
+    "torch._dynamo.assume_constant_result": TRIED,
     "torch._dynamo.maybe_mark_dynamic": TRIED,
     "torch._guards.tracing": TRIED,
     # autograd, memory, modules
+    "torch._C.DisableTorchFunction": TRIED,
+    "torch._C._are_functorch_transforms_active": TRIED,
     "torch._C._current_graph_task_id": TRIED,
     "torch._C._storage_Use_Count": TRIED,
     "torch.UntypedStorage._cdata": TRIED,
+    "torch.Tensor._backward_hooks": TRIED,
     "torch.Tensor._base": TRIED,
     "torch.Tensor._is_view": TRIED,
     "torch.Tensor._version": TRIED,
+    "torch.nn.Module._buffers": TRIED,
     "torch.nn.Module._forward_hooks": TRIED,
     "torch.nn.Module._forward_pre_hooks": TRIED,
     "torch.nn.Module._parameters": TRIED,
     "torch.nn.modules.loss._Loss": TRIED,
     # patched while a model is captured
-    "torch.autograd.Function.apply": TRIED,
+    "torch.Tensor.register_hook": TRIED,
+    "torch.autograd.function.FunctionMeta.__init__": TRIED,
     "torch.ctc_loss": TRIED,
     "torch.fx.experimental.symbolic_shapes.ShapeEnv._set_replacement": TRIED,
     "torch.fx.proxy.TracerBase._filter_traceback_frames": TRIED,
     "torch.nn.functional.gaussian_nll_loss": TRIED,
+    "torch.utils.checkpoint.CheckpointFunction": TRIED,
     # operators that captured graphs hold
     "torch.ops.aten._adaptive_avg_pool2d": TRIED,
     "torch.ops.aten._adaptive_avg_pool3d": TRIED,
@@ -134,23 +143,26 @@ check(SEEN, str(torch.__version__))
 
 from torch._decomp import decomposition_table
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo import assume_constant_result as constant_result
 from torch._dynamo import maybe_mark_dynamic
 from torch._guards import tracing
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
-from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch._subclasses.functional_tensor import FunctionalTensor, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv, free_unbacked_symbols
 from torch.nn.modules.loss import _Loss as Loss
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
-    "FakeTensor", "FakeTensorMode", "GuardOnDataDependentSymNode", "Loss", "OpOverload", "SEEN", "ShapeEnv", "TRIED",
-    "TorchDispatchMode", "base_of", "captured_size", "check", "decomposes", "decomposition_table", "disable_fake_tensor_cache",
-    "dispatch_functionalize", "enable_python_dispatcher", "fake_tensor_log", "find", "has_hooks", "is_view", "make_fx",
-    "maybe_mark_dynamic", "original", "own_parameters", "patched", "pytree", "running_backward", "schema_of", "tracing",
-    "uses_of_storage", "version_of",
+    "FakeTensor", "FakeTensorMode", "FunctionalTensor", "GuardOnDataDependentSymNode", "Loss", "OpOverload", "SEEN",
+    "ShapeEnv", "TRIED", "TorchDispatchMode", "base_of", "captured_size", "check", "constant_result", "decomposes",
+    "decomposition_table", "disable_fake_tensor_cache", "dispatch_functionalize", "enable_python_dispatcher",
+    "fake_tensor_log", "find", "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform",
+    "is_view", "make_fx", "maybe_mark_dynamic", "no_torch_functions", "original", "own_buffers", "own_parameters",
+    "patched", "pytree", "running_backward", "schema_of", "set_hooks_of_tensor", "tracing", "uses_of_storage",
+    "version_of",
 ]  # fmt: skip
 
 # logs every error that a trace raises
@@ -218,3 +230,28 @@ def has_hooks(module: torch.nn.Module) -> bool:
 def own_parameters(module: torch.nn.Module) -> dict[str, Any]:
     """A module's parameters but those of its submodules."""
     return module._parameters
+
+
+def own_buffers(module: torch.nn.Module) -> dict[str, Any]:
+    """A module's buffers but those of its submodules."""
+    return module._buffers
+
+
+def hooks_of_tensor(tensor: torch.Tensor) -> Any:
+    """The hooks that run in the backward pass at a tensor, or None."""
+    return tensor._backward_hooks
+
+
+def set_hooks_of_tensor(tensor: torch.Tensor, hooks: Any) -> None:
+    """Put hooks back that `hooks_of_tensor` gave, or take them away by None."""
+    tensor._backward_hooks = hooks
+
+
+def no_torch_functions() -> Any:
+    """A context without `__torch_function__`, where export notes that gradients are switched on and off."""
+    return torch._C.DisableTorchFunction()
+
+
+def in_function_transform() -> bool:
+    """Whether a transform of `torch.func` is running."""
+    return torch._C._are_functorch_transforms_active()

@@ -358,8 +358,8 @@ class Compiled:
             unseen = program.state["python"].unguarded()
             if unseen:
                 raise ArgumentError(
-                    f"{unseen} is read by the model or the loss, and torch.compile would not see it change. Way out: an attribute "
-                    "of the model, or of a loss that is a module; a counter outside of the forward pass; or call it outside of "
+                    f"{unseen} is read by the model or the loss, and torch.compile would not see it change. Way out: an "
+                    "attribute of the model, or of a loss that is a module; a counter outside of the forward pass; or call it outside of "
                     "the compiled function."
                 )
             flat = self._bind(program, arguments, 0, None)
@@ -454,10 +454,10 @@ class Compiled:
         for program in serving:
             if program.state["python"].holds(modules):
                 return program
-        changed = min((program.state["python"].differences(modules) for program in serving), key=len, default=[])
+        changed: list[Any] = min((program.state["python"].differences(modules) for program in serving), key=len, default=[])
         reason = shortened(reasons(changed)) if changed else why(key, self._programs, n, self._modules())
-        program = self._scheduled(arguments, mode, create_graph, changed) if schedules and self._schedules else None
-        program = program or self._lower(arguments, mode, create_graph)
+        made = self._scheduled(arguments, mode, create_graph, changed) if schedules and self._schedules else None
+        program = made or self._lower(arguments, mode, create_graph)
         again = f" again, because {reason}" if reason else ""
         log.info("compiled%s; batch size: %s", again, program.batch_note)
         self.recompiles += [reason] if reason else []

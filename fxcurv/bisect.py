@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import pytree
 from fxcurv.errors import in_loss, locate, module_path
 from fxcurv.program import is_active
 from fxcurv.rules.base import canonical_args, rule_of
@@ -202,12 +202,12 @@ def _wrong_rule(check: Check, graph: _Differentiable, cotangents: dict[fx.Node, 
         )  # fmt: skip
         if not wrt or isinstance(node.meta.get("val"), tuple | list):
             continue
-        call = pytree.tree_map(lambda a: graph.values.get(a, a) if isinstance(a, fx.Node) else a, call_of(program, node))
+        call = pytree.tree_map(lambda a: graph.values.get(a, a) if isinstance(a, fx.Node) else a, call_of(program, node))  # type: ignore[arg-type]
         call = pytree.tree_map_only(Tensor, Tensor.detach, call)
         rule = rule_of(node.target, check.program.rules)
         try:
             own = rule.transpose(call, wrt, cotangents[node].unsqueeze(0))
-        except Exception:  # noqa: BLE001: a rule that traces only
+        except Exception:  # a rule that traces only
             continue
         inputs = [graph.values[leaves[k]] for k in wrt]
         true = torch.autograd.grad(graph.values[node], inputs, cotangents[node], allow_unused=True, retain_graph=True)

@@ -19,16 +19,20 @@ import operator
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import SymInt, Tensor, fx
-from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.autograd.function import Function, FunctionMeta, once_differentiable
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
-from torch.utils import checkpoint
 
+from fxcurv._torch import (
+    dispatch_functionalize,
+    in_function_transform,
+    make_fx,
+    no_torch_functions,
+    patched,
+    pytree,
+    schema_of,
+)
 from fxcurv.emit import MATERIALISED, emit, tracing
 from fxcurv.errors import CustomFunctionError, FxcurvError, UnsupportedOpError, is_user_file, locate
 from fxcurv.placement import MIXED, PARTIAL, REPLICATE, Placement, Shard
@@ -56,7 +60,7 @@ def custom_function(xs: list[Tensor], sizes: list[int], kind: int) -> list[Tenso
 
 @custom_function.register_fake
 def _(xs, sizes, kind):
-    with torch._C.DisableTorchFunction():  # where export notes that gradients are switched on and off
+    with no_torch_functions():  # where export notes that gradients are switched on and off
         ran = _KINDS[kind].run([*xs, *sizes])
     _KINDS[kind].last = ran
     return [torch.empty_like(y) for y in ran.tensors]
@@ -69,7 +73,8 @@ class _Context:
     """The `ctx` of a function, by itself."""
 
     def __init__(self, needs: tuple[bool, ...]):
-        self.needs_input_grad, self.saved_tensors = needs, ()
+        self.needs_input_grad = needs
+        self.saved_tensors: tuple[Tensor | None, ...] = ()
         self._constant: tuple[Tensor, ...] = ()
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
@@ -181,10 +186,7 @@ class Custom:
         return tuple(pytree.tree_unflatten(full, self._spec))
 
     def __call__(self, *leaves: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
-            out = _Replay.apply(self, *leaves)
-        else:
-            out = tuple(self.run(leaves).tensors)
+        out = _Replay.apply(self, *leaves) if in_function_transform() else tuple(self.run(leaves).tensors)
         return out[0] if self.single else out
 
     # -- tracing
@@ -322,7 +324,7 @@ class _Replay(Function):
     def backward(ctx, *gs):
         kind = ctx.kind
         saved, ys = list(ctx.saved_tensors[: -ctx.count]), list(ctx.saved_tensors[-ctx.count :])
-        gs = [torch.zeros_like(y) if c or g is None else g for y, g, c in zip(ys, gs, kind.constant, strict=True)]
+        gs = tuple(torch.zeros_like(y) if c or g is None else g for y, g, c in zip(ys, gs, kind.constant, strict=True))
         kept = saved
         if kind.keeps_inside and not kind.once:
             error = kind.refused(
@@ -393,8 +395,8 @@ def kept_functions() -> Iterator[None]:
             if cls.__mro__[1:] and issubclass(cls, Function):
                 _replace(stack, cls)
 
-        stack.enter_context(mock.patch.object(FunctionMeta, "__init__", new_class))
-        stack.enter_context(mock.patch.object(checkpoint, "CheckpointFunction", _Transparent))
+        stack.enter_context(patched("torch.autograd.function.FunctionMeta.__init__", new_class))
+        stack.enter_context(patched("torch.utils.checkpoint.CheckpointFunction", _Transparent))
         try:
             yield
         finally:
@@ -403,7 +405,7 @@ def kept_functions() -> Iterator[None]:
 
 def _subclasses(cls: type) -> list[type]:
     """All subclasses, once each."""
-    found = {}
+    found: dict[type, None] = {}
     for sub in cls.__subclasses__():
         found.update(dict.fromkeys([sub, *_subclasses(sub)]))
     return list(found)
@@ -416,7 +418,8 @@ def _replace(stack: contextlib.ExitStack, cls: type) -> None:
     originals = {name: getattr(cls, name) for name in names}
     for name in names:
         _ORIGINALS[cls, name] = _first(cls, name, originals[name])
-    separate, latest = _is_separate(cls), []
+    separate = _is_separate(cls)
+    latest: list[Any] = []
 
     def forward(*args):
         out, kind = _called(cls, args if separate else args[1:])
@@ -555,7 +558,7 @@ def _size_of(x: Tensor, d: int) -> int | SymInt:
 
 
 def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return schema is not None and schema.is_mutable
 
 
@@ -568,7 +571,7 @@ def _root(node: fx.Node) -> fx.Node:
 
 
 def _returns(node: fx.Node) -> Sequence[Any]:
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return schema.returns if schema is not None else ()
 
 
@@ -594,9 +597,9 @@ def _active_outputs(graph: fx.Graph, start: set[fx.Node]) -> set[fx.Node]:
 
     found = {n for n in start if _is_float(n)}
     for node in graph.nodes:
-        if node.op == "call_function" and node.target not in CUTS - {aten.detach.default}:
-            if any(i in found for i in node.all_input_nodes) and _is_float(node):
-                found.add(node)
+        differentiable = node.op == "call_function" and node.target not in CUTS - {aten.detach.default} and _is_float(node)
+        if differentiable and any(i in found for i in node.all_input_nodes):
+            found.add(node)
     return found
 
 
@@ -728,7 +731,7 @@ def _follow(program: Program, gm: fx.GraphModule, given: list[Seen], place_of: C
 
 def _moves_samples(program: Program, node: fx.Node) -> bool:
     """Whether an op moves slices by the values of an index along the samples' axis: whose they are, no trial can tell."""
-    name = str(getattr(node.target, "_schema", None) and node.target._schema.name).removeprefix("aten::")
+    name = str(schema_of(node.target) and schema_of(node.target).name).removeprefix("aten::")
     if not node.meta["active"] or not name.startswith(("index", "scatter", "gather", "take", "put", "masked_scatter")):
         return False
     if name.startswith(("take", "put", "masked_scatter")):
@@ -758,8 +761,10 @@ def _comes_back(program: Program, node: fx.Node, given: list[Seen], found: list[
 
 
 def _check_linear(program: Program, node: fx.Node, found: list[Seen]) -> None:
-    """A backward that is not linear in the cotangent, as clipping is, has a gradient only; and no sum of individual ones
-    where an argument has no samples."""
+    """A backward that is not linear in the cotangent, as clipping is, has a gradient only.
+
+    Nor has it a sum of individual ones where an argument has no samples.
+    """
     kind: Custom = node.target
     if kind.linear or not is_active(node):
         return

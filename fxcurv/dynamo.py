@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxcurv._torch import OpOverload, pytree, schema_of, tracing
+from fxcurv._torch import OpOverload, constant_result, pytree, schema_of, tracing
 from fxcurv.arguments import Arguments, Slot, filled, map_leaves
 from fxcurv.errors import ArgumentError
 from fxcurv.passes.recycle import functional
@@ -40,7 +40,8 @@ class Step(nn.Module):
         self.bound = [(i.kind, i.name, i.index) for i in program.inputs if i.kind != "memory"]
         self.constants = dict(program.constants)
         python = program.state["python"]
-        self.places = [(p.module, None if p.module is not None else p.root, p.steps) for p, how in python.leaves if how == "scalar"]
+        scalars = [p for p, how in python.leaves if how == "scalar"]
+        self.places = [(p.module, None if p.module is not None else p.root, p.steps) for p in scalars]
         self.tensors = [(name, p.module, p.steps) for name, p in python.sources.items() if p.module is not None]
         position = {node: k for k, node in enumerate(program.output.args[0])}
         self.shared = [_is_given(node) for node in program.output.args[0]]
@@ -114,7 +115,7 @@ def _at(value: Any, steps: Sequence[tuple[str, Any]]) -> Any:
     return value
 
 
-@torch._dynamo.assume_constant_result
+@constant_result
 def guarded(values: list[Any]) -> int:
     """Makes Dynamo guard these values: it guards what a constant is made of."""
     return len(values)

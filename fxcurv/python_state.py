@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxcurv._torch import pytree, version_of
 from fxcurv.errors import CaptureError, is_ours, is_user_file
 
 SCALARS = (int, float, bool, str, complex, type(None), bytes, torch.dtype, torch.device, torch.memory_format, torch.layout)
@@ -182,7 +183,7 @@ def _described(t: Any) -> Any:
 
 def _state(t: Any) -> Any:
     """Of a tensor whose values may have become numbers: that it is the same, and not written to since."""
-    return (id(t), 0 if t.is_inference() else t._version) if isinstance(t, Tensor) else type(t)
+    return (id(t), 0 if t.is_inference() else version_of(t)) if isinstance(t, Tensor) else type(t)
 
 
 @dataclass
@@ -200,7 +201,7 @@ class Effect:
 
 
 _HOW = {"scalar": "{}", "frozen": "F({})", "identity": "I({})", "tensor": "T({})", "state": "S({})", "number": "type({})"}
-_FUNCTIONS = {"F": frozen, "I": id, "T": _described, "S": _state, "type": type, "getattr": getattr}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"F": frozen, "I": id, "T": _described, "S": _state, "type": type, "getattr": getattr}
 
 
 @dataclass
@@ -268,7 +269,8 @@ class State:
 
     def names(self) -> list[str]:
         """The values that are compared by value, and those that are inputs, for a report."""
-        shown = [f"{path.title} = {then!r}" for (path, how), then in zip(self.leaves, self.values, strict=True) if how == "scalar"]
+        pairs = zip(self.leaves, self.values, strict=True)
+        shown = [f"{path.title} = {then!r}" for (path, how), then in pairs if how == "scalar"]
         return [*(f"{path.title} (an input)" for path in self.numbers), *dict.fromkeys(shown)]
 
 
@@ -381,7 +383,7 @@ class Reads:
             self._born[id(new)] = new
         elif instructions and (code.co_freevars or code.co_argcount):
             self._frame(code, frame.f_locals, instructions)
-        return self._trace(frame, event, arg) if self._trace is not None else None
+        return self._trace(frame, event, arg) if self._trace is not None else None  # type: ignore[arg-type]
 
     def _frame(self, code: types.CodeType, local: dict[str, Any], instructions: list) -> None:
         if code.co_freevars:
@@ -697,13 +699,13 @@ class Number:
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run with a tensor that promotes the others as a float."""
-        leaves = [t for t in torch.utils._pytree.tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)]
+        leaves = [t for t in pytree.tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)]
         wide = [t for t in leaves if t.ndim and t.is_floating_point()]
         dtype = None
         if leaves and not wide:
             dtype = functools.reduce(torch.promote_types, (torch.result_type(t, 1.0) for t in leaves))
         given = lambda n: n.tensor if dtype is None else n.tensor.to(dtype)  # noqa: E731
-        args, kwargs = torch.utils._pytree.tree_map_only(Number, given, (args, kwargs or {}))
+        args, kwargs = pytree.tree_map_only(Number, given, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def refuse(self, *_: Any) -> Any:

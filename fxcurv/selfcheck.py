@@ -27,9 +27,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxcurv._torch import (
+    OpOverload,
+    TorchDispatchMode,
+    hooks_of_tensor,
+    own_buffers,
+    own_parameters,
+    pytree,
+    schema_of,
+    set_hooks_of_tensor,
+)
 from fxcurv.arguments import Arguments, filled, templated
 from fxcurv.bisect import first_difference
 from fxcurv.errors import SelfCheckError
@@ -168,7 +176,7 @@ class Check:
         plain = Plain()
         draws = _FixedDraws() if self.known.random else None
         modules = [m for top in (self.model, self.loss) if isinstance(top, nn.Module) for m in top.modules()]
-        params = [p for m in modules for p in m._parameters.values() if p is not None]
+        params = [p for m in modules for p in own_parameters(m).values() if p is not None]
         functions = [] if self.loss is None or isinstance(self.loss, nn.Module) else [self.loss]
         with contextlib.ExitStack() as stack:
             stack.enter_context(_as_found(modules, params, functions, _cuda(self.flat)))
@@ -202,7 +210,7 @@ class Check:
         except torch.OutOfMemoryError:
             plain.missing.append("all, for want of memory")
             return
-        except Exception as error:  # noqa: BLE001: whatever the user's code raises
+        except Exception as error:  # whatever the user's code raises
             plain.failure = error
             return
         plain.loss = loss.detach().reshape(()) if loss is not None else None
@@ -319,7 +327,7 @@ class Check:
             if direct - grads.keys() and any(e.per_sample for e in program.extensions):
                 self.notes.append(f"sums over samples for {sorted(direct - grads.keys())}, which the loss reads itself")
         jacobians = None
-        if plain is not None and plain.cotangent is not None:
+        if plain is not None and plain.cotangent is not None and self.known.jacobian is not None:
             jacobians = Jacobians(plain.cotangent, plain.products, self.known.jacobian[1])
         pairs = sums(program, results, extras, grads, direct, jacobians, self.arguments.batch_size)
         suspects = unequal(pairs)
@@ -374,11 +382,13 @@ def _cuda(flat: Iterable[Any]) -> list[int]:
 
 @contextlib.contextmanager
 def _as_found(modules: list[nn.Module], params: list[Tensor], functions: list[Any], cuda: list[int]) -> Iterator[None]:
-    """What a plain pass changes is put back: buffers (they run on copies), attributes, lists and dicts that forward or a hook
-    writes to, hooks of parameters (they do not fire), random states.
+    """Put back what a plain pass changes.
+
+    These are buffers (they run on copies), attributes, lists and dicts that forward or a hook writes to, hooks of parameters
+    (they do not fire), and random states.
     """
     attributes = [(m, dict(vars(m))) for m in modules]
-    hooks = {id(p): (p, p._backward_hooks) for p in params}
+    hooks = {id(p): (p, hooks_of_tensor(p)) for p in params}
     containers = _containers(modules, functions)
     numpy = sys.modules.get("numpy")
     state = random.getstate(), numpy.random.get_state() if numpy is not None else None
@@ -386,7 +396,7 @@ def _as_found(modules: list[nn.Module], params: list[Tensor], functions: list[An
         try:
             _run_on_copies(modules)
             for p, _ in hooks.values():
-                p._backward_hooks = None
+                set_hooks_of_tensor(p, None)
             yield
         finally:
             for module, old in attributes:
@@ -395,7 +405,7 @@ def _as_found(modules: list[nn.Module], params: list[Tensor], functions: list[An
             for container, old in containers:
                 _refill(container, old)
             for p, old in hooks.values():
-                p._backward_hooks = old
+                set_hooks_of_tensor(p, old)
             random.setstate(state[0])
             if numpy is not None:
                 numpy.random.set_state(state[1])
@@ -405,7 +415,7 @@ def _run_on_copies(modules: list[nn.Module]) -> None:
     """Buffers, and plain tensors kept as attributes, are replaced by copies; equal ones by one copy."""
     copies: dict[int, Tensor] = {}
     for module in modules:
-        for table in (module._buffers, vars(module)):
+        for table in (own_buffers(module), vars(module)):
             for name, t in list(table.items()):
                 if isinstance(t, Tensor) and not isinstance(t, nn.Parameter) and not t.requires_grad:
                     table[name] = copies.setdefault(id(t), t.clone())
@@ -456,7 +466,7 @@ def _refill(container: Any, old: Any) -> None:
 
 
 def _draws(op: Any) -> bool:
-    return isinstance(op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in op.tags
+    return isinstance(op, OpOverload) and torch.Tag.nondeterministic_seeded in op.tags
 
 
 @contextlib.contextmanager
@@ -483,7 +493,7 @@ class _FixedDraws(TorchDispatchMode):
         given = pytree.tree_map_only(Tensor, Tensor.contiguous, args)
         out = func(*given, **kwargs)
         self.shapes += [t.shape for t in pytree.tree_leaves(out)[:1] if isinstance(t, Tensor)]
-        if func._schema.is_mutable:
+        if schema_of(func).is_mutable:
             for old, new in zip(pytree.tree_leaves(args), pytree.tree_leaves(given), strict=True):
                 if isinstance(old, Tensor) and old is not new:
                     old.copy_(new)
@@ -502,7 +512,7 @@ class _Rounded(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         reads = any(isinstance(t, Tensor) for t in pytree.tree_leaves(args))
-        if not reads or any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+        if not reads or any(r.alias_info is not None and not r.alias_info.is_write for r in schema_of(func).returns):
             return out
         for t in pytree.tree_leaves(out):
             if isinstance(t, Tensor) and t.is_floating_point() and t.numel():

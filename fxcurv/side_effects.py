@@ -12,13 +12,11 @@ import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as nn_module
 
+from fxcurv._torch import FakeTensor, FunctionalTensor, hooks_of_tensor, patched
 from fxcurv.errors import CaptureError, is_user_file
 
 _FORWARD = ("_forward_hooks", "_forward_pre_hooks")
@@ -56,7 +54,7 @@ def no_side_effects(modules: Sequence[nn.Module]) -> Iterator[None]:
     watched = [*_attributes(named), *_state(_functions(named))]
     before = [(what, owner, dict(owner) if isinstance(owner, dict) else list(owner)) for what, owner in watched]
     numbers = _numbers(named)
-    with mock.patch.object(Tensor, "register_hook", _no_tensor_hook):
+    with patched("torch.Tensor.register_hook", _no_tensor_hook):
         try:
             yield
         except BaseException as error:
@@ -91,7 +89,7 @@ def _check_backward(named: Iterable[tuple[str, nn.Module]]) -> None:
                 "runs, or say what it does to the gradient as a torch.autograd.Function."
             )
         for title, p in m.named_parameters(recurse=False):
-            for hook in (p._backward_hooks or {}).values():
+            for hook in (hooks_of_tensor(p) or {}).values():
                 raise CaptureError(
                     f"the parameter '{title}' of {_path(name, m)} has the hook '{_name(hook)}', which no program runs. Way out: "
                     "remove it while fxcurv runs, and apply it to the result's gradient."
@@ -151,7 +149,7 @@ def _kept(fn: Any) -> Iterator[Any]:
         return
     owner = getattr(fn, "__self__", None)
     if owner is None and not hasattr(fn, "__code__"):
-        owner, fn = fn, getattr(type(fn), "__call__", None)
+        owner, fn = fn, vars(type(fn)).get("__call__")
     if owner is not None and not isinstance(owner, nn.Module) and hasattr(owner, "__dict__"):
         yield vars(owner)
         yield from vars(owner).values()

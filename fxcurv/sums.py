@@ -166,7 +166,7 @@ class _Sums:
         """(extension of this kind that is of all samples, its field)."""
         for e in self.extensions:
             if type(e) is kind and getattr(e, "subsampling", None) is None:
-                yield e, self.results[e.savefield]
+                yield e, self.results[e.savefield]  # type: ignore[attr-defined]
 
     def both(self, one: type, other: type) -> Iterator[tuple[Any, Any, str, Tensor, Tensor]]:
         """(extension, extension, parameter, value, value) for all that were asked for together, of equal columns."""

@@ -42,7 +42,7 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False) 
         raise ArgumentError(f"extend takes an nn.Module, not a {type(module).__name__}: wrap it in one")
     if not isinstance(module, _Extended):
         module.__class__ = _extended_class(type(module))
-    if not isinstance(module, _Loss):
+    if not isinstance(module, Loss):
         ledger.watch(module)
     return module
 

@@ -10,10 +10,10 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fxcurv._torch import running_backward
 from fxcurv.backpack.context import backpack, current
 from fxcurv.errors import ExtensionError, FieldError
 from fxcurv.extensions import Extension
@@ -36,7 +36,7 @@ _watched = WeakTensorKeyDictionary()
 
 
 def _record() -> _Record:
-    task = torch._C._current_graph_task_id()
+    task = running_backward()
     if task not in _records:
         for old in sorted(_records)[: 1 - KEPT or None]:
             del _records[old]
@@ -99,7 +99,7 @@ def _checker(model: Any, name: str) -> Any:
             if missing:
                 _drop([p], missing)
                 raise FieldError(
-                    f"parameter '{name}' got a gradient in this backward pass, and {', '.join(map(str, missing))} is not of all of "
+                    f"parameter '{name}' got a gradient in this pass, and {', '.join(map(str, missing))} is not of all of "
                     "it: some of it came through derivatives of an earlier backward pass (a gradient penalty), or past the "
                     "extended model (a submodule called alone, a forward pass under disable(), a loss of the parameters "
                     "alone).\nWay out: fxcurv.compile of a model and loss that compute all of it; or this part in a backward() "

@@ -12,8 +12,8 @@ import operator
 import re
 
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from fxcurv._torch import pytree
 from fxcurv.errors import LossError, locate
 from fxcurv.placement import REPLICATE, Shard
 from fxcurv.program import Program, is_active, is_sharded, is_tensor, place
@@ -59,7 +59,7 @@ def _inside(program: Program, head: fx.Node, linearly: bool) -> list[fx.Node] | 
     if linearly and (number or losses) or number and losses:
         at = (others or losses)[0]
         program.state["hidden"] = (
-            f"{_literal(locate(at))}\nis inside a loss that the model computes itself, so it is not known where the model ends and "
+            f"{_literal(locate(at))}\nis inside a loss that the model computes itself, so it is not known where it ends and "
             "the loss begins, and {asked} (of the Gauss-Newton) does not exist.\nWay out: split='path of the submodule whose "
             "output is f'; or return that output from the model, and compute the loss in the loss function."
         )
@@ -76,7 +76,8 @@ def _literal(text: str) -> str:
 
 def _read_linearly(program: Program) -> set[fx.Node]:
     """The outputs that the loss is a linear function of."""
-    linearly, otherwise = set(), set()
+    linearly: set[fx.Node] = set()
+    otherwise: set[fx.Node] = set()
     seen, stack = set(), [(program.loss, True)]
     while stack:
         node, straight = stack.pop()
@@ -126,7 +127,8 @@ def _captured_op(node: fx.Node) -> str:
 
 def _predictions(program: Program, node: fx.Node) -> list[fx.Node]:
     """The differentiable values that a loss op reads; it may have become several nodes."""
-    op, found = _captured_op(node), {}
+    op = _captured_op(node)
+    found: dict[fx.Node, None] = {}
     seen, stack = set(), [node]
     while stack:
         member = stack.pop()

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from fxcurv._torch import OpOverload, decomposes
+from fxcurv._torch import OpOverload, decomposes, free_unbacked_symbols
 from fxcurv.emit import emit
 from fxcurv.errors import UnsupportedOpError, locate
 from fxcurv.program import Program, propagate_values

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcurv._torch import OpOverload, pytree
+from fxcurv._torch import OpOverload, pytree, schema_of
 from fxcurv.placement import MIXED, PARTIAL, Mixed, Partial, Placement, Shard, halves, samples_first
 from fxcurv.program import Program
 from fxcurv.rules.base import canonical_args, invoke
@@ -228,7 +228,7 @@ class Trial:
 
     def _names(self) -> list[str]:
         """The name in the schema that each flattened argument belongs to."""
-        arguments = getattr(getattr(self.node.target, "_schema", None), "arguments", ())
+        arguments = getattr(schema_of(self.node.target), "arguments", ())
         args = numeric_args(self.program, self.node, self.n)
         return [a.name for a, value in zip(arguments, args, strict=False) for _ in pytree.tree_leaves(value)]
 

@@ -227,4 +227,5 @@ def rewrite(*ops: Callable):
 
 def rule_of(op: Callable, local: dict[Callable, Rule]) -> Rule:
     """The rule of an op: the user's own, the registered one, the one that a custom function brings, or the fallback."""
-    return local.get(op) or RULES.get(op) or getattr(op, "rule", FALLBACK)
+    own: Rule = getattr(op, "rule", FALLBACK)
+    return local.get(op) or RULES.get(op) or own

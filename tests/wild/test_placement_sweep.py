@@ -61,7 +61,7 @@ def ops():
     for name in sorted(names):
         packet = getattr(aten, name, None)
         private = name.startswith("__")
-        for overload in packet.overloads() if not private and isinstance(packet, torch._ops.OpOverloadPacket) else ():
+        for overload in packet.overloads() if not private and isinstance(packet, type(aten.add)) else ():
             op = getattr(packet, overload)
             plain = not op._schema.is_mutable and not overload.endswith("out") and not composite(op)
             unchecked = "backward" in name  # they take indices of PyTorch itself, and write anywhere
@@ -106,7 +106,7 @@ def placed(op, args, n, where, active):
     """What the compiler says of the outputs."""
     graph, leaves = fx.Graph(), pytree.tree_leaves(args)
     nodes = {}
-    for i, x in tensors(args).items():
+    for i in tensors(args):
         nodes[i] = graph.placeholder(f"x{i}")
         nodes[i].meta = {"val": leaves[i], "place": where[i], "active": i in active}
     given = with_leaves(args, nodes)

@@ -184,7 +184,8 @@ MODELS = {
         lambda h, i, e: h + F.grid_sample(h.softmax(0)[:, None, None], torch.zeros_like(h[:, :1, None, None].expand(-1, 1, 1, 2)),
                                           align_corners=False)[:, 0, 0], REFUSED),
     "positions from what is mixed": (
-        lambda h, i, e: h * F.grid_sample(h[:, None, None], h.softmax(0)[:, None, None, :2], align_corners=False)[:, 0, 0], REFUSED),
+        lambda h, i, e: h * F.grid_sample(h[:, None, None], h.softmax(0)[:, None, None, :2], align_corners=False)[:, 0, 0],
+        REFUSED),
 }  # fmt: skip
 
 LOSSES = {

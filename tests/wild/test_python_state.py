@@ -140,18 +140,30 @@ CHANGES: dict[str, tuple[Callable[[], Net], Callable[[Net], Any]]] = {
     "an attribute that was absent": (lambda: Net(lambda m, h: h * getattr(m, "late", 1.0)), attribute("late", 3.0)),
     "a config": (lambda: Net(lambda m, h: h * m.config.factor, config=Config()), inner("config", "factor", 3.0)),
     "another config": (lambda: Net(lambda m, h: h * m.config.factor, config=Config()), attribute("config", Config(3.0))),
-    "a config that is passed on": (lambda: Net(lambda m, h: times_config(h, m.config), config=Config()), inner("config", "factor", 3.0)),
+    "a config that is passed on": (
+        lambda: Net(lambda m, h: times_config(h, m.config), config=Config()),
+        inner("config", "factor", 3.0),
+    ),
     "a config's method": (lambda: Net(lambda m, h: h * m.config.doubled(), config=Config()), inner("config", "factor", 3.0)),
     "a config with slots": (lambda: Net(lambda m, h: h * m.config.factor, config=Slotted()), inner("config", "factor", 3.0)),
     "a property of an object": (lambda: Net(lambda m, h: m.held.scale(h), held=Sampler()), inner("held", "factor", 3.0)),
-    "a mask replaced": (lambda: Net(lambda m, h: h * m.mask, mask=torch.ones(2)), attribute("mask", torch.tensor([0.0, 3.0], dtype=torch.float64))),
+    "a mask replaced": (
+        lambda: Net(lambda m, h: h * m.mask, mask=torch.ones(2)),
+        attribute("mask", torch.tensor([0.0, 3.0], dtype=torch.float64)),
+    ),
     "a mask of another shape": (lambda: Net(lambda m, h: h * m.mask, mask=torch.ones(2)), attribute("mask", torch.ones(()) * 3)),
     "a mask in place": (lambda: Net(lambda m, h: h * m.mask, mask=torch.ones(2)), lambda m: m.mask.mul_(3)),
-    "a mask in a list": (lambda: Net(lambda m, h: h * m.held[0], held=[torch.ones(2)]), lambda m: m.held.__setitem__(0, torch.zeros(2) + 3)),
+    "a mask in a list": (
+        lambda: Net(lambda m, h: h * m.held[0], held=[torch.ones(2)]),
+        lambda m: m.held.__setitem__(0, torch.zeros(2) + 3),
+    ),
     "a number of a tensor": (lambda: Net(lambda m, h: h * m.t.item(), t=torch.tensor(2.0)), lambda m: m.t.mul_(3)),
     "a submodule": (lambda: Net(lambda m, h: m.act(h), act=nn.LeakyReLU(0.1)), attribute("act", nn.LeakyReLU(0.3))),
     "a submodule's slope": (lambda: Net(lambda m, h: m.act(h), act=nn.LeakyReLU(0.1)), inner("act", "negative_slope", 0.5)),
-    "a submodule removed": (lambda: Net(lambda m, h: m.act(h) if m.act is not None else h, act=nn.Tanh()), attribute("act", None)),
+    "a submodule removed": (
+        lambda: Net(lambda m, h: m.act(h) if m.act is not None else h, act=nn.Tanh()),
+        attribute("act", None),
+    ),
     "a norm's eps": (lambda: Net(lambda m, h: m.norm(h), norm=nn.LayerNorm(2)), inner("norm", "eps", 0.5)),
     "a class's method": (lambda: Patched(lambda m, h: m.half(h)), lambda m: setattr(Patched, "half", lambda self, h: h / 3)),
     "a method of the module": (lambda: Net(lambda m, h: h), lambda m: setattr(m, "forward", lambda x: 3 * m.linear(x))),
@@ -177,7 +189,10 @@ def parametrized() -> Net:
     return model
 
 
-QUICK = {"a float", "a branch", "a list", "a config that is passed on", "a property of an object", "a mask replaced", "a submodule"}
+QUICK = {
+    "a float", "a branch", "a list",
+    "a config that is passed on", "a property of an object", "a mask replaced", "a submodule",
+}
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CHANGES])

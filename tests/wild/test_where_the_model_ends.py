@@ -95,7 +95,8 @@ def batch(kind):
         ids = torch.randint(0, C, (N, T))
         return ids, ids.clone()
     x = torch.randn(N, 4).double()
-    return x, {"classes": torch.randint(0, 3, (N,)), "numbers": torch.randn(N, 3).double(), "shares": torch.rand(N, 3).double()}[kind]
+    numbers, shares = torch.randn(N, 3).double(), torch.rand(N, 3).double()
+    return x, {"classes": torch.randint(0, 3, (N,)), "numbers": numbers, "shares": shares}[kind]
 
 
 def built(name, returns):
