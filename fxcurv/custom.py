@@ -406,6 +406,7 @@ def kept_functions() -> Iterator[None]:
 def _subclasses(cls: type) -> list[type]:
     """All subclasses, once each."""
     found: dict[type, None] = {}
+    sub: type
     for sub in cls.__subclasses__():
         found.update(dict.fromkeys([sub, *_subclasses(sub)]))
     return list(found)
