@@ -359,8 +359,8 @@ class Compiled:
             if unseen:
                 raise ArgumentError(
                     f"{unseen} is read by the model or the loss, and torch.compile would not see it change. Way out: an "
-                    "attribute of the model, or of a loss that is a module; a counter outside of the forward pass; or call it outside "
-                    "of the compiled function."
+                    "attribute of the model, or of a loss that is a module; a counter outside of the forward pass; or a call "
+                    "outside of the compiled function."
                 )
             flat = self._bind(program, arguments, 0, None)
             if self._debug or id(program) not in self._checked:
