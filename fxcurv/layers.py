@@ -253,7 +253,8 @@ def scattered(f: Conv) -> Tensor:
     each = torch.eye(kernel, dtype=f.a.dtype, device=f.a.device).reshape(1, kernel, *f.kernel)
     each = each.repeat(channels, *[1] * (each.ndim - 1))
     conv = (list(f.stride), list(f.padding), list(f.dilation), True, list(f.output_padding), channels)
-    return aten.convolution.default(f.a, each, None, *conv).flatten(2)
+    # channels first, as one channel per group fills no vector: see `sound` in passes/layout.py
+    return aten.convolution.default(f.a.contiguous(), each, None, *conv).flatten(2)
 
 
 def second_moment(factor: Dense | Conv) -> Tensor:

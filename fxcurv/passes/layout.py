@@ -3,11 +3,16 @@
 There convolutions, and pooling by far more, are faster with channels last, and unfolding copies runs of channels. A
 convolution's input is brought into that layout once; ops that keep the layout of what they read pass it on; any other
 op, and what the caller gets, reads the values in the layout that they were captured with.
+
+A convolution that is strided, with channels that do not fill vectors, reads them so too. oneDNN's weight gradient for
+AVX2 of a strided 1 x 1 convolution writes beyond its workspace there (see `sound`), and a model that has its channels
+first would never have called it.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,16 +21,18 @@ from torch import Tensor, fx
 from fxcurv._torch import enable_python_dispatcher
 from fxcurv.program import Program
 from fxcurv.program import layout as laid_out
-from fxcurv.rules.base import RULES
+from fxcurv.rules.base import RULES, canonical_args
 from fxcurv.rules.pointwise import Pointwise
 from fxcurv.uses import origin_of
 
 aten = torch.ops.aten
 
 CONVOLUTION = aten.convolution.default
+# channels that fill every vector, of AVX2 (8 numbers in float32) and of AVX-512 (16)
+VECTOR = 16
 # besides the elementwise ones of one argument: their outputs are laid out as what they read is
 KEEP = {
-    CONVOLUTION, aten.max_pool2d_with_indices.default, aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default,
+    aten.max_pool2d_with_indices.default, aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default,
     aten._native_batch_norm_legit_no_training.default, aten.constant_pad_nd.default, aten.add.Tensor, aten.sub.Tensor,
     aten.mul.Tensor, aten.cat.default, aten._to_copy.default, operator.getitem,
 }  # fmt: skip
@@ -35,7 +42,7 @@ def layout(program: Program) -> Program:
     """See the module."""
     if any(p.meta["val"].device.type != "cpu" for p in program.params.values()):
         return program
-    if not any(_is_2d(n) for n in program.graph.nodes):
+    if not any(_moves(n) for n in program.graph.nodes):
         return program
     _Layout(program).run()
     program.graph.eliminate_dead_code()
@@ -43,8 +50,26 @@ def layout(program: Program) -> Program:
     return program
 
 
-def _is_2d(node: fx.Node) -> bool:
-    return node.target is CONVOLUTION and node.meta["val"].ndim == 4
+def sound(weight: Sequence[int], stride: Sequence[int], groups: int) -> bool:
+    """Whether all kernels of a 2-d convolution are known to be sound with channels last.
+
+    oneDNN copies the pixels that a strided 1 x 1 convolution reads to a workspace, whole vectors of channels for each. Its
+    weight gradient for AVX2, `jit_avx2_1x1_convolution_bwd_weights_t`, overruns the workspace where channels are last and do
+    not fill the vectors (oneDNN 3.12 in PyTorch 2.13.0; also PyTorch 2.14.1): a corrupted heap, wrong numbers, or a hang. No
+    other kernel size was seen to do so, yet none gains enough to rely on that. Which processor this is does not count:
+    variables of the environment change oneDNN's choice, and an exported program runs elsewhere.
+    """
+    # [outputs, inputs / groups], or of a transposed convolution [inputs, outputs / groups]
+    per_group = (weight[0] // groups, weight[1])
+    return all(s == 1 for s in stride) or all(c % VECTOR == 0 for c in per_group)
+
+
+def _moves(node: fx.Node) -> bool:
+    """Whether the node is a convolution of images that go channels last."""
+    if node.target is not CONVOLUTION or node.meta["val"].ndim != 4:
+        return False
+    _, weight, _, stride, *_, groups = canonical_args(node)
+    return sound(weight.meta["val"].shape, stride, groups)
 
 
 class _Layout:
@@ -60,7 +85,7 @@ class _Layout:
         for node in list(self.program.graph.nodes):
             if node.op != "call_function":
                 continue
-            if _is_2d(node):
+            if _moves(node):
                 x, *rest = node.args
                 node.args = (self.copy(x, torch.channels_last, node), *rest)
             elif not _keeps(node):
@@ -106,6 +131,9 @@ class _Layout:
 
 
 def _keeps(node: fx.Node) -> bool:
+    """Whether the node's result is laid out as what it reads is, which may have changed."""
+    if node.target is CONVOLUTION:
+        return _moves(node)
     return node.target in KEEP or isinstance(RULES.get(node.target), Pointwise)
 
 
