@@ -21,11 +21,13 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 import fxcurv.cost
-from fxcurv.candidates import TOGETHER, dims, together, together_applies, together_cost
+from fxcurv.contractions.candidates import TOGETHER, together, together_applies, together_cost
+from fxcurv.contractions.contract import Spec
+from fxcurv.contractions.factors import Arrange, Conv, Dense, Factor
+from fxcurv.contractions.sizes import dims
 from fxcurv.cost import Cost, Machine
-from fxcurv.factors import Arrange, Conv, Dense, Factor, Spec
+from fxcurv.ir.placement import Shard
 from fxcurv.passes.select import ranked
-from fxcurv.placement import Shard
 
 SPECS = (Spec(2, "vn"), Spec(2, "vp"), Spec(2, "v"), Spec(1, "v"))
 # Several reductions of one P: by one op, or each by its own candidate.

@@ -2,7 +2,7 @@
 
 from fxcurv import errors, extensions
 from fxcurv.api import Compiled, compile  # noqa: A004
-from fxcurv.program import Program
+from fxcurv.ir.program import Program
 from fxcurv.result import Result
 from fxcurv.rules import Contraction, Pointwise, Rule, register, rewrite
 

@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
 import time
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.parameter import is_lazy
+from torch import Tensor, nn
 
 from fxcurv import passes
-from fxcurv.arguments import Arguments, described, filled, flatten_arguments
-from fxcurv.backend import Backend, export
-from fxcurv.capture import capture
-from fxcurv.dynamo import Step, guarded, named_tensors, parted, step_for
-from fxcurv.errors import ArgumentError, ExtensionError, FxcurvError, LossError, UnsupportedOpError, locate
+from fxcurv.errors import ArgumentError, ExtensionError, FxcurvError, LossError
+from fxcurv.explain.lowered import Lowered
+from fxcurv.explain.report import Report
 from fxcurv.extensions import Extension
-from fxcurv.passes.recycle import Pool, functional
-from fxcurv.probe import Probe
-from fxcurv.program import Kept, Program, specialise
-from fxcurv.progress import progress, silent
-from fxcurv.python_state import Path, Schedule, alike, all_modules, reasons
+from fxcurv.extensions.parameters import Choice, chosen, hashable
+from fxcurv.front.arguments import Arguments, filled, flatten_arguments
+from fxcurv.front.capture import capture
+from fxcurv.front.python_state import Path, Schedule, alike, all_modules, reasons
+from fxcurv.front.requests import check_trainable, checked
+from fxcurv.front.side_effects import hooks_of
+from fxcurv.ir.program import Kept, Program
+from fxcurv.ir.state import Options
+from fxcurv.passes.recycle import functional
 from fxcurv.quantity import Identity
-from fxcurv.recompiles import Key, shortened, why
 from fxcurv.result import Result
-from fxcurv.selection import Choice, chosen, hashable
-from fxcurv.selfcheck import Check, SelfCheck
-from fxcurv.side_effects import hooks_of
-
-log = logging.getLogger("fxcurv")
-
-Emitted = TypeVar("Emitted")
+from fxcurv.runtime.backend import Backend
+from fxcurv.runtime.call import cuda_devices, owner, run_error, seed_tensor
+from fxcurv.runtime.export import export
+from fxcurv.runtime.keys import Key, shortened, why
+from fxcurv.runtime.memory import Pool
+from fxcurv.runtime.probe import Probe
+from fxcurv.runtime.programs import Autocast, at_numbers_if_need_be, doubled, log, single_sample, tensors_in
+from fxcurv.runtime.progress import progress, silent
+from fxcurv.runtime.selfcheck import Check, SelfCheck
+from fxcurv.runtime.step import Step, guarded, named_tensors, parted, step_for
 
 
 def compile(  # noqa: A001
@@ -109,8 +110,8 @@ def compile(  # noqa: A001
         raise ArgumentError(f"memory_budget={memory_budget!r}: pass a number of bytes")
     if check not in (None, "first", "always", "probe"):
         raise ArgumentError(f"check={check!r}: pass 'first', 'always', 'probe' or None")
-    _check_trainable(model)
-    found = _checked(extensions)
+    check_trainable(model)
+    found = checked(extensions)
     if loss is None:
         names = ", ".join(type(e).__name__ for e in found if not isinstance(e.requires, Identity))
         if names or not found:
@@ -135,57 +136,6 @@ def compile(  # noqa: A001
     )
     compiled.covered()
     return compiled
-
-
-def _check_trainable(model: nn.Module) -> None:
-    lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
-    if lazy:
-        raise ArgumentError(f"parameter '{lazy[0]}' is not initialised: run the model once, then compile it")
-    complex_ = [name for name, p in model.named_parameters() if p.requires_grad and p.is_complex()]
-    if complex_:
-        raise ArgumentError(
-            f"parameter '{complex_[0]}' is complex, which is not supported: split it into real and imaginary parts, or "
-            "freeze it by requires_grad_(False)"
-        )
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ArgumentError("the model has no trainable parameter: set requires_grad on some")
-
-
-def _checked(extensions: Iterable[Extension]) -> tuple[Extension, ...]:
-    alone = isinstance(extensions, Extension | type | str) or not isinstance(extensions, Iterable)
-    asked: Iterable[Any] = (extensions,) if alone else extensions
-    found: list[Extension] = []
-    for e in asked:
-        if isinstance(e, type) and issubclass(e, Extension):
-            raise ExtensionError(f"{e.__name__} is a class: pass an instance, {e.__name__}()")
-        if not isinstance(e, Extension):
-            raise ExtensionError(f"{e!r} is no extension: pass instances of the classes in fxcurv.extensions")
-        same = [f for f in found if f.savefield == e.savefield]
-        if same:
-            raise ExtensionError(
-                f"{same[0]} and {e} both save to '{e.savefield}': drop one, or give one another savefield="
-            )
-        _check_savefield(e)
-        found.append(e)
-    return tuple(found)
-
-
-def _check_savefield(e: Extension) -> None:
-    """A result and a parameter must have room for the field."""
-    name = e.savefield
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ExtensionError(f"{e} saves to {name!r}, which is no name: give it another savefield=")
-    if name in ("loss", "output", "buffers", "sample_norms", "ggn", "hessian", *dir(Result)):
-        raise ExtensionError(f"{e} saves to '{name}', which every result has: give it another savefield=")
-    if hasattr(Tensor, name):
-        raise ExtensionError(f"{e} saves to '{name}', which every tensor has: give it another savefield=")
-
-
-class Autocast(NamedTuple):
-    """The state of `torch.autocast`; no dtype when it is off."""
-
-    device_type: str
-    dtype: torch.dtype | None
 
 
 class Compiled:
@@ -278,7 +228,7 @@ class Compiled:
             flat = self._bind(program, arguments, seed, generator)
             memory = self._memory(program, arguments.batch_size, flat, kept)
             try:
-                if self._debug or id(program) not in self._checked or program.state["python"].numbers:
+                if self._debug or id(program) not in self._checked or program.python.numbers:
                     self._check(program, flat)
                 selfcheck = self._selfcheck(program, arguments, mode, flat)
                 with torch.set_grad_enabled(create_graph):
@@ -289,10 +239,10 @@ class Compiled:
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, IndexError) as error:
-                raise _run_error(program, arguments, flat, error) from error
+                raise run_error(program, arguments, flat, error) from error
             with torch.set_grad_enabled(create_graph):
                 result = self._result(program, flat, values)
-            program.state["python"].run_effects(self._all_modules())
+            program.python.run_effects(self._all_modules())
             if out is not None:
                 out._memory = None
             return result
@@ -339,7 +289,7 @@ class Compiled:
         guarded(values)
         named = {**named_tensors(self.model, self.loss), **tensors_held}
         with torch.autocast(mode.device_type, enabled=False), torch.set_grad_enabled(create_graph):
-            drawn = _seed(seed, None, next(self.model.parameters()).device)
+            drawn = seed_tensor(seed, None, next(self.model.parameters()).device)
             values = step(named, tensors, drawn)
         fields = step.fields(values)
         if self._update_buffers:
@@ -355,7 +305,7 @@ class Compiled:
         arguments, mode = self._arguments(inputs, targets), Autocast(device_type, dtype)
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type, enabled=False):
             program = self._program(arguments, mode, create_graph, schedules=False)
-            unseen = program.state["python"].unguarded()
+            unseen = program.python.unguarded()
             if unseen:
                 raise ArgumentError(
                     f"{unseen} is read by the model or the loss, and torch.compile would not see it change. Way out: an "
@@ -367,7 +317,7 @@ class Compiled:
                 self._check(program, flat)
             selfcheck = self._selfcheck(program, arguments, mode, flat)
             if selfcheck is not None:
-                with torch.random.fork_rng(_cuda(flat)):
+                with torch.random.fork_rng(cuda_devices(flat)):
                     selfcheck.finish(functional(program)(*flat))
                 self._verified.add(id(program))
             name = f"step_{id(program)}"
@@ -375,12 +325,27 @@ class Compiled:
                 setattr(self._steps, name, Step(program, arguments))
             return name
 
-    def lower(self, inputs: Any, *targets: Any) -> Program:
-        """The program for this kind of input."""
+    def lower(self, inputs: Any, *targets: Any, after: str | None = None) -> Lowered:
+        """The program for this kind of input, to be looked at: `.graph_module`, `.print_readable()`, `.draw("graph.svg")`.
+
+        Args:
+            inputs, targets: as in a call.
+            after: the name of a stage ("capture", or a pass in `fxcurv.passes`): the program as it is after that stage, made
+                anew and not to be called.
+
+        Raises:
+            ArgumentError: for a stage that does not exist; the message lists them.
+        """
+        stages = ["capture", *dict.fromkeys(p.__name__ for p in (*passes.ANALYSIS, *passes.PIPELINE))]
+        if after is not None and after not in stages:
+            raise ArgumentError(f"after={after!r} is no stage of the pipeline: use one of {', '.join(stages)}")
         arguments = self._arguments(inputs, targets)
         mode = self._autocast()
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(mode.device_type, enabled=False):
-            return self._program(arguments, mode)
+            if after is None:
+                return Lowered(self._program(arguments, mode))
+            program = self._captured(arguments, mode)
+            return Lowered(passes.until(program, after) if after != "capture" else program)
 
     def export(self, inputs: Any, *targets: Any) -> torch.export.ExportedProgram:
         """The whole computation as a program of its own, with the model's parameters and buffers in it.
@@ -396,7 +361,7 @@ class Compiled:
         arguments, mode = self._arguments(inputs, targets), self._autocast()
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(mode.device_type, enabled=False):
             program = self._program(arguments, mode, schedules=False)
-            seed = _seed(0, None, next(self.model.parameters()).device)
+            seed = seed_tensor(0, None, next(self.model.parameters()).device)
             return export(self.model, self.loss, program, arguments, inputs, targets, seed)
 
     def explain(self, inputs: Any, *targets: Any, measure: bool = False):
@@ -406,9 +371,7 @@ class Compiled:
             inputs, targets: as in a call.
             measure: run the eager graph a few times on these values, and show what each choice took beside the prediction.
         """
-        from fxcurv.report import Report
-
-        program = self.lower(inputs, *targets)
+        program = self.lower(inputs, *targets).program
         if not measure:
             return Report(program)
         arguments, mode = self._arguments(inputs, targets), self._autocast()
@@ -417,7 +380,7 @@ class Compiled:
             try:
                 return Report(program, flat, arguments.batch_size)
             except (RuntimeError, IndexError) as error:
-                raise _run_error(program, arguments, flat, error) from error
+                raise run_error(program, arguments, flat, error) from error
 
     def covered(self, extensions: tuple[Extension, ...] | None = None) -> tuple[list[str], dict[Extension, list[str]]]:
         """(the parameters of all quantities, those of each extension that chose its own), by name."""
@@ -428,7 +391,7 @@ class Compiled:
     def _arguments(self, inputs: Any, targets: tuple) -> Arguments:
         if self.loss is None and targets:
             raise ArgumentError("there is no loss, so nothing reads the targets: call compiled(inputs)")
-        _check_trainable(self.model)
+        check_trainable(self.model)
         arguments = flatten_arguments(inputs, targets, self._batch_dim)
         n = arguments.batch_size
         for e in self.extensions:
@@ -450,11 +413,11 @@ class Compiled:
         n = arguments.batch_size
         key, modules = (self._key(arguments), mode, create_graph), self._all_modules()
         serving = [program for program in self._programs.get(key, []) if program.serves(n)]
-        serving = [program for program in serving if schedules or not program.state["python"].numbers]
+        serving = [program for program in serving if schedules or not program.python.numbers]
         for program in serving:
-            if program.state["python"].holds(modules):
+            if program.python.holds(modules):
                 return program
-        changed: list[Any] = min((program.state["python"].differences(modules) for program in serving), key=len, default=[])
+        changed: list[Any] = min((program.python.differences(modules) for program in serving), key=len, default=[])
         reason = shortened(reasons(changed)) if changed else why(key, self._programs, n, self._modules())
         made = self._scheduled(arguments, mode, create_graph, changed) if schedules and self._schedules else None
         program = made or self._lower(arguments, mode, create_graph)
@@ -491,7 +454,7 @@ class Compiled:
             with torch.autocast(mode.device_type, mode.dtype, enabled=mode.dtype is not None):
                 program = capture(self.model, self.loss, arguments, self._split, chosen_numbers)
             flat = self._bind(program, arguments, 0, None)
-            with torch.random.fork_rng(_cuda(flat)):
+            with torch.random.fork_rng(cuda_devices(flat)):
                 torch.manual_seed(0)
                 outcomes.append(program.gm(*flat))
         return all(alike(a, b) for a, b in zip(*outcomes, strict=True))
@@ -514,7 +477,7 @@ class Compiled:
         targets = tuple(describe(t, d) for t, d in zip(arguments.targets, arguments.target_dims(), strict=True))
         modules = self._modules()
         flags = tuple((type(m), m.training) for module in modules for m in module.modules())
-        tensors = [pair for module in modules for pair in _tensors(module)]
+        tensors = [pair for module in modules for pair in tensors_in(module)]
         state = tuple((name, t.requires_grad, t.dtype, t.device, t.shape) for name, t in tensors)
         return Key(inputs, targets, arguments.structure, flags, state, n == 1, hooks_of(modules))
 
@@ -523,9 +486,9 @@ class Compiled:
     ) -> Program:
         single = arguments.batch_size == 1
         with progress(f"compiling {type(self.model).__name__}") as tell:
-            program = self._analyse(_doubled(arguments) if single else arguments, mode, tell, numbers)
+            program = self._analyse(doubled(arguments) if single else arguments, mode, tell, numbers)
             if single:  # a model that fixes the batch size is captured at one sample after all
-                program = self._analyse(arguments, mode, tell, numbers) if program.fixed else _single(program)
+                program = self._analyse(arguments, mode, tell, numbers) if program.fixed else single_sample(program)
             return at_numbers_if_need_be(
                 lambda p: self._emitted(p, create_graph, tell),
                 program,
@@ -534,9 +497,9 @@ class Compiled:
             )
 
     def _emitted(self, program: Program, create_graph: bool, tell: Callable[[str], None]) -> Program:
-        program.state["create_graph"] = create_graph
-        program.state["probe"] = Probe(program) if self._check_when else None
-        program.state["selfcheck"] = SelfCheck(program, self._split) if self._check_when in ("first", "always") else None
+        program.options = dataclasses.replace(program.options, create_graph=create_graph)
+        program.probe = Probe(program) if self._check_when else None
+        program.selfcheck = SelfCheck(program, self._split) if self._check_when in ("first", "always") else None
         return passes.run(program, passes.PIPELINE, self._debug, tell)
 
     def _analyse(
@@ -547,6 +510,9 @@ class Compiled:
         numbers: tuple[Path, ...] = (),
     ) -> Program:
         tell("capture")
+        return passes.run(self._captured(arguments, mode, numbers), passes.ANALYSIS, self._debug, tell)
+
+    def _captured(self, arguments: Arguments, mode: Autocast, numbers: tuple[Path, ...] = ()) -> Program:
         start = time.perf_counter()
         with torch.autocast(mode.device_type, mode.dtype, enabled=mode.dtype is not None):
             program = capture(self.model, self.loss, arguments, self._split, numbers)
@@ -555,18 +521,19 @@ class Compiled:
         names, program.covers = self.covered()
         program.params = {name: node for name, node in program.params.items() if name in names}
         program.shapes = {name: shape for name, shape in program.shapes.items() if name in names}
-        program.state["batch_dims"] = arguments.batch_dims
-        program.state["memory_budget"], program.state["sample"] = self._memory_budget, self._sample
-        program.state["as_written"] = self._as_written or any(e.by_op for e in self.extensions)
-        return passes.run(program, passes.ANALYSIS, self._debug, tell)
+        program.options = Options(
+            batch_dims=tuple(arguments.batch_dims), memory_budget=self._memory_budget, sample=self._sample,
+            as_written=self._as_written or any(e.by_op for e in self.extensions), split=self._split,
+        )  # fmt: skip
+        return program
 
     def _bind(self, program: Program, arguments: Arguments, seed, generator) -> list[Any]:
         """What the placeholders are bound to, but memory for results."""
         params = dict(self.model.named_parameters())
         buffers = dict(self.model.named_buffers(remove_duplicate=False))
-        of_loss = dict(_tensors(self.loss)) if isinstance(self.loss, nn.Module) else {}
+        of_loss = dict(tensors_in(self.loss)) if isinstance(self.loss, nn.Module) else {}
         targets = arguments.split_targets()
-        python, modules = program.state["python"], self._all_modules()
+        python, modules = program.python, self._all_modules()
         constants = {**program.constants, **python.tensors(modules)}
         flat: list[Any] = []
         for bound in program.inputs[: len(program.inputs) - len(program.buffers)]:
@@ -579,23 +546,23 @@ class Compiled:
             elif bound.kind == "number":
                 flat.append(python.number(bound.index, modules, next(iter(params.values())).device))
             elif bound.kind == "seed":
-                flat.append(_seed(seed, generator, next(iter(params.values())).device))
+                flat.append(seed_tensor(seed, generator, next(iter(params.values())).device))
             else:
                 flat.append((arguments.inputs if bound.kind == "input" else targets)[bound.index])
         return flat
 
     def _selfcheck(self, program: Program, arguments: Arguments, mode: Autocast, flat: list[Any]) -> Check | None:
         """The check of a call that is to be checked, its plain passes done."""
-        known = program.state["selfcheck"]
+        known = program.selfcheck
         if known is None or id(program) in self._verified and self._check_when != "always":
             return None
         return known.begin(self.model, self.loss, program, arguments, mode, flat)
 
     def _check(self, program: Program, flat: list[Any]) -> None:
-        if program.state["probe"] is not None and id(program) not in self._checked:
-            with torch.random.fork_rng(_cuda(flat)):
-                program.state["probe"].run(flat, program.batch.size)
-        with torch.random.fork_rng(_cuda(flat)):  # dropout is drawn once, by the program
+        if program.probe is not None and id(program) not in self._checked:
+            with torch.random.fork_rng(cuda_devices(flat)):
+                program.probe.run(flat, program.batch.size)
+        with torch.random.fork_rng(cuda_devices(flat)):  # dropout is drawn once, by the program
             holds = program.check_module(*flat) if program.check_module is not None else ()
         for held, error in zip(holds, program.verdicts, strict=True):
             if not bool(held):
@@ -603,7 +570,7 @@ class Compiled:
         self._checked.add(id(program))
 
     def _result(self, program: Program, flat: list[Any], values: tuple) -> Result:
-        loss, leaves, mutations, results, extras = program.unpack(values, _owner(flat))
+        loss, leaves, mutations, results, extras = program.unpack(values, owner(flat))
         fields: dict[str, Any] = {} if loss is None else {"loss": loss}
         fields["output"] = filled(program.output_template, leaves)
         fields.update(results)
@@ -614,102 +581,5 @@ class Compiled:
             buffers = dict(self.model.named_buffers(remove_duplicate=False))
             for name, value in mutations.items():
                 buffers[name].copy_(value.detach())
-        own = self._backend.name == "eager" and not program.state["create_graph"]
+        own = self._backend.name == "eager" and not program.options.create_graph
         return Result(fields, self.extensions, self.model, self._pool.kept(program, fields) if own else None)
-
-
-def _cuda(flat: list[Any]) -> list[int]:
-    """The GPUs that arguments are on."""
-    return sorted({t.device.index or 0 for t in flat if isinstance(t, Tensor) and t.is_cuda})
-
-
-def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers(remove_duplicate=False)
-
-
-def _owner(flat: list[Any]) -> Callable[[Any], Any]:
-    """Gives a result memory of its own: a gradient may be just another parameter, which a step changes."""
-    given = {t.untyped_storage().data_ptr() for t in flat if isinstance(t, Tensor)}
-
-    def own(value: Any) -> Any:
-        shared = isinstance(value, Tensor) and value.untyped_storage().data_ptr() in given
-        return value.clone() if shared else value
-
-    return own
-
-
-def _seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    if seed is not None and generator is not None:
-        raise ArgumentError("seed= and generator= were both given: pass one")
-    if isinstance(seed, Tensor):
-        if seed.ndim or seed.is_floating_point() or seed.is_complex():
-            raise ArgumentError(f"seed= is {described([seed])}: pass an int or a 0-dim integer tensor")
-        return seed.to(device=device, dtype=torch.long)
-    if seed is not None:
-        if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-            raise ArgumentError(f"seed={seed!r}: pass an int of 64 bits or a 0-dim integer tensor")
-        return torch.tensor(seed, dtype=torch.long, device=device)
-    where = generator.device if generator is not None else "cpu"
-    return torch.randint(0, 2**62, (), generator=generator, device=where).to(device)
-
-
-class _Locate(fx.Interpreter):
-    """Runs a graph and remembers the node that fails."""
-
-    at: fx.Node | None = None
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.at = n
-        return super().run_node(n)
-
-
-def _run_error(program: Program, arguments: Arguments, flat: list[Any], error: Exception) -> ArgumentError:
-    """An op refused the values that it got, which tracing did not see: say which one."""
-    where = ""
-    finder = _Locate(functional(program))
-    with contextlib.suppress(RuntimeError, IndexError):
-        finder.run(*flat)
-        finder.at = None
-    if finder.at is not None:
-        where = f"{locate(finder.at)}\n"
-    return ArgumentError(
-        f"{where}fails on the inputs, {described(arguments.inputs)}, and the targets, "
-        f"{described(arguments.targets)}: {error}\n"
-        "Way out: inputs and targets of the dtype, shape and range that the model and the loss expect (class "
-        "indices: int64, below the number of classes)."
-    )
-
-
-def at_numbers_if_need_be(
-    emit: Callable[[Program], Emitted], program: Program, again: Callable[[], Program], n: int
-) -> Emitted:
-    """`emit(program)`, or where an op is traced at sizes that are numbers only, of what `again` makes, at `n` samples."""
-    try:
-        return emit(program)
-    except UnsupportedOpError:
-        if not program.batch.symbols:
-            raise
-    return emit(specialise(again(), n))
-
-
-def _single(program: Program) -> Program:
-    """The program of a doubled batch for one sample."""
-    try:
-        return specialise(program, 1)
-    except (RuntimeError, ValueError, ZeroDivisionError) as error:
-        raise ArgumentError(
-            f"the model cannot run on a batch of one: {error}. Way out, for batch norm in training mode: "
-            "more samples, or eval()"
-        ) from error
-
-
-def _doubled(arguments: Arguments) -> Arguments:
-    """A batch of one sample twice: export would fix a batch size of 1."""
-
-    def twice(tensors, dims):
-        return [t if d is None else torch.cat([t, t], d) for t, d in zip(tensors, dims, strict=True)]
-
-    inputs = twice(arguments.inputs, arguments.batch_dims)
-    targets = twice(arguments.targets, arguments.target_dims())
-    return dataclasses.replace(arguments, inputs=inputs, targets=targets)

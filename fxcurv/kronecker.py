@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxcurv._torch import pytree
+from fxcurv.ir.private import pytree
 
 __all__ = ["Arrangement", "Eigenbasis", "Kronecker", "dense", "matmul", "solve"]
 

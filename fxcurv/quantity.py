@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fxcurv.program import Program
-
 
 @dataclass(frozen=True)
 class Quantity:
@@ -46,8 +44,16 @@ class Nothing(Quantity):
 
 
 @dataclass(frozen=True)
+class Product(Nothing):
+    """No columns: products with the "ggn", the "hessian" or the "pch" (`modify`: "clip" or "abs"), from `passes.products`."""
+
+    kind: str = ""
+    modify: str = ""
+
+
+@dataclass(frozen=True)
 class Averaged(SqrtGGN):
-    """No columns: the loss Hessian's sum over samples, carried down as a matrix (`passes.averaged`)."""
+    """No columns: the loss Hessian's sum over samples, carried down as a matrix (`passes.average`)."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class Group:
 
 
 GRADIENT = Group("gradient")
+
 TOKEN = Group("token")
 
 
@@ -88,31 +95,3 @@ class Term:
 
     node: Any = None
     prediction: Any = None
-
-
-def groups_of(program: Program, quantity: Quantity) -> list[Group]:
-    """The column groups of a quantity, the parts of one group in order."""
-    parts = program.state.get("parts", {})
-    return [part for group in _whole_groups(program, quantity) for part in parts.get(group, [group])]
-
-
-def _whole_groups(program: Program, quantity: Quantity) -> list[Group]:
-    if isinstance(quantity, Identity):
-        return [Group("identity")]
-    if isinstance(quantity, Nothing | Averaged):
-        return []
-    if not isinstance(quantity, SqrtGGN):
-        return [TOKEN if "positions" in program.state else GRADIENT]
-    out = [] if program.state["terms"] else [Group("none", draws=quantity.mc or 0)]
-    for index, term in enumerate(program.state["terms"]):
-        if quantity.empirical:
-            out.append(Group("empirical", index))
-        elif term.node is not None:
-            out.append(Group("mc", index, quantity.mc) if quantity.mc else Group("exact", index))
-        elif quantity.mc:
-            out.append(Group("signs", index, quantity.mc))
-        else:
-            out.append(Group("signed" if quantity.signed else "root", index))
-    if isinstance(quantity, HessianFactors):
-        out += program.state.get("residuals", [])
-    return out

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxcurv._torch import pytree
 from fxcurv.errors import ArgumentError, ExtensionError
 from fxcurv.extensions import Extension
-from fxcurv.program import Kept
+from fxcurv.ir.private import pytree
+from fxcurv.ir.program import Kept
 
 
 class Result:

@@ -41,9 +41,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fxcurv
-from fxcurv.errors import FxcurvError, MixedSamplesError, module_path
+from fxcurv.errors import FxcurvError, MixedSamplesError
 from fxcurv.extensions import BatchGrad, DiagGGNExact
-from fxcurv.program import is_active
+from fxcurv.ir.origin import module_path
+from fxcurv.ir.program import is_active
 from fxcurv.rules import RULES
 
 N = 3

@@ -22,8 +22,6 @@ from fxcurv.backpack.extended import _parts
 from fxcurv.backpack.extensions import (
     GGNMP,
     HMP,
-    KFAC,
-    KFLR,
     PCHMP,
     BatchDiagGGNExact,
     BatchDiagGGNMC,
@@ -38,7 +36,8 @@ from fxcurv.backpack.extensions import (
     SqrtGGNMC,
     SumGradSquared,
     Variance,
-)  # fmt: skip
+)
+from fxcurv.extensions import KFAC, KFLR  # fmt: skip
 
 FIRST = [BatchGrad(), BatchL2Grad(), SumGradSquared(), Variance()]
 SECOND = [BatchDiagGGNExact(), DiagGGNExact(), SqrtGGNExact(), DiagHessian(), BatchDiagHessian()]

@@ -28,8 +28,8 @@ def test_one_column_at_a_time(name):
     extensions = [DiagGGNExact(), BatchDiagGGNExact(), DiagHessian(), BatchDiagHessian(), BatchGrad()]
     compiled, arguments, oracle = compiled_case(CASES[name], extensions, memory_budget=1)
     program = compiled.lower(*arguments)
-    assert all(n == 1 for g, n in program.state["columns"].items() if g.part)
-    assert program.state["sweeps"] > 2
+    assert all(n == 1 for g, n in program.walked.columns.items() if g.part)
+    assert program.walked.sweeps > 2
     result = compiled(*arguments)
     for field in ("diag_ggn_exact", "diag_h", "diag_h_batch", "grad_batch"):
         close(getattr(result, field), getattr(oracle, field)(), field)
@@ -51,7 +51,7 @@ def test_factors(sharing):
 def test_a_result_that_shows_all_columns_holds_them_anyway():
     model, loss, x, y = CASES["mlp_gelu"].build()
     compiled = fxcurv.compile(model, loss, [SqrtGGNExact()], memory_budget=1)
-    assert compiled.lower(x, y).state["sweeps"] == 1
+    assert compiled.lower(x, y).walked.sweeps == 1
 
 
 def test_a_larger_batch_gets_more_sweeps():
@@ -63,7 +63,7 @@ def test_a_larger_batch_gets_more_sweeps():
     sweeps = {}
     for n in (4, 10, 20):
         program = compiled.lower(torch.randn(n, 4, dtype=torch.double), torch.randint(6, (n,)))
-        sweeps[n] = program.state["sweeps"]
+        sweeps[n] = program.walked.sweeps
     assert sweeps == {4: 1, 10: 1, 20: 4}  # at 20 samples 2 columns fit, and the first sweep has the gradient alone
 
 

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxcurv.candidates import CANDIDATES, dims
+from fxcurv.contractions.candidates import CANDIDATES
+from fxcurv.contractions.contract import Contract, Spec, combine, contract
+from fxcurv.contractions.factors import Arrange, Conv, Dense, Gather, Jacobian, unfold
+from fxcurv.contractions.sizes import dims
 from fxcurv.cost import CPU
-from fxcurv.factors import Arrange, Contract, Conv, Dense, Gather, Jacobian, Spec, combine, contract, unfold
-from fxcurv.placement import Shard
+from fxcurv.ir.placement import Shard
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
 N = 3

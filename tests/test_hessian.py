@@ -34,4 +34,4 @@ def test_piecewise_linear_networks_have_the_diagonal_of_the_gauss_newton():
     result = compiled(*arguments)
     close(result.diag_h, result.diag_ggn_exact, "diag_h")
     program = compiled.lower(*arguments)
-    assert not program.state["residuals"]
+    assert not program.walked.residuals

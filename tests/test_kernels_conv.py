@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxcurv.kernels import cpu, outer_batch, outer_moments, outer_square_sum, outer_square_sum_conv, patches
+from fxcurv.kernels import blocks as cpu
+from fxcurv.kernels import outer_batch, outer_moments, outer_square_sum, outer_square_sum_conv, patches
 from fxcurv.kernels.max_pool_columns import max_pool_columns, reference
 
 OPS = torch.ops.fxcurv

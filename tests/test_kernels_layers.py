@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxcurv.kernels import cpu, syrk, syrk_conv
+from fxcurv.kernels import blocks as cpu
 from fxcurv.kernels import embedding_square_sum as embedding
 from fxcurv.kernels import norm_square_sum as norm
 from fxcurv.kernels import softmax_root as softmax
+from fxcurv.kernels import syrk, syrk_conv
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "reversed", "expanded", "every other"]

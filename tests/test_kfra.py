@@ -13,10 +13,11 @@ from torch import nn
 from torch.func import jacrev, vmap
 
 import fxcurv
-from fxcurv import averages, kronecker
+from fxcurv import kronecker
 from fxcurv.errors import ExtensionError, LossError
 from fxcurv.extensions import KFAC, KFLR, KFRA, BatchGrad, DiagGGNExact, DiagHessian
-from fxcurv.passes import averaged
+from fxcurv.walks.averaged import chain as averaged
+from fxcurv.walks.averaged import mathematics as averages
 
 
 def close(actual, expected, what=""):
@@ -369,7 +370,7 @@ def test_beside_other_quantities():
     program = fxcurv.compile(model, loss, [KFRA(), KFLR()]).lower(x.double(), y)
     assert program.results["kfra"]["0.weight"][1] is program.results["kflr"]["0.weight"][1]
     assert program.results["kfra"]["0.weight"][0] is program.results["kfra"]["0.bias"][0]
-    assert list(fxcurv.compile(model, loss, [KFRA()]).lower(x.double(), y).state["columns"].values()) == [1]
+    assert list(fxcurv.compile(model, loss, [KFRA()]).lower(x.double(), y).walked.columns.values()) == [1]
 
 
 def test_one_program_for_all_batch_sizes_and_a_report():

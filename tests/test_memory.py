@@ -78,7 +78,7 @@ def test_many_classes(extension: Any, sizes: tuple[int, ...], budget: int, limit
     """Columns go down in sweeps, and all that a call holds stays below a limit that they would exceed together."""
     model, x, y = all_cnn_c(*sizes)
     compiled = fxcurv.compile(model, nn.CrossEntropyLoss(), [extension], memory_budget=budget)
-    assert compiled.lower(x, y).state["sweeps"] > 1
+    assert compiled.lower(x, y).walked.sweeps > 1
     compiled(x, y)
     assert peak(lambda: compiled(x, y))[0] <= limit
 
@@ -114,7 +114,7 @@ def test_reductions_take_little_more_than_the_gradient(extension: Any) -> None:
     most, result = peak(lambda: compiled(x, y))
     program = compiled.lower(x, y)
     widest = 16 * 16 * 28 * 28 * 4  # bytes of the first convolution's output
-    assert program.state["sweeps"] == 1
-    stack = widest * sum(program.state["columns"].values())
+    assert program.walked.sweeps == 1
+    stack = widest * sum(program.walked.columns.values())
     results = sum(t.nbytes for t in pytree.tree_leaves(getattr(result, extension.savefield)))
     assert most <= max(1.5 * gradient, gradient + 2 * stack) + results

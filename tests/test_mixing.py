@@ -281,7 +281,7 @@ def test_columns_beyond_the_budget():
     expected = WholeBatch(model, loss, x, y)
     compiled = fxcurv.compile(model, loss, [DiagGGNExact(), DiagHessian()], memory_budget=2000, debug=True)
     result = compiled(x, y)
-    assert compiled.lower(x, y).state["sweeps"] > 1
+    assert compiled.lower(x, y).walked.sweeps > 1
     close(result.diag_ggn_exact, expected.diagonal(expected.ggn))
     close(result.diag_h, expected.diagonal(expected.hessian))
 

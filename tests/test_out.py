@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 import fxcurv
 from fxcurv.errors import ArgumentError
 from fxcurv.extensions import BatchDiagGGNExact, BatchGrad, BatchL2Grad, DiagGGNExact, SqrtGGNExact
-from fxcurv.passes.recycle import WORTHWHILE, Pool
+from fxcurv.passes.recycle import WORTHWHILE
+from fxcurv.runtime.memory import Pool
 
 WIDTH = 96
 N = 2 * WORTHWHILE // (8 * WIDTH * WIDTH)  # the first layer's individual gradients take 2 MiB in float64

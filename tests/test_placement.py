@@ -9,8 +9,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fxcurv import placement
-from fxcurv.placement import MIXED, PARTIAL, REPLICATE, Shard, Site
+from fxcurv.ir import placement
+from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Shard, Site
 
 FEW = settings(max_examples=120, deadline=None, derandomize=True)
 NOBODY = -1

@@ -1,4 +1,4 @@
-"""What is private in PyTorch is used in `fxcurv/_torch.py` alone, with a row per name that holds in this version."""
+"""What is private in PyTorch is used in `fxcurv/ir/private.py` alone, with a row per name that holds in this version."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import fx, nn
 
-from fxcurv import _torch
+from fxcurv.ir import private
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = sorted(path for path in (ROOT / "fxcurv").rglob("*.py") if path.name != "_torch.py")
+PACKAGE = sorted(path for path in (ROOT / "fxcurv").rglob("*.py") if path.name != "private.py")
 AROUND = sorted(path for folder in ("tests", "bench", "examples") for path in (ROOT / folder).rglob("*.py"))
 
 # What tests, benchmarks and examples may use beside what has a row, which no user's call depends on.
@@ -43,7 +43,7 @@ AROUND_ONLY = {
 # Private attributes of the objects that this package handles.
 OBJECTS = (
     torch.Tensor, torch.UntypedStorage, torch.autograd.Function, fx.Node, fx.Graph, fx.GraphModule, fx.Tracer, nn.Module(),
-    torch.ops.aten.add.Tensor, _torch.ShapeEnv, torch.export.ExportedProgram,
+    torch.ops.aten.add.Tensor, private.ShapeEnv, torch.export.ExportedProgram,
 )  # fmt: skip
 ATTRIBUTES = {name for thing in OBJECTS for name in dir(thing)} | {"_expr", "_hint"}
 ATTRIBUTES = {name for name in ATTRIBUTES if name.startswith("_") and not name.startswith("__")}
@@ -132,9 +132,9 @@ def uses(path: Path) -> Iterator[tuple[str, str]]:
 
 def has_row(name: str) -> bool:
     """Whether a use is of something with a row, or of an operator whose name starts so."""
-    begins = any(name == row or name.startswith(f"{row}.") for row in _torch.SEEN)
-    begins = begins or name.startswith(".") and any(row.endswith(name) for row in _torch.SEEN)
-    return begins or name.startswith("torch.ops.") and any(row.startswith(name) for row in _torch.SEEN)
+    begins = any(name == row or name.startswith(f"{row}.") for row in private.SEEN)
+    begins = begins or name.startswith(".") and any(row.endswith(name) for row in private.SEEN)
+    return begins or name.startswith("torch.ops.") and any(row.startswith(name) for row in private.SEEN)
 
 
 def test_the_package_uses_nothing_private_elsewhere():
@@ -150,18 +150,18 @@ def test_tests_benchmarks_and_examples_use_what_has_a_row():
 
 
 def test_every_row_is_used():
-    text = Path(_torch.__file__).read_text().split("check(SEEN", 1)[1]
+    text = Path(private.__file__).read_text().split("check(SEEN", 1)[1]
     text += "".join(path.read_text() for path in PACKAGE)
-    unused = [name for name in _torch.SEEN if name.split(".")[-1].rstrip("23d") not in text]
+    unused = [name for name in private.SEEN if name.split(".")[-1].rstrip("23d") not in text]
     assert unused == []
 
 
 def test_every_row_was_seen_here():
     """Fails on a version that was not tried, whose smoke then says whether its number may be added."""
     version = ".".join(torch.__version__.split(".")[:2])
-    if version in _torch.TRIED:
-        assert [name for name, seen in _torch.SEEN.items() if version not in seen] == []
-    imported = [name for _, name in Uses(ast.parse(Path(_torch.__file__).read_text())).found]
+    if version in private.TRIED:
+        assert [name for name, seen in private.SEEN.items() if version not in seen] == []
+    imported = [name for _, name in Uses(ast.parse(Path(private.__file__).read_text())).found]
     assert [name for name in imported if not has_row(name)] == []
 
 
@@ -202,23 +202,23 @@ def test_a_missing_name_is_an_error_at_import():
 @pytest.mark.parametrize("missing", ["torch._no_such_module.thing", "torch._ops.NoSuchClass", "torch.Tensor._no_such"])
 def test_each_missing_name_is_named(missing):
     with pytest.raises(ImportError, match=missing.replace(".", r"\.") + ", seen in PyTorch 2.13"):
-        _torch.check({missing: ("2.13",)}, "2.13.0")
+        private.check({missing: ("2.13",)}, "2.13.0")
 
 
 def test_a_newer_pytorch_gives_one_warning():
-    code = "import torch\ntorch.__version__ = '2.99.1'\nimport fxcurv, fxcurv._torch, fxcurv.backpack"
+    code = "import torch\ntorch.__version__ = '2.99.1'\nimport fxcurv, fxcurv.ir.private, fxcurv.backpack"
     done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("fxcurv was tried with PyTorch 2.11 to") == 1 and "2.99.1" in done.stderr
 
 
-@pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", f"{_torch.TRIED[-1]}.9", f"{_torch.TRIED[-1]}.0a0+git1"])
+@pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", f"{private.TRIED[-1]}.9", f"{private.TRIED[-1]}.0a0+git1"])
 def test_a_tried_pytorch_gives_none(version):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _torch.check({}, version)
+        private.check({}, version)
 
 
 def test_patches_need_a_row():
     with pytest.raises(LookupError, match="torch.matmul is patched without a row"):
-        _torch.patched("torch.matmul", None)
+        private.patched("torch.matmul", None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fxcurv
 from fxcurv.errors import ArgumentError, MixedSamplesError
 from fxcurv.extensions import BatchGrad, DiagGGNExact, DiagHessian, SumGradSquared
-from fxcurv.placement import Shard
+from fxcurv.ir.placement import Shard
 from fxcurv.rules.base import RULES, Rule
 
 aten = torch.ops.aten
@@ -141,7 +141,7 @@ def test_every_pair_that_meets_is_found(n):
         given = {"input": (x, rows), "target": (y,)}
         flat = [params[i.name] if i.kind == "param" else given[i.kind][i.index] for i in program.inputs if i.kind != "seed"]
         if to == of:
-            program.state["probe"].run(flat, n)
+            program.probe.run(flat, n)
             continue
         with pytest.raises(MixedSamplesError, match=r"index(?s:.*)exchanging samples? .* moves sample " + str(to)):
-            program.state["probe"].run(flat, n)
+            program.probe.run(flat, n)

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 import fxcurv
-from fxcurv import progress
+from fxcurv.runtime import progress
 
 
 @pytest.fixture

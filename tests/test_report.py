@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import fxcurv
 from fxcurv.errors import ArgumentError
+from fxcurv.explain.report import Report, short
+from fxcurv.explain.timing import _decisions_of
 from fxcurv.extensions import KFAC, BatchGrad, BatchL2Grad, DiagGGNExact, DiagGGNMC, Jacobian, SumGradSquared, Variance
-from fxcurv.measure import _decisions_of
-from fxcurv.report import Report, short
 
 EXTENSIONS = [BatchGrad(), SumGradSquared(), Variance(), DiagGGNExact(), DiagGGNMC(mc_samples=2)]
 QUANTITIES = ["gradient", *(type(e).__name__ for e in EXTENSIONS)]
@@ -169,7 +169,7 @@ def test_batch_size_that_was_fixed():
     program = fxcurv.compile(model, loss, [BatchGrad()]).lower(torch.randn(N, IN), torch.randn(N, OUT))
     for symbol in program.batch.symbols:
         program.fake_mode.shape_env.replacements[symbol] = sympy.Integer(N)
-    program.state["fixed_by"] = {"op": "aten.some_op.default", "module": "body"}
+    program.program.fixed_by = {"op": "aten.some_op.default", "module": "body"}
     assert Report(program).batch == f"fixed at {N} by aten.some_op.default in module 'body'"
 
 

@@ -14,7 +14,6 @@ from oracle import Oracle
 from torch import Tensor, fx, nn
 
 import fxcurv
-from fxcurv.emit import emit
 from fxcurv.extensions import (
     KFLR,
     BatchDiagGGNExact,
@@ -25,6 +24,7 @@ from fxcurv.extensions import (
     SumGradSquared,
     Variance,
 )
+from fxcurv.ir.emit import emit
 from fxcurv.passes.simplify import simplify
 
 aten = torch.ops.aten

@@ -11,7 +11,7 @@ import torch
 from op_samples import differentiable, floats, run, samples, splits, tensors, vjp, with_leaves
 from torch.utils import _pytree as pytree
 
-from fxcurv.placement import MIXED, PARTIAL, REPLICATE, Shard, Site
+from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Shard, Site
 from fxcurv.rules import REWRITES, RULES, Call, LossRule, Pointwise, Rule
 from fxcurv.rules.base import FALLBACK
 from fxcurv.rules.pointwise import Arithmetic

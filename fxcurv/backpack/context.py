@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from fxcurv.api import _checked
 from fxcurv.extensions import Extension
+from fxcurv.front.requests import checked
 
 _active: list[backpack] = []  # global, not of the thread: autograd runs CUDA's backward in threads of its own
 _plain = 0
@@ -35,7 +35,7 @@ class backpack:  # noqa: N801
         debug: bool = False,
         retain_graph: bool = False,
     ):
-        self.extensions, self.extension_hook = _checked(extensions), extension_hook
+        self.extensions, self.extension_hook = checked(extensions), extension_hook
 
     def __enter__(self) -> backpack:
         _active.append(self)

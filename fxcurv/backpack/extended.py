@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxcurv._torch import Loss, is_view, own_parameters, pytree, running_backward
-from fxcurv.arguments import filled
 from fxcurv.backpack import ledger
 from fxcurv.backpack.context import backpack, current, is_disabled
 from fxcurv.backpack.losses import LossCall, leaves_only, tensors_of
 from fxcurv.backpack.parts import ModelParts, Pass
 from fxcurv.errors import ArgumentError
+from fxcurv.front.arguments import filled
+from fxcurv.ir.private import Loss, is_view, own_parameters, pytree, running_backward
 
 _parts: weakref.WeakKeyDictionary[nn.Module, ModelParts] = weakref.WeakKeyDictionary()
 

@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fxcurv._torch import running_backward
 from fxcurv.backpack.context import backpack, current
 from fxcurv.errors import ExtensionError, FieldError
 from fxcurv.extensions import Extension
-from fxcurv.selection import chosen
+from fxcurv.extensions.parameters import chosen
+from fxcurv.ir.private import running_backward
 
 KEPT = 8  # backward passes in progress: checkpointing starts some inside others
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxcurv._torch import base_of, has_hooks, pytree
-from fxcurv.arguments import Slot, map_leaves
+from fxcurv.front.arguments import Slot, map_leaves
+from fxcurv.ir.private import base_of, has_hooks, pytree
 
 
 @dataclass(frozen=True)

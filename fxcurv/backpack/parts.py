@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
@@ -11,18 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxcurv import cut
-from fxcurv._torch import pytree
-from fxcurv.api import Autocast, Compiled, _seed, _tensors, at_numbers_if_need_be
-from fxcurv.arguments import Arguments, flatten_arguments
+from fxcurv.api import Compiled
+from fxcurv.backpack import cut
 from fxcurv.backpack.context import disable
 from fxcurv.backpack.losses import LossCall, TotalLoss, gradients, leaves_only, same_gradients, targets_of
 from fxcurv.errors import LossError
 from fxcurv.extensions import Extension
-from fxcurv.program import Input, Program
-from fxcurv.progress import silent
+from fxcurv.front.arguments import Arguments, flatten_arguments
+from fxcurv.ir.private import pytree
+from fxcurv.ir.program import Input, Program
 from fxcurv.quantity import Gradient, Identity
-from fxcurv.recompiles import Key
+from fxcurv.runtime.call import seed_tensor
+from fxcurv.runtime.keys import Key
+from fxcurv.runtime.programs import Autocast, at_numbers_if_need_be, tensors_in
+from fxcurv.runtime.progress import silent
 
 
 @dataclass
@@ -214,19 +217,19 @@ class LossParts(_Parts):
         return key._replace(structure=(id(self._found.template), key.structure))
 
     def _emitted(self, program: Program, create_graph: bool, tell: Callable[[str], None]) -> Program:
-        program.state["create_graph"] = create_graph
+        program.options = dataclasses.replace(program.options, create_graph=create_graph)
         n = self._found.samples
         self._backwards[id(program)] = cut.backward_of_loss(program, self._found.template, n)
         return program
 
     def _given(self, backward: cut.Backward, arguments: Arguments, device: torch.device) -> dict[Input, Any]:
         """What the backward part reads besides values of the forward pass."""
-        of_loss, targets = dict(_tensors(self.loss)), arguments.split_targets()
+        of_loss, targets = dict(tensors_in(self.loss)), arguments.split_targets()
         given: dict[Input, Any] = {}
         for part in filter(None, (backward.part, backward.check)):
             for what in part.given:
                 if what.kind == "seed":
-                    given.setdefault(what, _seed(None, None, device))
+                    given.setdefault(what, seed_tensor(None, None, device))
                 elif what.kind == "target":
                     given[what] = targets[what.index]
                 else:

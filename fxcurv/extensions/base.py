@@ -8,15 +8,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxcurv.emit import call, emit
+from fxcurv.contractions.contract import Contract, Spec
+from fxcurv.contractions.factors import Factor, Jacobian
 from fxcurv.errors import ExtensionError
-from fxcurv.factors import Contract, Factor, Jacobian, Spec
-from fxcurv.placement import samples_first
-from fxcurv.precision import HALF, wide, widened
-from fxcurv.program import Program
-from fxcurv.quantity import GRADIENT, Gradient, Group, groups_of
-from fxcurv.selection import hashable
-from fxcurv.uses import Use, pull_back, select_group
+from fxcurv.extensions.parameters import hashable
+from fxcurv.ir.emit import call, emit
+from fxcurv.ir.placement import samples_first
+from fxcurv.ir.precision import HALF, wide, widened
+from fxcurv.ir.program import Program
+from fxcurv.quantity import GRADIENT, Gradient, Group
+from fxcurv.walks.groups import groups_of
+from fxcurv.walks.uses import Use, pull_back, select_group
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Param:
         spec = Spec(power, reduce, tuple(samples) if samples is not None else None)
         if groups is None:
             groups = groups_of(self.program, self.extension.requires) if self.extension else [GRADIENT]
-        reached = [g for g in groups if any(g in u.groups for u in self.program.state["uses"][self.name])]
+        reached = [g for g in groups if any(g in u.groups for u in self.program.walked.uses[self.name])]
         groups = reached if "v" in spec.reduce and reached else groups
         parts = [self._of_group(spec, g, weights, precise) for g in groups]
         if len(parts) == 1:
@@ -109,7 +111,7 @@ class Param:
     def positions(self) -> int | None:
         """T, where the samples of this quantity are tokens: N T of them. Else None."""
         tokens = self.extension is not None and type(self.extension.requires) is Gradient
-        return self.program.state["positions"][0] if tokens and "positions" in self.program.state else None
+        return self.program.analysis.positions[0] if tokens and self.program.analysis.positions is not None else None
 
     def _by_token(self, power: int, reduce: str, samples, weights: fx.Node | None, precise: bool) -> fx.Node:
         """The same of P[n, t, *param], which is what the columns t of the walk give at sample n."""
@@ -118,7 +120,7 @@ class Param:
         spec = Spec(power, ("vn" if "n" in reduce else "") + ("p" if "p" in reduce else ""))
         parts, start = [], 0
         for group in groups_of(self.program, Gradient()):
-            stop = start + self.program.state["columns"][group]
+            stop = start + self.program.walked.columns[group]
             own = self.emit(_of_columns, weights, start, stop) if weights is not None else None
             parts.append(self._of_group(spec, group, own, precise))
             start = stop
@@ -136,11 +138,11 @@ class Param:
         return {**known, "op": self.label, "module": self.name}
 
     def _of_group(self, spec: Spec, group: Group, weights: fx.Node | None, precise: bool) -> fx.Node:
-        uses = [u for u in self.program.state["uses"][self.name] if group in u.groups]
+        uses = [u for u in self.program.walked.uses[self.name] if group in u.groups]
         if not uses:
             return self._zeros(spec, group, precise)
-        if group in self.program.state["weights"]:
-            weights = self.program.state["weights"][group]
+        if group in self.program.walked.weights:
+            weights = self.program.walked.weights[group]
         factors = [select_group(self.program, u, group, self.origin()) for u in uses]
         if precise:
             factors = [f if f.g.meta["val"].dtype not in HALF else self.emit(widened, f) for f in factors]
@@ -177,7 +179,7 @@ class Param:
         """How many columns a group has: of a loss without curvature as many as the model's output has numbers."""
         if group.kind == "none":
             return group.draws or sum(self.program.batch.per_sample(h.meta["val"]) for h in self.program.heads)
-        return self.program.state["columns"].get(group, 1)
+        return self.program.walked.columns.get(group, 1)
 
 
 def _materialised(factor: Factor) -> Tensor:

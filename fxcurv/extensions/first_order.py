@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.base import Extension, Param
-from fxcurv.placement import samples_first
+from fxcurv.ir.placement import samples_first
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import fx
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.base import Extension, Param
 from fxcurv.extensions.first_order import freeze_indices
+from fxcurv.ir.placement import samples_first
 from fxcurv.quantity import Identity, Quantity, SqrtGGN
 
 
@@ -135,8 +136,6 @@ class Jacobian(Extension):
 
 
 def _by_output(p, head, place):
-    from fxcurv.placement import samples_first
-
     axes = list(samples_first(head, place).shape[1:])
     if place.outer * place.inner == 1:
         del axes[place.dim]

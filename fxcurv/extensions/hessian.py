@@ -9,11 +9,11 @@ from torch import Tensor, fx
 
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.base import Extension, Param
-from fxcurv.program import Program, is_active
+from fxcurv.ir.graph import Subgraph, canonical_args
+from fxcurv.ir.program import Program, is_active
 from fxcurv.quantity import HessianFactors
-from fxcurv.rules.base import canonical_args, rule_of
+from fxcurv.rules.base import rule_of
 from fxcurv.rules.pointwise import Pointwise
-from fxcurv.uses import Subgraph
 
 # A regulariser that couples a parameter's entries takes one Hessian-vector product per entry.
 COUPLED = 4096
@@ -30,7 +30,7 @@ class DiagHessian(Extension):
 
     def extract(self, param: Param) -> fx.Node:
         total = param.contract(power=2, reduce="vn")
-        if param.name not in param.program.state["direct"]:
+        if param.name not in param.program.walked.direct:
             return total
         return param.emit(torch.add, total, _of_regulariser(param))
 

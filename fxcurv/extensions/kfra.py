@@ -8,36 +8,33 @@ layers on vectors), its sums over pairs of positions (a convolution without grou
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
-from fxcurv._torch import pytree
-from fxcurv.averages import of_features
-from fxcurv.candidates import dims
+from fxcurv.contractions.sizes import dims
 from fxcurv.cost import Cost
-from fxcurv.errors import ExtensionError, locate
+from fxcurv.errors import ExtensionError
 from fxcurv.extensions.base import Param
-from fxcurv.extensions.kfac import _dtype, _embedded, _Factored, _input_factor
+from fxcurv.extensions.factored import Factored, dtype_of, embedded, input_factor
+from fxcurv.extensions.layers import Embed, Layer, LayerUse, NoLayer, read
+from fxcurv.ir.graph import canonical_args
+from fxcurv.ir.origin import locate
+from fxcurv.ir.placement import Shard
+from fxcurv.ir.precision import widely
+from fxcurv.ir.private import pytree
+from fxcurv.ir.program import Decision, is_active
 from fxcurv.kronecker import Kronecker
-from fxcurv.layers import Embed, Layer, LayerUse, NoLayer, read
-from fxcurv.placement import Shard
-from fxcurv.precision import widely
-from fxcurv.program import Decision, is_active
 from fxcurv.quantity import GRADIENT, Averaged
-from fxcurv.rules.base import canonical_args
-
-if TYPE_CHECKING:
-    from fxcurv.passes.averaged import Matrix
+from fxcurv.rules.traits import FEATURES
+from fxcurv.walks.averaged.chain import Matrix
+from fxcurv.walks.averaged.mathematics import of_features
 
 aten = torch.ops.aten
-# the output's axis of features where it is read from the op alone (`layers.WEIGHTS` has the others)
-FEATURES = {aten.mm.default: -1, aten.embedding.default: -1}
 
 
 @dataclass(frozen=True)
-class KFRA(_Factored):
+class KFRA(Factored):
     """Kronecker factors from the batch-averaged Gauss-Newton of every layer's output.
 
     `Kronecker` [B, A] for a weight, [B] for a bias; B: [out, out], A: [in, in], or [in] for an embedding. Defined for
@@ -49,9 +46,7 @@ class KFRA(_Factored):
     requires = Averaged()
 
     def extract(self, param: Param) -> Kronecker:
-        from fxcurv.passes.averaged import averaged  # it reads the graph by passes, which read extensions
-
-        found = averaged(param.program, param.program.names_of(self))
+        found = param.program.walked.averaged[tuple(param.program.names_of(self))]
         readers = _readers(param, found)
         if not readers:
             return self._unreached(param)
@@ -61,15 +56,15 @@ class KFRA(_Factored):
         sharing = "convolution" if layer.single_convolution else "expand"
         at = None if channel is None else channel % len(m.shape)
         b = m.node if m.summed else param.emit(of_features, m.node, m.shape, at, sharing == "convolution")
-        factors = [param.emit(_placed, b, use.rows, _dtype(param))]
+        factors = [param.emit(_placed, b, use.rows, dtype_of(param))]
         if not layer.bias:
-            factors.append(param.emit(widely, _input_factor, [(use.use.factor, use.columns)], sharing, _dtype(param)))
+            factors.append(param.emit(widely, input_factor, [(use.use.factor, use.columns)], sharing, dtype_of(param)))
         _record(param, layer, m.node)
         return Kronecker(factors, layer.arrangement)
 
     def _single(self, param: Param, readers: list[fx.Node]) -> tuple[Layer, LayerUse]:
         """The layer that a parameter is, with its only use."""
-        uses = [u for u in param.program.state["uses"][param.name] if GRADIENT in u.groups]
+        uses = [u for u in param.program.walked.uses[param.name] if GRADIENT in u.groups]
         try:
             if len(readers) > 1:
                 raise NoLayer(f"it is used {len(readers)} times, where the recursion knows no cross terms")
@@ -128,4 +123,4 @@ def _record(param: Param, layer: Layer, m: fx.Node) -> None:
 
 
 def _placed(b: Tensor, rows: Embed | None, dtype: torch.dtype) -> Tensor:
-    return _embedded(_embedded(b.to(dtype), rows, 0), rows, 1)
+    return embedded(embedded(b.to(dtype), rows, 0), rows, 1)

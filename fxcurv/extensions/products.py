@@ -7,26 +7,26 @@ from typing import ClassVar
 
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.base import Extension, Param
-from fxcurv.program import Decision
-from fxcurv.quantity import Nothing
+from fxcurv.ir.program import Decision
+from fxcurv.quantity import Product
 
 
 @dataclass(frozen=True)
 class _Products(Extension):
     """Shared by the products: they see the forward graph as a whole, and need no columns."""
 
-    requires = Nothing()
     per_sample = False
     any_sample = True
     kind: ClassVar[str] = ""
     operator: ClassVar[str] = ""
-    modify: ClassVar[str] = ""
+
+    @property
+    def requires(self) -> Product:
+        return Product(self.kind)
 
     def extract_all(self, params: list[Param]):
-        from fxcurv.product import build  # it reads the graph by passes, which read extensions
-
         program = params[0].program
-        blocks, whole = build(program, self.kind, self.modify, tuple(p.name for p in params))
+        blocks, whole = program.walked.products[self.requires, tuple(p.name for p in params)]
         program.borrowing |= {self.savefield, self.operator}
         for p in params:
             algorithm = f"matrix-free, {len(whole.labels)} values kept"
@@ -74,6 +74,10 @@ class PCHMP(_Products):
     savefield: str = "pchmp"
     modify: str = "clip"
     kind = "pch"
+
+    @property
+    def requires(self) -> Product:
+        return Product(self.kind, self.modify)
 
     def check(self) -> None:
         if self.modify not in ("clip", "abs"):

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxcurv.ir.precision import wide
 from fxcurv.kernels.tiles import tuned
-from fxcurv.precision import wide
 
 
 def config(columns: int, width: int, warps: int) -> triton.Config:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fxcurv.kernels import cpu
+from fxcurv.kernels import blocks as cpu
 from fxcurv.kernels.patches import Patches, grouped, windows
 from fxcurv.kernels.register import on_cuda
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fxcurv.kernels import cpu
+from fxcurv.ir.precision import wide
+from fxcurv.kernels import blocks as cpu
 from fxcurv.kernels.register import on_cuda
-from fxcurv.precision import wide
 
 
 def reference(a: Tensor, g: Tensor, c: Tensor) -> Tensor:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fxcurv.kernels import cpu
+from fxcurv.ir.precision import wide
+from fxcurv.kernels import blocks as cpu
 from fxcurv.kernels.outer_norm import outer_norm
 from fxcurv.kernels.outer_square_sum import outer_square_sum
 from fxcurv.kernels.outer_square_sum_conv import outer_square_sum_conv
 from fxcurv.kernels.patches import Patches, grouped, windows
-from fxcurv.precision import wide
 
 
 def reference(a: Tensor, g: Tensor, total: bool, squares: bool, norms: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxcurv.ir.precision import wide
 from fxcurv.kernels.outer_norm import costs
 from fxcurv.kernels.tiles import LEAST, SQUARE, launch, product, tiles, tuned
-from fxcurv.precision import wide
 
 
 @tuned(key=["S", "O", "I"], rows="O", cols="I", zero=["parts"])

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fxcurv.kernels import cpu
+from fxcurv.ir.precision import wide
+from fxcurv.kernels import blocks as cpu
 from fxcurv.kernels.patches import Patches, grouped
 from fxcurv.kernels.register import on_cuda
-from fxcurv.precision import wide
 
 
 def reference(

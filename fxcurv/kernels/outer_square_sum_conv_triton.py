@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxcurv.ir.precision import wide
 from fxcurv.kernels.tiles import TWO_TILES, launch, splits, tiles, tuned
-from fxcurv.precision import wide
 
 
 @triton.jit

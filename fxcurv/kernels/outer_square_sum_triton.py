@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
+from fxcurv.ir.precision import wide
 from fxcurv.kernels.tiles import TWO_TILES, launch, product, splits, tiles, tuned
-from fxcurv.precision import wide
 
 
 @tuned(key=["S", "O", "I"], rows="O", cols="I", configs=TWO_TILES)

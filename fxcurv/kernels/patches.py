@@ -8,8 +8,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fxcurv.kernels import cpu
-from fxcurv.precision import wide
+from fxcurv.ir.precision import wide
+from fxcurv.kernels import blocks as cpu
 
 # Elements of a block of patches at most, while it holds several samples: 32 MiB in float32.
 LARGEST = 1 << 23

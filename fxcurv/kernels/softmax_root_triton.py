@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxcurv.ir.precision import wide
 from fxcurv.kernels.softmax_root import parts, result_dtype
 from fxcurv.kernels.tiles import tuned
-from fxcurv.precision import wide
 
 
 def config(samples: int, inputs: int, columns: int, warps: int) -> triton.Config:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fxcurv.ir.precision import wide
 from fxcurv.kernels.register import on_cuda
-from fxcurv.precision import wide
 
 # Rows of a strip of the triangle: with fewer a library's matrix product loses more than the triangle saves.
 STRIP = 256

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fxcurv.kernels.cpu import boxes
+from fxcurv.ir.precision import wide
+from fxcurv.kernels.blocks import boxes
 from fxcurv.kernels.patches import channels_last, windows
 from fxcurv.kernels.register import on_cuda
 from fxcurv.kernels.syrk import add_triangle, mirror, triangle_flops
-from fxcurv.precision import wide
 
 # Elements of a block of patches, 8 MiB in float32: a product of fewer positions takes longer for each.
 BLOCK = 1 << 21

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxcurv.ir.precision import HALF, wide
 from fxcurv.kernels.syrk import by_strips
 from fxcurv.kernels.tiles import launch, precision, tuned
-from fxcurv.precision import HALF, wide
 
 
 def config(side: int, inner: int, warps: int, stages: int) -> triton.Config:

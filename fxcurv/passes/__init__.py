@@ -5,31 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from fxcurv.passes.codegen import codegen
+from fxcurv.ir.program import Program
+from fxcurv.passes.average import average
+from fxcurv.passes.channels_last import channels_last
 from fxcurv.passes.ends import ends
 from fxcurv.passes.extract import extract
+from fxcurv.passes.finish import finish
 from fxcurv.passes.independence import independence
-from fxcurv.passes.layout import layout
 from fxcurv.passes.normalize import normalize
 from fxcurv.passes.objective import objective
-from fxcurv.passes.positions import positions
-from fxcurv.passes.presum import presum
+from fxcurv.passes.pool_first import pool_first
+from fxcurv.passes.products import products
 from fxcurv.passes.propagate import propagate
 from fxcurv.passes.recycle import recycle
-from fxcurv.passes.reorder import reorder
 from fxcurv.passes.schedule import schedule
 from fxcurv.passes.select import select
 from fxcurv.passes.simplify import simplify
+from fxcurv.passes.sum_first import sum_first
+from fxcurv.passes.tokens import tokens
 from fxcurv.passes.verify import verify
-from fxcurv.passes.whole import whole
-from fxcurv.program import Program
-from fxcurv.progress import silent
+from fxcurv.passes.whole_batch import whole_batch
 
-ANALYSIS = [normalize, reorder, layout, independence, ends, whole, objective, positions]
-PIPELINE = [propagate, extract, simplify, select, simplify, presum, schedule, codegen, recycle]
+ANALYSIS = [normalize, pool_first, channels_last, independence, ends, whole_batch, objective, tokens]
+PIPELINE = [propagate, average, products, extract, simplify, select, simplify, sum_first, schedule, finish, recycle]
 
 
-def run(program: Program, passes: list, debug: bool = False, tell: Callable[[str], None] = silent) -> Program:
+def run(program: Program, passes: list, debug: bool = False, tell: Callable[[str], None] = lambda stage: None) -> Program:
     """Run `passes`, with verification between them under `debug`; `tell` hears which one begins."""
     for step in passes:
         name = step.__name__
@@ -40,3 +41,10 @@ def run(program: Program, passes: list, debug: bool = False, tell: Callable[[str
         if debug:
             verify(program, name)
     return program
+
+
+def until(program: Program, stage: str) -> Program:
+    """Run the whole pipeline on a captured program up to the first pass called `stage`."""
+    steps = [*ANALYSIS, *PIPELINE]
+    names = [step.__name__ for step in steps]
+    return run(program, steps[: names.index(stage) + 1])

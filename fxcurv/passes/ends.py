@@ -13,12 +13,14 @@ import re
 
 from torch import Tensor, fx
 
-from fxcurv._torch import pytree
-from fxcurv.errors import LossError, locate
-from fxcurv.placement import REPLICATE, Shard
-from fxcurv.program import Program, is_active, is_sharded, is_tensor, place
+from fxcurv.errors import LossError
+from fxcurv.ir.graph import canonical_args, is_tensor
+from fxcurv.ir.origin import locate
+from fxcurv.ir.placement import REPLICATE, Shard
+from fxcurv.ir.private import pytree
+from fxcurv.ir.program import Program, is_active, is_sharded, place
 from fxcurv.rules import LossRule
-from fxcurv.rules.base import canonical_args, rule_of
+from fxcurv.rules.base import rule_of
 
 # losses without a rule of their own, by the name of the op that was captured
 LOSSES = re.compile(r"aten\.(\w+_loss\w*|binary_cross_entropy\w*|kl_div)(\.|$)")
@@ -26,7 +28,7 @@ LOSSES = re.compile(r"aten\.(\w+_loss\w*|binary_cross_entropy\w*|kl_div)(\.|$)")
 
 def ends(program: Program) -> Program:
     """Move f from outputs that are the model's own loss to what the loss op in it reads."""
-    if program.loss is None or program.state.get("split") or not is_active(program.loss):
+    if program.loss is None or program.options.split or not is_active(program.loss):
         return program
     linearly = _read_linearly(program)
     heads: dict[fx.Node, None] = {}
@@ -39,26 +41,26 @@ def ends(program: Program) -> Program:
 
 def check_ends(program: Program, asked: str) -> None:
     """Refuse what needs f, where it is hidden behind a number that the model returns."""
-    if "hidden" in program.state:
-        raise LossError(program.state["hidden"].format(asked=asked))
+    if program.analysis.hidden:
+        raise LossError(program.analysis.hidden.format(asked=asked))
 
 
 def _inside(program: Program, head: fx.Node, linearly: bool) -> list[fx.Node] | None:
-    """What stands for f in place of `head`; None where it is f itself, or is not known (`state["hidden"]`)."""
+    """What stands for f in place of `head`; None where it is f itself, or is not known (`analysis.hidden`)."""
     stops = [n for n in _stops(program, head) if place(n) != REPLICATE]  # others are regularisers
     losses = [n for n in stops if _is_loss(program, n)]
     others = [n for n in stops if n not in losses]
     number = is_tensor(head) and not head.meta["val"].ndim and place(head) != REPLICATE
     read = list(dict.fromkeys(leaf for n in losses for leaf in _predictions(program, n)))
     if losses and linearly and not others and all(is_sharded(n) for n in read):
-        program.state["ends"] = f"what the model's own loss reads, {_named(losses)}"
+        program.analysis.ends = f"what the model's own loss reads, {_named(losses)}"
         return list(dict.fromkeys(_returned(program, n) for n in read))
     if number and linearly and not losses and all(map(_is_layer, others)):
-        program.state["ends"] = f"what the model sums up itself, of {_named(others)}"
+        program.analysis.ends = f"what the model sums up itself, of {_named(others)}"
         return list(dict.fromkeys(_returned(program, n) for n in others))
     if linearly and (number or losses) or number and losses:
         at = (others or losses)[0]
-        program.state["hidden"] = (
+        program.analysis.hidden = (
             f"{_literal(locate(at))}\nis inside a loss that the model computes itself, so it is not known where it ends and "
             "the loss begins, and {asked} (of the Gauss-Newton) does not exist.\nWay out: split='path of the submodule whose "
             "output is f'; or return that output from the model, and compute the loss in the loss function."

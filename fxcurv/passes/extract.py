@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fxcurv.emit import emit
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions import Extension, Param
-from fxcurv.program import Program
+from fxcurv.ir.emit import emit
+from fxcurv.ir.graph import canonical_args, invoke
+from fxcurv.ir.origin import origin_of
+from fxcurv.ir.program import Program
 from fxcurv.rules import RULES, LossRule
-from fxcurv.rules.base import canonical_args, invoke
-from fxcurv.uses import origin_of
 
 
 def extract(program: Program) -> Program:
@@ -50,8 +50,8 @@ def _open_losses(program: Program) -> None:
 
 def _gradient(program: Program, name: str):
     param = Param(program, name, None)
-    direct = program.state["direct"].get(name)
-    if direct is not None and not program.state["uses"][name]:
+    direct = program.walked.direct.get(name)
+    if direct is not None and not program.walked.uses[name]:
         return emit(program, _first, direct, origin=param.origin())
     total = param.contract(power=1, reduce="vn")
     return total if direct is None else emit(program, _plus, total, direct, origin=param.origin())

@@ -13,25 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcurv import custom
-from fxcurv._torch import OpOverload, pytree
-from fxcurv.custom import Custom
-from fxcurv.errors import UnsupportedOpError, locate
-from fxcurv.passes.trial import OneSize, Uninformative, numeric_args, try_op
-from fxcurv.placement import MIXED, PARTIAL, REPLICATE, Placement, Shard, Site
-from fxcurv.program import Program, specialise
-from fxcurv.rules.base import canonical_args, rule_of
+from fxcurv.errors import UnsupportedOpError
+from fxcurv.ir.origin import locate
+from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Placement, Shard
+from fxcurv.ir.private import OpOverload, pytree
+from fxcurv.ir.program import Program
+from fxcurv.ir.specialise import specialise
+from fxcurv.rules import custom
+from fxcurv.rules.base import rule_of
+from fxcurv.rules.custom import Custom
+from fxcurv.rules.sites import numeric_args, sites, structural
+from fxcurv.rules.traits import CUTS
+from fxcurv.rules.trial import OneSize, Uninformative, try_op
 
 aten = torch.ops.aten
-
-# Their derivative is zero or undefined: what they return is a constant.
-CUTS = {
-    aten.detach.default, aten.sign.default, aten.floor.default, aten.ceil.default, aten.round.default, aten.trunc.default,
-    aten.fill.Scalar, aten.zero.default,
-}  # fmt: skip
-# These read nothing but the shape.
-CUTS |= {aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
-CUTS |= {aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
 
 
 def independence(program: Program) -> Program:
@@ -65,23 +60,11 @@ def _of_input(program: Program, node: fx.Node, what) -> Placement:
     val = node.meta.get("val")
     if not isinstance(val, Tensor) or what.kind not in ("input", "target"):
         return REPLICATE
-    dims = program.state["batch_dims"]
+    dims = program.options.batch_dims
     if what.kind == "input":
         dim = dims[what.index]
         return REPLICATE if dim is None else Shard(dim)
     return structural(program, val)
-
-
-def structural(program: Program, val: Any) -> Placement:
-    """The placement of a constant, from its shape alone."""
-    if not isinstance(val, Tensor):
-        return REPLICATE
-    n = program.batch.probe
-    dims = [d for d, s in enumerate(program.batch.shape(val)) if s == n]
-    if dims:
-        return Shard(dims[0])
-    merged = [d for d, s in enumerate(program.batch.shape(val)) if s and s % n == 0]
-    return Shard(merged[0], 1, program.batch.shape(val)[merged[0]] // n) if merged and n > 1 else REPLICATE
 
 
 def _visit(program: Program, node: fx.Node) -> None:
@@ -127,18 +110,6 @@ def _places(program: Program, node: fx.Node, vals: list[Any], active: bool) -> l
     return [found, *(found if same else structural(program, v) for v, same in zip(rest, alike, strict=True))]
 
 
-def sites(program: Program, node: fx.Node) -> list[Site | None]:
-    """What a placement rule sees of the flattened canonical arguments."""
-    out: list[Site | None] = []
-    for leaf in pytree.tree_leaves(canonical_args(node)):
-        val = leaf.meta.get("val") if isinstance(leaf, fx.Node) else None
-        if isinstance(val, Tensor):
-            out.append(Site(program.batch.shape(val), leaf.meta["place"], leaf.meta["active"]))
-        else:
-            out.append(None)
-    return out
-
-
 def _by_rule(program: Program, node: fx.Node, val: Tensor) -> Placement | None:
     rule = rule_of(node.target, program.rules)
     n = program.batch.probe
@@ -147,7 +118,7 @@ def _by_rule(program: Program, node: fx.Node, val: Tensor) -> Placement | None:
         return found
     here = [s for s in sites(program, node) if s]
     if isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags:
-        from fxcurv import placement
+        from fxcurv.ir import placement
 
         return placement.pointwise(here, val.ndim, linear=False)
     # an op of sample-free values only is sample-free, whatever it is, or the same for every sample of a new axis

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcurv._torch import OpOverload, decomposes, free_unbacked_symbols
-from fxcurv.emit import emit
-from fxcurv.errors import UnsupportedOpError, locate
-from fxcurv.program import Program, propagate_values
+from fxcurv.errors import UnsupportedOpError
+from fxcurv.ir.emit import emit
+from fxcurv.ir.graph import canonical_args, invoke
+from fxcurv.ir.origin import locate, origin_of
+from fxcurv.ir.private import OpOverload, decomposes, free_unbacked_symbols
+from fxcurv.ir.program import Program
+from fxcurv.ir.specialise import propagate_values
 from fxcurv.rules import REWRITES, RULES
-from fxcurv.rules.base import canonical_args, invoke
-from fxcurv.uses import origin_of
+from fxcurv.rules.traits import IN_ORDER
 
 aten = torch.ops.aten
 
@@ -175,12 +177,6 @@ def _own_slices(program: Program) -> None:
 
 MOST = 2**63 - 1  # the end of a slice without one
 
-# they leave the order of elements as it is
-_IN_ORDER = {
-    aten._to_copy.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.clone.default, aten.view.default,
-    aten.reshape.default, aten.unsqueeze.default,
-}  # fmt: skip
-
 
 def _counts_samples(program: Program, x: fx.Node, indices: list[fx.Node | None]) -> bool:
     """Whether all indices are numbers, and the first is arange(len(x)) along the first axis of their common shape."""
@@ -191,7 +187,7 @@ def _counts_samples(program: Program, x: fx.Node, indices: list[fx.Node | None])
     if not shape or shape != (size, *[1] * (len(shape) - 1)) or any(v.ndim > len(shape) for v in vals):
         return False
     source: Any = indices[0]
-    while source.target in _IN_ORDER or _is_all(source):
+    while source.target in IN_ORDER or _is_all(source):
         source = source.args[0]
     if source.target is aten.arange.start_step:
         return source.args[0] == 0 and source.args[2:] in ((), (1,))

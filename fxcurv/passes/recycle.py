@@ -10,19 +10,15 @@ Runs last, so that what is made of the graph before (the checks) knows no memory
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from fxcurv._torch import uses_of_storage
-from fxcurv.candidates import size
-from fxcurv.errors import ArgumentError
+from fxcurv.contractions.sizes import size
+from fxcurv.ir.program import Input, Memory, Program
 from fxcurv.kernels import outer_batch, outer_square_sum, outer_square_sum_conv
-from fxcurv.passes.simplify import VIEWS
-from fxcurv.program import Input, Kept, Memory, Program
+from fxcurv.rules.traits import VIEWS
 
 aten = torch.ops.aten
 
@@ -40,7 +36,7 @@ WORTHWHILE = 1 << 20
 
 def recycle(program: Program) -> Program:
     """See the module."""
-    if program.state.get("create_graph") or any(p.meta["val"].device.type != "cpu" for p in program.params.values()):
+    if program.options.create_graph or any(p.meta["val"].device.type != "cpu" for p in program.params.values()):
         return program
     makers: dict[fx.Node, list[tuple[str, str]]] = {}
     for field, table in program.results.items():
@@ -85,82 +81,3 @@ def _maker(node: fx.Node) -> fx.Node:
     while node.target in VIEWS or node.target is aten.reshape.default:
         node = node.args[0]
     return node
-
-
-class Pool:
-    """The memory of earlier results, by program and buffer."""
-
-    def __init__(self):
-        self._kept: dict[tuple[int, int], Tensor] = {}
-        # evaluating a symbolic shape takes longer than a small problem's kernels
-        self._shapes: dict[tuple[int, int, int], tuple[int, ...]] = {}
-
-    def take(self, program: Program, n: int) -> list[Tensor]:
-        """Memory for the buffers of `program` at batch size `n`, each kept if nobody else holds it, else new."""
-        return [self._view(program, index, n, free=True) for index in range(len(program.buffers))]
-
-    def take_from(self, kept: Kept, program: Program, n: int, flat: Sequence[Any]) -> list[Tensor]:
-        """The memory of an earlier result for the buffers of `program` at batch size `n`, whoever holds it.
-
-        Args:
-            kept: the result's memory, where its fields must still lie.
-            flat: what the graph reads, which must lie elsewhere.
-
-        Raises:
-            ArgumentError: if the result's memory cannot serve.
-        """
-        if kept.program is not program:
-            raise ArgumentError(
-                "out= is a result of another program: of another compiled object, another kind of input, or another batch "
-                "size where it is fixed. Pass a result of the same kind of call, or none"
-            )
-        given = {t.untyped_storage().data_ptr() for t in flat if isinstance(t, Tensor)}
-        for index, (tensor, memory) in enumerate(zip(kept.tensors, program.buffers, strict=True)):
-            where, needed = tensor.untyped_storage().data_ptr(), math.prod(self._shape(program, index, n))
-            names = [f"{field}['{name}']" for field, name in memory.results]
-            values = [kept.fields.get(field, {}).get(name) for field, name in memory.results]
-            for name, value in zip(names, values, strict=True):
-                if not isinstance(value, Tensor) or value.untyped_storage().data_ptr() != where:
-                    raise ArgumentError(f"out=: {name} of the result has been replaced; pass a result as it was returned")
-            if tensor.numel() < needed:
-                raise ArgumentError(
-                    f"out=: {names[0]} of the result has memory for {tensor.numel()} numbers, and a batch of {n} needs "
-                    f"{needed}: pass a result of a batch at least as large, or none"
-                )
-            if where in given:
-                raise ArgumentError(f"out=: an argument or parameter of this call lies in the memory of {names[0]}: clone it")
-        self._kept.update({(id(program), index): tensor for index, tensor in enumerate(kept.tensors)})
-        return [self._view(program, index, n, free=False) for index in range(len(program.buffers))]
-
-    def kept(self, program: Program, fields: dict[str, Any]) -> Kept:
-        """What the last call of `program` wrote to, and its fields."""
-        return Kept(program, tuple(self._kept[id(program), index] for index in range(len(program.buffers))), fields)
-
-    def _view(self, program: Program, index: int, n: int, free: bool) -> Tensor:
-        key, shape = (id(program), index), self._shape(program, index, n)
-        kept, numel = self._kept.get(key), math.prod(shape)
-        if kept is None or free and (kept.numel() < numel or not _ours_alone(kept)):
-            kept = self._kept[key] = torch.empty(numel, dtype=program.buffers[index].val.dtype)
-        return kept[:numel].view(shape)
-
-    def _shape(self, program: Program, index: int, n: int) -> tuple[int, ...]:
-        key = id(program), index, n
-        if key not in self._shapes:
-            self._shapes[key] = program.batch.shape(program.buffers[index].val, n)
-        return self._shapes[key]
-
-    def clear(self) -> None:
-        """Give all memory back."""
-        self._kept.clear()
-
-
-def _ours_alone(kept: Tensor) -> bool:
-    return uses_of_storage(kept) <= _HELD
-
-
-def _held() -> int:
-    """How often a storage is counted when only one tensor (and the object that asks) holds it."""
-    return uses_of_storage(torch.empty(1))
-
-
-_HELD = _held()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxcurv.program import Program
+from fxcurv.ir.program import Program
 
 SPINE = ("forward", "columns", "propagate")
 

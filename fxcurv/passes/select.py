@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from fxcurv._torch import pytree
-from fxcurv.candidates import CANDIDATES, Candidate, dims, together, together_applies, together_cost
+from fxcurv.contractions.candidates import CANDIDATES, Candidate, together, together_applies, together_cost
+from fxcurv.contractions.contract import Contract, Spec, reduce_p
+from fxcurv.contractions.sizes import dims
 from fxcurv.cost import Cost, Machine
-from fxcurv.emit import emit
-from fxcurv.factors import Contract, Spec, reduce_p
-from fxcurv.program import Decision, Program
+from fxcurv.ir.emit import emit
+from fxcurv.ir.private import pytree
+from fxcurv.ir.program import Decision, Program
 
 
 def select(program: Program) -> Program:
@@ -72,7 +73,7 @@ def ranked(spec: Spec, factors: list, machine: Machine, again: bool = False) -> 
 
 
 def _options(program: Program, spec: Spec, fake) -> list[tuple[Candidate, Cost]]:
-    return ranked(spec, fake, program.machine, bool(program.state.get("create_graph")))
+    return ranked(spec, fake, program.machine, bool(program.options.create_graph))
 
 
 def _together(program: Program, group: list[fx.Node]) -> dict[fx.Node, fx.Node]:
@@ -80,7 +81,7 @@ def _together(program: Program, group: list[fx.Node]) -> dict[fx.Node, fx.Node]:
     specs = [node.target.spec for node in group]
     factors, weights = group[0].target.parts(group[0].args)
     fake = _fake(factors)
-    if program.state.get("create_graph") or weights is not None or not together_applies(specs, fake):
+    if program.options.create_graph or weights is not None or not together_applies(specs, fake):
         return {}
     cost = together_cost(specs, fake)
     apart = [_options(program, spec, fake)[0] for spec in specs]

@@ -7,22 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcurv.custom import inline
-from fxcurv.program import Program, layout
+from fxcurv.ir.graph import layout
+from fxcurv.ir.program import Program
+from fxcurv.rules.custom import inline
+from fxcurv.rules.traits import BEHIND, VIEWS
 
 aten = torch.ops.aten
-
-# None of them changes the first element or the dtype.
-VIEWS = {
-    aten.view.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.expand.default,
-}
 
 
 def simplify(program: Program) -> Program:
@@ -52,10 +42,6 @@ def _merge_equals(program: Program) -> dict[fx.Node, fx.Node]:
         else:
             seen[key] = node
     return merged
-
-
-# views of the axes behind the first one, if they leave its size
-BEHIND = {aten.unsqueeze.default, aten.squeeze.dim, aten.view.default, aten.reshape.default}
 
 
 def _slice_first(program: Program) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from fxcurv._torch import FakeTensor, schema_of
-from fxcurv.errors import InternalError, locate
-from fxcurv.program import Program
+from fxcurv.errors import InternalError
+from fxcurv.ir.origin import locate
+from fxcurv.ir.private import FakeTensor, schema_of
+from fxcurv.ir.program import Program
 
 
 def verify(program: Program, after: str) -> None:

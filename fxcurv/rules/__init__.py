@@ -13,7 +13,8 @@ from fxcurv.rules import (  # noqa: F401
     recurrent,
     shape,
 )
-from fxcurv.rules.base import FALLBACK, REWRITES, RULES, Call, Rule, register, rewrite, rule_of
+from fxcurv.rules.base import FALLBACK, REWRITES, RULES, Rule, register, rewrite, rule_of
+from fxcurv.rules.call import Call
 from fxcurv.rules.contraction import Contraction
 from fxcurv.rules.loss import LossRule
 from fxcurv.rules.pointwise import Pointwise

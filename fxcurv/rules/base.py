@@ -4,46 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from fxcurv._torch import OpOverload, pytree, schema_of
-from fxcurv.factors import Factor, Jacobian
-from fxcurv.placement import Placement, Shard, Site, samples_first
-
-
-@dataclass(frozen=True)
-class Call:
-    """One op call as a traced rule sees it: canonical positional `args` and output `y` (tensors), placements (static).
-
-    `places` and `sizes` go with the flattened `args`; `sizes` holds, for arguments that depend on the batch size, their
-    value at N = 1 (None elsewhere). `place` is that of the first output with samples, `outs` those of all floating-point
-    outputs. `alone`: whether the op on one sample's slices gives that sample's outputs, as far as trying it has shown.
-    """
-
-    op: Callable
-    args: tuple
-    y: Any
-    place: Any
-    places: tuple[Any, ...]
-    sizes: tuple[int | None, ...]
-    outs: tuple[Any, ...] = ()
-    alone: bool = True
-
-
-def _flatten(call: Call):
-    return [call.args, call.y], (call.op, call.place, call.places, call.sizes, call.outs, call.alone)
-
-
-def _unflatten(values, context):
-    op, *rest = context
-    return Call(op, *values, *rest)  # type: ignore[call-arg]
-
-
-pytree.register_pytree_node(Call, _flatten, _unflatten)
+from fxcurv.contractions.factors import Factor, Jacobian
+from fxcurv.ir.graph import invoke
+from fxcurv.ir.placement import Placement, Shard, Site, samples_first
+from fxcurv.ir.private import pytree
+from fxcurv.rules.call import Call
 
 
 class Rule:
@@ -160,26 +130,6 @@ def floats(out: Any) -> tuple[Tensor, ...]:
     return tuple(t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point())
 
 
-def canonical_args(node: fx.Node) -> tuple:
-    """All arguments of an op in the order of its schema, defaults filled in."""
-    if not isinstance(node.target, OpOverload):
-        return tuple(node.args)
-    args = list(node.args)
-    for argument in schema_of(node.target).arguments[len(args) :]:
-        args.append(node.kwargs.get(argument.name, argument.default_value))
-    return tuple(args)
-
-
-def invoke(op: Callable, args: Sequence[Any], fn: Callable | None = None) -> Any:
-    """Call `op` (or `fn` in its place) on canonical arguments, keyword-only ones by their names."""
-    if not isinstance(op, OpOverload):
-        return (fn or op)(*args)
-    schema = schema_of(op).arguments
-    positional = sum(not a.kwarg_only for a in schema)
-    keywords = {a.name: v for a, v in zip(schema[positional:], args[positional:], strict=True)}
-    return (fn or op)(*args[:positional], **keywords)
-
-
 def _substitute(leaves: Sequence[Any], positions: Sequence[int], values: Sequence[Any]) -> list[Any]:
     new = list(leaves)
     for i, value in zip(positions, values, strict=True):
@@ -191,7 +141,9 @@ FAILURES = (RuntimeError, ValueError, IndexError)
 """What ops raise at arguments that they do not take."""
 
 FALLBACK = Rule()
+
 RULES: dict[Callable, Rule] = {}
+
 REWRITES: dict[Callable, Callable] = {}
 
 

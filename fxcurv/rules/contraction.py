@@ -6,9 +6,10 @@ from math import prod
 
 import torch
 
-from fxcurv.factors import Arrange, Dense, Factor
-from fxcurv.placement import MIXED, PARTIAL, REPLICATE, Mixed, Partial, Shard, samples_first
-from fxcurv.rules.base import Call, Rule, register, rewrite
+from fxcurv.contractions.factors import Arrange, Dense, Factor, Jacobian
+from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Mixed, Partial, Shard, samples_first
+from fxcurv.rules.base import Rule, register, rewrite
+from fxcurv.rules.call import Call
 from fxcurv.rules.pointwise import unbroadcast
 
 aten = torch.ops.aten
@@ -128,8 +129,6 @@ class Contraction(Rule):
 
 
 def _bias_factor(call: Call, position: int, g):
-    from fxcurv.factors import Jacobian
-
     p = samples_first(g, call.place, lead=1)
     return Jacobian(unbroadcast(p, call.args[position].shape, lead=2))
 

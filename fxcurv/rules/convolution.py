@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from fxcurv.factors import Conv, Factor, Jacobian, channels_last
-from fxcurv.placement import MIXED, REPLICATE, Shard, samples_first
-from fxcurv.rules.base import Call, Rule, register, rewrite
+from fxcurv.contractions.factors import Conv, Factor, Jacobian
+from fxcurv.ir.placement import MIXED, REPLICATE, Shard, samples_first
+from fxcurv.kernels.patches import channels_last
+from fxcurv.rules.base import Rule, register, rewrite
+from fxcurv.rules.call import Call
 from fxcurv.rules.pointwise import total
 
 aten = torch.ops.aten

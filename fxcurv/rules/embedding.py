@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fxcurv.factors import Factor, Gather
-from fxcurv.placement import MIXED, Replicate, samples_first
-from fxcurv.rules.base import Call, Rule, register
+from fxcurv.contractions.factors import Factor, Gather
+from fxcurv.ir.placement import MIXED, Replicate, samples_first
+from fxcurv.rules.base import Rule, register
+from fxcurv.rules.call import Call
 
 aten = torch.ops.aten
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxcurv import placement
-from fxcurv.placement import MIXED, Shard, Site
-from fxcurv.rules.base import Call, Rule, register, rewrite
+from fxcurv.ir import placement
+from fxcurv.ir.placement import MIXED, Shard, Site
+from fxcurv.rules.base import Rule, register, rewrite
+from fxcurv.rules.call import Call
 
 aten = torch.ops.aten
 

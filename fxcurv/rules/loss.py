@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxcurv import noise
-from fxcurv.placement import MIXED, PARTIAL, REPLICATE, Replicate, Shard, reduction
-from fxcurv.rules.base import Call, Rule, register, rewrite
+from fxcurv.ir import noise
+from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Replicate, Shard, reduction
+from fxcurv.rules.base import Rule, register, rewrite
+from fxcurv.rules.call import Call
 
 aten = torch.ops.aten
 NONE, MEAN, SUM = 0, 1, 2

@@ -6,10 +6,11 @@ from math import prod
 
 import torch
 
-from fxcurv import placement
-from fxcurv.factors import Factor, Jacobian
-from fxcurv.placement import MIXED, PARTIAL, REPLICATE, Shard, samples_first
-from fxcurv.rules.base import Call, Rule, register, rewrite
+from fxcurv.contractions.factors import Factor, Jacobian
+from fxcurv.ir import placement
+from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Shard, samples_first
+from fxcurv.rules.base import Rule, register, rewrite
+from fxcurv.rules.call import Call
 
 aten = torch.ops.aten
 

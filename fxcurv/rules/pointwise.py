@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fxcurv import placement
-from fxcurv.factors import Factor, Jacobian
-from fxcurv.placement import Shard, samples_first
-from fxcurv.rules.base import Call, Rule, register, rewrite
+from fxcurv.contractions.factors import Factor, Jacobian
+from fxcurv.ir import placement
+from fxcurv.ir.placement import Shard, samples_first
+from fxcurv.rules.base import Rule, register, rewrite
+from fxcurv.rules.call import Call
 
 aten = torch.ops.aten
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from fxcurv.ir.placement import MIXED, PARTIAL, Shard
 from fxcurv.kernels.max_pool_columns import max_pool_columns
-from fxcurv.placement import MIXED, PARTIAL, Shard
-from fxcurv.rules.base import Call, Rule, register, rewrite
+from fxcurv.rules.base import Rule, register, rewrite
+from fxcurv.rules.call import Call
 
 aten = torch.ops.aten
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fxcurv._torch import decomposition_table
+from fxcurv.ir.private import decomposition_table
 from fxcurv.rules.base import rewrite
 
 aten = torch.ops.aten

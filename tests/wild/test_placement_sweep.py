@@ -18,9 +18,9 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxcurv.errors import UnsupportedOpError
+from fxcurv.ir.batch import Batch
+from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Shard
 from fxcurv.passes.independence import _visit
-from fxcurv.placement import MIXED, PARTIAL, REPLICATE, Shard
-from fxcurv.program import Batch
 from fxcurv.rules.base import REWRITES, RULES
 
 aten = torch.ops.aten

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import fxcurv
 import fxcurv.api
-from fxcurv import selfcheck
 from fxcurv.errors import ArgumentError, MixedSamplesError, SelfCheckError
 from fxcurv.extensions import (
     BatchDiagGGNExact,
@@ -31,9 +30,10 @@ from fxcurv.extensions import (
     SumGradSquared,
     Variance,
 )
-from fxcurv.placement import Shard
+from fxcurv.ir.placement import Shard
 from fxcurv.rules.base import REWRITES, RULES
 from fxcurv.rules.pointwise import Pointwise
+from fxcurv.runtime import selfcheck
 
 aten = torch.ops.aten
 CE = nn.CrossEntropyLoss()
@@ -365,7 +365,7 @@ def test_everything_is_left_as_it_was():
     with torch.autocast("cpu", torch.bfloat16, enabled=False), torch.inference_mode():
         result = compiled(x.clone(), y)
         assert torch.is_inference_mode_enabled()
-    assert program.state["selfcheck"].note.startswith("loss, output, gradient, buffers")
+    assert program.selfcheck.note.startswith("loss, output, gradient, buffers")
     assert random.getstate() == python and not seen and not fired and not hasattr(model.last, "steps")
     for name, t in model.named_buffers():
         assert t is buffers[name] and t._version == versions[name] and torch.equal(t, before[name])

@@ -1,0 +1,284 @@
+"""A program cut at the model's output f: a forward part, and a backward part that takes over from there.
+
+Values of the forward part that the backward part reads are its inputs: the captured nodes keep their number,
+`meta["key"]`, all the way. A backward part is made of the model alone, from cotangents of f that are handed in (the loss
+of such a program is the op `seam(f, g)`, whose derivative in f is g), or of the model captured together with the loss
+that turned out to read its output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxcurv import passes
+from fxcurv.errors import LossError
+from fxcurv.extensions import Extension
+from fxcurv.ir.graph import canonical_args, pruned
+from fxcurv.ir.origin import locate
+from fxcurv.ir.placement import PARTIAL
+from fxcurv.ir.private import pytree
+from fxcurv.ir.program import Input, Program, is_active
+from fxcurv.ir.state import Options
+from fxcurv.passes.average import average
+from fxcurv.passes.extract import extract
+from fxcurv.passes.finish import finish
+from fxcurv.passes.objective import objective
+from fxcurv.passes.products import products
+from fxcurv.passes.propagate import propagate
+from fxcurv.passes.schedule import schedule
+from fxcurv.passes.select import select
+from fxcurv.passes.simplify import simplify
+from fxcurv.passes.sum_first import sum_first
+from fxcurv.rules.loss import LossRule
+
+BACKWARD = [propagate, average, products, extract]
+FINISH = [simplify, select, simplify, sum_first, schedule, finish]
+
+
+@torch.library.custom_op("fxcurv::seam", mutates_args=())
+def seam(f: Tensor, g: Tensor) -> Tensor:
+    """Stands for the loss, whose derivative in `f` is `g`."""
+    return (f * g).sum()
+
+
+@seam.register_fake
+def _(f, g):
+    return f.new_empty(())
+
+
+class Seam(LossRule):
+    """Hands on what it was given."""
+
+    def transpose(self, call, wrt, g):
+        return (g.view(-1, *[1] * call.args[1].ndim) * call.args[1],)
+
+
+SEAM = Seam()  # a rule of cut programs only: no captured graph has the op
+
+
+@dataclass(frozen=True)
+class Part:
+    """An emitted half: `gm(*values)` of what `keys` number, in order, and then of what `given` names."""
+
+    gm: fx.GraphModule
+    keys: tuple[int, ...]
+    given: tuple[Input, ...] = ()
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The second half: from forward values and further inputs to results.
+
+    Attributes:
+        part: the GraphModule; it returns the flat leaves of `results`.
+        check: the conditions on values that are verified at the first call; None if there are none.
+        program: the finished program, for its `unpack`.
+        regularised: whether the loss reads parameters beside the output, so that the gradient is not only what passes
+            through the output.
+    """
+
+    part: Part
+    check: Part | None
+    program: Program
+    regularised: bool = False
+
+    @property
+    def verdicts(self) -> list:
+        """The errors that go with the conditions."""
+        return self.program.verdicts
+
+
+def forward_part(template: Program) -> Part:
+    """The forward pass of an analysed program: returns (output leaves, new buffers, every value by key)."""
+    graph = fx.Graph()
+    env = _copy_nodes(template, graph)
+    for key, node in enumerate(list(template.graph.nodes)[:-1]):
+        node.meta["key"] = key
+    made = [n for n in template.graph.nodes if n.op == "call_function"]
+    leaves = [env[n] for n in template.output_leaves]
+    mutations = [env[n] for n in template.mutations.values()]
+    graph.output((leaves, mutations, [env[n] for n in made]))
+    return Part(fx.GraphModule(template.gm, graph), tuple(n.meta["key"] for n in made))
+
+
+def backward_of_model(
+    program: Program, extensions: Sequence[Extension], covers: dict[Extension, list[str]], create_graph: bool
+) -> Backward:
+    """The gradient and first-order quantities from cotangents of the output's leaves, `Input("cotangent", index)`.
+
+    Args:
+        program: `with_seams` of the model alone.
+        covers: the parameters of the extensions that chose theirs.
+        create_graph: whether only algorithms that autograd can follow are chosen.
+    """
+    program.extensions, program.covers = tuple(extensions), covers
+    program.options = dataclasses.replace(program.options, create_graph=create_graph)
+    return _finished(objective(program))
+
+
+def backward_of_loss(program: Program, template: Program, n: int) -> Backward:
+    """The gradient and all quantities from the loss.
+
+    Args:
+        program: the analysed program of model and loss at `n` samples, with its extensions.
+        template: the analysed program of the model alone, numbered by `forward_part`.
+
+    Raises:
+        LossError: if the loss draws random numbers, which would be other ones here.
+    """
+    _number(program, template, n)
+    past = [node for node in program.graph.nodes if node.op == "call_function" and "key" not in node.meta]
+    read = {i for node in past for i in node.all_input_nodes if is_active(i) and "key" in i.meta}
+    return _finished(program, bool(read - set(program.heads)))
+
+
+def results_of(backward: Backward, values: tuple) -> dict[str, Any]:
+    """field -> parameter name -> value, from what the backward part returned."""
+    _, _, _, results, extras = backward.program.unpack(values, lambda t: t)
+    return {**results, **extras}
+
+
+def _finished(program: Program, regularised: bool = False) -> Backward:
+    program = passes.run(program, BACKWARD)
+    program.loss, program.output_leaves, program.mutations = None, [], {}
+    program = passes.run(program, FINISH)
+    check = program.check_module
+    return Backward(_detached(program.gm), _detached(check) if check is not None else None, program, regularised)
+
+
+# ---- cotangents in place of a loss ------------------------------
+
+
+def _copy_nodes(program: Program, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    env: dict[fx.Node, fx.Node] = {}
+    for node in list(program.graph.nodes)[:-1]:
+        env[node] = graph.node_copy(node, env.__getitem__)
+        env[node].meta = dict(node.meta)
+    return env
+
+
+def with_seams(template: Program) -> Program:
+    """A copy of `template` whose loss is the sum of a seam at every leaf that depends on a parameter.
+
+    Args:
+        template: the analysed program of the model alone, numbered by `forward_part`.
+    """
+    graph = fx.Graph()
+    env = _copy_nodes(template, graph)
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    losses = []
+    for index, leaf in enumerate(template.output_leaves):
+        if not is_active(leaf):
+            continue
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"cotangent_{index}")
+        given = Input("cotangent", index=index)
+        last.meta = {"val": leaf.meta["val"], "active": False, "place": leaf.meta["place"], "given": given}
+        losses.append(graph.call_function(torch.ops.fxcurv.seam.default, (env[leaf], last)))
+    loss = losses[0]
+    for other in losses[1:]:
+        losses.append(loss := graph.call_function(torch.ops.aten.add.Tensor, (loss, other)))
+    for node in losses:
+        with template.fake_mode:
+            val = template.heads[0].meta["val"].new_empty(())
+        node.meta = {"val": val, "active": True, "place": PARTIAL}
+    graph.output(())
+    gm = fx.GraphModule(template.gm, graph)
+    now = dict(zip(graph.nodes, gm.graph.nodes, strict=True))  # a GraphModule copies the graph
+    for old, new in now.items():
+        new.meta = dict(old.meta)
+    at = {old: now[new] for old, new in env.items()}
+    return Program(
+        gm, [], template.batch, {name: at[n] for name, n in template.params.items()}, template.shapes,
+        [], [at[h] for h in template.heads], now[loss], {}, rules={**template.rules, torch.ops.fxcurv.seam.default: SEAM},
+        fake_mode=template.fake_mode, options=Options(batch_dims=template.options.batch_dims),
+    )  # fmt: skip
+
+
+# ---- a loss that reads the model's output ------------------------------
+
+
+def _number(program: Program, template: Program, n: int) -> None:
+    """Give the nodes of `program` the numbers of the same computations in `template`, which made no loss."""
+    numbers: dict[fx.Node, Any] = {}
+    known: dict[Any, deque] = {}
+    for node, what in _with_inputs(template):
+        numbers[node] = node.meta["key"]
+        known.setdefault(_signature(node, what, template, n, numbers), deque()).append(node.meta["key"])
+    numbers = {}
+    for node, what in _with_inputs(program):
+        keys = known.get(_signature(node, what, program, n, numbers))
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if keys:
+            numbers[node] = node.meta["key"] = keys.popleft() if random else keys[0]
+        elif random:
+            raise LossError(
+                f"{locate(node)}\ndraws random numbers past the model's output, and would draw other ones in the backward "
+                "pass. Way out: draw them in the model, or pass them to the loss as an argument."
+            )
+        else:
+            numbers[node] = node
+            if what is not None:
+                node.meta["given"] = what
+
+
+def _with_inputs(program: Program) -> list[tuple[fx.Node, Input | None]]:
+    """Every node but the output, and what it is bound to if it is a placeholder."""
+    bound = iter(program.inputs)
+    nodes = list(program.graph.nodes)[:-1]
+    return [(n, next(bound) if n.op == "placeholder" else None) for n in nodes]
+
+
+def _signature(node: fx.Node, what: Input | None, program: Program, n: int, numbers: dict[fx.Node, Any]) -> Any:
+    """Equal for equal computations of equal values, at `n` samples."""
+    if what is not None and what.kind != "constant":
+        return what
+    if what is not None or node.op == "get_attr":
+        value = program.constants[what.name] if what else getattr(node.graph.owning_module, node.target)
+        return "constant", value.dtype, tuple(value.shape), tuple(value.flatten().tolist())
+
+    def described(leaf: Any) -> Any:
+        if not isinstance(leaf, fx.Node):
+            return type(leaf), str(leaf)
+        val = leaf.meta.get("val")
+        return program.batch.evaluate(val, n) if isinstance(val, torch.SymInt) else ("value", numbers[leaf])
+
+    leaves, spec = pytree.tree_flatten((canonical_args(node), node.kwargs))
+    numeric = [described(leaf) if not isinstance(leaf, int) else int(leaf) for leaf in leaves]
+    return node.target, str(spec), tuple(numeric)
+
+
+# ---- apart ------------------------------
+
+
+def _detached(gm: fx.GraphModule) -> Part:
+    """A finished program without its forward pass: numbered nodes become inputs."""
+    graph = pruned(gm.graph)
+    keyed = [n for n in graph.nodes if "key" in n.meta and n.op == "call_function"]
+    first = next(iter(graph.nodes))
+    for node in keyed:
+        with graph.inserting_before(first):
+            value = graph.placeholder(f"saved_{node.meta['key']}")
+        value.meta = dict(node.meta)
+        node.replace_all_uses_with(value)
+    for node in reversed(keyed):  # also what dead code elimination keeps: random ops, which would draw again
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and not node.users:
+            graph.erase_node(node)
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    ordered = [n for n in inputs if "key" in n.meta] + [n for n in inputs if "key" not in n.meta]
+    for node in ordered[::-1]:
+        next(iter(graph.nodes)).prepend(node)
+    keys = tuple(n.meta["key"] for n in ordered if "key" in n.meta)
+    given = tuple(n.meta.get("given", Input("seed")) for n in ordered if "key" not in n.meta)
+    graph.lint()
+    return Part(fx.GraphModule(gm, graph), keys, given)

@@ -1,0 +1,1 @@
+"""P in factored form, and the ways to reduce it."""

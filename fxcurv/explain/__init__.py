@@ -1,0 +1,1 @@
+"""Seeing a program: what was chosen, what it costs, what it looks like."""

@@ -1,0 +1,80 @@
+"""What a program's decisions take on real values, to be held against what the cost model predicted."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxcurv.ir.program import Program
+
+RUNS = 5
+
+
+def measure(program: Program, flat: list[Any], samples: int) -> list[float]:
+    """Seconds of each of `program.decisions`: the median over a few runs of the graph, node by node, after one to warm up.
+
+    A node that several decisions read counts for the first of them; one that computes several at once, in equal parts.
+    Large results are written into the same memory at every run, as by a caller who lets go of them.
+
+    Args:
+        flat: the graph's arguments, but the memory for results.
+        samples: the batch size.
+    """
+    memory = [torch.empty(program.batch.shape(m.val, samples), dtype=m.val.dtype) for m in program.buffers]
+    cuda = sorted({t.device.index or 0 for t in flat if isinstance(t, Tensor) and t.is_cuda})
+    runs = []
+    for _ in range(1 + RUNS):
+        clock = _Clock(program, wait=bool(cuda))
+        with torch.random.fork_rng(cuda):
+            clock.run(*flat, *memory)
+        runs.append(clock.seconds)
+    return [statistics.median(each) for each in zip(*runs[1:], strict=True)]
+
+
+class _Clock(fx.Interpreter):
+    """Runs a program's graph and adds up the time of each decision's nodes."""
+
+    def __init__(self, program: Program, wait: bool):
+        super().__init__(program.gm)
+        self.seconds = [0.0] * len(program.decisions)
+        self._wait = wait
+        self._of = _decisions_of(program)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node, under the clock if it is a decision's."""
+        mine = self._of.get(n)
+        if not mine:
+            return super().run_node(n)
+        start = self._now()
+        out = super().run_node(n)
+        each = (self._now() - start) / len(mine)
+        for index in mine:
+            self.seconds[index] += each
+        return out
+
+    def _now(self) -> float:
+        if self._wait:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _decisions_of(program: Program) -> dict[fx.Node, tuple[int, ...]]:
+    """The decisions, by index, that each node belongs to: `select` says so, an extension's nodes say whose they are."""
+    own: dict[tuple[str, str], tuple[int, ...]] = {}
+    for index, d in enumerate(program.decisions):
+        if d.stage == "extract":
+            own[d.param, d.savefield] = (*own.get((d.param, d.savefield), ()), index)
+    found = {}
+    for node in program.graph.nodes:
+        origin = node.meta.get("origin", {})
+        if node.op != "call_function":
+            continue
+        if origin.get("stage") == "select":
+            found[node] = origin["decisions"]
+        elif origin.get("stage") == "extract":
+            found[node] = own.get((origin.get("param", ""), origin.get("savefield", "")), ())
+    return found

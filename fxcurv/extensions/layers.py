@@ -1,0 +1,294 @@
+"""Layers: parameters that enter a matrix product, as its weight [out, in] or as what is added to its output.
+
+Kronecker factors ask for more than P: which axes of the parameter are outputs and which inputs, the inputs `a` at the
+shared positions, and the columns `b` there. A prefix between parameter and op that only moves elements is
+followed by the strides of a view, so a transposed weight or a slice of a joint projection is a layer as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxcurv.contractions.factors import Conv, Dense, Factor, Gather, positions
+from fxcurv.contractions.sizes import size
+from fxcurv.ir.graph import canonical_args, invoke
+from fxcurv.ir.placement import Shard, samples_first
+from fxcurv.ir.private import pytree
+from fxcurv.ir.program import is_active
+from fxcurv.kernels.patches import channels_last, windows
+from fxcurv.kernels.syrk import FEW, syrk
+from fxcurv.kernels.syrk_conv import syrk_conv
+from fxcurv.kronecker import Arrangement
+from fxcurv.rules.base import rule_of
+from fxcurv.rules.shape import Copy, Permute, Select, Slice, View
+from fxcurv.rules.traits import BIASES, WEIGHTS
+from fxcurv.walks.uses import Use
+
+aten = torch.ops.aten
+
+# Elements of all patches from which they are not written at once: what the C library's allocator keeps, in float32.
+LARGE = 1 << 23
+
+
+class NoLayer(Exception):
+    """Why a parameter is no layer's weight or bias."""
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Features of a slice among all: those at start, start + step, ... of `total`; None is everything."""
+
+    start: int
+    step: int
+    total: int
+
+    def __call__(self, t: Tensor, dim: int) -> Tensor:
+        """Zeros elsewhere."""
+        shape = list(t.shape)
+        shape[dim] = self.total
+        stop = self.start + self.step * (t.shape[dim] - 1) + 1
+        return torch.slice_scatter(t.new_zeros(shape), t, dim, self.start, stop, self.step)
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """One use of a layer: where its rows and columns are in the arrangement, and how `b` is read.
+
+    `at`: (placement of the op's output, its axis that holds the features or None) when b is read from the columns
+    there, which a layer's weight and bias then share; None when it is the factor's own.
+    """
+
+    use: Use
+    rows: Embed | None
+    columns: Embed | None
+    at: tuple[Shard, int | None] | None
+
+    @property
+    def source(self) -> Any:
+        """What `features` reads, [V, ...]."""
+        if self.at is None:
+            return self.use.factor.g
+        c = self.use.cotangent
+        return c[0] if isinstance(c, tuple) else c
+
+
+@dataclass(frozen=True)
+class Layer:
+    """All uses of a parameter, of one kind: a weight's or a bias's."""
+
+    arrangement: Arrangement
+    uses: tuple[LayerUse, ...]
+    bias: bool
+
+    @property
+    def single_convolution(self) -> bool:
+        """Used once, by a convolution without groups."""
+        op = self.uses[0].use.op
+        return len(self.uses) == 1 and op.target is aten.convolution.default and canonical_args(op)[8] == 1
+
+
+def read(shape: tuple[int, ...], uses: list[Use], rules: dict) -> Layer:
+    """The layer that a parameter of this shape is.
+
+    Raises:
+        NoLayer: with the reason.
+    """
+    channels = [_bias_channel(u) for u in uses]
+    bias = all(c != () for c in channels)
+    if not bias and not all(isinstance(u.factor, Dense | Conv | Gather) for u in uses):
+        raise NoLayer("it is no weight of a matrix product, convolution or embedding")
+    axes = [_axes(u, shape, bias, rules) for u in uses]
+    arrangement, strides = _arrange(shape, axes)
+    found = []
+    for u, channel, (outs, ins, offset) in zip(uses, channels, axes, strict=True):
+        rows = _embed(outs, offset, arrangement, strides, arrangement.outputs)
+        columns = _embed(ins, offset, arrangement, strides, arrangement.inputs)
+        if columns is not None and isinstance(u.factor, Gather):
+            raise NoLayer("an embedding reads only part of it")
+        found.append(LayerUse(u, rows, columns, _at(u, channel)))
+    return Layer(arrangement, tuple(found), bias)
+
+
+def _at(use: Use, channel: tuple) -> tuple[Shard, int | None] | None:
+    if not channel:
+        if use.op.target not in WEIGHTS or canonical_args(use.op)[1] is not use.value:
+            return None
+        channel = (WEIGHTS[use.op.target],)
+    where = use.op.meta["place"]
+    return where[0] if isinstance(where, list) else where, channel[0]
+
+
+def _bias_channel(use: Use) -> tuple:
+    """(the output's axis that a bias lies along or None,), () for what is no bias."""
+    if use.op is None or use.cotangent is None:
+        return ()
+    value, args = use.value.meta["val"], canonical_args(use.op)
+    wide = [d for d, s in enumerate(value.shape) if s != 1]
+    if use.op.target in BIASES:
+        argument, channel = BIASES[use.op.target]
+        return (channel,) if args[argument] is use.value and value.ndim == 1 else ()
+    if use.op.target is not aten.add.Tensor or args[2] != 1 or len(wide) > 1:
+        return ()
+    if not wide:
+        return (None,)
+    y, channel = use.op.meta["val"], wide[0] - value.ndim
+    if use.op.meta["place"].dim == channel + y.ndim:
+        return ()
+    return (channel,)
+
+
+# arrangement -----------------------------------------------------------------------------------------------------
+
+Axes = list[tuple[int, int]]  # (size, stride in the flattened parameter)
+
+
+def _axes(use: Use, shape: tuple[int, ...], bias: bool, rules: dict) -> tuple[Axes, Axes, int]:
+    """The axes of outputs and inputs at a use, and its offset."""
+    view = torch.empty(shape, device="meta")
+    try:
+        for node in reversed(use.path):
+            view = _follow(node, view, rules)
+        sizes, outs, ins = _roles(use, tuple(view.shape), bias)
+        view = view.view(sizes)
+    except RuntimeError as error:  # torch: the view is no map of strides
+        raise NoLayer("it is rearranged on the way to its op") from error
+    pick = lambda axes: [(view.shape[d], view.stride(d)) for d in axes if view.shape[d] > 1]  # noqa: E731
+    return pick(outs), pick(ins), view.storage_offset()
+
+
+def _follow(node: fx.Node, view: Tensor, rules: dict) -> Tensor:
+    rule = rule_of(node.target, rules)
+    if isinstance(rule, Copy):
+        return view
+    if isinstance(rule, View):
+        return view.view(node.meta["val"].shape)
+    if isinstance(rule, Permute | Slice | Select):
+        leaves, spec = pytree.tree_flatten(canonical_args(node))
+        return invoke(node.target, pytree.tree_unflatten([view if is_active(a) else a for a in leaves], spec))
+    raise NoLayer(f"it reaches its op through {node.target}")
+
+
+def _roles(use: Use, shape: tuple[int, ...], bias: bool) -> tuple[tuple[int, ...], list[int], list[int]]:
+    """(sizes to view the used value in, its axes of outputs, of inputs)."""
+    f: Any = use.factor
+    if bias:
+        return shape, list(range(len(shape))), []
+    if isinstance(f, Gather):
+        return shape, [1], [0]
+    if isinstance(f, Conv) and f.transposed:
+        sizes = (f.groups, shape[0] // f.groups, *shape[1:])
+        return sizes, [0, 2], [1, *range(3, len(sizes))]
+    if isinstance(f, Conv):
+        return shape, [0], list(range(1, len(shape)))
+    *_, groups, outputs = f.g.meta["val"].shape
+    of_core = [prod(f.arrange.sizes[:d]) < groups * outputs for d in range(len(f.arrange.sizes))]
+    place = [f.arrange.order.index(d) for d in range(len(of_core))]
+    outs, ins = ([p for p, out in zip(place, of_core, strict=True) if out is side] for side in (True, False))
+    return tuple(f.arrange.sizes[d] for d in f.arrange.order), outs, ins
+
+
+def _arrange(shape: tuple[int, ...], axes: list[tuple[Axes, Axes, int]]) -> tuple[Arrangement, list[int]]:
+    """The arrangement in which all uses are matrices, and the strides of its sizes."""
+    contiguous = [prod(shape[d + 1 :]) for d, s in enumerate(shape) if s > 1]
+    used = [t for outs, ins, _ in axes for _, t in (*outs, *ins)]
+    strides = sorted({*contiguous, *used}, reverse=True)
+    bounds = [prod(shape), *strides]
+    if any(a % b for a, b in zip(bounds, strides, strict=False)):
+        raise NoLayer("it is cut into pieces that do not fit its shape")
+    sizes = tuple(a // b for a, b in zip(bounds, strides, strict=False))
+
+    def covered(of_uses: list[Axes]) -> list[int]:
+        seen = [d for own in of_uses for n, t in own for d, s in enumerate(strides) if t <= s < n * t]
+        return list(dict.fromkeys(seen))
+
+    outs, ins = covered([o for o, _, _ in axes]), covered([i for _, i, _ in axes])
+    if set(outs) & set(ins):
+        raise NoLayer("its uses differ in what is an input and what an output")
+    outs = [d for d in range(len(sizes)) if d not in outs and d not in ins] + outs
+    return Arrangement(tuple(shape), sizes, tuple(outs), tuple(ins)), strides
+
+
+def _embed(axes: Axes, offset: int, whole: Arrangement, strides: list[int], dims: tuple[int, ...]) -> Embed | None:
+    """Where the features that `axes` run over lie among those of `dims`."""
+    flat = torch.full((), offset)
+    for length, stride in axes:
+        flat = flat.unsqueeze(-1) + stride * torch.arange(length)
+    flat, index = flat.flatten(), 0
+    for d in dims:
+        index = index * whole.sizes[d] + flat // strides[d] % whole.sizes[d]
+    index, total = torch.as_tensor(index).expand(flat.shape), prod(whole.sizes[d] for d in dims)
+    start, step = int(index[0]), int(index[1] - index[0]) if len(index) > 1 else 1
+    if step < 1 or not torch.equal(index, start + step * torch.arange(len(index))):
+        raise NoLayer("its uses order its elements in different ways")
+    return None if (start, step, len(index)) == (0, 1, total) else Embed(start, step, total)
+
+
+# inputs and columns, in traced functions ---------------------------------------------------------------------------
+
+
+def inputs(factor: Dense | Conv) -> Tensor:
+    """a, [N, S, K, I]."""
+    if isinstance(factor, Conv) and factor.transposed:
+        return positions(scattered(factor), factor.place, 0, factor.groups)
+    dense: Any = factor.dense()
+    return dense.a
+
+
+def scattered(f: Conv) -> Tensor:
+    """What a transposed convolution multiplies at every position of its output, [B, C * prod(kernel), prod(out)]."""
+    channels, kernel = f.a.shape[1], prod(f.kernel)
+    each = torch.eye(kernel, dtype=f.a.dtype, device=f.a.device).reshape(1, kernel, *f.kernel)
+    each = each.repeat(channels, *[1] * (each.ndim - 1))
+    conv = (list(f.stride), list(f.padding), list(f.dilation), True, list(f.output_padding), channels)
+    # channels first, as one channel per group fills no vector: see `sound` in passes/layout.py
+    return aten.convolution.default(f.a.contiguous(), each, None, *conv).flatten(2)
+
+
+def second_moment(factor: Dense | Conv) -> Tensor:
+    """sum_{n,s} a a^T with a averaged over groups, [I, I]."""
+    if isinstance(factor, Conv) and not factor.transposed and factor.groups == 1:
+        f, out = factor, list(factor.g.shape[3:])
+        window = [list(f.kernel), list(f.stride), list(f.padding), list(f.dilation)]
+        if prod(size(f.a)[:2]) * prod(f.kernel) * prod(out) > LARGE:
+            return syrk_conv(f.a, out, *window)
+        return _moment_of_patches(f.a, out, window)
+    return gram(averaged(inputs(factor)).flatten(0, 1))
+
+
+def _moment_of_patches(x: Tensor, out: Sequence[int], window: Sequence[Sequence[int]]) -> Tensor:
+    """The same of a convolution's input, its patches written at once, in the order that copies the longest runs."""
+    dims, kernel, channels = len(out), prod(window[0]), x.shape[1]
+    outs, kernels = range(2, 2 + dims), range(2 + dims, 2 + 2 * dims)
+    patches = windows(x, out, *window)
+    if not channels_last(x):
+        return gram(patches.permute(1, *kernels, 0, *outs).reshape(channels * kernel, -1).t())
+    moment = gram(patches.permute(0, *outs, *kernels, 1).reshape(-1, kernel * channels))
+    return moment.reshape(2 * (kernel, channels)).permute(1, 0, 3, 2).reshape(2 * (channels * kernel,))
+
+
+def gram(rows: Tensor) -> Tensor:
+    """rows^T rows, one triangle of it computed where a block of it is worth a product of its own."""
+    return syrk(rows.t()) if rows.shape[1] >= FEW else rows.t() @ rows
+
+
+def averaged(a: Tensor) -> Tensor:
+    """[N, S, K, I] -> [N, S, I]."""
+    return a.squeeze(2) if a.shape[2] == 1 else a.mean(2)
+
+
+def features(factor: Factor, source: Tensor, at: tuple[Shard, int | None] | None) -> Tensor:
+    """b, [V, N, O, S], from `source`: the factor's `g`, or the columns [V, *y] at an op's output."""
+    if at is None:
+        factor = factor.with_g(source)
+        g = factor.masked() if isinstance(factor, Gather) else source.flatten(3)
+        return g.transpose(2, 3)
+    place, channel = at
+    t = samples_first(source, place, lead=1)
+    t = t.unsqueeze(2) if channel is None else t.movedim(channel % (source.ndim - 1) + 2, 2)
+    return t.flatten(3)

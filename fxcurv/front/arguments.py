@@ -1,0 +1,235 @@
+"""A call's arguments: tensors, flat, and the structures that they are in; where the samples are in each."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxcurv.errors import ArgumentError
+from fxcurv.ir.private import pytree
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Stands for the tensor with this index in a structure."""
+
+    index: int
+
+
+@dataclasses.dataclass
+class Arguments:
+    """A call's arguments: the tensors among inputs and targets, and the structures that they are in.
+
+    `inputs` and `targets` are flat lists of tensors; the templates, ((positional), {keyword}) and a tuple,
+    hold a `Slot` for each and everything else as it is. `structure` is equal where templates are.
+    """
+
+    inputs: list[Tensor]
+    targets: list[Tensor]
+    input_template: Any
+    target_template: Any
+    batch_dims: list[int | None]
+    structure: Any = None
+
+    @functools.cached_property
+    def batch_size(self) -> int:
+        """N, from the inputs that have a batch dimension."""
+        sizes = {t.shape[d] for t, d in zip(self.inputs, self.batch_dims, strict=True) if d is not None}
+        if not sizes:
+            raise ArgumentError("no input has a batch: pass batch_dim=, the samples' dimension, for one at least")
+        if len(sizes) > 1:
+            raise ArgumentError(
+                f"the inputs have batch sizes {sorted(sizes)}: pass batch_dim= (a dimension, or one per "
+                "input, None for an input without a batch)"
+            )
+        return sizes.pop()
+
+    def target_dims(self) -> list[int | None]:
+        """For each target the dimension that follows the batch size, where there is one.
+
+        A target says nothing of its samples, so its sizes do: the inputs' batch dimension is asked first, the
+        others in order, then sizes that are a multiple of N (positions of all samples flattened together).
+        """
+        return self._target_dims
+
+    @functools.cached_property
+    def _target_dims(self) -> list[int | None]:
+        n = self.batch_size
+        first = list(dict.fromkeys(d for d in self.batch_dims if d is not None))
+        out: list[int | None] = []
+        for t in self.targets:
+            order = list(dict.fromkeys([*(d for d in first if d < t.ndim), *range(t.ndim)]))
+            equal = [d for d in order if t.shape[d] == n]
+            out.append(next(iter([*equal, *(d for d in order if t.shape[d] % n == 0)]), None))
+        return out
+
+    def split_targets(self) -> list[Tensor]:
+        """The targets as a program takes them: flattened positions of all samples come apart.
+
+        So N is a size of its own. Samples come first among positions where they come first in the inputs.
+        """
+        n = self.batch_size
+        order = (n, -1) if 0 in self.batch_dims else (-1, n)
+        pairs = zip(self.targets, self.target_dims(), strict=True)
+        return [t if d is None or t.shape[d] == n else t.unflatten(d, order) for t, d in pairs]
+
+    def split_dims(self) -> list[int | None]:
+        """The samples' dimension in each of the split targets."""
+        pairs = zip(self.targets, self.target_dims(), strict=True)
+        inner = 0 not in self.batch_dims
+        return [d if d is None or t.shape[d] == self.batch_size else d + inner for t, d in pairs]
+
+    def join_targets(self, split: Sequence[Tensor]) -> Any:
+        """What the loss gets, from split targets."""
+        triples = zip(split, self.targets, self.target_dims(), strict=True)
+        joined = [s if d is None or s.ndim == t.ndim else s.flatten(d, d + 1) for s, t, d in triples]
+        return filled(self.target_template, joined)
+
+
+def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any) -> Arguments:
+    """Bring `compiled(inputs, *targets)` into a flat form.
+
+    Raises:
+        ArgumentError: if the inputs hold no tensor, the batch is empty, or batch sizes disagree.
+    """
+    named = isinstance(inputs, Mapping)
+    names = list(inputs) if named else None
+    values = list(inputs.values() if named else inputs if isinstance(inputs, tuple | list) else [inputs])
+    tensors: list[Tensor] = []
+    dims: list[int | None] = []
+    templates = []
+    for value, d in zip(values, _per_input(batch_dim, names, len(values)), strict=True):
+        before = len(tensors)
+        templates.append(templated(value, tensors))
+        dims += [_in_range(t, d) for t in tensors[before:]]
+    if not tensors:
+        raise ArgumentError("the inputs hold no tensor: pass a tensor, or a tuple or dict of tensors")
+    input_template = ((), dict(zip(names, templates, strict=True))) if names else (tuple(templates), {})
+    target_tensors: list[Tensor] = []
+    target_template = templated(tuple(targets), target_tensors)
+    arguments = Arguments(tensors, target_tensors, input_template, target_template, dims)
+    if arguments.batch_size == 0:
+        raise ArgumentError("the batch is empty: pass at least one sample")
+    if any(t.is_complex() for t in (*tensors, *target_tensors)):
+        raise ArgumentError("complex tensors are not supported: split them into real and imaginary parts")
+    arguments.structure = _structure(input_template, "inputs"), _structure(target_template, "targets")
+    return arguments
+
+
+def _per_input(batch_dim: Any, names: list[str] | None, count: int) -> list[Any]:
+    """`batch_dim=` as one entry per input."""
+    if isinstance(batch_dim, Mapping):
+        unknown = [name for name in batch_dim if name not in (names or [])]
+        if unknown:
+            raise ArgumentError(f"batch_dim names {unknown}, but the inputs are {names or 'positional'}")
+        wanted = [batch_dim.get(name, 0) for name in names or []]
+    elif isinstance(batch_dim, tuple | list):
+        if len(batch_dim) != count:
+            raise ArgumentError(f"batch_dim has {len(batch_dim)} entries for {count} inputs: pass one each")
+        wanted = list(batch_dim)
+    else:
+        wanted = [batch_dim] * count
+    for d in wanted:
+        if d is not None and type(d) is not int:
+            raise ArgumentError(f"batch_dim has {d!r}: use an int, or None for an input without a batch")
+    return wanted
+
+
+def _in_range(t: Tensor, d: int | None) -> int | None:
+    if d is None:
+        return None
+    if t.ndim == 0:
+        raise ArgumentError("an input has no dimensions, so no batch: pass batch_dim= with None for it")
+    if not -t.ndim <= d < t.ndim:
+        raise ArgumentError(f"batch_dim {d} is out of range for an input of shape {tuple(t.shape)}")
+    return d % t.ndim
+
+
+def templated(value: Any, tensors: list[Tensor]) -> Any:
+    """`value` with a `Slot` in place of each tensor, which goes to `tensors`."""
+
+    def keep(t: Tensor) -> Slot:
+        tensors.append(t)
+        return Slot(len(tensors) - 1)
+
+    return map_leaves(value, Tensor, keep)
+
+
+def filled(template: Any, tensors: Sequence[Tensor]) -> Any:
+    """The structure that `template` was made of, with these tensors."""
+    return map_leaves(template, Slot, lambda slot: tensors[slot.index])
+
+
+def map_leaves(value: Any, kind: type, fn: Callable[[Any], Any], memo: dict[int, Any] | None = None) -> Any:
+    """A structure of pytrees, dataclasses and plain objects, with `fn` applied to every `kind` in it."""
+    memo = {} if memo is None else memo
+    if isinstance(value, kind):
+        return fn(value)
+    leaves, spec = pytree.tree_flatten(value)
+    if not _is_leaf(value, leaves):
+        return pytree.tree_unflatten([map_leaves(leaf, kind, fn, memo) for leaf in leaves], spec)
+    if id(value) in memo:
+        return memo[id(value)]
+    if not _holds(value, kind, set()):
+        return value
+    new = memo[id(value)] = copy.copy(value)
+    for name, member in vars(value).items():
+        object.__setattr__(new, name, map_leaves(member, kind, fn, memo))
+    return new
+
+
+def _is_leaf(value: Any, leaves: list[Any]) -> bool:
+    return len(leaves) == 1 and leaves[0] is value
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a leaf is an object that tensors may be members of."""
+    return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, Enum)
+
+
+def _holds(value: Any, kind: type, seen: set[int]) -> bool:
+    """Whether there is a `kind` in a structure, which may refer to itself."""
+    if isinstance(value, kind) or id(value) in seen:
+        return isinstance(value, kind)
+    seen.add(id(value))
+    leaves = pytree.tree_leaves(value)
+    if not _is_leaf(value, leaves):
+        return any(_holds(leaf, kind, seen) for leaf in leaves)
+    return _is_plain(value) and any(_holds(member, kind, seen) for member in vars(value).values())
+
+
+def _structure(template: Any, what: str, outer: tuple[int, ...] = ()) -> Any:
+    """A hashable description of a template; equal ones may share a program."""
+    if isinstance(template, Slot):
+        return "tensor"
+    leaves, spec = pytree.tree_flatten(template)
+    if not _is_leaf(template, leaves):
+        return str(spec), tuple(_structure(leaf, what, outer) for leaf in leaves)
+    if id(template) in outer:
+        return "itself"
+    if _is_plain(template):
+        outer = (*outer, id(template))
+        return type(template), tuple((k, _structure(v, what, outer)) for k, v in vars(template).items())
+    try:
+        hash(template)
+    except TypeError:
+        raise ArgumentError(f"the {what} hold a {type(template).__name__}: pass tensors") from None
+    return type(template), template
+
+
+def described(tensors: Sequence[Tensor]) -> str:
+    """Dtypes and shapes, for messages."""
+
+    def size(s: int | torch.SymInt) -> str:
+        hint = s.node.hint if isinstance(s, torch.SymInt) else s
+        return str(s if hint is None else hint)
+
+    found = [f"{str(t.dtype).removeprefix('torch.')}[{', '.join(map(size, t.shape))}]" for t in tensors]
+    return ", ".join(found) or "none"

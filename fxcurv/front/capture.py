@@ -1,0 +1,83 @@
+"""Model and loss to a `Program`: `torch.export` to a functional graph of ATen ops with a symbolic batch.
+
+What export would lose silently is kept or refused here: the leaves that the loss reads are marked, outputs of
+`no_grad` regions are detached, custom autograd functions keep their backward (`custom.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from fxcurv.errors import CaptureError, FxcurvError
+from fxcurv.front.arguments import Arguments
+from fxcurv.front.custom_functions import kept_functions
+from fxcurv.front.guards import fixed_sizes, no_branches, quiet, user_frames
+from fxcurv.front.lift import detach_no_grad_regions, lift
+from fxcurv.front.python_state import Path, Reads
+from fxcurv.front.side_effects import no_side_effects
+from fxcurv.front.wrapped import Captured, reason, where_raised
+from fxcurv.ir.program import Program
+
+
+def capture(
+    model: nn.Module, loss: Callable | None, arguments: Arguments, split: str | None = None, numbers: Sequence[Path] = ()
+) -> Program:
+    """Trace `model` and `loss` into a functional graph.
+
+    Args:
+        numbers: where floats are that become inputs of the graph.
+
+    Raises:
+        CaptureError: if `torch.export` cannot trace them; carries its reason and what usually helps.
+        LossError: if the loss is not a scalar tensor.
+    """
+    reads = Reads(model, loss, numbers)
+    wrapped = Captured(model, loss, arguments, split, reads)
+    with quiet():
+        try:
+            with fixed_sizes(wrapped), no_side_effects([m for m in (model, loss) if isinstance(m, nn.Module)]):
+                exported = _export(wrapped, arguments)
+                detach_no_grad_regions(exported)
+                exported = exported.run_decompositions({})
+        except FxcurvError:
+            raise
+        except Exception as error:
+            raise _capture_error(error, wrapped) from error
+        reads.check()
+        program = lift(model, wrapped, exported, arguments)
+        program.python = reads.state(program.constants, [*wrapped.parameters(), *wrapped.buffers()])
+        return program
+
+
+def _export(wrapped: Captured, arguments: Arguments) -> ExportedProgram:
+    numbers = wrapped.reads.tensors(next(wrapped.model.parameters()).device)
+    dims = arguments.batch_dims, arguments.split_dims(), [None] * len(numbers)
+    shapes = tuple([{d: Dim.AUTO} if d is not None else None for d in part] for part in dims)
+    # autograd saves nothing of tensors made under inference_mode, nor does it like to be asked for the gradient of what is no
+    # leaf; export marks its inputs' dynamic dimensions, and unmarks those that the user marked
+    inputs, targets = (
+        [t.clone() if t.is_inference() else t.detach().requires_grad_(t.requires_grad and t.is_leaf) for t in tensors]
+        for tensors in (arguments.inputs, arguments.split_targets())
+    )
+    was_training = [(m, m.training) for m in wrapped.model.modules()]
+    wrapped.training = wrapped.model.training
+    try:
+        with torch.enable_grad(), kept_functions(), no_branches(), user_frames():
+            return torch.export.export(wrapped, (inputs, targets, numbers), dynamic_shapes=shapes, strict=False)
+    finally:
+        for module, training in was_training:
+            module.training = training
+
+
+def _capture_error(error: Exception, wrapped: Captured) -> CaptureError:
+    return CaptureError(
+        f"torch.export cannot trace the model or its loss:\n"
+        f"{where_raised(error, wrapped)}{type(error).__name__}: {reason(error)}\n"
+        "What usually helps: inputs of the shapes and dtypes that the model expects, no branch on a value "
+        "(use torch.where), no .item() or numpy in forward, outputs made of tensors. The full reason is "
+        "in the exception's __cause__."
+    )

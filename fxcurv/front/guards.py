@@ -1,0 +1,99 @@
+"""What export would lose or trip over, kept or refused while it traces."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import traceback
+import warnings
+from unittest import mock
+
+import torch
+
+from fxcurv.errors import LossError
+from fxcurv.front.wrapped import Captured, line_of
+from fxcurv.ir.origin import is_user_file
+from fxcurv.ir.private import OpOverload, fake_tensor_log, original, patched
+
+
+@contextlib.contextmanager
+def quiet():
+    """Silence what PyTorch says about its own code while tracing."""
+    with warnings.catch_warnings(), mock.patch.object(fake_tensor_log, "disabled", True):
+        warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
+        weights = r"(self\.[\w.]*_flat_weights\S*\s?)+"  # of nn.LSTM and nn.GRU, which are parameters as well
+        assigned = rf"The tensor attributes? {weights}(was|were) assigned during export"
+        warnings.filterwarnings("ignore", assigned, UserWarning)
+        yield
+
+
+@contextlib.contextmanager
+def no_branches():
+    """Losses of PyTorch that branch on values: said without the branch, or refused."""
+    gaussian = patched("torch.nn.functional.gaussian_nll_loss", _gaussian_nll)
+    with gaussian, patched("torch.ctc_loss", _no_ctc):
+        yield
+
+
+def _no_ctc(*args, **kwargs):
+    raise LossError(
+        "ctc_loss: the shapes inside it depend on the values of the target lengths, which torch.export cannot trace, and it "
+        f"has no second derivative.\n{_user_line()}Way out: the forward recursion over time in torch.logsumexp, with masks."
+    )
+
+
+def _user_line() -> str:
+    """The innermost frame of the user's that is running."""
+    frames = [f for f in traceback.extract_stack() if is_user_file(f.filename)]
+    return line_of(frames[-1].filename, frames[-1].lineno or 0, frames[-1].name) if frames else ""
+
+
+def _gaussian_nll(input, target, var, full=False, eps=1e-6, reduction="mean"):  # noqa: A002
+    """`F.gaussian_nll_loss`; where it raises for a negative variance, this is NaN."""
+    if isinstance(var, float):
+        var = torch.full_like(input, var)
+    if var.shape != input.shape:
+        var = var.unsqueeze(-1) if var.shape == input.shape[:-1] else var
+        if var.ndim != input.ndim or sum(a != b for a, b in zip(var.shape, input.shape, strict=True)) != 1:
+            raise ValueError("var is of incorrect size")
+    # the clamp is of the value alone: the derivative passes
+    clamped = var + (torch.where(var < 0, torch.nan, var.clamp(min=eps)) - var).detach()
+    loss = 0.5 * (clamped.log() + (input - target) ** 2 / clamped)
+    loss = loss + 0.5 * math.log(2 * math.pi) if full else loss
+    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+
+
+@contextlib.contextmanager
+def user_frames():
+    """Record the user's frames on every node; export keeps only those of functions called `forward`."""
+
+    def keep(_tracer, frames):
+        start = max((i for i, f in enumerate(frames) if f.filename == __file__), default=-1)
+        return traceback.StackSummary.from_list([f for f in frames[start + 1 :] if is_user_file(f.filename)])
+
+    with patched("torch.fx.proxy.TracerBase._filter_traceback_frames", keep):
+        yield
+
+
+@contextlib.contextmanager
+def fixed_sizes(wrapped: Captured):
+    """Note the op, module and line that first make a number of the batch size, the only symbolic size."""
+    name = "torch.fx.experimental.symbolic_shapes.ShapeEnv._set_replacement"
+    own = original(name)
+    names = {id(m): name for name, m in wrapped.model.named_modules()}
+
+    def replaced(env, symbol, target, *args):
+        if target.is_number and wrapped.record.fixed_by is None:
+            frames = [frame for frame, _ in traceback.walk_stack(None)]  # the innermost first
+            ops = [f.f_locals.get("func") for f in frames]
+            modules = [names[id(m)] for f in frames if id(m := f.f_locals.get("self")) in names]
+            lines = [f for f in frames if is_user_file(f.f_code.co_filename)]
+            wrapped.record.fixed_by = {
+                "op": str(next((op for op in ops if isinstance(op, OpOverload)), "")),
+                "module": modules[0] if modules else "",
+                "stack_trace": "".join(traceback.format_stack(lines[0], 1)) if lines else "",
+            }
+        return own(env, symbol, target, *args)
+
+    with patched(name, replaced):
+        yield

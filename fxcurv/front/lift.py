@@ -1,0 +1,213 @@
+"""The exported graph becomes a `Program`: placeholders bound, no_grad regions detached, outputs told apart."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from fxcurv.errors import CaptureError
+from fxcurv.front.arguments import Arguments
+from fxcurv.front.wrapped import Captured
+from fxcurv.ir.batch import Batch
+from fxcurv.ir.origin import source_line
+from fxcurv.ir.private import captured_size, schema_of
+from fxcurv.ir.program import Input, Program
+from fxcurv.rules.custom import functions_as_targets
+
+
+def detach_no_grad_regions(exported: ExportedProgram) -> None:
+    """Decomposition inlines `no_grad` regions as ordinary ops: detach what leaves them."""
+    wrap = torch.ops.higher_order.wrap_with_set_grad_enabled
+    for module in exported.graph_module.modules():
+        if not isinstance(module, fx.GraphModule):
+            continue
+        graph = module.graph
+        learned = _learned(exported, graph)
+        for node in [n for n in graph.nodes if n.target is wrap and n.args[0] is False]:
+            _check_writes(module, node, learned)
+            for user in [u for u in node.users if isinstance(u.meta.get("val"), Tensor)]:
+                with graph.inserting_after(user):
+                    detached = graph.call_function(torch.ops.aten.detach.default, (user,))
+                detached.meta = dict(user.meta)
+                user.replace_all_uses_with(detached)
+                detached.args = (user,)
+        module.recompile()
+
+
+def _learned(exported: ExportedProgram, graph: fx.Graph) -> set[fx.Node]:
+    """The values that are computed from parameters."""
+    parameters, found = exported.graph_signature.inputs_to_parameters, set()
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.name in parameters or any(i in found for i in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _check_writes(module: fx.GraphModule, region: fx.Node, learned: set[fx.Node]) -> None:
+    """Autograd differentiates a value that `no_grad` wrote to as if it had not: detaching it would lose its gradient."""
+    body = getattr(module, region.args[1].target)
+    given = dict(zip([n for n in body.graph.nodes if n.op == "placeholder"], region.args[2:], strict=True))
+    for node in body.graph.nodes:
+        schema = schema_of(node.target)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        written = node.args[0]
+        while isinstance(written, fx.Node) and _is_view(written):
+            written = written.args[0]
+        if given.get(written) in learned:
+            line = source_line(node.meta.get("stack_trace") or "")
+            raise CaptureError(
+                f"op {node.target} writes under no_grad to a value that depends on parameters, which torch.export cannot keep "
+                f"apart from its gradient\n  {line}\nWay out: x = x + (x.clamp(min=eps) - x).detach(), say, in place of "
+                "x.clamp_(min=eps)."
+            )
+
+
+def _is_view(node: fx.Node) -> bool:
+    schema = schema_of(node.target)
+    return schema is not None and any(r.alias_info for r in schema.returns) and bool(node.args)
+
+
+def _drop_effects(graph: fx.Graph, tokens: set[str]) -> None:
+    """Drop what orders side effects: checks of values (those of `linalg` under `vmap`) go as asserts do."""
+    for node in [n for n in graph.nodes if n.target is torch.ops.higher_order.with_effects]:
+        for user in list(node.users):
+            if user.args[1] != 0:
+                raise CaptureError(f"op {node.args[1]} has side effects and a result, which no derivative passes")
+            user.replace_all_uses_with(node.args[0])
+            graph.erase_node(user)
+        graph.erase_node(node)
+    for node in [n for n in graph.nodes if n.op == "placeholder" and n.name in tokens]:
+        node.replace_all_uses_with(None)  # type: ignore[arg-type]
+        graph.erase_node(node)
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    return {id(p): name for name, p in model.named_parameters()}
+
+
+def lift(model: nn.Module, wrapped: Captured, exported: ExportedProgram, arguments: Arguments) -> Program:
+    """The exported graph as a `Program`, its placeholders bound to what a call passes."""
+    gm = fx.GraphModule(exported.graph_module, copy.deepcopy(exported.graph))
+    for old, new in zip(exported.graph.nodes, gm.graph.nodes, strict=True):
+        new.meta = dict(old.meta)
+    functions_as_targets(gm.graph)
+    signature = exported.graph_signature
+    _drop_effects(gm.graph, {spec.arg.name for spec in signature.input_specs if spec.kind.name == "TOKEN"})
+    names = _names(model)
+    trainable = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    inputs: list[Input] = []
+    params: dict[str, fx.Node] = {}
+    bound_params: dict[str, fx.Node] = {}
+    constants: dict[str, Tensor] = {}
+    counts = {"input": 0, "target": 0, "number": 0}
+    for node in [n for n in gm.graph.nodes if n.op == "placeholder"]:
+        bound = _bind(node, signature, exported, model, wrapped, names, constants, counts, arguments)
+        if bound.kind == "param" and bound.name in bound_params:  # also held outside of any module's parameters
+            node.replace_all_uses_with(bound_params[bound.name])
+            gm.graph.erase_node(node)
+            continue
+        if bound.kind == "param":
+            bound_params[bound.name] = node
+        inputs.append(bound)
+        if bound.kind == "param" and bound.name in trainable:
+            params[bound.name] = node
+    outputs = list(gm.graph.output_node().args[0])
+    mutations, loss, leaves, heads = _outputs(signature, outputs, wrapped)
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    batch = _batch(placeholders, inputs, arguments)
+    program = Program(
+        gm, inputs, batch, params, trainable, leaves, heads, loss, mutations, wrapped.record.template,
+        constants,
+    )  # fmt: skip
+    program.fake_mode = next(
+        n.meta["val"].fake_mode for n in placeholders if isinstance(n.meta.get("val"), Tensor)
+    )
+    if program.fixed and wrapped.record.fixed_by is not None:
+        program.fixed_by = wrapped.record.fixed_by
+    program.refresh_output()
+    return program
+
+
+def _bind(node, signature, exported, model, wrapped, names, constants, counts, arguments) -> Input:
+    """What a placeholder stands for."""
+    name = node.name
+    if name in signature.inputs_to_parameters:
+        target = signature.inputs_to_parameters[name]
+        tensor = _resolve(wrapped, target)
+        if id(tensor) in names:
+            return Input("param", names[id(tensor)])
+        constants[target] = tensor
+        return Input("constant", target)
+    if name in signature.inputs_to_buffers:
+        target = signature.inputs_to_buffers[name]
+        if target.startswith("model."):
+            return Input("buffer", target.removeprefix("model."))
+        constants[target] = _resolve(wrapped, target)
+        return Input("constant", target)
+    if name in signature.inputs_to_lifted_tensor_constants:
+        target = signature.inputs_to_lifted_tensor_constants[name]
+        constants[target] = exported.constants[target]
+        same = [n for n, p in model.named_parameters() if _same(p, constants[target])]
+        if same:
+            return Input("param", same[0])
+        return Input("constant", target)
+    given = {"input": len(arguments.inputs), "target": len(arguments.targets)}
+    kind = next((k for k, count in given.items() if counts[k] < count), "number")
+    counts[kind] += 1
+    return Input(kind, index=counts[kind] - 1)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one in memory."""
+    layouts = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (a, b)]
+    return a.numel() > 0 and layouts[0] == layouts[1]
+
+
+def _resolve(module: nn.Module, path: str) -> Tensor:
+    *parents, leaf = path.split(".")
+    for name in parents:
+        module = getattr(module, name)
+    return getattr(module, leaf)
+
+
+def _outputs(signature, outputs, wrapped):
+    """(mutations, loss, output leaves, heads) from the exported graph's flat outputs."""
+    mutations = {}
+    user = []
+    for spec, node in zip(signature.output_specs, outputs, strict=True):
+        kind = spec.kind.name
+        if kind == "BUFFER_MUTATION" and not spec.target.startswith("model."):
+            raise CaptureError(f"the loss writes to its buffer '{spec.target}': keep such state outside of it")
+        if kind == "BUFFER_MUTATION":
+            mutations[spec.target.removeprefix("model.")] = node
+        elif kind == "USER_OUTPUT":
+            user.append(node)
+        elif kind in ("USER_INPUT_MUTATION", "PARAMETER_MUTATION"):
+            what = "input" if "INPUT" in kind else "parameter"
+            raise CaptureError(f"the model or loss writes to {what} '{spec.target}' in place: clone it first")
+    loss, *rest = user
+    leaves = wrapped.record.leaves
+    return mutations, loss, rest[:leaves], rest[leaves:]
+
+
+def _batch(placeholders: list[fx.Node], inputs: list[Input], arguments: Arguments) -> Batch:
+    """The symbols that stand for the batch size in the captured sizes; none if the model fixed it."""
+    n = arguments.batch_size
+    symbols: set[Any] = set()
+    for node, bound in zip(placeholders, inputs, strict=True):
+        val = node.meta.get("val")
+        if bound.kind not in ("input", "target") or not isinstance(val, Tensor):
+            continue
+        dim = arguments.batch_dims[bound.index] if bound.kind == "input" else None
+        if dim is not None and not (isinstance(val.shape[dim], torch.SymInt) and val.shape[dim].node.expr.free_symbols):
+            return Batch(frozenset(), n)  # fixed for the inputs, though a target that nothing reads keeps its symbol
+        for d, size in enumerate(val.shape):
+            if isinstance(size, torch.SymInt) and (d == dim or size.node.hint == n):
+                symbols |= size.node.expr.free_symbols
+                symbols |= captured_size(size).free_symbols if size.node.expr.free_symbols else set()
+    return Batch(frozenset(symbols), n)

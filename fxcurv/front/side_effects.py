@@ -1,0 +1,228 @@
+"""Side effects of a forward pass: a program runs none of them, so those that a capture would lose are refused by name.
+
+A hook that only changes or returns values is traced, as part of the model. What hands tensors to Python (an attribute, a list
+that a hook or the forward itself appends to) would see one fake tensor and never run again. Which hooks there are is
+part of what a program depends on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from fxcurv.errors import CaptureError
+from fxcurv.ir.origin import is_user_file
+from fxcurv.ir.private import FakeTensor, FunctionalTensor, hooks_of_tensor, patched
+
+_FORWARD = ("_forward_hooks", "_forward_pre_hooks")
+_BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
+_GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
+_OWN = ("_parameters", "_buffers", "_modules", "_flat_weights", *_FORWARD, *_BACKWARD)
+
+WAY_OUT = (
+    "Way out: return the tensor as an output of the model (result.output has it), or remove the hook while fxcurv runs; a plain "
+    "forward pass of the model still has the side effect."
+)
+
+
+def hooks_of(modules: Sequence[nn.Module]) -> tuple:
+    """The hooks on all modules, by numbers that PyTorch never gives twice, and the global ones."""
+    own = [
+        (k, name, *hooks)
+        for root in modules
+        for k, m in enumerate(root.modules())
+        for name in (*_FORWARD, *_BACKWARD)
+        if (hooks := getattr(m, name))
+    ]
+    return tuple(own), tuple(tuple(getattr(nn_module, name)) for name in _GLOBAL)
+
+
+@contextlib.contextmanager
+def no_side_effects(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """While a model is captured: refuse what would be lost, and leave Python as it was.
+
+    Raises:
+        CaptureError: for hooks of the backward pass, and where a tensor was handed to Python.
+    """
+    named = [(name, m) for root in modules for name, m in root.named_modules()]
+    _check_backward(named)
+    watched = [*_attributes(named), *_state(_functions(named))]
+    before = [(what, owner, dict(owner) if isinstance(owner, dict) else list(owner)) for what, owner in watched]
+    numbers = _numbers(named)
+    with patched("torch.Tensor.register_hook", _no_tensor_hook):
+        try:
+            yield
+        except BaseException as error:
+            changed = [what for what, owner, old in before if _leaks(owner, old)]
+            _restore(before)
+            if changed and "during export" in str(error):  # export refuses some of them, in words of its own
+                raise _refused(changed[0]) from error
+            raise
+    changed = [what for what, owner, old in before if _leaks(owner, old)]
+    changed += [what for (what, old), (_, new) in zip(numbers, _numbers(named), strict=False) if old != new]
+    _restore(before)
+    if changed:
+        raise _refused(changed[0])
+
+
+def _refused(what: str) -> CaptureError:
+    return CaptureError(f"{what} changes in the forward pass, a side effect that a compiled program does not repeat.\n{WAY_OUT}")
+
+
+def _no_tensor_hook(tensor: Tensor, hook: Callable) -> None:
+    raise CaptureError(
+        f"the model registers the hook '{_name(hook)}' on a tensor in its forward pass (register_hook), which no program runs. "
+        "Way out: say what it does to the gradient as a torch.autograd.Function, or drop it."
+    )
+
+
+def _check_backward(named: Iterable[tuple[str, nn.Module]]) -> None:
+    for name, m in named:
+        for hook in [h for kind in _BACKWARD for h in getattr(m, kind).values()]:
+            raise CaptureError(
+                f"{_path(name, m)} has the backward hook '{_name(hook)}', which no program runs. Way out: remove it while fxcurv "
+                "runs, or say what it does to the gradient as a torch.autograd.Function."
+            )
+        for title, p in m.named_parameters(recurse=False):
+            for hook in (hooks_of_tensor(p) or {}).values():
+                raise CaptureError(
+                    f"the parameter '{title}' of {_path(name, m)} has the hook '{_name(hook)}', which no program runs. Way out: "
+                    "remove it while fxcurv runs, and apply it to the result's gradient."
+                )
+    for kind in _GLOBAL[2:]:
+        for hook in getattr(nn_module, kind).values():
+            raise CaptureError(
+                f"there is a global backward hook '{_name(hook)}', which no program runs. Way out: remove it while fxcurv runs."
+            )
+
+
+def _path(name: str, m: nn.Module) -> str:
+    return f"module '{name}' ({type(m).__name__})" if name else f"the model or loss ({type(m).__name__})"
+
+
+def _name(hook: Callable) -> str:
+    return getattr(hook, "__qualname__", type(hook).__name__)
+
+
+# ---- what a forward pass may write to ------------------------------
+
+
+def _attributes(named: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Any]]:
+    """(what it is, a dict or list): the attributes of all modules, and the containers among them."""
+    for name, m in named:
+        yield f"an attribute of {_path(name, m)}", vars(m)
+        for key, value in vars(m).items():
+            if key not in _OWN:
+                yield from ((f"the attribute '{key}' of {_path(name, m)}", c) for c in _containers(value))
+
+
+def _functions(named: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Callable]]:
+    """The hooks, and the forwards that a user wrote."""
+    for name, m in named:
+        for kind in _FORWARD:
+            for hook in getattr(m, kind).values():
+                yield f"what the hook '{_name(hook)}' of {_path(name, m)} keeps", hook
+        code = getattr(type(m).forward, "__code__", None)
+        if code is not None and is_user_file(code.co_filename):
+            yield f"what the forward of {_path(name, m)} keeps", type(m).forward
+    for kind in _GLOBAL[:2]:
+        for hook in getattr(nn_module, kind).values():
+            yield f"what the global hook '{_name(hook)}' keeps", hook
+
+
+def _state(functions: Iterable[tuple[str, Callable]]) -> Iterator[tuple[str, Any]]:
+    for what, fn in functions:
+        for value in _kept(fn):
+            yield from ((what, c) for c in _containers(value))
+
+
+def _kept(fn: Any) -> Iterator[Any]:
+    """The values that a function may write to: those of its closure, defaults, partial arguments, object and globals."""
+    if isinstance(fn, functools.partial):
+        yield from [*fn.args, *fn.keywords.values()]
+        yield from _kept(fn.func)
+        return
+    owner = getattr(fn, "__self__", None)
+    if owner is None and not hasattr(fn, "__code__"):
+        owner, fn = fn, vars(type(fn)).get("__call__")
+    if owner is not None and not isinstance(owner, nn.Module) and hasattr(owner, "__dict__"):
+        yield vars(owner)
+        yield from vars(owner).values()
+    elif owner is not None:
+        yield owner
+    fn = getattr(fn, "__func__", fn)
+    for cell in getattr(fn, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            yield cell.cell_contents
+    yield from getattr(fn, "__defaults__", None) or ()
+    code = getattr(fn, "__code__", None)
+    yield from (fn.__globals__[n] for n in code.co_names if n in fn.__globals__) if code is not None else ()
+
+
+def _containers(value: Any, depth: int = 2) -> Iterator[Any]:
+    """A list or dict, those in it, and the attributes of a plain object."""
+    if isinstance(value, dict | list | deque):
+        yield value
+    elif not isinstance(value, tuple | set):
+        if isinstance(value, Tensor | nn.Module | type) or not hasattr(value, "__dict__") or callable(value):
+            return
+        if type(value).__module__.startswith(("torch", "builtins")) or type(value).__name__ == "module":
+            return
+        yield vars(value)
+        value = vars(value)
+    if depth and len(value) < 1000:
+        for item in list(value.values() if isinstance(value, dict) else value):
+            if isinstance(item, dict | list | deque):
+                yield from _containers(item, depth - 1)
+
+
+def _numbers(named: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, Any]]:
+    """What the hooks count: numbers and lengths that they reach."""
+    out: list[tuple[str, Any]] = []
+    for what, fn in [(what, fn) for what, fn in _functions(named) if "hook" in what]:
+        for value in _kept(fn):
+            for c in _containers(value):
+                plain = [v for v in (c.values() if isinstance(c, dict) else c) if isinstance(v, int | float)]
+                out.append((what, (len(c), plain)))
+        cells = [v for v in _kept(fn) if isinstance(v, int | float)]
+        out.append((what, cells))
+    return out
+
+
+def _traced(value: Any, depth: int = 3) -> bool:
+    """Whether a value is or holds a tensor of the capture."""
+    if isinstance(value, Tensor):
+        return isinstance(value, FakeTensor | FunctionalTensor)
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple | set | deque):
+        return False
+    return depth > 0 and any(_traced(v, depth - 1) for v in list(value))
+
+
+def _leaks(owner: Any, old: Any) -> bool:
+    """Whether a tensor of the capture is in a dict or list now."""
+    if isinstance(owner, dict):
+        return any(_traced(v) for k, v in owner.items() if k not in _OWN and not (k in old and old[k] is v and _traced(v, 0)))
+    return any(_traced(v) for v in owner)
+
+
+def _restore(before: Iterable[tuple[str, Any, Any]]) -> None:
+    """Take the capture's tensors out again."""
+    for _, owner, old in before:
+        if _leaks(owner, old):
+            if isinstance(owner, dict):
+                for k in [k for k, v in owner.items() if k not in _OWN and _traced(v)]:
+                    if k in old:
+                        owner[k] = old[k]
+                    else:
+                        del owner[k]
+            else:
+                owner.clear()
+                owner.extend(old)

@@ -1,0 +1,138 @@
+"""What is exported: the model, its marked output leaves, and the loss on them."""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxcurv.errors import ArgumentError, FxcurvError, LossError
+from fxcurv.front.arguments import Arguments, described, filled, map_leaves, templated
+from fxcurv.front.python_state import Number, Reads
+from fxcurv.ir.origin import is_user_file
+from fxcurv.ir.private import GuardOnDataDependentSymNode
+
+
+@torch.library.custom_op("fxcurv::head", mutates_args=())
+def head(x: Tensor) -> Tensor:
+    """Marks a leaf of the model's output; removed by `normalize`."""
+    return x.clone()
+
+
+@head.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+class _Record:
+    """What a trace leaves behind besides its graph (no pytree: export restores those)."""
+
+    template: Any = None
+    leaves: int = 0
+    fixed_by: Any = None
+
+
+class Captured(nn.Module):
+    """What is exported: the model, its marked output leaves, and the loss on them."""
+
+    def __init__(self, model: nn.Module, loss: Callable | None, arguments: Arguments, split: str | None, reads: Reads):
+        super().__init__()
+        self.reads = reads
+        self.model = model
+        self.loss = loss
+        self.arguments = arguments
+        self.split = split
+        self.record = _Record()
+
+    def forward(self, inputs, targets, numbers):
+        with self.reads.numbers(numbers), self.reads:
+            return self._run(inputs, targets)
+
+    def _run(self, inputs, targets):
+        args, kwargs = filled(self.arguments.input_template, inputs)
+        marked: list[Tensor] = []
+
+        def mark(t: Tensor) -> Tensor:
+            if not t.is_floating_point():
+                return t
+            marked.append(head(t))
+            return marked[-1]
+
+        with self._split_at(self.split, mark) if self.split else contextlib.nullcontext():
+            output = self.model(*args, **kwargs)
+        map_leaves(output, Number, Number.refuse)
+        output = output if self.split else map_leaves(output, Tensor, mark)
+        leaves: list[Tensor] = []
+        self.record.template = templated(output, leaves)
+        self.record.leaves = len(leaves)
+        loss = None
+        if self.loss is not None:
+            loss = _scalar(self._loss_of(self.loss, output, self.arguments.join_targets(targets)))
+        return loss, leaves, marked
+
+    def _loss_of(self, loss: Callable, output: Any, targets: tuple) -> Any:
+        try:
+            return loss(output, *targets)
+        except (FxcurvError, GuardOnDataDependentSymNode):
+            raise
+        except Exception as error:
+            tensors: list[Tensor] = []
+            templated(output, tensors)
+            raise ArgumentError(
+                f"the loss fails on the model's output, {described(tensors)}, and the targets, "
+                f"{described(self.arguments.targets)}:\n"
+                f"{where_raised(error, self)}{type(error).__name__}: {reason(error)}\n"
+                "Way out: targets of the number, shape and dtype that the loss expects (indices: int64)."
+            ) from error
+
+    @contextlib.contextmanager
+    def _split_at(self, path: str, mark: Callable):
+        try:
+            module = self.model.get_submodule(path)
+        except AttributeError as error:
+            raise ArgumentError(f"split='{path}' is no submodule of the model: {error}") from None
+        handle = module.register_forward_hook(lambda _module, _args, output: map_leaves(output, Tensor, mark))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise LossError(f"the loss is a {type(loss).__name__}, not a tensor: return a scalar, without .item()")
+    if loss.numel() != 1:
+        raise LossError(f"the loss is {described([loss])}, not a scalar: reduce it by .sum() or .mean()")
+    if not loss.is_floating_point():
+        raise LossError(f"the loss is {loss.dtype}, so not differentiable: return a floating-point scalar")
+    return loss if loss.ndim == 0 else loss.reshape(())
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error's message."""
+    return next((line for line in str(error).strip().splitlines() if line.strip()), "")[:400]
+
+
+def where_raised(error: Exception, wrapped: Captured) -> str:
+    """The innermost module and the user's line that an exception passed through."""
+    names = {id(m): name for name, m in wrapped.named_modules() if name}
+    module = line = ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        this = frame.f_locals.get("self")
+        if isinstance(this, nn.Module) and id(this) in names:
+            name = names[id(this)].removeprefix("model").removeprefix(".")
+            path = f"module '{name}'" if name else "the model"
+            module = f"  in {path} ({type(this).__name__})\n"
+        if is_user_file(frame.f_code.co_filename):
+            line = line_of(frame.f_code.co_filename, number, frame.f_code.co_name)
+    return module + line
+
+
+def line_of(file: str, number: int, function: str) -> str:
+    """The user's line as a traceback shows it."""
+    return f'  File "{file}", line {number}, in {function}: {linecache.getline(file, number).strip()}\n'

@@ -1,0 +1,177 @@
+"""`emit`, the only maker of nodes: trace plain PyTorch on the nodes' values and splice the nodes in."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor, fx
+
+from fxcurv.ir.graph import layout
+from fxcurv.ir.private import (
+    disable_fake_tensor_cache,
+    dispatch_functionalize,
+    enable_python_dispatcher,
+    make_fx,
+    pytree,
+    schema_of,
+)
+from fxcurv.ir.program import Program
+
+# Derivatives that are zero everywhere are tensors without memory, which nobody can keep.
+MATERIALISED = {torch.ops.aten._efficientzerotensor.default: torch.zeros}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A traced function: its graph, and how its outputs are put together again."""
+
+    gm: fx.GraphModule
+    spec: pytree.TreeSpec
+
+
+def emit(program: Program, fn: Callable, *args: Any, origin: dict[str, Any] | None = None, before=None) -> Any:
+    """Emit the nodes that compute `fn(*args)`, where `args` is a pytree with nodes for tensors.
+
+    Args:
+        program: the program whose graph grows.
+        fn: plain PyTorch, a function of its arguments only.
+        origin: provenance written on every new node (op, module, stack_trace, stage, extension).
+        before: insert in front of this node (default: the end of the graph).
+
+    Returns:
+        what `fn` returns, with nodes for tensors.
+    """
+    leaves, spec = pytree.tree_flatten(args)
+    key = _key(fn, leaves, spec)
+    pieces = program.pieces
+    piece = pieces.get(key) if key is not None else None
+    if piece is None:
+        piece = _trace(program, fn, leaves, spec, origin)
+        if key is not None:
+            pieces[key] = piece
+    nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+    return _splice(program, piece, nodes, origin or {}, before or program.output)
+
+
+def call(program: Program, target: Any, *args: Any, origin: dict[str, Any] | None = None) -> fx.Node:
+    """One executable node `target(*args)` (a `contract` node): its `value` is known, its body is not traced yet."""
+    with program.graph.inserting_before(program.output):
+        node = program.graph.call_function(target, args)
+    with program.fake_mode:
+        node.meta["val"] = target.value(*fx.node.map_arg(args, lambda a: a.meta["val"]))
+    node.meta["origin"] = dict(origin or {})
+    return node
+
+
+@contextlib.contextmanager
+def tracing(program: Program, origin: dict[str, Any] | None):
+    """Run on fake values; notes the origin of what turns the symbolic batch size into a number.
+
+    The Python dispatcher takes the decompositions that keep sizes symbolic where a C++ kernel would fix them. Equal
+    pieces are traced once, so the fake mode's own cache would be filled for nothing, which takes as long as tracing.
+    """
+    before = program.fixed
+    with (
+        disable_fake_tensor_cache(program.fake_mode),
+        program.fake_mode,
+        torch.enable_grad(),  # the backward of some ops (det, solve) takes a way under no_grad that is not differentiated
+        enable_python_dispatcher(),
+    ):
+        yield
+    if program.fixed and not before:
+        program.fixed_by = origin or {}
+
+
+def _trace(program: Program, fn: Callable, leaves: list[Any], spec: pytree.TreeSpec, origin) -> Piece:
+    out_spec = None
+
+    def flat(*vals):
+        nonlocal out_spec
+        it = iter(vals)
+        full = [next(it) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+        out, out_spec = pytree.tree_flatten(fn(*pytree.tree_unflatten(full, spec)))
+        return out
+
+    nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+    with tracing(program, origin), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # nodes of one traced piece share their values, and a trace tells its inputs apart by identity
+        vals = [_fresh(node.meta["val"]) for node in nodes]
+        gm = make_fx(flat, MATERIALISED)(*vals)
+        if any(_mutates(node) for node in gm.graph.nodes):
+            gm = make_fx(dispatch_functionalize(flat), MATERIALISED)(*vals)
+    gm.graph.eliminate_dead_code()
+    return Piece(gm, out_spec)
+
+
+def _fresh(val: Any) -> Any:
+    if not isinstance(val, Tensor):
+        return val
+    return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = schema_of(node.target)
+    return schema is not None and schema.is_mutable
+
+
+def _splice(program: Program, piece: Piece, nodes: list[fx.Node], origin: dict[str, Any], before: fx.Node) -> Any:
+    env: dict[fx.Node, Any] = {}
+    given = iter(nodes)
+    graph = program.graph
+    with graph.inserting_before(before):
+        for node in piece.gm.graph.nodes:
+            if node.op == "placeholder":
+                env[node] = next(given)
+            elif node.op == "output":
+                out = pytree.tree_map(lambda a: env[a] if isinstance(a, fx.Node) else a, node.args[0])
+            elif node.op == "get_attr":
+                env[node] = constant(program, getattr(piece.gm, node.target))
+            else:
+                new = graph.node_copy(node, env.__getitem__)
+                new.meta = {"val": node.meta.get("val"), "origin": {**origin, "own": str(node.target)}}
+                env[node] = new
+    return pytree.tree_unflatten(list(out), piece.spec)
+
+
+def constant(program: Program, value: Tensor) -> fx.Node:
+    """A node for a tensor that the program owns, at the graph's insertion point."""
+    taken = {name for name, _ in program.gm.named_buffers()}
+    name = next(f"_constant{k}" for k in itertools.count() if f"_constant{k}" not in taken)
+    program.gm.register_buffer(name, value, persistent=False)
+    node = program.graph.get_attr(name)
+    node.meta["val"] = program.fake_mode.from_tensor(value) if isinstance(value, Tensor) else value
+    return node
+
+
+def _key(fn: Callable, leaves: list[Any], spec: pytree.TreeSpec):
+    base, bound = fn, None
+    if isinstance(fn, functools.partial):  # two partials are never equal, what they bind may be
+        base, bound = fn.func, (fn.args, tuple(fn.keywords.items()))  # type: ignore[assignment]
+    closure = getattr(base, "__closure__", None) and not inspect.ismethod(base)  # a method's closure is its class
+    if closure or "<lambda>" in getattr(base, "__qualname__", ""):
+        return None
+    key = (base, bound, str(spec), tuple(signature(leaf) for leaf in leaves))
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def signature(leaf: Any) -> Any:
+    """What a trace depends on of an argument: of a node its value's kind, of anything else all."""
+    if not isinstance(leaf, fx.Node):
+        return (type(leaf), leaf)
+    val = leaf.meta["val"]
+    if isinstance(val, Tensor):
+        return ("tensor", val.dtype, val.device, layout(val))
+    return ("sym", val.node.expr) if isinstance(val, SymInt) else ("node", leaf)

@@ -1,0 +1,50 @@
+"""Where samples interact, in words."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fxcurv.ir.graph import ancestors, is_tensor
+from fxcurv.ir.origin import locate
+from fxcurv.ir.placement import MIXED, PARTIAL, Shard
+from fxcurv.ir.program import Program
+
+
+def mixing(program: Program) -> str | None:
+    """Where samples interact, as the message for quantities per sample, `{asked}`; None where they do not."""
+    targets = [program.loss] if program.loss is not None else program.heads
+    for node in ancestors(targets):
+        place = node.meta.get("place")
+        if node.meta.get("active") and any(p == MIXED for p in (place if isinstance(place, list) else [place])):
+            if of_reduced_loss(program, node):
+                return (
+                    f"{_literal(locate(node))}\nis a non-linear function of the reduced loss, for which {{asked}} is not "
+                    "defined.\nWay out: a loss that is a sum or mean over samples, or ask for the gradient or products."
+                )
+            return (
+                f"{_literal(locate(node))}\nmixes samples, so {{asked}} (per sample) does not exist for the parameters before "
+                "it.\nWay out: model.eval() or GroupNorm in place of batch norm in training mode; batch_dim= if the batch "
+                "is not dimension 0; a loss that is a sum or mean over samples; or ask for what the whole batch has: the "
+                "gradient, DiagGGNExact, DiagHessian, products."
+            )
+    for head in program.heads:
+        if head.meta.get("active") and not isinstance(head.meta["place"], Shard):
+            return (
+                f"{_literal(locate(head))}\nis a model output without a sample axis, so {{asked}} (per sample) does not exist. "
+                "Return one slice per sample, and reduce in the loss."
+            )
+    if program.loss is not None and program.loss.meta["place"] != PARTIAL:
+        return f"{_literal(locate(program.loss))}\nis no sum over samples, so {{asked}} does not exist for it."
+    return None
+
+
+def of_reduced_loss(program: Program, node: fx.Node) -> bool:
+    """Whether `node` reads nothing of the model but one number that the loss has summed over samples, as in `loss**2`."""
+    sources = [i for i in node.all_input_nodes if i.meta.get("active")]
+    summed = all(i.meta["place"] == PARTIAL and is_tensor(i) and not i.meta["val"].ndim for i in sources)
+    return summed and node not in ancestors(program.heads) and all(isinstance(h.meta["place"], Shard) for h in program.heads)
+
+
+def _literal(text: str) -> str:
+    """The user's own line may have braces."""
+    return text.replace("{", "{{").replace("}", "}}")

@@ -1,0 +1,50 @@
+"""Counter-based noise: a hash of (seed, stream, column, sample, position) in plain tensor ops.
+
+Bit-equal in eager mode, under Inductor, on every device and for any sharding of the samples, because no value depends
+on the order in which values are drawn.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fxcurv.ir.placement import Shard, samples_back
+
+_MASK = 0xFFFFFFFF
+
+
+def _mix(x: Tensor, key: Tensor | int) -> Tensor:
+    """A keyed bijection of 32-bit words in int64 ("lowbias32"; constants below 2**31, so that no product overflows)."""
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
+    x = ((x ^ (x >> 15)) * 0x735A2D97 + key) & _MASK
+    return x ^ (x >> 15)
+
+
+def uniform(seed: Tensor, stream: int, columns: int, like: Tensor, place: Shard) -> Tensor:
+    """Independent uniform numbers in (0, 1), [columns, *like.shape], in the dtype of `like`.
+
+    Args:
+        seed: 0-dim integer tensor.
+        stream: distinguishes independent draws of one program.
+        place: where the samples are on `like`.
+    """
+    outer, inner = place.outer, place.inner
+    slice_shape = [*like.shape[: place.dim], outer * inner, *like.shape[place.dim + 1 :]]
+    n = like.shape[place.dim] // (outer * inner) if outer * inner > 1 else like.shape[place.dim]
+    size = math.prod(slice_shape[: place.dim]) * outer * inner * math.prod(slice_shape[place.dim + 1 :])
+    # the counter of (sample, position, column) does not depend on how many samples there are
+    counter = torch.arange(n * size * columns, device=like.device).reshape(n, *slice_shape, columns)
+    counter = samples_back(counter, place).movedim(-1, 0)
+    low, high = (seed + stream * 0x9E3779B1) & _MASK, (seed >> 31) & _MASK
+    bits = _mix(_mix((counter * 0x2545F491 + low) & _MASK, high), low)
+    return ((bits.to(torch.float64) + 0.5) * 2.0**-32).to(like.dtype)
+
+
+def normal(seed: Tensor, stream: int, columns: int, like: Tensor, place: Shard) -> Tensor:
+    """Independent standard normal numbers, [columns, *like.shape] (Box-Muller)."""
+    u = uniform(seed, stream, columns, like, place)
+    v = uniform(seed, stream + 0x10000, columns, like, place)
+    return torch.sqrt(-2 * torch.log(u)) * torch.cos(2 * math.pi * v)

@@ -1,0 +1,93 @@
+"""Where a node comes from: its op, module, the user's line, and the stage that made it."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxcurv.ir.private import OpOverload
+
+# Frames of these packages are never the user's line.
+_INSIDE = tuple(os.path.dirname(os.path.abspath(path)) + os.sep for path in (torch.__file__, __file__))
+
+
+def is_user_file(path: str) -> bool:
+    """Whether a frame of this file is the user's own code."""
+    return not path.startswith((*_INSIDE, "<eval_with_key>", "<frozen", "<string>"))
+
+
+def is_ours(path: str) -> bool:
+    """Whether a frame of this file is the compiler's."""
+    return path.startswith(_INSIDE[1])
+
+
+def locate(node: fx.Node) -> str:
+    """Where a node of a captured graph comes from: op, module path and the user's source line."""
+    meta = node.meta
+    origin = meta.get("origin", {})
+    op = origin.get("op") or (node.target if node.op == "call_function" else node.name)
+    op = op if isinstance(op, str | OpOverload) else getattr(op, "__name__", op)
+    module = origin.get("module") or module_path(node)
+    line = source_line(meta.get("stack_trace") or origin.get("stack_trace") or "")
+    where = f" in module '{module}'" if module else " in the loss" if origin.get("in_loss") or in_loss(node) else ""
+    return f"op {op}{where}" + (f"\n  {line}" if line else "")
+
+
+def module_path(node: fx.Node) -> str:
+    """The dotted path of the innermost user module that emitted `node` ("" for the model itself)."""
+    paths = [path for path in _stack(node) if path.startswith("model.")]
+    return paths[-1].removeprefix("model.") if paths else ""
+
+
+def _stack(node: fx.Node) -> list[str]:
+    return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+
+
+def in_loss(node: fx.Node) -> bool:
+    """What is captured calls the model and the loss, so what is outside the model is the loss."""
+    stack = _stack(node)
+    return bool(stack) and not any(path.split(".")[0] == "model" for path in stack)
+
+
+def source_line(trace: str) -> str:
+    """The last frame of `trace` that is the user's own, as 'File "x.py", line 3, in forward: code'."""
+    lines = trace.strip().splitlines()
+    found = ""
+    for header, code in zip(lines, [*lines[1:], ""], strict=False):
+        frame = re.match(r'\s*File "(.+?)", line \d+', header)
+        if frame and is_user_file(frame[1]):
+            found = f"{header.strip()}: {code.strip()}"
+    return found
+
+
+STAGES = {
+    "forward": "forward pass",
+    "columns": "columns at the loss",
+    "propagate": "backward walk",
+    "results": "quantities",
+}
+
+
+def stage_of(node: fx.Node) -> str:
+    """The stage that made a node, a key of `STAGES`; `extract` and `select` are both "results"."""
+    if "origin" not in node.meta:
+        return "forward"
+    stage = node.meta["origin"].get("stage", "results")
+    return stage if stage in STAGES else "results"
+
+
+def origin_of(node: fx.Node, stage: str, **more: Any) -> dict[str, Any]:
+    """Provenance for nodes that a pass makes out of `node`."""
+    known = node.meta.get("origin", {})
+    return {
+        "op": known.get("op") or str(node.target),
+        "module": known.get("module") or module_path(node),
+        "stack_trace": known.get("stack_trace") or node.meta.get("stack_trace", ""),
+        "in_loss": known.get("in_loss") or in_loss(node),
+        "stage": stage,
+        **more,
+    }

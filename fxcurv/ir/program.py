@@ -1,0 +1,284 @@
+"""The program that every pass reads and writes: one `torch.fx` graph and what is known of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxcurv.cost import Machine, machine
+from fxcurv.ir.batch import Batch
+from fxcurv.ir.graph import is_tensor, layout, pruned
+from fxcurv.ir.origin import source_line
+from fxcurv.ir.placement import REPLICATE, Placement, Shard
+from fxcurv.ir.private import pytree
+from fxcurv.ir.state import Analysis, Options, Walked
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a placeholder of the graph is bound to at a call.
+
+    kind: "param", "buffer", "constant" (by `name`), "input", "target" (by `index` among the tensor leaves), "seed",
+        "number" (a float that Python holds, by `index` among `python_state.State.numbers`),
+        "memory" (by `index` among the program's buffers).
+    """
+
+    kind: str
+    name: str = ""
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What `select` chose for one contraction, or what an extension computes otherwise, at which predicted cost.
+
+    stage: "select", or of an extension's own "extract".
+    """
+
+    param: str
+    extension: str
+    rule: str
+    algorithm: str
+    flops: int
+    bytes: int
+    seconds: float
+    rejected: tuple[tuple[str, float], ...] = ()
+    savefield: str = ""
+    stage: str = "select"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A condition on values: `node` is a boolean scalar that must be true at the first call."""
+
+    node: fx.Node
+    error: Callable[[], Exception]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A buffer that large results are written to: its fake value, and the (field, parameter name) of those results."""
+
+    val: Tensor
+    results: tuple[tuple[str, str], ...]
+
+
+@dataclass
+class Program:
+    """One graph from the forward pass to all results.
+
+    Attributes:
+        gm: the GraphModule; its graph's last node is the output.
+        inputs: what each placeholder is bound to, in order.
+        batch: the batch size and its symbols.
+        params: trainable parameter name -> placeholder.
+        output_leaves: tensor leaves of the model's output.
+        heads: f, the leaves that the loss reads (all of them without a loss).
+        loss: the scalar loss, or None.
+        mutations: buffer name -> node with its new value.
+        results: field -> parameter name -> node, or a pytree of nodes; `extras`: field -> the same without names.
+        covers: extension -> names of its parameters, for those that chose them.
+        borrowing: fields that hold values to compute with later: those of parameters and inputs are not copied.
+        fake_mode: the mode that all values of the graph belong to.
+        fixed_by: the op, module and line that made a number of the batch size.
+        pieces: traced functions by their kinds of arguments (see `ir.emit`).
+        options: what was asked for; `analysis`: what the passes before the walk found; `walked`: what the walk left.
+        probe: the forward graph to check placements with; `selfcheck`: what to compare at the first call; if asked for.
+        python: the values of attributes, closures and globals that tracing read.
+        checks: conditions on values, verified at the first call; `finish` moves them to `check_module`, which computes
+            them, and `verdicts`, the errors that go with them.
+        decisions: what was chosen for each contraction.
+        largest: the batch size up to which the columns fit the memory budget, if more sweeps would help.
+        stale: nodes that read a value of other strides than the one that they were traced with.
+        served: batch sizes that were asked for -> whether the guards allow them.
+        buffers: the memory that large results are written to (see `passes.recycle`).
+    """
+
+    gm: fx.GraphModule
+    inputs: list[Input]
+    batch: Batch
+    params: dict[str, fx.Node]
+    shapes: dict[str, torch.Size]
+    output_leaves: list[fx.Node]
+    heads: list[fx.Node]
+    loss: Any
+    mutations: dict[str, fx.Node]
+    output_template: Any = None
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    extensions: tuple = ()
+    covers: dict[Any, list[str]] = field(default_factory=dict)
+    rules: dict = field(default_factory=dict)
+    seed: fx.Node | None = None
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
+    borrowing: set[str] = field(default_factory=set)
+    checks: list[Check] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    fake_mode: Any = None
+    fixed_by: dict[str, str] | None = None
+    pieces: dict = field(default_factory=dict)
+    options: Options = field(default_factory=Options)
+    analysis: Analysis = field(default_factory=Analysis)
+    walked: Walked = field(default_factory=Walked)
+    probe: Any = None
+    python: Any = None
+    selfcheck: Any = None
+    timings: dict[str, float] = field(default_factory=dict)
+    buffers: list[Memory] = field(default_factory=list)
+    largest: int | None = None
+    stale: set[fx.Node] = field(default_factory=set)
+    served: dict[int, bool] = field(default_factory=dict)
+    check_module: fx.GraphModule | None = None
+    verdicts: list[Callable[[], Exception]] = field(default_factory=list)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.gm.graph
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The emitted GraphModule; its arguments are `inputs`, in order."""
+        return self.gm
+
+    @property
+    def output(self) -> fx.Node:
+        return next(iter(reversed(self.graph.nodes)))  # PyTorch 2.11 gives no iterator
+
+    @property
+    def machine(self) -> Machine:
+        """What the cost model knows of the device that the parameters are on."""
+        return machine(next(iter(self.params.values())).meta["val"].device)
+
+    def names_of(self, extension: Any) -> list[str]:
+        """The parameters that an extension's quantity is of."""
+        return self.covers.get(extension, list(self.params))
+
+    def roots(self) -> list[fx.Node]:
+        """Every node that must be computed."""
+        nodes = [*self.output_leaves, *self.heads, *self.mutations.values()]
+        nodes += [self.loss] if self.loss is not None else []
+        nodes += pytree.tree_leaves(self.results)
+        nodes += [*pytree.tree_leaves(self.extras), *(c.node for c in self.checks)]
+        return list(dict.fromkeys(nodes))
+
+    def refresh_output(self) -> None:
+        """Make the graph's output node return `roots()`, so that dead code elimination sees what is alive."""
+        self.output.args = (tuple(self.roots()),)
+
+    def finish(self) -> None:
+        """Set the output to what a call returns, and the checks apart in a module of their own."""
+        if self.checks:
+            outputs = self.output.args
+            self.output.args = (tuple(c.node for c in self.checks),)
+            self.check_module = fx.GraphModule(self.gm, pruned(self.graph))
+            self.verdicts = [c.error for c in self.checks]
+            self.checks = []
+            self.output.args = outputs
+        self.heads = []
+        self.refresh_output()
+        self.graph.eliminate_dead_code()
+        self.gm.recompile()
+
+    def unpack(self, values: tuple, own: Callable[[Any], Any]) -> tuple:
+        """(loss, output leaves, mutations, results, extras) from what the finished GraphModule returned.
+
+        Args:
+            own: gives a value memory of its own.
+        """
+        given = dict(zip(self.output.args[0], values, strict=True))
+
+        def filled(field: str, nodes: Any) -> Any:
+            if field not in self.borrowing and all(isinstance(n, fx.Node) for n in nodes.values()):
+                return {name: own(given[n]) for name, n in nodes.items()}  # the usual case, and the fast one
+            return pytree.tree_map(lambda n: given[n] if field in self.borrowing else own(given[n]), nodes)
+
+        return (
+            own(given.get(self.loss)),
+            [own(given[n]) for n in self.output_leaves],
+            {name: own(given[n]) for name, n in self.mutations.items()},
+            {f: filled(f, nodes) for f, nodes in self.results.items()},
+            {f: filled(f, {f: node})[f] for f, node in self.extras.items()},
+        )
+
+    def serves(self, n: int) -> bool:
+        """Whether this program computes batches of `n` samples: its size, or any that its guards allow."""
+        if n == self.batch.size:
+            return True
+        if not self.batch.symbols or n < 2 or n > (self.largest or n):
+            return False
+        if n not in self.served:  # evaluating guards takes as long as a small problem
+            values = {s: n for s in self.batch.symbols}
+            guards = self.fake_mode.shape_env.guards
+            self.served[n] = not self.fixed and all(bool(g.expr.subs(values)) for g in guards)
+        return self.served[n]
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the batch size became a number: by the model's capture, or by a traced piece since."""
+        if not self.batch.symbols:
+            return True
+        replaced = self.fake_mode.shape_env.replacements
+        return any(s in replaced and not replaced[s].free_symbols for s in self.batch.symbols)
+
+    @property
+    def batch_note(self) -> str:
+        """Whether the batch size is symbolic, or what fixed it: op, module path and the user's line."""
+        if not self.fixed:
+            return f"symbolic (captured at {self.batch.size})"
+        if self.batch.size == 1:
+            return "fixed at 1: one sample runs as a program of its own"
+        if self.batch.whole:
+            return f"fixed at {self.batch.size}: samples interact, so all of it is one sample"
+        origin = self.fixed_by or {}
+        where = f" in module '{origin['module']}'" if origin.get("module") else ""
+        line = source_line(origin.get("stack_trace") or "")
+        return f"fixed at {self.batch.size} by {origin.get('op') or 'the model'}{where}" + (f", {line}" if line else "")
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let `new` stand for `old` everywhere, in the graph and in this program's own fields."""
+        self.stand_in(old, new)
+        self.rename({old: new})
+
+    def stand_in(self, old: fx.Node, new: fx.Node) -> None:
+        """`replace` in the graph alone; `rename` does the rest, for many nodes at once."""
+        if is_tensor(old) and is_tensor(new) and layout(old.meta["val"]) != layout(new.meta["val"]):
+            self.stale.update(old.users)
+        old.replace_all_uses_with(new)
+
+    def rename(self, pairs: dict[fx.Node, fx.Node]) -> None:
+        """Replace nodes in this program's own fields, which may be large, each by one that stays."""
+        swap = lambda n: pairs.get(n, n) if isinstance(n, fx.Node) else n  # noqa: E731
+        self.output_leaves = [swap(n) for n in self.output_leaves]
+        self.heads = [swap(n) for n in self.heads]
+        self.loss = swap(self.loss)
+        self.mutations = {name: swap(n) for name, n in self.mutations.items()}
+        self.results, self.extras = (pytree.tree_map(swap, fields) for fields in (self.results, self.extras))
+        self.checks = [Check(swap(c.node), c.error) for c in self.checks]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The memory of a result: its program, a flat tensor for each of that program's buffers, its fields, which lie there."""
+
+    program: Program
+    tensors: tuple[Tensor, ...]
+    fields: dict[str, Any]
+
+
+def place(node: fx.Node) -> Placement:
+    """The placement of a node's value (set by `passes.independence`)."""
+    return node.meta.get("place", REPLICATE)
+
+
+def is_active(node: Any) -> bool:
+    """Whether a node's value depends differentiably on a trainable parameter."""
+    return isinstance(node, fx.Node) and bool(node.meta.get("active", False))
+
+
+def is_sharded(node: Any) -> bool:
+    """Whether a node's value has a slice per sample."""
+    return isinstance(node, fx.Node) and isinstance(place(node), Shard)

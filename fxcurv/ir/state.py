@@ -1,0 +1,76 @@
+"""The typed sections of a `Program`: what was asked for, what the analysis found, what the walk left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a program was asked for.
+
+    Attributes:
+        create_graph: results can be differentiated again, so only algorithms that autograd can follow are chosen.
+        memory_budget: bytes that the columns of the walk may take; None: a share of the free memory.
+        sample: "sequence" or "token".
+        as_written: no op of the model may be said in others.
+        batch_dims: the samples' dimension of every input, None for one without samples.
+        split: path of the submodule whose output is f, None for the model's output.
+    """
+
+    create_graph: bool = False
+    memory_budget: int | None = None
+    sample: str = "sequence"
+    as_written: bool = False
+    batch_dims: tuple[int | None, ...] = ()
+    split: str | None = None
+
+
+@dataclass
+class Analysis:
+    """What the passes before the walk found.
+
+    Attributes:
+        terms: the sources of curvature in the loss (`walks.loss`), where an extension needs them.
+        positions: (T, axis of classes), where every position of the output is a sample.
+        ends: what f is, where it is not the model's output; `hidden`: why it is not known, with room for `{asked}`.
+        mixing: where samples interact, as a message with room for `{asked}`; empty where they do not.
+    """
+
+    terms: list[Any] = field(default_factory=list)
+    positions: tuple[int, int | None] | None = None
+    mixing: str = ""
+    ends: str = ""
+    hidden: str = ""
+
+
+@dataclass
+class Walked:
+    """What the walk left for `extract`.
+
+    Attributes:
+        uses: parameter name -> its per-sample uses.
+        direct: parameter name -> the gradient that arrives there without samples, [1, *P].
+        weights: group -> node of its columns' weights [V, N].
+        columns: group -> number of its columns.
+        residuals: the groups that ops with curvature gave birth to.
+        parts: group -> its parts, where it was too large for one sweep.
+        sweeps: how often the walk went down.
+        arrivals: loss op -> the cotangent that arrived there.
+        products: (what was required, parameter names) -> (blocks, operator), of `passes.products`.
+        averaged: parameter names -> op -> its averaged matrix, of `passes.average`.
+    """
+
+    uses: dict[str, list[Any]] = field(default_factory=dict)
+    direct: dict[str, fx.Node] = field(default_factory=dict)
+    weights: dict[Any, fx.Node] = field(default_factory=dict)
+    columns: dict[Any, int] = field(default_factory=dict)
+    residuals: list[Any] = field(default_factory=list)
+    parts: dict[Any, list[Any]] = field(default_factory=dict)
+    sweeps: int = 1
+    arrivals: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    products: dict[Any, Any] = field(default_factory=dict)
+    averaged: dict[tuple[str, ...], dict[fx.Node, Any]] = field(default_factory=dict)

@@ -1,0 +1,90 @@
+"""Blocks of products on a CPU: what is squared or summed is written to memory that stays in the cache.
+
+Axes: V columns, N samples, K groups, S shared positions, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from fxcurv.ir.precision import wide
+
+# Elements of a block: 2 MiB in float32.
+BLOCK = 1 << 19
+# Samples in a block at least: in a batched product of fewer, threads have no work.
+FEWEST = 4
+
+
+def boxes(sizes: tuple[int, ...], budget: int, most: int | None = None) -> Iterator[tuple[slice, ...]]:
+    """Boxes of at most `budget` elements, or one, that cover an array of `sizes`; the last axis is filled first.
+
+    `most` bounds a box's length along the first axis.
+    """
+    steps: list[int] = []
+    for size in reversed(sizes):
+        steps.insert(0, max(1, min(size, budget)))
+        budget //= steps[0]
+    steps[0] = max(1, min(steps[0], most or steps[0]))
+    spans = ([slice(x, min(x + d, size)) for x in range(0, size, d)] for size, d in zip(sizes, steps, strict=True))
+    return itertools.product(*spans)
+
+
+def products(
+    a: Callable[[slice], Tensor], g: Tensor, i: int, most: int | None = None
+) -> Iterator[tuple[int, slice, slice, Tensor]]:
+    """Blocks (v, n, o, p) of P = sum_s g a^T of one column, p [N', K, O', I] in `wide(g.dtype)`, valid until the next block.
+
+    Args:
+        a: the factor [N', K, S, I] of the samples in a slice; called once for every slice.
+        g: [V, N, K, S, O].
+        i: the size I.
+        most: the largest N'.
+    """
+    v, n, k, _, o = g.shape
+    row = max(1, k * i)
+    outputs = max(1, min(o, BLOCK // row))
+    count = max(1, min(n, most or n, max(FEWEST, BLOCK // (row * outputs))))
+    scratch = g.new_empty(count * row * outputs, dtype=wide(g.dtype))
+    for ns in spans(n, count):
+        inputs = a(ns).to(scratch.dtype).flatten(0, 1)
+        for column, os in itertools.product(range(v), spans(o, outputs)):
+            left = g[column, ns, :, :, os].to(scratch.dtype).flatten(0, 1).mT
+            p = scratch[: left.shape[0] * left.shape[1] * i].view(*left.shape[:2], i)
+            yield column, ns, os, torch.bmm(left, inputs, out=p).unflatten(0, (-1, k))
+
+
+def spans(size: int, step: int) -> list[slice]:
+    """Slices of at most `step` that cover an axis."""
+    return [slice(start, min(size, start + step)) for start in range(0, size, step)]
+
+
+def square_sum(
+    a: Callable[[slice], Tensor], g: Tensor, i: int, w: Tensor | None, per_sample: bool, most: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """sum_v w[v, n] P[v, n]^2, [N, K, O, I], or its sum over samples, [1, K, O, I], in `wide(g.dtype)`.
+
+    Args:
+        a, g, i, most: as in `products`.
+        w: signed weights [V, N], or None for ones.
+        per_sample: whether the samples' sums are kept apart.
+        out: memory for the result, by default new.
+    """
+    v, n, k, _, o = g.shape
+    shape = (n if per_sample else 1, k, o, i)
+    out = g.new_empty(shape, dtype=wide(g.dtype)) if out is None else out.view(shape)
+    fresh = per_sample and v > 0 and g.shape[3] > 0  # the first column writes what later ones add to
+    out = out if fresh else out.zero_()
+    values = None if w is None else w.tolist()
+    for column, ns, os, p in products(a, g, i, most):
+        for sample, one in enumerate(p, ns.start):
+            weight, target = 1 if values is None else values[column][sample], out[sample if per_sample else 0, :, os]
+            if fresh and column == 0:
+                torch.mul(one, one if values is None else one * weight, out=target)
+            else:
+                target.addcmul_(one, one, value=weight)
+    return out

@@ -1,0 +1,139 @@
+"""channels_last: images with their channels last in memory, on a CPU.
+
+There convolutions, and pooling by far more, are faster with channels last, and unfolding copies runs of channels. A
+convolution's input is brought into that layout once; ops that keep the layout of what they read pass it on; any other
+op, and what the caller gets, reads the values in the layout that they were captured with.
+
+A convolution that is strided, with channels that do not fill vectors, reads them so too. oneDNN's weight gradient for
+AVX2 of a strided 1 x 1 convolution writes beyond its workspace there (see `sound`), and a model that has its channels
+first would never have called it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxcurv.ir.graph import canonical_args
+from fxcurv.ir.graph import layout as laid_out
+from fxcurv.ir.origin import origin_of
+from fxcurv.ir.private import enable_python_dispatcher
+from fxcurv.ir.program import Program
+from fxcurv.rules.base import RULES
+from fxcurv.rules.pointwise import Pointwise
+from fxcurv.rules.traits import CONVOLUTION, KEEP
+
+aten = torch.ops.aten
+
+# channels that fill every vector, of AVX2 (8 numbers in float32) and of AVX-512 (16)
+VECTOR = 16
+
+
+def channels_last(program: Program) -> Program:
+    """See the module."""
+    if any(p.meta["val"].device.type != "cpu" for p in program.params.values()):
+        return program
+    if not any(_moves(n) for n in program.graph.nodes):
+        return program
+    _Layout(program).run()
+    program.graph.eliminate_dead_code()
+    program.refresh_output()
+    return program
+
+
+def sound(weight: Sequence[int], stride: Sequence[int], groups: int) -> bool:
+    """Whether all kernels of a 2-d convolution are known to be sound with channels last.
+
+    oneDNN copies the pixels that a strided 1 x 1 convolution reads to a workspace, whole vectors of channels for each. Its
+    weight gradient for AVX2, `jit_avx2_1x1_convolution_bwd_weights_t`, overruns the workspace where channels are last and do
+    not fill the vectors (oneDNN 3.12 in PyTorch 2.13.0; also PyTorch 2.14.1): a corrupted heap, wrong numbers, or a hang. No
+    other kernel size was seen to do so, yet none gains enough to rely on that. Which processor this is does not count:
+    variables of the environment change oneDNN's choice, and an exported program runs elsewhere.
+    """
+    # [outputs, inputs / groups], or of a transposed convolution [inputs, outputs / groups]
+    per_group = (weight[0] // groups, weight[1])
+    return all(s == 1 for s in stride) or all(c % VECTOR == 0 for c in per_group)
+
+
+def _moves(node: fx.Node) -> bool:
+    """Whether the node is a convolution of images that go channels last."""
+    if node.target is not CONVOLUTION or node.meta["val"].ndim != 4:
+        return False
+    _, weight, _, stride, *_, groups = canonical_args(node)
+    return sound(weight.meta["val"].shape, stride, groups)
+
+
+class _Layout:
+    """One pass over the nodes in order; `before` holds the layouts of those whose layout changed."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.before: dict[fx.Node, Any] = {}
+        self.copies: dict[tuple[fx.Node, torch.memory_format], fx.Node] = {}
+        self.shown = {*program.output_leaves, *program.heads, *program.mutations.values(), program.loss}
+
+    def run(self) -> None:
+        for node in list(self.program.graph.nodes):
+            if node.op != "call_function":
+                continue
+            if _moves(node):
+                x, *rest = node.args
+                node.args = (self.copy(x, torch.channels_last, node), *rest)
+            elif not _keeps(node):
+                fix = lambda a, n=node: self.copy(a, torch.contiguous_format, n) if a in self.before else a  # noqa: E731
+                node.args, node.kwargs = fx.node.map_arg(node.args, fix), fx.node.map_arg(node.kwargs, fix)
+            self.revalue(node)
+
+    def copy(self, node: fx.Node, form: torch.memory_format, before: fx.Node) -> fx.Node:
+        """`node` in the layout `form`."""
+        val = node.meta["val"]
+        # one channel is both, and a convolution takes it for channels first
+        if val.is_contiguous(memory_format=form) and (form is torch.contiguous_format or val.stride(1) == 1):
+            return node
+        found = self.copies.get((node, form))
+        if found is None:
+            with self.program.graph.inserting_before(before):
+                found = self.program.graph.call_function(aten.clone.default, (node,), {"memory_format": form})
+            found.meta = {**node.meta, "origin": origin_of(node, "forward")}
+            found.meta["val"] = self.value(found)
+            self.copies[node, form] = found
+        return found
+
+    def revalue(self, node: fx.Node) -> None:
+        """Compute the value of `node` anew, in the layout that it has now."""
+        if not any(i in self.before or i in self.copies.values() for i in node.all_input_nodes):
+            return
+        old, node.meta["val"] = node.meta["val"], self.value(node)
+        if _same(old, node.meta["val"]):
+            return
+        if node in self.shown:
+            own = self.copy(node, torch.contiguous_format, node.next)
+            if own is not node:
+                self.program.replace(node, own)
+                own.args = (node,)
+        else:
+            self.before[node] = old
+
+    def value(self, node: fx.Node) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: a.meta["val"])
+        # as under export: what PyTorch says in Python takes symbolic sizes, some of what it says in C++ does not
+        with enable_python_dispatcher(), self.program.fake_mode, torch.no_grad():
+            return node.target(*args, **kwargs)
+
+
+def _keeps(node: fx.Node) -> bool:
+    """Whether the node's result is laid out as what it reads is, which may have changed."""
+    if node.target is CONVOLUTION:
+        return _moves(node)
+    return node.target in KEEP or isinstance(RULES.get(node.target), Pointwise)
+
+
+def _same(old: Any, new: Any) -> bool:
+    if isinstance(old, Tensor):
+        return laid_out(old) == laid_out(new)
+    if isinstance(old, tuple | list):
+        return all(_same(a, b) for a, b in zip(old, new, strict=True))
+    return True

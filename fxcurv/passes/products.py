@@ -1,0 +1,169 @@
+"""products: matrix-free products as programs of their own."""
+
+from __future__ import annotations
+
+import functools
+import operator
+
+from torch import fx
+
+from fxcurv.errors import ExtensionError
+from fxcurv.ir.emit import constant
+from fxcurv.ir.graph import ancestors, closure, copied
+from fxcurv.ir.origin import locate
+from fxcurv.ir.placement import PARTIAL, Shard
+from fxcurv.ir.private import pytree
+from fxcurv.ir.program import Program
+from fxcurv.operators import Code, Lazy, Operator, Parts, Products, Whole
+from fxcurv.passes.ends import check_ends
+from fxcurv.passes.simplify import simplify
+from fxcurv.quantity import Product as Wanted
+from fxcurv.walks.columns import births
+from fxcurv.walks.loss import find_terms
+from fxcurv.walks.products.joint import Joint, joint_of
+from fxcurv.walks.products.partition import repeatable, saved_values, size_of, split
+from fxcurv.walks.products.positive import PositiveProduct
+from fxcurv.walks.products.walk import Product
+from fxcurv.walks.products.zeros import drop_zeros
+
+
+def products(program: Program) -> Program:
+    """Emit every product that an extension requires (`walked.products`)."""
+    for extension in program.extensions:
+        wanted = extension.requires
+        if isinstance(wanted, Wanted):
+            names = tuple(program.names_of(extension))
+            if (wanted, names) not in program.walked.products:
+                program.walked.products[wanted, names] = _build(program, wanted.kind, wanted.modify, names)
+    return program
+
+
+def _build(program: Program, kind: str, modify: str, names: tuple[str, ...]) -> tuple[Products, Operator]:
+    """The products with the "ggn", the "hessian" or the "pch" of `program`, for the parameters in `names`.
+
+    Returns:
+        (the blocks, the matrix over all these parameters), pytrees of the nodes that the main program has to return.
+    """
+    saved, code = _positive(program, modify, names) if kind == "pch" else _whole(program, kind, names)
+    return Products(saved, code), Operator(saved, code)
+
+
+def _whole(program: Program, kind: str, names: tuple[str, ...]) -> tuple[list[fx.Node], Code]:
+    """One product for all parameters, of which every block is a part."""
+    if kind == "ggn":
+        check_ends(program, "the product with it")
+    base, where = joint_of(program, kind)
+    if kind == "ggn":
+        _check_convex(program, base, where)
+    _mark_living(program, base, where)
+    joint = base.copy()
+    vectors, found = Product(joint, kind, list(names)).run()
+    results = _simplified(joint.program, found)
+    saved = saved_values(joint.program, vectors.values(), list(results.values()))
+    gm = split(joint.program, saved, list(vectors.values()), list(results.values()))
+    labels = [_label(program, n, where) for n in saved]
+    return _returned(program, saved, where), Whole(program, labels, names, gm, list(vectors), list(results))
+
+
+def _positive(program: Program, modify: str, names: tuple[str, ...]) -> tuple[list[fx.Node], Code]:
+    """A product per parameter, made when it is first called: which residuals there are depends on the parameter.
+
+    Kept are the captured inputs, and what matrix products, convolutions and random ops gave: all else is cheap.
+    """
+    if program.options.create_graph:
+        raise ExtensionError(
+            "create_graph=True with PCHMP: the derivative of the eigendecompositions in it is not defined at repeated "
+            "eigenvalues. Way out: HMP or GGNMP, or PCHMP in a call without create_graph."
+        )
+    base, where = joint_of(program, "pch")
+    find_terms(base.program)
+    _mark_living(program, base, where)
+    needed = ancestors([base.program.loss, *pytree.tree_leaves(list(base.gradients.values()))])
+    expensive = {n for n in needed if n.op == "placeholder" or not repeatable(n)}
+    items = {n for n in needed if n.target is operator.getitem and n.args[0] in expensive}
+    saved = [n for n in needed if n in items or n in expensive and size_of(base.program, n) is not None]
+    changing = _changing(program)  # by this very call, after which they are of no use
+    saved = [n for n in saved if where.get(n.meta["key"]) not in changing]
+    labels = [_label(program, n, where) for n in saved]
+    emit = functools.partial(_positive_block, base, [n.meta["key"] for n in saved], modify)
+    return _returned(program, saved, where), Lazy(program, labels, names, emit)
+
+
+def _positive_block(base: Joint, keys: list[int], modify: str, name: str) -> Parts | None:
+    joint = base.copy()
+    program = joint.program
+    saved = {n.meta["key"]: n for n in program.graph.nodes if n.meta.get("key") in keys}
+    vectors, found = PositiveProduct(joint, name, modify).run()
+    # all saved values stay, so that none is merged away
+    program.extras = {f"saved {key}": node for key, node in saved.items()}
+    if name not in found:
+        return None
+    results = list(_simplified(program, found).values())
+    given = [program.extras[f"saved {key}"] for key in keys]
+    kept = saved_values(program, vectors.values(), results)
+    first = split(program, given, [], kept)
+    return first, split(program, kept, list(vectors.values()), results)
+
+
+def _check_convex(program: Program, base: Joint, where: dict[int, fx.Node]) -> None:
+    """The Gauss-Newton is asked for a loss that is convex in f; checked where the loss is a sum over samples."""
+    heads, loss = program.heads, program.loss
+    apart = loss.meta["place"] == PARTIAL and all(isinstance(h.meta["place"], Shard) for h in heads)
+    for term in find_terms(base.program):
+        if term.node is not None:
+            births.check_positive(program, term.node, *_returned(program, [base.gradients[term.node]], where))
+        elif apart:
+            births.check_convex(program, births.hessian_of_loss(program))
+
+
+def _changing(program: Program) -> set[fx.Node]:
+    """The buffers that a call updates."""
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    bound = zip(placeholders, program.inputs, strict=True)
+    return {n for n, what in bound if what.kind == "buffer" and what.name in program.mutations}
+
+
+def _mark_living(program: Program, base: Joint, where: dict[int, fx.Node]) -> None:
+    """Parameters, buffers and constants are in memory whether a product keeps them or not."""
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    kinds = {n: bound.kind for n, bound in zip(placeholders, program.inputs, strict=True)}
+    for node in base.program.graph.nodes:
+        if node.op == "placeholder":
+            node.meta["lives"] = kinds[where[node.meta["key"]]] in ("param", "buffer", "constant")
+
+
+def _simplified(program: Program, found: dict[str, fx.Node]) -> dict[str, fx.Node]:
+    """The results after common subexpressions are united and zeros dropped."""
+    program.extras.update({f"result {name}": node for name, node in found.items()})
+    simplify(program)
+    drop_zeros(program)
+    simplify(program)
+    return {name: program.extras[f"result {name}"] for name in found}
+
+
+def _returned(program: Program, saved: list[fx.Node], where: dict[int, fx.Node]) -> list[fx.Node]:
+    """The saved nodes in the main program: there already, or copied into it with what they are computed from."""
+    env: dict[fx.Node, fx.Node] = {}
+    stop = {n for node in saved for n in ancestors([node]) if n.meta.get("key") in where}
+    with program.graph.inserting_before(program.output):
+        for node in closure(saved, stop) if saved else []:
+            if node in stop:
+                env[node] = where[node.meta["key"]]
+            elif node.op == "get_attr":
+                env[node] = constant(program, getattr(node.graph.owning_module, node.target))
+            else:
+                env[node] = copied(program.graph, node, env)
+                env[node].meta = {k: v for k, v in node.meta.items() if k not in ("key", "active", "place")}
+    return [env[n] for n in saved]
+
+
+def _label(program: Program, node: fx.Node, where: dict[int, fx.Node]) -> str:
+    """What a saved value is to the user."""
+    if node.op != "placeholder":
+        return f"a value kept of {locate(node)}"
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    bound = program.inputs[placeholders.index(where[node.meta["key"]])]
+    named = {"param": "parameter", "buffer": "buffer", "constant": "constant"}
+    return (
+        f"{named[bound.kind]} '{bound.name}'" if bound.kind in named else f"tensor {bound.index} of the {bound.kind}s"
+    )

@@ -1,0 +1,69 @@
+"""sum_first: the sum over positions of what pooling sends back is the sum of what it was sent.
+
+The transpose of max-pooling puts every value at one position. A bias, and a Kronecker factor of a convolution, ask for the
+sum over positions alone: they read the smaller tensor, and the larger one may not be needed at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxcurv.ir.emit import emit
+from fxcurv.ir.graph import layout
+from fxcurv.ir.program import Program
+from fxcurv.rules.traits import SCATTERS, VIEWS
+
+aten = torch.ops.aten
+
+SUMS = {aten.sum.dim_IntList}
+
+
+def sum_first(program: Program) -> Program:
+    """See the module."""
+    replaced = {}
+    for node in [n for n in program.graph.nodes if n.target in SUMS]:
+        source: Any = node.args[0]
+        while source.target in VIEWS or source.target is aten.reshape.default:
+            source = source.args[0]
+        if source.target in SCATTERS and _over_positions(node, source):
+            ones = tuple(d for d, s in enumerate(node.meta["val"].shape) if _is_one(s))
+            new = emit(program, _sum_sent, source.args[0], ones, origin=node.meta["origin"], before=node)
+            program.stand_in(node, new)
+            replaced[node] = new
+            program.graph.erase_node(node)
+    program.rename(replaced)
+    program.refresh_output()
+    program.graph.eliminate_dead_code()
+    return program
+
+
+def _over_positions(node: fx.Node, source: fx.Node) -> bool:
+    """Whether `node` sums a view of `source` [..., C, H, W] over H and W, all of both, and keeps the order of the others."""
+    val, (*_, dims) = node.args[0].meta["val"], node.args[:2]
+    summed = {d % val.ndim for d in dims}
+    sizes, strides = layout(val)
+    (*_, h, w), (*_, row, column) = layout(source.meta["val"])
+    kept = [t for d, (s, t) in enumerate(zip(sizes, strides, strict=True)) if d not in summed and not _is_one(s)]
+    lead = [t for s, t in zip(*(part[:-2] for part in layout(source.meta["val"])), strict=True) if not _is_one(s)]
+    positions = [(s, t) for d, (s, t) in enumerate(zip(sizes, strides, strict=True)) if d in summed and not _is_one(s)]
+    count = 1
+    for s, _ in positions:
+        count = count * s
+    return kept == lead and count == h * w and all(t in (row, column) for _, t in positions)
+
+
+def _sum_sent(g: Tensor, ones: Sequence[int]) -> Tensor:
+    """[..., C, h, w] -> [..., C], its axes of size one where `ones` has them."""
+    t = g.sum((-2, -1))
+    t = t.squeeze([d for d, s in enumerate(t.shape) if _is_one(s)])
+    for d in ones:
+        t = t.unsqueeze(d)
+    return t
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1

@@ -1,0 +1,141 @@
+"""tokens: whether every position of the model's output can be a sample of its own, `compile(sample="token")`.
+
+It can where the loss is a sum over positions as well as over samples. Past the output, a position is followed by the
+algebra that follows a sample (`placement`), one axis of positions at a time. A function that is such a sum along each of
+several axes is one over all of them together, since no mixed difference is left.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor, fx
+
+from fxcurv.errors import ExtensionError, LossError
+from fxcurv.ir import placement
+from fxcurv.ir.graph import ancestors, canonical_args, descendants
+from fxcurv.ir.origin import locate
+from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Placement, Shard, Site
+from fxcurv.ir.private import pytree
+from fxcurv.ir.program import Program, is_active, is_sharded
+from fxcurv.quantity import Gradient
+from fxcurv.rules import LossRule
+from fxcurv.rules.base import rule_of
+from fxcurv.rules.sites import numeric_args
+
+aten = torch.ops.aten
+# value -> where the slices along one axis of the output are, and which of them (a slice of the axis has not all)
+Known = dict[fx.Node, tuple[Placement, range]]
+WAY_OUT = 'Way out: sample="sequence"; or a loss that is a sum or mean of one term per position.'
+
+
+def tokens(program: Program) -> Program:
+    """Set `state["positions"]`, (number of positions, axis of classes or None), where gradients are wanted by token."""
+    if program.options.sample == "token":
+        _find(program)
+    return program
+
+
+def _find(program: Program) -> None:
+    for e in program.extensions:
+        if type(e.requires) is not Gradient and not e.any_sample:
+            raise ExtensionError(
+                f'{type(e).__name__} is not defined for sample="token". Way out: sample="sequence", or a quantity of individual '
+                "gradients, or one that is a sum over samples (DiagGGNExact, DiagGGNMC, DiagHessian, products)."
+            )
+    asked = ", ".join(type(e).__name__ for e in program.extensions if type(e.requires) is Gradient)
+    if not asked:
+        return
+    if len(program.heads) != 1:
+        raise LossError(f"{asked} per token needs one output that the loss reads, not {len(program.heads)}.\n{WAY_OUT}")
+    (head,) = program.heads
+    _check_parameters(program, head, asked)
+    axes = _axes(program, head)
+    found = [(dim, *_first_mixing(program, head, at, size)) for dim, at, size in axes]
+    others = [d for d in range(head.meta["val"].ndim) if d != head.meta["place"].dim]
+    classes = next((dim for dim, _, over_classes in found if over_classes), others[-1] if others else None)
+    joining = [node for dim, node, _ in found if node is not None and dim != classes]
+    if joining:
+        raise LossError(
+            f"{locate(joining[0])}\njoins positions of the model's output other than in a sum, or is not known to keep them "
+            f"apart, so {asked} per token does not exist.\n{WAY_OUT}"
+        )
+    count = prod(size for dim, _, size in axes if dim != classes)
+    if count == 1 and not set(others) - {classes}:
+        shape = list(program.batch.shape(head.meta["val"], program.batch.size))
+        raise LossError(
+            f"{asked} per token: the model's output {shape} has no axis of positions beside samples and classes (with one number "
+            f"per position, the last axis is 1). {WAY_OUT}"
+        )
+    program.analysis.positions = count, classes
+
+
+def _check_parameters(program: Program, head: fx.Node, asked: str) -> None:
+    """A parameter that meets the output in the loss would have a gradient past the output."""
+    past = descendants([head]) - {head}
+    for node in ancestors([program.loss]):
+        others = [i for i in node.all_input_nodes if node in past and is_active(i) and i not in past and i is not head]
+        if others and (is_sharded(node) or any(is_active(a) and is_sharded(a) for a in ancestors(others))):
+            raise LossError(
+                f"{locate(node)}\nmakes the loss read more of the model than its output, so {asked} per token is not known "
+                f"at the output.\n{WAY_OUT}"
+            )
+
+
+def _axes(program: Program, head: fx.Node) -> list[tuple[int, Shard, int]]:
+    """(dimension, placement, size) of every axis of f besides the samples'; two of them may share their dimension."""
+    where, shape, n = head.meta["place"], program.batch.shape(head.meta["val"]), program.batch.probe
+    out = []
+    for dim, size in enumerate(shape):
+        if dim != where.dim:
+            out.append((dim, Shard(dim), size))
+            continue
+        if where.outer > 1:
+            out.append((dim, Shard(dim, 1, n * where.inner), where.outer))
+        if where.inner > 1:
+            out.append((dim, Shard(dim, where.outer * n, 1), where.inner))
+    return [axis for axis in out if axis[2] > 1]
+
+
+def _first_mixing(program: Program, head: fx.Node, at: Shard, size: int) -> tuple[fx.Node | None, bool]:
+    """(the first op between output and loss that joins slices along an axis other than in a sum, whether as classes)."""
+    known: Known = {head: (at, range(size))}
+    past = descendants([head])
+    for node in ancestors([program.loss]):
+        if node in past and node is not head:
+            known[node] = _placed(program, node, known)
+            if known[node][0] == MIXED:
+                return node, _over_classes(program, node, known)
+    return None if known[program.loss][0] == PARTIAL else program.loss, False
+
+
+def _over_classes(program: Program, node: fx.Node, known: Known) -> bool:
+    """Whether an op is a cross-entropy whose classes the slices are."""
+    rule, prediction = rule_of(node.target, program.rules), node.args[0]
+    if not isinstance(rule, LossRule) or prediction not in known:
+        return False
+    where = known[prediction][0]
+    return isinstance(where, Shard) and where.dim == rule.class_axis(prediction.meta["val"].ndim)
+
+
+def _placed(program: Program, node: fx.Node, known: Known) -> tuple[Placement, range]:
+    """Where the slices are on an op's output, and which of them."""
+    given = [known[i] for i in node.all_input_nodes if i in known]
+    which = {of for where, of in given if isinstance(where, Shard)}
+    val, (first, of) = node.meta["val"], given[0]
+    if len(which) > 1 or not isinstance(val, Tensor):
+        return MIXED, of  # also slices of a different shift
+    of = next(iter(which), of)
+    args, shape = numeric_args(program, node, program.batch.probe), program.batch.shape(val)
+    if node.target is aten.slice.Tensor and first == Shard(args[1] % val.ndim):
+        return first, of[slice(*args[2:])]  # some of them, each still apart
+    sites: list[Site | None] = []
+    for leaf in pytree.tree_leaves(canonical_args(node)):
+        value = leaf.meta.get("val") if isinstance(leaf, fx.Node) else None
+        here = known[leaf][0] if leaf in known else REPLICATE
+        sites.append(Site(program.batch.shape(value), here, leaf in known) if isinstance(value, Tensor) else None)
+    found = rule_of(node.target, program.rules).place(sites, args, shape, len(of))
+    if found is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        found = placement.pointwise([s for s in sites if s], val.ndim, linear=False)
+    return found if isinstance(found, Shard) or found == PARTIAL else MIXED, of

@@ -1,0 +1,671 @@
+"""Custom `torch.autograd.Function`s: their forward is one op of the graph, their own backward its transpose.
+
+Export would differentiate through a forward, which is what such a function is there to replace. So while a model is
+captured, the `forward` of every subclass (not `apply`: a bound `f = Round.apply` escapes any patch of it) is
+replaced by one op, `fxcurv::custom_function`, and each of its nodes then gets a `Custom` for a target:
+
+    forward    y = forward(ctx, x)                     user's Python, on whatever tensors it is called with
+    transpose  backward(ctx of forward(x), g)          a graph, made by tracing, in which x, y and g are inputs
+
+Calls of a `Custom` can be differentiated by `torch.func` like those of any op, through the function's backward and that
+backward's own derivative, so the general rule serves it. Samples are followed op by op through both graphs.
+What has no such meaning is refused by name: `CustomFunctionError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor, fx
+from torch.autograd.function import Function, once_differentiable
+
+from fxcurv.errors import CustomFunctionError, FxcurvError, UnsupportedOpError
+from fxcurv.ir.emit import MATERIALISED, emit, tracing
+from fxcurv.ir.graph import canonical_args, layout
+from fxcurv.ir.origin import locate, origin_of
+from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Placement, Shard
+from fxcurv.ir.private import (
+    dispatch_functionalize,
+    in_function_transform,
+    make_fx,
+    no_torch_functions,
+    pytree,
+    schema_of,
+)
+from fxcurv.ir.program import Program, is_active
+from fxcurv.quantity import Gradient
+from fxcurv.rules.base import Rule, rule_of
+from fxcurv.rules.traits import CUTS
+
+aten = torch.ops.aten
+
+WAY_OUT = (
+    "Way out: write it as plain PyTorch ops (x + (f(x) - x).detach() for a straight-through estimator), or as a "
+    "torch.library.custom_op with register_autograd."
+)
+
+KINDS: list[Custom] = []
+"""The functions that the running capture has met, by the number that their op carries."""
+
+
+@torch.library.custom_op("fxcurv::custom_function", mutates_args=())
+def custom_function(xs: list[Tensor], sizes: list[int], kind: int) -> list[Tensor]:
+    """A call of a custom function, while a model is captured; `kind` is its place in `KINDS`."""
+    return [y.clone() for y in KINDS[kind].run([*xs, *sizes]).tensors]
+
+
+@custom_function.register_fake
+def _(xs, sizes, kind):
+    with no_torch_functions():  # where export notes that gradients are switched on and off
+        ran = KINDS[kind].run([*xs, *sizes])
+    KINDS[kind].last = ran
+    return [torch.empty_like(y) for y in ran.tensors]
+
+
+# ---- what a function is given, and gives ------------------------------
+
+
+class _Context:
+    """The `ctx` of a function, by itself."""
+
+    def __init__(self, needs: tuple[bool, ...]):
+        self.needs_input_grad = needs
+        self.saved_tensors: tuple[Tensor | None, ...] = ()
+        self._constant: tuple[Tensor, ...] = ()
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def save_for_forward(self, *tensors: Tensor | None) -> None:
+        """Of no meaning here: nothing runs in forward mode."""
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        self._constant = tensors
+
+    def mark_dirty(self, *tensors: Tensor) -> None:
+        raise _Refused("writes to its input in place (mark_dirty), which is not kept")
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Of no effect: gradients are always tensors, zeros where an output is not read."""
+
+    def exchange(self, new: dict[int, Tensor]) -> None:
+        """Have what the function keeps read other tensors, by the identity of those that it kept."""
+        swap = lambda t: new.get(id(t), t) if isinstance(t, Tensor) else t  # noqa: E731
+        for name, value in vars(self).items():
+            setattr(self, name, pytree.tree_map(swap, value))
+
+
+class _Refused(Exception):
+    """Why a function cannot be kept."""
+
+
+class _Ran:
+    """One run of a forward: the `ctx` that it leaves, and its outputs, tensors and others."""
+
+    def __init__(self, ctx: _Context, out: Any):
+        self.ctx, self.out = ctx, out
+        several = isinstance(out, tuple | list)
+        self.leaves = list(out) if several else [out]
+        self.several = several
+        self.tensors = [t for t in self.leaves if isinstance(t, Tensor)]
+        self.constant = [any(t is c for c in ctx._constant) for t in self.tensors]
+
+
+class Custom:
+    """A call of the function `cls`, as the target of a node: a function of the tensors and sizes among its arguments.
+
+    Attributes:
+        needs: by argument of `apply`, whether a gradient is asked for.
+        single: whether it returns one tensor, not a tuple.
+        rule: the general rule; it knows whether the backward is the same at every input.
+        forward, backward: their graphs, once they are traced: (x) -> y, and (x, x, y, g) -> gradients of x. The first x
+            is what the function computes from in its forward and keeps, the second what it keeps as it is.
+        linear: whether the backward is linear in g.
+    """
+
+    def __init__(self, cls: type, args: tuple):
+        self.cls = cls
+        self.__name__ = self.__qualname__ = cls.__name__
+        self.__module__ = "fxcurv.custom"
+        leaves, self._spec = pytree.tree_flatten(args)
+        self._given = [_kind_of(leaf) for leaf in leaves]
+        self._others = [None if kind else leaf for leaf, kind in zip(leaves, self._given, strict=True)]
+        self.needs = tuple(isinstance(a, Tensor) and a.requires_grad for a in args)
+        self._tops = [k for k, a in enumerate(args) if isinstance(a, Tensor)]
+        first = [sum(isinstance(t, Tensor) for a in args[:k] for t in pytree.tree_leaves(a)) for k in self._tops]
+        self.tensor_tops = first
+        self.last: _Ran | None = None
+        self.single = False
+        self.constant: list[bool] = []
+        self.rule = CustomRule(self)
+        self.forward: fx.GraphModule | None = None
+        self.backward: fx.GraphModule | None = None
+        self._traced: Any = None
+        self.linear = self.smooth = True
+
+    def key(self, vals: Sequence[Any]) -> Any:
+        """Equal for calls that are traced to the same graphs."""
+        kinds = tuple((layout(v), v.dtype, v.device) if isinstance(v, Tensor) else str(v) for v in vals)
+        key = (self.cls, str(self._spec), tuple(self._given), tuple(map(_constant_key, self._others)), self.needs, kinds)
+        return key
+
+    def refused(self, why: str, way_out: str = "", where: str = "") -> CustomFunctionError:
+        """The error that says why this function is not kept."""
+        out = f"Way out: {way_out}." if way_out else WAY_OUT
+        return CustomFunctionError(f"{where}the custom autograd function '{self.cls.__qualname__}' {why}.\n{out}")
+
+    # -- calls
+
+    def run(self, leaves: Sequence[Any]) -> _Ran:
+        """The user's forward on tensors and sizes, tensors first."""
+        ctx = _Context(self.needs)
+        args = self._arguments(leaves)
+        try:
+            with torch.no_grad():
+                if is_separate(self.cls):
+                    out = _original(self.cls, "forward")(*args)
+                    _original(self.cls, "setup_context")(ctx, args, out)
+                else:
+                    out = _original(self.cls, "forward")(ctx, *args)
+        except FxcurvError:
+            raise
+        except _Refused as error:
+            raise self.refused(str(error)) from None
+        except Exception as error:
+            raise self.refused(f"cannot be traced, its forward fails: {_short(error)}") from error
+        return _Ran(ctx, out)
+
+    def _arguments(self, leaves: Sequence[Any]) -> tuple:
+        tensors, sizes = (iter([v for v in leaves if isinstance(v, Tensor) is is_]) for is_ in (True, False))
+        given = {"tensor": tensors, "size": sizes}
+        full = [next(given[k]) if k else o for k, o in zip(self._given, self._others, strict=True)]
+        return tuple(pytree.tree_unflatten(full, self._spec))
+
+    def __call__(self, *leaves: Any) -> Any:
+        out = _Replay.apply(self, *leaves) if in_function_transform() else tuple(self.run(leaves).tensors)
+        return out[0] if self.single else out
+
+    # -- tracing
+
+    def trace(self, program: Program, node: fx.Node) -> None:
+        """Set the graphs at the node's values."""
+        vals = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
+        key = self.key(vals)
+        if key == self._traced:
+            return
+        out = node.meta["val"]
+        ys = [out] if self.single else list(out)
+        where, origin = f"{locate(node)}\n", origin_of(node, "forward")
+        with saying(self, where):
+            self.forward = _graph(program, lambda *leaves: self.run(leaves).tensors, vals, origin)
+            _check(self, where, self.forward)
+            if is_active(node) and any(self.needs):
+                self.backward = _graph(program, self._backward, [*vals, *vals, *ys, *ys], origin)
+                _check(self, where, self.backward)
+        self._traced = key
+        if self.backward is not None:
+            self._learn(program)
+
+    def _backward(self, *flat: Any) -> list[Tensor | None]:
+        """Gradients of the tensors among the arguments, from (x, x, y, g)."""
+        n = sum(k is not None for k in self._given)
+        first, second, rest = flat[:n], flat[n : 2 * n], flat[2 * n :]
+        ys, gs = rest[: len(rest) // 2], list(rest[len(rest) // 2 :])
+        ran = self.run(first)
+        new = {id(old): y for old, y in zip(ran.tensors, ys, strict=True)}
+        new |= {id(old): x for old, x in zip(first, second, strict=True) if isinstance(old, Tensor)}
+        ran.ctx.exchange(new)
+        rows = iter(gs)
+        given = [next(rows) if isinstance(t, Tensor) else None for t in ran.leaves]
+        given = [g if g is None or g.is_floating_point() else None for g in given]
+        back = _original(self.cls, "backward")
+        found = back(ran.ctx, *given)
+        found = found if isinstance(found, tuple | list) else (found,)
+        tensors, args = [], self._arguments(second)
+        for k in self._tops:
+            g = found[k] if k < len(found) and self.needs[k] else None
+            tensors.append(g if g is None else g.sum_to_size(args[k].shape).to(args[k].dtype))
+        return tensors
+
+    def _learn(self, program: Program) -> None:
+        """Whether the backward is linear in g, the same at every x, and reads of x what can be differentiated once more."""
+        assert self.backward is not None
+        given = [n for n in self.backward.graph.nodes if n.op == "placeholder"]
+        n = sum(k is not None for k in self._given)
+        outs = (len(given) - 2 * n) // 2
+        reaches = lambda start: _reaches(self.backward.graph, set(start))  # noqa: E731
+        self.keeps_inside = reaches(given[:n])
+        self.once = _is_once(_original(self.cls, "backward"))
+        self.smooth = self.once or reaches(given[: 2 * n + outs])
+        gs = given[2 * n + outs :]
+        self.linear = _is_linear(program, self.backward.graph, gs) or _tried_linear(program, self.backward, gs)
+
+
+class CustomRule(Rule):
+    """The general rule, for one custom function."""
+
+    name = "custom"
+
+    def __init__(self, kind: Custom):
+        self._kind = kind
+
+    @property
+    def piecewise_linear(self) -> bool:  # type: ignore[override]
+        """Whether the backward is the same at every input, as that of a straight-through estimator."""
+        return not self._kind.smooth
+
+
+def _kind_of(leaf: Any) -> str | None:
+    return "tensor" if isinstance(leaf, Tensor) else "size" if isinstance(leaf, SymInt) else None
+
+
+def _constant_key(value: Any) -> Any:
+    return value if isinstance(value, int | float | str | bool | None) else id(value)
+
+
+def _short(error: BaseException) -> str:
+    line = next((line for line in str(error).strip().splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line[:300]}"
+
+
+def is_separate(cls: type) -> bool:
+    """Whether `forward` has no ctx, and `setup_context` is beside it."""
+    return _original(cls, "setup_context") is not Function.setup_context
+
+
+def _is_once(backward: Callable) -> bool:
+    """Whether `once_differentiable` made it."""
+    return getattr(backward, "__code__", None) is once_differentiable(lambda ctx: None).__code__
+
+
+# ---- derivatives of a call, for torch.func ------------------------------
+
+
+class _Stop(Function):
+    """The identity; a derivative through it does not exist."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, error):
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.error = inputs[1]
+
+    @staticmethod
+    def backward(ctx, g):
+        raise ctx.error
+
+
+class _Replay(Function):
+    """A call of a `Custom` by its traced graphs."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(kind, *leaves):
+        return tuple(kind.forward(*leaves))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        kind, *leaves = inputs
+        ctx.kind, ctx.sizes = kind, [v for v in leaves if not isinstance(v, Tensor)]
+        ctx.mark_non_differentiable(*[y for y, c in zip(output, kind.constant, strict=True) if c])
+        ctx.save_for_backward(*[v for v in leaves if isinstance(v, Tensor)], *output)
+        ctx.count = len(output)
+
+    @staticmethod
+    def backward(ctx, *gs):
+        kind = ctx.kind
+        saved, ys = list(ctx.saved_tensors[: -ctx.count]), list(ctx.saved_tensors[-ctx.count :])
+        gs = tuple(torch.zeros_like(y) if c or g is None else g for y, g, c in zip(ys, gs, kind.constant, strict=True))
+        kept = saved
+        if kind.keeps_inside and not kind.once:
+            error = kind.refused(
+                "keeps values of its forward that are neither inputs nor outputs, so PyTorch does not know the derivative of "
+                "its backward",
+                "return them as outputs, or compute them again in its backward",
+            )
+            kept = [_stopped(t, error) for t in saved]
+        grads = kind.backward(*kept, *ctx.sizes, *saved, *ctx.sizes, *ys, *gs)
+        found = iter(_once(kind, grads, [*saved, *ys]) if kind.once else grads)
+        tops = {*kind.tensor_tops}
+        leaves = [next(found) if k in tops else None for k in range(len(saved))]
+        return (None, *leaves, *[None] * len(ctx.sizes))
+
+
+def _once(kind: Custom, grads: Sequence[Tensor | None], saved: list[Tensor]) -> list[Tensor | None]:
+    """The gradients, tied to all that they may depend on: a backward may detach it, which would read as a derivative of zero."""
+    error = kind.refused("has no second derivative, it is marked @once_differentiable")
+    sums = [_stopped(t, error).sum() for t in saved if t.is_floating_point()]
+    zero = sum(torch.where(torch.ones_like(s, dtype=torch.bool), 0, s) for s in sums)
+    return [g if g is None else g + zero.to(g.dtype) for g in grads]  # type: ignore[union-attr]
+
+
+def _stopped(t: Tensor, error: Exception) -> Tensor:
+    return _Stop.apply(t, error) if t.is_floating_point() else t
+
+
+# ---- capture ------------------------------
+
+
+ORIGINALS: dict[tuple[type, str], Callable] = {}
+
+
+def _original(cls: type, name: str) -> Callable:
+    """A function of the class as its author wrote it, also while it is replaced; `vjp` is another name of `backward`."""
+    found = ORIGINALS.get((cls, name)) or getattr(cls, name)
+    return _original(cls, "vjp") if name == "backward" and found is Function.backward else found
+
+
+def functions_as_targets(graph: fx.Graph) -> None:
+    """Give the nodes of `fxcurv::custom_function` their function as a target, equal calls the same one."""
+    same: dict[Any, Custom] = {}
+    for node in [n for n in graph.nodes if n.target is torch.ops.fxcurv.custom_function.default]:
+        xs, sizes, number = node.args
+        kind, leaves = KINDS[number], [*xs, *sizes]
+        vals = [a.meta["val"] if isinstance(a, fx.Node) else a for a in leaves]
+        kind = same.setdefault(kind.key(vals), kind)
+        node.target, node.args = kind, tuple(leaves)
+        node.meta["origin"] = {**node.meta.get("origin", {}), "op": kind.cls.__qualname__}
+        if kind.single:
+            for user in list(node.users):
+                user.replace_all_uses_with(node)
+                graph.erase_node(user)
+            node.meta["val"] = node.meta["val"][0]
+        else:
+            node.meta["val"] = tuple(node.meta["val"])
+
+
+# ---- the graphs of a function ------------------------------
+
+
+@contextlib.contextmanager
+def saying(kind: Custom, where: str) -> Iterator[None]:
+    """Errors of a trace of the function, by its name and the user's line."""
+    try:
+        yield
+    except _Refused as error:
+        raise kind.refused(str(error), where=where) from None
+    except CustomFunctionError as error:
+        raise CustomFunctionError(f"{where}{error}") from error
+    except FxcurvError:
+        raise
+    except Exception as error:
+        raise kind.refused(f"cannot be traced: {_short(error)}", where=where) from error
+
+
+def _graph(program: Program, fn: Callable, vals: list[Any], origin: dict[str, Any]) -> fx.GraphModule:
+    """`fn` as a graph of functional ops, on fake values."""
+    with tracing(program, origin):
+        fresh = [_fresh(v) for v in vals]
+        listed = lambda *args: list(fn(*args))  # noqa: E731
+        gm = make_fx(listed, MATERIALISED)(*fresh)
+        writes = [n for n in gm.graph.nodes if _writes(n)]
+        if any(_root(n).op == "placeholder" for n in writes):
+            raise _Refused("writes to its input in place, which is not kept")
+        if writes:
+            gm = make_fx(dispatch_functionalize(listed), MATERIALISED)(*fresh)
+    for node in gm.graph.nodes:
+        if node.target is aten.sym_size.int:
+            node.target = _size_of  # which vmap knows
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm
+
+
+def _size_of(x: Tensor, d: int) -> int | SymInt:
+    return x.shape[d]
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = schema_of(node.target)
+    return schema is not None and schema.is_mutable
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """What a write goes to, through views."""
+    source = node.args[0]
+    while source.op == "call_function" and (_writes(source) or any(r.alias_info for r in _returns(source))):
+        source = source.args[0]
+    return source
+
+
+def _returns(node: fx.Node) -> Sequence[Any]:
+    schema = schema_of(node.target)
+    return schema.returns if schema is not None else ()
+
+
+def _fresh(val: Any) -> Any:
+    return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device) if isinstance(val, Tensor) else val
+
+
+def _check(kind: Custom, where: str, gm: fx.GraphModule) -> None:
+    """Refuse what a graph cannot hold: random numbers, and tensors from outside the arguments."""
+    for node in gm.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise kind.refused(f"draws random numbers (op {node.target}), which its backward would draw again", where=where)
+        fresh = all(u.target is aten.lift_fresh_copy.default for u in node.users)
+        if node.op == "get_attr" and not fresh:
+            raise kind.refused(
+                "reads a tensor that is none of its arguments", "pass the tensor to apply as an argument", where=where
+            )
+
+
+def _active_outputs(graph: fx.Graph, start: set[fx.Node]) -> set[fx.Node]:
+    """The differentiable values that are computed from `start`."""
+    found = {n for n in start if _is_float(n)}
+    for node in graph.nodes:
+        differentiable = node.op == "call_function" and node.target not in CUTS - {aten.detach.default} and _is_float(node)
+        if differentiable and any(i in found for i in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _reaches(graph: fx.Graph, start: set[fx.Node]) -> bool:
+    """Whether an output depends differentiably on `start`."""
+    found = _active_outputs(graph, start)
+    return any(n in found for n in graph.output_node().all_input_nodes)
+
+
+def _is_float(node: fx.Node) -> bool:
+    vals = pytree.tree_leaves(node.meta.get("val"))
+    return any(isinstance(v, Tensor) and v.is_floating_point() for v in vals)
+
+
+def _is_linear(program: Program, graph: fx.Graph, gs: list[fx.Node]) -> bool:
+    """Whether every op on the way from `gs` is known to be linear in what comes from them."""
+    found = set(gs)
+    for node in graph.nodes:
+        if node.op != "call_function" or not any(i in found for i in node.all_input_nodes):
+            continue
+        found.add(node)
+        if node.target is operator.getitem or _reads_shape(node):
+            continue
+        leaves = pytree.tree_leaves(canonical_args(node))
+        positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node) and leaf in found]
+        if not rule_of(node.target, program.rules).linear(positions):
+            return False
+    return True
+
+
+def _tried_linear(program: Program, gm: fx.GraphModule, gs: list[fx.Node]) -> bool:
+    """Whether sums go over to sums, on random numbers of all sizes: small ones escape a clip, large ones do not."""
+    n = program.batch.size
+    generator = torch.Generator().manual_seed(0)
+    given = [p for p in gm.graph.nodes if p.op == "placeholder"]
+
+    def drawn(node: fx.Node, scale: float) -> Any:
+        val = node.meta["val"]
+        if not isinstance(val, Tensor):
+            return program.batch.evaluate(val, n)
+        shape = program.batch.shape(val, n)
+        if val.is_floating_point():
+            x = torch.randn(shape, dtype=torch.float64, generator=generator)
+            return (x * scale).to(val.dtype).to(val.device)
+        return torch.randint(0, 2, shape, generator=generator).to(val.dtype).to(val.device)
+
+    try:
+        fixed = {p: drawn(p, 1.0) for p in given}
+        run = lambda new: [t for t in gm(*[new.get(p, fixed[p]) for p in given]) if t is not None]  # noqa: E731
+        for scale in (1.0, 1e-6, 1e-3, 1e3, 1e6):
+            one, two = ({p: drawn(p, s) for p in gs} for s in (scale, 1.0))
+            both = {p: one[p] - 2 * two[p] for p in gs}
+            for a, b, c in zip(run(one), run(two), run(both), strict=True):
+                size = max(a.abs().max().item(), b.abs().max().item()) if a.numel() else 0.0
+                if not torch.allclose(c, a - 2 * b, rtol=1e-4, atol=1e-5 * size + 1e-30):
+                    return False
+    except Exception:  # whatever an op raises at random numbers: then it is not known
+        return False
+    return True
+
+
+_OF_SHAPE = ("_size_of", "empty", "zeros", "ones", "full", "sym_size", "arange")
+
+
+def _reads_shape(node: fx.Node) -> bool:
+    name = str(getattr(node.target, "__name__", node.target)).removeprefix("new_")
+    return name.startswith(_OF_SHAPE)
+
+
+# ---- where the samples are ------------------------------
+
+
+def places(program: Program, node: fx.Node, vals: list[Any], place_of: Callable) -> list[Placement]:
+    """The placement of every output of a custom function's node: followed op by op through its forward and its backward.
+
+    Args:
+        place_of: `(program, node, vals, active) -> placements`, of one op.
+    """
+    kind: Custom = node.target
+    kind.trace(program, node)
+    node.meta["alone"] = False  # a mean over the batch in its backward is of the whole batch
+    given = [_seen(a) for a in node.args]
+    assert kind.forward is not None
+    try:
+        found = _follow(program, kind.forward, given, place_of)
+        if kind.backward is None:
+            return [p for p, _ in found]
+        ok = _comes_back(program, node, given, found, place_of)
+    except UnsupportedOpError:
+        ok = False
+        found = [(MIXED, True) for _ in vals]
+    _check_linear(program, node, found)
+    return [p if ok else MIXED for p, _ in found]
+
+
+Seen = tuple[Placement, bool]
+
+
+def _seen(leaf: Any) -> Seen:
+    return (leaf.meta["place"], leaf.meta["active"]) if isinstance(leaf, fx.Node) else (REPLICATE, False)
+
+
+def _follow(program: Program, gm: fx.GraphModule, given: list[Seen], place_of: Callable) -> list[Seen]:
+    """(placement, whether it depends on an active input) of a graph's outputs; rounding and comparing hide nothing here."""
+    arguments = iter(given)
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            node.meta["place"], node.meta["active"] = next(arguments)
+        elif node.op == "get_attr":
+            node.meta["place"], node.meta["active"] = REPLICATE, False
+        elif node.target is operator.getitem:
+            place, index = node.args[0].meta["place"], node.args[1]
+            node.meta["place"] = place[index] if isinstance(place, list) else place
+            node.meta["active"] = node.args[0].meta["active"]
+        elif node.op == "call_function":
+            val = node.meta.get("val")
+            vals = list(val) if isinstance(val, tuple | list) else [val]
+            node.meta["active"] = any(i.meta["active"] for i in node.all_input_nodes) and not _reads_shape(node)
+            if node.target is aten.detach.default:
+                found = [node.args[0].meta["place"]]
+            elif _moves_samples(program, node):
+                found = [MIXED for _ in vals]
+            else:
+                found = place_of(program, node, vals, node.meta["active"])
+            node.meta["place"] = found if isinstance(val, tuple | list) else found[0]
+    out = pytree.tree_leaves(gm.graph.output_node().args[0], is_leaf=lambda n: n is None)
+    return [_seen(n) for n in out]
+
+
+def _moves_samples(program: Program, node: fx.Node) -> bool:
+    """Whether an op moves slices by the values of an index along the samples' axis: whose they are, no trial can tell."""
+    name = str(schema_of(node.target) and schema_of(node.target).name).removeprefix("aten::")
+    if not node.meta["active"] or not name.startswith(("index", "scatter", "gather", "take", "put", "masked_scatter")):
+        return False
+    if name.startswith(("take", "put", "masked_scatter")):
+        return True
+    values = [a for a in node.all_input_nodes if a.meta["active"] and isinstance(a.meta.get("place"), Shard)]
+    if name in ("index", "index_put", "_index_put_impl"):
+        along = [d for d, index in enumerate(node.args[1]) if index is not None]
+        return any(v.meta["place"].dim in along for v in values)
+    return any(v.meta["place"].dim == node.args[1] % v.meta["val"].ndim for v in values if v.meta["val"].ndim)
+
+
+def _comes_back(program: Program, node: fx.Node, given: list[Seen], found: list[Seen], place_of: Callable) -> bool:
+    """Whether each gradient is where its argument is, and a sum over samples for one that has none."""
+    kind: Custom = node.target
+    if any(p == MIXED for p, _ in found):
+        return False
+    gs = [(REPLICATE if p == PARTIAL else p, True) for p, _ in found]
+    back = iter(_follow(program, kind.backward, [*given, *given, *found, *gs], place_of))
+    sharded = any(isinstance(p, Shard) for p, _ in found)
+    for k in kind.tensor_tops:
+        place, depends = next(back)
+        where, active = given[k]
+        allowed = [where] if isinstance(where, Shard) else [PARTIAL] if sharded else [REPLICATE]
+        if active and depends and place not in allowed:
+            return False
+    return True
+
+
+def _check_linear(program: Program, node: fx.Node, found: list[Seen]) -> None:
+    """A backward that is not linear in the cotangent, as clipping is, has a gradient only.
+
+    Nor has it a sum of individual ones where an argument has no samples.
+    """
+    kind: Custom = node.target
+    if kind.linear or not is_active(node):
+        return
+    more = [type(e).__name__ for e in program.extensions if not isinstance(e.requires, Gradient)]
+    free = any(is_active(a) and not isinstance(a.meta["place"], Shard) for a in node.args if isinstance(a, fx.Node))
+    each = [type(e).__name__ for e in program.extensions if e.per_sample] if free else []
+    names = ", ".join(dict.fromkeys([*more, *each]))
+    sharded = any(isinstance(p, Shard) for p, _ in found)
+    if not names and program.options.sample != "token" and not (free and sharded):
+        return
+    raise kind.refused(
+        f"has a backward that is not linear in the gradient that it gets, so {names or 'the gradient'} is not defined behind it",
+        "ask for the gradient, and individual gradients where the function is applied to activations alone",
+        f"{locate(node)}\n",
+    )
+
+
+# ---- after the walk ------------------------------
+
+
+def inline(program: Program) -> None:
+    """Say the remaining calls in the ops of their forward.
+
+    Raises:
+        CustomFunctionError: with `create_graph`, where results would be differentiated through those ops.
+    """
+    for node in [n for n in program.graph.nodes if isinstance(n.target, Custom)]:
+        if program.options.create_graph and is_active(node):
+            raise node.target.refused(
+                "has a backward of its own, which create_graph=True would lose", "drop create_graph", f"{locate(node)}\n"
+            )
+        new = emit(program, node.target, *node.args, origin=origin_of(node, "forward"), before=node)
+        if node.target.single:
+            program.replace(node, new)
+        else:
+            for user in list(node.users):
+                program.replace(user, new[user.args[1]])
+                program.graph.erase_node(user)
+        program.graph.erase_node(node)

@@ -1,0 +1,372 @@
+"""An op without a placement rule: redraw a sample's values and see what moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxcurv.ir.graph import canonical_args, invoke
+from fxcurv.ir.placement import MIXED, PARTIAL, Mixed, Partial, Placement, Shard, halves, samples_first
+from fxcurv.ir.private import OpOverload, pytree, schema_of
+from fxcurv.ir.program import Program
+from fxcurv.rules.sites import numeric_args
+
+aten = torch.ops.aten
+
+SMALL = (3, 4)
+
+
+class Uninformative(Exception):
+    """Values at which an op fails, gives no numbers or does not vary say nothing of its samples."""
+
+
+class OneSize(Exception):
+    """A placement that is known for the batch size of the capture only."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The placement of every output, None where it depends on nothing; `alone`: see `Call`."""
+
+    places: list[Placement | None]
+    alone: bool = True
+
+
+def try_op(program: Program, node: fx.Node, count: int) -> Found:
+    """The placements of an op's `count` outputs.
+
+    Raises:
+        Uninformative: if no values were found that say something.
+        OneSize: if they are to be found at the batch size of the capture.
+    """
+    places = [a.meta["place"] for a in pytree.tree_leaves(canonical_args(node)) if _is_value(a)]
+    active = [a.meta["place"] for a in node.all_input_nodes if a.meta.get("active")]
+    summed = any(isinstance(p, Partial) for p in active)
+    if any(isinstance(p, Mixed) for p in active) or (summed and any(isinstance(p, Shard) for p in places)):
+        return Found([MIXED] * count)
+    reason = ""
+    # small is quick; the batch's own size is what a size that happens to equal it asks for
+    sizes = [SMALL, (program.batch.size,)] if program.batch.symbols else [(program.batch.size,)]
+    for several, domain in product(sizes, DOMAINS):
+        found = []
+        for n in several:
+            try:
+                found.append(_at_size(program, node, n, domain, summed))
+            except Uninformative as error:
+                reason = reason or str(error)
+        if found:
+            together = [_together(p) for p in zip(*(f.places for f in found), strict=True)]
+            _check_sizes(program, node, together)
+            return Found(together, all(f.alone for f in found))
+    raise Uninformative(reason)
+
+
+def _at_size(program: Program, node: fx.Node, n: int, domain: Domain, summed: bool) -> Found:
+    first = Trial(program, node, n, domain, 0)
+    trials = [first, *(Trial(program, node, n, domain, seed) for seed in range(1, 4 if first.highs else 2))]
+    places = _of_sums(trials) if summed else _of_samples(trials, program, node)
+    return Found(places, first.serves_alone(places))
+
+
+def _together(places: Sequence[Placement | None]) -> Placement | None:
+    """One placement that holds wherever these were found."""
+    if all(p == places[0] for p in places):
+        return places[0]
+    return PARTIAL if all(isinstance(p, Shard | Partial) for p in places) else MIXED
+
+
+def _check_sizes(program: Program, node: fx.Node, places: Sequence[Placement | None]) -> None:
+    """Indices that differ with the batch size are known where it is a number."""
+    leaves = pytree.tree_leaves(canonical_args(node))
+    varying = any(_is_index(a) and not _alike(a) and known(program, a, program.batch.size) is not None for a in leaves)
+    apart = all(isinstance(p, Shard) for p in places)
+    if varying and not apart and program.batch.symbols and any(e.per_sample for e in program.extensions):
+        raise OneSize
+
+
+def _is_value(leaf: Any) -> bool:
+    return isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("val"), Tensor)
+
+
+def _is_index(leaf: Any) -> bool:
+    return _is_value(leaf) and not leaf.meta["val"].is_floating_point()
+
+
+# ---- values that depend on no input ------------------------------
+
+_ARANGE = {aten.arange.default: 0, aten.arange.start: 1, aten.arange.start_step: 1}
+
+_SHAPED = {
+    aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.expand.default,
+    aten.permute.default, aten.transpose.int, aten.t.default, aten.clone.default, aten.alias.default, aten.contiguous.default,
+    aten._to_copy.default, aten.to.dtype,
+}  # fmt: skip
+
+_AFFINE = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.add.Scalar, aten.sub.Scalar, aten.mul.Scalar}
+
+
+class _Unknown(Exception):
+    """A value that depends on an input, a buffer or chance."""
+
+
+def known(program: Program, node: fx.Node, n: int) -> Tensor | None:
+    """The value of a node at batch size `n` if it is made of numbers and sizes alone."""
+
+    def value(node: fx.Node) -> Any:
+        val = node.meta.get("val")
+        if isinstance(val, torch.SymInt | int):
+            return program.batch.evaluate(val, n)
+        op = node.target
+        if not isinstance(op, OpOverload) or torch.Tag.nondeterministic_seeded in op.tags:
+            raise _Unknown
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        return op(*args, **kwargs)
+
+    try:
+        return value(node).cpu()
+    except _Unknown:
+        return None
+
+
+def _alike(node: fx.Node) -> bool:
+    """Whether a known value is affine in its position, by the same numbers at every batch size."""
+    if node.target in _ARANGE:
+        at = _ARANGE[node.target]
+        bounds = [*node.args[:at], *node.args[at + 1 :]]  # all but the end
+        return all(isinstance(b, int) for b in bounds)
+    if node.target in _SHAPED:
+        return _alike(node.args[0])  # type: ignore[arg-type]
+    if node.target in _AFFINE:
+        terms = [a for a in node.args if isinstance(a, fx.Node)]
+        return len(terms) == 1 and _is_value(terms[0]) and _alike(terms[0])
+    return False
+
+
+# ---- random values ------------------------------
+
+
+def _anywhere(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def _positive(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Positive numbers; square matrices are positive definite, triangular or not."""
+    x = torch.rand(shape, dtype=torch.float64, generator=generator)
+    square = len(shape) > 1 and shape[-1] == shape[-2]
+    return 0.1 * x / shape[-1] + torch.eye(shape[-1], dtype=x.dtype) if square else 0.1 + 0.8 * x
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Where values are drawn: `floats(shape, generator)`, and integers, any that the op takes or one number."""
+
+    floats: Callable[[tuple[int, ...], torch.Generator], Tensor]
+    integer: int | None = None
+
+
+DOMAINS = (Domain(_anywhere), Domain(_positive), Domain(_positive, 1), Domain(_positive, 0))
+
+
+class Trial:
+    """An op on random values in a batch of `n`."""
+
+    def __init__(self, program: Program, node: fx.Node, n: int, domain: Domain, seed: int):
+        self.program, self.node, self.n, self.domain, self.seed = program, node, n, domain, seed
+        self.leaves, self.spec = pytree.tree_flatten(numeric_args(program, node, n))
+        self.active = [i for i, a in enumerate(self.leaves) if _is_value(a) and a.meta["active"]]
+        self.sharded = {
+            i: a.meta["place"] for i, a in enumerate(self.leaves) if _is_value(a) and isinstance(a.meta["place"], Shard)
+        }
+        generator = torch.Generator().manual_seed(seed)
+        self.values = [self._draw(leaf, generator) for leaf in self.leaves]
+        self.highs = {i: 2 for i, v in enumerate(self.values) if isinstance(v, Tensor) and v.dtype is torch.bool}
+        if domain.integer is None:
+            self._draw_integers(generator)
+
+    def _draw(self, leaf: Any, generator: torch.Generator) -> Any:
+        if not _is_value(leaf):
+            return leaf
+        val = leaf.meta["val"]
+        shape = self.program.batch.shape(val, self.n)
+        if val.is_floating_point():
+            return self.domain.floats(shape, generator).to(val.dtype).requires_grad_(leaf.meta["active"])
+        if self.domain.integer is not None:
+            return torch.full(shape, self.domain.integer, dtype=val.dtype)
+        return torch.randint(0, 2, shape, generator=generator).to(val.dtype)
+
+    def _draw_integers(self, generator: torch.Generator) -> None:
+        """Replace integers by what is known of them, or by any from the largest range that the op takes."""
+        integers = {i: v for i, v in enumerate(self.values) if isinstance(v, Tensor) and not v.is_floating_point()}
+        fixed = {} if self.program.batch.symbols else {i: known(self.program, self.leaves[i], self.n) for i in integers}
+        for i in integers:
+            if i not in fixed and _alike(self.leaves[i]):
+                fixed[i] = known(self.program, self.leaves[i], self.n)
+        pivots = [i for i, name in enumerate(self._names()) if "pivots" in name]  # LAPACK believes them
+        fixed |= {i: torch.ones_like(integers[i]) for i in pivots if i in integers}
+        fixed = {i: v for i, v in fixed.items() if v is not None}
+        self.values = [fixed.get(i, v) for i, v in enumerate(self.values)]
+        free = {i: v for i, v in integers.items() if i not in fixed and v.dtype is not torch.bool}
+        still = [torch.zeros_like(v) if i in free else v for i, v in enumerate(self.values)]
+        self.highs = {i: high for i, high in self.highs.items() if i not in fixed}
+        for i, v in free.items():
+            self.highs[i] = high = next((c for c in self._ends(v) if self._takes(still, i, c - 1)), 1)
+            self.values[i] = torch.randint(0, high, v.shape, generator=generator).to(v.dtype)
+
+    def _names(self) -> list[str]:
+        """The name in the schema that each flattened argument belongs to."""
+        arguments = getattr(schema_of(self.node.target), "arguments", ())
+        args = numeric_args(self.program, self.node, self.n)
+        return [a.name for a, value in zip(arguments, args, strict=False) for _ in pytree.tree_leaves(value)]
+
+    def _ends(self, v: Tensor) -> list[int]:
+        """Where the range of an index may end: after a dimension, or after all elements of an argument."""
+        tensors = [t for t in self.values if isinstance(t, Tensor)]
+        if "backward" in str(self.node.target):  # PyTorch does not check its own indices, and would write anywhere
+            return [2]
+        ends = {2, self.n, *(t.numel() for t in tensors), *(size for t in tensors for size in t.shape)}
+        return sorted((e for e in ends if 0 < e <= torch.iinfo(v.dtype).max), reverse=True)
+
+    def _takes(self, values: list[Any], i: int, number: int) -> bool:
+        try:
+            self._outputs([torch.full_like(v, number) if j == i else v for j, v in enumerate(values)])
+        except Exception:  # whatever an op raises at arguments that it does not take
+            return False
+        return True
+
+    def run(self, samples: Sequence[int], shifts: Sequence[int] = ()) -> list[Tensor]:
+        """The outputs with the slices of the given samples drawn anew, or what depends on parameters moved by `shifts`."""
+        moving = {i: p for i, p in self.sharded.items() if i in self.active} or self.sharded
+        drawn = torch.Generator().manual_seed(self.seed + 100)  # the same values whatever the other samples are
+        new = list(self.values)
+        for i, place in moving.items() if samples else ():
+            new[i] = self._redrawn(i, place, samples, drawn)
+        for shift in shifts:
+            generator = torch.Generator().manual_seed(self.seed + 200 + shift)
+            for i in self.active:
+                x = self.values[i]
+                new[i] = new[i] + self.domain.floats(tuple(x.shape), generator).to(x.dtype)
+        try:
+            out = self._outputs(new)
+        except Exception as error:
+            raise Uninformative(str(error)) from error
+        if self.domain is DOMAINS[0] and any(o.isnan().any() for o in out if isinstance(o, Tensor)):
+            raise Uninformative("it gives no numbers")
+        with torch.enable_grad():
+            return [o.nan_to_num() if isinstance(o, Tensor) else o for o in out]
+
+    def _redrawn(self, i: int, place: Shard, samples: Sequence[int], generator: torch.Generator) -> Tensor:
+        value = self.values[i]
+        if value.is_floating_point():
+            other = self.domain.floats(tuple(value.shape), generator).to(value.dtype)
+        else:
+            high = self.highs.get(i, 2)
+            step = torch.randint(1, max(high, 2), value.shape, generator=generator)
+            other = ((value.long() + step) % max(high, 1)).to(value.dtype)
+        chosen = torch.isin(_slots(value.shape[place.dim], place.inner, self.n), torch.tensor(samples, dtype=torch.long))
+        chosen = chosen.view(-1, *[1] * (value.ndim - place.dim - 1))
+        return torch.where(chosen, other, value)
+
+    def serves_alone(self, places: Sequence[Placement | None]) -> bool:
+        """Whether the op on one sample's slices gives that sample's slices of the outputs."""
+        single = pytree.tree_leaves(numeric_args(self.program, self.node, 1))
+        values = [v if isinstance(v, Tensor) else s for v, s in zip(self.values, single, strict=True)]
+        try:
+            whole = self._outputs(self.values)
+            pairs = [(k, samples_first(whole[k], p)) for k, p in enumerate(places) if isinstance(p, Shard)]
+            owns = [{i: samples_first(self.values[i], p)[n] for i, p in self.sharded.items()} for n in range(self.n)]
+            outs = [self._outputs([own.get(i, v) for i, v in enumerate(values)]) for own in owns]
+        except Exception:  # whatever an op raises at arguments that it does not take
+            return False
+        for n, out in enumerate(outs):
+            if any(o.shape != y.shape or not torch.allclose(o, y, 1e-5, equal_nan=True) for o, y in
+                   ((out[k], y[n]) for k, y in pairs)):  # fmt: skip
+                return False
+        return True
+
+    def _outputs(self, values: list[Any]) -> list[Any]:
+        with torch.enable_grad():
+            out = invoke(self.node.target, pytree.tree_unflatten(values, self.spec))
+            out = list(out) if isinstance(out, tuple | list) else [out]
+            return [o if not isinstance(o, Tensor) or o.is_floating_point() else o.double() for o in out]
+
+
+# ---- what moved ------------------------------
+
+
+def _of_samples(trials: list[Trial], program: Program, node: fx.Node) -> list[Placement | None]:
+    """Placements by redrawing halves of the samples."""
+    n, val = trials[0].n, node.meta["val"]
+    vals = list(val) if isinstance(val, tuple | list) else [val]
+    sets = [half for pair in halves(n) for half in pair]
+    bases = [t.run(()) for t in trials]
+    outs = [[t.run(half) for half in sets] for t in trials]
+    every = [t.run(range(n)) for t in trials]
+    found: list[Placement | None] = []
+    for k, v in enumerate(vals):
+        if not isinstance(v, Tensor):
+            found.append(None)
+            continue
+        # what moved at any of the values, for each half
+        moved = [torch.stack([o[j][k] != b[k] for o, b in zip(outs, bases, strict=True)]).any(0) for j in range(len(sets))]
+        if not any(bool(m.any()) for m in moved):
+            if bases[0][k].requires_grad:  # unlike that of an op that reads only a value's shape
+                raise Uninformative("its output is the same wherever it was tried")
+            found.append(None)
+            continue
+        additive = all(
+            torch.allclose(e[k], o[j][k] + o[j + 1][k] - b[k], rtol=1e-6, atol=1e-8)
+            for o, b, e in zip(outs, bases, every, strict=True)
+            for j in range(0, len(sets), 2)
+        )
+        found.append(_shard(program, moved, sets, n, v) or (PARTIAL if additive else MIXED))
+    return found
+
+
+def _of_sums(trials: list[Trial]) -> list[Placement | None]:
+    """Placements of a function of sums over samples: a sum where it is affine, in parameters as well."""
+    found: list[Placement | None] = []
+    outs = [[t.run((), shifts) for shifts in ((), (0,), (1,), (0, 1))] for t in trials]
+    for k, first in enumerate(outs[0][0]):
+        if not isinstance(first, Tensor):
+            found.append(None)
+            continue
+        if not first.requires_grad:
+            found.append(MIXED if any(bool((o[k] != ab[k]).any()) for o, *_, ab in outs) else None)
+            continue
+        affine = all(torch.allclose(ab[k] + o[k], a[k] + b[k], rtol=1e-6, atol=1e-8) for o, a, b, ab in outs)
+        found.append(PARTIAL if affine else MIXED)
+    return found
+
+
+def _shard(program: Program, moved: list[Tensor], sets: list[tuple[int, ...]], n: int, val: Tensor) -> Shard | None:
+    """Where an output has a slice for each sample, which moves with this sample only."""
+    shape = tuple(moved[0].shape)
+    for dim, (outer, inner) in product(range(len(shape)), _splits_of(shape, n)):
+        if outer * n * inner != shape[dim]:
+            continue
+        one_size = outer * program.batch.probe * inner != program.batch.shape(val)[dim]
+        if one_size and n != program.batch.size:
+            continue
+        slots = _slots(shape[dim], inner, n).view(-1, *[1] * (len(shape) - dim - 1))
+        own = [torch.isin(slots, torch.tensor(half, dtype=torch.long)) for half in sets]
+        if all(not bool((m & ~mine).any()) for m, mine in zip(moved, own, strict=True)):
+            if one_size:
+                raise OneSize
+            return Shard(dim, outer, inner)
+    return None
+
+
+def _slots(size: int, inner: int, n: int) -> Tensor:
+    """The sample of every entry along a dimension."""
+    return torch.arange(size).div(inner, rounding_mode="floor") % n
+
+
+def _splits_of(shape: Sequence[int], n: int) -> list[tuple[int, int]]:
+    sizes = {s // n for s in shape if s and s % n == 0}
+    pairs = {(o, s // o) for s in sizes for o in range(1, s + 1) if s % o == 0}
+    return sorted(pairs, key=lambda p: (p[0] * p[1], p[0]))

@@ -1,0 +1,1 @@
+"""One program per kind of input, and one call of it."""

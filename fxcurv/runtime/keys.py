@@ -1,0 +1,110 @@
+"""What a program depends on besides its batch size, and which of it made another program necessary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from fxcurv.ir.program import Program
+
+
+class Key(NamedTuple):
+    """What a program depends on.
+
+    Attributes:
+        inputs, targets: (shape, dtype, device) of every tensor, ("n", k) in the shape for k times the batch size.
+        structure: of inputs and targets, with all values in them that are no tensors.
+        modules: (type, training) of every module.
+        tensors: (name, requires_grad, dtype, device, shape) of parameters and buffers.
+        single: a batch of one sample.
+        hooks: on the modules, and global ones.
+    """
+
+    inputs: tuple
+    targets: tuple
+    structure: Any
+    modules: tuple
+    tensors: tuple
+    single: bool
+    hooks: tuple = ()
+
+
+def why(key: tuple, programs: Mapping[tuple, Sequence[Program]], n: int, modules: Sequence[nn.Module]) -> str:
+    """Why none of the programs serves, in terms of the one that is nearest to it; "" for the first.
+
+    Args:
+        key: (`Key`, autocast, create_graph), as those of `programs`.
+        n: the batch size.
+        modules: the model, and the loss if it is a module.
+    """
+    if key in programs:
+        return f"batch size {n}, and the program is {'; '.join(map(_limit, programs[key]))}"
+    (new, autocast, create_graph), found = key, []
+    titles = zip(modules, ("the model", "the loss"), strict=False)
+    names = [f"{title}'s '{name}'" if name else title for m, title in titles for name, _ in m.named_modules()]
+    for old, other, differentiable in programs:
+        reasons = _differences(new, old, names)
+        reasons += [f"autocast is {autocast.dtype or 'off'}"] if autocast != other else []
+        reasons += [f"create_graph={create_graph}"] if create_graph != differentiable else []
+        found.append(reasons)
+    return shortened(min(found, key=len)) if found else ""
+
+
+def _limit(program: Program) -> str:
+    """What keeps a program from other batch sizes."""
+    if program.fixed:
+        return program.batch_note
+    if program.largest is not None:
+        return f"within the memory budget up to {program.largest} samples"
+    return f"guarded, as captured at {program.batch.size}, against it"
+
+
+def _differences(new: Key, old: Key, names: Sequence[str]) -> list[str]:
+    """What of `new` is not as in `old`; `names`: of the modules."""
+    out: list[str] = []
+    for what, now, before in (("input", new.inputs, old.inputs), ("target", new.targets, old.targets)):
+        if len(now) != len(before):
+            out.append(f"{len(now)} {what}s instead of {len(before)}")
+        pairs = enumerate(zip(now, before, strict=False))
+        out += [f"{what} {i} is {_tensor(a)} instead of {_tensor(b)}" for i, (a, b) in pairs if a != b]
+    if new.structure != old.structure and not out:
+        out.append("another structure of inputs and targets, or other values in them")
+    out += _modules(new.modules, old.modules, names)
+    known = {name: rest for name, *rest in old.tensors}
+    if [name for name, *_ in new.tensors] != list(known):
+        out.append("other parameters or buffers")
+    else:
+        out += [f"'{name}' is {_state(rest, known[name])}" for name, *rest in new.tensors if rest != known[name]]
+    if new.single != old.single:
+        out.append("a batch of one sample" if new.single else "more than one sample")
+    out += ["other hooks on modules"] if new.hooks != old.hooks else []
+    return out
+
+
+def _tensor(described: tuple) -> str:
+    shape, dtype, device = described
+    sizes = ", ".join(("n" if s[1] == 1 else f"{s[1]} n") if isinstance(s, tuple) else str(s) for s in shape)
+    where = "" if device.type == "cpu" else f" on {device}"
+    return f"{str(dtype).removeprefix('torch.')}[{sizes}]{where}"
+
+
+def _modules(now: tuple, before: tuple, names: Sequence[str]) -> list[str]:
+    if [kind for kind, _ in now] != [kind for kind, _ in before]:
+        return ["other modules"]
+    changed = [(name, a[1]) for name, a, b in zip(names, now, before, strict=True) if a[1] != b[1]]
+    return [f"{name} is in {'training' if training else 'eval'} mode" for name, training in changed]
+
+
+def _state(now: Iterable[Any], before: Iterable[Any]) -> str:
+    (trained, *values), (was, *others) = now, before
+    if values == others:
+        return "trained" if trained and not was else "frozen"
+    return f"{_tensor((values[2], *values[:2]))} instead of {_tensor((others[2], *others[:2]))}"
+
+
+def shortened(reasons: Sequence[str], most: int = 3) -> str:
+    """One line of the first reasons."""
+    more = f", and {len(reasons) - most} more" if len(reasons) > most else ""
+    return "; ".join(reasons[:most]) + more

@@ -1,0 +1,1 @@
+"""How derivatives travel through a captured graph."""

@@ -1,0 +1,1 @@
+"""KFRA: one batch-averaged matrix down a chain of ops."""

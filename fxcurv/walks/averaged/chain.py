@@ -1,0 +1,32 @@
+"""The carrier of KFRA: from the loss down the chain of activations, one matrix M per op's output (see `averages`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+LAST = "Way out: KFLR() or KFAC(), which are defined for every graph."
+
+# The largest matrix that is made, in bytes.
+LARGEST = 2**34
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """M at the output of an op, over a sample's slice of `shape` there; `summed`: over pairs of positions, [C, C]."""
+
+    node: fx.Node
+    shape: tuple[int, ...]
+    summed: bool = False
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """Ops over a first convolution, the nearest first, that are passed without their M (see `averages.summed`)."""
+
+    ops: list[fx.Node]
+    by_offsets: bool

@@ -1,0 +1,243 @@
+"""Curvature of the ops: the columns that the Hessian has beyond the Gauss-Newton.
+
+At an op y = op(inputs) that the gradient reaches with cotangent g, the Hessian of the loss gains the residual
+R = sum_k g_k d^2 y_k over the op's inputs jointly, pulled back to the parameters. Its diagonal needs no root: columns u
+with real weights w, sum w (J^T u)^2, serve (Dangel et al. 2020, eq. 25, without its eigendecompositions).
+
+* elementwise op: one column e_i per entry, of weight g_i f''(x_i); none where f is piecewise linear;
+* a product of a value and a parameter (any op that is linear in each): per entry i of the value the pair u +- q, weights
+  +-1/2, u = e_i on the value and q the cotangent that e_i causes on the parameter; only where the parameter also
+  reaches the value, since otherwise no entry of the diagonal sees it;
+* any other op: the pairs e_i +- R_i over all inputs, weights +-1/4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxcurv.contractions.factors import Jacobian
+from fxcurv.ir.emit import emit
+from fxcurv.ir.graph import ancestors, canonical_args
+from fxcurv.ir.origin import origin_of
+from fxcurv.ir.placement import Shard, samples_back, samples_first
+from fxcurv.ir.precision import widened
+from fxcurv.ir.private import OpOverload, pytree
+from fxcurv.ir.program import is_active, is_sharded
+from fxcurv.quantity import GRADIENT, Group
+from fxcurv.rules.base import Rule, rule_of, serves_alone
+from fxcurv.rules.call import Call, call_of, place_of_outputs
+from fxcurv.rules.custom import Custom
+from fxcurv.rules.loss import separate
+from fxcurv.rules.pointwise import Pointwise
+from fxcurv.walks.columns.stack import Stack, Walk
+from fxcurv.walks.loss import signed_pairs
+from fxcurv.walks.uses import Use
+
+
+def at(walk: Walk, node: fx.Node, stack: Stack) -> None:
+    """Add the residual columns of the op at `node` to its inputs' cotangents."""
+    if GRADIENT not in stack.groups or not isinstance(node.target, OpOverload | Custom):
+        return
+    leaves = pytree.tree_leaves(canonical_args(node))
+    active = [i for i, leaf in enumerate(leaves) if is_active(leaf) and leaf in walk.curved]
+    rule = rule_of(node.target, walk.program.rules)
+    if rule.linear(active) or rule.piecewise_linear:
+        return
+    where = place_of_outputs(node)
+    if stack.per_sample:
+        _joint(walk, node, stack, rule, active, leaves, None)
+    elif isinstance(where, Shard):
+        data = [i for i in active if is_sharded(leaves[i])]
+        free = [i for i in active if i not in data]
+        if free and rule.linear(data) and all(rule.linear([i]) for i in free):
+            _bilinear(walk, node, stack, rule, data, free, leaves)
+        elif isinstance(rule, Pointwise) and rule.d2 is not None and active == [0]:
+            _elementwise(walk, node, stack, rule, leaves)
+        else:
+            _joint(walk, node, stack, rule, active, leaves, where)
+
+
+def _meet(walk: Walk, a: fx.Node, b: fx.Node) -> bool:
+    """Whether a parameter whose curvature is asked for reaches both values."""
+    params = {walk.program.params[n] for n in walk.of_curvature}
+    return bool(params & set(ancestors([a])) & set(ancestors([b])))
+
+
+def _gradient(walk: Walk, node: fx.Node, stack: Stack) -> Any:
+    """The gradient's rows of a stack (a tuple for several outputs)."""
+    start = sum(stack.columns[: stack.groups.index(GRADIENT)])
+    of = sum(stack.columns)
+    take = lambda n: emit(walk.program, _rows, n, start, of, origin=origin_of(node, "propagate"))  # noqa: E731
+    return tuple(map(take, stack.node)) if isinstance(stack.node, tuple) else take(stack.node)
+
+
+def _rows(t: Tensor, start: int, of: int) -> Tensor:
+    return t.unflatten(0, (of, -1))[start]
+
+
+def _born(walk: Walk, columns: int, send: Callable[[Group, int, int], None], divisible: bool = True) -> None:
+    group = Group("residual", len(walk.residuals))
+    walk.residuals.append(group)
+    walk.groups.append(group)
+    walk.wanted[group] = walk.of_curvature
+    walk.born(group, columns, send, divisible)
+
+
+def _send(walk: Walk, target: fx.Node, group: Group, columns: fx.Node, v: int, per_sample: bool) -> None:
+    walk.add(target, Stack((group,), (v,), columns, per_sample))
+
+
+def _elementwise(walk: Walk, node: fx.Node, stack: Stack, rule: Pointwise, leaves: list) -> None:
+    program = walk.program
+    call, origin = call_of(program, node), origin_of(node, "curvature")
+    g = _gradient(walk, node, stack)
+    entries = program.batch.per_sample(leaves[0].meta["val"])
+
+    def send(part: Group, start: int, stop: int) -> None:
+        columns, walk.weights[part] = emit(program, _unit_columns, rule.d2, call, g, start, stop, origin=origin)
+        _send(walk, leaves[0], part, columns, stop - start, False)
+
+    _born(walk, entries, send)
+
+
+def _unit_columns(d2, call: Call, g: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """(e_i [V, *x], g f'' as weights [V, N]) for the entries i from `start` to `stop` of a sample's slice."""
+    x, *rest = call.args
+    place = call.places[0]
+    curvature = (g.squeeze(0) * d2(x, call.y, *rest)).to(x.dtype)
+    rows = samples_first(curvature, place)
+    weights = rows.reshape(rows.shape[0], -1)[:, start:stop].t()
+    return separate(torch.ones_like(x).unsqueeze(0), place, None, (start, stop)), weights
+
+
+def _bilinear(walk: Walk, node: fx.Node, stack: Stack, rule: Rule, data: list, free: list, leaves: list) -> None:
+    call, origin = call_of(walk.program, node), origin_of(node, "curvature")
+    g = _gradient(walk, node, stack)
+    for position in data:
+        partners = [
+            i for i in free if not rule.linear(sorted((position, i))) and _meet(walk, leaves[i], leaves[position])
+        ]
+        if not partners:
+            continue
+        out = emit(walk.program, _cross_pairs, rule, call, position, tuple(partners), g, origin=origin)
+        columns, direct, weights = out
+        parts = {position: columns, **dict(zip(partners, direct, strict=True))}
+        _send_parts(walk, leaves, parts, set(partners), weights, rule, False, origin)
+
+
+def _cross_pairs(rule: Rule, call: Call, position: int, free: tuple, g: Tensor):
+    """(u [2D, *x], q per parameter [2D, N, *h], weights [2D, 1])."""
+    leaves, spec = pytree.tree_flatten(call.args)
+    x, place = leaves[position], call.places[position]
+    units = separate(torch.ones_like(x).unsqueeze(0), place, None)
+
+    def caused(unit: Tensor) -> list[Tensor]:
+        args = pytree.tree_unflatten([unit if i == position else a for i, a in enumerate(leaves)], spec)
+        there = Call(call.op, args, call.y, call.place, call.places, call.sizes, call.outs, call.alone)
+        return [rule.factors(there, i, g).materialise().squeeze(0) for i in free]
+
+    per_unit = [caused(unit) for unit in units.unbind(0)]
+    direct = [torch.stack([q[k] for q in per_unit]) for k in range(len(free))]
+    weights = torch.cat([x.new_full((len(per_unit), 1), 0.5), x.new_full((len(per_unit), 1), -0.5)])
+    return torch.cat([units, units]), [torch.cat([q, -q]) for q in direct], weights
+
+
+def _joint(
+    walk: Walk, node: fx.Node, stack: Stack, rule: Rule, active: list, leaves: list, place: Shard | None
+) -> None:
+    call, origin = call_of(walk.program, node), origin_of(node, "curvature")
+    g = _gradient(walk, node, stack)
+    parts, weights = emit(walk.program, _residual_pairs, rule, call, tuple(active), g, place, origin=origin)
+    free = {i for i in active if place is not None and not is_sharded(leaves[i])}
+    _send_parts(walk, leaves, dict(zip(active, parts, strict=True)), free, weights, rule, place is None, origin)
+
+
+def _send_parts(
+    walk: Walk, leaves: list, parts: dict, free: set, weights: fx.Node, rule: Rule, per_sample: bool, origin
+):
+    """Columns by position: to the values there, or as P itself to those in `free`."""
+    of = weights.meta["val"].shape[0]
+
+    def send(part: Group, start: int, stop: int) -> None:
+        v = stop - start
+        walk.weights[part] = emit(walk.program, _some, weights, start, stop, of, origin=origin)
+        for i, whole in parts.items():
+            columns = emit(walk.program, _some, whole, start, stop, of, origin=origin)
+            if i in free:
+                walk.uses.setdefault(leaves[i], []).append(Use(Jacobian(columns), (part,), (v,), rule.name))
+            else:
+                _send(walk, leaves[i], part, columns, v, per_sample)
+
+    _born(walk, of, send, divisible=not per_sample)
+
+
+def _some(t: Tensor, start: int, stop: int, of: int) -> Tensor:
+    return t if (start, stop) == (0, of) else t[start:stop]
+
+
+def _residual_pairs(rule: Rule, call: Call, active: tuple, g: Any, place: Shard | None):
+    """Columns for every active input and weights [2D, 1], from each sample's Hessian of <g, op>.
+
+    With a place: [2D, *x] for sharded inputs, [2D, N, *h] for sample-free ones. Without (an op of sample-free values, g
+    with a row per sample): [2D * N, *h].
+    """
+    leaves = pytree.tree_leaves(call.args)
+    gs = g if isinstance(g, tuple) else (g,)
+    gs = tuple(samples_first(t.squeeze(0), place) for t in gs) if place is not None else gs
+    n = gs[0].shape[0]
+    slices = {
+        i: samples_first(leaves[i], p)
+        for i, p in enumerate(call.places)
+        if place is not None and isinstance(p, Shard) and isinstance(leaves[i], Tensor)
+    }
+    inputs = [slices[i] if i in slices else leaves[i].expand(n, *leaves[i].shape) for i in active]
+    h = _residuals(rule, call, dict(zip(active, inputs, strict=True)), slices, gs, place)
+    columns, weights = signed_pairs(widened((h + h.mT) / 2))
+    out = []
+    widths = [t[0].numel() for t in inputs]
+    for i, part, t in zip(active, torch.split(columns, widths, 2), inputs, strict=True):
+        part = part.reshape(columns.shape[0], *t.shape).to(t.dtype)
+        if place is None:
+            part = part.flatten(0, 1)
+        elif i in slices:
+            part = samples_back(part, call.places[i], 1)
+        out.append(part)
+    return out, weights
+
+
+def _residuals(rule: Rule, call: Call, inputs: dict, slices: dict, gs: tuple, place: Shard | None) -> Tensor:
+    """Every sample's Hessian [N, D, D] of <g, op>, jointly in `inputs`, position -> [N, *slice]."""
+    leaves, spec = pytree.tree_flatten(call.args)
+    alone = leaves if place is None else [leaf if s is None else s for s, leaf in zip(call.sizes, leaves, strict=True)]
+    constants = {i: t for i, t in slices.items() if i not in inputs}
+    first = [slices[i][0] if i in slices else leaf for i, leaf in enumerate(alone)]
+    whole = place is not None and not serves_alone(call, first, [t[0] for t in gs])
+    widths = [t[0].numel() for t in inputs.values()]
+
+    def hessian(joint: Tensor, g_n: tuple, sample: Tensor, rest: dict) -> Tensor:
+        def in_batch(i: int, part: Tensor) -> Tensor:
+            row = sample.view(-1, *[1] * part.ndim)
+            return samples_back(torch.where(row, part, slices[i]), call.places[i])
+
+        def value(flat: Tensor) -> Tensor:
+            new = list(leaves) if whole else [rest.get(i, leaf) for i, leaf in enumerate(alone)]
+            for (i, t), part in zip(inputs.items(), torch.split(flat, widths), strict=True):
+                part = part.reshape(t.shape[1:])
+                new[i] = in_batch(i, part) if whole and i in slices else part
+            out = rule.formula(call.op, pytree.tree_unflatten(new, spec))
+            out = out if isinstance(out, tuple | list) else (out,)
+            if whole and place is not None:
+                row = [samples_first(o, place) for o in out]
+                out = [(o * sample.view(-1, *[1] * (o.ndim - 1))).sum(0) for o in row]
+            return sum((a * b).sum() for a, b in zip(g_n, out, strict=False))
+
+        _, pull = torch.func.vjp(torch.func.grad(value), joint)
+        return torch.vmap(pull)(torch.eye(sum(widths), dtype=joint.dtype, device=joint.device))[0]
+
+    joint = torch.cat([t.reshape(len(t), -1) for t in inputs.values()], 1)
+    samples = torch.eye(gs[0].shape[0], dtype=torch.bool, device=joint.device)
+    return torch.vmap(hessian)(joint, gs, samples, constants)

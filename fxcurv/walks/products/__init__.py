@@ -1,0 +1,1 @@
+"""Matrix-free products: a tangent walks forward, an adjoint walks backward."""

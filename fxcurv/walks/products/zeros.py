@@ -1,0 +1,49 @@
+"""Zeros, recognised by how they were made, and dropped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxcurv.ir.program import Program
+from fxcurv.rules.traits import KEEP_ZERO, ZERO_FACTOR, ZEROS
+
+aten = torch.ops.aten
+
+
+def is_zero(node: Any) -> bool:
+    """Whether a value is zero by its making."""
+    if not isinstance(node, fx.Node):
+        return False
+    if "zero" not in node.meta:
+        node.meta["zero"] = _makes_zero(node)
+    return node.meta["zero"]
+
+
+def _makes_zero(node: fx.Node) -> bool:
+    if node.target in KEEP_ZERO:
+        return is_zero(node.args[0])
+    if node.target in ZERO_FACTOR:
+        return any(map(is_zero, node.args))
+    if node.target is aten.add.Tensor:
+        return all(map(is_zero, node.args))
+    return node.target in ZEROS or (node.target is aten.full.default and node.args[1] == 0)
+
+
+def drop_zeros(program: Program) -> None:
+    """x + 0 is x."""
+    for node in list(program.graph.nodes):
+        if node.target is not aten.add.Tensor or node.kwargs:
+            continue
+        for term, other in (node.args, node.args[::-1]):
+            if is_zero(other) and isinstance(term, fx.Node) and _same(term, node):
+                program.replace(node, term)
+                program.graph.erase_node(node)
+                break
+
+
+def _same(a: fx.Node, b: fx.Node) -> bool:
+    x, y = a.meta["val"], b.meta["val"]
+    return x.dtype == y.dtype and [str(s) for s in x.shape] == [str(s) for s in y.shape]
