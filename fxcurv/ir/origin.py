@@ -12,7 +12,7 @@ from torch import fx
 from fxcurv.ir.private import OpOverload
 
 # Frames of these packages are never the user's line.
-_INSIDE = tuple(os.path.dirname(os.path.abspath(path)) + os.sep for path in (torch.__file__, __file__))
+_INSIDE = tuple(os.path.dirname(os.path.abspath(p)) + os.sep for p in (torch.__file__, os.path.dirname(__file__)))
 
 
 def is_user_file(path: str) -> bool:
