@@ -53,7 +53,8 @@ def write(found: Any, model: nn.Module, params: dict[str, nn.Parameter], results
     record = _record()
     for e in context.extensions:
         for name in results[e.savefield]:
-            if record.fields.get((id(params[name]), e.savefield), found) is not found:
+            known = record.fields.get((id(params[name]), e.savefield))
+            if known is not None and known() is not found:
                 _drop(params.values(), context.extensions)
                 raise FieldError(
                     f"{type(model).__name__} ran forward more than once before this backward pass, which reaches parameter "
@@ -63,7 +64,7 @@ def write(found: Any, model: nn.Module, params: dict[str, nn.Parameter], results
     for e in context.extensions:
         for name, value in results[e.savefield].items():
             setattr(params[name], e.savefield, value)
-            record.fields[id(params[name]), e.savefield] = found
+            record.fields[id(params[name]), e.savefield] = weakref.ref(found)
     record.reached |= {id(params[name]) for name in found.template.params}
 
 

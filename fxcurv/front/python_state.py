@@ -343,16 +343,17 @@ class Reads:
             try:
                 value = object.__getattribute__(module, name)
             except AttributeError:
-                self._attribute(module, name, _MISSING, sys._getframe(1))
+                if not _is_standard(name):
+                    self._attribute(module, name, _MISSING, sys._getframe(1))
                 raise
-            if name not in _STANDARD and name[:2] != "__":
+            if not _is_standard(name):
                 self._attribute(module, name, value, sys._getframe(1))
             return value
 
         original = self._setattr = nn.Module.__setattr__
 
         def write(module: nn.Module, name: str, value: Any) -> None:
-            if name not in _STANDARD and not isinstance(value, nn.Parameter | nn.Module):
+            if not _is_standard(name) and not isinstance(value, nn.Parameter | nn.Module):
                 self._written.setdefault((id(module), name), module)
             original(module, name, value)
 
@@ -634,6 +635,11 @@ def _how(path: Path, value: Any) -> str:
 def _is_attribute(path: Path) -> bool:
     """Whether a place is an attribute of a module."""
     return isinstance(path.root, nn.Module) and len(path.steps) == 1
+
+
+def _is_standard(name: str) -> bool:
+    """Whether an attribute is PyTorch's own: every module's, or one that export lifts a tensor into."""
+    return name in _STANDARD or name.startswith(("__", "_param_constant", "_tensor_constant"))
 
 
 def _held(module: nn.Module, name: str) -> Any:

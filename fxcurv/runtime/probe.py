@@ -125,6 +125,8 @@ class _InStep(fx.Interpreter):
                 if size.max() > limit * scale:
                     moved = int(size.argmax())
                     return f"exchanging {_listed(samples)} moves sample {moved} by {size.max().item():.2g}"
+        elif place == PARTIAL and not all(bool(v.isfinite().all()) for v in values):
+            return ""  # NaN and infinity do not add up
         elif place == PARTIAL:
             for one, other, samples in zip(halves_[::2], halves_[1::2], self.exchanged[2::2], strict=True):
                 error = (every - one - other + base).abs().max().item()

@@ -198,7 +198,7 @@ LOSSES = {
     "rows of targets": (lambda f, y: F.cross_entropy(f[y], y), CAREFUL),
     "samples of one class": (lambda f, y: (torch.zeros_like(f).index_add(0, y, f)).square().sum(), REFUSED),
     "samples of one class, linear": (lambda f, y: (torch.zeros_like(f).index_add(0, y, f)).sum() + f.square().sum(), RIGHT),
-    "ranks": (lambda f, y: (f[:, 0] - f[:, :1]).sigmoid().sum(), REFUSED),
+    "ranks": (lambda f, y: (f[:, 0] - f[:, :1]).exp().sum(), REFUSED),
     "contrastive": (lambda f, y: F.cross_entropy(f @ f.t(), arange(f)), REFUSED),
     "active targets of other samples": (lambda f, y: F.mse_loss(f, f.flip(0)), REFUSED),
     "active targets broadcast": (lambda f, y: ((f[:, :1] - f[:, 1]) ** 2).mean(), REFUSED),
