@@ -24,7 +24,7 @@ import sys
 import sysconfig
 import types
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -608,7 +608,17 @@ class Reads:
             if len(paths) == 1:
                 state.sources[name] = paths[0]
             state.leaves += [(path, "tensor" if len(paths) == 1 else "identity") for path in paths]
+        # a program that held its model would keep it alive
+        state.leaves = [(_by_index(path), how) for path, how in state.leaves]
+        state.sources = {name: _by_index(path) for name, path in state.sources.items()}
+        state.effects = [replace(e, path=_by_index(e.path)) for e in state.effects]
+        state.numbers = type(state.numbers)(map(_by_index, state.numbers))
         return state.freeze(self.modules)
+
+
+def _by_index(path: Path) -> Path:
+    """The same place without its root, where the module's index says it."""
+    return path if path.module is None else replace(path, root=None)
 
 
 class _Absent(Path):

@@ -75,7 +75,14 @@ def _refused(what: str) -> CaptureError:
     return CaptureError(f"{what} changes in the forward pass, a side effect that a compiled program does not repeat.\n{WAY_OUT}")
 
 
-def _no_tensor_hook(tensor: Tensor, hook: Callable) -> None:
+_register_hook = Tensor.register_hook
+
+
+def _no_tensor_hook(tensor: Tensor, hook: Callable) -> Any:
+    """Refuse the user's; what PyTorch's own modes register (a FLOP counter's) is theirs."""
+    code = getattr(hook, "__code__", None)
+    if code is not None and not is_user_file(code.co_filename):
+        return _register_hook(tensor, hook)
     raise CaptureError(
         f"the model registers the hook '{_name(hook)}' on a tensor in its forward pass (register_hook), which no program runs. "
         "Way out: say what it does to the gradient as a torch.autograd.Function, or drop it."
