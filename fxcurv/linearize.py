@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 from fxcurv.emit import emit
 from fxcurv.errors import UnsupportedOpError, locate
+from fxcurv.factors import channels_last
 from fxcurv.passes.objective import ancestors, descendants
 from fxcurv.program import Program, is_active
 from fxcurv.rules.base import FALLBACK, Call, Rule, canonical_args, rule_of
@@ -157,6 +158,10 @@ def _sum(tensors: list[Tensor]) -> Tensor:
 
 def _ones(loss: Tensor) -> Tensor:
     return torch.ones_like(loss).unsqueeze(0)
+
+
+def _contiguous(t: Tensor) -> Tensor:
+    return t.contiguous()
 
 
 def _plain(v: Tensor) -> Tensor:
@@ -449,8 +454,7 @@ class Product:
         if not wrt:
             return
         rule, call = op_of(self.program, node)
-        leaves = pytree.tree_leaves(canonical_args(node))
-        found = self._tangent(node, rule, call, wrt, [self.tangents[leaves[i]] for i in wrt])
+        found = self._tangent(node, rule, call, wrt, self._given(node, wrt))
         if isinstance(call.y, tuple):
             which = outputs(rule, [y.meta["val"] if isinstance(y, fx.Node) else y for y in call.y])
             items = {k: t for k, t in zip(which, found, strict=True) if not _is_zero(t)}
@@ -458,6 +462,17 @@ class Product:
                 self.tangents[node] = items
         elif not _is_zero(found[0]):
             self.tangents[node] = found[0]
+
+    def _given(self, node: fx.Node, wrt: tuple[int, ...]) -> list[fx.Node]:
+        """The tangents of an op's arguments; those of a convolution have their channels first where its input has them first.
+
+        The kernel is chosen by the layout of what it reads: see `sound` in passes/layout.py.
+        """
+        leaves = pytree.tree_leaves(canonical_args(node))
+        ts = [self.tangents[leaves[i]] for i in wrt]
+        if node.target is not aten.convolution.default or channels_last(leaves[0].meta["val"]):
+            return ts
+        return [emitted(self.program, node, _contiguous, t) for t in ts]
 
     def _tangent(self, node: fx.Node, rule: Rule, call: Call, wrt: tuple[int, ...], ts: list[fx.Node]) -> Any:
         fn = tangent_of_product if node.target in PRODUCTS else tangent
@@ -475,8 +490,8 @@ class Product:
             return []
         leaves = pytree.tree_leaves(canonical_args(node))
         g = self.joint.gradients[node]
-        ts = [self.tangents[leaves[i]] for i in wrt]
-        found = self.times_residual(node, rule, call, wrt, list(g) if isinstance(g, tuple) else [g], ts)
+        gs = list(g) if isinstance(g, tuple) else [g]
+        found = self.times_residual(node, rule, call, wrt, gs, self._given(node, wrt))
         return [(leaves[i], t) for i, t in zip(wrt, found, strict=True) if not _is_zero(t)]
 
     def times_residual(self, node, rule, call, wrt, g, ts):
