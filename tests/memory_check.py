@@ -50,10 +50,10 @@ def report(log: Path) -> int:
 
 
 def planted() -> None:
-    """Four bytes more than were asked for: of 20 glibc makes 24."""
+    """Eight bytes more than were asked for: of 16 glibc makes 24. Fewer than a word valgrind lets pass."""
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-    address = libc.malloc(20)
+    address = libc.malloc(16)
     ctypes.string_at(address, 24)
     libc.free(address)
 
