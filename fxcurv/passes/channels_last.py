@@ -47,11 +47,11 @@ def channels_last(program: Program) -> Program:
 def sound(weight: Sequence[int], stride: Sequence[int], groups: int) -> bool:
     """Whether all kernels of a 2-d convolution are known to be sound with channels last.
 
-    oneDNN copies the pixels that a strided 1 x 1 convolution reads to a workspace, whole vectors of channels for each. Its
-    weight gradient for AVX2, `jit_avx2_1x1_convolution_bwd_weights_t`, overruns the workspace where channels are last and do
-    not fill the vectors (oneDNN 3.12 in PyTorch 2.13.0; also PyTorch 2.14.1): a corrupted heap, wrong numbers, or a hang. No
-    other kernel size was seen to do so, yet none gains enough to rely on that. Which processor this is does not count:
-    variables of the environment change oneDNN's choice, and an exported program runs elsewhere.
+    oneDNN copies the pixels that a strided 1 x 1 convolution reads to a workspace. Its weight gradient for AVX2,
+    `jit_avx2_1x1_convolution_bwd_weights_t`, writes beyond that where channels are last and fewer than a vector holds (seen
+    in oneDNN 3.12 of PyTorch 2.13.0): the heap is corrupted. Strided convolutions of other kernel sizes and channels were
+    not seen to, but they are kept away as well, since what is sound there is one release's detail. The processor does not
+    count: variables of the environment change oneDNN's choice, and an exported program runs elsewhere.
     """
     # [outputs, inputs / groups], or of a transposed convolution [inputs, outputs / groups]
     per_group = (weight[0] // groups, weight[1])

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxcurv.contractions.factors import channels_last
 from fxcurv.ir.graph import canonical_args
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import is_active
@@ -44,6 +45,10 @@ from fxcurv.walks.products.joint import Adjoint, Joint
 from fxcurv.walks.products.zeros import is_zero
 
 aten = torch.ops.aten
+
+
+def _contiguous(t: Tensor) -> Tensor:
+    return t.contiguous()
 
 
 def _plain(v: Tensor) -> Tensor:
@@ -111,8 +116,7 @@ class Product:
         if not wrt:
             return
         rule, call = op_of(self.program, node)
-        leaves = pytree.tree_leaves(canonical_args(node))
-        found = self._tangent(node, rule, call, wrt, [self.tangents[leaves[i]] for i in wrt])
+        found = self._tangent(node, rule, call, wrt, self._given(node, wrt))
         if isinstance(call.y, tuple):
             which = outputs(rule, [y.meta["val"] if isinstance(y, fx.Node) else y for y in call.y])
             items = {k: t for k, t in zip(which, found, strict=True) if not is_zero(t)}
@@ -120,6 +124,17 @@ class Product:
                 self.tangents[node] = items
         elif not is_zero(found[0]):
             self.tangents[node] = found[0]
+
+    def _given(self, node: fx.Node, wrt: tuple[int, ...]) -> list[fx.Node]:
+        """The tangents of an op's arguments; those of a convolution have their channels first where its input has them first.
+
+        The kernel is chosen by the layout of what it reads: see `sound` in passes/channels_last.py.
+        """
+        leaves = pytree.tree_leaves(canonical_args(node))
+        ts = [self.tangents[leaves[i]] for i in wrt]
+        if node.target is not aten.convolution.default or channels_last(leaves[0].meta["val"]):
+            return ts
+        return [emitted(self.program, node, _contiguous, t) for t in ts]
 
     def _tangent(self, node: fx.Node, rule: Rule, call: Call, wrt: tuple[int, ...], ts: list[fx.Node]) -> Any:
         fn = tangent_of_product if node.target in PRODUCTS else tangent
@@ -137,8 +152,8 @@ class Product:
             return []
         leaves = pytree.tree_leaves(canonical_args(node))
         g = self.joint.gradients[node]
-        ts = [self.tangents[leaves[i]] for i in wrt]
-        found = self.times_residual(node, rule, call, wrt, list(g) if isinstance(g, tuple) else [g], ts)
+        gs = list(g) if isinstance(g, tuple) else [g]
+        found = self.times_residual(node, rule, call, wrt, gs, self._given(node, wrt))
         return [(leaves[i], t) for i, t in zip(wrt, found, strict=True) if not is_zero(t)]
 
     def times_residual(self, node, rule, call, wrt, g, ts):
