@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import fxcurv
 from fxcurv.extensions import KFAC, BatchDiagGGNExact, BatchGrad, BatchL2Grad, SqrtGGNExact
-from fxcurv.kernels import outer_batch, outer_square_sum, outer_square_sum_conv, syrk, syrk_conv
+from fxcurv.kernels import blocks, outer_batch, outer_square_sum, outer_square_sum_conv, syrk, syrk_conv
 from fxcurv.kernels import patches as patches_of
 
 OPS = torch.ops.fxcurv
@@ -33,7 +33,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 def small_blocks() -> Iterator[None]:
     """Blocks of a few numbers, so that small arguments have several, the last of them cut off."""
     small = [
-        (cpu, "BLOCK", 7), (cpu, "FEWEST", 1), (patches_of, "LARGEST", 50), (syrk_conv, "BLOCK", 20),
+        (blocks, "BLOCK", 7), (blocks, "FEWEST", 1), (patches_of, "LARGEST", 50), (syrk_conv, "BLOCK", 20),
         (syrk, "FEW", 4), (syrk, "STRIP", 3),
     ]  # fmt: skip
     before = [(module, name, getattr(module, name)) for module, name, _ in small]

@@ -27,6 +27,7 @@ AROUND_ONLY = {
     "torch._dynamo.utils.counters",
     "torch._inductor.aoti_compile_and_package",
     "torch._inductor.aoti_load_package",
+    "torch._prims_common.suggest_memory_format",
     "torch._subclasses.FakeTensorMode",
     "torch._weight_norm",
     "torch.backends.cuda.matmul.fp32_precision",

@@ -50,6 +50,8 @@ _LIBRARIES = {
     "torch", "functorch", "torchgen", "sympy", "mpmath", "networkx", "numpy", "filelock", "fsspec", "jinja2", "triton", "optree",
     "typing_extensions", "rich", "pytest", "_pytest", "pluggy", "hypothesis", "coverage",
 }  # fmt: skip
+# A mode that watches or changes ops (a profiler, a FLOP counter) is no part of the model.
+_OF_MODES = {"__torch_dispatch__", "__torch_function__"}
 _MISSING = type("Missing", (), {"__repr__": lambda self: "nothing"})()
 
 
@@ -376,7 +378,8 @@ class Reads:
         """A function was called; the debugger's or the coverage tool's own function goes on."""
         code = frame.f_code
         if id(code) not in self._codes:
-            self._codes[id(code)] = (code, _instructions(code) if _holds_state(code.co_filename) else [])
+            watched = _holds_state(code.co_filename) and code.co_name not in _OF_MODES
+            self._codes[id(code)] = (code, _instructions(code) if watched else [])
             if self._codes[id(code)][1]:
                 self._globals(code, frame.f_globals)
         instructions = self._codes[id(code)][1]
