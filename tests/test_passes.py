@@ -171,7 +171,7 @@ def test_extract_makes_what_select_replaces():
     """Contract nodes are there after extract and gone after select."""
     _, _, snapshots = observed("cnn")
     count = {s.name: sum(_is_contract(n) for n in s.gm.graph.nodes) for s in snapshots}
-    assert count["propagate"] == count["select"] == count["codegen"] == 0
+    assert count["propagate"] == count["select"] == count["finish"] == 0
     assert count["extract"] > 0
 
 

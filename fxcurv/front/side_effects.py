@@ -40,7 +40,7 @@ def hooks_of(modules: Sequence[nn.Module]) -> tuple:
         for name in (*_FORWARD, *_BACKWARD)
         if (hooks := getattr(m, name))
     ]
-    return tuple(own), tuple(tuple(getattr(nn_module, name)) for name in _GLOBAL)
+    return tuple(own), tuple(tuple(_global_hooks(name)) for name in _GLOBAL)
 
 
 @contextlib.contextmanager
@@ -75,13 +75,23 @@ def _refused(what: str) -> CaptureError:
     return CaptureError(f"{what} changes in the forward pass, a side effect that a compiled program does not repeat.\n{WAY_OUT}")
 
 
+def _is_pytorchs(hook: Any) -> bool:
+    """Whether a hook is of PyTorch's own modules, such as a FLOP counter's: it watches a model and is no part of it."""
+    code = getattr(getattr(hook, "__func__", hook), "__code__", None)
+    return code is not None and not is_user_file(code.co_filename)
+
+
+def _global_hooks(kind: str) -> dict[int, Callable]:
+    """The hooks of all modules but for PyTorch's own."""
+    return {key: hook for key, hook in getattr(nn_module, kind).items() if not _is_pytorchs(hook)}
+
+
 _register_hook = Tensor.register_hook
 
 
 def _no_tensor_hook(tensor: Tensor, hook: Callable) -> Any:
     """Refuse the user's; what PyTorch's own modes register (a FLOP counter's) is theirs."""
-    code = getattr(hook, "__code__", None)
-    if code is not None and not is_user_file(code.co_filename):
+    if _is_pytorchs(hook):
         return _register_hook(tensor, hook)
     raise CaptureError(
         f"the model registers the hook '{_name(hook)}' on a tensor in its forward pass (register_hook), which no program runs. "
@@ -139,7 +149,7 @@ def _functions(named: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Ca
         if code is not None and is_user_file(code.co_filename):
             yield f"what the forward of {_path(name, m)} keeps", type(m).forward
     for kind in _GLOBAL[:2]:
-        for hook in getattr(nn_module, kind).values():
+        for hook in _global_hooks(kind).values():
             yield f"what the global hook '{_name(hook)}' keeps", hook
 
 

@@ -29,7 +29,7 @@ from fxcurv.walks.groups import groups_of
 
 
 def propagate(program: Program) -> Program:
-    """Fill `state["uses"]` (parameter name -> uses), `state["direct"]` (gradient past all samples) and column weights."""
+    """Fill `walked.uses` (parameter name -> uses), `walked.direct` (gradient past all samples) and column weights."""
     walk = Walk(program, [GRADIENT] if program.loss is not None else [])
     for e in program.extensions:
         curved = isinstance(e.requires, HessianFactors)

@@ -31,7 +31,7 @@ WAY_OUT = 'Way out: sample="sequence"; or a loss that is a sum or mean of one te
 
 
 def tokens(program: Program) -> Program:
-    """Set `state["positions"]`, (number of positions, axis of classes or None), where gradients are wanted by token."""
+    """Set `analysis.positions`, (number of positions, axis of classes or None), where gradients are wanted by token."""
     if program.options.sample == "token":
         _find(program)
     return program

@@ -49,6 +49,7 @@ def try_op(program: Program, node: fx.Node, count: int) -> Found:
     summed = any(isinstance(p, Partial) for p in active)
     if any(isinstance(p, Mixed) for p in active) or (summed and any(isinstance(p, Shard) for p in places)):
         return Found([MIXED] * count)
+    _check_indices(program, node)
     reason = ""
     # small is quick; the batch's own size is what a size that happens to equal it asks for
     sizes = [SMALL, (program.batch.size,)] if program.batch.symbols else [(program.batch.size,)]
@@ -87,6 +88,33 @@ def _check_sizes(program: Program, node: fx.Node, places: Sequence[Placement | N
     apart = all(isinstance(p, Shard) for p in places)
     if varying and not apart and program.batch.symbols and any(e.per_sample for e in program.extensions):
         raise OneSize
+
+
+# They raise at an index that is out of range, so any may be tried. Others may believe it, and read or write anywhere.
+_CHECKED = {
+    "embedding", "embedding_bag", "gather", "index", "index_add", "index_copy", "index_fill", "index_put", "index_reduce",
+    "index_select", "max_unpool2d", "max_unpool3d", "multi_margin_loss", "multilabel_margin_loss", "put", "scatter",
+    "scatter_add", "scatter_reduce", "take", "nll_loss", "nll_loss2d", "nll_loss_nd", "cross_entropy_loss",
+}  # fmt: skip
+
+
+def _check_indices(program: Program, node: fx.Node) -> None:
+    """Refuse to try integers on an op that may not check them."""
+    name = str(node.target).removeprefix("aten.").split(".")[0].strip("_").removesuffix("_forward")
+    if name in _CHECKED:
+        return
+    names, args = _names(node), pytree.tree_leaves(canonical_args(node))
+    for leaf, name in zip(args, names, strict=False):
+        if not _is_index(leaf) or leaf.meta["val"].dtype is torch.bool or "pivots" in name:
+            continue
+        if known(program, leaf, program.batch.size) is None or (program.batch.symbols and not _alike(leaf)):
+            raise Uninformative(f"its argument '{name}' is of integers, and it is not known to check them")
+
+
+def _names(node: fx.Node) -> list[str]:
+    """The name in the schema that each flattened argument belongs to."""
+    arguments = getattr(schema_of(node.target), "arguments", ())
+    return [a.name for a, v in zip(arguments, canonical_args(node), strict=False) for _ in pytree.tree_leaves(v)]
 
 
 def _is_value(leaf: Any) -> bool:
@@ -206,7 +234,7 @@ class Trial:
         for i in integers:
             if i not in fixed and _alike(self.leaves[i]):
                 fixed[i] = known(self.program, self.leaves[i], self.n)
-        pivots = [i for i, name in enumerate(self._names()) if "pivots" in name]  # LAPACK believes them
+        pivots = [i for i, name in enumerate(_names(self.node)) if "pivots" in name]  # LAPACK believes them
         fixed |= {i: torch.ones_like(integers[i]) for i in pivots if i in integers}
         fixed = {i: v for i, v in fixed.items() if v is not None}
         self.values = [fixed.get(i, v) for i, v in enumerate(self.values)]
@@ -217,17 +245,9 @@ class Trial:
             self.highs[i] = high = next((c for c in self._ends(v) if self._takes(still, i, c - 1)), 1)
             self.values[i] = torch.randint(0, high, v.shape, generator=generator).to(v.dtype)
 
-    def _names(self) -> list[str]:
-        """The name in the schema that each flattened argument belongs to."""
-        arguments = getattr(schema_of(self.node.target), "arguments", ())
-        args = numeric_args(self.program, self.node, self.n)
-        return [a.name for a, value in zip(arguments, args, strict=False) for _ in pytree.tree_leaves(value)]
-
     def _ends(self, v: Tensor) -> list[int]:
         """Where the range of an index may end: after a dimension, or after all elements of an argument."""
         tensors = [t for t in self.values if isinstance(t, Tensor)]
-        if "backward" in str(self.node.target):  # PyTorch does not check its own indices, and would write anywhere
-            return [2]
         ends = {2, self.n, *(t.numel() for t in tensors), *(size for t in tensors for size in t.shape)}
         return sorted((e for e in ends if 0 < e <= torch.iinfo(v.dtype).max), reverse=True)
 
