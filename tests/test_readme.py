@@ -38,7 +38,7 @@ def run(code: str, namespace: dict) -> str:
 
 def lasting(text: str) -> list[str]:
     """What is printed, without the times and the tables of costs, which change with the cost model."""
-    text = re.sub(r"compiled in: .*", "", text, flags=re.DOTALL)
+    text = re.sub(r"(checked|compiled in): .*", "", text, flags=re.DOTALL)
     return [line for line in text.strip().splitlines() if not line.startswith(tuple("┏┃┡│├└"))]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import traceback
 import warnings
 from unittest import mock
@@ -12,12 +11,13 @@ from unittest import mock
 import torch
 
 from fxcurv.errors import LossError
+from fxcurv.front import wrapped
 from fxcurv.front.wrapped import Captured, line_of
 from fxcurv.ir.origin import is_user_file
 from fxcurv.ir.private import OpOverload, fake_tensor_log, original, patched
 
 # where the model is called from while it is traced
-_HERE = os.path.dirname(__file__)
+_CALLER = wrapped.__file__
 
 
 @contextlib.contextmanager
@@ -72,7 +72,7 @@ def user_frames():
     """Record the user's frames on every node; export keeps only those of functions called `forward`."""
 
     def keep(_tracer, frames):
-        start = max((i for i, f in enumerate(frames) if os.path.dirname(f.filename) == _HERE), default=-1)
+        start = max((i for i, f in enumerate(frames) if f.filename == _CALLER), default=-1)
         return traceback.StackSummary.from_list([f for f in frames[start + 1 :] if is_user_file(f.filename)])
 
     with patched("torch.fx.proxy.TracerBase._filter_traceback_frames", keep):
