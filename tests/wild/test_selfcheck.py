@@ -304,16 +304,13 @@ def test_a_wrong_sum_beside_a_regulariser():
 
 # ---- the truth passes, and nothing else changes ----
 
-REPRESENTATIVE = {
-    "mlp_relu", "mlp_single_sample", "layer_called_twice", "batch_second", "batch_norm2d", "transformer_encoder",
-    "ce_maps_ignore_weights", "output_tuple", "unreached_parameter",
-}  # fmt: skip
+QUICK = {"mlp_relu", "mlp_single_sample", "batch_norm2d", "output_tuple", "unreached_parameter"}
 QUANTITIES = [BatchGrad(), BatchL2Grad(), SumGradSquared(), Variance(), ClippedGrad(0.1)]
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in REPRESENTATIVE else pytest.mark.slow) for n in CASES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in CASES])
 def test_the_truth_passes(name, dtype, training):
     """No false alarm, and nothing left out."""
     model, loss, inputs, targets = CASES[name].build(dtype)
