@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # The user's file, as errors name it.
 NAME = "train.py"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 MODULES = {"data"}  # that scripts import
 SCRIPTS = {"demo", "batched_jacobians", "all_extensions", "gradient_of_variance", "diag_ggn_optimizer", "train_compiled"}
 PNG = b"\x89PNG"
