@@ -22,7 +22,7 @@ from fxcurv.extensions import GGNMP, HMP, PCHMP, DiagGGNExact, DiagHessian
 REPRESENTATIVE = {
     "mlp_single_sample", "tied_embedding_lm", "weight_norm_linear", "unreached_parameter", "conv_transpose2d_stride",
     "residual_net", "layer_norm", "squeeze_excite", "transformer_encoder", "rnn_tanh", "ce_maps_ignore_weights",
-    "loss_log_cosh", "loss_regularised", "loss_gaussian_nll", "output_coupled", "batch_second",
+    "loss_log_cosh", "loss_regularised", "loss_gaussian_nll", "output_coupled", "batch_second", "group_norm_channels",
 }  # fmt: skip
 POSITIVE = {"layer_called_twice", "squeeze_excite", "layer_norm", "rnn_tanh", "loss_gaussian_nll", "loss_regularised"}
 

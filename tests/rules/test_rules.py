@@ -371,6 +371,21 @@ def test_rewrite(op):
             close(a, e, (op, shapes(args)), **TOLERANCE, equal_nan=True)
 
 
+FORMULAS = [op for op, rule in RULES.items() if type(rule).formula is not Rule.formula]
+
+
+@pytest.mark.parametrize("op", FORMULAS, ids=name_of)
+def test_formula(op):
+    """As many outputs as the op has, of the same shapes; what has a derivative has the op's value."""
+    seed(op)
+    found = samples(op)
+    assert found, "no samples"
+    for _, args in found:
+        expected, actual = floats(run(op, args)), floats(RULES[op].formula(op, args))
+        assert [a.shape for a in actual] == [e.shape for e in expected], shapes(args)
+        close(actual[0], expected[0], (op, shapes(args)), **TOLERANCE, equal_nan=True)
+
+
 # They mix samples, so that they claim no placement.
 MIXING = {aten._native_batch_norm_legit_functional.default}
 
