@@ -18,7 +18,7 @@ from fxcurv.contractions.sizes import Dims, dims
 from fxcurv.cost import Cost
 from fxcurv.ir.placement import Shard
 from fxcurv.kernels.embedding_square_sum import embedding_square_sum
-from fxcurv.kernels.outer_batch import outer_batch_conv
+from fxcurv.kernels.outer_batch_conv import outer_batch_conv
 from fxcurv.kernels.outer_moments import outer_moments, outer_moments_conv
 from fxcurv.kernels.outer_norm import outer_norm
 from fxcurv.kernels.outer_square_sum import outer_square_sum

@@ -17,7 +17,7 @@ from torch import fx
 
 from fxcurv.contractions.sizes import size
 from fxcurv.ir.program import Input, Memory, Program
-from fxcurv.kernels import outer_batch, outer_square_sum, outer_square_sum_conv
+from fxcurv.kernels import outer_batch_conv, outer_square_sum, outer_square_sum_conv
 from fxcurv.rules.traits import VIEWS
 
 aten = torch.ops.aten
@@ -27,7 +27,7 @@ OUT: dict[Any, Any] = {
     aten.mul.Tensor: aten.mul.out,
     torch.ops.fxcurv.outer_square_sum.default: outer_square_sum.into,
     torch.ops.fxcurv.outer_square_sum_conv.default: outer_square_sum_conv.into,
-    torch.ops.fxcurv.outer_batch_conv.default: outer_batch.into_conv,
+    torch.ops.fxcurv.outer_batch_conv.default: outer_batch_conv.into,
 }
 
 # Smaller results come from memory that the allocator keeps anyway.
