@@ -30,6 +30,9 @@ class Rule:
     piecewise_linear = False
     """Whether the op has no curvature where it is differentiable."""
 
+    elementwise = False
+    """Whether an entry of the output is a function of the entries at its place of the (broadcast) arguments alone."""
+
     def linear(self, active: Sequence[int]) -> bool:
         """Whether the op is linear in the arguments at the positions `active` jointly."""
         return False

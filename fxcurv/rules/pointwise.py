@@ -26,6 +26,7 @@ class Pointwise(Rule):
     """
 
     name = "pointwise"
+    elementwise = True
 
     def __init__(self, d1: Callable, d2: Callable | None = None, piecewise_linear: bool = False):
         self.d1, self.d2, self.piecewise_linear = d1, d2, piecewise_linear
@@ -180,6 +181,7 @@ class Arithmetic(Rule):
     """A broadcasting op of two arguments; subclasses give `pull`, the cotangent before unbroadcasting."""
 
     name = "arithmetic"
+    elementwise = True
 
     def pull(self, call: Call, position: int, g: Tensor) -> Tensor:
         raise NotImplementedError
@@ -299,6 +301,7 @@ class Dropout(Rule):
     """y = x mask / (1 - p), with the mask that the forward pass drew."""
 
     name = "dropout"
+    elementwise = True
 
     def linear(self, active):
         return True
