@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fxcurv.kernels import blocks as cpu
 from fxcurv.kernels.patches import Patches, grouped, windows
+from fxcurv.kernels.register import INTO
 
 
 def reference(x: Tensor, g: Tensor, *geometry) -> Tensor:
@@ -48,6 +49,9 @@ def into(
         for column, target in zip(columns, rows, strict=True):
             torch.bmm(column[n].flatten(0, 1).mT, patches, out=target[n].flatten(0, 1))
     return out
+
+
+INTO[torch.ops.fxcurv.outer_batch_conv.default] = into
 
 
 def shape(x: Tensor, g: Tensor, kernel: list[int], groups: int) -> tuple[int, ...]:

@@ -217,6 +217,8 @@ def _own_slices(p: Tensor, place: Shard) -> Tensor:
 class Add(Arithmetic):
     """y = x + alpha z, y = x - alpha z."""
 
+    shifts = True
+
     def linear(self, active):
         return True
 
