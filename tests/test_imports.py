@@ -167,6 +167,13 @@ def test_no_pass_knows_an_extension_by_name():
                 assert {a.name for a in node.names} <= {"Extension", "Param"}, path
 
 
+def test_every_kernel_is_called():
+    """By a rule, a candidate or an extension: what no program reaches is no part of the house."""
+    kernels = {p for p in (ROOT / "kernels").glob("*.py") if "custom_op(" in p.read_text()}
+    called = {found for path in FILES if path.parent.name != "kernels" for found in imports(path)}
+    assert kernels and kernels <= called
+
+
 @pytest.mark.parametrize("code", [
     "if node.target is aten.relu.default: pass",
     "KEEP = {aten.relu.default, aten.tanh.default}",

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 triton = pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux")
 
 import triton.language as tl  # noqa: E402
-from test_kernels_triton import DEVICE, SHARED, compiled, compiles, resources, runs, without_gpu  # noqa: E402
+from test_kernels_triton import BESIDE, DEVICE, SHARED, compiled, compiles, resources, runs, without_gpu  # noqa: E402
 
 from fxcurv.kernels.syrk_triton import row_and_column  # noqa: E402
 
@@ -42,7 +42,7 @@ def _seed():
 
 def kernel(name):
     """The function that launches the op's kernels, on tensors of any device; for `syrk` past its choice of a library's."""
-    module = importlib.import_module(f"fxcurv.kernels.{name}_triton")
+    module = importlib.import_module(f"fxcurv.kernels.{BESIDE.get(name, name)}_triton")
     return module.products if name == "syrk" else getattr(module, name)
 
 

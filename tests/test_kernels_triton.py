@@ -23,6 +23,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 runs = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="needs a GPU or TRITON_INTERPRET=1")
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+# whose Triton kernel is in another op's file
+BESIDE = {"syrk_conv": "syrk"}
 # bytes of shared memory that a block may have
 SHARED = {80: 163 << 10, 90: 227 << 10}
 # each of the small cases in one layout
@@ -31,7 +33,7 @@ IN_TURN = [(*case, LAYOUTS[1 + k % 3]) for k, case in enumerate(SMALL)]
 
 def kernel(name):
     """The function that launches the op's kernels, on tensors of any device."""
-    return getattr(importlib.import_module(f"fxcurv.kernels.{name}_triton"), name)
+    return getattr(importlib.import_module(f"fxcurv.kernels.{BESIDE.get(name, name)}_triton"), name)
 
 
 def tuned(name):

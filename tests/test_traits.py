@@ -22,8 +22,10 @@ from fxcurv.kernels.max_pool_columns import max_pool_columns  # noqa: F401  (reg
 from fxcurv.rules import RULES, traits
 from fxcurv.rules.base import FALLBACK, rule_of
 
-MOST = 24
+MOST = 12
 """Entries of an argument that are changed one by one."""
+LARGEST = 120
+"""Elements of an argument of a call that is tried, where there are such calls."""
 
 
 def pooled(x, window):
@@ -67,7 +69,7 @@ def calls(op) -> list[tuple]:
         hand = [canonical(op, args, {}) for args in by_hand().get(op, [])]
     found = hand + [args for _, args in samples(op)]
     assert found, f"no call of {op} to try the claim on"
-    return found
+    return [args for args in found if all(x.numel() <= LARGEST for x in tensors(args).values())] or found[:1]
 
 
 def first(op, args) -> Tensor:
@@ -161,18 +163,20 @@ def test_in_order(op):
 
 @each(having("index_map"))
 def test_index_map(op):
-    """Every entry of the output is one of the arguments' or a constant."""
+    """Every entry of the output is one of the arguments' or a constant, and which one is no matter of values."""
     for args in calls(op):
-        y, total = first(op, args).double(), 0
-        for i in able(args):
-            x = tensors(args)[i]
-            for e in range(x.numel()):
-                step = torch.zeros(x.numel(), dtype=x.dtype)
-                step[e] = 1
-                there = first(op, with_leaves(args, {i: x + step.reshape(x.shape)})).double() - y
-                assert ((there.abs() < 1e-6) | ((there - 1).abs() < 1e-6)).all()
-                total = total + there
-        assert (total < 1.5).all()
+        found = []
+        for seed in range(2):
+            drawn = torch.Generator().manual_seed(seed)
+            new = {i: torch.rand(tensors(args)[i].shape, generator=drawn, dtype=torch.float64) + 2 for i in able(args)}
+            y = first(op, with_leaves(args, new))
+            values = torch.cat([x.flatten() for x in new.values()]).to(y.dtype)
+            match = y.flatten().unsqueeze(1) == values
+            assert (match.sum(1) <= 1).all()
+            found.append((match, y.flatten()))
+        (one, y), (two, z) = found
+        assert one.equal(two)
+        assert y[~one.any(1)].equal(z[~one.any(1)])
 
 
 @each(having("shifts"))
@@ -228,7 +232,7 @@ def test_all_other_rules_refuse_to_be_followed_by_strides():
 def test_weights(op):
     """An entry moves one index of the axis; all indices have entries."""
     position, axis = traits.WEIGHTS[op]
-    for args in calls(op):
+    for args in sorted(calls(op), key=lambda a: a[position].numel())[:4]:
         i = next(k for k, leaf in enumerate(pytree.tree_leaves(args)) if leaf is args[position])
         if op is aten.linear.default and args[1].ndim < 2:
             continue  # one feature, without an axis of its own
@@ -330,6 +334,8 @@ def test_zero_factor(op):
 def test_sums(op):
     for args in calls(op):
         x, dims, keep, _ = args
+        if not x.ndim:
+            continue
         expected = x
         for d in sorted(dims or range(x.ndim), key=lambda d: d % max(1, x.ndim), reverse=True):
             expected = torch.stack(expected.unbind(d)).sum(0).unsqueeze(d) if keep else torch.stack(expected.unbind(d)).sum(0)
@@ -405,11 +411,16 @@ def of_images(op) -> tuple:
 
 @each([*traits.KEEP, *(op for op in having("elementwise") if not traits.random(op))])
 def test_keeps_the_layout(op):
+    """The values of images with channels last, in that layout, which the fake op knows."""
     args = of_images(op)
     last = pytree.tree_map(lambda a: a.contiguous(memory_format=torch.channels_last) if _is_image(a) else a, args)
     y = first(op, last)
     torch.testing.assert_close(y, first(op, args))
-    assert y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
+    assert y.is_contiguous(memory_format=torch.channels_last) != (op in traits.CONTIGUOUS)
+    assert y.is_contiguous() == (op in traits.CONTIGUOUS)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = run(op, pytree.tree_map_only(Tensor, mode.from_tensor, last))
+    assert pytree.tree_leaves(fake)[0].stride() == y.stride()
 
 
 def _is_image(a):

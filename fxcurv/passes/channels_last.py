@@ -23,7 +23,7 @@ from fxcurv.ir.origin import origin_of
 from fxcurv.ir.private import enable_python_dispatcher
 from fxcurv.ir.program import Program
 from fxcurv.rules.base import rule_of
-from fxcurv.rules.traits import KEEP, convolution, random
+from fxcurv.rules.traits import CONTIGUOUS, KEEP, convolution, random
 
 aten = torch.ops.aten
 
@@ -132,7 +132,7 @@ def _keeps(node: fx.Node) -> bool:
         return _moves(node)
     if node.target in KEEP or node.target is operator.getitem:
         return True
-    return rule_of(node.target, {}).elementwise and not random(node.target)
+    return rule_of(node.target, {}).elementwise and not random(node.target) and node.target not in CONTIGUOUS
 
 
 def _same(old: Any, new: Any) -> bool:
