@@ -110,19 +110,9 @@ COLUMNS = (
     Layer("MLP 784-512, 10 columns", 256, 784, 512, columns=10),
     Layer("3C3D conv2, 10 columns", 64, 64, 96, side=14, kernel=3, columns=10),
 )
-HEADS = (
-    Layer("3C3D head", 64, 256, 10),
-    Layer("All-CNN-C head", 64, 192, 100),
-    Layer("ResNet-50 head", 64, 2048, 1000),
-)
 EMBEDDINGS = (
     Layer("bytes 256-128", 16, 256, 128, positions=64),
     Layer("GPT-2 50257-768", 8, 50257, 768, positions=1024),
-)
-NORMS = (
-    Layer("decoder layer norm 128", 16, 128, 128, positions=64, columns=10),
-    Layer("GPT-2 layer norm 768", 8, 768, 768, positions=1024),
-    Layer("ResNet-50 stage 1 batch norm", 64, 256, 256, positions=56 * 56),
 )
 POOLS = (
     Layer("3C3D pool1, 10 columns", 64, 64, 64, side=28, kernel=3, stride=2, padding=1, columns=10),
@@ -176,22 +166,10 @@ def naive_moments(x: Tensor, g: Tensor, total: bool, squares: bool, norms: bool,
     return p.sum(0), p.square().sum(0), p.square().flatten(1).sum(1)
 
 
-def naive_clip(a: Tensor, g: Tensor, c: Tensor) -> Tensor:
-    """Individual gradients, weighted and summed."""
-    return torch.einsum("n,noi->oi", c, torch.einsum("nso,nsi->noi", g, a))
-
-
 def naive_syrk_conv(x: Tensor, out: list[int], *geometry: Any) -> Tensor:
     """The unfolded images' second moment."""
     patches = unfolded(x, *geometry)
     return torch.einsum("nks,nls->kl", patches, patches)
-
-
-def naive_softmax(logits: Tensor, scale: Tensor, weight: Tensor, few: bool) -> Tensor:
-    """All columns [N, V, C], times the weight."""
-    p = logits.softmax(1)
-    height = scale.unsqueeze(1) * p.sqrt()
-    return (torch.diag_embed(height) - height.unsqueeze(2) * p.unsqueeze(1)).transpose(0, 1) @ weight
 
 
 def naive_embedding(index: Tensor, g: Tensor, w: None, rows: int, padding: int) -> Tensor:
@@ -207,10 +185,8 @@ KERNELS = {
     "outer_square_sum_conv": Kernel(
         (*CONVOLUTIONS, COLUMNS[-1]), lambda m, layer, n: (*images(m, layer, n), None, False, *layer.geometry, 1), naive_conv
     ),
-    "outer_batch": Kernel(LINEAR + CONVOLUTIONS, factors),
     "outer_batch_conv": Kernel(
-        (*CONVOLUTIONS, COLUMNS[-1]), lambda m, layer, n: (*images(m, layer, n), *layer.geometry, 1), naive_products,
-        beside="outer_batch",
+        (*CONVOLUTIONS, COLUMNS[-1]), lambda m, layer, n: (*images(m, layer, n), *layer.geometry, 1), naive_products
     ),
     "outer_moments": Kernel(
         LINEAR + CONVOLUTIONS,
@@ -221,17 +197,9 @@ KERNELS = {
         beside="outer_moments",
     ),
     "max_pool_columns": Kernel(POOLS, lambda m, layer, n: (*pooled(m, layer, n), *layer.geometry, False)),
-    "outer_clip_sum": Kernel(
-        LINEAR + CONVOLUTIONS,
-        lambda m, layer, n: (m(n, layer.s, layer.i), m(n, layer.s, layer.outputs), m(n)),
-        naive_clip,
-    ),
     "syrk": Kernel(LINEAR + CONVOLUTIONS, lambda m, layer, n: (m(layer.i, n * layer.s),)),
     "syrk_conv": Kernel(
         CONVOLUTIONS, lambda m, layer, n: (images(m, layer, n)[0], [layer.out] * 2, *layer.geometry), naive_syrk_conv
-    ),
-    "softmax_root": Kernel(
-        HEADS, lambda m, layer, n: (m(n, layer.outputs), m(n), m(layer.outputs, layer.i), False), naive_softmax
     ),
     "embedding_square_sum": Kernel(
         EMBEDDINGS,
@@ -239,8 +207,5 @@ KERNELS = {
             m.index(layer.inputs, n, layer.s), m(layer.columns, n, layer.s, layer.outputs), None, layer.inputs, -1
         ),
         naive_embedding,
-    ),
-    "norm_square_sum": Kernel(
-        NORMS, lambda m, layer, n: (m(n, layer.s, layer.i), m(layer.columns, n, layer.s, layer.i), None)
     ),
 }  # fmt: skip

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 import fxcurv.cost
-from fxcurv.contractions.candidates import TOGETHER, together, together_applies, together_cost
+from fxcurv.contractions.candidates import TOGETHER
 from fxcurv.contractions.contract import Spec
 from fxcurv.contractions.factors import Arrange, Conv, Dense, Factor
 from fxcurv.contractions.sizes import dims
@@ -31,7 +31,7 @@ from fxcurv.passes.select import ranked
 
 SPECS = (Spec(2, "vn"), Spec(2, "vp"), Spec(2, "v"), Spec(1, "v"))
 # Several reductions of one P: by one op, or each by its own candidate.
-SETS = tuple(tuple(Spec(*kind) for kind in kinds) for k in (2, 3) for kinds in itertools.combinations(TOGETHER, k))
+SETS = tuple(tuple(Spec(*kind) for kind in kinds) for k in (2, 3) for kinds in itertools.combinations(TOGETHER.kinds, k))
 POSITIONS, SIZES, COLUMNS = (1, 4, 16, 64, 256, 1024, 4096), (8, 64, 512, 4096), (1, 10)
 # The choice is good if it takes at most this, of what the fastest takes; and how many have to be.
 NEAR, SHARE = 1.2, 0.9
@@ -98,12 +98,12 @@ def ways(specs: tuple[Spec, ...], factors: list[Factor], constants: Machine) -> 
     """Of one reduction the candidates; of several the one op for all, and the best candidates one after another."""
     if len(specs) == 1:
         return {c.name: (cost, partial(alone, c.run, specs[0])) for c, cost in ranked(specs[0], factors, constants)}
-    if not together_applies(specs, factors):
+    if not TOGETHER.applies(specs, factors):
         return {}
     apart = [ranked(spec, factors, constants)[0] for spec in specs]
     total = sum((cost for _, cost in apart[1:]), apart[0][1])
     runs = tuple(partial(alone, c.run, spec) for (c, _), spec in zip(apart, specs, strict=True))
-    found = {"apart": (total, partial(each, runs)), "together": (together_cost(specs, factors), partial(together, specs))}
+    found = {"apart": (total, partial(each, runs)), "together": (TOGETHER.cost(specs, factors), partial(TOGETHER.run, specs))}
     return dict(sorted(found.items(), key=lambda way: way[1][0].seconds(constants)))
 
 

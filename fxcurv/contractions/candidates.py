@@ -1,13 +1,13 @@
 """Candidates: the ways to compute a `contract` node, each with the cost that `select` compares.
 
-All compute what `factors.contract` computes. V columns, N samples, S shared positions, K groups, O outputs, I inputs.
+All compute what `contract` computes. A candidate is a class, which nothing else lists. V columns, N samples, S shared
+positions, K groups, O outputs, I inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,29 +18,44 @@ from fxcurv.contractions.sizes import Dims, dims
 from fxcurv.cost import Cost
 from fxcurv.ir.placement import Shard
 from fxcurv.kernels.embedding_square_sum import embedding_square_sum
-from fxcurv.kernels.outer_batch import outer_batch_conv
+from fxcurv.kernels.outer_batch_conv import outer_batch_conv
 from fxcurv.kernels.outer_moments import outer_moments, outer_moments_conv
 from fxcurv.kernels.outer_norm import outer_norm
 from fxcurv.kernels.outer_square_sum import outer_square_sum
 from fxcurv.kernels.outer_square_sum_conv import outer_square_sum_conv
 
 
-@dataclass(frozen=True)
 class Candidate:
     """A way to compute a contraction.
 
     Attributes:
-        applies: (spec, factors) -> whether it computes this one; factors hold fake tensors.
-        run: (spec, factors, weights) -> the result, plain PyTorch.
-        cost: (spec, factors) -> its `Cost`.
+        name: of the way, in reports.
         differentiable: whether autograd can differentiate it again.
     """
 
-    name: str
-    applies: Callable[[Spec, list[Factor]], bool]
-    run: Callable[[Spec, list[Factor], Any], Tensor]
-    cost: Callable[[Spec, list[Factor]], Cost]
-    differentiable: bool = True
+    name: ClassVar[str]
+    differentiable: ClassVar[bool] = True
+
+    def applies(self, spec: Spec, factors: list[Any]) -> bool:
+        """Whether it computes this one; factors hold fake tensors."""
+        raise NotImplementedError
+
+    def run(self, spec: Spec, factors: list[Any], weights: Any) -> Tensor:
+        """The result, in plain PyTorch."""
+        raise NotImplementedError
+
+    def cost(self, spec: Spec, factors: list[Any]) -> Cost:
+        """What it takes."""
+        raise NotImplementedError
+
+
+CANDIDATES: list[Candidate] = []
+
+
+def candidate(cls: type[Candidate]) -> type[Candidate]:
+    """Class decorator: one more of the candidates; of two at one price, the first."""
+    CANDIDATES.append(cls())
+    return cls
 
 
 def implicit(factor: Factor) -> bool:
@@ -76,47 +91,56 @@ def _total(factors: list[Factor], one: Callable[[Dims], Cost]) -> Cost:
     return total
 
 
-# materialise -----------------------------------------------------------------------------------------
+# P itself -----------------------------------------------------------------------------------------------
 
 
-def _materialise(spec, factors, weights):
-    factors = combine(spec, factors)
-    p = sum((f.materialise() for f in factors[1:]), factors[0].materialise())
-    return reduce_p(spec, p, weights)
+@candidate
+class Materialise(Candidate):
+    """Make P, and reduce it."""
+
+    name = "materialise"
+
+    def applies(self, spec, factors):
+        return True
+
+    def run(self, spec, factors, weights):
+        factors = combine(spec, factors)
+        p = sum((f.materialise() for f in factors[1:]), factors[0].materialise())
+        return reduce_p(spec, p, weights)
+
+    def cost(self, spec, factors):
+        def one(d: Dims) -> Cost:
+            p = d.item * d.v * d.n * d.p
+            passes = (3 if spec.power == 2 else 1) if spec.reduce else 0
+            fresh = 0 if isinstance(factors[0], Jacobian) else p
+            return Cost(d.flops, d.inputs + p * (1 + passes), fresh + (p if passes > 1 else 0), 3)
+
+        return _total(factors, one)
 
 
-def _materialise_cost(spec, factors):
-    def one(d: Dims) -> Cost:
-        p = d.item * d.v * d.n * d.p
-        passes = (3 if spec.power == 2 else 1) if spec.reduce else 0
-        fresh = 0 if isinstance(factors[0], Jacobian) else p
-        return Cost(d.flops, d.inputs + p * (1 + passes), fresh + (p if passes > 1 else 0), 3)
+@candidate
+class Direct(Candidate):
+    """Sums of P itself need no P."""
 
-    return _total(factors, one)
+    name = "direct"
 
+    def applies(self, spec, factors):
+        return spec.power == 1 and set(spec.reduce) == set("vn") and spec.samples is None
 
-# direct: sums of P itself need no P ------------------------------------------------------------------
+    def run(self, spec, factors, weights):
+        parts = [f.summed(weights) for f in factors]
+        return sum(parts[1:], parts[0])
 
-
-def _is_sum(spec, factors):
-    return spec.power == 1 and set(spec.reduce) == set("vn") and spec.samples is None
-
-
-def _direct(spec, factors, weights):
-    parts = [f.summed(weights) for f in factors]
-    return sum(parts[1:], parts[0])
-
-
-def _direct_cost(spec, factors):
-    total = Cost(0, 0, 0, 0)
-    for f in factors:
-        d = dims(f)
-        flops = 2 * d.n * d.s * d.p if isinstance(f, Dense | Conv) else d.v * d.n * d.s * d.o
-        total = total + Cost(flops, d.inputs + d.item * d.p, d.item * d.p, 2)
-    return total
+    def cost(self, spec, factors):
+        total = Cost(0, 0, 0, 0)
+        for f in factors:
+            d = dims(f)
+            flops = 2 * d.n * d.s * d.p if isinstance(f, Dense | Conv) else d.v * d.n * d.s * d.o
+            total = total + Cost(flops, d.inputs + d.item * d.p, d.item * d.p, 2)
+        return total
 
 
-# squared factors: without weight sharing the square of a product is the product of squares -----------
+# one product of dense factors ---------------------------------------------------------------------------
 
 
 def _one_dense(spec, factors) -> bool:
@@ -127,220 +151,247 @@ def _no_sharing(spec, factors):
     return _one_dense(spec, factors) and dims(factors[0]).s == 1 and "v" in spec.reduce
 
 
-def _squared(spec, factors, weights):
-    f = factors[0].lean()
-    a, g = f.a.squeeze(1), f.g.squeeze(2)
-    if g.shape[2] == 1:  # without groups, in the shape that a bias of the same layer has
-        a, g = a.squeeze(1).square(), g.squeeze(2).square()
-        g = summed(weighted(g, weights), 0)
-        if spec.reduce == "vn":
-            return f.arrange(torch.mm(g.t(), a).unsqueeze(0))
-        a, g = a.unsqueeze(1), g.unsqueeze(1)
-    else:
-        a, g = a.square(), summed(weighted(g.square(), weights), 0)
-    if "p" in spec.reduce:
-        each = (a.sum(2) * g.sum(2)).sum(1)
-        return each.sum() if "n" in spec.reduce else each
-    if "n" not in spec.reduce:
-        return f.arrange(g.unsqueeze(-1) * a.unsqueeze(-2))
-    return f.arrange(torch.einsum("nko,nki->koi", g, a))
+@candidate
+class Squared(Candidate):
+    """Without weight sharing the square of a product is the product of squares."""
 
+    name = "squared factors"
 
-def _squared_cost(spec, factors):
-    d = dims(factors[0])
-    out = d.item * d.p * (1 if "n" in spec.reduce else d.n)
-    out = d.item * d.n if "p" in spec.reduce else out
-    flops = 2 * d.n * d.p if "p" not in spec.reduce else 0
-    return Cost(flops, 3 * d.inputs + out, d.inputs + out, 5)
+    def applies(self, spec, factors):
+        return _no_sharing(spec, factors)
 
+    def run(self, spec, factors, weights):
+        f = factors[0].lean()
+        a, g = f.a.squeeze(1), f.g.squeeze(2)
+        if g.shape[2] == 1:  # without groups, in the shape that a bias of the same layer has
+            a, g = a.squeeze(1).square(), g.squeeze(2).square()
+            g = summed(weighted(g, weights), 0)
+            if spec.reduce == "vn":
+                return f.arrange(torch.mm(g.t(), a).unsqueeze(0))
+            a, g = a.unsqueeze(1), g.unsqueeze(1)
+        else:
+            a, g = a.square(), summed(weighted(g.square(), weights), 0)
+        if "p" in spec.reduce:
+            each = (a.sum(2) * g.sum(2)).sum(1)
+            return each.sum() if "n" in spec.reduce else each
+        if "n" not in spec.reduce:
+            return f.arrange(g.unsqueeze(-1) * a.unsqueeze(-2))
+        return f.arrange(torch.einsum("nko,nki->koi", g, a))
 
-# Gram: norms from inner products of positions (the ghost norm; Goodfellow 2015, Li et al. 2022) ------
+    def cost(self, spec, factors):
+        d = dims(factors[0])
+        out = d.item * d.p * (1 if "n" in spec.reduce else d.n)
+        out = d.item * d.n if "p" in spec.reduce else out
+        flops = 2 * d.n * d.p if "p" not in spec.reduce else 0
+        return Cost(flops, 3 * d.inputs + out, d.inputs + out, 5)
 
 
 def _is_norm(spec, factors):
     return _one_dense(spec, factors) and spec.reduce in ("vp", "p")
 
 
-def _gram(spec, factors, weights):
-    f = factors[0].lean()
-    a, g = f.a.transpose(1, 2), f.g.transpose(2, 3)
-    aa = torch.matmul(a, a.mT)
-    each = (torch.matmul(g, g.mT) * aa).sum((-3, -2, -1))
-    each = weighted(each, weights)
-    return each.sum(0) if "v" in spec.reduce else each
+@candidate
+class Gram(Candidate):
+    """Norms from inner products of positions (the ghost norm; Goodfellow 2015, Li et al. 2022)."""
+
+    name = "Gram"
+
+    def applies(self, spec, factors):
+        return _is_norm(spec, factors) and not _no_sharing(spec, factors)
+
+    def run(self, spec, factors, weights):
+        f = factors[0].lean()
+        a, g = f.a.transpose(1, 2), f.g.transpose(2, 3)
+        aa = torch.matmul(a, a.mT)
+        each = (torch.matmul(g, g.mT) * aa).sum((-3, -2, -1))
+        each = weighted(each, weights)
+        return each.sum(0) if "v" in spec.reduce else each
+
+    def cost(self, spec, factors):
+        d = dims(factors[0])
+        grams = d.item * d.n * d.k * d.s * d.s * (1 + d.v)
+        flops = 2 * d.n * d.k * d.s * d.s * (d.i + d.v * d.o)
+        return _unfold_cost(d) + Cost(flops, d.inputs + 3 * grams, 2 * grams, 5)
 
 
-def _gram_cost(spec, factors):
-    d = dims(factors[0])
-    grams = d.item * d.n * d.k * d.s * d.s * (1 + d.v)
-    flops = 2 * d.n * d.k * d.s * d.s * (d.i + d.v * d.o)
-    return _unfold_cost(d) + Cost(flops, d.inputs + 3 * grams, 2 * grams, 5)
-
-
-# blocked kernels: products of a few samples at a time, in the cache -----------------------------------
+# blocked kernels: products of a few samples at a time, in the cache -------------------------------------
 
 
 def _blockable(spec, factors):
     return _one_dense(spec, factors) and (dims(factors[0]).k == 1 or implicit(factors[0]))
 
 
-def _blocked_square_applies(spec, factors):
-    return _blockable(spec, factors) and spec.reduce in ("vn", "v")
+@candidate
+class BlockedSquares(Candidate):
+    """Squares of products in the cache."""
+
+    name = "blocked squares"
+    differentiable = False
+
+    def applies(self, spec, factors):
+        return _blockable(spec, factors) and spec.reduce in ("vn", "v")
+
+    def run(self, spec, factors, weights):
+        f, per_sample = factors[0], "n" not in spec.reduce
+        # kept per sample, products are written in the order of the parameter
+        f = f if implicit(f) else f.dense() if per_sample else f.lean()
+        w = None if weights is None else weights.expand(f.g.shape[:2])
+        if implicit(f):
+            return outer_square_sum_conv(f.a, f.g, w, per_sample, *geometry(f))
+        out = outer_square_sum(f.a.squeeze(2), f.g.squeeze(3), w, "n" not in spec.reduce)
+        return f.arrange(out.unsqueeze(-3))
+
+    def cost(self, spec, factors):
+        d = dims(factors[0])
+        out = d.item * d.p * (1 if "n" in spec.reduce else d.n)
+        cached = d.item * d.v * d.n * d.p
+        dispatches = d.n * (2 + d.v)
+        return _block_cost(factors[0]) + Cost(d.flops, d.inputs + out + IN_CACHE * cached, out, dispatches)
 
 
-def _blocked_square(spec, factors, weights):
-    f, per_sample = factors[0], "n" not in spec.reduce
-    # kept per sample, products are written in the order of the parameter
-    f = f if implicit(f) else f.dense() if per_sample else f.lean()
-    w = None if weights is None else weights.expand(f.g.shape[:2])
-    if implicit(f):
-        return outer_square_sum_conv(f.a, f.g, w, per_sample, *geometry(f))
-    out = outer_square_sum(f.a.squeeze(2), f.g.squeeze(3), w, "n" not in spec.reduce)
-    return f.arrange(out.unsqueeze(-3))
+@candidate
+class BlockedNorms(Candidate):
+    """Norms of products in the cache."""
+
+    name = "blocked norms"
+    differentiable = False
+
+    def applies(self, spec, factors):
+        if not _is_norm(spec, factors):
+            return False
+        d = dims(factors[0])
+        return d.k == 1 or implicit(factors[0]) and d.v == 1
+
+    def run(self, spec, factors, weights):
+        f = factors[0]
+        if implicit(f) and dims(f).v == 1:
+            each = outer_moments_conv(f.a, f.g.squeeze(0), False, False, True, *geometry(f))[2].unsqueeze(0)
+        else:
+            f = f.lean()
+            each = outer_norm(f.a.squeeze(2), f.g.squeeze(3))
+        each = weighted(each, weights)
+        return each.sum(0) if "v" in spec.reduce else each
+
+    def cost(self, spec, factors):
+        d = dims(factors[0])
+        return _block_cost(factors[0]) + Cost(d.flops, d.inputs + 0.4 * d.item * d.v * d.n * d.p, 0, d.n * 4)
 
 
-def _blocked_square_cost(spec, factors):
-    d = dims(factors[0])
-    out = d.item * d.p * (1 if "n" in spec.reduce else d.n)
-    cached = d.item * d.v * d.n * d.p
-    dispatches = d.n * (2 + d.v)
-    return _block_cost(factors[0]) + Cost(d.flops, d.inputs + out + IN_CACHE * cached, out, dispatches)
+@candidate
+class BlockedProducts(Candidate):
+    """The products of a convolution, its input unfolded a few samples at a time."""
+
+    name = "blocked products"
+    differentiable = False
+
+    def applies(self, spec, factors):
+        kept = spec.power == 1 and spec.samples is None and len(factors) == 1 and implicit(factors[0])
+        return kept and (spec.reduce == "" or spec.reduce == "v" and dims(factors[0]).v == 1)
+
+    def run(self, spec, factors, weights):
+        f = factors[0]
+        p = weighted(outer_batch_conv(f.a, f.g, *geometry(f)), weights)
+        return p.squeeze(0) if "v" in spec.reduce else p
+
+    def cost(self, spec, factors):
+        d = dims(factors[0])
+        p = d.item * d.v * d.n * d.p
+        return _block_cost(factors[0]) + Cost(d.flops, d.inputs + p, p, d.n)
 
 
-def _blocked_norm_applies(spec, factors):
-    if not _is_norm(spec, factors):
-        return False
-    d = dims(factors[0])
-    return d.k == 1 or implicit(factors[0]) and d.v == 1
+# embeddings ---------------------------------------------------------------------------------------------
 
 
-def _blocked_norm(spec, factors, weights):
-    f = factors[0]
-    if implicit(f) and dims(f).v == 1:
-        each = outer_moments_conv(f.a, f.g.squeeze(0), False, False, True, *geometry(f))[2].unsqueeze(0)
-    else:
-        f = f.lean()
-        each = outer_norm(f.a.squeeze(2), f.g.squeeze(3))
-    each = weighted(each, weights)
-    return each.sum(0) if "v" in spec.reduce else each
-
-
-def _blocked_norm_cost(spec, factors):
-    d = dims(factors[0])
-    return _block_cost(factors[0]) + Cost(d.flops, d.inputs + 0.4 * d.item * d.v * d.n * d.p, 0, d.n * 4)
-
-
-def _blocked_products_apply(spec, factors):
-    kept = spec.power == 1 and spec.samples is None and len(factors) == 1 and implicit(factors[0])
-    return kept and (spec.reduce == "" or spec.reduce == "v" and dims(factors[0]).v == 1)
-
-
-def _blocked_products(spec, factors, weights):
-    f = factors[0]
-    p = weighted(outer_batch_conv(f.a, f.g, *geometry(f)), weights)
-    return p.squeeze(0) if "v" in spec.reduce else p
-
-
-def _blocked_products_cost(spec, factors):
-    d = dims(factors[0])
-    p = d.item * d.v * d.n * d.p
-    return _block_cost(factors[0]) + Cost(d.flops, d.inputs + p, p, d.n)
-
-
-# together: reductions of one column's P that share its products -------------------------------------------
-
-TOGETHER = [(1, "vn"), (2, "vn"), (2, "vp")]
-
-
-def together_applies(specs, factors) -> bool:
-    """Whether one op gives the reductions `specs` of these factors, without weights."""
-    known = all((s.power, s.reduce) in TOGETHER and s.samples is None for s in specs)
-    one = len(factors) == 1 and isinstance(factors[0], Dense | Conv)
-    if not known or not one or len(specs) < 2:
-        return False
-    d = dims(factors[0])
-    return d.v == 1 and d.s > 1 and (d.k == 1 or implicit(factors[0]))
-
-
-def together(specs, factors) -> list[Tensor]:
-    """The reductions `specs`, in order."""
-    f = factors[0]
-    wanted = [any((s.power, s.reduce) == kind for s in specs) for kind in TOGETHER]
-    if implicit(f):
-        total, squares, norms = outer_moments_conv(f.a, f.g.squeeze(0), *wanted, *geometry(f))
-    else:
-        f = f.lean()
-        found = outer_moments(f.a.squeeze(2), f.g.squeeze(3).squeeze(0), *wanted)
-        total, squares = (f.arrange(t.unsqueeze(-3)) if want else t for t, want in zip(found[:2], wanted, strict=False))
-        norms = found[2]
-    results = dict(zip(TOGETHER, (total.to(f.g.dtype), squares, norms), strict=True))
-    return [results[s.power, s.reduce] for s in specs]
-
-
-def together_cost(specs, factors) -> Cost:
-    """Products once, and a pass over them in the cache for each kind."""
-    d, kinds = dims(factors[0]), len({(s.power, s.reduce) for s in specs})
-    out = d.item * d.p * 2
-    return _block_cost(factors[0]) + Cost(d.flops, d.inputs + out + kinds * IN_CACHE * d.item * d.n * d.p, out, d.n * (1 + kinds))
-
-
-# embeddings ------------------------------------------------------------------------------------------
-
-
-def _rows_apply(spec, factors):
+def _squares_of_rows(spec, factors):
     one = len(factors) == 1 and isinstance(factors[0], Gather) and spec.power == 2 and spec.samples is None
     return one and "v" in spec.reduce
 
 
-def _rows(spec, factors, weights):
+@candidate
+class OccurringRows(Candidate):
     """Only rows that occur count: (1 / occurrences) (sum of their g)^2 at every position."""
-    f = factors[0]
-    h, share = f.per_row()
-    squares = (weighted(h.square(), weights).sum(0)) * share.unsqueeze(-1)
-    if "p" in spec.reduce:
-        return squares.sum((0, 1, 2) if "n" in spec.reduce else (1, 2))
-    if "n" in spec.reduce:
-        out = squares.new_zeros(f.rows, squares.shape[2])
-        return out.index_add(0, f.index.flatten(), squares.flatten(0, 1))
-    return Gather(f.index, squares.unsqueeze(0), f.rows, -1).materialise()[0]
+
+    name = "occurring rows"
+
+    def applies(self, spec, factors):
+        return _squares_of_rows(spec, factors)
+
+    def run(self, spec, factors, weights):
+        f = factors[0]
+        h, share = f.per_row()
+        squares = (weighted(h.square(), weights).sum(0)) * share.unsqueeze(-1)
+        if "p" in spec.reduce:
+            return squares.sum((0, 1, 2) if "n" in spec.reduce else (1, 2))
+        if "n" in spec.reduce:
+            out = squares.new_zeros(f.rows, squares.shape[2])
+            return out.index_add(0, f.index.flatten(), squares.flatten(0, 1))
+        return Gather(f.index, squares.unsqueeze(0), f.rows, -1).materialise()[0]
+
+    def cost(self, spec, factors):
+        d = dims(factors[0])
+        out = d.item * d.p * (1 if "n" in spec.reduce else d.n)
+        out = 0 if "p" in spec.reduce else out
+        return Cost(2 * d.v * d.n * d.s * d.s * d.o, d.item * d.n * d.s * (3 * d.v * d.o + d.s) + out, out, 6)
 
 
-def _rows_cost(spec, factors):
-    d = dims(factors[0])
-    out = d.item * d.p * (1 if "n" in spec.reduce else d.n)
-    out = 0 if "p" in spec.reduce else out
-    return Cost(2 * d.v * d.n * d.s * d.s * d.o, d.item * d.n * d.s * (3 * d.v * d.o + d.s) + out, out, 6)
-
-
-def _pairs_apply(spec, factors):
-    return _rows_apply(spec, factors) and spec.reduce == "vn"
-
-
-def _pairs(spec, factors, weights):
+@candidate
+class Pairs(Candidate):
     """By sorted pairs of sample and row, with no matrix of positions by positions."""
-    f = factors[0]
-    w = None if weights is None else weights.expand(f.g.shape[:2])
-    return embedding_square_sum(f.index, f.g, w, f.rows, f.padding)
+
+    name = "pairs of sample and row"
+    differentiable = False
+
+    def applies(self, spec, factors):
+        return _squares_of_rows(spec, factors) and spec.reduce == "vn"
+
+    def run(self, spec, factors, weights):
+        f = factors[0]
+        w = None if weights is None else weights.expand(f.g.shape[:2])
+        return embedding_square_sum(f.index, f.g, w, f.rows, f.padding)
+
+    def cost(self, spec, factors):
+        d = dims(factors[0])
+        out = d.item * d.p
+        return Cost(4 * d.v * d.n * d.s * d.o, 4 * d.inputs + out, out, 30 + 2 * d.v)
 
 
-def _pairs_cost(spec, factors):
-    d = dims(factors[0])
-    out = d.item * d.p
-    return Cost(4 * d.v * d.n * d.s * d.o, 4 * d.inputs + out, out, 30 + 2 * d.v)
+# reductions of one column's P that share its products ---------------------------------------------------
 
 
-CANDIDATES = [
-    Candidate("materialise", lambda spec, factors: True, _materialise, _materialise_cost),
-    Candidate("direct", _is_sum, _direct, _direct_cost),
-    Candidate("squared factors", _no_sharing, _squared, _squared_cost),
-    Candidate("Gram", lambda s, f: _is_norm(s, f) and not _no_sharing(s, f), _gram, _gram_cost),
-    Candidate("blocked squares", _blocked_square_applies, _blocked_square, _blocked_square_cost, differentiable=False),
-    Candidate(
-        "blocked norms", _blocked_norm_applies, _blocked_norm, _blocked_norm_cost, differentiable=False
-    ),
-    Candidate(
-        "blocked products", _blocked_products_apply, _blocked_products, _blocked_products_cost, differentiable=False
-    ),
-    Candidate("occurring rows", _rows_apply, _rows, _rows_cost),
-    Candidate("pairs of sample and row", _pairs_apply, _pairs, _pairs_cost, differentiable=False),
-]  # fmt: skip
+class Together:
+    """Several reductions of one P by one op; as a candidate, but for a list of specs."""
+
+    kinds = ((1, "vn"), (2, "vn"), (2, "vp"))
+
+    def applies(self, specs: list[Spec], factors: list[Any]) -> bool:
+        """Whether one op gives the reductions `specs` of these factors, without weights."""
+        known = all((s.power, s.reduce) in self.kinds and s.samples is None for s in specs)
+        one = len(factors) == 1 and isinstance(factors[0], Dense | Conv)
+        if not known or not one or len(specs) < 2:
+            return False
+        d = dims(factors[0])
+        return d.v == 1 and d.s > 1 and (d.k == 1 or implicit(factors[0]))
+
+    def run(self, specs: list[Spec], factors: list[Any]) -> list[Tensor]:
+        """The reductions `specs`, in order."""
+        f = factors[0]
+        wanted = [any((s.power, s.reduce) == kind for s in specs) for kind in self.kinds]
+        if implicit(f):
+            total, squares, norms = outer_moments_conv(f.a, f.g.squeeze(0), *wanted, *geometry(f))
+        else:
+            f = f.lean()
+            found = outer_moments(f.a.squeeze(2), f.g.squeeze(3).squeeze(0), *wanted)
+            total, squares = (f.arrange(t.unsqueeze(-3)) if want else t for t, want in zip(found[:2], wanted, strict=False))
+            norms = found[2]
+        results = dict(zip(self.kinds, (total.to(f.g.dtype), squares, norms), strict=True))
+        return [results[s.power, s.reduce] for s in specs]
+
+    def cost(self, specs: list[Spec], factors: list[Any]) -> Cost:
+        """Products once, and a pass over them in the cache for each kind."""
+        d, kinds = dims(factors[0]), len({(s.power, s.reduce) for s in specs})
+        out = d.item * d.p * 2
+        cached = kinds * IN_CACHE * d.item * d.n * d.p
+        return _block_cost(factors[0]) + Cost(d.flops, d.inputs + out + cached, out, d.n * (1 + kinds))
+
+
+TOGETHER = Together()

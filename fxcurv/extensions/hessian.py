@@ -10,10 +10,10 @@ from torch import Tensor, fx
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.base import Extension, Param
 from fxcurv.ir.graph import Subgraph, canonical_args
+from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program, is_active
 from fxcurv.quantity import HessianFactors
 from fxcurv.rules.base import rule_of
-from fxcurv.rules.pointwise import Pointwise
 
 # A regulariser that couples a parameter's entries takes one Hessian-vector product per entry.
 COUPLED = 4096
@@ -58,7 +58,7 @@ def _of_regulariser(param: Param) -> fx.Node:
         )
     outside = list(dict.fromkeys(i for n in inner for i in n.all_input_nodes if i not in inner and i is not param.node))
     r = Subgraph(tuple(inner), (param.node,), tuple(outside), program.loss)
-    separable = all(_separable(program, node) for node in inner if is_active(node))
+    separable = _separable(param, inner)
     if not separable and param.node.meta["val"].numel() > COUPLED:
         raise ExtensionError(
             f"{param.label}: the regulariser couples the {param.node.meta['val'].numel()} entries of '{param.name}', more than "
@@ -83,12 +83,28 @@ def _couples(program: Program, node: fx.Node, head: fx.Node) -> bool:
     return bool(others) and not rule_of(node.target, program.rules).linear(positions)
 
 
-def _separable(program: Program, node: fx.Node) -> bool:
-    rule = rule_of(node.target, program.rules)
-    args = [a for a in canonical_args(node) if isinstance(a, fx.Node)]
-    positions = [k for k, a in enumerate(canonical_args(node)) if is_active(a)]
-    squared = len(args) == 2 and args[0] is args[1] and rule.name == "arithmetic"
-    return isinstance(rule, Pointwise) or rule.linear(positions) or squared
+# what entry i of a value is a function of: entry i of the parameter, one of its entries, any number of them
+OWN, ONE, MANY = range(3)
+
+
+def _separable(param: Param, inner: list[fx.Node]) -> bool:
+    """Whether the Hessian in the parameter is diagonal by construction: what joins entries is linear from there on."""
+    reads = {param.node: OWN}
+    for node in inner:
+        given = {source: reads[source] for source in node.all_input_nodes if source in reads}
+        if not given:
+            continue
+        leaves = pytree.tree_leaves(canonical_args(node))
+        rule = rule_of(node.target, param.program.rules)
+        here, shape = max(given.values()), getattr(node.meta["val"], "shape", None)
+        if not (rule.elementwise or rule.index_map) or here == ONE and len(given) > 1:
+            here = MANY
+        elif here == OWN and not (rule.elementwise and shape == param.node.meta["val"].shape):
+            here = ONE if len(given) == 1 else MANY
+        if here == MANY and not rule.linear([i for i, leaf in enumerate(leaves) if leaf in reads]):
+            return False
+        reads[node] = here
+    return True
 
 
 def _diagonal(r: Subgraph, separable: bool, param: Tensor, outside: list[Tensor]) -> Tensor:

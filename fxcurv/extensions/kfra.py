@@ -17,7 +17,7 @@ from fxcurv.cost import Cost
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.base import Param
 from fxcurv.extensions.factored import Factored, dtype_of, embedded, input_factor
-from fxcurv.extensions.layers import Embed, Layer, LayerUse, NoLayer, read
+from fxcurv.extensions.layers import Embed, Layer, LayerUse, NoLayer, is_weight, read
 from fxcurv.ir.graph import canonical_args
 from fxcurv.ir.origin import locate
 from fxcurv.ir.placement import Shard
@@ -26,11 +26,9 @@ from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Decision, is_active
 from fxcurv.kronecker import Kronecker
 from fxcurv.quantity import GRADIENT, Averaged
-from fxcurv.rules.traits import FEATURES
+from fxcurv.rules.traits import WEIGHTS
 from fxcurv.walks.averaged.chain import Matrix
 from fxcurv.walks.averaged.mathematics import of_features
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class KFRA(Factored):
         if not readers:
             return self._unreached(param)
         layer, use = self._single(param, readers)
-        place, channel = use.at or (use.use.op.meta["place"], FEATURES[use.use.op.target])
+        place, channel = use.at or (use.use.op.meta["place"], WEIGHTS[use.use.op.target][1])
         m = found[use.use.op]
         sharing = "convolution" if layer.single_convolution else "expand"
         at = None if channel is None else channel % len(m.shape)
@@ -72,7 +70,7 @@ class KFRA(Factored):
                 raise NoLayer("it reaches its op through others that do not only move its elements")
             layer = read(tuple(param.node.meta["val"].shape), uses, param.program.rules)
             (use,) = layer.uses
-            if use.at is None and (use.use.op.target not in FEATURES or not _is_second(use.use.op, use.use.value)):
+            if use.at is None and not is_weight(use.use):
                 raise NoLayer("its op's features are not those of a linear layer, a convolution or an embedding")
             return layer, use
         except NoLayer as why:
@@ -80,11 +78,6 @@ class KFRA(Factored):
                 f"KFRA: parameter '{param.name}' has no factors: {why}.\nIt is used by {locate(readers[-1])}\n"
                 'Way out: KFLR(blocks="exact") or KFAC(blocks="exact"), or KFRA(params=...) without it.'
             ) from why
-
-
-def _is_second(op: fx.Node, value: fx.Node) -> bool:
-    """Whether `value` is the weight of x @ W, or what an embedding looks up."""
-    return canonical_args(op)[0 if op.target is aten.embedding.default else 1] is value
 
 
 def _readers(param: Param, found: dict[fx.Node, Matrix]) -> list[fx.Node]:

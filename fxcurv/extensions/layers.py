@@ -17,17 +17,14 @@ from torch import Tensor, fx
 
 from fxcurv.contractions.factors import Conv, Dense, Factor, Gather, positions
 from fxcurv.contractions.sizes import size
-from fxcurv.ir.graph import canonical_args, invoke
+from fxcurv.ir.graph import canonical_args
 from fxcurv.ir.placement import Shard, samples_first
-from fxcurv.ir.private import pytree
-from fxcurv.ir.program import is_active
 from fxcurv.kernels.patches import channels_last, windows
 from fxcurv.kernels.syrk import FEW, syrk
 from fxcurv.kernels.syrk_conv import syrk_conv
 from fxcurv.kronecker import Arrangement
 from fxcurv.rules.base import rule_of
-from fxcurv.rules.shape import Copy, Permute, Select, Slice, View
-from fxcurv.rules.traits import BIASES, WEIGHTS
+from fxcurv.rules.traits import BIASES, WEIGHTS, convolution, plain_sum
 from fxcurv.walks.uses import Use
 
 aten = torch.ops.aten
@@ -89,8 +86,8 @@ class Layer:
     @property
     def single_convolution(self) -> bool:
         """Used once, by a convolution without groups."""
-        op = self.uses[0].use.op
-        return len(self.uses) == 1 and op.target is aten.convolution.default and canonical_args(op)[8] == 1
+        conv = convolution(self.uses[0].use.op)
+        return len(self.uses) == 1 and conv is not None and conv.groups == 1
 
 
 def read(shape: tuple[int, ...], uses: list[Use], rules: dict) -> Layer:
@@ -117,11 +114,16 @@ def read(shape: tuple[int, ...], uses: list[Use], rules: dict) -> Layer:
 
 def _at(use: Use, channel: tuple) -> tuple[Shard, int | None] | None:
     if not channel:
-        if use.op.target not in WEIGHTS or canonical_args(use.op)[1] is not use.value:
+        if use.op.target not in BIASES or not is_weight(use):
             return None
-        channel = (WEIGHTS[use.op.target],)
+        channel = (WEIGHTS[use.op.target][1],)
     where = use.op.meta["place"]
     return where[0] if isinstance(where, list) else where, channel[0]
+
+
+def is_weight(use: Use) -> bool:
+    """Whether the op reads the parameter as its weight, of which the output's axis of features is known."""
+    return use.op.target in WEIGHTS and canonical_args(use.op)[WEIGHTS[use.op.target][0]] is use.value
 
 
 def _bias_channel(use: Use) -> tuple:
@@ -133,7 +135,7 @@ def _bias_channel(use: Use) -> tuple:
     if use.op.target in BIASES:
         argument, channel = BIASES[use.op.target]
         return (channel,) if args[argument] is use.value and value.ndim == 1 else ()
-    if use.op.target is not aten.add.Tensor or args[2] != 1 or len(wide) > 1:
+    if not plain_sum(use.op) or len(wide) > 1:
         return ()
     if not wide:
         return (None,)
@@ -163,15 +165,10 @@ def _axes(use: Use, shape: tuple[int, ...], bias: bool, rules: dict) -> tuple[Ax
 
 
 def _follow(node: fx.Node, view: Tensor, rules: dict) -> Tensor:
-    rule = rule_of(node.target, rules)
-    if isinstance(rule, Copy):
-        return view
-    if isinstance(rule, View):
-        return view.view(node.meta["val"].shape)
-    if isinstance(rule, Permute | Slice | Select):
-        leaves, spec = pytree.tree_flatten(canonical_args(node))
-        return invoke(node.target, pytree.tree_unflatten([view if is_active(a) else a for a in leaves], spec))
-    raise NoLayer(f"it reaches its op through {node.target}")
+    found = rule_of(node.target, rules).restrided(view, canonical_args(node), node.meta["val"].shape)
+    if found is None:
+        raise NoLayer(f"it reaches its op through {node.target}")
+    return found
 
 
 def _roles(use: Use, shape: tuple[int, ...], bias: bool) -> tuple[tuple[int, ...], list[int], list[int]]:
@@ -246,7 +243,7 @@ def scattered(f: Conv) -> Tensor:
     each = torch.eye(kernel, dtype=f.a.dtype, device=f.a.device).reshape(1, kernel, *f.kernel)
     each = each.repeat(channels, *[1] * (each.ndim - 1))
     conv = (list(f.stride), list(f.padding), list(f.dilation), True, list(f.output_padding), channels)
-    # channels first, as one channel per group fills no vector: see `sound` in passes/layout.py
+    # channels first, as one channel per group fills no vector: see `sound` in passes/channels_last.py
     return aten.convolution.default(f.a.contiguous(), each, None, *conv).flatten(2)
 
 

@@ -28,11 +28,16 @@ def dependent(nodes: Iterable[fx.Node], sources: Iterable[fx.Node]) -> set[fx.No
     return found
 
 
-def copied(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
-    """A copy of `node` in `graph`. A traced view relies on strides, which a zero left out may change: it becomes a reshape."""
-    new = graph.node_copy(node, env.__getitem__)
+def to_reshape(node: fx.Node) -> None:
+    """Make a view by sizes a reshape, which copies where it must: a traced view relies on strides that may be others."""
     if node.target in (aten.view.default, aten._unsafe_view.default):
-        new.target = aten.reshape.default
+        node.target = aten.reshape.default
+
+
+def copied(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
+    """A copy of `node` in `graph`; a zero that is left out may change strides."""
+    new = graph.node_copy(node, env.__getitem__)
+    to_reshape(new)
     return new
 
 

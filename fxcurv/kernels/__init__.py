@@ -3,14 +3,11 @@
 from fxcurv.kernels import (
     embedding_square_sum,
     max_pool_columns,
-    norm_square_sum,
-    outer_batch,
-    outer_clip_sum,
+    outer_batch_conv,
     outer_moments,
     outer_norm,
     outer_square_sum,
     outer_square_sum_conv,
-    softmax_root,
     syrk,
     syrk_conv,
 )
@@ -18,14 +15,11 @@ from fxcurv.kernels import (
 __all__ = [
     "embedding_square_sum",
     "max_pool_columns",
-    "norm_square_sum",
-    "outer_batch",
-    "outer_clip_sum",
+    "outer_batch_conv",
     "outer_moments",
     "outer_norm",
     "outer_square_sum",
     "outer_square_sum_conv",
-    "softmax_root",
     "syrk",
     "syrk_conv",
 ]

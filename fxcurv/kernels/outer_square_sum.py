@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fxcurv.ir.precision import wide
 from fxcurv.kernels import blocks as cpu
-from fxcurv.kernels.register import on_cuda
+from fxcurv.kernels.register import INTO, on_cuda
 
 
 def reference(a: Tensor, g: Tensor, w: Tensor | None, per_sample: bool) -> Tensor:
@@ -34,6 +34,9 @@ def into(a: Tensor, g: Tensor, w: Tensor | None, per_sample: bool, *, out: Tenso
     """The op on a CPU, its result in memory that the caller has."""
     cpu.square_sum(lambda n: a[n].unsqueeze(1), g.unsqueeze(2), a.shape[2], w, per_sample, out=out)
     return out
+
+
+INTO[torch.ops.fxcurv.outer_square_sum.default] = into
 
 
 @outer_square_sum.register_fake

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fxcurv.ir.precision import wide
 from fxcurv.kernels import blocks as cpu
 from fxcurv.kernels.patches import Patches, grouped
-from fxcurv.kernels.register import on_cuda
+from fxcurv.kernels.register import INTO, on_cuda
 
 
 def reference(
@@ -52,6 +52,9 @@ def into(
     """The op on a CPU, its result in memory that the caller has."""
     _blocks(x, g, w, per_sample, (kernel, stride, padding, dilation), groups, out)
     return out
+
+
+INTO[torch.ops.fxcurv.outer_square_sum_conv.default] = into
 
 
 def _blocks(x: Tensor, g: Tensor, w: Tensor | None, per_sample: bool, geometry: tuple, groups: int, out=None) -> Tensor:

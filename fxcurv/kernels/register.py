@@ -1,4 +1,6 @@
-"""Where an op's CUDA implementation is: in a module beside it, `<op>_triton.py`, imported at the first call.
+"""Where an op's other implementations are: for CUDA, and into memory that the caller has.
+
+For CUDA it is in a module beside the op, `<op>_triton.py`, imported at the first call.
 
 Triton comes with PyTorch's CUDA builds only, so importing fxcurv must not import it. Its kernels cannot be defined inside a
 function either: the interpreter that tests run them in resolves a kernel's names in its module alone.
@@ -7,7 +9,15 @@ function either: the interpreter that tests run them in resolves a kernel's name
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+# Op -> the same op with `out=`, memory for its result, on a CPU. Products of a linear layer are PyTorch's.
+INTO: dict[Any, Callable] = {aten.bmm.default: aten.bmm.out, aten.mul.Tensor: aten.mul.out}
 
 
 def on_cuda(op: Any, name: str, file: str | None = None) -> None:

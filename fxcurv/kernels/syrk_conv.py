@@ -108,4 +108,4 @@ def _save(ctx, inputs, output):
 
 
 syrk_conv.register_autograd(_backward, setup_context=_save)
-on_cuda(syrk_conv, "syrk_conv")
+on_cuda(syrk_conv, "syrk_conv", "syrk")

@@ -6,7 +6,6 @@ import operator
 from math import prod
 from typing import Any
 
-import torch
 from torch import fx
 
 from fxcurv.errors import ExtensionError, UnsupportedOpError
@@ -20,16 +19,11 @@ from fxcurv.ir.program import Program, is_active, is_sharded
 from fxcurv.quantity import Averaged
 from fxcurv.rules.base import rule_of
 from fxcurv.rules.call import call_of
-from fxcurv.rules.normalization import BatchNormEval
-from fxcurv.rules.pointwise import Add, Arithmetic, Dropout, Pointwise
-from fxcurv.rules.pooling import MaxPool, Pool
-from fxcurv.rules.shape import Copy, Pad, View
+from fxcurv.rules.traits import convolution, random, window
 from fxcurv.walks.averaged import mathematics as averages
 from fxcurv.walks.averaged.chain import LARGEST, LAST, Lazy, Matrix
 from fxcurv.walks.averaged.mathematics import Step, Windows
 from fxcurv.walks.columns import births
-
-aten = torch.ops.aten
 
 
 def average(program: Program) -> Program:
@@ -115,17 +109,14 @@ class _Walk:
         rule, leaves = rule_of(node.target, program.rules), pytree.tree_leaves(canonical_args(node))
         sharded = [i for i, leaf in enumerate(leaves) if is_sharded(leaf) and i != step.position]
         same = step.x == step.y and step.place_x == step.place_y
-        moves = isinstance(rule, View | Copy)
-        if moves or (isinstance(rule, Add) and same and step.position == 0):
+        if rule.in_order or (rule.shifts and same and step.position == 0):
             return "identity"
         floating = all(leaves[i].meta["val"].is_floating_point() for i in sharded)
-        if not isinstance(rule, Dropout) and floating and rule.linear([step.position, *sharded]):
+        if not random(node.target) and floating and rule.linear([step.position, *sharded]):
             return "constant"
-        if isinstance(rule, Pointwise | Arithmetic | Dropout) and same:
+        if rule.elementwise and same:
             return "diagonal"
-        if isinstance(rule, MaxPool) and node.target is aten.max_pool2d_with_indices.default:
-            return "max_pooled" if step.output == 0 else "per_sample"
-        return "per_sample"
+        return "max_pooled" if rule.picks and window(node) and step.output == 0 else "per_sample"
 
     def _through(self, node: fx.Node, m: fx.Node) -> fx.Node:
         """M at the argument of the op, from M at its output."""
@@ -154,7 +145,8 @@ class _Walk:
 
     def _plan(self, bottom: fx.Node) -> None:
         """Choose the ops over a first convolution whose M is not made: only its sums over positions are needed."""
-        if bottom.target is not aten.convolution.default or canonical_args(bottom)[8] != 1 or bottom in self.arrived:
+        conv = convolution(bottom)
+        if conv is None or conv.groups != 1 or bottom in self.arrived:
             return
         tail = self._channelwise(bottom)
         options = [
@@ -181,14 +173,12 @@ class _Walk:
             return False
         if any(is_active(a) and not is_sharded(a) for a in pytree.tree_leaves(args)):
             return False
-        spatial = len(step.x) - 2
-        if isinstance(rule, MaxPool):
-            return rule.dims == spatial == 2 and len(step.y) == 4
-        if isinstance(rule, Pool):
-            return rule.dims == spatial
-        if isinstance(rule, Pad):
-            return len(args[1]) // 2 <= spatial
-        return isinstance(rule, BatchNormEval) or self._kind(node) == "diagonal"
+        spatial, mixed = len(step.x) - 2, rule.mixed_axes(args)
+        if mixed is None or mixed > spatial:
+            return False
+        if rule.picks:
+            return mixed == spatial == 2 and len(step.y) == 4
+        return self._kind(node) in ("constant", "diagonal")
 
     def _cost_of(self, tail: list[fx.Node], k: int, by_offsets: int) -> float:
         """FLOPs until the sums over positions are known, when the lowest k ops of the tail are passed without their M."""

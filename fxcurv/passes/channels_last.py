@@ -11,20 +11,19 @@ first would never have called it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxcurv.ir.graph import canonical_args
 from fxcurv.ir.graph import layout as laid_out
 from fxcurv.ir.origin import origin_of
 from fxcurv.ir.private import enable_python_dispatcher
 from fxcurv.ir.program import Program
-from fxcurv.rules.base import RULES
-from fxcurv.rules.pointwise import Pointwise
-from fxcurv.rules.traits import CONVOLUTION, KEEP
+from fxcurv.rules.base import rule_of
+from fxcurv.rules.traits import CONTIGUOUS, KEEP, convolution, random
 
 aten = torch.ops.aten
 
@@ -60,10 +59,10 @@ def sound(weight: Sequence[int], stride: Sequence[int], groups: int) -> bool:
 
 def _moves(node: fx.Node) -> bool:
     """Whether the node is a convolution of images that go channels last."""
-    if node.target is not CONVOLUTION or node.meta["val"].ndim != 4:
+    conv = convolution(node)
+    if conv is None or node.meta["val"].ndim != 4:
         return False
-    _, weight, _, stride, *_, groups = canonical_args(node)
-    return sound(weight.meta["val"].shape, stride, groups)
+    return sound(conv.weight.meta["val"].shape, conv.stride, conv.groups)
 
 
 class _Layout:
@@ -125,10 +124,15 @@ class _Layout:
 
 
 def _keeps(node: fx.Node) -> bool:
-    """Whether the node's result is laid out as what it reads is, which may have changed."""
-    if node.target is CONVOLUTION:
+    """Whether the node's result is laid out as what it reads is, which may have changed.
+
+    An op that draws numbers draws them in the order of memory, so it reads the layout that was captured.
+    """
+    if convolution(node):
         return _moves(node)
-    return node.target in KEEP or isinstance(RULES.get(node.target), Pointwise)
+    if node.target in KEEP or node.target is operator.getitem:
+        return True
+    return rule_of(node.target, {}).elementwise and not random(node.target) and node.target not in CONTIGUOUS
 
 
 def _same(old: Any, new: Any) -> bool:

@@ -9,7 +9,6 @@ layer's output (a critic's) ends at that layer. What else a number hides is not 
 from __future__ import annotations
 
 import operator
-import re
 
 from torch import Tensor, fx
 
@@ -19,11 +18,8 @@ from fxcurv.ir.origin import locate
 from fxcurv.ir.placement import REPLICATE, Shard
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program, is_active, is_sharded, place
-from fxcurv.rules import LossRule
 from fxcurv.rules.base import rule_of
-
-# losses without a rule of their own, by the name of the op that was captured
-LOSSES = re.compile(r"aten\.(\w+_loss\w*|binary_cross_entropy\w*|kl_div)(\.|$)")
+from fxcurv.rules.traits import named_loss
 
 
 def ends(program: Program) -> Program:
@@ -120,7 +116,7 @@ def _is_linear(program: Program, node: fx.Node) -> bool:
 def _is_loss(program: Program, node: fx.Node) -> bool:
     if node.op != "call_function" or node.target is operator.getitem:
         return False
-    return isinstance(rule_of(node.target, program.rules), LossRule) or LOSSES.match(_captured_op(node)) is not None
+    return rule_of(node.target, program.rules).is_loss or named_loss(_captured_op(node))
 
 
 def _captured_op(node: fx.Node) -> str:

@@ -8,7 +8,7 @@ from fxcurv.ir.emit import emit
 from fxcurv.ir.graph import canonical_args, invoke
 from fxcurv.ir.origin import origin_of
 from fxcurv.ir.program import Program
-from fxcurv.rules import RULES, LossRule
+from fxcurv.rules.base import rule_of
 
 
 def extract(program: Program) -> Program:
@@ -40,7 +40,7 @@ def _free(program: Program, extension: Extension, name: str, of: dict[str, list[
 def _open_losses(program: Program) -> None:
     """The walk is done with the losses as one op each: traced through, they share their parts with their gradient."""
     for node in list(program.graph.nodes):
-        if isinstance(RULES.get(node.target), LossRule):
+        if rule_of(node.target, {}).is_loss:
             value = emit(
                 program, invoke, node.target, canonical_args(node), origin=origin_of(node, "forward"), before=node
             )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
+from fxcurv.ir.graph import to_reshape
 from fxcurv.ir.program import Program
-
-aten = torch.ops.aten
 
 
 def finish(program: Program) -> Program:
@@ -16,7 +13,6 @@ def finish(program: Program) -> Program:
     reshapes, which copy where they must.
     """
     for node in program.graph.nodes:
-        if node.target in (aten.view.default, aten._unsafe_view.default):
-            node.target = aten.reshape.default
+        to_reshape(node)
     program.finish()
     return program

@@ -10,23 +10,19 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from fxcurv.errors import UnsupportedOpError
+from fxcurv.ir import placement
 from fxcurv.ir.origin import locate
 from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Placement, Shard
-from fxcurv.ir.private import OpOverload, pytree
+from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
 from fxcurv.ir.specialise import specialise
-from fxcurv.rules import custom
 from fxcurv.rules.base import rule_of
-from fxcurv.rules.custom import Custom
 from fxcurv.rules.sites import numeric_args, sites, structural
-from fxcurv.rules.traits import CUTS
+from fxcurv.rules.traits import CUTS, pointwise, random
 from fxcurv.rules.trial import OneSize, Uninformative, try_op
-
-aten = torch.ops.aten
 
 
 def independence(program: Program) -> Program:
@@ -95,8 +91,9 @@ def _differentiable(val: Any) -> bool:
 
 def _places(program: Program, node: fx.Node, vals: list[Any], active: bool) -> list[Placement]:
     """The placement of every output; a rule says it of the first only."""
-    if isinstance(node.target, Custom):
-        return custom.places(program, node, vals, _places)
+    followed = rule_of(node.target, program.rules).places(program, node, vals, _places)
+    if followed is not None:
+        return followed
     first = vals[0] if vals else None
     found: Any = _by_rule(program, node, first) if isinstance(first, Tensor) else REPLICATE
     if found is None and active:
@@ -117,9 +114,7 @@ def _by_rule(program: Program, node: fx.Node, val: Tensor) -> Placement | None:
     if found is not None:
         return found
     here = [s for s in sites(program, node) if s]
-    if isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags:
-        from fxcurv.ir import placement
-
+    if pointwise(node.target):
         return placement.pointwise(here, val.ndim, linear=False)
     # an op of sample-free values only is sample-free, whatever it is, or the same for every sample of a new axis
     return structural(program, val) if here and all(s.place == REPLICATE for s in here) else None
@@ -127,7 +122,7 @@ def _by_rule(program: Program, node: fx.Node, val: Tensor) -> Placement | None:
 
 def _probe(program: Program, node: fx.Node, vals: list[Any]) -> list[Placement]:
     """Try it on random values and see which outputs move."""
-    if isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+    if random(node.target):
         raise UnsupportedOpError(
             f"{locate(node)}\nis random and has no rule, so its derivative would draw again. Way out: draw the noise from "
             "the data (an input), use nn.Dropout, or pass rules={op: rule}."

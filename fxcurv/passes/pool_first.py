@@ -6,25 +6,24 @@ one: the two sides may choose different maxima there, and pass zero on from eith
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
 from fxcurv.ir.emit import emit
-from fxcurv.ir.graph import canonical_args
 from fxcurv.ir.origin import origin_of
 from fxcurv.ir.program import Program
-from fxcurv.rules.traits import ACTIVATIONS
+from fxcurv.rules.traits import MAX_POOL, bounds, window, zero_padding
 
 aten = torch.ops.aten
-
-POOL = aten.max_pool2d_with_indices.default
 
 
 def pool_first(program: Program) -> Program:
     """See the module."""
     if program.options.as_written:
         return program
-    for node in [n for n in program.graph.nodes if n.target is POOL]:
+    for node in [n for n in program.graph.nodes if n.target is MAX_POOL]:
         values = [user for user in node.users if user.args[1] == 0]
         if len(node.users) == len(values) == 1:
             _swap(program, node, values[0])
@@ -34,49 +33,37 @@ def pool_first(program: Program) -> Program:
 
 
 def _swap(program: Program, node: fx.Node, value: fx.Node) -> None:
-    given, *window = canonical_args(node)
-    padded = _alone(given, aten.constant_pad_nd.default) and given.args[2:] in ((), (0,), (0.0,))
-    act = given.args[0] if padded else given
-    if not any(_alone(act, f) for f in ACTIVATIONS) or act in program.heads or _bounds_miss_zero(act):
+    given: Any = node.args[0]
+    own = window(node) or []
+    padding = zero_padding(given) if _read_once(given) else None
+    act = given.args[0] if padding else given
+    between = bounds(act) if _read_once(act) else None
+    if between is None or act in program.heads or not between[0] <= 0 <= between[1]:  # zero has to stay zero
         return
     source = act.args[0]
-    joined = _joined(source, given, window) if padded and _rectifies(act) else None
-    with_pad = given.args[1] if padded and joined is None else None
+    joined = _joined(source, given, padding, own) if padding and between[0] == 0 else None
+    with_pad = padding if joined is None else None
     origin = origin_of(node, "forward")
-    pooled = emit(program, _pool, source, with_pad, joined or window, origin=origin, before=value)
+    pooled = emit(program, _pool, source, with_pad, joined or own, origin=origin, before=value)
     rest = act.args[1:]
     program.replace(value, emit(program, act.target, pooled, *rest, origin=origin_of(act, "forward"), before=value))
 
 
-def _alone(node: fx.Node, target) -> bool:
-    """Whether `node` is this op and read once."""
-    return isinstance(node, fx.Node) and node.target is target and len(node.users) == 1
-
-
-def _bounds_miss_zero(act: fx.Node) -> bool:
-    """hardtanh between bounds that zero is not between does not map zero to itself."""
-    if act.target is not aten.hardtanh.default:
-        return False
-    _, low, high = canonical_args(act)
-    return not low <= 0 <= high
-
-
-def _rectifies(act: fx.Node) -> bool:
-    """Whether everything below zero is mapped to zero."""
-    return act.target is not aten.hardtanh.default or canonical_args(act)[1] == 0
+def _read_once(node: fx.Node) -> bool:
+    return node.op == "call_function" and len(node.users) == 1
 
 
 def _pool(x, pad, window):
     if pad is not None:
         x = aten.constant_pad_nd.default(x, pad, 0)
-    return POOL(x, *window)[0]
+    return MAX_POOL(x, *window)[0]
 
 
-def _joined(source: fx.Node, padded: fx.Node, window: list) -> list | None:
+def _joined(source: fx.Node, padded: fx.Node, pads: list[int], window: list[Any]) -> list[Any] | None:
     """The window that sees the same without the zeros around it: they never win where zero comes out anyway."""
     kernel, stride, padding, dilation, ceil = window
     stride = stride or kernel
-    pads, sizes = padded.args[1], source.meta["val"].shape[-2:]
+    sizes = source.meta["val"].shape[-2:]
     if len(pads) != 4 or any(padding) or ceil or not all(isinstance(s, int) for s in sizes):
         return None
     if any(d != 1 for d in dilation):  # a window may see padding alone, where the pool has no maximum

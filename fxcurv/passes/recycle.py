@@ -10,25 +10,13 @@ Runs last, so that what is made of the graph before (the checks) knows no memory
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
 from fxcurv.contractions.sizes import size
 from fxcurv.ir.program import Input, Memory, Program
-from fxcurv.kernels import outer_batch, outer_square_sum, outer_square_sum_conv
-from fxcurv.rules.traits import VIEWS
-
-aten = torch.ops.aten
-
-OUT: dict[Any, Any] = {
-    aten.bmm.default: aten.bmm.out,
-    aten.mul.Tensor: aten.mul.out,
-    torch.ops.fxcurv.outer_square_sum.default: outer_square_sum.into,
-    torch.ops.fxcurv.outer_square_sum_conv.default: outer_square_sum_conv.into,
-    torch.ops.fxcurv.outer_batch_conv.default: outer_batch.into_conv,
-}
+from fxcurv.kernels.register import INTO
+from fxcurv.rules.traits import REARRANGED
 
 # Smaller results come from memory that the allocator keeps anyway.
 WORTHWHILE = 1 << 20
@@ -47,7 +35,7 @@ def recycle(program: Program) -> Program:
     for node in [m for m in program.graph.nodes if m in makers]:
         val = node.meta["val"]
         if (
-            node.target not in OUT
+            node.target not in INTO
             or val.element_size() * torch.Size(size(val)).numel() < WORTHWHILE
             or not val.is_contiguous()
         ):
@@ -57,7 +45,7 @@ def recycle(program: Program) -> Program:
         last.meta = {"val": val, "origin": {"stage": "recycle"}}
         program.inputs.append(Input("memory", index=len(program.buffers)))
         program.buffers.append(Memory(val, tuple(makers[node])))
-        node.target, node.kwargs = OUT[node.target], {**node.kwargs, "out": last}
+        node.target, node.kwargs = INTO[node.target], {**node.kwargs, "out": last}
     program.gm.recompile()
     return program
 
@@ -67,7 +55,7 @@ def functional(program: Program) -> fx.GraphModule:
     values: dict[fx.Node, fx.Node] = {}
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph, values))
-    plain = {out: op for op, out in OUT.items()}
+    plain = {out: op for op, out in INTO.items()}
     for node in list(graph.nodes):
         if isinstance(node.kwargs.get("out"), fx.Node):
             node.target, node.kwargs = plain[node.target], {k: v for k, v in node.kwargs.items() if k != "out"}
@@ -78,6 +66,6 @@ def functional(program: Program) -> fx.GraphModule:
 
 def _maker(node: fx.Node) -> fx.Node:
     """The node that allocates what `node` is a view of."""
-    while node.target in VIEWS or node.target is aten.reshape.default:
+    while node.target in REARRANGED:
         node = node.args[0]
     return node

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, fx
 
-from fxcurv.contractions.candidates import CANDIDATES, Candidate, together, together_applies, together_cost
+from fxcurv.contractions.candidates import CANDIDATES, TOGETHER, Candidate
 from fxcurv.contractions.contract import Contract, Spec, reduce_p
 from fxcurv.contractions.sizes import dims
 from fxcurv.cost import Cost, Machine
@@ -81,16 +84,16 @@ def _together(program: Program, group: list[fx.Node]) -> dict[fx.Node, fx.Node]:
     specs = [node.target.spec for node in group]
     factors, weights = group[0].target.parts(group[0].args)
     fake = _fake(factors)
-    if program.options.create_graph or weights is not None or not together_applies(specs, fake):
+    if program.options.create_graph or weights is not None or not TOGETHER.applies(specs, fake):
         return {}
-    cost = together_cost(specs, fake)
+    cost = TOGETHER.cost(specs, fake)
     apart = [_options(program, spec, fake)[0] for spec in specs]
     alone = sum(k.seconds(program.machine) for _, k in apart)
     if cost.seconds(program.machine) >= alone:
         return {}
     first = min(group, key=list(program.graph.nodes).index)
     origin = _origin(program, first, len(group))
-    news = emit(program, together, specs, factors, origin=origin, before=first)
+    news = emit(program, TOGETHER.run, specs, factors, origin=origin, before=first)
     share = Cost(cost.flops / len(group), cost.bytes / len(group), cost.fresh / len(group), cost.calls // len(group))
     for node, new, (candidate, k) in zip(group, news, apart, strict=True):
         _record(program, node, "together", share, [(candidate.name, k)])
@@ -103,7 +106,9 @@ def _select(program: Program, node: fx.Node, source: fx.Node | None) -> fx.Node:
     spec = node.target.spec
     factors, weights = node.target.parts(node.args)
     fake = _fake(factors)
-    options = [(c.name, cost, c.run, factors) for c, cost in _options(program, spec, fake)]
+    options: list[tuple[str, Cost, Callable, Any]] = [
+        (c.name, cost, c.run, factors) for c, cost in _options(program, spec, fake)
+    ]
     if source is not None and "v" in spec.reduce:
         options.append(("reuse P", _reuse_cost(spec, fake), _from_p, source))
     priced = sorted(options, key=lambda option: option[1].seconds(program.machine))

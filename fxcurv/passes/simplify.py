@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcurv.ir.graph import layout
+from fxcurv.ir.graph import layout, to_reshape
 from fxcurv.ir.program import Program
 from fxcurv.rules.custom import inline
-from fxcurv.rules.traits import BEHIND, VIEWS
-
-aten = torch.ops.aten
+from fxcurv.rules.traits import VIEWS, on_rows, random, sliced
 
 
 def simplify(program: Program) -> Program:
@@ -32,7 +30,7 @@ def _merge_equals(program: Program) -> dict[fx.Node, fx.Node]:
     seen: dict[Any, fx.Node] = {}
     merged = {}
     for node in list(program.graph.nodes):
-        if node.op not in ("call_function", "get_attr") or _random(node):
+        if node.op not in ("call_function", "get_attr") or random(node.target):
             continue
         key = _key(node)
         if key in seen:
@@ -47,28 +45,23 @@ def _merge_equals(program: Program) -> dict[fx.Node, fx.Node]:
 def _slice_first(program: Program) -> None:
     """Columns of a view are a view of the columns: said so, a weight and a bias read the same columns of a stack."""
     for node in list(program.graph.nodes):
-        while node.target is aten.slice.Tensor and node.args[1] == 0 and _is_behind(node.args[0]):
-            view = node.args[0]
-            source, *rest = view.args
+        while (cut := sliced(node)) and cut.dim == 0 and _is_behind(cut.x):
+            source, rest = cut.x.args[0], on_rows(cut.x, node.meta["val"].shape[0]) or ()
             with program.graph.inserting_before(node):
-                first = program.graph.call_function(aten.slice.Tensor, (source, *node.args[1:]))
+                first = program.graph.call_function(node.target, (source, *node.args[1:]))
             first.meta = dict(node.meta)
-            if view.target in (aten.view.default, aten.reshape.default):
-                rest = [[node.meta["val"].shape[0], *rest[0][1:]]]
-            node.target, node.args = view.target, (first, *rest)
             with program.fake_mode, torch.no_grad():
-                first.meta["val"] = aten.slice.Tensor(source.meta["val"], *first.args[1:])
+                first.meta["val"] = node.target(source.meta["val"], *first.args[1:])
+            node.target, node.args = cut.x.target, (first, *rest)
             node = first
     program.graph.eliminate_dead_code()
 
 
 def _is_behind(view: fx.Node) -> bool:
     """Whether a node views the axes behind the first, and does not copy."""
-    if view.target not in BEHIND or not isinstance(view.args[0], fx.Node):
+    if view.op != "call_function" or on_rows(view, 0) is None or not isinstance(view.args[0], fx.Node):
         return False
     after, before = view.meta["val"], view.args[0].meta["val"]
-    if view.target in (aten.unsqueeze.default, aten.squeeze.dim) and view.args[1] in (0, -after.ndim, -before.ndim):
-        return False
     same = isinstance(before, Tensor) and before.ndim and after.ndim and layout(before)[0][0] == layout(after)[0][0]
     return bool(same) and layout(before)[1][0] == layout(after)[1][0] and isinstance(after.shape[0], int)
 
@@ -106,17 +99,12 @@ def _view_again(node: fx.Node) -> None:
     try:
         node.meta["val"] = node.target(*args, **kwargs)
     except (RuntimeError, ValueError):  # no view of these strides
-        node.target = aten.reshape.default
+        to_reshape(node)
         node.meta["val"] = node.target(*args, **kwargs)
 
 
 def _layout(node: fx.Node) -> tuple:
     return layout(node.meta["val"])
-
-
-def _random(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags
 
 
 def _key(node: fx.Node) -> Any:

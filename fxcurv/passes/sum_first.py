@@ -9,17 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from fxcurv.ir.emit import emit
 from fxcurv.ir.graph import layout
 from fxcurv.ir.program import Program
-from fxcurv.rules.traits import SCATTERS, VIEWS
-
-aten = torch.ops.aten
-
-SUMS = {aten.sum.dim_IntList}
+from fxcurv.rules.traits import REARRANGED, SCATTERS, SUMS
 
 
 def sum_first(program: Program) -> Program:
@@ -27,7 +22,7 @@ def sum_first(program: Program) -> Program:
     replaced = {}
     for node in [n for n in program.graph.nodes if n.target in SUMS]:
         source: Any = node.args[0]
-        while source.target in VIEWS or source.target is aten.reshape.default:
+        while source.target in REARRANGED:
             source = source.args[0]
         if source.target in SCATTERS and _over_positions(node, source):
             ones = tuple(d for d, s in enumerate(node.meta["val"].shape) if _is_one(s))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from math import prod
 
-import torch
 from torch import Tensor, fx
 
 from fxcurv.errors import ExtensionError, LossError
@@ -20,11 +19,10 @@ from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Placement, Shard, Sit
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program, is_active, is_sharded
 from fxcurv.quantity import Gradient
-from fxcurv.rules import LossRule
 from fxcurv.rules.base import rule_of
 from fxcurv.rules.sites import numeric_args
+from fxcurv.rules.traits import Slice, pointwise, sliced
 
-aten = torch.ops.aten
 # value -> where the slices along one axis of the output are, and which of them (a slice of the axis has not all)
 Known = dict[fx.Node, tuple[Placement, range]]
 WAY_OUT = 'Way out: sample="sequence"; or a loss that is a sum or mean of one term per position.'
@@ -113,7 +111,7 @@ def _first_mixing(program: Program, head: fx.Node, at: Shard, size: int) -> tupl
 def _over_classes(program: Program, node: fx.Node, known: Known) -> bool:
     """Whether an op is a cross-entropy whose classes the slices are."""
     rule, prediction = rule_of(node.target, program.rules), node.args[0]
-    if not isinstance(rule, LossRule) or prediction not in known:
+    if not rule.is_loss or prediction not in known:
         return False
     where = known[prediction][0]
     return isinstance(where, Shard) and where.dim == rule.class_axis(prediction.meta["val"].ndim)
@@ -128,14 +126,14 @@ def _placed(program: Program, node: fx.Node, known: Known) -> tuple[Placement, r
         return MIXED, of  # also slices of a different shift
     of = next(iter(which), of)
     args, shape = numeric_args(program, node, program.batch.probe), program.batch.shape(val)
-    if node.target is aten.slice.Tensor and first == Shard(args[1] % val.ndim):
-        return first, of[slice(*args[2:])]  # some of them, each still apart
+    if sliced(node) and first == Shard((cut := Slice(*args)).dim % val.ndim):
+        return first, of[slice(cut.start, cut.end, cut.step)]  # some of them, each still apart
     sites: list[Site | None] = []
     for leaf in pytree.tree_leaves(canonical_args(node)):
         value = leaf.meta.get("val") if isinstance(leaf, fx.Node) else None
         here = known[leaf][0] if leaf in known else REPLICATE
         sites.append(Site(program.batch.shape(value), here, leaf in known) if isinstance(value, Tensor) else None)
     found = rule_of(node.target, program.rules).place(sites, args, shape, len(of))
-    if found is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+    if found is None and pointwise(node.target):
         found = placement.pointwise([s for s in sites if s], val.ndim, linear=False)
     return found if isinstance(found, Shard) or found == PARTIAL else MIXED, of

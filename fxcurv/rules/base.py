@@ -12,7 +12,7 @@ from torch import Tensor
 from fxcurv.contractions.factors import Factor, Jacobian
 from fxcurv.ir.graph import invoke
 from fxcurv.ir.placement import Placement, Shard, Site, samples_first
-from fxcurv.ir.private import pytree
+from fxcurv.ir.private import OpOverload, pytree
 from fxcurv.rules.call import Call
 
 
@@ -30,12 +30,50 @@ class Rule:
     piecewise_linear = False
     """Whether the op has no curvature where it is differentiable."""
 
+    elementwise = False
+    """Whether an entry of the output is a function of the entries at its place of the (broadcast) arguments alone."""
+
+    in_order = False
+    """Whether the output's entries are those of argument 0, in its row-major order."""
+
+    shifts = False
+    """Whether the op adds something to argument 0: the derivative in it is one, but for broadcasting."""
+
+    picks = False
+    """Whether the outputs are (entries of argument 0, where along its last axes, flattened, each is)."""
+
+    is_loss = False
+    """Whether the op is a loss whose Hessian has a root in closed form (`LossRule`)."""
+
+    d2: Callable | None = None
+    """Of an elementwise op, f''(x) as `d2(x, y, *constants)` in argument 0, where it is known and not zero."""
+
     def linear(self, active: Sequence[int]) -> bool:
         """Whether the op is linear in the arguments at the positions `active` jointly."""
         return False
 
     def place(self, sites: Sequence[Site | None], args: tuple, shape: tuple[int, ...], n: int) -> Placement | None:
         """The output's placement; None: unknown, it is probed. Sizes in `args` have N replaced by `n`."""
+        return None
+
+    def places(self, program: Any, node: Any, vals: list[Any], place_of: Callable) -> list[Placement] | None:
+        """The placements of all outputs, for an op that is followed through ops of its own; None: `place` says them."""
+        return None
+
+    def mixed_axes(self, args: tuple) -> int | None:
+        """How many of the last axes of argument 0 the op mixes, acting on each slice over them alone; None: not known."""
+        return 0 if self.elementwise else None
+
+    def class_axis(self, ndim: int) -> int | None:
+        """Of a loss: the axis of classes, None where every entry is a prediction of its own."""
+        return None
+
+    def restrided(self, view: Tensor, args: tuple, shape: tuple[Any, ...]) -> Tensor | None:
+        """What the op makes of a view, by strides alone; None where it does more.
+
+        Raises:
+            RuntimeError: the strides of this view do not allow it.
+        """
         return None
 
     def formula(self, op: Callable, args: Sequence[Any]) -> Any:
@@ -175,6 +213,11 @@ def rewrite(*ops: Callable):
         return fn
 
     return add
+
+
+def is_op(target: Any) -> bool:
+    """Whether a node calls an op: PyTorch's, or a function that brings its rule."""
+    return isinstance(target, OpOverload) or hasattr(target, "rule")
 
 
 def rule_of(op: Callable, local: dict[Callable, Rule]) -> Rule:

@@ -253,6 +253,9 @@ class CustomRule(Rule):
     def __init__(self, kind: Custom):
         self._kind = kind
 
+    def places(self, program, node, vals, place_of):
+        return places(program, node, vals, place_of)
+
     @property
     def piecewise_linear(self) -> bool:  # type: ignore[override]
         """Whether the backward is the same at every input, as that of a straight-through estimator."""

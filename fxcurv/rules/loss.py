@@ -34,6 +34,7 @@ class LossRule(Rule):
     """An op that reduces predictions (argument 0) against constant targets to a loss."""
 
     name = "loss"
+    is_loss = True
 
     def exact(self, call: Call, c: Tensor, few: bool = False) -> Tensor:
         """Columns [V, *prediction.shape] with sum_v s s^T = H_n; with `few`, any such columns, as few as possible."""
@@ -66,10 +67,6 @@ class LossRule(Rule):
         if shape == ():
             return PARTIAL
         return z.place if dropped is None else reduction(z, (dropped,), False, linear=False)
-
-    def class_axis(self, ndim: int) -> int | None:
-        """The axis of classes, None where every entry is a prediction of its own."""
-        return None
 
 
 def separate(root: Tensor, place: Shard, classes: int | None, rows: tuple[int, int] | None = None) -> Tensor:

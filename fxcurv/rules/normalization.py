@@ -29,6 +29,9 @@ class BatchNormEval(Rule):
     def linear(self, active):
         return not {0, 1} <= set(active)
 
+    def mixed_axes(self, args):
+        return 0
+
     def place(self, sites, args, shape, n):
         x, *others = sites
         if any(s and s.place != REPLICATE for s in others):

@@ -26,6 +26,7 @@ class Pointwise(Rule):
     """
 
     name = "pointwise"
+    elementwise = True
 
     def __init__(self, d1: Callable, d2: Callable | None = None, piecewise_linear: bool = False):
         self.d1, self.d2, self.piecewise_linear = d1, d2, piecewise_linear
@@ -180,6 +181,7 @@ class Arithmetic(Rule):
     """A broadcasting op of two arguments; subclasses give `pull`, the cotangent before unbroadcasting."""
 
     name = "arithmetic"
+    elementwise = True
 
     def pull(self, call: Call, position: int, g: Tensor) -> Tensor:
         raise NotImplementedError
@@ -214,6 +216,8 @@ def _own_slices(p: Tensor, place: Shard) -> Tensor:
 @register(aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar)
 class Add(Arithmetic):
     """y = x + alpha z, y = x - alpha z."""
+
+    shifts = True
 
     def linear(self, active):
         return True
@@ -299,6 +303,7 @@ class Dropout(Rule):
     """y = x mask / (1 - p), with the mask that the forward pass drew."""
 
     name = "dropout"
+    elementwise = True
 
     def linear(self, active):
         return True

@@ -23,6 +23,9 @@ class Pool(Rule):
     def linear(self, active):
         return self.is_linear
 
+    def mixed_axes(self, args):
+        return self.dims
+
     def place(self, sites, args, shape, n):
         x = sites[0]
         if x.place == PARTIAL and not self.is_linear:
@@ -35,6 +38,7 @@ class MaxPool(Pool):
     """(values, indices); the transpose scatters by the indices."""
 
     piecewise_linear = True
+    picks = True
 
     def __init__(self, dims: int):
         super().__init__(dims, linear=False)

@@ -8,6 +8,7 @@ import torch
 
 from fxcurv.contractions.factors import Factor, Jacobian
 from fxcurv.ir import placement
+from fxcurv.ir.graph import invoke
 from fxcurv.ir.placement import MIXED, REPLICATE, Shard, samples_first
 from fxcurv.rules.base import Rule, register, rewrite
 from fxcurv.rules.call import Call
@@ -33,6 +34,11 @@ class Movement(Rule):
 class View(Movement):
     """Any row-major reshape."""
 
+    in_order = True
+
+    def restrided(self, view, args, shape):
+        return view.view(shape)
+
     def place(self, sites, args, shape, n):
         return placement.view(sites[0], shape, n)
 
@@ -42,10 +48,15 @@ class View(Movement):
 
 @register(
     aten.clone.default, aten.alias.default, aten.contiguous.default, aten._to_copy.default, aten.to.dtype,
-    aten.lift_fresh_copy.default, aten.to.device,
+    aten.lift_fresh_copy.default, aten.to.device, aten.to.dtype_layout,
 )  # fmt: skip
 class Copy(Movement):
     """The same values, perhaps in another dtype."""
+
+    in_order = True
+
+    def restrided(self, view, args, shape):
+        return view
 
     def place(self, sites, args, shape, n):
         return sites[0].place if sites[0] else None  # a number becomes a tensor
@@ -66,11 +77,18 @@ def _order(op, args, ndim):
     return order
 
 
-class Permute(Movement):
-    """y = x.permute(order); an instance per op, because each names the order in its own way."""
+class Selection(Movement):
+    """Views that are no reshapes: argument 0 with other strides, perhaps from a later entry on."""
 
     def __init__(self, op):
         self.op = op
+
+    def restrided(self, view, args, shape):
+        return invoke(self.op, (view, *args[1:]))
+
+
+class Permute(Selection):
+    """y = x.permute(order); an instance per op, because each names the order in its own way."""
 
     def place(self, sites, args, shape, n):
         return placement.permute(sites[0].place, tuple(_order(self.op, args, len(shape))))
@@ -110,8 +128,7 @@ class Expand(Rule):
         return Jacobian(unbroadcast(p, call.args[0].shape, lead=2))
 
 
-@register(aten.slice.Tensor)
-class Slice(Movement):
+class Slice(Selection):
     """y = x[..., start:end:step]."""
 
     def place(self, sites, args, shape, n):
@@ -127,8 +144,7 @@ class Slice(Movement):
         return [aten.slice_backward.default(g, shape, dim, start, end, step)]
 
 
-@register(aten.select.int)
-class Select(Movement):
+class Select(Selection):
     """y = x[..., i]."""
 
     def place(self, sites, args, shape, n):
@@ -143,6 +159,10 @@ class Select(Movement):
     def transpose(self, call: Call, wrt, g):
         x, dim, index = call.args
         return [aten.select_backward.default(g, [g.shape[0], *x.shape], dim % x.ndim + 1, index)]
+
+
+register(aten.slice.Tensor, rule=Slice(aten.slice.Tensor))
+register(aten.select.int, rule=Select(aten.select.int))
 
 
 @register(aten.cat.default)
@@ -170,6 +190,9 @@ class Pad(Movement):
         x, k = sites[0], len(args[1]) // 2
         along = len(shape) - 1 - x.place.dim if isinstance(x.place, Shard) else k  # counted from the last axis
         return MIXED if along < k and any(args[1][2 * along : 2 * along + 2]) else x.place
+
+    def mixed_axes(self, args):
+        return len(args[1]) // 2
 
     def transpose(self, call: Call, wrt, g):
         widths = call.args[1]

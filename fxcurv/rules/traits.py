@@ -1,19 +1,45 @@
-"""Facts about ops that passes ask for, one table per property."""
+"""What ops are: a table per property, which passes ask in place of naming ops.
+
+These are facts of an op's forward; a rule that a user passes for the op changes none. What an op's derivative is like
+(linear, elementwise, in order, ...) its rule says (`Rule`). A claim is about canonical arguments and the first output.
+`tests/test_traits.py` tries every entry on random values.
+"""
 
 from __future__ import annotations
 
-import operator
-from typing import Any
+import math
+import re
+from typing import Any, NamedTuple
 
 import torch
+from torch import fx
+
+from fxcurv.ir.graph import canonical_args
 
 aten = torch.ops.aten
 
 
-# the output's axis of features where it is read from the op alone (`layers.WEIGHTS` has the others)
-FEATURES = {aten.mm.default: -1, aten.embedding.default: -1}
+# ---- by PyTorch's tags ------------------------------
 
-# argument that is added to the output, and the output's axis that it lies along
+
+def pointwise(op: Any) -> bool:
+    """Whether the op is elementwise, by its tag: so it is for ops without a rule too."""
+    return torch.Tag.pointwise in getattr(op, "tags", ())
+
+
+def random(op: Any) -> bool:
+    """Whether the op draws numbers: a second call gives others."""
+    return torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
+
+
+# ---- layers ------------------------------
+
+# (argument that is a weight, the output's axis of features): one entry of the weight moves one index of that axis
+WEIGHTS: dict[Any, tuple[int, int]] = {
+    aten.linear.default: (1, -1), aten.convolution.default: (1, 1), aten.mm.default: (1, -1), aten.embedding.default: (0, -1),
+}  # fmt: skip
+
+# (argument that is added to the output, the output's axis that it lies along)
 BIASES: dict[Any, tuple[int, int]] = {
     aten.linear.default: (2, -1),
     aten.convolution.default: (2, 1),
@@ -21,26 +47,71 @@ BIASES: dict[Any, tuple[int, int]] = {
     aten._native_batch_norm_legit_no_training.default: (2, 1),
 }
 
-# the output's axis of features, for ops whose second argument is a weight
-WEIGHTS: dict[Any, int] = {aten.linear.default: -1, aten.convolution.default: 1}
-
-# x z, or x z + b: their first three arguments are (x, z, b)
+# x z, or x z + b: linear in each of their first arguments (x, z), and b, the third, is added
 PRODUCTS = {
     aten.linear.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.convolution.default,
 }  # fmt: skip
 
+# products of matrices (x, z), rows of x by columns of z, on their last two axes; True: rows of x by rows of z
+MATRIX_PRODUCTS = {aten.linear.default: True, aten.mm.default: False, aten.bmm.default: False}
+
+
+class Convolution(NamedTuple):
+    """Arguments of a convolution. Which kernel runs it depends on the layout of what it reads."""
+
+    x: Any
+    weight: Any
+    bias: Any
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    transposed: bool
+    output_padding: list[int]
+    groups: int
+
+
+def convolution(node: fx.Node) -> Convolution | None:
+    """The arguments of a convolution, in any number of dimensions."""
+    return Convolution(*canonical_args(node)) if node.target is aten.convolution.default else None
+
+
+# ---- sums and zeros ------------------------------
+
+
+def plain_sum(node: fx.Node) -> bool:
+    """Whether a node is x + z, neither of them scaled."""
+    return node.target is aten.add.Tensor and canonical_args(node)[2] == 1
+
+
+# Zeros, whatever they read.
 ZEROS = {aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default}
 
+# Zeros for zeros in their first argument.
 KEEP_ZERO = {
     aten.unsqueeze.default, aten.squeeze.dim, aten.view.default, aten.reshape.default, aten.expand.default,
     aten.permute.default, aten.transpose.int, aten.t.default, aten.neg.default, aten.sum.dim_IntList,
 }  # fmt: skip
 
+# Zeros where any of their arguments is zero; the others are finite.
 ZERO_FACTOR = {aten.mul.Tensor, aten.mm.default, aten.bmm.default, aten.mul.Scalar}
+
+
+def makes_zeros(node: fx.Node) -> bool:
+    """Whether a node is zero whatever it reads."""
+    return node.target in ZEROS or (node.target is aten.full.default and node.args[1] == 0)
+
+
+# Sums over the axes in their second argument.
+SUMS = {aten.sum.dim_IntList}
+
+# What they get as their first argument [..., C, h, w] they put, each at some position, into [..., C, H, W].
+SCATTERS = {aten.max_pool2d_with_indices_backward.default, torch.ops.fxcurv.max_pool_columns.default}
+
 
 # ---- what is saved ------------------------------
 
-# Cheap beside the pointwise ops and views, which say so by their tags and schemas.
+# Little more work than reading and writing memory, and the same result again; so are pointwise ops and views, which say so by
+# their tags and schemas. Matrix products and convolutions are not; neither are sorts and decompositions.
 CHEAP = {
     aten.clone.default, aten._to_copy.default, aten.cat.default, aten.where.self, aten.gather.default,
     aten.scatter.value, aten.scatter.src, aten.scatter_add.default, aten.embedding.default, aten.index.Tensor,
@@ -52,7 +123,9 @@ CHEAP = {
     aten.ones.default, aten.full.default, aten.arange.default, aten.arange.start_step, aten.eye.default,
 }  # fmt: skip
 
-# Their derivative is zero or undefined: what they return is a constant.
+# ---- no derivative ------------------------------
+
+# Their derivative is zero wherever there is one, or is asked not to be: what they return is a constant.
 CUTS = {
     aten.detach.default, aten.sign.default, aten.floor.default, aten.ceil.default, aten.round.default, aten.trunc.default,
     aten.fill.Scalar, aten.zero.default,
@@ -60,30 +133,20 @@ CUTS = {
 
 # These read nothing but the shape.
 CUTS |= {aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
-
 CUTS |= {aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
 
-CONVOLUTION = aten.convolution.default
+# ---- memory ------------------------------
 
-# besides the elementwise ones of one argument: their outputs are laid out as what they read is
+# Besides ops whose rule is elementwise: of images with channels last they make images with channels last.
 KEEP = {
     aten.max_pool2d_with_indices.default, aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default,
-    aten._native_batch_norm_legit_no_training.default, aten.constant_pad_nd.default, aten.add.Tensor, aten.sub.Tensor,
-    aten.mul.Tensor, aten.cat.default, aten._to_copy.default, operator.getitem,
+    aten._native_batch_norm_legit_no_training.default, aten.constant_pad_nd.default, aten.cat.default, aten._to_copy.default,
 }  # fmt: skip
 
-# they leave the order of elements as it is
-IN_ORDER = {
-    aten._to_copy.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.clone.default, aten.view.default,
-    aten.reshape.default, aten.unsqueeze.default,
-}  # fmt: skip
+# Elementwise, but what they make is contiguous whatever they read.
+CONTIGUOUS = {aten.log_sigmoid.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 
-SCATTERS = {aten.max_pool2d_with_indices_backward.default, torch.ops.fxcurv.max_pool_columns.default}
-
-# monotone, flat wherever not injective, and zero at zero
-ACTIVATIONS = {aten.relu.default, aten.relu6.default, aten.hardtanh.default}
-
-# None of them changes the first element or the dtype.
+# Views of all that they are given: they share its memory from the first element on, and its dtype.
 VIEWS = {
     aten.view.default,
     aten.permute.default,
@@ -95,10 +158,95 @@ VIEWS = {
     aten.expand.default,
 }
 
-# views of the axes behind the first one, if they leave its size
-BEHIND = {aten.unsqueeze.default, aten.squeeze.dim, aten.view.default, aten.reshape.default}
+# The same, but for a copy where strides allow no view.
+REARRANGED = VIEWS | {aten.reshape.default}
 
+_REFERS_TO_SIZES = (aten.view.default, aten.reshape.default)
+_REFERS_TO_AN_AXIS = (aten.unsqueeze.default, aten.squeeze.dim)
+
+
+def on_rows(node: fx.Node, rows: int) -> list[Any] | None:
+    """The arguments with which a view of the axes behind the first does the same to `rows` entries of the first axis.
+
+    None for any other op. The caller knows that the first axis keeps its size.
+    """
+    if node.target in _REFERS_TO_SIZES:
+        _, sizes = node.args
+        return [[rows, *sizes[1:]]]  # type: ignore[misc]
+    if node.target not in _REFERS_TO_AN_AXIS:
+        return None
+    (source, axis), ndim = node.args, node.meta["val"].ndim
+    return None if axis in (0, -ndim, -source.meta["val"].ndim) else [axis]  # type: ignore[union-attr]
+
+
+class Slice(NamedTuple):
+    """Arguments of x[..., start:end:step]; an end of None or beyond the axis is the axis' own."""
+
+    x: Any
+    dim: int
+    start: Any
+    end: Any
+    step: int
+
+    @property
+    def everything(self) -> bool:
+        """Whether all of the axis is taken, as in x[:, None]."""
+        return self.start in (None, 0) and self.step == 1 and (self.end is None or self.end == 2**63 - 1)
+
+
+def sliced(node: fx.Node) -> Slice | None:
+    """The arguments of a slice."""
+    return Slice(*canonical_args(node)) if node.target is aten.slice.Tensor else None
+
+
+# ---- along axes ------------------------------
+
+# Lines along the axis of their second argument, which is a number, do not meet: each gives values of its own.
 ALONG_AXIS = {
     aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.log_softmax.int, aten._log_softmax.default,
     aten.logsumexp.default, aten.logcumsumexp.default, aten.cumprod.default, aten.prod.dim_int,
 }  # fmt: skip
+
+# Nor do slices over the last axes, as many as their second argument has numbers.
+ALONG_LAST_AXES = {aten.layer_norm.default}
+
+# ---- clamps and maxima ------------------------------
+
+# x between these bounds: monotone, and flat wherever different values become one
+CLAMPS: dict[Any, tuple[float, float]] = {aten.relu.default: (0, math.inf), aten.relu6.default: (0, 6)}
+
+
+def bounds(node: fx.Node) -> tuple[float, float] | None:
+    """(low, high) of an op that clamps its first argument."""
+    if node.target is aten.hardtanh.default:
+        _, low, high = canonical_args(node)
+        return low, high
+    return CLAMPS.get(node.target)
+
+
+# The maxima of windows over the last two axes; also where each was found.
+MAX_POOL = aten.max_pool2d_with_indices.default
+
+
+def window(node: fx.Node) -> list[Any] | None:
+    """[kernel, stride, padding, dilation, ceil_mode] of the op `MAX_POOL`."""
+    return list(canonical_args(node)[1:]) if node.target is MAX_POOL else None
+
+
+def zero_padding(node: fx.Node) -> list[int] | None:
+    """The widths of zeros around the last axes, the last one first; negative ones crop."""
+    if node.target is not aten.constant_pad_nd.default:
+        return None
+    _, widths, value = canonical_args(node)
+    return widths if value == 0 else None
+
+
+# ---- losses ------------------------------
+
+# Losses without a rule of their own, by the name of the op that was captured.
+_LOSSES = re.compile(r"aten\.(\w+_loss\w*|binary_cross_entropy\w*|kl_div)(\.|$)")
+
+
+def named_loss(op: str) -> bool:
+    """Whether PyTorch calls the op of this name a loss."""
+    return _LOSSES.match(op) is not None

@@ -16,8 +16,7 @@ from fxcurv.ir.precision import widened
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Check, Program
 from fxcurv.quantity import Term
-from fxcurv.rules import LossRule
-from fxcurv.rules.base import rule_of
+from fxcurv.rules.base import Rule, rule_of
 
 
 def check_positive(program: Program, node: fx.Node, c: fx.Node) -> None:
@@ -171,7 +170,7 @@ def _visit(program: Program, node: fx.Node, dependent: set[fx.Node], terms: dict
     if node.target is operator.getitem:
         return _visit(program, node.args[0], dependent, terms)
     rule, positions = rule_of(node.target, program.rules), _positions(node, dependent)
-    if isinstance(rule, LossRule):
+    if rule.is_loss:
         prediction = node.args[0]
         signed = node.meta["val"].ndim > 0 and not any(e.needs_convex for e in program.extensions)
         alone = signed or positions != [0] or _one_position(prediction, rule)
@@ -185,7 +184,7 @@ def _visit(program: Program, node: fx.Node, dependent: set[fx.Node], terms: dict
         raise _General
 
 
-def _one_position(prediction: fx.Node, rule: LossRule) -> bool:
+def _one_position(prediction: fx.Node, rule: Rule) -> bool:
     """Whether the batch as one sample is a single number, or lies along the axis of classes."""
     ndim, place = prediction.meta["val"].ndim, prediction.meta["place"]
     return not ndim or isinstance(place, Whole) and place.dim == rule.class_axis(ndim)

@@ -22,15 +22,11 @@ class Kernel:
         make: (random, *sizes) -> the arguments; random(*shape) is a tensor.
         sizes: small ones, odd, single and empty.
         tiled: of more than one tile in each direction.
-        keeps: whether the result has the factors' dtype; sums over samples and squares of half precision are in float32.
-        rounds: whether, on CUDA, a factor in half precision is rounded once more, after it is weighted.
     """
 
     make: Callable[..., tuple]
     sizes: list[tuple]
     tiled: list[tuple]
-    keeps: bool = False
-    rounds: bool = False
 
 
 def _outer_norm(random, v, n, s, o, i):
@@ -46,10 +42,6 @@ def _outer_square_sum_conv(random, v, n, c, o, size, kernel, stride, padding, di
     out = [(d + 2 * p - di * (k - 1) - 1) // st + 1 for d, k, st, p, di in geometry]
     x, g, w = random(n, c, *size), random(v, n, o, *out), random(v, n) if weighted else None
     return x, g, w, per_sample, list(kernel), list(stride), list(padding), list(dilation), groups
-
-
-def _outer_clip_sum(random, n, s, o, i):
-    return random(n, s, i), random(n, s, o), random(n)
 
 
 def _each(sizes, *choices):
@@ -87,13 +79,6 @@ KERNELS = {
             (2, 6, 8, 70, (6, 7), (3, 3), (1, 1), (1, 1), (1, 1), 1, True, False),
             (1, 2, 6, 132, (3, 4, 5), (3, 2, 3), (1, 1, 2), (1, 0, 1), (1, 2, 1), 2, False, True),
         ],
-    ),
-    "outer_batch": Kernel(_outer_norm, PRODUCTS + EMPTY, [(2, 2, 37, 70, 67), (2, 1, 33, 66, 130)], keeps=True),
-    "outer_clip_sum": Kernel(
-        _outer_clip_sum,
-        [size[1:] for size in PRODUCTS + EMPTY if size[0]],
-        [(7, 13, 70, 67), (30, 1, 66, 130)],
-        rounds=True,
     ),
 }
 SMALL = [(name, sizes) for name, kernel in KERNELS.items() for sizes in kernel.sizes]
@@ -135,12 +120,7 @@ def check(name: str, run: Callable, args: tuple, factor_eps: float = 0.0) -> Non
     given = args[0].dtype
     summed = torch.float32 if given in (torch.float16, torch.bfloat16) else given
     assert actual.shape == expected.shape
-    assert actual.dtype == (given if KERNELS[name].keeps else summed)
+    assert actual.dtype == summed
     error = (actual.double() - expected).abs()
     allowed = (16 * torch.finfo(summed).eps + 4 * factor_eps) * bound + torch.finfo(actual.dtype).eps * expected.abs()
     assert (error <= allowed).all(), f"{(error / allowed).max():.3g} times the rounding"
-
-
-def rounding(name: str, dtype: torch.dtype) -> float:
-    """The error of weighted factors that are rounded, see `Kernel.rounds`."""
-    return torch.finfo(dtype).eps / 2 if KERNELS[name].rounds and dtype in (torch.float16, torch.bfloat16) else 0.0

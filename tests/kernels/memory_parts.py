@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import fxcurv
 from fxcurv.extensions import KFAC, BatchDiagGGNExact, BatchGrad, BatchL2Grad, SqrtGGNExact
-from fxcurv.kernels import blocks, outer_batch, outer_square_sum, outer_square_sum_conv, syrk, syrk_conv
+from fxcurv.kernels import blocks, outer_batch_conv, outer_square_sum, outer_square_sum_conv, syrk, syrk_conv
 from fxcurv.kernels import patches as patches_of
 
 OPS = torch.ops.fxcurv
@@ -96,15 +96,13 @@ def patches() -> Iterator[Any]:
 
 
 def layers() -> Iterator[Any]:
-    """Moments, embeddings, norms, the root of the softmax."""
+    """Moments and embeddings."""
     for layout, n, dtype in itertools.product(LAYOUTS, (0, 1, 4), DTYPES):
         index, g, w = (laid_out(a, layout) for a in lookups(2, n, 5, 3, 6))
-        x, c, weight = laid_out(t(n, 5, 3), layout), laid_out(t(n, 4), layout), laid_out(t(4, 3), layout)
+        x = laid_out(t(n, 5, 3), layout)
         calls: list[tuple[Callable, list]] = [
             (OPS.outer_moments, [x, laid_out(t(n, 5, 2), layout), True, True, True]),
             (OPS.embedding_square_sum, [index, g, w, 6, 3]), (OPS.embedding_square_sum, [index, g, None, 6, -1]),
-            (OPS.norm_square_sum, [x, g, w]), (OPS.norm_square_sum, [None, g, None]),
-            *((OPS.softmax_root, [c, t(n), some, few]) for some in (weight, None) for few in BOTH),
         ]  # fmt: skip
         for op, args in calls:
             yield op(*cast(args, dtype))
@@ -114,16 +112,15 @@ def into() -> Iterator[Any]:
     """Results in memory that is given, in the middle of more of it: what lies around stays as it is."""
     for n, last in itertools.product((0, 1, 9), BOTH):
         for x, g, geometry in factors(n, last, torch.float32):
-            fn = outer_batch.into_conv
-            yield within(outer_batch.shape_conv(x, g, geometry[0], geometry[4]), lambda out: fn(x, g, *geometry, out=out))  # noqa: B023
-            weight = outer_batch.shape_conv(x, g, geometry[0], geometry[4])[2:]
+            fn = outer_batch_conv.into
+            yield within(outer_batch_conv.shape(x, g, geometry[0], geometry[4]), lambda out: fn(x, g, *geometry, out=out))  # noqa: B023
+            weight = outer_batch_conv.shape(x, g, geometry[0], geometry[4])[2:]
             for per_sample in BOTH:
                 run = lambda out: outer_square_sum_conv.into(x, g, None, per_sample, *geometry, out=out)  # noqa: B023,E731
                 yield within((len(x), *weight) if per_sample else weight, run)
     sizes = [(2, 3, 4, 5, 3), (1, 1, 1, 1, 1), (2, 0, 3, 2, 2), (2, 2, 0, 3, 2)]
     for (v, n, s, o, i), layout in itertools.product(sizes, LAYOUTS):
         a, g = (laid_out(f, layout).float() for f in (t(n, s, i), t(v, n, s, o)))
-        yield within((v, n, o, i), lambda out: OPS.outer_batch_out(a, g, out))  # noqa: B023
         for per_sample in BOTH:
             run = lambda out: outer_square_sum.into(a, g, None, per_sample, out=out)  # noqa: B023,E731
             yield within((n, o, i) if per_sample else (o, i), run)

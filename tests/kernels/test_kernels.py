@@ -7,11 +7,10 @@ import sys
 
 import pytest
 import torch
-from kernel_samples import KERNELS, LAYOUTS, SMALL, TILED, arguments, check, laid_out
+from kernel_samples import KERNELS, LAYOUTS, SMALL, TILED, arguments, check
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxcurv.kernels import blocks as cpu
-from fxcurv.kernels import outer_batch
 
 
 def op(name):
@@ -49,8 +48,6 @@ FLOPS = {
     ("outer_square_sum_conv", (2, 3, 2, 3, (7,), (3,), (2,), (2,), (1,), 1, True, False)): 2 * (2 * 3) * 3 * 5 * 6,
     # 5 x 2 positions, 2 of the 4 channels and 6 taps for each of 6 outputs
     ("outer_square_sum_conv", (2, 3, 4, 6, (5, 4), (3, 2), (1, 2), (1, 0), (1, 1), 2, True, True)): 2 * 6 * 6 * 10 * 12,
-    ("outer_batch", (2, 3, 5, 7, 3)): 2 * (2 * 3 * 5) * (7 * 3),
-    ("outer_clip_sum", (3, 5, 7, 3)): 2 * (3 * 5) * (7 * 3),
 }
 
 
@@ -60,36 +57,6 @@ def test_flops(name, sizes):
     with FlopCounterMode(display=False) as counter:
         op(name)(*args)
     assert counter.get_total_flops() == FLOPS[name, sizes]
-
-
-@pytest.mark.parametrize("sizes", KERNELS["outer_batch"].sizes, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS[:3])
-def test_outer_batch_out(sizes, layout):
-    """Into the caller's memory, whatever its strides; nothing beside it is written."""
-    a, g = arguments("outer_batch", sizes)
-    expected = outer_batch.reference(a, g)
-    out = laid_out(torch.full_like(expected, torch.nan), layout)
-    pointer, strides = out.data_ptr(), out.stride()
-    assert torch.ops.fxcurv.outer_batch_out(a, g, out) is None
-    torch.testing.assert_close(out, expected)
-    assert (out.data_ptr(), out.stride()) == (pointer, strides)
-    if layout == "steps" and out.numel():
-        assert out._base.isnan().sum() == out._base.numel() - out.numel()
-
-
-def test_outer_batch_out_refuses_other_memory():
-    a, g = arguments("outer_batch", (2, 3, 5, 7, 3))
-    for wrong in (g.new_empty(2, 3, 7, 4), g.new_empty(2, 3, 7, 3, dtype=torch.float32)):
-        with pytest.raises(ValueError, match="out is"):
-            torch.ops.fxcurv.outer_batch_out(a, g, wrong)
-    with torch._subclasses.FakeTensorMode() as mode, pytest.raises(ValueError, match="out is"):
-        torch.ops.fxcurv.outer_batch_out(*(mode.from_tensor(t) for t in (a, g, wrong)))
-
-
-def test_outer_batch_out_as_operator():
-    a, g = arguments("outer_batch", (2, 3, 5, 7, 3))
-    args = (a, g, g.new_empty(2, 3, 7, 3))
-    torch.library.opcheck(torch.ops.fxcurv.outer_batch_out.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_triton_is_not_imported():

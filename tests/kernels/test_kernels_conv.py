@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxcurv.kernels import blocks as cpu
-from fxcurv.kernels import outer_batch, outer_moments, outer_square_sum, outer_square_sum_conv, patches
+from fxcurv.kernels import outer_batch_conv, outer_moments, outer_square_sum, outer_square_sum_conv, patches
 from fxcurv.kernels.max_pool_columns import max_pool_columns, reference
 
 OPS = torch.ops.fxcurv
@@ -251,7 +251,7 @@ def test_definitions_of_convolutions_are_autograds(name):
     conv = CONVOLUTIONS[name]
     x, g = conv.factors(2)
     p, w = conv.gradients(x, g), t(2, conv.samples)
-    torch.testing.assert_close(outer_batch.reference_conv(x, g, *conv.geometry), p)
+    torch.testing.assert_close(outer_batch_conv.reference(x, g, *conv.geometry), p)
     torch.testing.assert_close(outer_moments.reference_conv(x, g[0], True, True, True, *conv.geometry), moments(p[0]))
     squares = torch.einsum("vn,vn...->n...", w, p.square())
     torch.testing.assert_close(outer_square_sum_conv.reference(x, g, w, True, *conv.geometry), squares)
@@ -269,7 +269,7 @@ def test_outer_batch_conv(name, last, v, fewest, monkeypatch):
     conv = CONVOLUTIONS[name]
     for dtype in DTYPES:
         x, g = conv.factors(v, dtype, last)
-        found = outer_batch.outer_batch_conv(x, g, *conv.geometry)
+        found = outer_batch_conv.outer_batch_conv(x, g, *conv.geometry)
         assert found.dtype == dtype and found.is_contiguous()
         expected = conv.gradients(x, g)
         close(found, expected, dtype, conv.gradients(x.abs(), g.abs()))
@@ -281,7 +281,7 @@ def test_outer_batch_conv_into_memory(name, last):
     conv = CONVOLUTIONS[name]
     x, g = conv.factors(2, last=last)
     out = torch.full((2, conv.samples, *conv.weight), torch.nan, dtype=x.dtype)
-    assert outer_batch.into_conv(x, g, *conv.geometry, out=out) is out
+    assert outer_batch_conv.into(x, g, *conv.geometry, out=out) is out
     torch.testing.assert_close(out, conv.gradients(x, g))
 
 

@@ -1,4 +1,4 @@
-"""Kernels for one kind of layer or loss, against their definitions and, those, against autograd."""
+"""Kernels for one kind of layer, against their definitions and, those, against autograd."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxcurv.kernels import blocks as cpu
 from fxcurv.kernels import embedding_square_sum as embedding
-from fxcurv.kernels import norm_square_sum as norm
-from fxcurv.kernels import softmax_root as softmax
 from fxcurv.kernels import syrk, syrk_conv
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -177,73 +175,6 @@ def test_syrk_as_operators():
     assert flops(syrk_conv.syrk_conv, *args) == sum(2 * (row + 1) * m for row in range(k))
 
 
-# ---- the root of the softmax Hessian ------------------------------
-
-
-@pytest.mark.parametrize("few", [True, False])
-@pytest.mark.parametrize("classes", [1, 2, 7])
-def test_softmax_root_is_a_root_of_the_hessian(classes, few):
-    logits, scale, target = t(3, classes), t(3), torch.zeros(3, dtype=torch.long)
-    for root in (softmax.reference, softmax.softmax_root):
-        s = root(logits, scale, None, few)
-        assert s.shape == (max(1, classes - few), 3, classes)
-        for n in range(3):
-            h = torch.autograd.functional.hessian(lambda z, n=n: F.cross_entropy(z, target[n]), logits[n])
-            torch.testing.assert_close(s[:, n].t() @ s[:, n], scale[n] ** 2 * h)
-
-
-@pytest.mark.parametrize("few", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 4), (5, 2, 3), (4, 7, 1), (0, 3, 2), (70, 11, 33)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_softmax_root(shape, few, dtype):
-    n, c, i = shape
-    for weight in (None, t(c, i)):
-        actual = check(softmax.softmax_root, softmax.reference, [t(n, c), t(n), weight, few], dtype)
-        assert actual.dtype == dtype
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("few", [True, False])
-def test_softmax_root_of_any_strides(few, layout):
-    logits, scale, weight = (laid_out(x, layout) for x in (t(4, 5), t(4), t(5, 6)))
-    for w in (None, weight):
-        check(softmax.softmax_root, softmax.reference, [logits, scale, w, few])
-
-
-@pytest.mark.parametrize("few", [True, False])
-def test_softmax_root_in_several_blocks(few, monkeypatch):
-    monkeypatch.setattr(cpu, "BLOCK", 50)
-    check(softmax.softmax_root, softmax.reference, [t(4, 9), t(4), t(9, 5), few])
-
-
-@pytest.mark.parametrize("few", [True, False])
-def test_softmax_root_where_probabilities_underflow(few):
-    """exp(-150) is 0 in float32, its root exp(-75) is not."""
-    logits = torch.tensor([[0.0, -150.0, -1000.0], [-150.0, 0.0, -3.0]])
-    for weight in (None, torch.randn(3, 2)):
-        s = softmax.softmax_root(logits, torch.ones(2), weight, few)
-        assert s.isfinite().all()
-    s = softmax.softmax_root(logits, torch.ones(2), None, few)[0 if few else 1, 0]
-    torch.testing.assert_close(s[1].item(), torch.tensor(-75.0).exp().item(), rtol=1e-4, atol=0.0)
-
-
-def test_softmax_root_of_half_precision_with_a_wider_weight():
-    actual = softmax.softmax_root(t(3, 4).bfloat16(), torch.ones(3), torch.randn(4, 5), True)
-    assert actual.dtype == torch.float32
-
-
-def test_softmax_root_as_operator():
-    op, logits, scale, weight = torch.ops.fxcurv.softmax_root, t(3, 4), t(3), t(4, 5)
-    for few in (True, False):
-        for dtype in DTYPES:
-            opcheck(op, logits.to(dtype), scale.to(dtype), weight.to(dtype), few)
-        opcheck(op, logits.t().contiguous().t(), scale, None, few)
-        opcheck(op, t(3, 1), scale, None, few)
-    assert flops(op, logits, scale, weight, False) == 2 * 3 * 4 * 5 + 2 * 4 * 3 * 5
-    assert flops(op, logits, scale, weight, True) == 2 * 3 * 4 * 5 + 2 * 3 * 3 * 5
-    assert flops(op, logits, scale, None, True) == 2 * 3 * 3 * 4
-
-
 # ---- squares of an embedding's rows ------------------------------
 
 # V, N, S, D, rows
@@ -304,58 +235,6 @@ def test_embedding_square_sum_as_operator():
     assert flops(op, index, g, w, 6, -1) == 3 * 2 * 3 * 5 * 4
 
 
-# ---- squares of a normalisation's scale and shift ------------------------------
-
-NORMS = [(1, 1, 1, 1), (2, 3, 5, 7), (3, 4, 1, 6), (1, 2, 9, 1), (2, 0, 3, 4), (2, 3, 0, 4), (0, 2, 3, 4)]
-
-
-def test_norm_squares_are_those_of_autograd():
-    x, g, w = t(3, 4, 5), t(2, 3, 4, 5), t(2, 3)
-    x_hat = F.layer_norm(x, (5,))
-    scale, shift = t(5).requires_grad_(), t(5).requires_grad_()
-    totals = torch.zeros(2, 5, dtype=torch.float64)
-    for v in range(2):
-        for n in range(3):
-            y = F.layer_norm(x[n], (5,), scale, shift)
-            for k, each in enumerate(torch.autograd.grad(y, (scale, shift), g[v, n])):
-                totals[k] += w[v, n] * each**2
-    torch.testing.assert_close(norm.reference(x_hat, g, w), totals[0])
-    torch.testing.assert_close(norm.reference(None, g, w), totals[1])
-
-
-@pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", NORMS)
-def test_norm_square_sum(shape, dtype, weighted):
-    v, n, s, d = shape
-    for x_hat in (None, t(n, s, d)):
-        args = [x_hat, t(*shape), t(v, n) if weighted else None]
-        check(norm.norm_square_sum, norm.reference, args, dtype)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_norm_square_sum_of_any_strides(layout):
-    x_hat, g, w = (laid_out(x, layout) for x in (t(4, 3, 5), t(2, 4, 3, 5), t(2, 4)))
-    for x in (None, x_hat):
-        check(norm.norm_square_sum, norm.reference, [x, g, w])
-
-
-@pytest.mark.parametrize("block", [1, 31, 100])
-def test_norm_square_sum_in_several_blocks(block, monkeypatch):
-    monkeypatch.setattr(cpu, "BLOCK", block)
-    for x in (None, t(7, 3, 5)):
-        check(norm.norm_square_sum, norm.reference, [x, t(3, 7, 3, 5), t(3, 7)])
-
-
-def test_norm_square_sum_as_operator():
-    op, x, g, w = torch.ops.fxcurv.norm_square_sum, t(3, 4, 5), t(2, 3, 4, 5), t(2, 3)
-    for dtype in DTYPES:
-        opcheck(op, x.to(dtype), g.to(dtype), w.to(dtype))
-    opcheck(op, None, laid_out(g, "reversed"), None)
-    assert flops(op, x, g, w) == 2 * 2 * 3 * 4 * 5
-    assert flops(op, None, g, w) == 2 * 3 * 4 * 5
-
-
 # ---- sizes of real layers ------------------------------
 
 
@@ -373,9 +252,7 @@ USUAL = {
         lambda: [t(4, 64, 100), (100,), (1,), (1,), (0,), (1,)],
         lambda: [t(2, 3, 56, 56), (28, 28), (7, 7), (2, 2), (3, 3), (1, 1)],
     ],
-    "softmax_root": [lambda: [t(64, 100), t(64), t(100, 512), True], lambda: [t(64, 100), t(64), None, False]],
     "embedding_square_sum": [lambda: table(10, 8, 64, 128, 1000, padding=0)],
-    "norm_square_sum": [lambda: [t(8, 64, 128), t(10, 8, 64, 128), t(10, 8)]],
 }
 
 

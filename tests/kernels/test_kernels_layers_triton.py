@@ -1,4 +1,4 @@
-"""The Triton kernels for one kind of layer or loss, as `test_kernels_triton` does it for the products.
+"""The Triton kernels for one kind of layer, as `test_kernels_triton` does it for the products.
 
 On a GPU where there is one, in Triton's interpreter in a process of its own, and compiled for two architectures.
 """
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 triton = pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux")
 
 import triton.language as tl  # noqa: E402
-from test_kernels_triton import DEVICE, SHARED, compiled, compiles, resources, runs, without_gpu  # noqa: E402
+from test_kernels_triton import BESIDE, DEVICE, SHARED, compiled, compiles, resources, runs, without_gpu  # noqa: E402
 
 from fxcurv.kernels.syrk_triton import row_and_column  # noqa: E402
 
@@ -26,24 +26,11 @@ from fxcurv.kernels.syrk_triton import row_and_column  # noqa: E402
 SMALL = {
     "syrk": [lambda: [t(1, 1)], lambda: [t(5, 3)], lambda: [t(70, 33)], lambda: [t(35, 1100)], lambda: [t(3, 0)]],
     "syrk_conv": [*(lambda name=name: convolution(name) for name in CONVOLUTIONS)],
-    "softmax_root": [
-        lambda: [t(1, 1), t(1), None, True],
-        lambda: [t(5, 7), t(5), t(7, 3), False],
-        lambda: [t(3, 130), t(3), None, True],
-        lambda: [t(9, 18), t(9), t(18, 131), True],
-    ],
     "embedding_square_sum": [
         lambda: table(1, 1, 1, 1, 1, padding=-1),
         lambda: table(2, 3, 5, 4, 3, padding=0),
         lambda: table(5, 2, 9, 131, 4, padding=-1, weighted=False),
         lambda: table(9, 3, 0, 2, 4, padding=-1),
-    ],
-    "norm_square_sum": [
-        lambda: [t(1, 1, 1), t(1, 1, 1, 1), t(1, 1)],
-        lambda: [t(3, 5, 7), t(2, 3, 5, 7), None],
-        lambda: [None, t(2, 3, 17, 70), t(2, 3)],
-        lambda: [t(2, 17, 66), t(3, 2, 17, 66), t(3, 2)],
-        lambda: [t(0, 2, 3), t(2, 0, 2, 3), None],
     ],
 }
 
@@ -55,7 +42,7 @@ def _seed():
 
 def kernel(name):
     """The function that launches the op's kernels, on tensors of any device; for `syrk` past its choice of a library's."""
-    module = importlib.import_module(f"fxcurv.kernels.{name}_triton")
+    module = importlib.import_module(f"fxcurv.kernels.{BESIDE.get(name, name)}_triton")
     return module.products if name == "syrk" else getattr(module, name)
 
 

@@ -191,6 +191,7 @@ def by_hand() -> dict[Any, list[tuple]]:
         aten.alias.default: [(t(3, 4),)],
         aten._to_copy.default: [(t(3, 4),)],
         aten.to.dtype: [(t(3, 4), torch.float32)],
+        aten.to.dtype_layout: [(t(3, 4), torch.float32, torch.strided, torch.device("cpu"))],
         aten.to.device: [(t(3, 4), torch.device("cpu"), torch.float64)],
         aten.lift_fresh_copy.default: [(t(3, 4),)],
         aten.expand.default: [(t(3, 4), [2, 3, 4]), (t(1, 4), [3, 4]), (t(4), [3, -1]), (t(3, 1), [3, 5])],

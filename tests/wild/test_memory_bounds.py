@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fxcurv
 from fxcurv.errors import ArgumentError
 from fxcurv.extensions import BatchDiagGGNExact, BatchGrad, SqrtGGNExact
-from fxcurv.kernels import outer_batch, outer_square_sum, outer_square_sum_conv
+from fxcurv.kernels import outer_batch_conv, outer_square_sum, outer_square_sum_conv
 
 recycle = importlib.import_module("fxcurv.passes.recycle")  # the package has the pass under this name
 BAND = 64
@@ -39,7 +39,6 @@ def within(expected: Tensor, run: Any) -> None:
 def test_products_write_within(sizes: tuple, layout: str) -> None:
     v, n, s, o, i = sizes
     a, g, w = (laid_out(f, layout) for f in (t(n, s, i), t(v, n, s, o), t(v, n)))
-    within(outer_batch.reference(a, g), lambda out: outer_batch.outer_batch_out(a, g, out))
     for per_sample in (True, False):
         expected = outer_square_sum.reference(a, g, w, per_sample)
         within(expected, lambda out, each=per_sample: outer_square_sum.into(a, g, w, each, out=out))
@@ -56,7 +55,7 @@ def test_convolutions_write_within(n: int, groups: int, last: bool) -> None:
     p = t(2, n, 6, 4 // groups, 3, 2)
     for column, sample in itertools.product(range(2), range(n)):
         p[column, sample] = _weight(x[sample], g[column, sample], geometry)
-    within(p, lambda out: outer_batch.into_conv(x, g, *geometry, out=out))
+    within(p, lambda out: outer_batch_conv.into(x, g, *geometry, out=out))
     squares = (p.square() * w[:, :, None, None, None, None]).sum(0)
     for per_sample, expected in ((True, squares), (False, squares.sum(0))):
         within(expected, lambda out, each=per_sample: outer_square_sum_conv.into(x, g, w, each, *geometry, out=out))

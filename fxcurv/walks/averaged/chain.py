@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx
-
-aten = torch.ops.aten
 
 LAST = "Way out: KFLR() or KFAC(), which are defined for every graph."
 

@@ -25,14 +25,12 @@ from fxcurv.ir.graph import ancestors, canonical_args
 from fxcurv.ir.origin import origin_of
 from fxcurv.ir.placement import Shard, samples_back, samples_first
 from fxcurv.ir.precision import widened
-from fxcurv.ir.private import OpOverload, pytree
+from fxcurv.ir.private import pytree
 from fxcurv.ir.program import is_active, is_sharded
 from fxcurv.quantity import GRADIENT, Group
-from fxcurv.rules.base import Rule, rule_of, serves_alone
+from fxcurv.rules.base import Rule, is_op, rule_of, serves_alone
 from fxcurv.rules.call import Call, call_of, place_of_outputs
-from fxcurv.rules.custom import Custom
 from fxcurv.rules.loss import separate
-from fxcurv.rules.pointwise import Pointwise
 from fxcurv.walks.columns.stack import Stack, Walk
 from fxcurv.walks.loss import signed_pairs
 from fxcurv.walks.uses import Use
@@ -40,7 +38,7 @@ from fxcurv.walks.uses import Use
 
 def at(walk: Walk, node: fx.Node, stack: Stack) -> None:
     """Add the residual columns of the op at `node` to its inputs' cotangents."""
-    if GRADIENT not in stack.groups or not isinstance(node.target, OpOverload | Custom):
+    if GRADIENT not in stack.groups or not is_op(node.target):
         return
     leaves = pytree.tree_leaves(canonical_args(node))
     active = [i for i, leaf in enumerate(leaves) if is_active(leaf) and leaf in walk.curved]
@@ -55,7 +53,7 @@ def at(walk: Walk, node: fx.Node, stack: Stack) -> None:
         free = [i for i in active if i not in data]
         if free and rule.linear(data) and all(rule.linear([i]) for i in free):
             _bilinear(walk, node, stack, rule, data, free, leaves)
-        elif isinstance(rule, Pointwise) and rule.d2 is not None and active == [0]:
+        elif rule.d2 is not None and active == [0]:
             _elementwise(walk, node, stack, rule, leaves)
         else:
             _joint(walk, node, stack, rule, active, leaves, where)
@@ -91,7 +89,7 @@ def _send(walk: Walk, target: fx.Node, group: Group, columns: fx.Node, v: int, p
     walk.add(target, Stack((group,), (v,), columns, per_sample))
 
 
-def _elementwise(walk: Walk, node: fx.Node, stack: Stack, rule: Pointwise, leaves: list) -> None:
+def _elementwise(walk: Walk, node: fx.Node, stack: Stack, rule: Rule, leaves: list) -> None:
     program = walk.program
     call, origin = call_of(program, node), origin_of(node, "curvature")
     g = _gradient(walk, node, stack)

@@ -17,7 +17,7 @@ from torch import SymInt, Tensor, fx
 from fxcurv.errors import InternalError
 from fxcurv.ir.graph import ancestors, closure, copied, dependent, is_view
 from fxcurv.ir.program import Program
-from fxcurv.rules.traits import CHEAP
+from fxcurv.rules.traits import CHEAP, plain_sum, pointwise, random
 
 aten = torch.ops.aten
 
@@ -26,10 +26,9 @@ def repeatable(node: fx.Node) -> bool:
     """Whether an op may run again in the product: it is deterministic and costs little more than its memory traffic."""
     if node.op == "get_attr" or node.target is operator.getitem or not isinstance(node.meta.get("val"), Tensor):
         return not isinstance(node.meta.get("val"), tuple | list)
-    tags = getattr(node.target, "tags", ())
-    if torch.Tag.nondeterministic_seeded in tags:
+    if random(node.target):
         return False
-    return torch.Tag.pointwise in tags or is_view(node) or node.target in CHEAP
+    return pointwise(node.target) or is_view(node) or node.target in CHEAP
 
 
 def size_of(program: Program, node: fx.Node) -> int | None:
@@ -116,7 +115,7 @@ def restrict(gm: fx.GraphModule, vectors: list[int], keep: int, result: int) -> 
         inputs = [i for i in node.all_input_nodes if i in moving]
         if inputs and all(i in zero for i in inputs):
             zero.add(node)
-        elif node.target is aten.add.Tensor and not node.kwargs and any(i in zero for i in inputs):
+        elif plain_sum(node) and any(i in zero for i in inputs):
             (env[node],) = [value(i) for i in node.args if i not in zero]
         else:
             env[node] = graph.node_copy(node, value)

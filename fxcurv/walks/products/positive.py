@@ -24,17 +24,12 @@ from fxcurv.ir.precision import widened
 from fxcurv.ir.private import pytree
 from fxcurv.rules.base import Rule
 from fxcurv.rules.call import Call
-from fxcurv.rules.loss import LossRule
 from fxcurv.rules.pointwise import unbroadcast
-from fxcurv.rules.traits import ALONG_AXIS, PRODUCTS
+from fxcurv.rules.traits import ALONG_AXIS, ALONG_LAST_AXES, MATRIX_PRODUCTS, pointwise
 from fxcurv.walks.loss import find_terms
 from fxcurv.walks.products.derivatives import emitted, replaced, residual, transposed
 from fxcurv.walks.products.joint import Joint
 from fxcurv.walks.products.walk import Product
-
-aten = torch.ops.aten
-
-_MATRIX_PRODUCTS = PRODUCTS - {aten.convolution.default, aten.mv.default}
 
 
 class PositiveProduct(Product):
@@ -72,13 +67,13 @@ class PositiveProduct(Product):
     def times_residual(self, node, rule, call, wrt, g, ts):
         """R+ t [1, *arg], as nodes."""
         args = rule, call, wrt, g, ts
-        if isinstance(rule, LossRule):
+        if rule.is_loss:
             (c,) = g
             c = emitted(self.program, node, _positive_cotangent, c, self.modify)
             return super().times_residual(node, rule, call, wrt, [c], ts)
-        if _elementwise(node):
+        if pointwise(node.target) and isinstance(node.meta["val"], Tensor):
             return emitted(self.program, node, _entries, *args, self.modify)
-        if node.target in _MATRIX_PRODUCTS:
+        if node.target in MATRIX_PRODUCTS and node.target not in self.program.rules:
             return emitted(self.program, node, _of_product, *args, self.modify)
         return emitted(self.program, node, _blocks, *args, self.modify, self._layouts(node, wrt))
 
@@ -87,7 +82,7 @@ class PositiveProduct(Product):
         args = canonical_args(node)
         if wrt == (0,) and node.target in ALONG_AXIS and isinstance(args[1], int):
             return (("axis", args[1] % max(1, node.meta["val"].ndim)),)
-        if wrt == (0,) and node.target is aten.layer_norm.default:
+        if wrt == (0,) and node.target in ALONG_LAST_AXES:
             return (("trailing", len(args[1])),)
         leaves = pytree.tree_leaves(args)
         where = node.meta["place"]
@@ -95,10 +90,6 @@ class PositiveProduct(Product):
         places = [leaves[i].meta["place"] for i in wrt]
         apart = all(isinstance(p, Shard) for p in [where, *places])
         return tuple(("samples", p) if apart else ("whole",) for p in places)
-
-
-def _elementwise(node: fx.Node) -> bool:
-    return torch.Tag.pointwise in getattr(node.target, "tags", ()) and isinstance(node.meta["val"], Tensor)
 
 
 def _positive(values: Tensor, modify: str) -> Tensor:
@@ -137,7 +128,7 @@ def _of_product(rule: Rule, call: Call, wrt, g, ts, modify: str) -> list[Tensor]
     both = {i: t for i, t in zip(wrt, ts, strict=True) if i < 2}
     if len(both) < 2:
         return out
-    joined = call.op is aten.linear.default  # z is transposed, and the leading axes of x are rows
+    joined = MATRIX_PRODUCTS[call.op]  # rows of z, and the leading axes of x are rows
     cotangent = g[0].squeeze(0)
     cotangent = cotangent.reshape(-1, cotangent.shape[-1]) if joined else cotangent
     s = both[0].reshape(-1, both[0].shape[-1]) if joined else both[0]

@@ -30,7 +30,7 @@ from fxcurv.ir.private import pytree
 from fxcurv.ir.program import is_active
 from fxcurv.rules.base import Rule
 from fxcurv.rules.call import Call
-from fxcurv.rules.traits import PRODUCTS
+from fxcurv.rules.traits import PRODUCTS, convolution
 from fxcurv.walks.products.derivatives import (
     emitted,
     op_of,
@@ -43,8 +43,6 @@ from fxcurv.walks.products.derivatives import (
 )
 from fxcurv.walks.products.joint import Adjoint, Joint
 from fxcurv.walks.products.zeros import is_zero
-
-aten = torch.ops.aten
 
 
 def _contiguous(t: Tensor) -> Tensor:
@@ -132,12 +130,13 @@ class Product:
         """
         leaves = pytree.tree_leaves(canonical_args(node))
         ts = [self.tangents[leaves[i]] for i in wrt]
-        if node.target is not aten.convolution.default or channels_last(leaves[0].meta["val"]):
+        if convolution(node) is None or channels_last(leaves[0].meta["val"]):
             return ts
         return [emitted(self.program, node, _contiguous, t) for t in ts]
 
     def _tangent(self, node: fx.Node, rule: Rule, call: Call, wrt: tuple[int, ...], ts: list[fx.Node]) -> Any:
-        fn = tangent_of_product if node.target in PRODUCTS else tangent
+        own = node.target in self.program.rules  # the user's derivative, which is not the op's
+        fn = tangent_of_product if node.target in PRODUCTS and not own else tangent
         return emitted(self.program, node, fn, rule, call, wrt, ts)
 
     def curvature(self, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
 from fxcurv.ir.program import Program
-from fxcurv.rules.traits import KEEP_ZERO, ZERO_FACTOR, ZEROS
-
-aten = torch.ops.aten
+from fxcurv.rules.traits import KEEP_ZERO, ZERO_FACTOR, makes_zeros, plain_sum
 
 
 def is_zero(node: Any) -> bool:
@@ -27,15 +24,15 @@ def _makes_zero(node: fx.Node) -> bool:
         return is_zero(node.args[0])
     if node.target in ZERO_FACTOR:
         return any(map(is_zero, node.args))
-    if node.target is aten.add.Tensor:
+    if plain_sum(node):
         return all(map(is_zero, node.args))
-    return node.target in ZEROS or (node.target is aten.full.default and node.args[1] == 0)
+    return makes_zeros(node)
 
 
 def drop_zeros(program: Program) -> None:
     """x + 0 is x."""
     for node in list(program.graph.nodes):
-        if node.target is not aten.add.Tensor or node.kwargs:
+        if not plain_sum(node):
             continue
         for term, other in (node.args, node.args[::-1]):
             if is_zero(other) and isinstance(term, fx.Node) and _same(term, node):

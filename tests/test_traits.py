@@ -1,0 +1,598 @@
+"""What `rules/traits.py` and the attributes of rules claim of ops, tried on random values: no derivative rule takes part."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import itertools
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from op_samples import aten, canonical, floats, run, samples, t, tensors, with_leaves
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxcurv.kernels.max_pool_columns import max_pool_columns  # noqa: F401  (registers the op)
+from fxcurv.rules import RULES, traits
+from fxcurv.rules.base import FALLBACK, rule_of
+
+MOST = 12
+"""Entries of an argument that are changed one by one."""
+LARGEST = 120
+"""Elements of an argument of a call that is tried, where there are such calls."""
+
+
+def pooled(x, window):
+    return torch.ops.aten.max_pool2d_with_indices.default(x, *window)[1]
+
+
+def by_hand() -> dict[Any, list[tuple]]:
+    """Op -> arguments without trailing defaults, where the database and `op_samples` have none."""
+    index, window = torch.tensor([[2, 0, 1], [1, 1, 0]]), ([2, 2], [2, 2], [0, 0], [1, 1], False)
+    x = t(2, 3, 4, 6)
+    y = x[0].softmax(1)
+    return {
+        aten.slice_backward.default: [(t(3, 2), [3, 4], 1, 1, 3, 1)],
+        aten.select_backward.default: [(t(3), [3, 4], 1, 2)],
+        aten.scatter.value: [(t(3, 3), 0, index, 1.5)],
+        aten.scatter.src: [(t(3, 3), 0, index, t(3, 3))],
+        aten.scatter_add.default: [(t(3, 3), 0, index, t(3, 3))],
+        aten._softmax_backward_data.default: [(t(3, 4, 6), y, 1, torch.float64)],
+        aten._log_softmax_backward_data.default: [(t(3, 4, 6), y.log(), 1, torch.float64)],
+        aten.index.Tensor: [(t(4, 3), [torch.tensor([2, 0, 2])])],
+        aten.zeros.default: [([3, 2],)], aten.ones.default: [([3, 2],)], aten.full.default: [([3, 2], 2.5)],
+        aten.new_zeros.default: [(t(2), [3, 2])], aten.new_ones.default: [(t(2), [3, 2])],
+        aten.new_full.default: [(t(2), [3, 2], 2.5)], aten.new_empty.default: [(t(2), [3, 2])],
+        aten.zeros_like.default: [(t(3, 2),)], aten.ones_like.default: [(t(3, 2),)], aten.full_like.default: [(t(3, 2), 2.5)],
+        aten.empty_like.default: [(t(3, 2),)], aten.arange.default: [(5,)], aten.arange.start_step: [(0, 6, 2)],
+        aten.eye.default: [(3,)], aten.fill.Scalar: [(t(3, 2), 2.5)], aten.zero.default: [(t(3, 2),)],
+        aten.detach.default: [(t(3, 2),)], aten.prod.dim_int: [(t(3, 4, 2), 1), (t(3, 4), -1, True)],
+        aten.logsumexp.default: [(t(3, 4, 2), [1])], aten.softmax.int: [(t(3, 4, 2), 1), (t(3, 4), -1)],
+        aten.log_softmax.int: [(t(3, 4, 2), 1), (t(3, 4), -1)],
+        aten.avg_pool2d.default: [(x, [2, 3])], aten._adaptive_avg_pool2d.default: [(x, [2, 2])],
+        aten.max_pool2d_with_indices_backward.default: [(t(2, 3, 2, 3), x, *window, pooled(x, window))],
+        torch.ops.fxcurv.max_pool_columns.default: [(t(5, 2, 3, 2, 3), x, pooled(x, window), *window)],
+    }  # fmt: skip
+
+
+@functools.cache
+def calls(op) -> list[tuple]:
+    """Canonical arguments of calls of `op`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        hand = [canonical(op, args, {}) for args in by_hand().get(op, [])]
+    found = hand + [args for _, args in samples(op)]
+    assert found, f"no call of {op} to try the claim on"
+    return [args for args in found if all(x.numel() <= LARGEST for x in tensors(args).values())] or found[:1]
+
+
+def first(op, args) -> Tensor:
+    """The first output, the same numbers drawn at every call."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        y = run(op, args)
+    return y if isinstance(y, Tensor) else y[0]
+
+
+def able(args) -> list[int]:
+    return [i for i, x in tensors(args).items() if x.is_floating_point()]
+
+
+def changed(x: Tensor, entries: Tensor | int) -> Tensor:
+    """`x` with some of its entries drawn anew, in the same range."""
+    new = x.flatten().clone()
+    new[entries] = new[entries] * 0.5 + 0.123
+    return new.reshape(x.shape)
+
+
+def moved(op, args, i: int, entries) -> Tensor:
+    """Which entries of the first output move when those of the argument do."""
+    before = first(op, args)
+    after = first(op, with_leaves(args, {i: changed(tensors(args)[i], entries)}))
+    return (before != after) & ~(before.isnan() & after.isnan())
+
+
+def some(x: Tensor) -> list[int]:
+    return sorted({int(e) for e in torch.linspace(0, x.numel() - 1, min(MOST, x.numel()))})
+
+
+def node(op, args) -> fx.Node:
+    """A call as a node, with its value."""
+    graph = fx.Graph()
+
+    def placeholder(leaf):
+        if not isinstance(leaf, Tensor):
+            return leaf
+        made = graph.placeholder("x")
+        made.meta["val"] = leaf
+        return made
+
+    args = pytree.tree_map(placeholder, args)
+    schema = op._schema.arguments
+    positional = tuple(v for a, v in zip(schema, args, strict=True) if not a.kwarg_only)
+    keywords = {a.name: v for a, v in zip(schema, args, strict=True) if a.kwarg_only}
+    made = graph.call_function(op, positional, keywords)
+    made.meta["val"] = fx.node.map_arg(made.args, lambda n: n.meta["val"]) and run(op, pytree.tree_map(
+        lambda a: a.meta["val"] if isinstance(a, fx.Node) else a, args))  # fmt: skip
+    return made
+
+
+def having(name: str) -> list[Any]:
+    """The ops whose rule has an attribute."""
+    return [op for op, rule in RULES.items() if getattr(rule, name)]
+
+
+def each(ops):
+    return pytest.mark.parametrize("op", list(ops), ids=str)
+
+
+# ---- what rules say ------------------------------
+
+
+def is_elementwise(op, args) -> bool:
+    """Whether every entry of the output moves with the entries at its place alone."""
+    y = first(op, args)
+    for i in able(args):
+        x = tensors(args)[i]
+        try:
+            place = torch.arange(x.numel()).reshape(x.shape).broadcast_to(y.shape)
+        except RuntimeError:
+            return False
+        if any((moved(op, args, i, e) & (place != e)).any() for e in some(x)):
+            return False
+    return True
+
+
+@each(having("elementwise"))
+def test_elementwise(op):
+    assert all(is_elementwise(op, args) for args in calls(op))
+
+
+@each(having("in_order"))
+def test_in_order(op):
+    for args in calls(op):
+        y = first(op, args)
+        assert y.reshape(-1).equal(tensors(args)[0].reshape(-1).to(y.dtype))
+
+
+@each(having("index_map"))
+def test_index_map(op):
+    """Every entry of the output is one of the arguments' or a constant, and which one is no matter of values."""
+    for args in calls(op):
+        found = []
+        for seed in range(2):
+            drawn = torch.Generator().manual_seed(seed)
+            new = {i: torch.rand(tensors(args)[i].shape, generator=drawn, dtype=torch.float64) + 2 for i in able(args)}
+            y = first(op, with_leaves(args, new))
+            values = torch.cat([x.flatten() for x in new.values()]).to(y.dtype)
+            match = y.flatten().unsqueeze(1) == values
+            assert (match.sum(1) <= 1).all()
+            found.append((match, y.flatten()))
+        (one, y), (two, z) = found
+        assert one.equal(two)
+        assert y[~one.any(1)].equal(z[~one.any(1)])
+
+
+@each(having("shifts"))
+def test_shifts(op):
+    for args in calls(op):
+        x = tensors(args)[0]
+        y, d = first(op, args), torch.linspace(-1, 1, x.numel(), dtype=x.dtype).reshape(x.shape)
+        torch.testing.assert_close(first(op, with_leaves(args, {0: x + d})), y + d)
+
+
+@each(having("picks"))
+def test_picks(op):
+    for args in calls(op):
+        y, index = run(op, args)
+        dims = rule_of(op, {}).mixed_axes(args)
+        assert y.flatten(-dims).equal(args[0].flatten(-dims).gather(-1, index.flatten(-dims)))
+
+
+@each(op for op, rule in RULES.items() if type(rule).mixed_axes is not type(FALLBACK).mixed_axes)
+def test_mixed_axes(op):
+    """A slice over the last axes moves the slice at its place alone."""
+    for args in calls(op):
+        x, y = args[0], first(op, args)
+        lead = x.ndim - rule_of(op, {}).mixed_axes(args)
+        assert x.shape[:lead] == y.shape[:lead]
+        where = torch.arange(math.prod(x.shape[:lead]))
+        of_entry = where.reshape(*x.shape[:lead], *[1] * (x.ndim - lead)).expand(x.shape).flatten()
+        of_output = where.reshape(*x.shape[:lead], *[1] * (y.ndim - lead)).expand(y.shape)
+        for k in where:
+            assert not (moved(op, args, 0, (of_entry == k).nonzero().flatten()) & (of_output != k)).any()
+
+
+RESTRIDED = [op for op, rule in RULES.items() if type(rule).restrided is not type(FALLBACK).restrided]
+
+
+@each(RESTRIDED)
+def test_restrided(op):
+    for args in calls(op):
+        x, y = args[0], first(op, args)
+        found = rule_of(op, {}).restrided(x, args, tuple(y.shape))
+        assert found.to(y.dtype).equal(y)
+        assert found.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+
+
+def test_all_other_rules_refuse_to_be_followed_by_strides():
+    assert all(rule.restrided(t(2), (), (2,)) is None for op, rule in RULES.items() if op not in RESTRIDED)
+
+
+# ---- layers ------------------------------
+
+
+@each(traits.WEIGHTS)
+def test_weights(op):
+    """An entry moves one index of the axis; all indices have entries."""
+    position, axis = traits.WEIGHTS[op]
+    for args in sorted(calls(op), key=lambda a: a[position].numel())[:4]:
+        i = next(k for k, leaf in enumerate(pytree.tree_leaves(args)) if leaf is args[position])
+        if op is aten.linear.default and args[1].ndim < 2:
+            continue  # one feature, without an axis of its own
+        y, seen = first(op, args), set()
+        for e in range(args[position].numel()):
+            there = moved(op, args, i, e).movedim(axis, 0).reshape(y.shape[axis], -1).any(1).nonzero().flatten().tolist()
+            assert len(there) <= 1
+            seen.update(there)
+        assert seen == set(range(y.shape[axis])) or op is aten.embedding.default
+
+
+@each(traits.BIASES)
+def test_biases(op):
+    position, axis = traits.BIASES[op]
+    tried = 0
+    for args in calls(op):
+        bias = args[position]
+        if bias is None or bias.ndim != 1:
+            continue
+        y, d = first(op, args), torch.linspace(1, 2, len(bias), dtype=bias.dtype)
+        new = list(args)
+        new[position] = bias + d
+        along = d.reshape(*d.shape, *[1] * (y.ndim - axis % y.ndim - 1))
+        torch.testing.assert_close(first(op, tuple(new)), y + along)
+        tried += 1
+    assert tried
+
+
+@each(traits.PRODUCTS)
+def test_products(op):
+    for args in calls(op):
+        x, z, *rest = args
+        alone = (None, *rest[1:]) if rest else ()
+        y = first(op, (x, z, *alone))
+        for k in (0, 1):
+            new = [x, z]
+            other = torch.randn_like(new[k])
+            new[k] = 2 * new[k] + other
+            only = [x, z]
+            only[k] = other
+            torch.testing.assert_close(first(op, (*new, *alone)), 2 * y + first(op, (*only, *alone)))
+        if rest and rest[0] is not None:  # what is added does not depend on x and z
+            torch.testing.assert_close(first(op, args) - y, first(op, (0 * x, 0 * z, *rest)))
+
+
+@each(traits.MATRIX_PRODUCTS)
+def test_matrix_products(op):
+    for args in calls(op):
+        x, z = args[:2]
+        if z.ndim < 2:
+            continue
+        torch.testing.assert_close(first(op, (x, z, *[None] * (len(args) - 2))), x @ (z.mT if traits.MATRIX_PRODUCTS[op] else z))
+
+
+def test_convolution():
+    for args in calls(aten.convolution.default):
+        conv = traits.convolution(node(aten.convolution.default, args))
+        assert conv.groups == args[8]
+        assert conv.stride == args[3] and conv.weight.meta["val"] is args[1]
+    assert traits.convolution(node(aten.mm.default, (t(2, 3), t(3, 4)))) is None
+
+
+# ---- sums and zeros ------------------------------
+
+
+def test_plain_sum():
+    x = t(3, 4)
+    assert traits.plain_sum(node(aten.add.Tensor, (x, x, 1)))
+    assert not traits.plain_sum(node(aten.add.Tensor, (x, x, 2)))
+    assert not traits.plain_sum(node(aten.sub.Tensor, (x, x, 1)))
+
+
+@each([*traits.ZEROS, aten.full.default])
+def test_zeros(op):
+    for args in calls(op):
+        args = (args[0], 0, *args[2:]) if op is aten.full.default else args
+        assert traits.makes_zeros(node(op, args)) and not run(op, args).any()
+    assert not traits.makes_zeros(node(aten.full.default, canonical(aten.full.default, ([2], 1.0), {})))
+
+
+def keeps_zero(op, args) -> bool:
+    x = tensors(args)[0]
+    return not first(op, with_leaves(args, {0: torch.zeros_like(x)})).any()
+
+
+@each(traits.KEEP_ZERO)
+def test_keep_zero(op):
+    assert all(keeps_zero(op, args) for args in calls(op))
+
+
+@each(traits.ZERO_FACTOR)
+def test_zero_factor(op):
+    for args in calls(op):
+        for i in able(args):
+            assert not first(op, with_leaves(args, {i: torch.zeros_like(tensors(args)[i])})).any()
+
+
+@each(traits.SUMS)
+def test_sums(op):
+    for args in calls(op):
+        x, dims, keep, _ = args
+        if not x.ndim:
+            continue
+        expected = x
+        for d in sorted(dims or range(x.ndim), key=lambda d: d % max(1, x.ndim), reverse=True):
+            expected = torch.stack(expected.unbind(d)).sum(0).unsqueeze(d) if keep else torch.stack(expected.unbind(d)).sum(0)
+        torch.testing.assert_close(first(op, args), expected)
+
+
+@each(traits.SCATTERS)
+def test_scatters(op):
+    """Every value is at one position of its own plane."""
+    for args in calls(op):
+        g = args[0]
+        for e in range(g.numel()):
+            one = torch.zeros(g.numel(), dtype=g.dtype)
+            one[e] = 1
+            one = one.reshape(g.shape)
+            y = first(op, (one, *args[1:]))
+            assert y.sum() == 1 and (y != 0).sum() == 1
+            torch.testing.assert_close(y.sum((-2, -1)), one.sum((-2, -1)))
+
+
+# ---- what is saved, what is no function of its arguments ------------------------------
+
+
+@each(traits.CHEAP)
+def test_cheap(op):
+    """No product of matrices, and the same again."""
+    for args in calls(op):
+        with FlopCounterMode(display=False) as counter:
+            one = run(op, args)
+        assert counter.get_total_flops() == 0
+        for a, b in zip(pytree.tree_leaves(one), pytree.tree_leaves(run(op, args)), strict=True):
+            assert a.equal(b)
+    assert not traits.random(op)
+
+
+@each(traits.CUTS)
+def test_cuts(op):
+    """Autograd has no derivative or zeros."""
+    for args in calls(op):
+        xs = {i: tensors(args)[i].clone().requires_grad_() for i in able(args)}
+        outs = [y for y in floats(run(op, with_leaves(args, xs))) if y.requires_grad]
+        if outs and xs:
+            found = torch.autograd.grad([y.sum() for y in outs], list(xs.values()), allow_unused=True)
+            assert all(g is None or not g.any() for g in found)
+
+
+@each([aten.native_dropout.default, aten.bernoulli.default, aten.rand_like.default])
+def test_random(op):
+    assert traits.random(op)
+
+
+# ---- memory ------------------------------
+
+IMAGE = (2, 3, 4, 6)
+
+
+def of_images(op) -> tuple:
+    """A call of `op` on images."""
+    x, window = t(*IMAGE), [2, 2]
+    given = {
+        aten.max_pool2d_with_indices.default: (x, window), aten.avg_pool2d.default: (x, window),
+        aten._adaptive_avg_pool2d.default: (x, window), aten.constant_pad_nd.default: (x, [1, 2, 0, 1]),
+        aten._native_batch_norm_legit_no_training.default: (x, t(3), t(3), t(3), t(3).abs() + 1, 0.1, 1e-5),
+        aten.cat.default: ([x, t(*IMAGE)], 1), aten._to_copy.default: (x,), aten.where.self: (x > 0, x, t(*IMAGE)),
+        aten.masked_fill.Scalar: (x, x > 0, 2.0), aten.masked_fill.Tensor: (x, x > 0, t(1)[0]),
+        aten.threshold.default: (x, 0.1, 0.5), aten.pow.Tensor_Scalar: (x, 2),
+    }  # fmt: skip
+    if op not in given:
+        needed = [a for a in op._schema.arguments if a.default_value is None and not a.kwarg_only and not a.has_default_value()]
+        given[op] = tuple(t(*IMAGE).abs() if "Tensor" in str(a.type) else 1.5 for a in needed)
+    return canonical(op, given[op], {})
+
+
+@each([*traits.KEEP, *(op for op in having("elementwise") if not traits.random(op))])
+def test_keeps_the_layout(op):
+    """The values of images with channels last, in that layout, which the fake op knows."""
+    args = of_images(op)
+    last = pytree.tree_map(lambda a: a.contiguous(memory_format=torch.channels_last) if _is_image(a) else a, args)
+    y = first(op, last)
+    torch.testing.assert_close(y, first(op, args))
+    assert y.is_contiguous(memory_format=torch.channels_last) != (op in traits.CONTIGUOUS)
+    assert y.is_contiguous() == (op in traits.CONTIGUOUS)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = run(op, pytree.tree_map_only(Tensor, mode.from_tensor, last))
+    assert pytree.tree_leaves(fake)[0].stride() == y.stride()
+
+
+def _is_image(a):
+    return isinstance(a, Tensor) and a.ndim == 4
+
+
+@each(traits.REARRANGED)
+def test_views(op):
+    """The same memory from the same element on, in the same dtype; every element is there."""
+    for args in calls(op):
+        x, y = args[0], first(op, args)
+        assert y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+        assert (y.storage_offset(), y.dtype) == (x.storage_offset(), x.dtype)
+        assert set(y.flatten().tolist()) == set(x.flatten().tolist())
+
+
+def test_on_rows():
+    """The arguments for fewer entries of the first axis give their part of the view."""
+    tried = set()
+    for op in traits.REARRANGED:
+        for args in calls(op):
+            call = node(op, args)
+            x, y = args[0], call.meta["val"]
+            given = traits.on_rows(call, 1)
+            if given is not None and x.ndim and y.ndim and x.shape[0] == y.shape[0]:
+                assert op(x[:1], *given).equal(y[:1])
+                tried.add(op)
+    assert tried == {aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim}
+
+
+def test_sliced():
+    for args in calls(aten.slice.Tensor):
+        cut = traits.sliced(node(aten.slice.Tensor, args))
+        x, dim = args[0], cut.dim % args[0].ndim
+        index = (*[slice(None)] * dim, slice(cut.start, cut.end, cut.step))
+        y = first(aten.slice.Tensor, args)
+        assert y.equal(x[index]) and (not cut.everything or y.equal(x))
+    assert traits.sliced(node(aten.slice.Tensor, (t(3), 0, 0, 2**63 - 1, 1))).everything
+    assert not traits.sliced(node(aten.slice.Tensor, (t(3), 0, 0, 2**63 - 1, 2))).everything
+    assert not traits.sliced(node(aten.slice.Tensor, (t(3), 0, 1, None, 1))).everything
+
+
+# ---- along axes ------------------------------
+
+
+def falls_apart(op, args, lines: Tensor) -> bool:
+    """Whether the entries of argument 0 with different numbers in `lines` move different entries of the output."""
+    meets = [moved(op, args, 0, (lines.flatten() == k).nonzero().flatten()) for k in range(int(lines.max()) + 1)]
+    return not (torch.stack(meets).sum(0) > 1).any()
+
+
+def lines_along(x: Tensor, axes: list[int]) -> Tensor:
+    """A number per line along the axes."""
+    sizes = [1 if d in axes else s for d, s in enumerate(x.shape)]
+    return torch.arange(math.prod(sizes)).reshape(sizes).expand(x.shape)
+
+
+@each(traits.ALONG_AXIS)
+def test_along_axis(op):
+    for args in calls(op):
+        axis = args[1] if isinstance(args[1], int) else None
+        if axis is not None and args[0].ndim:
+            assert falls_apart(op, args, lines_along(args[0], [axis % args[0].ndim]))
+
+
+@each(traits.ALONG_LAST_AXES)
+def test_along_last_axes(op):
+    for args in calls(op):
+        ndim = args[0].ndim
+        assert falls_apart(op, args, lines_along(args[0], list(range(ndim - len(args[1]), ndim))))
+
+
+# ---- clamps and maxima ------------------------------
+
+
+@each([*traits.CLAMPS, aten.hardtanh.default])
+def test_bounds(op):
+    for args in calls(op):
+        low, high = traits.bounds(node(op, args))
+        x = torch.cat([args[0].flatten(), 4 * torch.randn(50, dtype=torch.float64)])
+        assert first(op, (x, *args[1:])).equal(torch.maximum(torch.minimum(x, x.new_tensor(high)), x.new_tensor(low)))
+
+
+def test_window():
+    for args in calls(traits.MAX_POOL):
+        kernel, stride, padding, dilation, ceil = traits.window(node(traits.MAX_POOL, args))
+        expected = F.max_pool2d(args[0], kernel, stride or None, padding, dilation, ceil)
+        assert first(traits.MAX_POOL, args).equal(expected)
+
+
+def test_zero_padding():
+    op = aten.constant_pad_nd.default
+    for args in calls(op):
+        widths = traits.zero_padding(node(op, args))
+        assert (widths is None) == (args[2] != 0)
+        assert widths is None or first(op, args).equal(F.pad(args[0], widths))
+
+
+# ---- the whole database ------------------------------
+
+
+class Everything(TorchDispatchMode):
+    """Keeps the calls of all ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: dict[Any, list[tuple]] = collections.defaultdict(list)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if len(self.calls[func]) < 6 and not func._schema.is_mutable:
+            self.calls[func].append(canonical(func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def recorded() -> dict[Any, list[tuple]]:
+    """The calls of all ops that the samples of the database come down to, in float64."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.testing._internal.common_methods_invocations import op_db
+        with Everything() as mode, torch.no_grad():
+            for info in op_db:
+                if torch.float64 not in info.dtypes:
+                    continue
+                for sample in itertools.islice(info.sample_inputs("cpu", torch.float64), 12):
+                    try:
+                        info.op(sample.input, *sample.args, **sample.kwargs)
+                    except Exception:  # a sample of another backend, or of a mode that records cannot run in
+                        continue
+    small = {op: [a for a in found if all(0 < x.numel() <= 200 for x in tensors(a).values())] for op, found in mode.calls.items()}
+    return {op: found for op, found in small.items() if found}
+
+
+def holds(check, op, found) -> bool:
+    """Whether a property holds in all calls, of which one has several entries."""
+    wide = [args for args in found if able(args) and tensors(args)[able(args)[0]].numel() > 2]
+    try:
+        return bool(wide) and all(check(op, args) for args in wide)
+    except Exception:  # what has no such argument or output
+        return False
+
+
+def shares(op, args) -> bool:
+    x, y = tensors(args)[0], first(op, args)
+    return y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() and y.numel() >= x.numel()
+
+
+def moves_along_axis(op, args) -> bool:
+    if not isinstance(args[1], int) or isinstance(args[1], bool) or args[0].ndim < 2 or args[0].numel() > MOST * 4:
+        return False
+    lines = lines_along(args[0], [args[1] % args[0].ndim])
+    alone = torch.arange(args[0].numel()).reshape(args[0].shape)
+    return falls_apart(op, args, lines) and not falls_apart(op, args, alone)
+
+
+@pytest.mark.slow
+def test_what_the_database_has_besides():
+    """PyTorch's tag is right; ops with a property that no table names are printed: each may be an entry that is missing."""
+    found = recorded()
+    elementwise = {op for op, args in found.items() if not traits.random(op) and holds(is_elementwise, op, args)}
+    tagged = {op for op in found if traits.pointwise(op) and not traits.random(op)}
+    wrong = {op for op in tagged if not all(is_elementwise(op, args) for args in found[op] if able(args))}
+    assert not wrong, f"tagged as elementwise: {wrong}"
+    views = {op for op, args in found.items() if holds(shares, op, args)}
+    along = {op for op, args in found.items() if not traits.random(op) and holds(moves_along_axis, op, args)}
+    zero = {op for op, args in found.items() if not traits.random(op) and holds(keeps_zero, op, args)}
+    missing = {
+        "elementwise by neither tag nor rule": elementwise - tagged - set(having("elementwise")) - set(having("in_order")),
+        "views": views - traits.REARRANGED - set(having("in_order")),
+        "along an axis": along - traits.ALONG_AXIS,
+        "zero for zero": zero - traits.KEEP_ZERO - traits.ZERO_FACTOR - traits.ZEROS,
+    }
+    for name, ops in missing.items():
+        print(f"{name}: {', '.join(sorted(map(str, ops)))}")
+    assert traits.ALONG_AXIS & set(found) <= along
+    assert traits.KEEP_ZERO & set(found) <= zero
