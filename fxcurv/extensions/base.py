@@ -16,7 +16,7 @@ from fxcurv.ir.emit import call, emit
 from fxcurv.ir.placement import samples_first
 from fxcurv.ir.precision import HALF, wide, widened
 from fxcurv.ir.program import Program
-from fxcurv.quantity import GRADIENT, Gradient, Group
+from fxcurv.quantity import GRADIENT, KINDS, Gradient, Group
 from fxcurv.walks.groups import groups_of
 from fxcurv.walks.uses import Use, pull_back, select_group
 
@@ -110,7 +110,7 @@ class Param:
     @property
     def positions(self) -> int | None:
         """T, where the samples of this quantity are tokens: N T of them. Else None."""
-        tokens = self.extension is not None and type(self.extension.requires) is Gradient
+        tokens = self.extension is not None and self.extension.requires.of_gradients
         return self.program.analysis.positions[0] if tokens and self.program.analysis.positions is not None else None
 
     def _by_token(self, power: int, reduce: str, samples, weights: fx.Node | None, precise: bool) -> fx.Node:
@@ -177,7 +177,7 @@ class Param:
 
     def _columns(self, group: Group) -> int:
         """How many columns a group has: of a loss without curvature as many as the model's output has numbers."""
-        if group.kind == "none":
+        if not KINDS[group.kind].carried:
             return group.draws or sum(self.program.batch.per_sample(h.meta["val"]) for h in self.program.heads)
         return self.program.walked.columns.get(group, 1)
 

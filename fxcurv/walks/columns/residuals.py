@@ -27,7 +27,7 @@ from fxcurv.ir.placement import Shard, samples_back, samples_first
 from fxcurv.ir.precision import widened
 from fxcurv.ir.private import OpOverload, pytree
 from fxcurv.ir.program import is_active, is_sharded
-from fxcurv.quantity import GRADIENT, Group
+from fxcurv.quantity import GRADIENT, RESIDUAL, Group
 from fxcurv.rules.base import Rule, rule_of, serves_alone
 from fxcurv.rules.call import Call, call_of, place_of_outputs
 from fxcurv.rules.custom import Custom
@@ -80,7 +80,7 @@ def _rows(t: Tensor, start: int, of: int) -> Tensor:
 
 
 def _born(walk: Walk, columns: int, send: Callable[[Group, int, int], None], divisible: bool = True) -> None:
-    group = Group("residual", len(walk.residuals))
+    group = Group(RESIDUAL, len(walk.residuals))
     walk.residuals.append(group)
     walk.groups.append(group)
     walk.wanted[group] = walk.of_curvature
