@@ -41,6 +41,7 @@ class Extension:
         any_sample: whether it is the same whatever is a sample, a sequence or a token.
         shows_columns: whether the result depends on which root of the loss Hessian the columns are.
         by_op: whether the result depends on which ops the model is written in, so that none may be said in others.
+        sample_axis: the axis of the result that the samples are on, None where it is one of all of them.
         holds_samples: whether the result is a sum over columns for every sample, which each part of them would write anew.
     """
 
@@ -54,6 +55,7 @@ class Extension:
     shows_columns: ClassVar[Any] = False
     holds_samples: ClassVar[bool] = False
     by_op: ClassVar[bool] = False
+    sample_axis: ClassVar[int | None] = None
 
     def __post_init__(self):
         if not self.savefield:

@@ -102,3 +102,10 @@ ALONG_AXIS = {
     aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.log_softmax.int, aten._log_softmax.default,
     aten.logsumexp.default, aten.logcumsumexp.default, aten.cumprod.default, aten.prod.dim_int,
 }  # fmt: skip
+
+# ---- what is divided by the number of samples ------------------------------
+
+MEANS = {aten.mean.default, aten.mean.dim}
+
+# (loss, sum of weights): the mean is weighed
+WEIGHED = {aten.nll_loss_forward.default, aten.nll_loss2d_forward.default}

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from fxcurv.errors import ExtensionError, LossError
-from fxcurv.ir.emit import emit
-from fxcurv.ir.noise import uniform
+from fxcurv.ir.emit import emit, first_sample
+from fxcurv.ir.noise import Seed, uniform
 from fxcurv.ir.origin import origin_of
 from fxcurv.ir.placement import Shard, samples_back, samples_first
 from fxcurv.ir.precision import widened
@@ -91,6 +91,11 @@ def seed_node(program: Program) -> fx.Node:
     return program.seed
 
 
+def _seed(program: Program) -> tuple[fx.Node, fx.Node]:
+    """What noise is made of: the seed, and the number of the first sample."""
+    return seed_node(program), first_sample(program)
+
+
 # ---- of a loss in closed form ------------------------------
 
 
@@ -132,7 +137,7 @@ def _of_empirical(walk: Walk, group: Group) -> None:
 
 @born("mc", _term, "sampled")
 def _of_sampled(walk: Walk, group: Group) -> None:
-    _of_op(walk, group, _sampled, seed_node(walk.program), Draw(group.draws, group.term))
+    _of_op(walk, group, _sampled, _seed(walk.program), Draw(group.draws, group.term))
 
 
 def _born(walk: Walk, group: Group, heads: list[fx.Node], columns: list[fx.Node], weights, origin: dict) -> None:
@@ -248,14 +253,14 @@ def _of_root(walk: Walk, group: Group) -> None:
 @born("signs", _term, "root times random signs")
 def _of_signs(walk: Walk, group: Group) -> None:
     _check_no_derivative(walk)
-    _of_hessian(walk, group, _signs, seed_node(walk.program), group.term, group.draws)
+    _of_hessian(walk, group, _signs, _seed(walk.program), group.term, group.draws)
 
 
 def _root(h: Tensor) -> tuple[Tensor, None]:
     return root_of(h), None
 
 
-def _signs(h: Tensor, seed: Tensor, stream: int, draws: int) -> tuple[Tensor, None]:
+def _signs(h: Tensor, seed: Seed, stream: int, draws: int) -> tuple[Tensor, None]:
     """The root times random signs: sampled columns for any loss, [M, N, D]."""
     root = root_of(h).movedim(0, 1)
     u = uniform(seed, stream, draws, h[:, 0], Shard(0))
