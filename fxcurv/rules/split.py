@@ -26,6 +26,7 @@ from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Alike, Placement, Sha
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
 from fxcurv.rules.base import rule_of
+from fxcurv.rules.traits import ZEROS
 
 aten = torch.ops.aten
 
@@ -115,6 +116,8 @@ class Split:
         return found
 
     def _by_rule(self, node: fx.Node, leaves: list, sites: list[Site | None], outs: list) -> Found:
+        if node.target in INTO and leaves[0].target not in ZEROS:
+            return MIXED
         args = pytree.tree_map(self._number, canonical_args(node))
         if node.target in PLACES:
             return PLACES[node.target](sites, args, outs)
@@ -189,7 +192,7 @@ class Split:
             return False
         tensors = [i for i, s in enumerate(sites) if s]
         if node.target in OF_ALL:
-            return partial == tensors
+            return partial == tensors and all(isinstance(a, fx.Node) for a in leaves[: OF_ALL[node.target]])
         if node.target in OF_ONE:
             return partial == tensors[:1] == [0]
         biased = node.target is aten.linear.default and len(tensors) > 2
@@ -227,10 +230,13 @@ CONSTANT = {
     aten.new_empty_strided.default, aten.empty_strided.default,
 }  # fmt: skip
 
+# They add to their first argument, which is to be zero.
+INTO = {aten.index_add.default}
+
 ARANGE = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 
-# homogeneous and linear: in all tensors at once,
-OF_ALL = {aten.add.Tensor, aten.sub.Tensor, aten.cat.default, aten.stack.default}
+# Homogeneous and linear: in all tensors at once (a number in place of one of the first arguments is no tensor),
+OF_ALL = {aten.add.Tensor: 2, aten.sub.Tensor: 2, aten.cat.default: 1, aten.stack.default: 1}
 
 # in the first argument,
 OF_ONE = {
