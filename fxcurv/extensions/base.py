@@ -12,8 +12,8 @@ from fxcurv.contractions.contract import Contract, Spec
 from fxcurv.contractions.factors import Factor, Jacobian
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.parameters import hashable
-from fxcurv.ir.emit import call, emit
-from fxcurv.ir.placement import samples_first
+from fxcurv.ir.emit import call, declare, emit
+from fxcurv.ir.placement import Shard, samples_first
 from fxcurv.ir.precision import HALF, wide, widened
 from fxcurv.ir.program import Program
 from fxcurv.quantity import GRADIENT, KINDS, Gradient, Group
@@ -160,6 +160,7 @@ class Param:
     def _at_parameter(self, factor: Factor, use: Use) -> Jacobian:
         """Uses of different kinds meet at the parameter itself, materialised."""
         p = self.emit(_materialised, factor)
+        declare(p, Shard(1), factor)
         return Jacobian(pull_back(self.program, use, p, ""))
 
     def contract_factors(self, spec: Spec, factors: list[Factor], rule: str) -> fx.Node:

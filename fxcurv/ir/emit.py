@@ -114,9 +114,9 @@ def _at_front(program: Program, target: Any, *args: Any, **kwargs: Any) -> fx.No
 
 
 def declare(node: Any, place: Placement, sources: Any) -> None:
-    """Say where the samples are on an emitted value, if its `sources` lie as the analysis has them.
+    """Say where the samples are on an emitted value, which holds if those of its `sources` are not mixed.
 
-    For what the ops inside a traced function do not show (see `passes.placements`).
+    For what the ops inside a traced function do not show (see `rules.split`).
     """
     if isinstance(node, fx.Node):
         given = tuple(n for n in pytree.tree_leaves(sources) if isinstance(n, fx.Node))

@@ -245,7 +245,8 @@ OF_ONE = {
     aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.permute.default,
     aten.transpose.int, aten.t.default, aten.expand.default, aten.slice.Tensor, aten.select.int, aten.clone.default,
     aten.alias.default, aten._to_copy.default, aten.slice_backward.default, aten.select_backward.default,
-    aten.diagonal.default, aten.detach.default, aten.flip.default,
+    aten.diagonal.default, aten.detach.default, aten.flip.default, aten.unbind.int, aten.split.Tensor,
+    aten.split_with_sizes.default,
 }  # fmt: skip
 
 # in either of two.
@@ -331,6 +332,43 @@ def _embedding_backward(sites: Sites, args: tuple, outs: list) -> Found:
     return PARTIAL if g and index and g.place == index.place and not args[4] else MIXED
 
 
+def _indexed(sites: Sites, args: tuple, outs: list) -> Found:
+    """x[indices], of adjacent axes: the indices' samples are where the first of them is."""
+    x, *rest = [s for s in sites if s]
+    axes = [d for d, index in enumerate(args[1]) if index is not None]
+    if axes != list(range(axes[0], axes[-1] + 1)):
+        return MIXED
+    ndim = max(len(s.shape) for s in rest)
+    where = placement.pointwise(rest, ndim, linear=False)
+    if x.place == REPLICATE and isinstance(where, Shard):
+        return Shard(axes[0] + where.dim, where.outer, where.inner)
+    before = isinstance(x.place, Shard) and x.place.dim < axes[0]
+    return x.place if before and where == REPLICATE else MIXED
+
+
+def _selected(sites: Sites, args: tuple, outs: list) -> Found:
+    """index_select(x, dim, index)."""
+    x, index = [s for s in sites if s]
+    dim = args[1] % len(outs[0])
+    if x.place == REPLICATE and isinstance(index.place, Shard):
+        return Shard(dim, index.place.outer, index.place.inner)
+    return x.place if index.place == REPLICATE and isinstance(x.place, Shard) and x.place.dim != dim else MIXED
+
+
+def _pieces(sites: Sites, args: tuple, outs: list) -> Found:
+    """Along an axis that is not the samples': split(x, sizes, dim), or unbind(x, dim), which drops it."""
+    (site,) = [s for s in sites if s]
+    where: Any = site.place
+    dim = args[-1] % len(site.shape)
+    drops = len(outs[0]) < len(site.shape) and dim < where.dim
+    return [MIXED if dim == where.dim else replace(where, dim=where.dim - drops)] * len(outs)
+
+
+def _stacked(sites: Sites, args: tuple, outs: list) -> Found:
+    place = _apart(sites, None, len(outs[0]) - 1)
+    return replace(place, dim=place.dim + (args[1] % len(outs[0]) <= place.dim)) if isinstance(place, Shard) else place
+
+
 def _added_rows(sites: Sites, args: tuple, outs: list) -> Found:
     """index_add(zeros, dim, index, source)."""
     into, index, source = [s for s in sites if s]
@@ -395,6 +433,10 @@ PLACES: dict[Any, Callable[[Sites, tuple, list], Found]] = {
     **dict.fromkeys((aten.mse_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default), _reduced_loss),
     aten.embedding_dense_backward.default: _embedding_backward,
     aten.index_add.default: _added_rows,
+    aten.index.Tensor: _indexed,
+    aten.index_select.default: _selected,
+    aten.stack.default: _stacked,
+    **dict.fromkeys((aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default), _pieces),
     aten._linalg_eigh.default: _matrices,
     aten.native_layer_norm_backward.default: _normalised_backward,
 }  # fmt: skip
