@@ -7,6 +7,7 @@ on the order in which values are drawn.
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from fxcurv.ir.placement import Shard, samples_back
 _MASK = 0xFFFFFFFF
 
 # a 0-dim integer tensor; or this and the number of the batch's first sample
-Seed = Tensor | tuple[Tensor, Tensor]
+Seed: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 
 def _mix(x: Tensor, key: Tensor | int) -> Tensor:

@@ -7,6 +7,7 @@ the arguments that an op reads as sums over all parts (`rules.split`). A contrac
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -17,20 +18,22 @@ from fxcurv.rules.split import Split
 
 def placements(program: Program) -> Program:
     """See the module. A batch whose size is a number is not split: what is of its samples is `Mixed`."""
-    split = Split(program)
+    split, fixed = Split(program), program.fixed
     bound = dict(zip(program.graph.find_nodes(op="placeholder"), program.inputs, strict=True))
     for node in program.graph.nodes:
         if node.op == "output":
             continue
+        place: Any
         complete: tuple[fx.Node, ...] = ()
         if node.op == "placeholder":
             place = _of_input(program, node, bound[node])
         elif node.op == "get_attr":
             place = REPLICATE
-        elif program.fixed:
+        elif fixed:
             place = MIXED if any(split.across[i] != REPLICATE for i in node.all_input_nodes) else REPLICATE
         elif node.target is operator.getitem:
-            place = split.across[node.args[0]][node.args[1]]
+            source: Any = split.across[node.args[0]]
+            place = source[node.args[1]] if isinstance(source, list) else source
         else:
             found = split.visit(node)
             place, complete = found.place, found.complete

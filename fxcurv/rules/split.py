@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import torch
@@ -105,8 +104,7 @@ class Split:
         if isinstance(node.target, Contract):
             return self._contraction(node, sites)
         if node.target in ARANGE:
-            own = stage_of(node) != "forward"  # the model's would be of the part's own samples
-            return self._constant(outs[0], []) if not own else _positions(outs[0], self.n)
+            return _positions(outs[0], self.n, emitted=stage_of(node) != "forward")
         if all(s.place == REPLICATE for s in here):
             return self._constant(outs[0], []) if len(outs) == 1 else [self._constant(s or (), []) for s in outs]
         alike = all(isinstance(s.place, Alike) for s in here if isinstance(s.place, Shard))
@@ -126,10 +124,8 @@ class Split:
             return found
         if torch.Tag.pointwise in getattr(node.target, "tags", ()):
             return placement.pointwise([s for s in sites if s], len(outs[0]), linear=False)
-        captured = node.meta.get("place")
-        if captured is not None and node.meta.get("active") and all(_as_captured(a, s) for a, s in zip(leaves, sites, strict=True)):
-            return captured
-        return MIXED
+        tried = node.meta.get("active") and all(_as_captured(a, s) for a, s in zip(leaves, sites, strict=True))
+        return node.meta["place"] if tried else MIXED
 
     def _number(self, leaf: Any) -> Any:
         val = leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf
@@ -214,10 +210,12 @@ def _as_captured(leaf: Any, site: Site | None) -> bool:
     return site is None or leaf.meta.get("place") == site.place
 
 
-def _positions(shape: tuple[int, ...], n: int) -> Placement:
-    """Counting along an axis: the part's own samples, one after the other."""
+def _positions(shape: tuple[int, ...], n: int, emitted: bool) -> Placement:
+    """Counting along an axis: what we emit counts a part's own samples; a model means those of the whole batch."""
     (size,) = shape
-    return Shard(0, 1, size // n) if size and size % n == 0 else REPLICATE
+    if not size or size % n:
+        return REPLICATE
+    return Shard(0, 1, size // n) if emitted else MIXED
 
 
 # ---- ops ------------------------------

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 import fxcurv
 from fxcurv import passes
+from fxcurv.errors import InternalError
 from fxcurv.extensions import (
     KFAC,
     KFLR,
@@ -24,7 +25,7 @@ from fxcurv.extensions import (
     Variance,
 )
 from fxcurv.ir.emit import number_of_samples
-from fxcurv.ir.placement import PARTIAL, REPLICATE, Shard, samples_back, samples_first
+from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Shard, samples_back, samples_first
 from fxcurv.passes.counts import counts
 from fxcurv.passes.placements import placements
 
@@ -65,8 +66,8 @@ def run_split(program, model, x, y, cuts, seed=7):
             elif "first" in node.meta:
                 part[node] = torch.tensor(starts[k])
             elif node.op == "call_function":
-                read = lambda a, part=part: complete.get(a, part[a])  # noqa: E731
-                part[node] = node.target(*fx.node.map_arg(node.args, read), **fx.node.map_arg(node.kwargs, read))
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), {**part, **complete}.__getitem__)
+                part[node] = node.target(*args, **kwargs)
     join = lambda node: joined(node, [part[node] for part in parts]) if isinstance(node, fx.Node) else node  # noqa: E731
     return {field: {n: pytree.tree_map(join, r) for n, r in of.items()} for field, of in program.results.items()}
 
@@ -103,7 +104,8 @@ def squares():
 def own_mean():
     """A loss that divides by a size itself."""
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
-    return model, lambda f, y: mse_loss(f, y, reduction="sum") / f.shape[0] + mse_loss(f, y), torch.randn(7, 4).double(), torch.randn(7, 2).double()
+    loss = lambda f, y: mse_loss(f, y, reduction="sum") / f.shape[0] + mse_loss(f, y)  # noqa: E731
+    return model, loss, torch.randn(7, 4).double(), torch.randn(7, 2).double()
 
 
 def cnn():
@@ -155,3 +157,50 @@ def test_parts_of_a_batch_give_the_whole(name, extensions):
         for field, values in found.items():
             for param, value in values.items():
                 torch.testing.assert_close(value, getattr(whole, field)[param], rtol=1e-9, atol=1e-12)
+
+
+def test_noise_counts_from_the_first_sample():
+    """Without the first sample's number, every part would draw what the first part draws."""
+    model, loss, x, y = build("mlp")
+    program = lowered(model, loss, [DiagGGNMC()], x, y)
+    assert sum("first" in n.meta for n in program.graph.nodes) == 1
+    whole = run_split(program, model, x, y, [len(x)])["diag_ggn_mc"]
+    for node in program.graph.nodes:
+        node.meta.pop("first", None)
+    wrong = run_split(program, model, x, y, [3, 4])["diag_ggn_mc"]
+    assert any(not torch.allclose(wrong[name], value) for name, value in whole.items())
+
+
+def test_means_and_sizes_read_one_node():
+    """After `counts` no value is computed with a size but by the one node that stands for the number of samples."""
+    program = lowered(*build("own_mean")[:2], [Variance()], *build("own_mean")[2:])
+    (count,) = program.graph.find_nodes(op="call_function", target=number_of_samples)
+    divided = {n for n in program.graph.nodes if str(n.target).startswith("aten.div") and isinstance(n.args[1], fx.Node)}
+    sizes = {n.args[1] for n in divided if not isinstance(n.args[1].meta["val"], torch.Tensor)}
+    assert sizes and all(count is s or count in s.all_input_nodes for s in sizes)
+    assert not program.graph.find_nodes(op="call_function", target=torch.ops.aten.mean.default)
+
+
+def test_every_value_has_a_placement_in_the_pipeline():
+    model, loss, x, y = build("mlp")
+    program = fxcurv.compile(model, loss, [BatchGrad(), KFAC()], debug=True).lower(x, y, after="placements").program
+    assert all("across" in n.meta for n in program.graph.nodes if n.op != "output")
+    across = {field: {n.meta["across"] for n in pytree.tree_leaves(r)} for field, r in program.results.items()}
+    assert across == {"grad": {PARTIAL}, "grad_batch": {Shard(0)}, "kfac": {PARTIAL}}
+
+
+def test_a_result_in_the_wrong_place_is_an_internal_error():
+    model, loss, x, y = build("mlp")
+    program = fxcurv.compile(model, loss, [BatchGrad()]).lower(x, y, after="placements").program
+    next(iter(program.results["grad_batch"].values())).meta["across"] = Shard(1)
+    with pytest.raises(InternalError, match="grad_batch"):
+        passes.verify(program, "placements")
+
+
+def test_a_batch_of_one_size_is_not_split():
+    """What is of its samples is `Mixed`, what is of the parameters alone is not."""
+    model, loss, x, y = build("mlp")
+    program = fxcurv.compile(model, loss, [BatchGrad()], debug=True).lower(x[:1], y[:1], after="placements").program
+    places = {n.meta["across"] for r in program.results.values() for n in r.values()}
+    assert places == {MIXED}
+    assert program.params["0.weight"].meta["across"] == REPLICATE

@@ -58,7 +58,8 @@ def check(op, args, expected=None):
     cut = {k: parts_of(leaves[k]) for k in nodes}
     for part in range(len(CUTS)):
         sizes = [a // N * CUTS[part] if type(a) is int and a % N == 0 else a for a in leaves]  # no other size has N in it
-        given = [leaves[k].value if nodes.get(k) in lies.complete else cut[k][part] if k in nodes else a for k, a in enumerate(sizes)]
+        mine = [cut[k][part] if k in nodes else a for k, a in enumerate(sizes)]
+        given = [leaves[k].value if nodes.get(k) in lies.complete else a for k, a in enumerate(mine)]
         outs.append(op(*pytree.tree_unflatten(given, spec)))
     several = isinstance(whole, tuple | list)
     places = lies.place if several else [lies.place]
@@ -110,7 +111,8 @@ CASES = {
     "softmax": (aten._softmax.default, lambda: (t(S0, N, 3), 1, False), S0),
     "softmax over samples": (aten._softmax.default, lambda: (t(S1, 3, N), 1, False), MIXED),
     "softmax of a sum": (aten._softmax.default, lambda: (t(P, 2, 3), 1, False), R),
-    "softmax backward": (aten._log_softmax_backward_data.default, lambda: (t(S1, 2, N, 3), t(S1, 2, N, 3), -1, torch.float64), S1),
+    "softmax backward": (
+        aten._log_softmax_backward_data.default, lambda: (t(S1, 2, N, 3), t(S1, 2, N, 3), -1, torch.float64), S1),
     "cumsum": (aten.cumsum.default, lambda: (t(S0, N, 3), 1), S0),
     "gather": (aten.gather.default, lambda: (t(S0, N, 3), 1, index((N, 2), 3)), S0),
     "scatter": (aten.scatter_add.default, lambda: (t(S0, N, 3), 1, index((N, 2), 3), t(S0, N, 2)), S0),

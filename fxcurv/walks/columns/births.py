@@ -67,12 +67,12 @@ def at(walk: Walk, node: fx.Node, planned: dict[fx.Node, list[Group]]) -> None:
         BIRTHS[group.kind].give(walk, group)
 
 
-def _term(program: Program, group: Group) -> fx.Node:
+def at_term(program: Program, group: Group) -> fx.Node:
     """The loss op of a group's term, or the output where the whole loss is the term."""
-    return program.analysis.terms[group.term].node or _output(program)
+    return program.analysis.terms[group.term].node or at_output(program)
 
 
-def _output(program: Program, group: Group | None = None) -> fx.Node:
+def at_output(program: Program, group: Group | None = None) -> fx.Node:
     """The head that the reverse walk meets first: all cotangents past the heads are known there."""
     order = {n: k for k, n in enumerate(program.graph.nodes)}
     return max(program.heads, key=order.__getitem__)
@@ -115,17 +115,17 @@ def _of_op(walk: Walk, group: Group, fn: Callable, *args: Any, weights: Callable
     c = program.walked.arrivals[term.node]
     columns = emit(program, fn, rule, call, c, *args, origin=origin)
     real = emit(program, weights, c, origin=origin) if weights is not None else None
-    _born(walk, group, [term.prediction], [columns], real, origin)
+    carry(walk, group, [term.prediction], [columns], real, origin)
 
 
-@born("exact", _term, "exact", by_class=True)
+@born("exact", at_term, "exact", by_class=True)
 def _of_exact(walk: Walk, group: Group) -> None:
     extensions = walk.program.extensions
     few = not any(e.shows_columns for e in extensions)
     _of_op(walk, group, _exact, few, weights=None if any(e.needs_convex for e in extensions) else _sign)
 
 
-@born("empirical", _term, "empirical")
+@born("empirical", at_term, "empirical")
 def _of_empirical(walk: Walk, group: Group) -> None:
     if walk.program.analysis.terms[group.term].node is None:
         raise LossError(
@@ -135,12 +135,12 @@ def _of_empirical(walk: Walk, group: Group) -> None:
     _of_op(walk, group, _empirical)
 
 
-@born("mc", _term, "sampled")
+@born("mc", at_term, "sampled")
 def _of_sampled(walk: Walk, group: Group) -> None:
     _of_op(walk, group, _sampled, _seed(walk.program), Draw(group.draws, group.term))
 
 
-def _born(walk: Walk, group: Group, heads: list[fx.Node], columns: list[fx.Node], weights, origin: dict) -> None:
+def carry(walk: Walk, group: Group, heads: list[fx.Node], columns: list[fx.Node], weights, origin: dict) -> None:
     """Columns [V, *head] of `group`, and weights [V or 1, ...], come to `heads`, now or in parts in later sweeps."""
     def send(part: Group, start: int, stop: int) -> None:
         for head, stack in zip(heads, columns, strict=True):
@@ -182,7 +182,7 @@ def _in_dtype(columns: Tensor, call: Call) -> Tensor:
 # ---- at the output ------------------------------
 
 
-@born(IDENTITY.kind, _output)
+@born(IDENTITY.kind, at_output)
 def _of_output(walk: Walk, group: Group) -> None:
     program = walk.program
     if len(program.heads) != 1:
@@ -192,19 +192,19 @@ def _of_output(walk: Walk, group: Group) -> None:
     (head,) = program.heads
     origin = origin_of(head, "columns")
     columns = emit(program, _eye, head, head.meta["place"], origin=origin)
-    _born(walk, group, [head], [columns], None, origin)
+    carry(walk, group, [head], [columns], None, origin)
 
 
-@born(TOKEN.kind, _output)
+@born(TOKEN.kind, at_output)
 def _by_position(walk: Walk, group: Group) -> None:
     """The gradient in f, apart by positions."""
-    head = _output(walk.program)
+    head = at_output(walk.program)
     stack = merged(walk, head, walk.cotangents[head])
     walk.cotangents[head] = [stack]
     start = sum(stack.columns[: stack.groups.index(GRADIENT)])
     origin, (_, classes) = origin_of(head, "columns"), walk.program.analysis.positions or (0, None)
     columns = emit(walk.program, _apart, stack.node, start, head.meta["place"], classes, origin=origin)
-    _born(walk, group, [head], [columns], None, origin)
+    carry(walk, group, [head], [columns], None, origin)
 
 
 def _apart(g: Tensor, start: int, place: Shard, classes: int | None) -> Tensor:
@@ -228,7 +228,7 @@ def _of_hessian(walk: Walk, group: Group, fn: Callable, *args: Any) -> None:
         check_convex(program, walk.hessian)
     joint, weights = emit(program, fn, walk.hessian, *args, origin=origin)
     columns = emit(program, _split, joint, places, [*program.heads], origin=origin)
-    _born(walk, group, program.heads, list(columns), weights, origin)
+    carry(walk, group, program.heads, list(columns), weights, origin)
 
 
 def _check_no_derivative(walk: Walk) -> None:
@@ -239,18 +239,18 @@ def _check_no_derivative(walk: Walk) -> None:
         )
 
 
-@born("signed", _term, "weighted (of the loss's Hessian)")
+@born("signed", at_term, "weighted (of the loss's Hessian)")
 def _of_pairs(walk: Walk, group: Group) -> None:
     _of_hessian(walk, group, signed_pairs)
 
 
-@born("root", _term, "root (of the loss's Hessian)")
+@born("root", at_term, "root (of the loss's Hessian)")
 def _of_root(walk: Walk, group: Group) -> None:
     _check_no_derivative(walk)
     _of_hessian(walk, group, _root)
 
 
-@born("signs", _term, "root times random signs")
+@born("signs", at_term, "root times random signs")
 def _of_signs(walk: Walk, group: Group) -> None:
     _check_no_derivative(walk)
     _of_hessian(walk, group, _signs, _seed(walk.program), group.term, group.draws)
