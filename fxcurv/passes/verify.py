@@ -34,11 +34,12 @@ def _check_placements(program: Program) -> None:
     for node in program.graph.nodes:
         if node.op != "output" and "across" not in node.meta:
             raise InternalError(f"after placements: {locate(node)} has no placement")
-    axes = {e.savefield: e.sample_axis for e in program.extensions}
-    for field, results in program.results.items():
-        axis = axes.get(field)
+    ours = [e for e in program.extensions if type(e).__module__.startswith("fxcurv.")]  # a user's need not say it
+    axes = {"grad": None, **{e.savefield: e.sample_axis for e in ours}}
+    for field in [f for f in axes if f in program.results and f not in program.borrowing]:
+        axis = axes[field]
         allowed: tuple = (PARTIAL, REPLICATE) if axis is None else (Shard(axis), Alike(axis))
-        for node in pytree.tree_leaves(results) if field not in program.borrowing else []:
+        for node in pytree.tree_leaves(program.results[field]):
             if node.meta["across"] not in (*allowed, MIXED):
                 raise InternalError(f"after placements: {field} is {node.meta['across']}, not {allowed}")
 

@@ -81,7 +81,7 @@ class Split:
             sites.append(Site(self.shape(val), place, place != REPLICATE) if place is not None else None)
         partial = [i for i, s in enumerate(sites) if s and s.place == PARTIAL]
         if node.target in CONSTANT:
-            return Lies(self._constant(outs[0] or (), sites[:1]))
+            return Lies(self._sound(self._constant(outs[0] or (), sites[:1]), outs[0]))
         if partial and self._linear(node, leaves, sites, partial, outs):
             return Lies([PARTIAL] * len(outs) if several else PARTIAL)
         for i in partial:
@@ -89,8 +89,11 @@ class Split:
         found = self._of(node, leaves, sites, outs)
         if not several and isinstance(found, list):
             found = found[0]
-        if several and not isinstance(found, list):
-            found = [self._beside(found, outs[0], s) for s in outs]
+        if several:
+            found = [self._beside(found, outs[0], s) for s in outs] if not isinstance(found, list) else found
+            found = [self._sound(p, s) for p, s in zip(found, outs, strict=True)]
+        else:
+            found = self._sound(found, outs[0])
         if found == MIXED or (isinstance(found, list) and MIXED in found):
             found = self._declared(node, leaves, found)
         return Lies(found, tuple(dict.fromkeys(leaves[i] for i in partial)))
@@ -105,10 +108,15 @@ class Split:
             return self._contraction(node, sites)
         if node.target in ARANGE:
             return _positions(outs[0], self.n, emitted=stage_of(node) != "forward")
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         if all(s.place == REPLICATE for s in here):
-            return self._constant(outs[0], []) if len(outs) == 1 else [self._constant(s or (), []) for s in outs]
-        alike = all(isinstance(s.place, Alike) for s in here if isinstance(s.place, Shard))
-        found = self._by_rule(node, leaves, self._agreed(sites), outs)
+            if random:
+                return MIXED  # every part draws its own
+            return self._constant(outs[0], []) if node.target in REPEATED else REPLICATE
+        if outs[0] is None and node.target not in PLACES:
+            return MIXED
+        alike = not random and all(isinstance(s.place, Alike) for s in here if isinstance(s.place, Shard))
+        found = self._by_rule(node, leaves, [_plain(s) for s in sites], outs)
         if alike and isinstance(found, Shard):
             return Alike(found.dim, found.outer, found.inner)
         return found
@@ -131,18 +139,15 @@ class Split:
         val = leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf
         return self.size(val) if isinstance(val, SymInt) else leaf
 
-    def _agreed(self, sites: list[Site | None]) -> list[Site | None]:
-        """Values that are alike for all samples lie as the others do."""
-        proper = next((s.place for s in sites if s and isinstance(s.place, Shard) and not isinstance(s.place, Alike)), None)
-        out: list[Site | None] = []
-        for s in sites:
-            if s and isinstance(s.place, Alike):
-                size, given = s.shape[s.place.dim], proper or s.place
-                fits = size == given.outer * given.inner * self.n
-                of = given if fits else s.place
-                s = replace(s, place=Shard(s.place.dim, of.outer, of.inner))
-            out.append(s)
-        return out
+    def _sound(self, place: Placement, shape: tuple[int, ...] | None) -> Placement:
+        """`place`, if the samples' axis, and no other, has the size of the part's samples."""
+        if shape is None:
+            return REPLICATE
+        of_samples = [d for d, size in enumerate(shape) if size and size % self.n == 0]
+        if not isinstance(place, Shard):
+            return MIXED if of_samples else place
+        fits = of_samples == [place.dim] and shape[place.dim] == place.outer * place.inner * self.n
+        return place if fits or 0 in shape else MIXED
 
     def _beside(self, found: Placement, first: tuple | None, shape: tuple | None) -> Placement:
         """The placement of a further output, where a rule says it of the first."""
@@ -202,6 +207,13 @@ class Split:
         return place if all(MIXED not in _listed(self.across.get(s, REPLICATE)) for s in sources) else found
 
 
+def _plain(site: Site | None) -> Site | None:
+    """The site for rules, which know no `Alike`."""
+    if site is None or not isinstance(site.place, Alike):
+        return site
+    return replace(site, place=Shard(site.place.dim, site.place.outer, site.place.inner))
+
+
 def _listed(place: Found) -> list[Placement]:
     return place if isinstance(place, list) else [place]
 
@@ -224,9 +236,12 @@ def _positions(shape: tuple[int, ...], n: int, emitted: bool) -> Placement:
 CONSTANT = {
     aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default, aten.new_zeros.default,
     aten.new_ones.default, aten.new_empty.default, aten.new_full.default, aten.zeros.default, aten.ones.default,
-    aten.full.default, aten.empty.memory_format, aten.scalar_tensor.default, aten.eye.default, aten.eye.m,
+    aten.full.default, aten.empty.memory_format, aten.scalar_tensor.default,
     aten.new_empty_strided.default, aten.empty_strided.default,
 }  # fmt: skip
+
+# Their output has a row for every sample, of what has none.
+REPEATED = {aten.expand.default, aten.repeat.default}
 
 # They add to their first argument, which is to be zero.
 INTO = {aten.index_add.default}

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from fxcurv.contractions.contract import Contract, Spec
 from fxcurv.contractions.factors import Arrange, Conv, Dense, Gather, Jacobian
 from fxcurv.ir.batch import Batch
-from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Replicate, Shard, samples_back, samples_first
+from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Alike, Replicate, Shard, samples_back, samples_first
 from fxcurv.rules import split
 from fxcurv.rules.split import Split
 
@@ -179,6 +179,11 @@ CASES = {
     "split": (aten.split_with_sizes.default, lambda: (t(S1, 3, N), [1, 2], 0), [S1, S1]),
     "stack": (aten.stack.default, lambda: ([t(S0, N, 3), t(S0, N, 3)], 0), S1),
     "stack behind": (aten.stack.default, lambda: ([t(S1, 3, N), t(S1, 3, N)], 2), S1),
+    "one hot of samples": (aten.eye.m, lambda: (N, 3), MIXED),
+    "noise of a weight": (aten.bernoulli.p, lambda: (t(R, 3), 0.5), MIXED),
+    "noise of samples": (aten.rand.default, lambda: ([N, 3],), MIXED),
+    "repeated": (aten.expand.default, lambda: (t(R, 3), [N, 3]), Alike(0)),
+    "pairs of samples": (aten.expand.default, lambda: (t(S1, 1, N), [N, N]), MIXED),
     "syrk": (own.syrk.default, lambda: (t(S1, 40, N),), P),
     "eigenvalues": (aten._linalg_eigh.default, lambda: (t(S0, N, 3, 3), "L", False), [S0, S0]),
     "layer norm": (aten.layer_norm.default, lambda: (t(S0, N, 3), [3], t(R, 3), t(R, 3)), S0),
