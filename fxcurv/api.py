@@ -25,7 +25,6 @@ from fxcurv.front.side_effects import hooks_of
 from fxcurv.ir.program import Kept, Program
 from fxcurv.ir.state import Options
 from fxcurv.passes.recycle import functional
-from fxcurv.quantity import Identity
 from fxcurv.result import Result
 from fxcurv.runtime.backend import Backend
 from fxcurv.runtime.call import cuda_devices, owner, run_error, seed_tensor
@@ -113,7 +112,7 @@ def compile(  # noqa: A001
     check_trainable(model)
     found = checked(extensions)
     if loss is None:
-        names = ", ".join(type(e).__name__ for e in found if not isinstance(e.requires, Identity))
+        names = ", ".join(type(e).__name__ for e in found if e.requires.needs_loss)
         if names or not found:
             raise ArgumentError(f"{names or 'the gradient'} needs a loss: pass one as the second argument")
     if sample not in ("sequence", "token"):

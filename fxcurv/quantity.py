@@ -1,18 +1,110 @@
 """Quantities: which columns enter the backward walk, and where.
 
 Columns come in groups. A group is born at one node (the loss value, a loss term's prediction, a leaf of the model's
-output) and keeps its identity through the walk, so that equal quantities share nodes.
+output) and keeps its identity through the walk, so that equal quantities share nodes. A quantity says its groups, and what
+else passes have to know of it; how the columns of a kind are made is registered in `walks.columns.births`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+from fxcurv.ir.state import Analysis
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of columns.
+
+    Attributes:
+        title: what the report calls it.
+        of_term: whether each term of the loss has a group of its own.
+        by_class: whether the columns of a loss in closed form are classes times positions.
+        carried: whether the walk carries any.
+    """
+
+    title: str
+    of_term: bool = True
+    by_class: bool = False
+    carried: bool = True
+
+
+KINDS: dict[str, Kind] = {}
+
+
+def kind(name: str, title: str, **more: bool) -> str:
+    """Register a kind of columns; gives its name.
+
+    Raises:
+        ValueError: if the name is taken.
+    """
+    if name in KINDS:
+        raise ValueError(f"there are columns of the kind '{name}' already")
+    KINDS[name] = Kind(title, **more)
+    return name
+
+
+@dataclass(frozen=True)
+class Group:
+    """Columns of one birth: of a registered `kind`, at loss term or head `term`, `draws` of them if they are sampled.
+
+    part: a group that is too large for the memory budget goes down the walk in parts.
+    """
+
+    kind: str
+    term: int = 0
+    draws: int = 0
+    part: int = 0
+
+
+GRADIENT = Group(kind("gradient", "gradient", of_term=False))
+
+# a column per position
+TOKEN = Group(kind("token", "gradient per position"))
+
+IDENTITY = Group(kind("identity", "identity"))
+
+# of the ops; `term` counts them
+RESIDUAL = kind("residual", "weighted (of the ops' residuals)", of_term=False)
+
+# of a loss that is linear in f: zeros
+NONE = kind("none", "none", carried=False)
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """Base: what a set of extensions needs to be carried backward."""
+    """Base: what a set of extensions needs to be carried backward.
+
+    Attributes:
+        needs_loss: whether it is of the loss.
+        first_order: whether it is known without second derivatives.
+        of_gradients: whether it is of individual gradients, which exist by token as well.
+        of_loss: whether it has the curvature of the loss in f.
+        of_ops: whether it has the curvature of the ops.
+        mc: number of sampled columns, None for none.
+        empirical: whether the target stands for the sample.
+    """
+
+    needs_loss: ClassVar[bool] = True
+    first_order: ClassVar[bool] = False
+    of_gradients: ClassVar[bool] = False
+    of_loss: ClassVar[bool] = False
+    of_ops: ClassVar[bool] = False
+
+    def groups(self, analysis: Analysis) -> list[Group]:
+        """The groups of columns that are known before the walk, whole."""
+        return []
+
+    @property
+    def sampled(self) -> bool:
+        """Whether columns are drawn from the likelihood of the loss."""
+        return bool(getattr(self, "mc", None))
+
+    @property
+    def of_targets(self) -> bool:
+        """Whether columns have the targets in place of a sample."""
+        return bool(getattr(self, "empirical", False))
 
 
 @dataclass(frozen=True)
@@ -21,6 +113,12 @@ class Gradient(Quantity):
 
     Where every position of f is a sample of its own, a column per position: dL/df there, and zero elsewhere.
     """
+
+    first_order = True
+    of_gradients = True
+
+    def groups(self, analysis: Analysis) -> list[Group]:
+        return [TOKEN if analysis.positions is not None else GRADIENT]
 
 
 @dataclass(frozen=True)
@@ -36,15 +134,23 @@ class SqrtGGN(Quantity):
     mc: int | None = None
     signed: bool = False
     empirical: bool = False
+    of_loss = True
+
+    def groups(self, analysis: Analysis) -> list[Group]:
+        if not analysis.terms:
+            return [Group(NONE, draws=self.mc or 0)]
+        return [self._of_term(index, term.node is not None) for index, term in enumerate(analysis.terms)]
+
+    def _of_term(self, index: int, closed_form: bool) -> Group:
+        if self.empirical:
+            return Group("empirical", index)
+        if self.mc:
+            return Group("mc" if closed_form else "signs", index, self.mc)
+        return Group("exact" if closed_form else "signed" if self.signed else "root", index)
 
 
 @dataclass(frozen=True)
-class Nothing(Quantity):
-    """No columns: what needs it does not read the walk."""
-
-
-@dataclass(frozen=True)
-class Product(Nothing):
+class Product(Quantity):
     """No columns: products with the "ggn", the "hessian" or the "pch" (`modify`: "clip" or "abs"), from `passes.products`."""
 
     kind: str = ""
@@ -52,41 +158,29 @@ class Product(Nothing):
 
 
 @dataclass(frozen=True)
-class Averaged(SqrtGGN):
+class Averaged(Quantity):
     """No columns: the loss Hessian's sum over samples, carried down as a matrix (`passes.average`)."""
+
+    of_loss = True
 
 
 @dataclass(frozen=True)
 class HessianFactors(SqrtGGN):
-    """The loss Hessian's columns, and weighted columns of every op's residual (`passes.curvature`)."""
+    """The loss Hessian's columns, and weighted columns of every op's residual (`walks.columns.residuals`)."""
 
     signed: bool = True
+    of_ops = True
 
 
 @dataclass(frozen=True)
 class Identity(Quantity):
     """One column per entry of the model's output: the Jacobian."""
 
+    needs_loss = False
+    first_order = True
 
-@dataclass(frozen=True)
-class Group:
-    """Columns of one birth: `kind` of columns at loss term or head `term`.
-
-    kind: "gradient", "exact", "mc", "empirical", "signed", "root", "signs" (root times random signs), "identity" or
-        "token" (the gradient, a column per position), "residual" (of an op; `term` counts them) or "none" (columns of a
-        loss that is linear in f: zeros, which nothing carries).
-    part: a group that is too large for the memory budget goes down the walk in parts.
-    """
-
-    kind: str
-    term: int = 0
-    draws: int = 0
-    part: int = 0
-
-
-GRADIENT = Group("gradient")
-
-TOKEN = Group("token")
+    def groups(self, analysis: Analysis) -> list[Group]:
+        return [IDENTITY]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from fxcurv.extensions import Extension
 from fxcurv.front.arguments import Arguments, flatten_arguments
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Input, Program
-from fxcurv.quantity import Gradient, Identity
 from fxcurv.runtime.call import seed_tensor
 from fxcurv.runtime.keys import Key
 from fxcurv.runtime.programs import Autocast, at_numbers_if_need_be, tensors_in
@@ -141,7 +140,7 @@ class ModelParts(_Parts):
     ) -> dict[str, Any]:
         """field -> parameter name -> value: the gradient from cotangents `gs` of `leaves`, and the extensions."""
         create_graph = torch.is_grad_enabled()
-        if all(isinstance(e.requires, Gradient | Identity) for e in extensions):
+        if all(e.requires.first_order for e in extensions):
             backward = self._of_model(found, extensions, create_graph)
             given = [torch.zeros_like(f) if g is None else g for f, g in zip(leaves, gs, strict=True)]
             cotangents = {Input("cotangent", index=k): g for k, g in enumerate(given)}
@@ -254,7 +253,7 @@ class LossParts(_Parts):
 
 def _check_calls(calls: list[LossCall], extensions: tuple[Extension, ...]) -> None:
     if not calls or not all(c.known for c in calls):
-        second = next(e for e in extensions if not isinstance(e.requires, Gradient | Identity))
+        second = next(e for e in extensions if not e.requires.first_order)
         raise LossError(
             f"{second} needs the loss's Hessian at the model's output, and no extended loss read it (a reshape or a "
             "permutation of it at most). Way out: loss = extend(lossfunc)(extend(model)(x), y), or fxcurv.compile."

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, dataclass_transform
 import torch
 from torch import Tensor
 
-from fxcurv.ir.placement import Shard, samples_first
+from fxcurv.ir.placement import Shard, samples_first, shifted
 from fxcurv.ir.private import pytree
 from fxcurv.kernels.patches import channels_last, windows
 
@@ -69,6 +69,10 @@ class Factor:
     def samples(self, index: Tensor) -> Factor:
         """The same use on the samples in `index` only (called on `dense()`)."""
         return dataclasses.replace(self, g=self.g.index_select(1, index))  # type: ignore[type-var]
+
+    def places(self) -> tuple[Shard, ...]:
+        """Where the samples are on each of `tensors`."""
+        return (Shard(1),)
 
     def with_g(self, g: Any) -> Factor:
         return dataclasses.replace(self, g=g)  # type: ignore[type-var]
@@ -123,6 +127,9 @@ class Dense(Factor):
     def shape(self) -> tuple[Any, ...]:
         return (*self.g.shape[:2], *self.arrange.shape)
 
+    def places(self) -> tuple[Shard, ...]:
+        return (Shard(0), Shard(1))
+
     def core(self) -> Tensor:
         """[V, N, K, O, I]."""
         v, n, s, k, o = self.g.shape
@@ -175,6 +182,9 @@ class Conv(Factor):
 
     def shape(self) -> tuple[Any, ...]:
         return (self.g.shape[0], self.a.shape[0] // (self.place.outer * self.place.inner), *self.weight_shape)
+
+    def places(self) -> tuple[Shard, ...]:
+        return (self.place, shifted(self.place))
 
     def dense(self) -> Dense:
         return self._dense_transposed() if self.transposed else self._dense()
@@ -238,6 +248,9 @@ class Gather(Factor):
 
     def shape(self) -> tuple[Any, ...]:
         return (self.g.shape[0], self.index.shape[0], self.rows, self.g.shape[3])
+
+    def places(self) -> tuple[Shard, ...]:
+        return (Shard(0), Shard(1))
 
     def masked(self) -> Tensor:
         """`g` without the positions of the padding index, which get no gradient."""

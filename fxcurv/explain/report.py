@@ -20,22 +20,9 @@ from fxcurv.explain.timing import RUNS, measure
 from fxcurv.ir.origin import STAGES, stage_of
 from fxcurv.ir.private import OpOverload, pytree
 from fxcurv.ir.program import Decision, Program, is_active
-from fxcurv.quantity import GRADIENT
+from fxcurv.quantity import GRADIENT, KINDS
 from fxcurv.rules.base import FALLBACK, rule_of
 from fxcurv.walks.groups import groups_of
-
-KINDS = {
-    "gradient": "gradient",
-    "token": "gradient per position",
-    "exact": "exact",
-    "mc": "sampled",
-    "empirical": "empirical",
-    "signed": "weighted (of the loss's Hessian)",
-    "root": "root (of the loss's Hessian)",
-    "signs": "root times random signs",
-    "identity": "identity",
-    "residual": "weighted (of the ops' residuals)",
-}
 
 WIDTH = 118
 
@@ -255,8 +242,9 @@ def _columns(program: Program) -> list[tuple[str, int, tuple[str, ...]]]:
         users = [type(e).__name__ for e in program.extensions if group in groups_of(program, e.requires)]
         if group == GRADIENT:
             users = ["gradient", *users]
-        several = len(program.analysis.terms) > 1 and group.kind not in ("gradient", "residual")
-        name = KINDS[group.kind] + (f" of loss term {group.term}" if several else "")
+        kind = KINDS[group.kind]
+        several = len(program.analysis.terms) > 1 and kind.of_term
+        name = kind.title + (f" of loss term {group.term}" if several else "")
         totals[name] = totals.get(name, (0,))[0] + count, tuple(dict.fromkeys(users))
     return [(name, count, users) for name, (count, users) in totals.items()]
 

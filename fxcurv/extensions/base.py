@@ -12,11 +12,11 @@ from fxcurv.contractions.contract import Contract, Spec
 from fxcurv.contractions.factors import Factor, Jacobian
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.parameters import hashable
-from fxcurv.ir.emit import call, emit
-from fxcurv.ir.placement import samples_first
+from fxcurv.ir.emit import call, declare, emit
+from fxcurv.ir.placement import Shard, samples_first
 from fxcurv.ir.precision import HALF, wide, widened
 from fxcurv.ir.program import Program
-from fxcurv.quantity import GRADIENT, Gradient, Group
+from fxcurv.quantity import GRADIENT, KINDS, Gradient, Group
 from fxcurv.walks.groups import groups_of
 from fxcurv.walks.uses import Use, pull_back, select_group
 
@@ -41,6 +41,7 @@ class Extension:
         any_sample: whether it is the same whatever is a sample, a sequence or a token.
         shows_columns: whether the result depends on which root of the loss Hessian the columns are.
         by_op: whether the result depends on which ops the model is written in, so that none may be said in others.
+        sample_axis: the axis of the result that the samples are on, None where it is one of all of them.
         holds_samples: whether the result is a sum over columns for every sample, which each part of them would write anew.
     """
 
@@ -54,6 +55,7 @@ class Extension:
     shows_columns: ClassVar[Any] = False
     holds_samples: ClassVar[bool] = False
     by_op: ClassVar[bool] = False
+    sample_axis: ClassVar[int | None] = None
 
     def __post_init__(self):
         if not self.savefield:
@@ -110,7 +112,7 @@ class Param:
     @property
     def positions(self) -> int | None:
         """T, where the samples of this quantity are tokens: N T of them. Else None."""
-        tokens = self.extension is not None and type(self.extension.requires) is Gradient
+        tokens = self.extension is not None and self.extension.requires.of_gradients
         return self.program.analysis.positions[0] if tokens and self.program.analysis.positions is not None else None
 
     def _by_token(self, power: int, reduce: str, samples, weights: fx.Node | None, precise: bool) -> fx.Node:
@@ -158,6 +160,7 @@ class Param:
     def _at_parameter(self, factor: Factor, use: Use) -> Jacobian:
         """Uses of different kinds meet at the parameter itself, materialised."""
         p = self.emit(_materialised, factor)
+        declare(p, Shard(1), factor)
         return Jacobian(pull_back(self.program, use, p, ""))
 
     def contract_factors(self, spec: Spec, factors: list[Factor], rule: str) -> fx.Node:
@@ -177,7 +180,7 @@ class Param:
 
     def _columns(self, group: Group) -> int:
         """How many columns a group has: of a loss without curvature as many as the model's output has numbers."""
-        if group.kind == "none":
+        if not KINDS[group.kind].carried:
             return group.draws or sum(self.program.batch.per_sample(h.meta["val"]) for h in self.program.heads)
         return self.program.walked.columns.get(group, 1)
 

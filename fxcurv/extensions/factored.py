@@ -32,7 +32,7 @@ from fxcurv.ir.precision import wide, widely
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Decision, Program
 from fxcurv.kronecker import Arrangement, Eigenbasis, Kronecker
-from fxcurv.quantity import GRADIENT, Group
+from fxcurv.quantity import GRADIENT, KINDS, Group
 from fxcurv.rules.base import rule_of
 from fxcurv.walks.groups import groups_of
 from fxcurv.walks.uses import Use, columns_of
@@ -157,7 +157,7 @@ def _outputs(param: Param, layer: Layer, group: Group, sharing: str) -> fx.Node:
 def _fold(program: Program, group: Group) -> tuple[int, int] | None:
     """(axis, classes): how exact columns [V] are classes times positions, with the positions at `axis`."""
     term = program.analysis.terms[group.term]
-    if group.kind != "exact":
+    if not KINDS[group.kind].by_class:
         return None
     z, where = term.prediction.meta["val"], term.prediction.meta["place"]
     rule: Any = rule_of(term.node.target, program.rules)

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.base import Extension, Param
-from fxcurv.ir.placement import samples_first
+from fxcurv.ir.emit import samples
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class BatchGrad(Extension):
 
     subsampling: tuple[int, ...] | None = None
     savefield = "grad_batch"
+    sample_axis = 0
 
     def check(self) -> None:
         freeze_indices(self)
@@ -40,6 +41,7 @@ class BatchL2Grad(Extension):
     """Squared norms of the individual gradients, ||g_n||^2 of one parameter, [N]."""
 
     savefield = "batch_l2"
+    sample_axis = 0
 
     def extract(self, param: Param) -> fx.Node:
         return param.contract(power=2, reduce="vp")
@@ -64,12 +66,11 @@ class Variance(Extension):
     def extract(self, param: Param) -> fx.Node:
         squares = param.contract(power=2, reduce="vn")
         mean = param.contract(power=1, reduce="vn", precise=True)
-        head = param.program.heads[0]
-        return param.emit(_variance, squares, mean, head, head.meta["place"], param.positions or 1)
+        return param.emit(_variance, squares, mean, samples(param.program), param.positions or 1)
 
 
-def _variance(squares: Tensor, total: Tensor, head: Tensor, place, positions: int) -> Tensor:
-    n = samples_first(head, place).shape[0] * positions
+def _variance(squares: Tensor, total: Tensor, samples: int, positions: int) -> Tensor:
+    n = samples * positions
     return squares / n - (total / n).square()
 
 

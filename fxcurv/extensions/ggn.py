@@ -48,6 +48,7 @@ class BatchDiagGGNExact(Extension):
     """diag(J_n^T H_n J_n) of every sample, [N, *P]."""
 
     savefield = "diag_ggn_exact_batch"
+    sample_axis = 0
     holds_samples = True
     needs_convex = True
     requires = SqrtGGN(signed=True)
@@ -77,6 +78,7 @@ class BatchDiagGGNMC(_Sampled):
     """diag(J_n^T H_n J_n) of every sample, estimated with `mc_samples` columns, [N, *P]."""
 
     savefield = "diag_ggn_mc_batch"
+    sample_axis = 0
 
     def extract(self, param: Param) -> fx.Node:
         return param.contract(power=2, reduce="v")
@@ -92,6 +94,7 @@ class SqrtGGNExact(Extension):
 
     subsampling: tuple[int, ...] | None = None
     savefield = "sqrt_ggn_exact"
+    sample_axis = 1
     shows_columns = True
     needs_convex = True
     requires = SqrtGGN()
@@ -113,6 +116,7 @@ class SqrtGGNMC(_Sampled):
 
     subsampling: tuple[int, ...] | None = None
     savefield = "sqrt_ggn_mc"
+    sample_axis = 1
 
     def check(self) -> None:
         super().check()
@@ -127,6 +131,7 @@ class Jacobian(Extension):
     """J_n, the derivative of the model's output, [N, *f.shape[1:], *P]. Needs no loss."""
 
     savefield = "jacobian"
+    sample_axis = 0
     any_sample = True
     requires = Identity()
 

@@ -40,6 +40,7 @@ class BatchDiagHessian(Extension):
     """diag of the Hessian of every sample's loss, [N, *P]; nothing of a regulariser."""
 
     savefield = "diag_h_batch"
+    sample_axis = 0
     holds_samples = True
     requires = HessianFactors()
 

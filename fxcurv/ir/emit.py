@@ -15,6 +15,7 @@ import torch
 from torch import SymInt, Tensor, fx
 
 from fxcurv.ir.graph import layout
+from fxcurv.ir.placement import Placement
 from fxcurv.ir.private import (
     disable_fake_tensor_cache,
     dispatch_functionalize,
@@ -69,6 +70,57 @@ def call(program: Program, target: Any, *args: Any, origin: dict[str, Any] | Non
         node.meta["val"] = target.value(*fx.node.map_arg(args, lambda a: a.meta["val"]))
     node.meta["origin"] = dict(origin or {})
     return node
+
+
+def number_of_samples(x: Tensor, dim: int) -> Any:
+    """The size of the samples' axis: the target of one node, whose value everything reads that counts samples."""
+    return x.shape[dim]
+
+
+def samples(program: Program) -> Any:
+    """How many samples the quantities are of: a node, to be given to functions that divide by it; or a number."""
+    if program.fixed:
+        return program.batch.samples
+    found = program.graph.find_nodes(op="call_function", target=number_of_samples)
+    return found[0] if found else _at_front(program, number_of_samples, *_an_input(program))
+
+
+def first_sample(program: Program) -> fx.Node:
+    """The number of the first sample of this batch, which noise counts from: zero, in one node."""
+    found = [n for n in program.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default) if "first" in n.meta]
+    if found:
+        return found[0]
+    device = next(iter(program.params.values())).meta["val"].device
+    node = _at_front(program, torch.ops.aten.full.default, [], 0, dtype=torch.long, device=device)
+    node.meta["first"] = True
+    return node
+
+
+def _an_input(program: Program) -> tuple[fx.Node, int]:
+    """An input with samples, and their dimension."""
+    bound = zip(program.graph.find_nodes(op="placeholder"), program.inputs, strict=True)
+    dims = program.options.batch_dims
+    return next((n, d) for n, b in bound if b.kind == "input" and (d := dims[b.index]) is not None)
+
+
+def _at_front(program: Program, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    first = next(n for n in program.graph.nodes if n.op != "placeholder")
+    with program.graph.inserting_before(first):
+        node = program.graph.call_function(target, args, kwargs)
+    with program.fake_mode:
+        node.meta["val"] = target(*fx.node.map_arg(args, lambda a: a.meta["val"]), **kwargs)
+    node.meta["origin"] = {"stage": "columns", "op": "samples", "module": ""}
+    return node
+
+
+def declare(node: Any, place: Placement, sources: Any) -> None:
+    """Say where the samples are on an emitted value, which holds if those of its `sources` are not mixed.
+
+    For what the ops inside a traced function do not show (see `rules.split`).
+    """
+    if isinstance(node, fx.Node):
+        given = tuple(n for n in pytree.tree_leaves(sources) if isinstance(n, fx.Node))
+        node.meta.setdefault("declared", (place, given))
 
 
 @contextlib.contextmanager

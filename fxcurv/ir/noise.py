@@ -7,6 +7,7 @@ on the order in which values are drawn.
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from torch import Tensor
 from fxcurv.ir.placement import Shard, samples_back
 
 _MASK = 0xFFFFFFFF
+
+# a 0-dim integer tensor; or this and the number of the batch's first sample
+Seed: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 
 def _mix(x: Tensor, key: Tensor | int) -> Tensor:
@@ -23,11 +27,11 @@ def _mix(x: Tensor, key: Tensor | int) -> Tensor:
     return x ^ (x >> 15)
 
 
-def uniform(seed: Tensor, stream: int, columns: int, like: Tensor, place: Shard) -> Tensor:
+def uniform(seed: Seed, stream: int, columns: int, like: Tensor, place: Shard) -> Tensor:
     """Independent uniform numbers in (0, 1), [columns, *like.shape], in the dtype of `like`.
 
     Args:
-        seed: 0-dim integer tensor.
+        seed: see `Seed`.
         stream: distinguishes independent draws of one program.
         place: where the samples are on `like`.
     """
@@ -35,15 +39,17 @@ def uniform(seed: Tensor, stream: int, columns: int, like: Tensor, place: Shard)
     slice_shape = [*like.shape[: place.dim], outer * inner, *like.shape[place.dim + 1 :]]
     n = like.shape[place.dim] // (outer * inner) if outer * inner > 1 else like.shape[place.dim]
     size = math.prod(slice_shape[: place.dim]) * outer * inner * math.prod(slice_shape[place.dim + 1 :])
+    key, first = seed if isinstance(seed, tuple) else (seed, 0)
     # the counter of (sample, position, column) does not depend on how many samples there are
     counter = torch.arange(n * size * columns, device=like.device).reshape(n, *slice_shape, columns)
+    counter = counter + first * (size * columns)
     counter = samples_back(counter, place).movedim(-1, 0)
-    low, high = (seed + stream * 0x9E3779B1) & _MASK, (seed >> 31) & _MASK
+    low, high = (key + stream * 0x9E3779B1) & _MASK, (key >> 31) & _MASK
     bits = _mix(_mix((counter * 0x2545F491 + low) & _MASK, high), low)
     return ((bits.to(torch.float64) + 0.5) * 2.0**-32).to(like.dtype)
 
 
-def normal(seed: Tensor, stream: int, columns: int, like: Tensor, place: Shard) -> Tensor:
+def normal(seed: Seed, stream: int, columns: int, like: Tensor, place: Shard) -> Tensor:
     """Independent standard normal numbers, [columns, *like.shape] (Box-Muller)."""
     u = uniform(seed, stream, columns, like, place)
     v = uniform(seed, stream + 0x10000, columns, like, place)

@@ -25,6 +25,11 @@ class Whole(Shard):
 
 
 @dataclass(frozen=True)
+class Alike(Shard):
+    """The same for all samples along their dimension (zeros, ones): wherever in it the samples are taken to be."""
+
+
+@dataclass(frozen=True)
 class Replicate:
     """The same for all samples."""
 
@@ -50,6 +55,11 @@ class Site:
     shape: tuple[int, ...]
     place: Placement
     active: bool
+
+
+def shifted(place: Shard, lead: int = 1) -> Shard:
+    """The placement behind `lead` more leading axes."""
+    return Shard(place.dim + lead, place.outer, place.inner)
 
 
 def merge(places: list[Placement]) -> Placement:

@@ -14,6 +14,7 @@ from fxcurv.passes.finish import finish
 from fxcurv.passes.independence import independence
 from fxcurv.passes.normalize import normalize
 from fxcurv.passes.objective import objective
+from fxcurv.passes.placements import placements
 from fxcurv.passes.pool_first import pool_first
 from fxcurv.passes.products import products
 from fxcurv.passes.propagate import propagate
@@ -27,7 +28,7 @@ from fxcurv.passes.verify import verify
 from fxcurv.passes.whole_batch import whole_batch
 
 ANALYSIS = [normalize, pool_first, channels_last, independence, ends, whole_batch, objective, tokens]
-PIPELINE = [propagate, average, products, extract, simplify, select, simplify, sum_first, schedule, finish, recycle]
+PIPELINE = [propagate, average, products, extract, placements, simplify, select, simplify, sum_first, schedule, finish, recycle]
 
 
 def run(program: Program, passes: list, debug: bool = False, tell: Callable[[str], None] = lambda stage: None) -> Program:

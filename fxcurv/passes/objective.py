@@ -10,7 +10,6 @@ from fxcurv.errors import LossError, MixedSamplesError
 from fxcurv.ir.mixing import mixing
 from fxcurv.ir.program import Program
 from fxcurv.passes.ends import check_ends
-from fxcurv.quantity import HessianFactors, SqrtGGN
 from fxcurv.walks.loss import find_terms
 
 
@@ -19,14 +18,14 @@ def objective(program: Program) -> Program:
     extensions = program.extensions
     if program.loss is not None:
         _check_loss(program)
-    of_output = [e for e in extensions if isinstance(e.requires, SqrtGGN) and not isinstance(e.requires, HessianFactors)]
+    of_output = [e for e in extensions if e.requires.of_loss and not e.requires.of_ops]
     if of_output:
         check_ends(program, ", ".join(type(e).__name__ for e in of_output))
     if any(e.per_sample for e in extensions) and not program.batch.whole:
         _check_independence(program)
-    if any(isinstance(e.requires, SqrtGGN) for e in extensions):
+    if any(e.requires.of_loss for e in extensions):
         if program.loss is None:
-            names = ", ".join(type(e).__name__ for e in extensions if isinstance(e.requires, SqrtGGN))
+            names = ", ".join(type(e).__name__ for e in extensions if e.requires.of_loss)
             raise LossError(f"{names} needs a loss: pass one to fxcurv.compile(model, loss, ...)")
         program.analysis.terms = find_terms(program)
         _check_sampled(program)
@@ -53,14 +52,14 @@ def _check_independence(program: Program) -> None:
 
 def _check_sampled(program: Program) -> None:
     """Columns are sampled from the likelihood that a loss in closed form has; a loss that couples samples has none."""
-    sampled = ", ".join(type(e).__name__ for e in program.extensions if getattr(e.requires, "mc", None))
+    sampled = ", ".join(type(e).__name__ for e in program.extensions if e.requires.sampled)
     if program.batch.whole and sampled and any(term.node is None for term in program.analysis.terms):
         raise MixedSamplesError(program.analysis.mixing.format(asked=sampled))
 
 
 def _check_empirical(program: Program) -> None:
     """The empirical column is of a likelihood, which a loss that is linear in f does not have."""
-    asked = ", ".join(type(e).__name__ for e in program.extensions if getattr(e.requires, "empirical", False))
+    asked = ", ".join(type(e).__name__ for e in program.extensions if e.requires.of_targets)
     if asked and not program.analysis.terms:
         raise LossError(
             f'{asked}(fisher="empirical") needs a loss in closed form (cross-entropy, squares, binary cross-entropy with '

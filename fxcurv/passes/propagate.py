@@ -20,7 +20,7 @@ from torch import Tensor
 from fxcurv.ir.emit import emit
 from fxcurv.ir.graph import ancestors, descendants
 from fxcurv.ir.program import Program, is_active
-from fxcurv.quantity import GRADIENT, Group, HessianFactors
+from fxcurv.quantity import GRADIENT, Group
 from fxcurv.walks.columns import births
 from fxcurv.walks.columns.budget import capacity, convenient, largest_batch, sizes
 from fxcurv.walks.columns.stack import Stack, Walk
@@ -32,7 +32,7 @@ def propagate(program: Program) -> Program:
     """Fill `walked.uses` (parameter name -> uses), `walked.direct` (gradient past all samples) and column weights."""
     walk = Walk(program, [GRADIENT] if program.loss is not None else [])
     for e in program.extensions:
-        curved = isinstance(e.requires, HessianFactors)
+        curved = e.requires.of_ops
         for group in [*groups_of(program, e.requires), *([GRADIENT] if curved else [])]:
             walk.wanted[group] = walk.wanted.get(group, frozenset()) | {*program.names_of(e)}
         if curved:
@@ -48,9 +48,10 @@ def propagate(program: Program) -> Program:
     targets = [program.loss] if program.loss is not None else program.heads
     reached = set(ancestors(targets))
     _seed(walk)
+    planned = births.plan(walk)
     for node in reversed(forward):
         if node in reached:
-            births.at(walk, node)
+            births.at(walk, node, planned)
             if is_active(node) or node in walk.outputs:
                 visit(walk, node)
     widest = walk.carried

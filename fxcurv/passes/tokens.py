@@ -18,7 +18,6 @@ from fxcurv.ir.origin import locate
 from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Placement, Shard, Site
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program, is_active, is_sharded
-from fxcurv.quantity import Gradient
 from fxcurv.rules.base import rule_of
 from fxcurv.rules.sites import numeric_args
 from fxcurv.rules.traits import Slice, pointwise, sliced
@@ -37,12 +36,12 @@ def tokens(program: Program) -> Program:
 
 def _find(program: Program) -> None:
     for e in program.extensions:
-        if type(e.requires) is not Gradient and not e.any_sample:
+        if not e.requires.of_gradients and not e.any_sample:
             raise ExtensionError(
                 f'{type(e).__name__} is not defined for sample="token". Way out: sample="sequence", or a quantity of individual '
                 "gradients, or one that is a sum over samples (DiagGGNExact, DiagGGNMC, DiagHessian, products)."
             )
-    asked = ", ".join(type(e).__name__ for e in program.extensions if type(e.requires) is Gradient)
+    asked = ", ".join(type(e).__name__ for e in program.extensions if e.requires.of_gradients)
     if not asked:
         return
     if len(program.heads) != 1:

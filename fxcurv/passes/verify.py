@@ -6,7 +6,8 @@ from torch import Tensor, fx
 
 from fxcurv.errors import InternalError
 from fxcurv.ir.origin import locate
-from fxcurv.ir.private import FakeTensor, schema_of
+from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Alike, Shard
+from fxcurv.ir.private import FakeTensor, pytree, schema_of
 from fxcurv.ir.program import Program
 
 
@@ -24,6 +25,23 @@ def verify(program: Program, after: str) -> None:
     for field, results in program.results.items():
         if set(results) != set(wanted.get(field, program.params)):
             raise InternalError(f"after {after}: {field} covers {sorted(results)}, not every parameter")
+    if after == "placements":
+        _check_placements(program)
+
+
+def _check_placements(program: Program) -> None:
+    """Every value has its place across the parts of a batch, and every result the one that it is documented to have."""
+    for node in program.graph.nodes:
+        if node.op != "output" and "across" not in node.meta:
+            raise InternalError(f"after placements: {locate(node)} has no placement")
+    ours = [e for e in program.extensions if type(e).__module__.startswith("fxcurv.")]  # a user's need not say it
+    axes = {"grad": None, **{e.savefield: e.sample_axis for e in ours}}
+    for field in [f for f in axes if f in program.results and f not in program.borrowing]:
+        axis = axes[field]
+        allowed: tuple = (PARTIAL, REPLICATE) if axis is None else (Shard(axis), Alike(axis))
+        for node in pytree.tree_leaves(program.results[field]):
+            if node.meta["across"] not in (*allowed, MIXED):
+                raise InternalError(f"after placements: {field} is {node.meta['across']}, not {allowed}")
 
 
 def _check_node(node: fx.Node, after: str) -> None:

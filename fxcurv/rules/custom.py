@@ -37,7 +37,6 @@ from fxcurv.ir.private import (
     schema_of,
 )
 from fxcurv.ir.program import Program, is_active
-from fxcurv.quantity import Gradient
 from fxcurv.rules.base import Rule, rule_of
 from fxcurv.rules.traits import CUTS
 
@@ -636,7 +635,7 @@ def _check_linear(program: Program, node: fx.Node, found: list[Seen]) -> None:
     kind: Custom = node.target
     if kind.linear or not is_active(node):
         return
-    more = [type(e).__name__ for e in program.extensions if not isinstance(e.requires, Gradient)]
+    more = [type(e).__name__ for e in program.extensions if not e.requires.of_gradients]
     free = any(is_active(a) and not isinstance(a.meta["place"], Shard) for a in node.args if isinstance(a, fx.Node))
     each = [type(e).__name__ for e in program.extensions if e.per_sample] if free else []
     names = ", ".join(dict.fromkeys([*more, *each]))

@@ -40,7 +40,7 @@ class LossRule(Rule):
         """Columns [V, *prediction.shape] with sum_v s s^T = H_n; with `few`, any such columns, as few as possible."""
         raise NotImplementedError
 
-    def sampled(self, call: Call, c: Tensor, seed: Tensor, draw: Draw) -> Tensor:
+    def sampled(self, call: Call, c: Tensor, seed: noise.Seed, draw: Draw) -> Tensor:
         """Columns [M, *prediction.shape] whose s s^T has the mean H_n."""
         raise NotImplementedError
 
@@ -143,7 +143,7 @@ class CrossEntropy(LossRule):
         columns = q.unsqueeze(-2) * (eye[1:] - q[..., 1:].unsqueeze(-1) * w.unsqueeze(-2))
         return columns.movedim(-2, 0).movedim(-1, axis + 1)
 
-    def sampled(self, call: Call, c: Tensor, seed: Tensor, draw: Draw) -> Tensor:
+    def sampled(self, call: Call, c: Tensor, seed: noise.Seed, draw: Draw) -> Tensor:
         logp, axis, scale = self._curvature(call, c)
         p = logp.exp()
         like = p.narrow(axis, 0, 1)
@@ -175,7 +175,7 @@ class MeanSquaredError(Elementwise):
         scale = (2 * self.normalised(call, c, mode)).sqrt()
         return separate((torch.ones_like(z) * scale).unsqueeze(0), call.places[0], None)
 
-    def sampled(self, call: Call, c: Tensor, seed: Tensor, draw: Draw) -> Tensor:
+    def sampled(self, call: Call, c: Tensor, seed: noise.Seed, draw: Draw) -> Tensor:
         z, _, mode = call.args
         scale = (2 * self.normalised(call, c, mode) / draw.columns).sqrt()
         return noise.normal(seed, draw.stream, draw.columns, z, call.places[0]) * scale
@@ -196,7 +196,7 @@ class BinaryCrossEntropy(Elementwise):
         root = (0.5 * (F.logsigmoid(z) + F.logsigmoid(-z))).exp() * self.weight(call, c).sqrt()
         return separate(root.unsqueeze(0), call.places[0], None)
 
-    def sampled(self, call: Call, c: Tensor, seed: Tensor, draw: Draw) -> Tensor:
+    def sampled(self, call: Call, c: Tensor, seed: noise.Seed, draw: Draw) -> Tensor:
         z = call.args[0]
         p = torch.sigmoid(z)
         u = noise.uniform(seed, draw.stream, draw.columns, z, call.places[0])

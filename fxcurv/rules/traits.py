@@ -250,3 +250,11 @@ _LOSSES = re.compile(r"aten\.(\w+_loss\w*|binary_cross_entropy\w*|kl_div)(\.|$)"
 def named_loss(op: str) -> bool:
     """Whether PyTorch calls the op of this name a loss."""
     return _LOSSES.match(op) is not None
+
+
+# ---- what is divided by the number of samples ------------------------------
+
+MEANS = {aten.mean.default, aten.mean.dim}
+
+# (loss, sum of weights): the mean is weighed
+WEIGHED = {aten.nll_loss_forward.default, aten.nll_loss2d_forward.default}

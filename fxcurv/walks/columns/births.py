@@ -1,18 +1,26 @@
-"""Births of column groups: what each quantity puts on the walk, and at which node."""
+"""Births of column groups: what each kind of columns puts on the walk, and at which node.
+
+A kind is one function, registered by `born`: it is handed the walk and the group when the walk reaches the node that the
+kind is born at, and has the columns sent down.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxcurv.errors import ExtensionError, LossError
-from fxcurv.ir.emit import emit
-from fxcurv.ir.noise import uniform
+from fxcurv.ir.emit import emit, first_sample
+from fxcurv.ir.noise import Seed, uniform
 from fxcurv.ir.origin import origin_of
 from fxcurv.ir.placement import Shard, samples_back, samples_first
 from fxcurv.ir.precision import widened
 from fxcurv.ir.program import Input, Program
-from fxcurv.quantity import GRADIENT, TOKEN, Group, Term
+from fxcurv.quantity import GRADIENT, IDENTITY, TOKEN, Group, Term, kind
 from fxcurv.rules.base import rule_of
 from fxcurv.rules.call import Call, call_of
 from fxcurv.rules.loss import Draw, separate
@@ -20,27 +28,54 @@ from fxcurv.walks.columns.stack import Stack, Walk, merged
 from fxcurv.walks.loss import check_convex, check_positive, hessian_of_loss, root_of, signed_pairs
 
 
-def at(walk: Walk, node: fx.Node) -> None:
+@dataclass(frozen=True)
+class Birth:
+    """Where a group is born, and what has its columns sent down from there."""
+
+    at: Callable[[Program, Group], fx.Node]
+    give: Callable[[Walk, Group], None]
+
+
+BIRTHS: dict[str, Birth] = {}
+
+
+def born(name: str, at: Callable[[Program, Group], fx.Node], title: str = "", by_class: bool = False):
+    """Register how columns of a kind are made: a decorator. With a title, of a new kind."""
+
+    def add(give: Callable[[Walk, Group], None]):
+        BIRTHS[kind(name, title, by_class=by_class) if title else name] = Birth(at, give)
+        return give
+
+    return add
+
+
+def plan(walk: Walk) -> dict[fx.Node, list[Group]]:
+    """The groups that are born at each node; the ops give birth to others on the walk."""
+    found: dict[fx.Node, list[Group]] = {}
+    for group in walk.groups:
+        if group.kind in BIRTHS:
+            found.setdefault(BIRTHS[group.kind].at(walk.program, group), []).append(group)
+    return found
+
+
+def at(walk: Walk, node: fx.Node, planned: dict[fx.Node, list[Group]]) -> None:
     """Add to the cotangents what is born when the walk reaches `node`."""
-    program = walk.program
-    groups = [g for g in walk.groups if g != GRADIENT]
-    terms: list[Term] = program.analysis.terms
-    for index, term in enumerate(terms):
-        here = [g for g in groups if g.term == index and g.kind not in ("identity", "token")]
+    for term in walk.program.analysis.terms:
         if term.node is node:
-            _closed_form(walk, term, here)
-        elif here and term.node is None and node is _latest(program.heads):
-            _general(walk, here)
-    if Group("identity") in groups and node is _latest(program.heads):
-        _identity(walk, node)
-    if TOKEN in groups and node is _latest(program.heads):
-        _by_position(walk, node)
+            _arrive(walk, node)
+    for group in planned.get(node, []):
+        BIRTHS[group.kind].give(walk, group)
 
 
-def _latest(heads: list[fx.Node]) -> fx.Node:
+def at_term(program: Program, group: Group) -> fx.Node:
+    """The loss op of a group's term, or the output where the whole loss is the term."""
+    return program.analysis.terms[group.term].node or at_output(program)
+
+
+def at_output(program: Program, group: Group | None = None) -> fx.Node:
     """The head that the reverse walk meets first: all cotangents past the heads are known there."""
-    order = {n: k for k, n in enumerate(heads[0].graph.nodes)}
-    return max(heads, key=order.__getitem__)
+    order = {n: k for k, n in enumerate(program.graph.nodes)}
+    return max(program.heads, key=order.__getitem__)
 
 
 def seed_node(program: Program) -> fx.Node:
@@ -56,30 +91,56 @@ def seed_node(program: Program) -> fx.Node:
     return program.seed
 
 
-def _closed_form(walk: Walk, term: Term, groups: list[Group]) -> None:
-    program, node = walk.program, term.node
+def _seed(program: Program) -> tuple[fx.Node, fx.Node]:
+    """What noise is made of: the seed, and the number of the first sample."""
+    return seed_node(program), first_sample(program)
+
+
+# ---- of a loss in closed form ------------------------------
+
+
+def _arrive(walk: Walk, node: fx.Node) -> None:
+    """The cotangent at a loss op is known, whether or not columns are born there."""
     stack = merged(walk, node, walk.cotangents[node])
     walk.cotangents[node] = [stack]
-    program.walked.arrivals[node] = stack.node
-    rule, call = rule_of(node.target, program.rules), call_of(program, node)
-    origin = origin_of(node, "columns")
-    check_positive(program, node, stack.node)
-    for group in groups:
-        weights = None
-        if group.kind == "exact":
-            few = not any(e.shows_columns for e in program.extensions)
-            columns = emit(program, _exact, rule, call, stack.node, few, origin=origin)
-            if not any(e.needs_convex for e in program.extensions):
-                weights = emit(program, _sign, stack.node, origin=origin)
-        elif group.kind == "empirical":
-            columns = emit(program, _empirical, rule, call, stack.node, origin=origin)
-        else:
-            draw = Draw(group.draws, group.term)
-            columns = emit(program, _sampled, rule, call, stack.node, seed_node(program), draw, origin=origin)
-        _born(walk, group, [term.prediction], [columns], weights, origin)
+    walk.program.walked.arrivals[node] = stack.node
+    check_positive(walk.program, node, stack.node)
 
 
-def _born(walk: Walk, group: Group, heads: list[fx.Node], columns: list[fx.Node], weights, origin: dict) -> None:
+def _of_op(walk: Walk, group: Group, fn: Callable, *args: Any, weights: Callable | None = None) -> None:
+    """Columns `fn(rule, call, c, *args)` at the term's prediction, with weights `weights(c)`; c: the loss op's cotangent."""
+    program = walk.program
+    term: Term = program.analysis.terms[group.term]
+    rule, call, origin = rule_of(term.node.target, program.rules), call_of(program, term.node), origin_of(term.node, "columns")
+    c = program.walked.arrivals[term.node]
+    columns = emit(program, fn, rule, call, c, *args, origin=origin)
+    real = emit(program, weights, c, origin=origin) if weights is not None else None
+    carry(walk, group, [term.prediction], [columns], real, origin)
+
+
+@born("exact", at_term, "exact", by_class=True)
+def _of_exact(walk: Walk, group: Group) -> None:
+    extensions = walk.program.extensions
+    few = not any(e.shows_columns for e in extensions)
+    _of_op(walk, group, _exact, few, weights=None if any(e.needs_convex for e in extensions) else _sign)
+
+
+@born("empirical", at_term, "empirical")
+def _of_empirical(walk: Walk, group: Group) -> None:
+    if walk.program.analysis.terms[group.term].node is None:
+        raise LossError(
+            'fisher="empirical" needs a loss in closed form (cross-entropy, squares, binary cross-entropy with logits), '
+            'whose scale per sample is known. Way out: fisher="mc".'
+        )
+    _of_op(walk, group, _empirical)
+
+
+@born("mc", at_term, "sampled")
+def _of_sampled(walk: Walk, group: Group) -> None:
+    _of_op(walk, group, _sampled, _seed(walk.program), Draw(group.draws, group.term))
+
+
+def carry(walk: Walk, group: Group, heads: list[fx.Node], columns: list[fx.Node], weights, origin: dict) -> None:
     """Columns [V, *head] of `group`, and weights [V or 1, ...], come to `heads`, now or in parts in later sweeps."""
     def send(part: Group, start: int, stop: int) -> None:
         for head, stack in zip(heads, columns, strict=True):
@@ -118,25 +179,32 @@ def _in_dtype(columns: Tensor, call: Call) -> Tensor:
     return columns.to(call.args[0].dtype)
 
 
-def _identity(walk: Walk, head: fx.Node) -> None:
+# ---- at the output ------------------------------
+
+
+@born(IDENTITY.kind, at_output)
+def _of_output(walk: Walk, group: Group) -> None:
     program = walk.program
     if len(program.heads) != 1:
         raise ExtensionError(
             f"Jacobian needs one output, the model has {len(program.heads)}: pass split='module.path', or return one tensor"
         )
+    (head,) = program.heads
     origin = origin_of(head, "columns")
     columns = emit(program, _eye, head, head.meta["place"], origin=origin)
-    _born(walk, Group("identity"), [head], [columns], None, origin)
+    carry(walk, group, [head], [columns], None, origin)
 
 
-def _by_position(walk: Walk, head: fx.Node) -> None:
+@born(TOKEN.kind, at_output)
+def _by_position(walk: Walk, group: Group) -> None:
     """The gradient in f, apart by positions."""
+    head = at_output(walk.program)
     stack = merged(walk, head, walk.cotangents[head])
     walk.cotangents[head] = [stack]
     start = sum(stack.columns[: stack.groups.index(GRADIENT)])
     origin, (_, classes) = origin_of(head, "columns"), walk.program.analysis.positions or (0, None)
     columns = emit(walk.program, _apart, stack.node, start, head.meta["place"], classes, origin=origin)
-    _born(walk, TOKEN, [head], [columns], None, origin)
+    carry(walk, group, [head], [columns], None, origin)
 
 
 def _apart(g: Tensor, start: int, place: Shard, classes: int | None) -> Tensor:
@@ -147,42 +215,57 @@ def _eye(f: Tensor, place: Shard) -> Tensor:
     return separate(torch.ones_like(f).unsqueeze(0), place, None)
 
 
-def _general(walk: Walk, groups: list[Group]) -> None:
-    """Columns of the per-sample Hessian of the whole loss in f, for a loss without a closed form."""
+# ---- of any other loss ------------------------------
+
+
+def _of_hessian(walk: Walk, group: Group, fn: Callable, *args: Any) -> None:
+    """Columns and weights `fn(h, *args)` at the output, from the Hessian of the whole loss in f per sample."""
     program = walk.program
-    if any(g.kind == "empirical" for g in groups):
-        raise LossError(
-            'fisher="empirical" needs a loss in closed form (cross-entropy, squares, binary cross-entropy with logits), '
-            'whose scale per sample is known. Way out: fisher="mc".'
-        )
-    heads = program.heads
-    places = tuple(h.meta["place"] for h in heads)
+    places = tuple(h.meta["place"] for h in program.heads)
     origin = {"stage": "columns", "op": "Hessian of the loss", "module": ""}
-    h = hessian_of_loss(program)
-    check_convex(program, h)
-    for group in groups:
-        weights = None
-        if group.kind == "signed":
-            joint, weights = emit(program, signed_pairs, h, origin=origin)
-        elif program.options.create_graph:
-            raise ExtensionError(
-                "create_graph=True with a root of a loss that has no closed form: the derivative of an eigendecomposition is "
-                "not defined at repeated eigenvalues. Way out: a diagonal (DiagGGNExact), or cross-entropy, squares or BCE."
-            )
-        elif group.kind == "root":
-            joint = emit(program, root_of, h, origin=origin)
-        else:
-            joint = emit(program, _signs, h, seed_node(program), group.term, group.draws, origin=origin)
-        columns = emit(program, _split, joint, places, [*heads], origin=origin)
-        _born(walk, group, heads, list(columns), weights, origin)
+    if walk.hessian is None:
+        walk.hessian = hessian_of_loss(program)
+        check_convex(program, walk.hessian)
+    joint, weights = emit(program, fn, walk.hessian, *args, origin=origin)
+    columns = emit(program, _split, joint, places, [*program.heads], origin=origin)
+    carry(walk, group, program.heads, list(columns), weights, origin)
 
 
-def _signs(h: Tensor, seed: Tensor, stream: int, draws: int) -> Tensor:
+def _check_no_derivative(walk: Walk) -> None:
+    if walk.program.options.create_graph:
+        raise ExtensionError(
+            "create_graph=True with a root of a loss that has no closed form: the derivative of an eigendecomposition is "
+            "not defined at repeated eigenvalues. Way out: a diagonal (DiagGGNExact), or cross-entropy, squares or BCE."
+        )
+
+
+@born("signed", at_term, "weighted (of the loss's Hessian)")
+def _of_pairs(walk: Walk, group: Group) -> None:
+    _of_hessian(walk, group, signed_pairs)
+
+
+@born("root", at_term, "root (of the loss's Hessian)")
+def _of_root(walk: Walk, group: Group) -> None:
+    _check_no_derivative(walk)
+    _of_hessian(walk, group, _root)
+
+
+@born("signs", at_term, "root times random signs")
+def _of_signs(walk: Walk, group: Group) -> None:
+    _check_no_derivative(walk)
+    _of_hessian(walk, group, _signs, _seed(walk.program), group.term, group.draws)
+
+
+def _root(h: Tensor) -> tuple[Tensor, None]:
+    return root_of(h), None
+
+
+def _signs(h: Tensor, seed: Seed, stream: int, draws: int) -> tuple[Tensor, None]:
     """The root times random signs: sampled columns for any loss, [M, N, D]."""
     root = root_of(h).movedim(0, 1)
     u = uniform(seed, stream, draws, h[:, 0], Shard(0))
     signs = torch.where(u < 0.5, -1.0, 1.0).to(h.dtype)
-    return torch.einsum("mnd,nde->mne", signs, root) * draws**-0.5
+    return torch.einsum("mnd,nde->mne", signs, root) * draws**-0.5, None
 
 
 def _split(columns: Tensor, places, heads: list[Tensor]) -> list[Tensor]:

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, fx
 
 from fxcurv.contractions.factors import Jacobian
-from fxcurv.ir.emit import emit
+from fxcurv.ir.emit import declare, emit
 from fxcurv.ir.graph import ancestors, canonical_args
 from fxcurv.ir.origin import origin_of
-from fxcurv.ir.placement import Shard, samples_back, samples_first
+from fxcurv.ir.placement import Shard, samples_back, samples_first, shifted
 from fxcurv.ir.precision import widened
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import is_active, is_sharded
-from fxcurv.quantity import GRADIENT, Group
+from fxcurv.quantity import GRADIENT, RESIDUAL, Group
 from fxcurv.rules.base import Rule, is_op, rule_of, serves_alone
 from fxcurv.rules.call import Call, call_of, place_of_outputs
 from fxcurv.rules.loss import separate
@@ -78,7 +78,7 @@ def _rows(t: Tensor, start: int, of: int) -> Tensor:
 
 
 def _born(walk: Walk, columns: int, send: Callable[[Group, int, int], None], divisible: bool = True) -> None:
-    group = Group("residual", len(walk.residuals))
+    group = Group(RESIDUAL, len(walk.residuals))
     walk.residuals.append(group)
     walk.groups.append(group)
     walk.wanted[group] = walk.of_curvature
@@ -124,7 +124,7 @@ def _bilinear(walk: Walk, node: fx.Node, stack: Stack, rule: Rule, data: list, f
         out = emit(walk.program, _cross_pairs, rule, call, position, tuple(partners), g, origin=origin)
         columns, direct, weights = out
         parts = {position: columns, **dict(zip(partners, direct, strict=True))}
-        _send_parts(walk, leaves, parts, set(partners), weights, rule, False, origin)
+        _send_parts(walk, leaves, parts, set(partners), weights, rule, False, origin, (node, call, g))
 
 
 def _cross_pairs(rule: Rule, call: Call, position: int, free: tuple, g: Tensor):
@@ -151,14 +151,19 @@ def _joint(
     g = _gradient(walk, node, stack)
     parts, weights = emit(walk.program, _residual_pairs, rule, call, tuple(active), g, place, origin=origin)
     free = {i for i in active if place is not None and not is_sharded(leaves[i])}
-    _send_parts(walk, leaves, dict(zip(active, parts, strict=True)), free, weights, rule, place is None, origin)
+    _send_parts(walk, leaves, dict(zip(active, parts, strict=True)), free, weights, rule, place is None, origin, (node, call, g))
 
 
 def _send_parts(
-    walk: Walk, leaves: list, parts: dict, free: set, weights: fx.Node, rule: Rule, per_sample: bool, origin
+    walk: Walk, leaves: list, parts: dict, free: set, weights: fx.Node, rule: Rule, per_sample: bool, origin, sources
 ):
     """Columns by position: to the values there, or as P itself to those in `free`."""
     of = weights.meta["val"].shape[0]
+    for i, whole in parts.items():
+        if i in free or per_sample:
+            declare(whole, Shard(1) if i in free else Shard(0, of), sources)
+        else:
+            declare(whole, shifted(leaves[i].meta["place"]), sources)
 
     def send(part: Group, start: int, stop: int) -> None:
         v = stop - start

@@ -48,6 +48,7 @@ class Walk:
     capacity: int = 1 << 62
     convenient: int = 1 << 62
     carried: int = 0
+    hessian: fx.Node | None = None
     waiting: list[tuple[Group, int, Callable[[Group, int, int], None]]] = field(default_factory=list)
     parts: dict[Group, list[Group]] = field(default_factory=dict)
 

@@ -9,15 +9,15 @@ from torch import Tensor, fx
 
 from fxcurv.contractions.factors import Factor, Jacobian
 from fxcurv.errors import UnsupportedOpError
-from fxcurv.ir.emit import emit
+from fxcurv.ir.emit import declare, emit
 from fxcurv.ir.graph import canonical_args
 from fxcurv.ir.origin import locate, origin_of
-from fxcurv.ir.placement import REPLICATE, Shard
+from fxcurv.ir.placement import REPLICATE, Shard, shifted
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import is_active, place
 from fxcurv.quantity import GRADIENT, Group
 from fxcurv.rules.base import FAILURES, Rule, rule_of
-from fxcurv.rules.call import call_of, outputs_of, place_of_outputs
+from fxcurv.rules.call import Call, call_of, outputs_of, place_of_outputs
 from fxcurv.walks.columns import residuals as curvature
 from fxcurv.walks.columns.stack import Stack, Walk, add_stacks, merged, narrowed
 from fxcurv.walks.uses import Use, pull_back, select_group
@@ -106,11 +106,14 @@ def _step(walk: Walk, node: fx.Node, stack: Stack) -> None:
         wrt = tuple(i for i in active if i not in free)
         if wrt:
             for i, g in zip(wrt, emit(program, rule.transpose, call, wrt, stack.node, origin=origin), strict=True):
+                _declare(node, stack, leaves[i], g, call)
                 there = Stack(stack.groups, stack.columns, g, stack.per_sample)
                 walk.add(leaves[i], narrowed(walk, there, kept[i], node))
         for i in free:
             here = narrowed(walk, stack, kept[i], node)
             found = emit(program, rule.factors, call, i, here.node, origin=origin)
+            for name, where in zip(found.tensors, found.places(), strict=True):
+                declare(getattr(found, name), where, (node, call, here.node))
             use = Use(found, here.groups, here.columns, rule.name, (), node, leaves[i], here.node)
             walk.uses.setdefault(leaves[i], []).append(use)
     except (*FAILURES, TypeError) as error:
@@ -118,6 +121,15 @@ def _step(walk: Walk, node: fx.Node, stack: Stack) -> None:
             f"{locate(node)}\nhas no rule, and the general fallback failed: {type(error).__name__}: {str(error)[:300]}\n"
             "Way out: pass rules={op: rule}, or write the op in other PyTorch ops."
         ) from error
+
+
+def _declare(node: fx.Node, stack: Stack, leaf: fx.Node, g: fx.Node, call: Call) -> None:
+    """A cotangent lies as what it is of, and behind the columns."""
+    at = place(leaf)
+    if stack.per_sample:
+        declare(g, Shard(0, sum(stack.columns)), (node, call, stack.node))
+    elif isinstance(at, Shard) and isinstance(place_of_outputs(node), Shard):
+        declare(g, shifted(at), (node, call, stack.node))
 
 
 def _leave_uses(walk: Walk, node: fx.Node) -> None:
@@ -145,7 +157,10 @@ def _total(walk: Walk, node: fx.Node, uses: list[Use], group: Group, fn, reduce:
     parts = []
     for use in uses:
         origin = origin_of(node, "propagate")
-        value = emit(walk.program, fn, select_group(walk.program, use, group, origin), origin=origin)
+        factor = select_group(walk.program, use, group, origin)
+        value = emit(walk.program, fn, factor, origin=origin)
+        if not reduce:
+            declare(value, Shard(1), factor)
         parts.append(pull_back(walk.program, use, value, reduce))
     return emit(walk.program, add_stacks, parts, origin=origin_of(node, "propagate"))
 
