@@ -143,7 +143,7 @@ KEEP = {
     aten._native_batch_norm_legit_no_training.default, aten.constant_pad_nd.default, aten.cat.default, aten._to_copy.default,
 }  # fmt: skip
 
-# Elementwise, but what they make is contiguous whatever they read.
+# Elementwise, but what they make is contiguous whatever they read (of log_sigmoid the fake op says otherwise).
 CONTIGUOUS = {aten.log_sigmoid.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 
 # Views of all that they are given: they share its memory from the first element on, and its dtype.
