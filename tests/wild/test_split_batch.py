@@ -16,11 +16,16 @@ from fxcurv.errors import InternalError
 from fxcurv.extensions import (
     KFAC,
     KFLR,
+    KFRA,
+    BatchDiagGGNExact,
+    BatchDiagGGNMC,
     BatchGrad,
     BatchL2Grad,
+    ClippedGrad,
     DiagGGNExact,
     DiagGGNMC,
     DiagHessian,
+    SqrtGGNExact,
     SumGradSquared,
     Variance,
 )
@@ -29,7 +34,11 @@ from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Shard, samples_back, 
 from fxcurv.passes.counts import counts
 from fxcurv.passes.placements import placements
 
-FIRST = [BatchGrad(), SumGradSquared(), Variance(), BatchL2Grad(), DiagGGNExact(), DiagGGNMC(), KFAC(), KFLR()]
+ASKED = {
+    "first": [BatchGrad(), SumGradSquared(), Variance(), BatchL2Grad(), DiagGGNExact(), DiagGGNMC(), KFAC(), KFLR()],
+    "hessian": [DiagHessian()],
+    "more": [BatchDiagGGNExact(), SqrtGGNExact(), BatchDiagGGNMC(2), ClippedGrad(0.1), KFRA()],
+}
 
 
 def lowered(model, loss, extensions, x, y):
@@ -139,16 +148,19 @@ def build(name):
     return MODELS[name]()
 
 
-def without(name):
-    """`KFAC` and `KFLR` have no factors for a weight that is both an embedding and a head."""
-    return [e for e in FIRST if not (name == "tied" and isinstance(e, KFAC | KFLR))]
+def asked_of(name, which):
+    """The extensions; a weight that is both an embedding and a head has no Kronecker factors."""
+    return [e for e in ASKED[which] if not (name == "tied" and isinstance(e, KFAC | KFLR))]
 
 
-@pytest.mark.parametrize("extensions", ["first", "hessian"])
-@pytest.mark.parametrize("name", MODELS)
-def test_parts_of_a_batch_give_the_whole(name, extensions):
+QUICK = [("mlp", "first"), ("weighted", "first"), ("tied", "hessian")]
+SLOW = [(m, a) for m in MODELS for a in ("first", "hessian") if (m, a) not in QUICK] + [("mlp", "more"), ("cnn", "more")]
+
+
+@pytest.mark.parametrize(("name", "which"), [*QUICK, *(pytest.param(*p, marks=pytest.mark.slow) for p in SLOW)])
+def test_parts_of_a_batch_give_the_whole(name, which):
     model, loss, x, y = build(name)
-    asked = without(name) if extensions == "first" else [DiagHessian()]
+    asked = asked_of(name, which)
     program = lowered(model, loss, asked, x, y)
     whole = fxcurv.compile(model, loss, asked)(x, y, seed=7)
     for cuts in ([len(x) - 3, 3], [1, len(x) - 3, 2]):
