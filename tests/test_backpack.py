@@ -506,6 +506,26 @@ def test_hook_and_plain_modules(model):
     assert isinstance(model, nn.Sequential) and repr(model) == repr(mlp())
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_hooks_on_the_extended_model_run_once(before):
+    """They run where the model is called, so they are no part of its programs."""
+    model, plain, (x, y) = mlp(), mlp(), vectors()
+    if before:
+        model.register_forward_pre_hook(lambda module, args: (3 * args[0],))
+        run, extensions = lambda x: plain(3 * x), [BatchGrad(), DiagGGNExact()]
+    else:
+        model.register_forward_hook(lambda module, args, out: out.sin())
+        run, extensions = lambda x: plain(x).sin(), [BatchGrad()]
+    backward(extend(model), extend(nn.CrossEntropyLoss()), x, y, extensions)
+    params = list(plain.parameters())
+    each = [torch.autograd.grad(F.cross_entropy(run(a[None]), b[None]) / len(x), params) for a, b in zip(x, y, strict=True)]
+    for p, rows in zip(model.parameters(), zip(*each, strict=True), strict=True):
+        close([p.grad, p.grad_batch], [sum(rows), torch.stack(rows)])
+    if before:
+        oracle = Oracle(mlp(), nn.CrossEntropyLoss(), 3 * x, y, kind="ce").diag_ggn_exact()
+        close([p.diag_ggn_exact for p in model.parameters()], list(oracle.values()))
+
+
 def test_copies_are_extended_and_free_themselves():
     model, (x, y) = extend(mlp()), vectors()
     backward(model, nn.CrossEntropyLoss(), x, y, [BatchGrad()])

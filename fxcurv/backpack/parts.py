@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -101,7 +103,7 @@ class ModelParts:
         """A pass for this call, and what its program's placeholders are bound to."""
         subject, arguments = Subject(self.model, None), flatten_arguments(self._inputs(args, kwargs), (), 0)
         request = _request(subject, arguments, subject.autocast())
-        with torch.no_grad(), disable(), torch.autocast(request.mode.device_type, enabled=False):
+        with torch.no_grad(), _inside(self.model), torch.autocast(request.mode.device_type, enabled=False):
             forward = self._programs.find(request)
             flat = bind(forward.program, subject, arguments, None, None)
         rng = _rng_state(arguments.inputs) if forward.random else None
@@ -153,7 +155,7 @@ class ModelParts:
         key = tuple(c.key() for c in calls), extensions
         if key not in found.forward.with_loss:
             found.forward.with_loss[key] = LossParts(found.template, extensions)
-        with disable():
+        with _inside(self.model):
             results, whole = found.forward.with_loss[key].backward(found, calls, leaves, gs, values)
         if not whole:
             results["grad"] = self.backward(found, (), leaves, gs, values)["grad"]
@@ -239,6 +241,18 @@ class LossParts:
             for held, error in zip(holds, backward.verdicts, strict=True):
                 if not bool(held):
                     raise error()
+
+
+@contextlib.contextmanager
+def _inside(model: nn.Module) -> Iterator[None]:
+    """The extended model as its own class has it: plain, and without the hooks on itself, which run where it is called."""
+    before, after = model._forward_pre_hooks, model._forward_hooks
+    model._forward_pre_hooks, model._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        with disable():
+            yield
+    finally:
+        model._forward_pre_hooks, model._forward_hooks = before, after
 
 
 def _request(subject: Subject, arguments: Arguments, mode: Autocast, create_graph: bool = False) -> Request:
