@@ -147,13 +147,14 @@ class _Cut(torch.autograd.Function):
         create_graph = torch.is_grad_enabled()
         twice = running_backward() in found.twice
         context = backpack() if twice else current()
+        check = context.check is not None and not twice and not create_graph
         with torch.autocast(found.mode.device_type, enabled=False):
             if create_graph or given:
                 again, differentiable = found.parts.again(found, flat, ledger.alias)
             of_inputs = _of_inputs(again, given, gs, create_graph) if given else []
             values = differentiable if create_graph else values
             detached = [f.detach() for f in leaves]
-            results = found.parts.backward(found, context.extensions, detached, gs, values)
+            results = found.parts.backward(found, context.extensions, detached, gs, values, check)
         if create_graph:
             _mark(found, results)
         if twice:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcurv.backpack import cut
+from fxcurv.backpack.check import PassCheck
 from fxcurv.backpack.context import disable
 from fxcurv.backpack.losses import LossCall, TotalLoss, gradients, leaves_only, same_gradients, targets_of
 from fxcurv.errors import LossError
@@ -40,14 +41,14 @@ class Forward:
     Attributes:
         program: the analysed program of the model alone, numbered.
         random: whether it draws.
-        backwards: (extensions, create_graph) -> parts of the model alone, for different batch sizes.
+        backwards: (extensions, create_graph) -> endings of the model alone, for different batch sizes.
         with_loss: (keys of the calls of extended losses, extensions) -> parts that know the losses.
     """
 
     program: Program
     part: cut.Part
     random: bool
-    backwards: dict[tuple[tuple[Extension, ...], bool], list[cut.Backward]] = field(default_factory=dict)
+    backwards: dict[tuple[tuple[Extension, ...], bool], list[Ending]] = field(default_factory=dict)
     with_loss: dict[tuple[Any, tuple[Extension, ...]], LossParts] = field(default_factory=dict)
 
 
@@ -83,6 +84,16 @@ class Pass:
     def template(self) -> Program:
         """The analysed program of the model alone."""
         return self.forward.program
+
+    def bound(self, values: dict[int, Any]) -> dict[Input, Any]:
+        """What the placeholders of the template were bound to; `values`: of the pass, by number."""
+        placeholders = [n for n in self.template.graph.nodes if n.op == "placeholder"]
+        return {what: values[n.meta["key"]] for n, what in zip(placeholders, self.template.inputs, strict=True)}
+
+    def with_inputs(self, bound: dict[Input, Any]) -> Arguments:
+        """The arguments of the call, with the inputs among what was bound."""
+        inputs = [bound[what] for what in sorted(bound, key=lambda what: what.index) if what.kind == "input"]
+        return replace(self.arguments, inputs=inputs)
 
 
 class ModelParts:
@@ -141,32 +152,61 @@ class ModelParts:
         return leaves, values
 
     def backward(
-        self, found: Pass, extensions: tuple[Extension, ...], leaves: list[Tensor], gs: Sequence[Any], values: dict
+        self,
+        found: Pass,
+        extensions: tuple[Extension, ...],
+        leaves: list[Tensor],
+        gs: Sequence[Any],
+        values: dict,
+        check: bool = False,
     ) -> dict[str, Any]:
-        """field -> parameter name -> value: the gradient from cotangents `gs` of `leaves`, and the extensions."""
+        """field -> parameter name -> value: the gradient from cotangents `gs` of `leaves`, and the extensions.
+
+        check: whether the first results of a backward part are compared with plain PyTorch's.
+        """
         create_graph = torch.is_grad_enabled()
         if all(isinstance(e.requires, Gradient | Identity) for e in extensions):
-            backward = self._of_model(found, extensions, create_graph)
+            ending = self._of_model(found, extensions, create_graph)
             given = [torch.zeros_like(f) if g is None else g for f, g in zip(leaves, gs, strict=True)]
             cotangents = {Input("cotangent", index=k): g for k, g in enumerate(given)}
-            return _run(backward, values, cotangents, create_graph)
+            results = _run(ending.backward, values, cotangents, create_graph)
+            if check:
+                self._check(found, ending, leaves, gs, values, results)
+            return results
         calls = [c for c in found.calls if c.scale is not None]
         _check_calls(calls, extensions)
         key = tuple(c.key() for c in calls), extensions
         if key not in found.forward.with_loss:
             found.forward.with_loss[key] = LossParts(found.template, extensions)
         with _inside(self.model):
-            results, whole = found.forward.with_loss[key].backward(found, calls, leaves, gs, values)
-        if not whole:
+            results, ending = found.forward.with_loss[key].backward(found, calls, leaves, gs, values)
+        if ending.backward.regularised:
             results["grad"] = self.backward(found, (), leaves, gs, values)["grad"]
+        if check:
+            self._check(found, ending, leaves, gs, values, results)
         return results
 
-    def _of_model(self, found: Pass, extensions: tuple[Extension, ...], create_graph: bool) -> cut.Backward:
+    def _check(
+        self, found: Pass, ending: Ending, leaves: list[Tensor], gs: Sequence[Any], values: dict, results: dict[str, Any]
+    ) -> None:
+        """Compare the first results of a backward part with plain PyTorch's, unless the model has changed since the pass."""
+        if ending.checked or found.forward.random or all(g is None for g in gs):
+            return
+        bound = found.bound(values)
+        request = _request(Subject(self.model, None), found.with_inputs(bound), found.mode)
+        with _inside(self.model):
+            if not self._programs.holds(found.forward, request):
+                return
+            flat = [bound[what] for what in found.template.inputs]
+            PassCheck(found.template, ending.backward.program, request, flat, gs).compare((None, leaves, {}, results, {}))
+        ending.checked = True
+
+    def _of_model(self, found: Pass, extensions: tuple[Extension, ...], create_graph: bool) -> Ending:
         """The backward part of the model alone that serves this pass."""
         n, made = found.samples, found.forward.backwards.setdefault((extensions, create_graph), [])
-        for backward in made:
-            if backward.program.serves(n):
-                return backward
+        for ending in made:
+            if ending.program.serves(n):
+                return ending
         covers = covered(self.model, None, extensions)[1]
         with torch.no_grad(), disable():
             backward = at_numbers_if_need_be(
@@ -175,17 +215,23 @@ class ModelParts:
                 lambda: cut.with_seams(found.template),
                 n,
             )
-        made.append(backward)
-        return backward
+        made.append(Ending(backward.program, backward))
+        return made[-1]
 
 
 @dataclass(eq=False)
 class Ending:
-    """A backward part that knows the losses; `verified`: for which leaves of the output it was held against autograd."""
+    """A backward part.
+
+    Attributes:
+        verified: for which leaves of the output the extended losses were seen to be all that reads it.
+        checked: its first results were those of plain PyTorch.
+    """
 
     program: Program
     backward: cut.Backward
     verified: set[tuple[bool, ...]] = field(default_factory=set)
+    checked: bool = False
 
 
 def _ending(template: Program, program: Program, tell: Tell) -> Ending:
@@ -205,14 +251,11 @@ class LossParts:
 
     def backward(
         self, found: Pass, calls: list[LossCall], leaves: list[Tensor], gs: Sequence[Any], values: dict
-    ) -> tuple[dict[str, Any], bool]:
-        """(see `ModelParts.backward`, whether the gradient is that through the output)."""
+    ) -> tuple[dict[str, Any], Ending]:
+        """(see `ModelParts.backward`, the part that ran)."""
         create_graph = torch.is_grad_enabled()
-        placeholders = [n for n in found.template.graph.nodes if n.op == "placeholder"]
-        bound = {what: values[n.meta["key"]] for n, what in zip(placeholders, found.template.inputs, strict=True)}
-        inputs = [bound[what] for what in sorted(bound, key=lambda what: what.index) if what.kind == "input"]
-        of_inputs = replace(found.arguments, inputs=inputs)
-        of_targets = flatten_arguments(tuple(inputs), targets_of(calls), 0)
+        of_inputs = found.with_inputs(found.bound(values))
+        of_targets = flatten_arguments(tuple(of_inputs.inputs), targets_of(calls), 0)
         structure = of_inputs.structure[0], of_targets.structure[1]
         arguments = replace(
             of_inputs, targets=of_targets.targets, target_template=of_targets.target_template, structure=structure
@@ -226,7 +269,7 @@ class LossParts:
         if case not in ending.verified:
             self._verify(backward, calls, leaves, gs, values, given)
             ending.verified.add(case)
-        return _run(backward, values, given, create_graph), not backward.regularised
+        return _run(backward, values, given, create_graph), ending
 
     def _verify(self, backward: cut.Backward, calls, leaves, gs, values, given) -> None:
         """What reaches f is the gradient of the extended losses, so that their Hessian is all of it; and the checks."""

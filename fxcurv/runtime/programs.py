@@ -79,7 +79,7 @@ class Ready:
 def emitted(program: Program, tell: Tell) -> Ready:
     """Run the pipeline on an analysed program, whose forward graph stays for the checks."""
     probe = Probe(program) if program.options.check else None
-    selfcheck = SelfCheck(program, probe) if probe is not None and program.options.check != "probe" else None
+    selfcheck = SelfCheck(program, probe.needed) if probe is not None and program.options.check != "probe" else None
     program = passes.run(program, passes.PIPELINE, program.options.debug, tell)
     return Ready(program, Pool(program), probe, selfcheck)
 
@@ -143,6 +143,11 @@ class Programs(Generic[M]):
         self._made.setdefault(key, []).append(new)
         setattr(self.named, f"program_{len(vars(self.named))}", new)
         return new
+
+    def holds(self, made: M, request: Request) -> bool:
+        """Whether `made`, which was found for these arguments, still is what `find` would give."""
+        key = key_of(request.subject, request.arguments), request.mode, request.create_graph
+        return made in self._made.get(key, []) and made.program.python.holds(request.subject.modules())
 
     def name_of(self, made: M) -> str:
         """The name of what was found among `named`."""

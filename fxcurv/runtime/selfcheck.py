@@ -46,7 +46,6 @@ from fxcurv.ir.program import Program
 from fxcurv.passes.recycle import functional
 from fxcurv.runtime.bind import cuda_devices
 from fxcurv.runtime.bisect import first_difference
-from fxcurv.runtime.probe import Probe
 from fxcurv.runtime.sums import Jacobians, Pair, sums, unequal
 
 # How many times what rounding of single ops moves a value it may differ by: the order of sums inside an op is unknown.
@@ -87,11 +86,12 @@ class SelfCheck:
     """What the check of one program needs to know, noted when its analysis is done.
 
     Attributes:
-        forward: the captured forward graph, in which a difference is searched.
+        forward: the captured forward graph, in which a difference is searched; `inputs`: what its placeholders are.
+        exchanged: whether samples are, by `probe`.
         note: for `explain()`, what was checked.
     """
 
-    def __init__(self, program: Program, probe: Probe):
+    def __init__(self, program: Program, exchanged: bool):
         graph = fx.Graph()
         env: dict[fx.Node, fx.Node] = {}
         graph.graph_copy(program.graph, env)
@@ -99,7 +99,8 @@ class SelfCheck:
             new.meta = dict(old.meta)
         self.forward = fx.GraphModule(program.gm, graph)
         self.forward_loss = env.get(program.loss)
-        self.exchanged = probe.needed
+        self.exchanged = exchanged
+        self.inputs = program.inputs[:]
         self.jacobian = self._head(program)
         self.random = any(_draws(n.target) for n in program.graph.nodes)
         self.note = "not yet: at the first call"
@@ -138,13 +139,16 @@ class Check:
         Raises:
             SelfCheckError: naming what differs, and where.
         """
+        self.compare(self.program.unpack(values, lambda t: t))
+
+    def compare(self, unpacked: Values) -> None:
+        """See `finish`; `unpacked`: as `Program.unpack` gives it."""
         start = time.perf_counter()
         if self.plain.failure is not None:
             error = self.plain.failure
             raise SelfCheckError(
                 f"the program runs on these inputs, and the model itself does not: {type(error).__name__}: {error}\n{REPORT}"
             ) from error
-        unpacked = self.program.unpack(values, lambda t: t)
         if self.known.random:  # its own draws: it must agree with itself
             what, summed = self.compared, self._sums(unpacked, None) + self.summed
         else:
