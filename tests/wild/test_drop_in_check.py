@@ -35,7 +35,7 @@ class Net(nn.Module):
     def forward(self, x):
         h = self.scale * self.act(self.first(x))
         if self.moves:
-            h = h * self.factor
+            h = h * self.factor.clone()
             self.factor.mul_(2)
         return self.last(h)
 
@@ -109,7 +109,7 @@ def test_everything_is_left_as_it_was():
     before = random.getstate(), torch.get_rng_state()
     outputs = [model(x), model(again)]
     expected = [plain(x), plain(again)]
-    with plain_passes() as runs, backpack(BatchGrad()):
+    with plain_passes() as runs:
         F.cross_entropy(outputs[0], y).backward()
     assert len(runs) == 1
     F.cross_entropy(expected[0], y).backward()
@@ -121,14 +121,14 @@ def test_everything_is_left_as_it_was():
 
 
 def test_a_model_that_changed_since_its_pass():
-    model, (x, y) = extend(Net(nn.BatchNorm1d(5))), data()
+    model, (x, y) = extend(Net()), data()
     loss = F.cross_entropy(model(x), y)
     model.eval()
     model.scale = 3.0
     with plain_passes() as runs, backpack(BatchGrad()):
         loss.backward()
     assert not runs
-    plain = Net(nn.BatchNorm1d(5))
+    plain = Net()
     F.cross_entropy(plain(x), y).backward()
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
