@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
+from fxcurv.errors import ArgumentError
 from fxcurv.extensions import Extension
 from fxcurv.front.requests import checked
 
@@ -23,9 +24,14 @@ class backpack:  # noqa: N801
             first, when they have their quantities; before them with the extended loss.
         debug: accepted, without effect.
         retain_graph: accepted, without effect: `backward(retain_graph=True)` alone decides.
+        check: "first" (default): the first time that a model's gradient and quantities are computed for a kind of input,
+            output and gradient are compared with a plain forward and backward pass of the model, and sums of individual
+            quantities with their totals (not for models that draw random numbers). A difference raises `SelfCheckError`.
+            None: nothing is compared.
 
     Raises:
         ExtensionError: for a class instead of an instance, an unknown extension, or one asked for twice.
+        ArgumentError: for another `check`.
     """
 
     def __init__(
@@ -34,8 +40,11 @@ class backpack:  # noqa: N801
         extension_hook: Callable[[nn.Module], None] | None = None,
         debug: bool = False,
         retain_graph: bool = False,
+        check: str | None = "first",
     ):
-        self.extensions, self.extension_hook = checked(extensions), extension_hook
+        if check not in ("first", None):
+            raise ArgumentError(f"check={check!r}: pass 'first' or None")
+        self.extensions, self.extension_hook, self.check = checked(extensions), extension_hook, check
 
     def __enter__(self) -> backpack:
         _active.append(self)

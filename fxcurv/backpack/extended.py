@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,8 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False) 
     if not isinstance(module, nn.Module):
         raise ArgumentError(f"extend takes an nn.Module, not a {type(module).__name__}: wrap it in one")
     if not isinstance(module, _Extended):
-        module.__class__ = _extended_class(type(module))
+        plain: Any = type(module)
+        module.__class__ = _extended_class(plain)
     if not isinstance(module, Loss):
         ledger.watch(module)
     return module
@@ -52,7 +53,7 @@ def _extended_class(cls: type) -> type:
     return type(cls.__name__, (_Extended, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
-class _Extended:
+class _Extended(nn.Module):
     """Put before a module's class: the same module with another forward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -68,13 +69,13 @@ class _Extended:
             _parts[self] = ModelParts(self)
         return _run(_parts[self], args, kwargs)
 
-    def __reduce_ex__(self, protocol: int) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Copies and pickles are made of the module's own class, and extended again."""
         cls = type(self).__mro__[2]
         return _restored, (cls, self.__dict__)
 
 
-def _restored(cls: type, state: dict[str, Any]) -> nn.Module:
+def _restored(cls: Any, state: dict[str, Any]) -> nn.Module:
     module = cls.__new__(cls)
     module.__dict__.update(state)
     return extend(module)
@@ -122,7 +123,7 @@ class _Cut(torch.autograd.Function):
         bound = zip(flat, template.inputs, strict=True)
         # the values before this pass
         kept = [t.clone() if b.kind == "buffer" and b.name in template.mutations else t for t, b in bound]
-        leaves, mutations, values = parts.forward(template, kept)
+        leaves, mutations, values = parts.run(found.forward, kept)
         buffers = dict(parts.model.named_buffers(remove_duplicate=False))
         for name, value in mutations.items():
             buffers[name].copy_(value)
@@ -146,13 +147,14 @@ class _Cut(torch.autograd.Function):
         create_graph = torch.is_grad_enabled()
         twice = running_backward() in found.twice
         context = backpack() if twice else current()
+        check = context.check is not None and not twice and not create_graph
         with torch.autocast(found.mode.device_type, enabled=False):
             if create_graph or given:
                 again, differentiable = found.parts.again(found, flat, ledger.alias)
             of_inputs = _of_inputs(again, given, gs, create_graph) if given else []
             values = differentiable if create_graph else values
             detached = [f.detach() for f in leaves]
-            results = found.parts.backward(found, context.extensions, detached, gs, values)
+            results = found.parts.backward(found, context.extensions, detached, gs, values, check)
         if create_graph:
             _mark(found, results)
         if twice:

@@ -12,14 +12,14 @@ from fxcurv.extensions import KFAC, KFLR, Extension
 
 
 @dataclass(frozen=True)
-class HMP(extensions.HMP):
+class HMP(extensions.HMP):  # type: ignore[no-redef]  # in place of the imported one
     """Products with the Hessian's diagonal blocks: a callable per parameter, [V, *P] or [*P] -> the same."""
 
     savefield: str = "hmp"
 
 
 @dataclass(frozen=True)
-class GGNMP(extensions.GGNMP):
+class GGNMP(extensions.GGNMP):  # type: ignore[no-redef]
     """Products with the Gauss-Newton's diagonal blocks: a callable per parameter, [V, *P] or [*P] -> the same."""
 
     savefield: str = "ggnmp"

@@ -78,7 +78,7 @@ class LossCall:
 
         def read(t: Tensor) -> Any:
             f = t if hasattr(t, "_fxcurv_pass") else base_of(t)
-            if not hasattr(f, "_fxcurv_pass"):
+            if f is None or not hasattr(f, "_fxcurv_pass"):
                 return t
             found, leaf = f._fxcurv_pass
             passes.append(found)

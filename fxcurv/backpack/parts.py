@@ -2,29 +2,59 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxcurv.api import Compiled
 from fxcurv.backpack import cut
+from fxcurv.backpack.check import PassCheck
 from fxcurv.backpack.context import disable
 from fxcurv.backpack.losses import LossCall, TotalLoss, gradients, leaves_only, same_gradients, targets_of
 from fxcurv.errors import LossError
 from fxcurv.extensions import Extension
 from fxcurv.front.arguments import Arguments, flatten_arguments
+from fxcurv.front.requests import Autocast, Request, Subject, tensors_in
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Input, Program
-from fxcurv.runtime.call import seed_tensor
-from fxcurv.runtime.keys import Key
-from fxcurv.runtime.programs import Autocast, at_numbers_if_need_be, tensors_in
-from fxcurv.runtime.progress import silent
+from fxcurv.ir.state import Options
+from fxcurv.runtime.bind import bind, cuda_devices, seed_tensor
+from fxcurv.runtime.programs import Programs, Tell, at_numbers_if_need_be, covered
+
+# As written: which extensions follow is not known when the forward part is made. No schedules: both halves have to be
+# programs of the same captured graph.
+OPTIONS = Options(as_written=True, schedules=False)
+
+
+@dataclass(eq=False)
+class Forward:
+    """The forward part of a model for one kind of input, and the backward parts that go with it.
+
+    Attributes:
+        program: the analysed program of the model alone, numbered.
+        random: whether it draws.
+        backwards: (extensions, create_graph) -> endings of the model alone, for different batch sizes.
+        with_loss: (keys of the calls of extended losses, extensions) -> parts that know the losses.
+    """
+
+    program: Program
+    part: cut.Part
+    random: bool
+    backwards: dict[tuple[tuple[Extension, ...], bool], list[Ending]] = field(default_factory=dict)
+    with_loss: dict[tuple[Any, tuple[Extension, ...]], LossParts] = field(default_factory=dict)
+
+
+def _forward(program: Program, tell: Tell) -> Forward:
+    part = cut.forward_part(program)
+    tags = [getattr(n.target, "tags", ()) for n in program.graph.nodes]
+    return Forward(program, part, any(torch.Tag.nondeterministic_seeded in t for t in tags))
 
 
 @dataclass
@@ -32,7 +62,7 @@ class Pass:
     """One forward pass of an extended model, as the backward pass finds it.
 
     Attributes:
-        template: the analysed program of the model alone.
+        forward: what ran.
         arguments: of the call, without their values.
         samples: the batch size.
         rng: the state of the generators before the pass, if it draws.
@@ -41,7 +71,7 @@ class Pass:
     """
 
     parts: ModelParts
-    template: Program
+    forward: Forward
     arguments: Arguments
     samples: int
     mode: Autocast
@@ -49,75 +79,60 @@ class Pass:
     calls: list[LossCall] = field(default_factory=list)
     twice: set[int] = field(default_factory=set)
 
+    @property
+    def template(self) -> Program:
+        """The analysed program of the model alone."""
+        return self.forward.program
 
-class _Parts(Compiled):
-    """Programs of a model that outlives them: an entry of a dictionary by models must not keep its model alive."""
+    def bound(self, values: dict[int, Any]) -> dict[Input, Any]:
+        """What the placeholders of the template were bound to; `values`: of the pass, by number."""
+        placeholders = [n for n in self.template.graph.nodes if n.op == "placeholder"]
+        return {what: values[n.meta["key"]] for n, what in zip(placeholders, self.template.inputs, strict=True)}
 
-    _as_written = True  # which extensions follow is not known yet
-    _schedules = False  # both halves have to be programs of the same captured graph
+    def with_inputs(self, bound: dict[Input, Any]) -> Arguments:
+        """The arguments of the call, with the inputs among what was bound."""
+        inputs = [bound[what] for what in sorted(bound, key=lambda what: what.index) if what.kind == "input"]
+        return replace(self.arguments, inputs=inputs)
 
-    def __init__(self, model: nn.Module, extensions: tuple[Extension, ...] = ()):
+
+class ModelParts:
+    """The parts of one extended model, which outlives them: an entry of a dictionary by models must not keep its model alive."""
+
+    def __init__(self, model: nn.Module):
         self._model = weakref.ref(model)
-        super().__init__(None, None, extensions, 0, None, {}, True, False)
+        self._programs: Programs[Forward] = Programs((), OPTIONS, _forward)
 
     @property
     def model(self) -> nn.Module:
         """The extended model, which is alive while one of its passes is."""
-        return self._model()
-
-    @model.setter
-    def model(self, _: None) -> None:
-        """`Compiled` would hold it."""
-
-    def _analyse(
-        self, arguments: Arguments, mode: Autocast, tell: Callable[[str], None] = silent, numbers: tuple = ()
-    ) -> Program:
-        # a trace has no use for the graphs that the values come from
-        inputs, targets = ([t.detach() for t in tensors] for tensors in (arguments.inputs, arguments.targets))
-        return super()._analyse(replace(arguments, inputs=inputs, targets=targets), mode, tell, numbers)
-
-
-class ModelParts(_Parts):
-    """The parts of one extended model."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__(model)
-        self._forwards: dict[int, cut.Part] = {}
-        self._random: dict[int, bool] = {}
-        self._backwards: dict[Any, list[cut.Backward]] = {}
-        self._with_loss: dict[Any, LossParts] = {}
+        model = self._model()
+        assert model is not None
+        return model
 
     def begin(self, args: tuple, kwargs: dict) -> tuple[Pass, list[Any]]:
         """A pass for this call, and what its program's placeholders are bound to."""
-        arguments = flatten_arguments(self._inputs(args, kwargs), (), 0)
-        mode = self._autocast()
-        with torch.no_grad(), disable(), torch.autocast(mode.device_type, enabled=False):
-            template = self._program(arguments, mode)
-            flat = self._bind(template, arguments, None, None)
-        rng = _rng_state(arguments.inputs) if self._random[id(template)] else None
-        return Pass(self, template, replace(arguments, inputs=[]), arguments.batch_size, mode, rng), flat
+        subject, arguments = Subject(self.model, None), flatten_arguments(self._inputs(args, kwargs), (), 0)
+        request = _request(subject, arguments, subject.autocast())
+        with torch.no_grad(), _inside(self.model), torch.autocast(request.mode.device_type, enabled=False):
+            forward = self._programs.find(request)
+            flat = bind(forward.program, subject, arguments, None, None)
+        rng = _rng_state(arguments.inputs) if forward.random else None
+        return Pass(self, forward, replace(arguments, inputs=[]), arguments.batch_size, request.mode, rng), flat
 
     def _inputs(self, args: tuple, kwargs: dict) -> Any:
         if not kwargs:
             return args
         if not args:
             return kwargs
-        return dict(inspect.signature(type(self.model).__mro__[2].forward).bind(self.model, *args, **kwargs).arguments)
+        plain: Any = type(self.model).__mro__[2]
+        return dict(inspect.signature(plain.forward).bind(self.model, *args, **kwargs).arguments)
 
-    def _emitted(self, program: Program, create_graph: bool, tell: Callable[[str], None]) -> Program:
-        """The analysed program, numbered; its forward part is emitted at once."""
-        self._forwards[id(program)] = cut.forward_part(program)
-        tags = [getattr(n.target, "tags", ()) for n in program.graph.nodes]
-        self._random[id(program)] = any(torch.Tag.nondeterministic_seeded in t for t in tags)
-        return program
-
-    def forward(self, template: Program, flat: list[Any]) -> tuple[list[Tensor], dict[str, Tensor], dict[int, Any]]:
+    def run(self, forward: Forward, flat: list[Any]) -> tuple[list[Tensor], dict[str, Tensor], dict[int, Any]]:
         """(leaves of the output, new values of buffers, every value by number)."""
-        placeholders = [n.meta["key"] for n in template.graph.nodes if n.op == "placeholder"]
-        part = self._forwards[id(template)]
-        leaves, mutations, made = part.gm(*flat)
-        values = {**dict(zip(placeholders, flat, strict=True)), **dict(zip(part.keys, made, strict=True))}
-        return leaves, dict(zip(template.mutations, mutations, strict=True)), values
+        placeholders = [n.meta["key"] for n in forward.program.graph.nodes if n.op == "placeholder"]
+        leaves, mutations, made = forward.part.gm(*flat)
+        values = {**dict(zip(placeholders, flat, strict=True)), **dict(zip(forward.part.keys, made, strict=True))}
+        return leaves, dict(zip(forward.program.mutations, mutations, strict=True)), values
 
     def again(
         self, found: Pass, flat: list[Any], alias: Callable[[Tensor], Tensor]
@@ -126,43 +141,72 @@ class ModelParts(_Parts):
 
         alias: what stands for a parameter in it.
         """
-        cuda = sorted({t.device.index or 0 for t in leaves_only(flat) if t.is_cuda})
+        cuda = cuda_devices(leaves_only(flat))
         with torch.enable_grad(), torch.random.fork_rng(cuda, enabled=found.rng is not None):
             if found.rng is not None:
                 _set_rng_state(found.rng)
             bound = zip(flat, found.template.inputs, strict=True)
             flat = [alias(t) if what.kind == "param" else t for t, what in bound]
-            leaves, _, values = self.forward(found.template, flat)
+            leaves, _, values = self.run(found.forward, flat)
         return leaves, values
 
     def backward(
-        self, found: Pass, extensions: tuple[Extension, ...], leaves: list[Tensor], gs: Sequence[Any], values: dict
+        self,
+        found: Pass,
+        extensions: tuple[Extension, ...],
+        leaves: list[Tensor],
+        gs: Sequence[Any],
+        values: dict,
+        check: bool = False,
     ) -> dict[str, Any]:
-        """field -> parameter name -> value: the gradient from cotangents `gs` of `leaves`, and the extensions."""
+        """field -> parameter name -> value: the gradient from cotangents `gs` of `leaves`, and the extensions.
+
+        check: whether the first results of a backward part are compared with plain PyTorch's.
+        """
         create_graph = torch.is_grad_enabled()
         if all(e.requires.first_order for e in extensions):
-            backward = self._of_model(found, extensions, create_graph)
+            ending = self._of_model(found, extensions, create_graph)
             given = [torch.zeros_like(f) if g is None else g for f, g in zip(leaves, gs, strict=True)]
             cotangents = {Input("cotangent", index=k): g for k, g in enumerate(given)}
-            return _run(backward, values, cotangents, create_graph)
+            results = _run(ending.backward, values, cotangents, create_graph)
+            if check:
+                self._check(found, ending, leaves, gs, values, results)
+            return results
         calls = [c for c in found.calls if c.scale is not None]
         _check_calls(calls, extensions)
         key = tuple(c.key() for c in calls), extensions
-        if key not in self._with_loss:
-            self._with_loss[key] = LossParts(self.model, extensions)
-        with disable():
-            results, whole = self._with_loss[key].backward(found, calls, leaves, gs, values)
-        if not whole:
+        if key not in found.forward.with_loss:
+            found.forward.with_loss[key] = LossParts(found.template, extensions)
+        with _inside(self.model):
+            results, ending = found.forward.with_loss[key].backward(found, calls, leaves, gs, values)
+        if ending.backward.regularised:
             results["grad"] = self.backward(found, (), leaves, gs, values)["grad"]
+        if check:
+            self._check(found, ending, leaves, gs, values, results)
         return results
 
-    def _of_model(self, found: Pass, extensions: tuple[Extension, ...], create_graph: bool) -> cut.Backward:
+    def _check(
+        self, found: Pass, ending: Ending, leaves: list[Tensor], gs: Sequence[Any], values: dict, results: dict[str, Any]
+    ) -> None:
+        """Compare the first results of a backward part with plain PyTorch's, unless the model has changed since the pass."""
+        if ending.checked or found.forward.random or all(g is None for g in gs):
+            return
+        bound = found.bound(values)
+        request = _request(Subject(self.model, None), found.with_inputs(bound), found.mode)
+        with _inside(self.model):
+            if not self._programs.holds(found.forward, request):
+                return
+            flat = [bound[what] for what in found.template.inputs]
+            PassCheck(found.template, ending.backward.program, request, flat, gs).compare((None, leaves, {}, results, {}))
+        ending.checked = True
+
+    def _of_model(self, found: Pass, extensions: tuple[Extension, ...], create_graph: bool) -> Ending:
         """The backward part of the model alone that serves this pass."""
-        n, made = found.samples, self._backwards.setdefault((id(found.template), extensions, create_graph), [])
-        for backward in made:
-            if backward.program.serves(n):
-                return backward
-        covers = self.covered(extensions)[1]
+        n, made = found.samples, found.forward.backwards.setdefault((extensions, create_graph), [])
+        for ending in made:
+            if ending.program.serves(n):
+                return ending
+        covers = covered(self.model, None, extensions)[1]
         with torch.no_grad(), disable():
             backward = at_numbers_if_need_be(
                 lambda program: cut.backward_of_model(program, extensions, covers, create_graph),
@@ -170,71 +214,61 @@ class ModelParts(_Parts):
                 lambda: cut.with_seams(found.template),
                 n,
             )
-        made.append(backward)
-        return backward
+        made.append(Ending(backward.program, backward))
+        return made[-1]
 
 
-class LossParts(_Parts):
-    """Backward parts of a model captured together with the losses that read its output, for a set of extensions."""
+@dataclass(eq=False)
+class Ending:
+    """A backward part.
 
-    def __init__(self, model: nn.Module, extensions: tuple[Extension, ...]):
-        super().__init__(model, extensions)
-        self._backwards: dict[Any, cut.Backward] = {}
-        self._verified: set[Any] = set()
-        self._found: Pass | None = None
+    Attributes:
+        verified: for which leaves of the output the extended losses were seen to be all that reads it.
+        checked: its first results were those of plain PyTorch.
+    """
+
+    program: Program
+    backward: cut.Backward
+    verified: set[tuple[bool, ...]] = field(default_factory=set)
+    checked: bool = False
+
+
+def _ending(template: Program, program: Program, tell: Tell) -> Ending:
+    return Ending(program, cut.backward_of_loss(program, template, program.batch.size))
+
+
+class LossParts:
+    """Backward parts of a model captured together with the losses that read its output, for a set of extensions.
+
+    Args:
+        template: the analysed program of the model alone.
+    """
+
+    def __init__(self, template: Program, extensions: tuple[Extension, ...]):
+        self.extensions = extensions
+        self._programs: Programs[Ending] = Programs(extensions, OPTIONS, partial(_ending, template))
 
     def backward(
         self, found: Pass, calls: list[LossCall], leaves: list[Tensor], gs: Sequence[Any], values: dict
-    ) -> tuple[dict[str, Any], bool]:
-        """(see `ModelParts.backward`, whether the gradient is that through the output)."""
+    ) -> tuple[dict[str, Any], Ending]:
+        """(see `ModelParts.backward`, the part that ran)."""
         create_graph = torch.is_grad_enabled()
-        placeholders = [n for n in found.template.graph.nodes if n.op == "placeholder"]
-        bound = {what: values[n.meta["key"]] for n, what in zip(placeholders, found.template.inputs, strict=True)}
-        inputs = [bound[what] for what in sorted(bound, key=lambda what: what.index) if what.kind == "input"]
-        of_inputs = replace(found.arguments, inputs=inputs)
-        of_targets = flatten_arguments(tuple(inputs), targets_of(calls), 0)
+        of_inputs = found.with_inputs(found.bound(values))
+        of_targets = flatten_arguments(tuple(of_inputs.inputs), targets_of(calls), 0)
         structure = of_inputs.structure[0], of_targets.structure[1]
         arguments = replace(
             of_inputs, targets=of_targets.targets, target_template=of_targets.target_template, structure=structure
         )
-        self.loss, self._found = TotalLoss(calls), found
-        try:
-            with torch.no_grad():
-                program = self._program(arguments, found.mode, create_graph)
-        finally:
-            self._found = None
-        backward = self._backwards[id(program)]
-        given = self._given(backward, arguments, leaves[0].device)
-        case = id(program), tuple(g is None for g in gs)
-        if case not in self._verified:
+        loss = TotalLoss(calls)
+        with torch.no_grad():
+            ending = self._programs.find(_request(Subject(found.parts.model, loss), arguments, found.mode, create_graph))
+        backward = ending.backward
+        given = _given(backward, loss, arguments, leaves[0].device)
+        case = tuple(g is None for g in gs)
+        if case not in ending.verified:
             self._verify(backward, calls, leaves, gs, values, given)
-            self._verified.add(case)
-        return _run(backward, values, given, create_graph), not backward.regularised
-
-    def _key(self, arguments: Arguments) -> Key:
-        key = super()._key(arguments)
-        return key._replace(structure=(id(self._found.template), key.structure))
-
-    def _emitted(self, program: Program, create_graph: bool, tell: Callable[[str], None]) -> Program:
-        program.options = dataclasses.replace(program.options, create_graph=create_graph)
-        n = self._found.samples
-        self._backwards[id(program)] = cut.backward_of_loss(program, self._found.template, n)
-        return program
-
-    def _given(self, backward: cut.Backward, arguments: Arguments, device: torch.device) -> dict[Input, Any]:
-        """What the backward part reads besides values of the forward pass."""
-        of_loss, targets = dict(tensors_in(self.loss)), arguments.split_targets()
-        given: dict[Input, Any] = {}
-        for part in filter(None, (backward.part, backward.check)):
-            for what in part.given:
-                if what.kind == "seed":
-                    given.setdefault(what, seed_tensor(None, None, device))
-                elif what.kind == "target":
-                    given[what] = targets[what.index]
-                else:
-                    own = of_loss.get(what.name.removeprefix("loss."))
-                    given[what] = backward.program.constants[what.name] if own is None else own
-        return given
+            ending.verified.add(case)
+        return _run(backward, values, given, create_graph), ending
 
     def _verify(self, backward: cut.Backward, calls, leaves, gs, values, given) -> None:
         """What reaches f is the gradient of the extended losses, so that their Hessian is all of it; and the checks."""
@@ -249,6 +283,40 @@ class LossParts(_Parts):
             for held, error in zip(holds, backward.verdicts, strict=True):
                 if not bool(held):
                     raise error()
+
+
+@contextlib.contextmanager
+def _inside(model: nn.Module) -> Iterator[None]:
+    """The extended model as its own class has it: plain, and without the hooks on itself, which run where it is called."""
+    before, after = model._forward_pre_hooks, model._forward_hooks
+    model._forward_pre_hooks, model._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        with disable():
+            yield
+    finally:
+        model._forward_pre_hooks, model._forward_hooks = before, after
+
+
+def _request(subject: Subject, arguments: Arguments, mode: Autocast, create_graph: bool = False) -> Request:
+    """For a trace, which has no use for the graphs that the values come from."""
+    inputs, targets = ([t.detach() for t in tensors] for tensors in (arguments.inputs, arguments.targets))
+    return Request(subject, replace(arguments, inputs=inputs, targets=targets), mode, create_graph)
+
+
+def _given(backward: cut.Backward, loss: nn.Module, arguments: Arguments, device: torch.device) -> dict[Input, Any]:
+    """What the backward part reads besides values of the forward pass."""
+    of_loss, targets = dict(tensors_in(loss)), arguments.split_targets()
+    given: dict[Input, Any] = {}
+    for part in filter(None, (backward.part, backward.check)):
+        for what in part.given:
+            if what.kind == "seed":
+                given.setdefault(what, seed_tensor(None, None, device))
+            elif what.kind == "target":
+                given[what] = targets[what.index]
+            else:
+                own = of_loss.get(what.name.removeprefix("loss."))
+                given[what] = backward.program.constants[what.name] if own is None else own
+    return given
 
 
 def _check_calls(calls: list[LossCall], extensions: tuple[Extension, ...]) -> None:
@@ -289,7 +357,7 @@ def _owned(results: dict[str, Any], inputs: list[Any], borrowing: set[str]) -> d
 
 
 def _rng_state(inputs: list[Tensor]) -> Any:
-    cuda = sorted({t.device.index or 0 for t in inputs if t.is_cuda})
+    cuda = cuda_devices(inputs)
     return torch.get_rng_state(), {k: torch.cuda.get_rng_state(k) for k in cuda}
 
 

@@ -69,9 +69,10 @@ class Report:
         program: a finished one.
         flat: the graph's arguments, but memory for results: what was chosen is run on them and timed (default: not).
         samples: the batch size of `flat`; predictions are for that at capture.
+        check: what was compared.
     """
 
-    def __init__(self, program: Program, flat: list[Any] | None = None, samples: int = 0):
+    def __init__(self, program: Program, flat: list[Any] | None = None, samples: int = 0, check: str = "off"):
         self._captured, self._samples = program.batch.size, samples
         self.totals = count_program(program)
         self.plain = count_plain(program)
@@ -83,8 +84,7 @@ class Report:
         self.output = _output(program)
         self.python = program.python.names()
         self.timings = dict(program.timings)
-        known = program.selfcheck
-        self.check = known.note if known is not None else "off"
+        self.check = check
 
     def __rich__(self) -> Group:
         parts: list[Any] = [self._table_of_rows(), Text(), self._table_of_totals(), Text()]

@@ -1,16 +1,86 @@
-"""What `compile` was asked for, checked."""
+"""What is asked for: by `compile`, checked, and by a call, which needs a program."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fxcurv.errors import ArgumentError, ExtensionError
 from fxcurv.extensions import Extension
+from fxcurv.front.arguments import Arguments
+from fxcurv.front.python_state import all_modules
 from fxcurv.result import Result
+
+
+class Autocast(NamedTuple):
+    """The state of `torch.autocast`; no dtype when it is off."""
+
+    device_type: str
+    dtype: torch.dtype | None
+
+
+class Subject:
+    """What is compiled: a model, and the loss of its output (a module or a function; None for the output alone).
+
+    (No dataclass: Dynamo would take a frozen one apart, and guard all that the model holds.)
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Tensor] | None):
+        self.model, self.loss = model, loss
+
+    def roots(self) -> list[nn.Module]:
+        """The model, and the loss if it is a module."""
+        return [self.model, *([self.loss] if isinstance(self.loss, nn.Module) else [])]
+
+    def modules(self) -> list[nn.Module]:
+        """All modules of the roots, in order."""
+        return all_modules(self.model, self.loss)
+
+    def device(self) -> torch.device:
+        """Where the model's parameters are."""
+        return next(self.model.parameters()).device
+
+    def autocast(self) -> Autocast:
+        """The caller's autocast: traced into the program as casts, so off when the program runs."""
+        kind = self.device().type
+        return Autocast(kind, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a program is wanted for: arguments of this kind, under the caller's autocast."""
+
+    subject: Subject
+    arguments: Arguments
+    mode: Autocast
+    create_graph: bool = False
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Outside of the caller's modes, where programs are made and run.
+
+        So results are normal tensors also under `inference_mode`, which `attach` and an optimizer can use.
+        """
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.mode.device_type, enabled=False):
+            yield
+
+    @contextlib.contextmanager
+    def as_called(self) -> Iterator[None]:
+        """Under the caller's autocast, where the model is traced."""
+        with torch.autocast(self.mode.device_type, self.mode.dtype, enabled=self.mode.dtype is not None):
+            yield
+
+
+def tensors_in(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """(name, tensor) of a module's parameters and buffers."""
+    yield from module.named_parameters()
+    yield from module.named_buffers(remove_duplicate=False)
 
 
 def check_trainable(model: nn.Module) -> None:

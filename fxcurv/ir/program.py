@@ -87,7 +87,6 @@ class Program:
         fixed_by: the op, module and line that made a number of the batch size.
         pieces: traced functions by their kinds of arguments (see `ir.emit`).
         options: what was asked for; `analysis`: what the passes before the walk found; `walked`: what the walk left.
-        probe: the forward graph to check placements with; `selfcheck`: what to compare at the first call; if asked for.
         python: the values of attributes, closures and globals that tracing read.
         checks: conditions on values, verified at the first call; `finish` moves them to `check_module`, which computes
             them, and `verdicts`, the errors that go with them.
@@ -124,9 +123,7 @@ class Program:
     options: Options = field(default_factory=Options)
     analysis: Analysis = field(default_factory=Analysis)
     walked: Walked = field(default_factory=Walked)
-    probe: Any = None
     python: Any = None
-    selfcheck: Any = None
     timings: dict[str, float] = field(default_factory=dict)
     buffers: list[Memory] = field(default_factory=list)
     largest: int | None = None

@@ -10,23 +10,38 @@ from torch import fx
 
 @dataclass(frozen=True)
 class Options:
-    """What a program was asked for.
+    """What was asked for: by `compile` for all programs, and what a call adds for one of them.
 
     Attributes:
-        create_graph: results can be differentiated again, so only algorithms that autograd can follow are chosen.
+        batch_dim: the samples' dimension in the inputs, as the user says it.
+        split: path of the submodule whose output is f, None for the model's output.
+        rules: {op: Rule}, which override registered ones.
+        update_buffers: new values of buffers go to the model, not to the result.
         memory_budget: bytes that the columns of the walk may take; None: a share of the free memory.
+        check: "first", "always", "probe" or None.
+        debug: verify the program between passes and check values at every call.
+        params: which parameters the gradient and all quantities are of, as the user says it.
         sample: "sequence" or "token".
         as_written: no op of the model may be said in others.
-        batch_dims: the samples' dimension of every input, None for one without samples.
-        split: path of the submodule whose output is f, None for the model's output.
+        schedules: a float that changes at every call may become an input of the program.
+        create_graph: of one program: results can be differentiated again, so only algorithms that autograd can follow are
+            chosen.
+        batch_dims: of one program: the samples' dimension of every input, None for one without samples.
     """
 
-    create_graph: bool = False
+    batch_dim: Any = 0
+    split: str | None = None
+    rules: dict[Any, Any] = field(default_factory=dict)
+    update_buffers: bool = True
     memory_budget: int | None = None
+    check: str | None = None
+    debug: bool = False
+    params: Any = None
     sample: str = "sequence"
     as_written: bool = False
+    schedules: bool = True
+    create_graph: bool = False
     batch_dims: tuple[int | None, ...] = ()
-    split: str | None = None
 
 
 @dataclass

@@ -81,7 +81,7 @@ class _Differentiable(fx.Interpreter):
     def go(self) -> _Differentiable:
         """Run the graph."""
         count = len([n for n in self.module.graph.nodes if n.op == "placeholder"])
-        bound = zip(self.check.flat[:count], self.check.program.inputs, strict=False)
+        bound = zip(self.check.flat[:count], self.check.known.inputs, strict=False)
         own = self.check.program.params
         given, self.params = [], {}
         for t, what in bound:

@@ -1,4 +1,4 @@
-"""An eager call: seeds, ownership of results, and which op failed."""
+"""One eager call: find the program, bind, check, run, own, return."""
 
 from __future__ import annotations
 
@@ -10,15 +10,137 @@ import torch
 from torch import Tensor, fx
 
 from fxcurv.errors import ArgumentError
-from fxcurv.front.arguments import Arguments, described
+from fxcurv.front.arguments import Arguments, described, filled
+from fxcurv.front.requests import Request, Subject
 from fxcurv.ir.origin import locate
-from fxcurv.ir.program import Program
+from fxcurv.ir.program import Kept, Program
 from fxcurv.passes.recycle import functional
+from fxcurv.result import Result
+from fxcurv.runtime.backend import Backend
+from fxcurv.runtime.bind import bind, cuda_devices
+from fxcurv.runtime.programs import Programs, Ready
+from fxcurv.runtime.selfcheck import Check
 
 
-def cuda_devices(flat: list[Any]) -> list[int]:
-    """The GPUs that arguments are on."""
-    return sorted({t.device.index or 0 for t in flat if isinstance(t, Tensor) and t.is_cuda})
+@torch.compiler.disable
+def call(
+    programs: Programs[Ready],
+    subject: Subject,
+    backend: Backend,
+    inputs: Any,
+    targets: tuple,
+    *,
+    seed: int | Tensor | None,
+    generator: torch.Generator | None,
+    create_graph: bool,
+    out: Result | None,
+) -> Result:
+    """`Compiled.__call__` outside of `torch.compile`."""
+    request = programs.request(subject, inputs, targets, subject.autocast(), create_graph)
+    kept = None if out is None else _kept(out, create_graph, backend)
+    with request.apart():
+        ready = programs.find(request)
+        program = ready.program
+        flat = bind(program, subject, request.arguments, seed, generator)
+        memory = _memory(ready, backend, request.arguments.batch_size, flat, kept)
+        try:
+            check_values(ready, flat)
+            selfcheck = begin_selfcheck(ready, request, flat)
+            with torch.set_grad_enabled(create_graph):
+                values = _run(ready, backend, flat, memory)
+            if selfcheck is not None:
+                selfcheck.finish(values)
+                ready.verified = True
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError) as error:
+            raise run_error(program, request.arguments, flat, error) from error
+        with torch.set_grad_enabled(create_graph):
+            result = _result(ready, subject, backend, flat, values)
+        program.python.run_effects(subject.modules())
+        if out is not None:
+            out._memory = None
+        return result
+
+
+# ---- memory ------------------------------
+
+
+def _kept(out: Any, create_graph: bool, backend: Backend) -> Kept:
+    """The memory of an earlier result, if this call may write to it."""
+    if not isinstance(out, Result):
+        raise ArgumentError(f"out= is a {type(out).__name__}: pass a result of an earlier call")
+    if create_graph:
+        raise ArgumentError("out= with create_graph=True: what is differentiated again must stay as it is, drop one")
+    if backend.name != "eager":
+        raise ArgumentError(f'out= with backend={backend.name!r}, which plans its own memory: use "eager"')
+    if out._memory is None:
+        raise ArgumentError(
+            "out= is a result without memory of its own: a copy, one of a compiled step or with create_graph=True, or "
+            "one that was out= before. Pass the latest result"
+        )
+    return out._memory
+
+
+def _memory(ready: Ready, backend: Backend, n: int, flat: list[Any], kept: Kept | None) -> list[Tensor]:
+    """What the eager graph writes large results to, its last arguments."""
+    if backend.name != "eager":
+        return []
+    return ready.pool.take(n) if kept is None else ready.pool.take_from(kept, n, flat)
+
+
+# ---- checks ------------------------------
+
+
+def check_values(ready: Ready, flat: list[Any]) -> None:
+    """Check placements at a program's first call; conditions on values also where `debug` or changing floats ask for it."""
+    program = ready.program
+    if ready.checked and not program.options.debug and not program.python.numbers:
+        return
+    if ready.probe is not None and not ready.checked:
+        with torch.random.fork_rng(cuda_devices(flat)):
+            ready.probe.run(flat, program.batch.size)
+    with torch.random.fork_rng(cuda_devices(flat)):  # dropout is drawn once, by the program
+        holds = program.check_module(*flat) if program.check_module is not None else ()
+    for held, error in zip(holds, program.verdicts, strict=True):
+        if not bool(held):
+            raise error()
+    ready.checked = True
+
+
+def begin_selfcheck(ready: Ready, request: Request, flat: list[Any]) -> Check | None:
+    """The check of a call that is to be checked, its plain passes done."""
+    if ready.selfcheck is None or ready.verified and ready.program.options.check != "always":
+        return None
+    return ready.selfcheck.begin(ready.program, request, flat)
+
+
+# ---- run, own, return ------------------------------
+
+
+def _run(ready: Ready, backend: Backend, flat: list[Any], memory: list[Tensor]) -> tuple:
+    if backend.name == "eager":
+        return ready.program.gm(*flat, *memory)
+    if ready.runner is None:
+        ready.runner = backend.runner(ready.program)
+    return ready.runner(flat)
+
+
+def _result(ready: Ready, subject: Subject, backend: Backend, flat: list[Any], values: tuple) -> Result:
+    program = ready.program
+    loss, leaves, mutations, results, extras = program.unpack(values, owner(flat))
+    fields: dict[str, Any] = {} if loss is None else {"loss": loss}
+    fields["output"] = filled(program.output_template, leaves)
+    fields.update(results)
+    fields.update(extras)
+    if not program.options.update_buffers:
+        fields["buffers"] = mutations
+    else:
+        buffers = dict(subject.model.named_buffers(remove_duplicate=False))
+        for name, value in mutations.items():
+            buffers[name].copy_(value.detach())
+    own = backend.name == "eager" and not program.options.create_graph
+    return Result(fields, program.extensions, subject.model, ready.pool.kept(fields) if own else None)
 
 
 def owner(flat: list[Any]) -> Callable[[Any], Any]:
@@ -32,20 +154,7 @@ def owner(flat: list[Any]) -> Callable[[Any], Any]:
     return own
 
 
-def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """The seed of sampled columns as a 0-dim tensor on `device`."""
-    if seed is not None and generator is not None:
-        raise ArgumentError("seed= and generator= were both given: pass one")
-    if isinstance(seed, Tensor):
-        if seed.ndim or seed.is_floating_point() or seed.is_complex():
-            raise ArgumentError(f"seed= is {described([seed])}: pass an int or a 0-dim integer tensor")
-        return seed.to(device=device, dtype=torch.long)
-    if seed is not None:
-        if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-            raise ArgumentError(f"seed={seed!r}: pass an int of 64 bits or a 0-dim integer tensor")
-        return torch.tensor(seed, dtype=torch.long, device=device)
-    where = generator.device if generator is not None else "cpu"
-    return torch.randint(0, 2**62, (), generator=generator, device=where).to(device)
+# ---- which op failed ------------------------------
 
 
 class _Locate(fx.Interpreter):

@@ -10,16 +10,17 @@ from torch.export import Dim, ExportedProgram
 
 from fxcurv.errors import ArgumentError
 from fxcurv.front.arguments import Arguments
+from fxcurv.front.requests import Subject
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
 from fxcurv.operators import Saved
-from fxcurv.runtime.step import Step, named_tensors, parted
+from fxcurv.runtime.stateless import Stateless, named_tensors, parted
 
 
 class _Whole(nn.Module):
     """What is exported: a program with the parameters and buffers that it reads."""
 
-    def __init__(self, model: nn.Module, loss: Any, step: Step):
+    def __init__(self, model: nn.Module, loss: Any, step: Stateless):
         super().__init__()
         self.model, self.loss, self.step = model, loss, step
 
@@ -40,7 +41,7 @@ def _plain(value: Any) -> Any:
 
 
 def export(
-    model: nn.Module, loss: Any, program: Program, arguments: Arguments, inputs: Any, targets: tuple, seed: Tensor
+    subject: Subject, program: Program, arguments: Arguments, inputs: Any, targets: tuple, seed: Tensor
 ) -> ExportedProgram:
     """See `Compiled.export`."""
     held = pytree.tree_leaves((program.results, program.extras), is_leaf=lambda value: isinstance(value, Saved))
@@ -55,7 +56,7 @@ def export(
         return {d: Dim.AUTO} if d is not None and not program.fixed else None
 
     shapes = {**dict(zip(("inputs", "targets"), pytree.tree_map(spec, (inputs, targets)), strict=True)), "seed": None}
-    whole = _Whole(model, loss, Step(program, arguments))
-    whole.train(model.training)
+    whole = _Whole(subject.model, subject.loss, Stateless(program, arguments))
+    whole.train(subject.model.training)
     with torch.no_grad():
         return torch.export.export(whole, (inputs, targets, seed), dynamic_shapes=shapes, strict=False)

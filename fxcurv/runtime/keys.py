@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor
 
+from fxcurv.front.arguments import Arguments
+from fxcurv.front.requests import Subject, tensors_in
+from fxcurv.front.side_effects import hooks_of
 from fxcurv.ir.program import Program
 
 
@@ -31,18 +34,34 @@ class Key(NamedTuple):
     hooks: tuple = ()
 
 
-def why(key: tuple, programs: Mapping[tuple, Sequence[Program]], n: int, modules: Sequence[nn.Module]) -> str:
+def key_of(subject: Subject, arguments: Arguments) -> Key:
+    """What a program for these arguments depends on, but for the batch size."""
+    n = arguments.batch_size
+
+    def describe(t: Tensor, batch_dim: int | None) -> tuple:
+        shape = tuple(("n", s // n) if d == batch_dim else s for d, s in enumerate(t.shape))
+        return shape, t.dtype, t.device
+
+    inputs = tuple(describe(t, d) for t, d in zip(arguments.inputs, arguments.batch_dims, strict=True))
+    targets = tuple(describe(t, d) for t, d in zip(arguments.targets, arguments.target_dims(), strict=True))
+    roots = subject.roots()
+    flags = tuple((type(m), m.training) for root in roots for m in root.modules())
+    tensors = [pair for root in roots for pair in tensors_in(root)]
+    state = tuple((name, t.requires_grad, t.dtype, t.device, t.shape) for name, t in tensors)
+    return Key(inputs, targets, arguments.structure, flags, state, n == 1, hooks_of(roots))
+
+
+def why(key: tuple, programs: Mapping[tuple, Sequence[Program]], n: int, subject: Subject) -> str:
     """Why none of the programs serves, in terms of the one that is nearest to it; "" for the first.
 
     Args:
         key: (`Key`, autocast, create_graph), as those of `programs`.
         n: the batch size.
-        modules: the model, and the loss if it is a module.
     """
     if key in programs:
         return f"batch size {n}, and the program is {'; '.join(map(_limit, programs[key]))}"
     (new, autocast, create_graph), found = key, []
-    titles = zip(modules, ("the model", "the loss"), strict=False)
+    titles = zip(subject.roots(), ("the model", "the loss"), strict=False)
     names = [f"{title}'s '{name}'" if name else title for m, title in titles for name, _ in m.named_modules()]
     for old, other, differentiable in programs:
         reasons = _differences(new, old, names)

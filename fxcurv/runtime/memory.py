@@ -15,19 +15,20 @@ from fxcurv.ir.program import Kept, Program
 
 
 class Pool:
-    """The memory of earlier results, by program and buffer."""
+    """The memory of earlier results of one program, by buffer."""
 
-    def __init__(self):
-        self._kept: dict[tuple[int, int], Tensor] = {}
+    def __init__(self, program: Program):
+        self._program = program
+        self._kept: dict[int, Tensor] = {}
         # evaluating a symbolic shape takes longer than a small problem's kernels
-        self._shapes: dict[tuple[int, int, int], tuple[int, ...]] = {}
+        self._shapes: dict[tuple[int, int], tuple[int, ...]] = {}
 
-    def take(self, program: Program, n: int) -> list[Tensor]:
-        """Memory for the buffers of `program` at batch size `n`, each kept if nobody else holds it, else new."""
-        return [self._view(program, index, n, free=True) for index in range(len(program.buffers))]
+    def take(self, n: int) -> list[Tensor]:
+        """Memory for the program's buffers at batch size `n`, each kept if nobody else holds it, else new."""
+        return [self._view(index, n, free=True) for index in range(len(self._program.buffers))]
 
-    def take_from(self, kept: Kept, program: Program, n: int, flat: Sequence[Any]) -> list[Tensor]:
-        """The memory of an earlier result for the buffers of `program` at batch size `n`, whoever holds it.
+    def take_from(self, kept: Kept, n: int, flat: Sequence[Any]) -> list[Tensor]:
+        """The memory of an earlier result for the program's buffers at batch size `n`, whoever holds it.
 
         Args:
             kept: the result's memory, where its fields must still lie.
@@ -36,14 +37,14 @@ class Pool:
         Raises:
             ArgumentError: if the result's memory cannot serve.
         """
-        if kept.program is not program:
+        if kept.program is not self._program:
             raise ArgumentError(
                 "out= is a result of another program: of another compiled object, another kind of input, or another batch "
                 "size where it is fixed. Pass a result of the same kind of call, or none"
             )
         given = {t.untyped_storage().data_ptr() for t in flat if isinstance(t, Tensor)}
-        for index, (tensor, memory) in enumerate(zip(kept.tensors, program.buffers, strict=True)):
-            where, needed = tensor.untyped_storage().data_ptr(), math.prod(self._shape(program, index, n))
+        for index, (tensor, memory) in enumerate(zip(kept.tensors, self._program.buffers, strict=True)):
+            where, needed = tensor.untyped_storage().data_ptr(), math.prod(self._shape(index, n))
             names = [f"{field}['{name}']" for field, name in memory.results]
             values = [kept.fields.get(field, {}).get(name) for field, name in memory.results]
             for name, value in zip(names, values, strict=True):
@@ -56,29 +57,25 @@ class Pool:
                 )
             if where in given:
                 raise ArgumentError(f"out=: an argument or parameter of this call lies in the memory of {names[0]}: clone it")
-        self._kept.update({(id(program), index): tensor for index, tensor in enumerate(kept.tensors)})
-        return [self._view(program, index, n, free=False) for index in range(len(program.buffers))]
+        self._kept.update(enumerate(kept.tensors))
+        return [self._view(index, n, free=False) for index in range(len(self._program.buffers))]
 
-    def kept(self, program: Program, fields: dict[str, Any]) -> Kept:
-        """What the last call of `program` wrote to, and its fields."""
-        return Kept(program, tuple(self._kept[id(program), index] for index in range(len(program.buffers))), fields)
+    def kept(self, fields: dict[str, Any]) -> Kept:
+        """What the last call of the program wrote to, and its fields."""
+        return Kept(self._program, tuple(self._kept[index] for index in range(len(self._program.buffers))), fields)
 
-    def _view(self, program: Program, index: int, n: int, free: bool) -> Tensor:
-        key, shape = (id(program), index), self._shape(program, index, n)
-        kept, numel = self._kept.get(key), math.prod(shape)
+    def _view(self, index: int, n: int, free: bool) -> Tensor:
+        shape = self._shape(index, n)
+        kept, numel = self._kept.get(index), math.prod(shape)
         if kept is None or free and (kept.numel() < numel or not _ours_alone(kept)):
-            kept = self._kept[key] = torch.empty(numel, dtype=program.buffers[index].val.dtype)
+            kept = self._kept[index] = torch.empty(numel, dtype=self._program.buffers[index].val.dtype)
         return kept[:numel].view(shape)
 
-    def _shape(self, program: Program, index: int, n: int) -> tuple[int, ...]:
-        key = id(program), index, n
+    def _shape(self, index: int, n: int) -> tuple[int, ...]:
+        key = index, n
         if key not in self._shapes:
-            self._shapes[key] = program.batch.shape(program.buffers[index].val, n)
+            self._shapes[key] = self._program.batch.shape(self._program.buffers[index].val, n)
         return self._shapes[key]
-
-    def clear(self) -> None:
-        """Give all memory back."""
-        self._kept.clear()
 
 
 def _ours_alone(kept: Tensor) -> bool:

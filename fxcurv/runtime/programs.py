@@ -1,41 +1,233 @@
-"""Find or make the program for a kind of input."""
+"""Find or make the program for a call: capture, analysis, pipeline, and a cache of what was made."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fxcurv.errors import ArgumentError, UnsupportedOpError
-from fxcurv.front.arguments import Arguments
+from fxcurv import passes
+from fxcurv.errors import ArgumentError, ExtensionError, FxcurvError, LossError, UnsupportedOpError
+from fxcurv.extensions import Extension
+from fxcurv.extensions.parameters import Choice, chosen
+from fxcurv.front.arguments import Arguments, flatten_arguments
+from fxcurv.front.capture import capture
+from fxcurv.front.python_state import Path, Schedule, alike, reasons
+from fxcurv.front.requests import Autocast, Request, Subject, check_trainable
 from fxcurv.ir.program import Program
 from fxcurv.ir.specialise import specialise
+from fxcurv.ir.state import Options
+from fxcurv.runtime.bind import bind, cuda_devices
+from fxcurv.runtime.keys import Key, key_of, shortened, why
+from fxcurv.runtime.memory import Pool
+from fxcurv.runtime.probe import Probe
+from fxcurv.runtime.progress import progress, silent
+from fxcurv.runtime.selfcheck import SelfCheck
+from fxcurv.runtime.stateless import Stateless
 
 log = logging.getLogger("fxcurv")
 
-Emitted = TypeVar("Emitted")
+Tell = Callable[[str], None]
 
 
-class Autocast(NamedTuple):
-    """The state of `torch.autocast`; no dtype when it is off."""
+class Made(Protocol):
+    """What `Programs` makes for a kind of input: a program, and what its owner keeps with it."""
 
-    device_type: str
-    dtype: torch.dtype | None
-
-
-def tensors_in(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """(name, tensor) of a module's parameters and buffers."""
-    yield from module.named_parameters()
-    yield from module.named_buffers(remove_duplicate=False)
+    program: Program
 
 
-def at_numbers_if_need_be(
-    emit: Callable[[Program], Emitted], program: Program, again: Callable[[], Program], n: int
-) -> Emitted:
+M = TypeVar("M", bound=Made)
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Ready:
+    """A finished program, and all that calls of it leave behind.
+
+    (Not frozen, and no more than attributes: Dynamo reads `stateless`.)
+
+    Attributes:
+        pool: the memory of earlier results.
+        probe: the forward graph to check placements with; `selfcheck`: what to compare at the first call; if asked for.
+        checked: conditions on values and placements have held; `verified`: so has the comparison.
+        runner: under another backend than "eager": what computes the program.
+        stateless: the program as calls inside `torch.compile` need it.
+    """
+
+    program: Program
+    pool: Pool
+    probe: Probe | None = None
+    selfcheck: SelfCheck | None = None
+    checked: bool = False
+    verified: bool = False
+    runner: Callable[[list[Any]], tuple] | None = None
+    stateless: Stateless | None = None
+
+    @property
+    def note(self) -> str:
+        """What was compared, for a report."""
+        return self.selfcheck.note if self.selfcheck is not None else "off"
+
+
+def emitted(program: Program, tell: Tell) -> Ready:
+    """Run the pipeline on an analysed program, whose forward graph stays for the checks."""
+    probe = Probe(program) if program.options.check else None
+    selfcheck = SelfCheck(program, probe.needed) if probe is not None and program.options.check != "probe" else None
+    program = passes.run(program, passes.PIPELINE, program.options.debug, tell)
+    return Ready(program, Pool(program), probe, selfcheck)
+
+
+class Programs(Generic[M]):
+    """The programs of a subject, one per kind of input.
+
+    A subject comes with each request: another one may be of other objects, as long as they compute the same.
+
+    Args:
+        finish: makes of an analysed program what a call needs.
+
+    Attributes:
+        recompiles: for every program after the first, why it was needed (see `Compiled`).
+        named: what was made, as attributes: Dynamo guards the length of a list or dict that it reads.
+    """
+
+    def __init__(self, extensions: tuple[Extension, ...], options: Options, finish: Callable[[Program, Tell], M]):
+        self.extensions, self.options, self.finish = extensions, options, finish
+        self.recompiles: list[str] = []
+        self.named = SimpleNamespace()
+        self._made: dict[tuple[Key, Autocast, bool], list[M]] = {}
+        self._schedule = Schedule()
+
+    def request(
+        self, subject: Subject, inputs: Any, targets: tuple, mode: Autocast, create_graph: bool = False
+    ) -> Request:
+        """What a call with these arguments needs.
+
+        Raises:
+            ArgumentError: for arguments that no program could have.
+        """
+        if subject.loss is None and targets:
+            raise ArgumentError("there is no loss, so nothing reads the targets: call compiled(inputs)")
+        check_trainable(subject.model)
+        arguments = flatten_arguments(inputs, targets, self.options.batch_dim)
+        n = arguments.batch_size
+        for e in self.extensions:
+            indices = getattr(e, "subsampling", None) or ()
+            if any(i >= n for i in indices):
+                raise ArgumentError(f"{e}: sample {max(indices)} of a batch of {n}, use indices below {n}")
+        return Request(subject, arguments, mode, create_graph)
+
+    def find(self, request: Request, schedules: bool = True) -> M:
+        """The program for these arguments and what Python holds; `schedules`: whether floats may be inputs of it."""
+        n, modules = request.arguments.batch_size, request.subject.modules()
+        key = key_of(request.subject, request.arguments), request.mode, request.create_graph
+        serving = [made for made in self._made.get(key, []) if made.program.serves(n)]
+        serving = [made for made in serving if schedules or not made.program.python.numbers]
+        for made in serving:
+            if made.program.python.holds(modules):
+                return made
+        changed: list[Any] = min((made.program.python.differences(modules) for made in serving), key=len, default=[])
+        known = {key: [made.program for made in some] for key, some in self._made.items()}
+        reason = shortened(reasons(changed)) if changed else why(key, known, n, request.subject)
+        new = self._scheduled(request, changed) if schedules and self.options.schedules else None
+        new = new or self._lowered(request)
+        again = f" again, because {reason}" if reason else ""
+        log.info("compiled%s; batch size: %s", again, new.program.batch_note)
+        self.recompiles += [reason] if reason else []
+        self._made.setdefault(key, []).append(new)
+        setattr(self.named, f"program_{len(vars(self.named))}", new)
+        return new
+
+    def holds(self, made: M, request: Request) -> bool:
+        """Whether `made`, which was found for these arguments, still is what `find` would give."""
+        key = key_of(request.subject, request.arguments), request.mode, request.create_graph
+        return made in self._made.get(key, []) and made.program.python.holds(request.subject.modules())
+
+    def name_of(self, made: M) -> str:
+        """The name of what was found among `named`."""
+        return next(name for name, other in vars(self.named).items() if other is made)
+
+    def captured(self, request: Request, numbers: tuple[Path, ...] = ()) -> Program:
+        """The captured program with what was asked for; `numbers`: where floats are that become inputs of it."""
+        start = time.perf_counter()
+        program = self._trace(request, numbers)
+        program.timings["capture"] = time.perf_counter() - start
+        program.extensions, program.rules = self.extensions, self.options.rules
+        names, program.covers = covered(request.subject.model, self.options.params, self.extensions)
+        program.params = {name: node for name, node in program.params.items() if name in names}
+        program.shapes = {name: shape for name, shape in program.shapes.items() if name in names}
+        batch_dims = tuple(request.arguments.batch_dims)
+        program.options = dataclasses.replace(self.options, batch_dims=batch_dims, create_graph=request.create_graph)
+        return program
+
+    def _trace(self, request: Request, numbers: tuple[Path, ...]) -> Program:
+        with request.as_called():
+            return capture(request.subject.model, request.subject.loss, request.arguments, self.options.split, numbers)
+
+    def _analysed(self, request: Request, numbers: tuple[Path, ...], tell: Tell = silent) -> Program:
+        tell("capture")
+        return passes.run(self.captured(request, numbers), passes.ANALYSIS, self.options.debug, tell)
+
+    def _lowered(self, request: Request, numbers: tuple[Path, ...] = ()) -> M:
+        n = request.arguments.batch_size
+        with progress(f"compiling {type(request.subject.model).__name__}") as tell:
+            again = lambda: self._analysed(request, numbers, tell)  # noqa: E731
+            if n == 1:  # a model that fixes the batch size is captured at one sample after all
+                twice = dataclasses.replace(request, arguments=doubled(request.arguments))
+                program = self._analysed(twice, numbers, tell)
+                program = again() if program.fixed else single_sample(program)
+            else:
+                program = again()
+            return at_numbers_if_need_be(lambda p: self.finish(p, tell), program, again, n)
+
+    def _scheduled(self, request: Request, changed: list[Any]) -> M | None:
+        """A program in which floats that have changed twice are inputs, if the model can be traced so.
+
+        Args:
+            changed: what is not as the nearest program has it, of `State.differences`.
+        """
+        numbers = self._schedule.changed(changed)
+        while numbers:
+            try:
+                if self._schedule.new() and not self._same_forward(request, numbers):
+                    raise LossError("with the float as a tensor, the model computes something else")
+                made = self._lowered(request, numbers)
+                self._schedule.works()
+                return made
+            except (FxcurvError, RuntimeError, TypeError, ValueError) as error:
+                given_up = ", ".join(path.title for path in self._schedule.give_up())
+                log.info("%s: a program for each value, because %s", given_up, error)
+            numbers = self._schedule.changed(())
+        return None
+
+    def _same_forward(self, request: Request, numbers: tuple[Path, ...]) -> bool:
+        """Whether the forward pass with these floats as inputs computes what it does with their values in it."""
+        outcomes = []
+        for some in ((), numbers):
+            program = self._trace(request, some)
+            flat = bind(program, request.subject, request.arguments, 0, None)
+            with torch.random.fork_rng(cuda_devices(flat)):
+                torch.manual_seed(0)
+                outcomes.append(program.gm(*flat))
+        return all(alike(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def covered(
+    model: nn.Module, params: Choice, extensions: Iterable[Extension]
+) -> tuple[list[str], dict[Extension, list[str]]]:
+    """(the parameters of all quantities, those of each extension that chose its own), by name."""
+    names = chosen(params, model, ArgumentError, "compile")
+    own = [e for e in extensions if e.params is not None]
+    return names, {e: chosen(e.params, model, ExtensionError, type(e).__name__, names) for e in own}
+
+
+def at_numbers_if_need_be(emit: Callable[[Program], T], program: Program, again: Callable[[], Program], n: int) -> T:
     """`emit(program)`, or where an op is traced at sizes that are numbers only, of what `again` makes, at `n` samples."""
     try:
         return emit(program)

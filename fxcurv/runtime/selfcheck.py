@@ -21,7 +21,7 @@ import inspect
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcurv.errors import SelfCheckError
-from fxcurv.front.arguments import Arguments, filled, templated
+from fxcurv.front.arguments import filled, templated
+from fxcurv.front.requests import Request
 from fxcurv.ir.placement import Shard
 from fxcurv.ir.private import (
     OpOverload,
@@ -43,6 +44,7 @@ from fxcurv.ir.private import (
 )
 from fxcurv.ir.program import Program
 from fxcurv.passes.recycle import functional
+from fxcurv.runtime.bind import cuda_devices
 from fxcurv.runtime.bisect import first_difference
 from fxcurv.runtime.sums import Jacobians, Pair, sums, unequal
 
@@ -84,11 +86,12 @@ class SelfCheck:
     """What the check of one program needs to know, noted when its analysis is done.
 
     Attributes:
-        forward: the captured forward graph, in which a difference is searched.
+        forward: the captured forward graph, in which a difference is searched; `inputs`: what its placeholders are.
+        exchanged: whether samples are, by `probe`.
         note: for `explain()`, what was checked.
     """
 
-    def __init__(self, program: Program, split: str | None):
+    def __init__(self, program: Program, exchanged: bool):
         graph = fx.Graph()
         env: dict[fx.Node, fx.Node] = {}
         graph.graph_copy(program.graph, env)
@@ -96,7 +99,8 @@ class SelfCheck:
             new.meta = dict(old.meta)
         self.forward = fx.GraphModule(program.gm, graph)
         self.forward_loss = env.get(program.loss)
-        self.split = split
+        self.exchanged = exchanged
+        self.inputs = program.inputs[:]
         self.jacobian = self._head(program)
         self.random = any(_draws(n.target) for n in program.graph.nodes)
         self.note = "not yet: at the first call"
@@ -108,19 +112,17 @@ class SelfCheck:
         place = program.heads[0].meta.get("place")
         return (program.output_leaves.index(program.heads[0]), place) if isinstance(place, Shard) else None
 
-    def begin(self, model: nn.Module, loss: Any, program: Program, arguments: Arguments, mode: Any, flat: list) -> Check:
+    def begin(self, program: Program, request: Request, flat: list[Any]) -> Check:
         """Run the plain passes, before the program runs."""
-        return Check(self, model, loss, program, arguments, mode, flat)
+        return Check(self, program, request, flat)
 
 
 class Check:
     """One check: made before the program runs, `finish`ed with what it returned."""
 
-    def __init__(
-        self, known: SelfCheck, model: nn.Module, loss: Any, program: Program, arguments: Arguments, mode: Any, flat: list
-    ):
-        self.known, self.model, self.loss, self.program = known, model, loss, program
-        self.arguments, self.mode, self.flat = arguments, mode, flat
+    def __init__(self, known: SelfCheck, program: Program, request: Request, flat: list[Any]):
+        self.known, self.program, self.request, self.flat = known, program, request, flat
+        self.model, self.loss, self.arguments = request.subject.model, request.subject.loss, request.arguments
         self.notes: list[str] = []
         self.compared: list[str] = []
         self.summed: list[str] = []
@@ -137,13 +139,16 @@ class Check:
         Raises:
             SelfCheckError: naming what differs, and where.
         """
+        self.compare(self.program.unpack(values, lambda t: t))
+
+    def compare(self, unpacked: Values) -> None:
+        """See `finish`; `unpacked`: as `Program.unpack` gives it."""
         start = time.perf_counter()
         if self.plain.failure is not None:
             error = self.plain.failure
             raise SelfCheckError(
                 f"the program runs on these inputs, and the model itself does not: {type(error).__name__}: {error}\n{REPORT}"
             ) from error
-        unpacked = self.program.unpack(values, lambda t: t)
         if self.known.random:  # its own draws: it must agree with itself
             what, summed = self.compared, self._sums(unpacked, None) + self.summed
         else:
@@ -154,8 +159,7 @@ class Check:
     def _said(self, what: list[str], summed: list[str], seconds: float) -> str:
         said = f"{', '.join(what)} equal those of plain PyTorch" if what else "nothing compared with plain PyTorch"
         said += f"; sums agree for {', '.join(dict.fromkeys(summed))}" if summed else ""
-        probe = self.program.probe
-        said += "; samples exchanged" if probe is not None and probe.needed else ""
+        said += "; samples exchanged" if self.known.exchanged else ""
         missing = list(dict.fromkeys([*self.plain.missing, *self.notes]))
         said += f". NOT compared: {'; '.join(missing)}" if missing else ""
         return f"{said} (took {1000 * seconds:.0f} ms)"
@@ -175,11 +179,11 @@ class Check:
         """
         plain = Plain()
         draws = _FixedDraws() if self.known.random else None
-        modules = [m for top in (self.model, self.loss) if isinstance(top, nn.Module) for m in top.modules()]
+        modules = self.request.subject.modules()
         params = [p for m in modules for p in own_parameters(m).values() if p is not None]
         functions = [] if self.loss is None or isinstance(self.loss, nn.Module) else [self.loss]
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_as_found(modules, params, functions, _cuda(self.flat)))
+            stack.enter_context(_as_found(modules, params, functions, cuda_devices(self.flat)))
             if watch is not None:
                 watch(self.model)
             stack.enter_context(torch.enable_grad())
@@ -198,8 +202,9 @@ class Check:
         inputs, targets = ([_own(t) for t in part] for part in (self.arguments.inputs, self.arguments.targets))
         args, kwargs = filled(self.arguments.input_template, inputs)
         targets = filled(self.arguments.target_template, targets)
+        mode = self.request.mode
         autocast = functools.partial(
-            torch.autocast, self.mode.device_type, self.mode.dtype, enabled=self.mode.dtype is not None, cache_enabled=False
+            torch.autocast, mode.device_type, mode.dtype, enabled=mode.dtype is not None, cache_enabled=False
         )
         leaves: list[Tensor] = []
         try:
@@ -231,12 +236,12 @@ class Check:
             angles = torch.arange(1, leaf.numel() + 1, device=leaf.device, dtype=torch.float32)
             plain.cotangent = angles.cos().to(leaf.dtype).reshape(leaf.shape)
             plain.products = _grads([leaf], params, [plain.cotangent], retain_graph=loss is not None)
-        if loss is None:
+        if self.loss is None:
             return
         direct = bool(self.program.walked.direct) and any(e.per_sample for e in self.program.extensions)
         grad = _grads([loss.reshape(())], params, None, retain_graph=direct)
         plain.grad = {name: g for name, g in grad.items() if name in self.program.results.get("grad", {})}
-        if direct and not self.known.split and not self.program.analysis.ends:
+        if direct and not self.program.options.split and not self.program.analysis.ends:
             apart = [t.detach().requires_grad_(t.requires_grad) for t in leaves]
             with autocast():
                 again = self.loss(filled(template, apart), *targets)
@@ -248,7 +253,7 @@ class Check:
     def _compare_drawn(self) -> None:
         """The program once more, with the draws that the plain pass had."""
         draws = _FixedDraws()
-        with torch.random.fork_rng(_cuda(self.flat)), torch.no_grad(), draws:
+        with torch.random.fork_rng(cuda_devices(self.flat)), torch.no_grad(), draws:
             values = functional(self.program)(*self.flat)
         unpacked = self.program.unpack(values, lambda t: t)
         same = sorted(draws.shapes) == sorted(self.plain.draws)
@@ -374,10 +379,6 @@ def _own(t: Tensor) -> Tensor:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _cuda(flat: Iterable[Any]) -> list[int]:
-    return sorted({t.device.index or 0 for t in flat if isinstance(t, Tensor) and t.is_cuda})
 
 
 # ---- leaving no trace ----

@@ -10,106 +10,51 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 
 from fxcurv.errors import ArgumentError
-from fxcurv.front.arguments import Arguments, Slot, filled, map_leaves
-from fxcurv.ir.private import OpOverload, constant_result, pytree, schema_of, tracing
-from fxcurv.ir.program import Program
-from fxcurv.operators import Saved
+from fxcurv.front.requests import Autocast, Subject
+from fxcurv.ir.private import constant_result, pytree, tracing
 from fxcurv.passes.recycle import functional
-
-# Stands for a tensor where a structure has to be a constant.
-HOLE = "<tensor>"
-
-
-class Step(nn.Module):
-    """A program as a function of tensors: parameters and buffers by name, inputs, targets and seed in; its fields out.
-
-    Attributes:
-        gm: the graph, without memory of earlier results.
-        writes: buffer name -> index of its new value among those that `gm` returns.
-    """
-
-    def __init__(self, program: Program, arguments: Arguments):
-        super().__init__()
-        self.gm = functional(program)
-        self.bound = [(i.kind, i.name, i.index) for i in program.inputs if i.kind != "memory"]
-        self.constants = dict(program.constants)
-        python = program.python
-        scalars = [p for p, how in python.leaves if how == "scalar"]
-        self.places = [(p.module, None if p.module is not None else p.root, p.steps) for p in scalars]
-        self.tensors = [(name, p.module, p.steps) for name, p in python.sources.items() if p.module is not None]
-        position = {node: k for k, node in enumerate(program.output.args[0])}
-        self.shared = [_is_given(node) for node in program.output.args[0]]
-        self.writes = {name: position[node] for name, node in program.mutations.items()}
-        fields = _fields(program, position)
-        for kept in pytree.tree_leaves(fields, is_leaf=lambda value: isinstance(value, Saved)):
-            if isinstance(kept, Saved):
-                kept.code.prepare()
-        self.order, self.spec = pytree.tree_flatten(fields)
-        self.fixed, self.largest = program.fixed, program.largest
-        self.size = arguments.batch_size
-        count = len(arguments.inputs)
-        self.samples = next((k, d) for k, d in enumerate(arguments.batch_dims) if d is not None)
-        self.inner = 0 not in arguments.batch_dims
-        tensors = [*arguments.inputs, *arguments.targets]
-        dims = [*arguments.batch_dims, *arguments.target_dims()]
-        self.count = count
-        self.split = [
-            d if k >= count and d is not None and t.shape[d] != self.size else None
-            for k, (t, d) in enumerate(zip(tensors, dims, strict=True))
-        ]
-        self.shapes = [
-            [(k, s) for k, s in enumerate(t.shape) if k != d] for t, d in zip(tensors, dims, strict=True)
-        ]
-
-    def accepts(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the program is for tensors of these sizes; read while tracing, this leaves guards."""
-        which, dim = self.samples
-        n = tensors[which].shape[dim]
-        if self.fixed and n != self.size or not self.fixed and (n < 2 or self.largest is not None and n > self.largest):
-            return False
-        return all(t.shape[k] == s for t, sizes in zip(tensors, self.shapes, strict=True) for k, s in sizes)
-
-    def forward(self, named: dict[str, Tensor], tensors: Sequence[Tensor], seed: Tensor) -> list[Any]:
-        """What the graph returns, in memory of its own where it is just an argument.
-
-        Args:
-            named: parameters and buffers, those of the loss under "loss.<name>".
-            tensors: inputs, then targets.
-        """
-        which, dim = self.samples
-        n = tensors[which].shape[dim]
-        order = (-1, n) if self.inner else (n, -1)
-        given = [t if d is None else t.unflatten(d, order) for t, d in zip(tensors, self.split, strict=True)]
-        flat = []
-        for kind, name, index in self.bound:
-            if kind == "seed":
-                flat.append(seed)
-            elif kind in ("input", "target"):
-                flat.append(given[index if kind == "input" else self.count + index])
-            elif name in named:
-                flat.append(named[name])
-            else:
-                flat.append(self.constants[name])
-        values = self.gm(*flat)
-        return [v.clone() if shared else v for v, shared in zip(values, self.shared, strict=True)]
-
-    def read(self, modules: Sequence[nn.Module]) -> tuple[list[Any], dict[str, Tensor]]:
-        """(the numbers and other plain values that Python holds, tensors by name); read while tracing, this leaves guards."""
-        values = [_at(modules[k] if k is not None else root, steps) for k, root, steps in self.places]
-        return values, {name: _at(modules[k], steps) for name, k, steps in self.tensors}
-
-    def fields(self, values: Sequence[Any]) -> dict[str, Any]:
-        """A result's fields, of what `forward` returned."""
-        return pytree.tree_unflatten([values[k] for k in self.order], self.spec)
+from fxcurv.result import Result
+from fxcurv.runtime.bind import bind, cuda_devices, seed_tensor
+from fxcurv.runtime.call import begin_selfcheck, check_values
+from fxcurv.runtime.programs import Programs, Ready
+from fxcurv.runtime.stateless import HOLE, Stateless, named_tensors, parted
 
 
-def _at(value: Any, steps: Sequence[tuple[str, Any]]) -> Any:
-    for kind, name in steps:
-        value = getattr(value, name, None) if kind == "attr" else value[name]
-    return value
+def call_in_step(
+    programs: Programs[Ready],
+    subject: Subject,
+    inputs: Any,
+    targets: tuple,
+    seed: int | Tensor | None,
+    generator: torch.Generator | None,
+    create_graph: bool,
+) -> Result:
+    """`Compiled.__call__` where Dynamo traces it."""
+    if generator is not None:
+        raise ArgumentError("generator= inside torch.compile: pass seed=, an int or a 0-dim integer tensor")
+    mode = subject.autocast()
+    skeleton, tensors = parted((inputs, targets))
+    modes = [m.training for root in subject.roots() for m in root.modules()]
+    name = name_for(programs, subject, skeleton, modes, create_graph, mode.device_type, mode.dtype, *tensors)
+    step = getattr(programs.named, name).stateless
+    if not step.accepts(tensors):
+        raise ArgumentError("the program is for other sizes: call compiled.lower(inputs, targets) before the step")
+    values, tensors_held = step.read(subject.modules())
+    guarded(values)
+    named = {**named_tensors(subject.model, subject.loss), **tensors_held}
+    with torch.autocast(mode.device_type, enabled=False), torch.set_grad_enabled(create_graph):
+        values = step(named, tensors, seed_tensor(seed, None, subject.device()))
+    fields = step.fields(values)
+    if step.updates:
+        with torch.no_grad():
+            for name, k in step.writes.items():
+                named[name].copy_(values[k])
+    else:
+        fields["buffers"] = {name: values[k] for name, k in step.writes.items()}
+    return Result(fields, programs.extensions, subject.model)
 
 
 @constant_result
@@ -118,36 +63,10 @@ def guarded(values: list[Any]) -> int:
     return len(values)
 
 
-def _fields(program: Program, position: dict[fx.Node, int]) -> dict[str, Any]:
-    """A result's fields with the index of each value for its tensor."""
-    at = lambda n: position[n] if isinstance(n, fx.Node) else n  # noqa: E731
-    fields: dict[str, Any] = {} if program.loss is None else {"loss": at(program.loss)}
-    fields["output"] = filled(program.output_template, [at(n) for n in program.output_leaves])
-    held: list[Slot] = []
-    map_leaves(program.output_template, Slot, held.append)
-    if sum(type(leaf) is int for leaf in pytree.tree_leaves(fields["output"])) < len(held):
-        raise ArgumentError(
-            "inside torch.compile, a model returns tensors, or tuples, lists and dicts of them, not tensors within a "
-            f"{type(program.output_template).__name__}"
-        )
-    for field, nodes in (*program.results.items(), *program.extras.items()):
-        fields[field] = pytree.tree_map(at, nodes)
-    return fields
-
-
-def _is_given(node: fx.Node) -> bool:
-    """Whether a value is an argument of the graph, or a view of one."""
-    while node.op == "call_function" and isinstance(node.target, OpOverload):
-        returns = schema_of(node.target).returns
-        if len(returns) != 1 or returns[0].alias_info is None or not node.all_input_nodes:
-            return False
-        node = node.all_input_nodes[0]
-    return node.op in ("placeholder", "get_attr")
-
-
 @torch.compiler.assume_constant_result
-def step_for(
-    compiled: Any,
+def name_for(
+    programs: Programs[Ready],
+    subject: Subject,
     skeleton: Any,
     modes: list[bool],
     create_graph: bool,
@@ -155,30 +74,41 @@ def step_for(
     dtype: torch.dtype | None,
     *tensors: Tensor,
 ) -> str:
-    """The name of the `Step` for arguments of this structure, `HOLE` for each tensor. Dynamo calls this with real tensors.
+    """The name of the program for arguments of this structure, `HOLE` for each tensor. Dynamo calls this with real tensors.
 
     A module would be a constant without a source, which Dynamo cannot guard. It guards what is used: so `modes` is passed, the
     training flags, though they are read again here.
     """
     inputs, targets = _filled(skeleton, tensors)
     with tracing(None):
-        return compiled._step(inputs, targets, create_graph, device_type, dtype)
+        return programs.name_of(_ready(programs, subject, inputs, targets, Autocast(device_type, dtype), create_graph))
 
 
-def named_tensors(model: nn.Module, loss: Any) -> dict[str, Tensor]:
-    """Parameters and buffers as a `Step` takes them: those of a loss that is a module under "loss.<name>"."""
-    loss_tensors: dict[str, Tensor] = {}
-    if isinstance(loss, nn.Module):
-        tensors = (*loss.named_parameters(), *loss.named_buffers(remove_duplicate=False))
-        loss_tensors = {f"loss.{name}": t for name, t in tensors}
-    return {**dict(model.named_parameters()), **dict(model.named_buffers(remove_duplicate=False)), **loss_tensors}
-
-
-def parted(structure: Any) -> tuple[Any, list[Tensor]]:
-    """(the structure with holes for tensors, the tensors)."""
-    leaves, spec = pytree.tree_flatten(structure)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    return pytree.tree_unflatten([HOLE if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec), tensors
+def _ready(
+    programs: Programs[Ready], subject: Subject, inputs: Any, targets: tuple, mode: Autocast, create_graph: bool
+) -> Ready:
+    """The program for a call inside `torch.compile`, its values checked, and stateless; Dynamo does not trace this."""
+    request = programs.request(subject, inputs, targets, mode, create_graph)
+    with request.apart():
+        ready = programs.find(request, schedules=False)
+        program = ready.program
+        unseen = program.python.unguarded()
+        if unseen:
+            raise ArgumentError(
+                f"{unseen} is read by the model or the loss, and torch.compile would not see it change. Way out: an "
+                "attribute of the model, or of a loss that is a module; a counter outside of the forward pass; or a call "
+                "outside of the compiled function."
+            )
+        flat = bind(program, subject, request.arguments, 0, None)
+        check_values(ready, flat)
+        selfcheck = begin_selfcheck(ready, request, flat)
+        if selfcheck is not None:
+            with torch.random.fork_rng(cuda_devices(flat)):
+                selfcheck.finish(functional(program)(*flat))
+            ready.verified = True
+        if ready.stateless is None:
+            ready.stateless = Stateless(program, request.arguments)
+        return ready
 
 
 def _filled(skeleton: Any, tensors: Sequence[Tensor]) -> Any:

@@ -257,8 +257,9 @@ def test_batch_sizes_and_losses_share_programs():
         backward(model, extend(nn.CrossEntropyLoss(weight)), x, y, extensions)  # another loss each time
         with disable():
             same(model, Oracle(copy.deepcopy(model), nn.CrossEntropyLoss(weight), x, y, kind="ce"), extensions)
-    (parts,) = _parts[model]._with_loss.values()
-    assert sum(map(len, parts._programs.values())) == 2  # one sample has its own
+    forwards = vars(_parts[model]._programs.named).values()
+    endings = [vars(parts._programs.named) for forward in forwards for parts in forward.with_loss.values()]
+    assert list(map(len, endings)) == [1, 1]  # one sample has its own
 
 
 class Transformed(nn.Module):
@@ -503,6 +504,26 @@ def test_hook_and_plain_modules(model):
     with disable():
         assert not hasattr(model(x), "_fxcurv_pass")
     assert isinstance(model, nn.Sequential) and repr(model) == repr(mlp())
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_hooks_on_the_extended_model_run_once(before):
+    """They run where the model is called, so they are no part of its programs."""
+    model, plain, (x, y) = mlp(), mlp(), vectors()
+    if before:
+        model.register_forward_pre_hook(lambda module, args: (3 * args[0],))
+        run, extensions = lambda x: plain(3 * x), [BatchGrad(), DiagGGNExact()]
+    else:
+        model.register_forward_hook(lambda module, args, out: out.sin())
+        run, extensions = lambda x: plain(x).sin(), [BatchGrad()]
+    backward(extend(model), extend(nn.CrossEntropyLoss()), x, y, extensions)
+    params = list(plain.parameters())
+    each = [torch.autograd.grad(F.cross_entropy(run(a[None]), b[None]) / len(x), params) for a, b in zip(x, y, strict=True)]
+    for p, rows in zip(model.parameters(), zip(*each, strict=True), strict=True):
+        close([p.grad, p.grad_batch], [sum(rows), torch.stack(rows)])
+    if before:
+        oracle = Oracle(mlp(), nn.CrossEntropyLoss(), 3 * x, y, kind="ce").diag_ggn_exact()
+        close([p.diag_ggn_exact for p in model.parameters()], list(oracle.values()))
 
 
 def test_copies_are_extended_and_free_themselves():

@@ -15,7 +15,9 @@ import fxcurv
 from fxcurv.errors import ArgumentError, MixedSamplesError
 from fxcurv.extensions import BatchGrad, DiagGGNExact, DiagHessian, SumGradSquared
 from fxcurv.ir.placement import Shard
+from fxcurv.passes import ANALYSIS
 from fxcurv.rules.base import RULES
+from fxcurv.runtime.probe import Probe
 
 aten = torch.ops.aten
 REPRESENTATIVE = {"ce_ignore_weights_smoothing"}
@@ -108,14 +110,15 @@ def test_every_pair_that_meets_is_found(n):
         net, F.cross_entropy, [BatchGrad()], rules={aten.index.Tensor: Claims(Shard(0))}, check="probe", batch_dim=(0, None)
     )
     x, y, params = torch.randn(n, 4), torch.randint(3, (n,)), dict(net.named_parameters())
-    program = compiled.lower((x, torch.arange(n)), y)
+    program = compiled.lower((x, torch.arange(n)), y, after=ANALYSIS[-1].__name__).program
+    probe = Probe(program)
     for to, of in [(a, b) for a in range(n) for b in range(n)]:
         rows = torch.arange(n)
         rows[to] = of
         given = {"input": (x, rows), "target": (y,)}
         flat = [params[i.name] if i.kind == "param" else given[i.kind][i.index] for i in program.inputs if i.kind != "seed"]
         if to == of:
-            program.probe.run(flat, n)
+            probe.run(flat, n)
             continue
         with pytest.raises(MixedSamplesError, match=r"index(?s:.*)exchanging samples? .* moves sample " + str(to)):
-            program.probe.run(flat, n)
+            probe.run(flat, n)

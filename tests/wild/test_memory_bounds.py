@@ -89,7 +89,7 @@ def test_a_smaller_batch_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> Non
     compiled, loss = fxcurv.compile(model, nn.CrossEntropyLoss(), extensions), nn.CrossEntropyLoss()
     result = compiled(*batch(5))
     for n in (3, 2, 5):
-        memory = list(compiled._pool._kept.values())
+        memory = list(compiled._programs.named.program_0.pool._kept.values())
         assert memory
         for tensor in memory:
             tensor.fill_(-7.0)

@@ -15,7 +15,6 @@ from claims import Claims, centre
 from torch import Tensor, nn
 
 import fxcurv
-import fxcurv.api
 from fxcurv.errors import ArgumentError, MixedSamplesError, SelfCheckError
 from fxcurv.extensions import (
     BatchDiagGGNExact,
@@ -33,7 +32,7 @@ from fxcurv.extensions import (
 from fxcurv.ir.placement import Shard
 from fxcurv.rules.base import REWRITES, RULES
 from fxcurv.rules.pointwise import Pointwise
-from fxcurv.runtime import selfcheck
+from fxcurv.runtime import programs, selfcheck
 
 aten = torch.ops.aten
 CE = nn.CrossEntropyLoss()
@@ -64,7 +63,7 @@ class Round(torch.autograd.Function):
 @contextlib.contextmanager
 def captured_with(**attributes):
     """Capture sees other attributes than the model has: whatever tracing loses or remembers wrongly."""
-    real = fxcurv.api.capture
+    real = programs.capture
 
     def capture(model, loss, *args):
         with contextlib.ExitStack() as stack:
@@ -75,7 +74,7 @@ def captured_with(**attributes):
                     stack.enter_context(mock.patch.object(model, name, value))
             return real(model, loss, *args)
 
-    with mock.patch.object(fxcurv.api, "capture", capture):
+    with mock.patch.object(programs, "capture", capture):
         yield
 
 
@@ -110,13 +109,13 @@ def test_a_dropped_custom_backward_in_a_module():
             return self.function(x)
 
     model = net(act=Straight())
-    real = fxcurv.api.capture
+    real = programs.capture
 
     def capture(*args):
         with mock.patch.object(Straight, "function", staticmethod(torch.round)):
             return real(*args)
 
-    with mock.patch.object(fxcurv.api, "capture", capture):
+    with mock.patch.object(programs, "capture", capture):
         message = caught(model)
     assert "module 'act' (Straight)" in message and "aten.round" in message and __file__ in message
 
@@ -144,13 +143,13 @@ def test_a_wrong_value_is_named_by_module_and_op():
         def forward(self, x):
             return self.head(self.body(x))
 
-    real = fxcurv.api.capture
+    real = programs.capture
 
     def capture(*args):
         with mock.patch.object(model.act, "beta", 1.0):
             return real(*args)
 
-    with mock.patch.object(fxcurv.api, "capture", capture):
+    with mock.patch.object(programs, "capture", capture):
         message = caught(Later())
     assert "module 'body.act' (Softplus)" in message and "op aten.softplus" in message
 
@@ -207,14 +206,14 @@ def test_a_nan_of_the_model_is_no_fault():
 
 def test_an_update_of_a_buffer_is_missing():
     model = net(act=nn.BatchNorm1d(5))
-    real = fxcurv.api.capture
+    real = programs.capture
 
     def capture(*args):
         program = real(*args)
         del program.mutations["act.running_mean"]
         return program
 
-    with mock.patch.object(fxcurv.api, "capture", capture):
+    with mock.patch.object(programs, "capture", capture):
         message = caught(model)
     assert "buffer 'act.running_mean'" in message
     assert (model.act.running_mean == 0).all() and model.act.num_batches_tracked == 0
@@ -237,13 +236,13 @@ def test_a_wrong_scaling_of_the_loss_in_its_gradient():
 def test_a_hook_that_changes_the_output_is_ignored():
     model = net(act=nn.Tanh())
     model.act.register_forward_hook(lambda module, args, out: 2 * out)
-    real = fxcurv.api.capture
+    real = programs.capture
 
     def capture(*args):
         with mock.patch.object(model.act, "_forward_hooks", type(model.act._forward_hooks)()):
             return real(*args)
 
-    with mock.patch.object(fxcurv.api, "capture", capture):
+    with mock.patch.object(programs, "capture", capture):
         assert "module 'act' (Tanh)" in caught(model)
 
 
@@ -349,14 +348,14 @@ def test_everything_is_left_as_it_was():
     grad = model.first.weight.grad = torch.ones(5, 4)
     compiled = fxcurv.compile(model, CE, check="always", update_buffers=False)
     x, y = data()
-    program = compiled.lower(x, y)
+    compiled.lower(x, y)
     before = {name: t.clone() for name, t in model.named_buffers()}
     buffers, versions = dict(model.named_buffers()), {n: t._version for n, t in model.named_buffers()}
     python = random.getstate()
     with torch.autocast("cpu", torch.bfloat16, enabled=False), torch.inference_mode():
         result = compiled(x.clone(), y)
         assert torch.is_inference_mode_enabled()
-    assert program.selfcheck.note.startswith("loss, output, gradient, buffers")
+    assert compiled._programs.named.program_0.note.startswith("loss, output, gradient, buffers")
     assert random.getstate() == python
     for name, t in model.named_buffers():
         assert t is buffers[name] and t._version == versions[name] and torch.equal(t, before[name])
@@ -482,7 +481,7 @@ def test_state_that_changes_later_is_seen_by_always():
     model = net(lambda m, x: m.last(m.first(x) * m.scale), scale=2.0)
     compiled = fxcurv.compile(model, CE, check="always")
     compiled(*data())
-    with mock.patch.object(fxcurv.api.Compiled, "_program", lambda self, *_: next(iter(self._programs.values()))[0]):
+    with mock.patch.object(programs.Programs, "find", lambda self, *_: self.named.program_0):
         model.scale = 3.0
         with pytest.raises(SelfCheckError, match="the loss is"):
             compiled(*data())

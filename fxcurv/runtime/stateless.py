@@ -1,0 +1,152 @@
+"""A program as a module without state: what `torch.compile` traces as part of a step, and what is exported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fxcurv.errors import ArgumentError
+from fxcurv.front.arguments import Arguments, Slot, filled, map_leaves
+from fxcurv.ir.private import OpOverload, pytree, schema_of
+from fxcurv.ir.program import Program
+from fxcurv.operators import Saved
+from fxcurv.passes.recycle import functional
+
+# Stands for a tensor where a structure has to be a constant.
+HOLE = "<tensor>"
+
+
+class Stateless(nn.Module):
+    """A program as a function of tensors: parameters and buffers by name, inputs, targets and seed in; its fields out.
+
+    Attributes:
+        gm: the graph, without memory of earlier results.
+        writes: buffer name -> index of its new value among those that `gm` returns.
+        updates: whether these go to the model.
+    """
+
+    def __init__(self, program: Program, arguments: Arguments):
+        super().__init__()
+        self.gm = functional(program)
+        self.bound = [(i.kind, i.name, i.index) for i in program.inputs if i.kind != "memory"]
+        self.constants = dict(program.constants)
+        python = program.python
+        scalars = [p for p, how in python.leaves if how == "scalar"]
+        self.places = [(p.module, None if p.module is not None else p.root, p.steps) for p in scalars]
+        self.tensors = [(name, p.module, p.steps) for name, p in python.sources.items() if p.module is not None]
+        position = {node: k for k, node in enumerate(program.output.args[0])}
+        self.shared = [_is_given(node) for node in program.output.args[0]]
+        self.writes = {name: position[node] for name, node in program.mutations.items()}
+        self.updates = program.options.update_buffers
+        fields = _fields(program, position)
+        for kept in pytree.tree_leaves(fields, is_leaf=lambda value: isinstance(value, Saved)):
+            if isinstance(kept, Saved):
+                kept.code.prepare()
+        self.order, self.spec = pytree.tree_flatten(fields)
+        self.fixed, self.largest = program.fixed, program.largest
+        self.size = arguments.batch_size
+        count = len(arguments.inputs)
+        self.samples = next((k, d) for k, d in enumerate(arguments.batch_dims) if d is not None)
+        self.inner = 0 not in arguments.batch_dims
+        tensors = [*arguments.inputs, *arguments.targets]
+        dims = [*arguments.batch_dims, *arguments.target_dims()]
+        self.count = count
+        self.split = [
+            d if k >= count and d is not None and t.shape[d] != self.size else None
+            for k, (t, d) in enumerate(zip(tensors, dims, strict=True))
+        ]
+        self.shapes = [
+            [(k, s) for k, s in enumerate(t.shape) if k != d] for t, d in zip(tensors, dims, strict=True)
+        ]
+
+    def accepts(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the program is for tensors of these sizes; read while tracing, this leaves guards."""
+        which, dim = self.samples
+        n = tensors[which].shape[dim]
+        if self.fixed and n != self.size or not self.fixed and (n < 2 or self.largest is not None and n > self.largest):
+            return False
+        return all(t.shape[k] == s for t, sizes in zip(tensors, self.shapes, strict=True) for k, s in sizes)
+
+    def forward(self, named: dict[str, Tensor], tensors: Sequence[Tensor], seed: Tensor) -> list[Any]:
+        """What the graph returns, in memory of its own where it is just an argument.
+
+        Args:
+            named: parameters and buffers, those of the loss under "loss.<name>".
+            tensors: inputs, then targets.
+        """
+        which, dim = self.samples
+        n = tensors[which].shape[dim]
+        order = (-1, n) if self.inner else (n, -1)
+        given = [t if d is None else t.unflatten(d, order) for t, d in zip(tensors, self.split, strict=True)]
+        flat = []
+        for kind, name, index in self.bound:
+            if kind == "seed":
+                flat.append(seed)
+            elif kind in ("input", "target"):
+                flat.append(given[index if kind == "input" else self.count + index])
+            elif name in named:
+                flat.append(named[name])
+            else:
+                flat.append(self.constants[name])
+        values = self.gm(*flat)
+        return [v.clone() if shared else v for v, shared in zip(values, self.shared, strict=True)]
+
+    def read(self, modules: Sequence[nn.Module]) -> tuple[list[Any], dict[str, Tensor]]:
+        """(the numbers and other plain values that Python holds, tensors by name); read while tracing, this leaves guards."""
+        values = [_at(modules[k] if k is not None else root, steps) for k, root, steps in self.places]
+        return values, {name: _at(modules[k], steps) for name, k, steps in self.tensors}
+
+    def fields(self, values: Sequence[Any]) -> dict[str, Any]:
+        """A result's fields, of what `forward` returned."""
+        return pytree.tree_unflatten([values[k] for k in self.order], self.spec)
+
+
+def _at(value: Any, steps: Sequence[tuple[str, Any]]) -> Any:
+    for kind, name in steps:
+        value = getattr(value, name, None) if kind == "attr" else value[name]
+    return value
+
+
+def _fields(program: Program, position: dict[fx.Node, int]) -> dict[str, Any]:
+    """A result's fields with the index of each value for its tensor."""
+    at = lambda n: position[n] if isinstance(n, fx.Node) else n  # noqa: E731
+    fields: dict[str, Any] = {} if program.loss is None else {"loss": at(program.loss)}
+    fields["output"] = filled(program.output_template, [at(n) for n in program.output_leaves])
+    held: list[Slot] = []
+    map_leaves(program.output_template, Slot, held.append)
+    if sum(type(leaf) is int for leaf in pytree.tree_leaves(fields["output"])) < len(held):
+        raise ArgumentError(
+            "inside torch.compile, a model returns tensors, or tuples, lists and dicts of them, not tensors within a "
+            f"{type(program.output_template).__name__}"
+        )
+    for field, nodes in (*program.results.items(), *program.extras.items()):
+        fields[field] = pytree.tree_map(at, nodes)
+    return fields
+
+
+def _is_given(node: fx.Node) -> bool:
+    """Whether a value is an argument of the graph, or a view of one."""
+    while node.op == "call_function" and isinstance(node.target, OpOverload):
+        returns = schema_of(node.target).returns
+        if len(returns) != 1 or returns[0].alias_info is None or not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    return node.op in ("placeholder", "get_attr")
+
+
+def named_tensors(model: nn.Module, loss: Any) -> dict[str, Tensor]:
+    """Parameters and buffers as `Stateless` takes them: those of a loss that is a module under "loss.<name>"."""
+    loss_tensors: dict[str, Tensor] = {}
+    if isinstance(loss, nn.Module):
+        tensors = (*loss.named_parameters(), *loss.named_buffers(remove_duplicate=False))
+        loss_tensors = {f"loss.{name}": t for name, t in tensors}
+    return {**dict(model.named_parameters()), **dict(model.named_buffers(remove_duplicate=False)), **loss_tensors}
+
+
+def parted(structure: Any) -> tuple[Any, list[Tensor]]:
+    """(the structure with holes for tensors, the tensors)."""
+    leaves, spec = pytree.tree_flatten(structure)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return pytree.tree_unflatten([HOLE if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec), tensors
