@@ -449,14 +449,24 @@ class Compiled:
 
     def _same_forward(self, arguments: Arguments, mode: Autocast, numbers: tuple[Path, ...]) -> bool:
         """Whether the forward pass with these floats as inputs computes what it does with their values in it."""
-        outcomes = []
-        for chosen_numbers in ((), numbers):
-            with torch.autocast(mode.device_type, mode.dtype, enabled=mode.dtype is not None):
-                program = capture(self.model, self.loss, arguments, self._split, chosen_numbers)
+        with torch.autocast(mode.device_type, mode.dtype, enabled=mode.dtype is not None):
+            programs = [capture(self.model, self.loss, arguments, self._split, chosen) for chosen in ((), numbers)]
+        return self._same_values(programs, arguments)
+
+    def _same_values(self, programs: list[Program], arguments: Arguments) -> bool:
+        """Whether captured graphs compute the same of these arguments: what they return, and where the model ends.
+
+        What a graph returns may be an output that the loss broadcast.
+        """
+        head, outcomes = torch.ops.fxcurv.head.default, []
+        for program in programs:
             flat = self._bind(program, arguments, 0, None)
             with torch.random.fork_rng(cuda_devices(flat)):
                 torch.manual_seed(0)
-                outcomes.append(program.gm(*flat))
+                interpreter = torch.fx.Interpreter(program.gm, garbage_collect_values=False)
+                interpreter.run(*flat)
+            nodes = [*program.output.args[0], *program.graph.find_nodes(op="call_function", target=head)]
+            outcomes.append([interpreter.env[node] for node in nodes])
         return all(alike(a, b) for a, b in zip(*outcomes, strict=True))
 
     def _all_modules(self) -> list[nn.Module]:
@@ -486,9 +496,7 @@ class Compiled:
     ) -> Program:
         single = arguments.batch_size == 1
         with progress(f"compiling {type(self.model).__name__}") as tell:
-            program = self._analyse(doubled(arguments) if single else arguments, mode, tell, numbers)
-            if single:  # a model that fixes the batch size is captured at one sample after all
-                program = self._analyse(arguments, mode, tell, numbers) if program.fixed else single_sample(program)
+            program = (self._analyse_single if single else self._analyse)(arguments, mode, tell, numbers)
             return at_numbers_if_need_be(
                 lambda p: self._emitted(p, create_graph, tell),
                 program,
@@ -502,15 +510,44 @@ class Compiled:
         program.selfcheck = SelfCheck(program, self._split) if self._check_when in ("first", "always") else None
         return passes.run(program, passes.PIPELINE, self._debug, tell)
 
+    def _analyse_single(
+        self, arguments: Arguments, mode: Autocast, tell: Callable[[str], None], numbers: tuple[Path, ...]
+    ) -> Program:
+        """The program of one sample: that of two says where the samples are, if at one it computes what the model does."""
+        tell("capture")
+        try:
+            program = self._captured(doubled(arguments), mode, numbers)
+        except FxcurvError:  # targets that only fit an output that was squeezed at one sample, say
+            return self._analyse(arguments, mode, tell, numbers, alone=True)
+        if program.fixed:  # by the model, which is captured at one sample after all
+            return self._analyse(arguments, mode, tell, numbers)
+        if not self._same_at_one(program, arguments, mode, numbers):
+            return self._analyse(arguments, mode, tell, numbers, alone=True)
+        return single_sample(passes.run(program, passes.ANALYSIS, self._debug, tell))
+
+    def _same_at_one(self, two: Program, arguments: Arguments, mode: Autocast, numbers: tuple[Path, ...]) -> bool:
+        """Whether the graph of two samples computes of one what the model does, which may look at shapes (`if z.ndim == 0`)."""
+        try:
+            one = self._captured(arguments, mode, numbers)
+        except FxcurvError:
+            return True  # it cannot run on one sample, which `single_sample` says
+        try:
+            return self._same_values([two, one], arguments)
+        except (RuntimeError, ValueError, IndexError):
+            return False
+
     def _analyse(
         self,
         arguments: Arguments,
         mode: Autocast,
         tell: Callable[[str], None] = silent,
         numbers: tuple[Path, ...] = (),
+        alone: bool = False,
     ) -> Program:
         tell("capture")
-        return passes.run(self._captured(arguments, mode, numbers), passes.ANALYSIS, self._debug, tell)
+        program = self._captured(arguments, mode, numbers)
+        program.options = dataclasses.replace(program.options, alone=alone)
+        return passes.run(program, passes.ANALYSIS, self._debug, tell)
 
     def _captured(self, arguments: Arguments, mode: Autocast, numbers: tuple[Path, ...] = ()) -> Program:
         start = time.perf_counter()

@@ -19,6 +19,7 @@ class Options:
         as_written: no op of the model may be said in others.
         batch_dims: the samples' dimension of every input, None for one without samples.
         split: path of the submodule whose output is f, None for the model's output.
+        alone: the batch is one sample, wherever the model keeps it.
     """
 
     create_graph: bool = False
@@ -27,6 +28,7 @@ class Options:
     as_written: bool = False
     batch_dims: tuple[int | None, ...] = ()
     split: str | None = None
+    alone: bool = False
 
 
 @dataclass
