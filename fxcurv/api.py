@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxcurv import passes
 from fxcurv.errors import ArgumentError, ExtensionError, FxcurvError, LossError
@@ -22,6 +22,7 @@ from fxcurv.front.capture import capture
 from fxcurv.front.python_state import Path, Schedule, alike, all_modules, reasons
 from fxcurv.front.requests import check_trainable, checked
 from fxcurv.front.side_effects import hooks_of
+from fxcurv.ir.graph import is_tensor
 from fxcurv.ir.program import Kept, Program
 from fxcurv.ir.state import Options
 from fxcurv.passes.recycle import functional
@@ -451,23 +452,17 @@ class Compiled:
         """Whether the forward pass with these floats as inputs computes what it does with their values in it."""
         with torch.autocast(mode.device_type, mode.dtype, enabled=mode.dtype is not None):
             programs = [capture(self.model, self.loss, arguments, self._split, chosen) for chosen in ((), numbers)]
-        return self._same_values(programs, arguments)
-
-    def _same_values(self, programs: list[Program], arguments: Arguments) -> bool:
-        """Whether captured graphs compute the same of these arguments: what they return, and where the model ends.
-
-        What a graph returns may be an output that the loss broadcast.
-        """
-        head, outcomes = torch.ops.fxcurv.head.default, []
-        for program in programs:
-            flat = self._bind(program, arguments, 0, None)
-            with torch.random.fork_rng(cuda_devices(flat)):
-                torch.manual_seed(0)
-                interpreter = torch.fx.Interpreter(program.gm, garbage_collect_values=False)
-                interpreter.run(*flat)
-            nodes = [*program.output.args[0], *program.graph.find_nodes(op="call_function", target=head)]
-            outcomes.append([interpreter.env[node] for node in nodes])
+        outcomes = [_ends(program, self._values(program, arguments)) for program in programs]
         return all(alike(a, b) for a, b in zip(*outcomes, strict=True))
+
+    def _values(self, program: Program, arguments: Arguments) -> dict[fx.Node, Any]:
+        """The values of a captured graph's nodes at these arguments."""
+        flat = self._bind(program, arguments, 0, None)
+        interpreter = fx.Interpreter(program.gm, garbage_collect_values=False)
+        with torch.random.fork_rng(cuda_devices(flat)):
+            torch.manual_seed(0)
+            interpreter.run(*flat)
+        return interpreter.env
 
     def _all_modules(self) -> list[nn.Module]:
         return all_modules(self.model, self.loss)
@@ -523,18 +518,24 @@ class Compiled:
             return self._analyse(arguments, mode, tell, numbers)
         if not self._same_at_one(program, arguments, mode, numbers):
             return self._analyse(arguments, mode, tell, numbers, alone=True)
-        return single_sample(passes.run(program, passes.ANALYSIS, self._debug, tell))
+        program = passes.run(program, passes.ANALYSIS, self._debug, tell)
+        return self._analyse(arguments, mode, tell, numbers, alone=True) if program.batch.whole else single_sample(program)
 
     def _same_at_one(self, two: Program, arguments: Arguments, mode: Autocast, numbers: tuple[Path, ...]) -> bool:
-        """Whether the graph of two samples computes of one what the model does, which may look at shapes (`if z.ndim == 0`)."""
+        """Whether the graph of two samples computes of one what the model does, and no value loses its axis of samples.
+
+        A model may look at shapes (`if z.ndim == 0`), and squeeze.
+        """
         try:
             one = self._captured(arguments, mode, numbers)
         except FxcurvError:
             return True  # it cannot run on one sample, which `single_sample` says
         try:
-            return self._same_values([two, one], arguments)
+            values = self._values(two, arguments)
+            same = all(alike(a, b) for a, b in zip(_ends(two, values), _ends(one, self._values(one, arguments)), strict=True))
         except (RuntimeError, ValueError, IndexError):
             return False
+        return same and all(v.ndim == n.meta["val"].ndim for n, v in values.items() if is_tensor(n))
 
     def _analyse(
         self,
@@ -620,3 +621,9 @@ class Compiled:
                 buffers[name].copy_(value.detach())
         own = self._backend.name == "eager" and not program.options.create_graph
         return Result(fields, self.extensions, self.model, self._pool.kept(program, fields) if own else None)
+
+
+def _ends(program: Program, values: dict[fx.Node, Any]) -> list[Any]:
+    """Of the values of a captured graph, those that it returns (an output may be as the loss broadcast it), and where it ends."""
+    heads = program.graph.find_nodes(op="call_function", target=torch.ops.fxcurv.head.default)
+    return [values[node] for node in [*program.output.args[0], *heads]]

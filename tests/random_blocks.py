@@ -267,7 +267,7 @@ def last(m, x):
 
 
 def by_mask(m, x):
-    y = torch.tanh(x)
+    y = torch.tanh(x).clone()
     y[y < 0] = 0.1
     return y
 
@@ -296,7 +296,7 @@ def stepped(m, x):
 def chained(m, x):
     y = m.layer(x)
     y += x
-    return y.relu_().mul_(x)
+    return y.relu_() * x
 
 
 def copied(m, x):
