@@ -10,7 +10,7 @@ from oracle_kron import KroneckerOracle
 from torch import nn
 
 import fxcurv
-from fxcurv.extensions import BatchGrad
+from fxcurv.extensions import BatchGrad, DiagGGNExact, DiagHessian
 
 SHAPES = {"squeeze": lambda z: z.squeeze(), "last": lambda z: z.squeeze(-1), "kept": lambda z: z}
 TARGETS = {"numbers": lambda n: torch.rand(n), "column": lambda n: torch.rand(n, 1)}
@@ -53,11 +53,12 @@ def by_rank(z, x):
 
 
 bce = F.binary_cross_entropy_with_logits
-# (what the model does with [N, 1], the loss, targets of one sample): none of them can be traced at two samples for one
+# (what the model does with [N, 1], the loss, targets of one sample): a trace at two samples would not do for one
 ENDS = {
     "targets of the squeezed shape": (lambda z, x: z.squeeze(), bce, torch.tensor(1.0)),
     "the model looks at the rank": (by_rank, bce, torch.ones(1)),
     "the model looks at the rank, and the loss broadcasts": (by_rank, F.mse_loss, torch.ones(1)),
+    "a loss without a closed form, of no axis": (lambda z, x: z.squeeze(), F.smooth_l1_loss, torch.tensor(1.0)),
     "the model looks at the size": (lambda z, x: z * 3 if x.shape[0] > 1 else z.exp(), F.mse_loss, torch.ones(1, 1)),
 }
 
@@ -74,8 +75,11 @@ class Ending(nn.Module):
         return self.end(self.logits(x), x)
 
 
+QUICK = {"targets of the squeezed shape", "the model looks at the rank, and the loss broadcasts"}
+
+
 @pytest.mark.parametrize("check", ["first", pytest.param(None, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ENDS])
 def test_one_sample_is_not_traced_as_two(name, check):
     end, loss, y = ENDS[name]
     torch.manual_seed(0)
@@ -91,3 +95,17 @@ def test_one_sample_is_not_traced_as_two(name, check):
     assert found.result.output.shape == model(x).shape
     for group in groups:
         found.check(group)
+
+
+def test_one_sample_after_a_batch_that_is_one():
+    """Where samples interact, the batch is one sample; one sample then has a program of its own size."""
+    torch.manual_seed(0)
+    model = Ending(lambda z, x: z + z.sum(0)).double()
+    compiled = fxcurv.compile(model, F.smooth_l1_loss, [DiagGGNExact(), DiagHessian()])
+    for n in (3, 1):
+        x, y = torch.randn(n, 4).double(), torch.randn(n, 1).double()
+        result, oracle = compiled(x, y), KroneckerOracle(model, F.smooth_l1_loss, x, y)
+        for key, p in model.named_parameters():
+            torch.testing.assert_close(result.diag_ggn_exact[key], oracle.diag_ggn_exact()[key])
+            torch.testing.assert_close(result.diag_h[key], oracle.diag_h()[key])
+            assert result.grad[key].shape == p.shape
