@@ -27,6 +27,7 @@ class Options:
         create_graph: of one program: results can be differentiated again, so only algorithms that autograd can follow are
             chosen.
         batch_dims: of one program: the samples' dimension of every input, None for one without samples.
+        alone: of one program: the batch is one sample, wherever the model keeps it.
     """
 
     batch_dim: Any = 0
@@ -42,6 +43,7 @@ class Options:
     schedules: bool = True
     create_graph: bool = False
     batch_dims: tuple[int | None, ...] = ()
+    alone: bool = False
 
 
 @dataclass

@@ -122,6 +122,8 @@ def _by_rule(program: Program, node: fx.Node, val: Tensor) -> Placement | None:
 
 def _probe(program: Program, node: fx.Node, vals: list[Any]) -> list[Placement]:
     """Try it on random values and see which outputs move."""
+    if program.options.alone:
+        return [MIXED for _ in vals]  # there is nobody to be independent of: `whole_batch` places it
     if random(node.target):
         raise UnsupportedOpError(
             f"{locate(node)}\nis random and has no rule, so its derivative would draw again. Way out: draw the noise from "

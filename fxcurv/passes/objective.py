@@ -53,7 +53,7 @@ def _check_independence(program: Program) -> None:
 def _check_sampled(program: Program) -> None:
     """Columns are sampled from the likelihood that a loss in closed form has; a loss that couples samples has none."""
     sampled = ", ".join(type(e).__name__ for e in program.extensions if e.requires.sampled)
-    if program.batch.whole and sampled and any(term.node is None for term in program.analysis.terms):
+    if program.analysis.mixing and sampled and any(term.node is None for term in program.analysis.terms):
         raise MixedSamplesError(program.analysis.mixing.format(asked=sampled))
 
 

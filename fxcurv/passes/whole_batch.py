@@ -21,15 +21,16 @@ from fxcurv.ir.specialise import specialise
 
 
 def whole_batch(program: Program) -> Program:
-    """Where samples interact, and all that is asked for is defined there: place all values anew.
+    """Where samples interact, and all that is asked for is defined there, or there is but one: place all values anew.
 
     The batch size becomes a number.
     """
-    asked = [e for e in program.extensions if e.per_sample]
-    reason = mixing(program) if asked and all(e.whole_batch for e in asked) else None
-    if reason is None or any(_is_mixed(n) and of_reduced_loss(program, n) for n in ancestors([program.loss])):
-        return program
-    program.analysis.mixing = reason
+    if not program.options.alone:
+        asked = [e for e in program.extensions if e.per_sample]
+        reason = mixing(program) if asked and all(e.whole_batch for e in asked) else None
+        if reason is None or any(_is_mixed(n) and of_reduced_loss(program, n) for n in ancestors([program.loss])):
+            return program
+        program.analysis.mixing = reason
     n = program.batch.size
     if program.batch.symbols:
         program = specialise(program, n)

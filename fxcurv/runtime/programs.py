@@ -19,12 +19,12 @@ from fxcurv.extensions import Extension
 from fxcurv.extensions.parameters import Choice, chosen
 from fxcurv.front.arguments import Arguments, flatten_arguments
 from fxcurv.front.capture import capture
-from fxcurv.front.python_state import Path, Schedule, alike, reasons
+from fxcurv.front.python_state import Path, Schedule, reasons
 from fxcurv.front.requests import Autocast, Request, Subject, check_trainable
 from fxcurv.ir.program import Program
 from fxcurv.ir.specialise import specialise
 from fxcurv.ir.state import Options
-from fxcurv.runtime.bind import bind, cuda_devices
+from fxcurv.runtime import forward
 from fxcurv.runtime.keys import Key, key_of, shortened, why
 from fxcurv.runtime.memory import Pool
 from fxcurv.runtime.probe import Probe
@@ -170,21 +170,37 @@ class Programs(Generic[M]):
         with request.as_called():
             return capture(request.subject.model, request.subject.loss, request.arguments, self.options.split, numbers)
 
-    def _analysed(self, request: Request, numbers: tuple[Path, ...], tell: Tell = silent) -> Program:
+    def _analysed(self, request: Request, numbers: tuple[Path, ...], tell: Tell = silent, alone: bool = False) -> Program:
         tell("capture")
-        return passes.run(self.captured(request, numbers), passes.ANALYSIS, self.options.debug, tell)
+        program = self.captured(request, numbers)
+        program.options = dataclasses.replace(program.options, alone=alone)
+        return passes.run(program, passes.ANALYSIS, self.options.debug, tell)
 
     def _lowered(self, request: Request, numbers: tuple[Path, ...] = ()) -> M:
         n = request.arguments.batch_size
         with progress(f"compiling {type(request.subject.model).__name__}") as tell:
             again = lambda: self._analysed(request, numbers, tell)  # noqa: E731
-            if n == 1:  # a model that fixes the batch size is captured at one sample after all
-                twice = dataclasses.replace(request, arguments=doubled(request.arguments))
-                program = self._analysed(twice, numbers, tell)
-                program = again() if program.fixed else single_sample(program)
-            else:
-                program = again()
+            program = self._of_one(request, numbers, tell) if n == 1 else again()
             return at_numbers_if_need_be(lambda p: self.finish(p, tell), program, again, n)
+
+    def _of_one(self, request: Request, numbers: tuple[Path, ...], tell: Tell) -> Program:
+        """The program of one sample: that of two says where the samples are, if at one it computes what the model does."""
+        alone = lambda: self._analysed(request, numbers, tell, alone=True)  # noqa: E731
+        tell("capture")
+        try:
+            two = self.captured(dataclasses.replace(request, arguments=doubled(request.arguments)), numbers)
+        except FxcurvError:  # targets that only fit an output that was squeezed at one sample, say
+            return alone()
+        if two.fixed:  # by the model, which is captured at one sample after all
+            return self._analysed(request, numbers, tell)
+        try:
+            one = self.captured(request, numbers)
+        except FxcurvError:
+            one = None  # it cannot run on one sample, which `single_sample` says
+        if one is not None and not forward.serves_one(two, one, request):
+            return alone()
+        two = passes.run(two, passes.ANALYSIS, self.options.debug, tell)
+        return alone() if two.batch.whole else single_sample(two)
 
     def _scheduled(self, request: Request, changed: list[Any]) -> M | None:
         """A program in which floats that have changed twice are inputs, if the model can be traced so.
@@ -208,14 +224,7 @@ class Programs(Generic[M]):
 
     def _same_forward(self, request: Request, numbers: tuple[Path, ...]) -> bool:
         """Whether the forward pass with these floats as inputs computes what it does with their values in it."""
-        outcomes = []
-        for some in ((), numbers):
-            program = self._trace(request, some)
-            flat = bind(program, request.subject, request.arguments, 0, None)
-            with torch.random.fork_rng(cuda_devices(flat)):
-                torch.manual_seed(0)
-                outcomes.append(program.gm(*flat))
-        return all(alike(a, b) for a, b in zip(*outcomes, strict=True))
+        return forward.same(self._trace(request, ()), self._trace(request, numbers), request)
 
 
 def covered(

@@ -18,15 +18,18 @@ from fxcurv.extensions import (
     KFAC,
     KFLR,
     KFRA,
+    PCHMP,
     BatchDiagGGNExact,
     BatchDiagGGNMC,
     BatchDiagHessian,
     BatchGrad,
     BatchL2Grad,
+    ClippedGrad,
     DiagGGNExact,
     DiagGGNMC,
     DiagHessian,
     Extension,
+    Jacobian,
     SqrtGGNExact,
     SqrtGGNMC,
     SumGradSquared,
@@ -176,6 +179,53 @@ def test_first_order(name):
         same(result.batch_l2[key], each.flatten(1).square().sum(1))
         same(result.sum_grad_squared[key], each.square().sum(0))
         same(result.variance[key], each.var(0, correction=0))
+
+
+@pytest.mark.parametrize("name", names())
+def test_individual_gradients(name):
+    """Rows that are asked for, clipped sums, the columns of the Jacobian: all are of the same individual gradients."""
+    rows = [2, 0, 0]
+    asked = [BatchGrad(), BatchGrad(subsampling=rows, savefield="rows"), ClippedGrad(0.1), BatchL2Grad(),
+             ClippedGrad(0.1, over="param", savefield="clipped_param")]  # fmt: skip
+    model, x, loss, result = computed(name, asked)
+    norms = sum(result.batch_l2.values()).sqrt()
+    same(result.sample_norms, norms)
+    outputs = model(x)
+    jacobian = computed(name, [Jacobian()])[-1].jacobian if isinstance(outputs, Tensor) else None
+    for key, each in result.grad_batch.items():
+        same(result.rows[key], each[rows])
+        same(result.grad_clipped[key], torch.einsum("n,n...->...", (0.1 / norms).clamp(max=1), each))
+        own = (0.1 / result.batch_l2[key].sqrt()).clamp(max=1)
+        same(result.clipped_param[key], torch.einsum("n,n...->...", own, each))
+        if jacobian is not None:
+            (s,) = torch.autograd.grad(loss(outputs), outputs, retain_graph=True)
+            same(torch.einsum("nc,nc...->n...", s, jacobian[key]), each)
+
+
+@pytest.mark.parametrize("name", names("nonconvex"))
+def test_operators(name):
+    """Blocks of the matrices over all parameters are the products of one; of the last layer all curvatures are the same."""
+    asked = [GGNMP(), HMP(), PCHMP(), PCHMP(savefield="pchmp_abs", modify="abs"), DiagGGNExact()]
+    model, x, loss, result = computed(name, asked)
+    sizes = {key: p.shape for key, p in model.named_parameters()}
+    start, total = 0, sum(shape.numel() for shape in sizes.values())
+    every = {"ggnmp": result.ggn, "hmp": result.hessian}
+    dense = {field: operator @ torch.eye(total).double() for field, operator in every.items()}
+    last = {"linear: one layer": ("",)}.get(name, ("a", "b") if CASES[name][0] is Two else ("2", "3"))
+    for key, shape in sizes.items():
+        own = slice(start, start := start + shape.numel())
+        for field, full in dense.items():
+            same(full[own, own], matrix(getattr(result, field)[key], shape))
+            same(full, full.t())
+        hessian, ggn = matrix(result.hmp[key], shape), matrix(result.ggnmp[key], shape)
+        clipped, absolute = matrix(result.pchmp[key], shape), matrix(result.pchmp_abs[key], shape)
+        if key.rpartition(".")[0] in last:  # nothing is behind it but a convex loss
+            same(hessian, ggn)
+            same(clipped, ggn)
+            same(absolute, ggn)
+        if CASES[name][0] is not Tied:
+            for larger, smaller in ((clipped, ggn), (clipped, hessian), (absolute, clipped)):
+                assert torch.linalg.eigvalsh(larger - smaller).min() > -1e-9
 
 
 @pytest.mark.parametrize("name", names())

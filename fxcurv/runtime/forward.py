@@ -1,0 +1,53 @@
+"""A captured forward pass, run: whether two of them compute the same, and whether that of two samples serves one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxcurv.front.python_state import alike
+from fxcurv.front.requests import Request
+from fxcurv.ir.graph import is_tensor
+from fxcurv.ir.program import Program
+from fxcurv.runtime.bind import bind, cuda_devices
+
+
+def same(a: Program, b: Program, request: Request) -> bool:
+    """Whether two captured programs compute the same at these arguments."""
+    return _alike(_ends(a, _values(a, request)), _ends(b, _values(b, request)))
+
+
+def serves_one(two: Program, one: Program, request: Request) -> bool:
+    """Whether the graph of two samples computes of one what `one` does, and no value loses its axis of samples.
+
+    A model may look at shapes (`if z.ndim == 0`), and squeeze.
+    """
+    try:
+        values = _values(two, request)
+        if not _alike(_ends(two, values), _ends(one, _values(one, request))):
+            return False
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    return all(v.ndim == n.meta["val"].ndim for n, v in values.items() if is_tensor(n))
+
+
+def _values(program: Program, request: Request) -> dict[fx.Node, Any]:
+    """The values of a captured graph's nodes, with the same random numbers every time."""
+    flat = bind(program, request.subject, request.arguments, 0, None)
+    interpreter = fx.Interpreter(program.gm, garbage_collect_values=False)
+    with torch.random.fork_rng(cuda_devices(flat)):
+        torch.manual_seed(0)
+        interpreter.run(*flat)
+    return interpreter.env
+
+
+def _ends(program: Program, values: dict[fx.Node, Any]) -> list[Any]:
+    """What the graph returns (an output may be as the loss broadcast it), and where the model ends."""
+    heads = program.graph.find_nodes(op="call_function", target=torch.ops.fxcurv.head.default)
+    return [values[node] for node in [*program.output.args[0], *heads]]
+
+
+def _alike(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(alike(x, y) for x, y in zip(a, b, strict=True))
