@@ -274,7 +274,8 @@ class Trial:
             out = self._outputs(new)
         except Exception as error:
             raise Uninformative(str(error)) from error
-        if self.domain is DOMAINS[0] and any(o.isnan().any() for o in out if isinstance(o, Tensor)):
+        tensors = [o for o in out if isinstance(o, Tensor) and o.numel()]
+        if any(o.isnan().all() or (self.domain is DOMAINS[0] and o.isnan().any()) for o in tensors):
             raise Uninformative("it gives no numbers")
         with torch.enable_grad():
             return [o.nan_to_num() if isinstance(o, Tensor) else o for o in out]
