@@ -36,13 +36,24 @@ from typing import Any
 
 import torch
 from op_sweep import (
-    N, Op, Sample, Trial, Unfit, alone, database, differentiable_outputs, drawn, name_of, repeats, squares, stacked,
+    N,
+    Op,
+    Sample,
+    Trial,
+    Unfit,
+    alone,
+    database,
+    differentiable_outputs,
+    drawn,
+    name_of,
+    repeats,
+    squares,
+    stacked,
 )  # fmt: skip
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 import fxcurv
-from fxcurv.errors import FxcurvError, InternalError, MixedSamplesError, SelfCheckError
+from fxcurv.errors import FxcurvError, InternalError, SelfCheckError
 from fxcurv.extensions import HMP, BatchGrad, DiagGGNExact, DiagHessian
 
 MOST = 500
@@ -332,7 +343,8 @@ class Tried:
 
     def off(self, field: str, value: Tensor, dtype: torch.dtype) -> tuple[float, float]:
         """How far a quantity is from the reference, and how far it may be."""
-        allowed = 1e-6 if any(s in self.trial.model.op.sample.info.name for s in SINGLE_INSIDE) else ROUNDING[self.reference.lowest]
+        name = self.trial.model.op.sample.info.name
+        allowed = 1e-6 if any(s in name for s in SINGLE_INSIDE) else ROUNDING[self.reference.lowest]
         if field in self.expected:
             off = away(value, self.expected[field])
             if dtype is torch.float32 and not off <= allowed:
@@ -423,7 +435,8 @@ def record(info: Any, todo: list[int], every: bool, limit: float, save: Any) -> 
             what, *rest = ours.recv()
         except EOFError:
             process.join()
-            why = f"the process died: {signal.Signals(-process.exitcode).name if (process.exitcode or 0) < 0 else process.exitcode}"
+            code = process.exitcode or 0
+            why = f"the process died: {signal.Signals(-code).name if code < 0 else code}"
             break
         if what == "begin":
             row = {"op": name_of(info), "index": rest[0], "shapes": rest[1]}

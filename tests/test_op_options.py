@@ -20,12 +20,8 @@ from op_options import FAULTS, Reference, Tried, of_trial, options_of, outcomes,
 from op_sweep import database, name_of
 
 INFOS = {name_of(info): info for info in database()}
-# what each is here for: curvature by the fallback and by a rule, an index, statistics beside the output, an op without a second
-# derivative, a derivative that PyTorch's own second one is not
-SOME = [
-    ("atan2", 1), ("nn.functional.gelu", 1), ("linalg.inv", 0), ("logcumsumexp", 1), ("index_add", 2), ("nn.functional.glu", 1),
-    ("native_layer_norm", 1), ("nn.functional.embedding_bag", 1),
-]  # fmt: skip
+# what each is here for: curvature by the fallback, by a rule, statistics beside the output, indices
+SOME = [("atan2", 1), ("nn.functional.glu", 1), ("native_layer_norm", 1), ("nn.functional.embedding_bag", 1)]
 
 
 @pytest.mark.parametrize("name, index", SOME)
@@ -50,17 +46,16 @@ def test_any_beginning_is_spread():
     assert all(sorted(spread_order(n)) == list(range(n)) for n in range(1, 70))
 
 
-def test_a_wrong_number_is_seen(monkeypatch):
-    """Every quantity is compared, in both precisions: the reference with one of its numbers moved finds a program wrong."""
-    draws = options_of(INFOS["atan2"])[1]
-    tried = Tried(trials(draws, 1)[0])
-    assert tried.outcome(torch.float32, None).kind == "right"
-    plain, hessian = tried.expected, tried.by_differences()
-    for field in plain:
-        monkeypatch.setattr(tried, "expected", plain | {field: plain[field] * 1.01})
-        monkeypatch.setattr(tried, "differences", hessian | {k: v * 1.01 for k, v in hessian.items() if k == field})
-        found = tried.outcome(torch.float64, None)
-        assert found.kind == "wrong" and field in found.message, (field, found)
+def test_a_wrong_number_is_seen():
+    """A hundredth is far more than what is allowed, of every quantity and in both precisions."""
+    tried = Tried(trials(options_of(INFOS["atan2"])[1], 1)[0])
+    assert set(tried.expected) == {"grad", "grad_batch", "diag_ggn_exact", "diag_h", "hmp"}
+    for field, value in tried.expected.items():
+        for dtype in (torch.float32, torch.float64):
+            off, allowed = tried.off(field, value, dtype)
+            assert off <= allowed, (field, dtype)
+            off, allowed = tried.off(field, value * 1.01, dtype)
+            assert off > allowed, (field, dtype)
 
 
 def test_the_references_agree():

@@ -368,3 +368,17 @@ def test_no_number_says_nothing_of_samples():
     net, x = net.double(), torch.randn(3, 4, dtype=torch.float64) * 10
     with pytest.raises(UnsupportedOpError, match="it gives no numbers"):
         fxcurv.compile(net, nn.MSELoss(), [BatchGrad()])(x, x)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic", "nearest"])
+def test_images_resized(mode):
+    """Indices that are computed from the images' sizes alone move no sample, though they are not affine in their position."""
+    torch.manual_seed(0)
+    net = Net(lambda m, x: F.interpolate(m.a(x), size=(3, 5), mode=mode), a=nn.Conv2d(1, 2, 2)).double()
+    x = torch.randn(4, 1, 5, 5, dtype=torch.float64)
+    y = torch.randn(4, 2, 3, 5, dtype=torch.float64)
+    found = fxcurv.compile(net, nn.MSELoss(), [BatchGrad()])(x, y).grad_batch
+    for n in range(4):
+        true = torch.autograd.grad(nn.functional.mse_loss(net(x)[n], y[n], reduction="sum") / y.numel(), list(net.parameters()))
+        for (name, _), g in zip(net.named_parameters(), true, strict=True):
+            torch.testing.assert_close(found[name][n], g)

@@ -1,4 +1,4 @@
-"""Second derivatives against the oracle: ops whose backward takes a way under `no_grad` that cannot be differentiated, and others."""
+"""Second derivatives against the oracle, of ops whose backward takes a way under `no_grad` that has none, and of others."""
 
 from __future__ import annotations
 
