@@ -181,12 +181,8 @@ class Reference:
 
     def flat(self, value: Tensor, where: list, **kwargs: Any) -> Tensor:
         found = torch.autograd.grad(value, where, allow_unused=True, **kwargs) if value.requires_grad else [None] * len(where)
-        return torch.cat([(torch.zeros_like(p) if g is None else g).double().flatten() for g, p in zip(found, where, strict=True)])
-
-    def split(self, flat: Tensor) -> dict[str, Tensor]:
-        sizes = [p.numel() for p in self.params.values()]
-        parts = flat.split(sizes, -1)
-        return {k: v.reshape(*flat.shape[:-1], *p.shape) for (k, p), v in zip(self.params.items(), parts, strict=True)}
+        filled = [torch.zeros_like(p) if g is None else g for g, p in zip(found, where, strict=True)]
+        return torch.cat([g.double().flatten() for g in filled])
 
     def gradient(self, create_graph: bool = False) -> Tensor:
         value = loss(self.trial.model(self.trial.x), self.trial.targets)
@@ -194,10 +190,8 @@ class Reference:
 
     def hessian(self) -> Tensor:
         """Rows of double autograd; raises RuntimeError where PyTorch has none."""
-        rows = []
-        for g in (along := self.gradient(create_graph=True)):
-            rows.append(self.flat(g, list(self.params.values()), retain_graph=True) if g.requires_grad else torch.zeros_like(along))
-        return torch.stack(rows).detach()
+        where = list(self.params.values())
+        return torch.stack([self.flat(g, where, retain_graph=True) for g in self.gradient(create_graph=True)]).detach()
 
     def differences(self, step: float = 1e-5) -> Tensor:
         """The Hessian by central differences of the gradient."""
@@ -338,7 +332,7 @@ class Tried:
                 found[field] = torch.cat([values[k](self.vectors[k].to(dtype)).flatten() for k in names])
             else:
                 start = 1 if field == "grad_batch" else 0
-                found[field] = torch.cat([values[k].flatten(start) if values[k].ndim > start else values[k].unsqueeze(-1) for k in names], -1)
+                found[field] = torch.cat([values[k].reshape(*values[k].shape[:start], -1) for k in names], -1)
         return {k: v.detach().double() for k, v in found.items()}
 
     def off(self, field: str, value: Tensor, dtype: torch.dtype) -> tuple[float, float]:
