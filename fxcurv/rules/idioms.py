@@ -155,20 +155,56 @@ def _where_masked(x: Tensor, mask: Tensor, value: Tensor, lead: int, rest: int, 
 
 
 @idiom(aten.embedding_bag.padding_idx)
-def _even_bags(program: Program, node: fx.Node) -> tuple[fx.Node, ...] | None:
+def _embedding_bag(program: Program, node: fx.Node) -> tuple[fx.Node, ...] | None:
+    """Lookups and sums, but where it scales its gradient, or takes a maximum in bags of any lengths.
+
+    Of indices [N, K] the offsets are arange(0, N * K, K), so a bag is a slice.
+    """
     weight, indices, offsets, by_frequency, mode, _, scale, with_last, padding = canonical_args(node)
     sizes = [program.batch.shape(i.meta["val"]) for i in (indices, offsets)]
     step = offsets.args[2] if offsets.target is aten.arange.start_step and len(offsets.args) > 2 else 0
     even = isinstance(step, int) and step > 0 and offsets.args[0] == 0 and sizes[0] == (sizes[1][0] * step,)
+    even = even and not with_last
     read = {user.args[1] for user in node.users if user.users}
-    if not even or not read <= {0} or by_frequency or with_last or padding not in (None, -1):
+    if not read <= {0} or by_frequency or not (even or mode != _MAXIMUM):
         return None
-    return (emit(program, _bags, weight, indices, scale, step, mode, origin=origin_of(node, "forward"), before=node),) * 4
+    args = (weight, indices, scale, step if even else (offsets, with_last), mode, padding)
+    return (emit(program, _even_bags if even else _bags, *args, origin=origin_of(node, "forward"), before=node),) * 4
 
 
-def _bags(weight: Tensor, indices: Tensor, scale: Tensor | None, size: int, mode: int) -> Tensor:
-    """y [N, D]: the sum (mode 0), mean (1) or maximum (2) of W[i] over the K indices of a sample."""
-    y = aten.embedding.default(weight, indices.reshape(-1, size))
-    if scale is not None:
-        y = y * scale.reshape(-1, size, 1)
-    return y.max(1).values if mode == 2 else y.mean(1) if mode == 1 else y.sum(1)
+_MEAN, _MAXIMUM = 1, 2
+
+
+def _even_bags(weight: Tensor, indices: Tensor, scale: Tensor | None, size: int, mode: int, padding: int | None) -> Tensor:
+    """y [N, D]: the sum (mode 0), mean (1) or maximum (2) of W[i] over the K indices of a sample that are no padding."""
+    rows, kept = _rows(weight, indices, scale, padding, -torch.inf if mode == _MAXIMUM else 0.0)
+    rows = rows.reshape(-1, size, rows.shape[-1])
+    if kept is None:
+        return rows.max(1).values if mode == _MAXIMUM else rows.mean(1) if mode == _MEAN else rows.sum(1)
+    count = kept.reshape(-1, size).sum(1).unsqueeze(1)
+    if mode == _MAXIMUM:
+        return rows.max(1).values.masked_fill(count == 0, 0.0)
+    return rows.sum(1) / count.clamp(min=1) if mode == _MEAN else rows.sum(1)
+
+
+def _bags(weight: Tensor, indices: Tensor, scale: Tensor | None, bags: tuple, mode: int, padding: int | None) -> Tensor:
+    """The same for sums and means over bags that begin at the offsets; an empty one is zero."""
+    offsets, with_last = bags
+    begins = offsets[: offsets.shape[0] - with_last]
+    bag = torch.searchsorted(begins, torch.arange(indices.shape[0], device=indices.device, dtype=begins.dtype), right=True) - 1
+    rows, kept = _rows(weight, indices, scale, padding, 0.0)
+    y = rows.new_zeros(begins.shape[0], rows.shape[1]).index_add(0, bag, rows)
+    if mode != _MEAN:
+        return y
+    ones = torch.ones_like(indices) if kept is None else kept.to(indices.dtype)
+    return y / ones.new_zeros(begins.shape[0]).index_add(0, bag, ones).clamp(min=1).unsqueeze(1)
+
+
+def _rows(weight: Tensor, indices: Tensor, scale: Tensor | None, padding: int | None, fill: float):
+    """(scaled rows [L, D] with `fill` at the padding, which indices are no padding, or None for all)."""
+    rows = aten.embedding.default(weight, indices)
+    rows = rows if scale is None else rows * scale.unsqueeze(1)
+    if padding is None:
+        return rows, None
+    kept = indices != padding % weight.shape[0]
+    return rows.masked_fill(~kept.unsqueeze(1), fill), kept

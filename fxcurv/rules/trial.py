@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcurv.ir.graph import canonical_args, invoke
+from fxcurv.ir.graph import ancestors, canonical_args, invoke
 from fxcurv.ir.placement import MIXED, PARTIAL, Mixed, Partial, Placement, Shard, halves, samples_first
 from fxcurv.ir.private import OpOverload, pytree, schema_of
 from fxcurv.ir.program import Program
@@ -84,7 +84,7 @@ def _together(places: Sequence[Placement | None]) -> Placement | None:
 def _check_sizes(program: Program, node: fx.Node, places: Sequence[Placement | None]) -> None:
     """Indices that differ with the batch size are known where it is a number."""
     leaves = pytree.tree_leaves(canonical_args(node))
-    varying = any(_is_index(a) and not _alike(a) and known(program, a, program.batch.size) is not None for a in leaves)
+    varying = any(_is_index(a) and not _alike(program, a) and known(program, a, program.batch.size) is not None for a in leaves)
     apart = all(isinstance(p, Shard) for p in places)
     if varying and not apart and program.batch.symbols and any(e.per_sample for e in program.extensions):
         raise OneSize
@@ -107,7 +107,7 @@ def _check_indices(program: Program, node: fx.Node) -> None:
     for leaf, name in zip(args, names, strict=False):
         if not _is_index(leaf) or leaf.meta["val"].dtype is torch.bool or "pivots" in name:
             continue
-        if known(program, leaf, program.batch.size) is None or (program.batch.symbols and not _alike(leaf)):
+        if known(program, leaf, program.batch.size) is None or (program.batch.symbols and not _alike(program, leaf)):
             raise Uninformative(f"its argument '{name}' is of integers, and it is not known to check them")
 
 
@@ -161,17 +161,29 @@ def known(program: Program, node: fx.Node, n: int) -> Tensor | None:
         return None
 
 
-def _alike(node: fx.Node) -> bool:
-    """Whether a known value is affine in its position, by the same numbers at every batch size."""
+def _alike(program: Program, node: fx.Node) -> bool:
+    """Whether a known value has no batch size in it, or is affine in its position by the same numbers at every batch size."""
+    return _affine(node) or not any(_varies(program, n.meta.get("val")) for n in ancestors([node]))
+
+
+def _varies(program: Program, val: Any) -> bool:
+    """Whether a number or a tensor's shape changes with the batch size."""
+    several = (SMALL[0], SMALL[1], program.batch.size)
+    if isinstance(val, Tensor):
+        return len({program.batch.shape(val, n) for n in several}) > 1
+    return isinstance(val, torch.SymInt) and len({program.batch.evaluate(val, n) for n in several}) > 1
+
+
+def _affine(node: fx.Node) -> bool:
     if node.target in _ARANGE:
         at = _ARANGE[node.target]
         bounds = [*node.args[:at], *node.args[at + 1 :]]  # all but the end
         return all(isinstance(b, int) for b in bounds)
     if node.target in _SHAPED:
-        return _alike(node.args[0])  # type: ignore[arg-type]
+        return _affine(node.args[0])  # type: ignore[arg-type]
     if node.target in _AFFINE:
         terms = [a for a in node.args if isinstance(a, fx.Node)]
-        return len(terms) == 1 and _is_value(terms[0]) and _alike(terms[0])
+        return len(terms) == 1 and _is_value(terms[0]) and _affine(terms[0])
     return False
 
 
@@ -232,7 +244,7 @@ class Trial:
         integers = {i: v for i, v in enumerate(self.values) if isinstance(v, Tensor) and not v.is_floating_point()}
         fixed = {} if self.program.batch.symbols else {i: known(self.program, self.leaves[i], self.n) for i in integers}
         for i in integers:
-            if i not in fixed and _alike(self.leaves[i]):
+            if i not in fixed and _alike(self.program, self.leaves[i]):
                 fixed[i] = known(self.program, self.leaves[i], self.n)
         pivots = [i for i, name in enumerate(_names(self.node)) if "pivots" in name]  # LAPACK believes them
         fixed |= {i: torch.ones_like(integers[i]) for i in pivots if i in integers}
@@ -274,7 +286,8 @@ class Trial:
             out = self._outputs(new)
         except Exception as error:
             raise Uninformative(str(error)) from error
-        if self.domain is DOMAINS[0] and any(o.isnan().any() for o in out if isinstance(o, Tensor)):
+        tensors = [o for o in out if isinstance(o, Tensor) and o.numel()]
+        if any(o.isnan().all() or (self.domain is DOMAINS[0] and o.isnan().any()) for o in tensors):
             raise Uninformative("it gives no numbers")
         with torch.enable_grad():
             return [o.nan_to_num() if isinstance(o, Tensor) else o for o in out]

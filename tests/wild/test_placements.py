@@ -13,7 +13,7 @@ from case_tools import Net
 from torch import nn
 
 import fxcurv
-from fxcurv.errors import FxcurvError, MixedSamplesError
+from fxcurv.errors import FxcurvError, MixedSamplesError, UnsupportedOpError
 from fxcurv.extensions import BatchGrad, BatchL2Grad, DiagGGNExact
 
 EQUAL, UNEQUAL = (4, 4, 4), (5, 4, 3)  # N, D, C
@@ -358,3 +358,27 @@ def test_losses(name, sizes):
         with pytest.raises(MixedSamplesError, match="BatchGrad"):
             compiled(x, y)
     close(fxcurv.compile(net, loss, [])(x, y).grad, expected.grad())
+
+
+def test_no_number_says_nothing_of_samples():
+    """A root of a negative number at whatever value is tried: not constant, and so no sum over samples."""
+    op = torch.ops.aten.native_group_norm.default
+    mean = lambda m, x: (x * m.w).mean(0).view(1, 4, 1)  # noqa: E731
+    net = Net(lambda m, x: x * m.w + op(mean(m, x), None, None, 1, 4, 1, 2, -0.5)[0].view(4), w=nn.Parameter(torch.ones(4)))
+    net, x = net.double(), torch.randn(3, 4, dtype=torch.float64) * 10
+    with pytest.raises(UnsupportedOpError, match="it gives no numbers"):
+        fxcurv.compile(net, nn.MSELoss(), [BatchGrad()])(x, x)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic", "nearest"])
+def test_images_resized(mode):
+    """Indices that are computed from the images' sizes alone move no sample, though they are not affine in their position."""
+    torch.manual_seed(0)
+    net = Net(lambda m, x: F.interpolate(m.a(x), size=(3, 5), mode=mode), a=nn.Conv2d(1, 2, 2)).double()
+    x = torch.randn(4, 1, 5, 5, dtype=torch.float64)
+    y = torch.randn(4, 2, 3, 5, dtype=torch.float64)
+    found = fxcurv.compile(net, nn.MSELoss(), [BatchGrad()])(x, y).grad_batch
+    for n in range(4):
+        true = torch.autograd.grad(nn.functional.mse_loss(net(x)[n], y[n], reduction="sum") / y.numel(), list(net.parameters()))
+        for (name, _), g in zip(net.named_parameters(), true, strict=True):
+            torch.testing.assert_close(found[name][n], g)

@@ -1,4 +1,4 @@
-"""Ops whose backward takes a way under `no_grad` that cannot be differentiated: second derivatives against the oracle."""
+"""Second derivatives against the oracle, of ops whose backward takes a way under `no_grad` that has none, and of others."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import torch
 from against_oracle import check
 from case_tools import Net
 from torch import nn
+
+import fxcurv
+from fxcurv.errors import UnsupportedOpError
+from fxcurv.extensions import DiagHessian
 
 
 def positive_definite(h):
@@ -32,3 +36,24 @@ def test_diagonal_and_products(name):
     with torch.no_grad():
         y = torch.randn_like(model(x))
     check(model, nn.MSELoss(), x, y, kind="mse")
+
+
+def test_statistics_beside_a_norm_in_products():
+    """native_layer_norm has three outputs, and so has what its second derivative is traced through."""
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(5, dtype=torch.float64)
+    run = lambda m, x: m.b(torch.native_layer_norm(m.a(x), [5], m.norm.weight, m.norm.bias, 1e-5)[0])  # noqa: E731
+    net = Net(run, a=nn.Linear(4, 5), norm=norm, b=nn.Linear(5, 3)).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    check(net, nn.MSELoss(), x, torch.randn(3, 3, dtype=torch.float64), kind="mse")
+
+
+def test_no_second_derivative_is_refused_by_name():
+    """A residual that cannot be traced: PyTorch has no second derivative of a maximum over bags of different lengths."""
+    torch.manual_seed(0)
+    indices, offsets = torch.tensor([0, 2, 1, 3, 3]), torch.tensor([0, 1, 3])
+    bag = nn.EmbeddingBag(4, 2, mode="max", dtype=torch.float64)
+    net = Net(lambda m, x: x @ m.bag(indices, offsets), bag=bag)
+    x, y = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)
+    with pytest.raises(UnsupportedOpError, match=r"embedding_bag.*\n.*test_second_derivatives.py.*\nhas no second derivative"):
+        fxcurv.compile(net, nn.MSELoss(), [DiagHessian()])(x, y)

@@ -28,11 +28,12 @@ from fxcurv.ir.precision import widened
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import is_active, is_sharded
 from fxcurv.quantity import GRADIENT, RESIDUAL, Group
-from fxcurv.rules.base import Rule, is_op, rule_of, serves_alone
+from fxcurv.rules.base import FAILURES, Rule, is_op, rule_of, serves_alone
 from fxcurv.rules.call import Call, call_of, place_of_outputs
 from fxcurv.rules.loss import separate
 from fxcurv.walks.columns.stack import Stack, Walk
 from fxcurv.walks.loss import signed_pairs
+from fxcurv.walks.products.derivatives import no_second_derivative
 from fxcurv.walks.uses import Use
 
 
@@ -40,6 +41,13 @@ def at(walk: Walk, node: fx.Node, stack: Stack) -> None:
     """Add the residual columns of the op at `node` to its inputs' cotangents."""
     if GRADIENT not in stack.groups or not is_op(node.target):
         return
+    try:
+        _add(walk, node, stack)
+    except (*FAILURES, TypeError) as error:
+        raise no_second_derivative(node, error) from error
+
+
+def _add(walk: Walk, node: fx.Node, stack: Stack) -> None:
     leaves = pytree.tree_leaves(canonical_args(node))
     active = [i for i, leaf in enumerate(leaves) if is_active(leaf) and leaf in walk.curved]
     rule = rule_of(node.target, walk.program.rules)

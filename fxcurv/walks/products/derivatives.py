@@ -15,7 +15,7 @@ from fxcurv.ir.emit import emit
 from fxcurv.ir.origin import locate, origin_of
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
-from fxcurv.rules.base import FALLBACK, Rule, rule_of
+from fxcurv.rules.base import FAILURES, FALLBACK, Rule, rule_of
 from fxcurv.rules.call import Call, call_of
 
 
@@ -123,8 +123,13 @@ def emitted(program: Program, node: fx.Node, fn: Callable, *args: Any) -> Any:
     """Emit a derivative of the op at `node`."""
     try:
         return emit(program, fn, *args, origin=origin_of(node, "extract"))
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        raise UnsupportedOpError(
-            f"{locate(node)}\nhas no second derivative: {type(error).__name__}: {str(error)[:300]}\n"
-            "Way out: pass rules={op: rule} with a transpose made of differentiable ops, or write the op in other PyTorch ops."
-        ) from error
+    except (*FAILURES, TypeError) as error:
+        raise no_second_derivative(node, error) from error
+
+
+def no_second_derivative(node: fx.Node, error: Exception) -> UnsupportedOpError:
+    """What to raise where the derivative of an op's derivative cannot be traced."""
+    return UnsupportedOpError(
+        f"{locate(node)}\nhas no second derivative: {type(error).__name__}: {str(error)[:300]}\n"
+        "Way out: pass rules={op: rule} with a transpose made of differentiable ops, or write the op in other PyTorch ops."
+    )

@@ -1,0 +1,66 @@
+"""PyTorch's operator database with all its options, and second derivatives, against plain autograd (see `op_options.py`).
+
+By default a few samples of a few ops run, each with a reason to be here. With `-m slow` every sample of every op does: a compile
+takes a second or two, so the whole of it (about 10,000 samples, of which 200 per op are tried) takes half a day on a processor of
+its own. To run as much as there is time for, to stop and to go on where it stopped:
+
+    python tests/op_options.py options.jsonl --minutes 60          # samples in rounds: first one of every op, then a second, …
+    python tests/op_options.py options.jsonl --only cdist --every  # every model of every sample of one op in all four settings
+
+A line of `options.jsonl` is a sample; what is wrong is printed at the end. A crash or a hang is a line too, as every sample
+runs in a process of its own op. Without `--every`, a sample is one model in one setting (float64 or float32, `check="first"` or
+None), by turns.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_options import FAULTS, Reference, Tried, of_trial, options_of, outcomes, spread_order, trials
+from op_sweep import database, name_of
+
+INFOS = {name_of(info): info for info in database()}
+# what each is here for: curvature by the fallback, by a rule, statistics beside the output, indices
+SOME = [("atan2", 1), ("nn.functional.glu", 1), ("native_layer_norm", 1), ("nn.functional.embedding_bag", 1)]
+
+
+@pytest.mark.parametrize("name, index", SOME)
+def test_options(name, index):
+    found = list(outcomes(options_of(INFOS[name])[index], index))
+    assert found and not [o for o in found if o.kind in FAULTS], found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INFOS)
+def test_all_options(name):
+    for index, draws in enumerate(options_of(INFOS[name])):
+        for o in outcomes(draws, index):
+            assert o.kind not in FAULTS, (index, draws[0].shapes, o)
+
+
+# ---- the sweep itself ------------------------------
+
+
+def test_any_beginning_is_spread():
+    assert spread_order(5) == [0, 4, 2, 1, 3]
+    assert all(sorted(spread_order(n)) == list(range(n)) for n in range(1, 70))
+
+
+def test_a_wrong_number_is_seen():
+    """A hundredth is far more than what is allowed, of every quantity and in both precisions."""
+    tried = Tried(trials(options_of(INFOS["atan2"])[1], 1)[0])
+    assert set(tried.expected) == {"grad", "grad_batch", "diag_ggn_exact", "diag_h", "hmp"}
+    for field, value in tried.expected.items():
+        for dtype in (torch.float32, torch.float64):
+            off, allowed = tried.off(field, value, dtype)
+            assert off <= allowed, (field, dtype)
+            off, allowed = tried.off(field, value * 1.01, dtype)
+            assert off > allowed, (field, dtype)
+
+
+def test_the_references_agree():
+    """Double autograd and central differences, on an op with curvature in two arguments."""
+    (trial, *_) = trials(options_of(INFOS["atan2"])[1], 0)
+    reference = Reference(trial)
+    torch.testing.assert_close(reference.hessian(), reference.differences(), rtol=1e-5, atol=1e-7)
+    assert next(of_trial(trial, [(torch.float64, "first")])).kind == "right"
