@@ -76,12 +76,14 @@ class Group:
         "token" (the gradient, a column per position), "residual" (of an op; `term` counts them) or "none" (columns of a
         loss that is linear in f: zeros, which nothing carries).
     part: a group that is too large for the memory budget goes down the walk in parts.
+    paired: columns u_1 ... u_D, v_1 ... v_D, of which the products u_i v_i count, not their squares.
     """
 
     kind: str
     term: int = 0
     draws: int = 0
     part: int = 0
+    paired: bool = False
 
 
 GRADIENT = Group("gradient")

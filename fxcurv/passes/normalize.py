@@ -251,18 +251,27 @@ def _even_bags(program: Program) -> None:
         step = offsets.args[2] if offsets.target is aten.arange.start_step and len(offsets.args) > 2 else 0
         even = isinstance(step, int) and step > 0 and offsets.args[0] == 0 and sizes[0] == (sizes[1][0] * step,)
         read = {user.args[1] for user in node.users if user.users}
-        if even and read <= {0} and not by_frequency and not with_last and padding in (None, -1):
-            args = (weight, indices, scale, step, mode)
+        if even and read <= {0} and not by_frequency and not with_last:
+            rows = weight.meta["val"].shape[0]
+            args = (weight, indices, scale, step, mode, None if padding is None else padding % rows)
             new = emit(program, _bags, *args, origin=origin_of(node, "forward"), before=node)
             _substitute(program, node, (new,) * 4)
 
 
-def _bags(weight: Tensor, indices: Tensor, scale: Tensor | None, size: int, mode: int) -> Tensor:
-    """y [N, D]: the sum (mode 0), mean (1) or maximum (2) of W[i] over the K indices of a sample."""
-    y = aten.embedding.default(weight, indices.reshape(-1, size))
+def _bags(weight: Tensor, indices: Tensor, scale: Tensor | None, size: int, mode: int, padding: int | None) -> Tensor:
+    """y [N, D]: the sum (mode 0), mean (1) or maximum (2) of W[i] over the K indices of a sample that are no padding."""
+    indices = indices.reshape(-1, size)
+    y = aten.embedding.default(weight, indices)
     if scale is not None:
         y = y * scale.reshape(-1, size, 1)
-    return y.max(1).values if mode == 2 else y.mean(1) if mode == 1 else y.sum(1)
+    if padding is None:
+        return y.max(1).values if mode == 2 else y.mean(1) if mode == 1 else y.sum(1)
+    left_out = (indices == padding).unsqueeze(-1)
+    empty = left_out.all(1)
+    if mode == 2:
+        return y.masked_fill(left_out, -torch.inf).max(1).values.masked_fill(empty, 0)
+    total = y.masked_fill(left_out, 0).sum(1)
+    return total / ((~left_out).sum(1) + empty) if mode == 1 else total
 
 
 def _select_heads(program: Program) -> None:

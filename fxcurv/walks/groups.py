@@ -28,7 +28,7 @@ def _whole_groups(program: Program, quantity: Quantity) -> list[Group]:
         elif quantity.mc:
             out.append(Group("signs", index, quantity.mc))
         else:
-            out.append(Group("signed" if quantity.signed else "root", index))
+            out.append(Group("signed", index, paired=True) if quantity.signed else Group("root", index))
     if isinstance(quantity, HessianFactors):
         out += program.walked.residuals
     return out

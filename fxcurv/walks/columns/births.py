@@ -16,8 +16,8 @@ from fxcurv.quantity import GRADIENT, TOKEN, Group, Term
 from fxcurv.rules.base import rule_of
 from fxcurv.rules.call import Call, call_of
 from fxcurv.rules.loss import Draw, separate
-from fxcurv.walks.columns.stack import Stack, Walk, merged
-from fxcurv.walks.loss import check_convex, check_positive, hessian_of_loss, root_of, signed_pairs
+from fxcurv.walks.columns.stack import Stack, Walk, merged, some, width
+from fxcurv.walks.loss import check_convex, check_positive, hessian_of_loss, root_of, pairs_of
 
 
 def at(walk: Walk, node: fx.Node) -> None:
@@ -83,17 +83,17 @@ def _born(walk: Walk, group: Group, heads: list[fx.Node], columns: list[fx.Node]
     """Columns [V, *head] of `group`, and weights [V or 1, ...], come to `heads`, now or in parts in later sweeps."""
     def send(part: Group, start: int, stop: int) -> None:
         for head, stack in zip(heads, columns, strict=True):
-            rows = emit(walk.program, _rows, stack, start, stop, origin=origin)
-            walk.add(head, Stack((part,), (stop - start,), rows))
+            rows = emit(walk.program, some, stack, start, stop, part.paired, origin=origin)
+            walk.add(head, Stack((part,), ((stop - start) * width(part),), rows))
         if weights is not None:
-            walk.weights[part] = emit(walk.program, _rows, weights, start, stop, origin=origin)
+            walk.weights[part] = emit(walk.program, _weights, weights, start, stop, origin=origin)
 
-    walk.born(group, int(columns[0].meta["val"].shape[0]), send)
+    walk.born(group, int(columns[0].meta["val"].shape[0]) // width(group), send)
 
 
-def _rows(t: Tensor, start: int, stop: int) -> Tensor:
-    """Some columns; what holds for all of them ([1, ...]) and all of them are what they are."""
-    return t if t.shape[0] in (1, stop - start) else t[start:stop]
+def _weights(t: Tensor, start: int, stop: int) -> Tensor:
+    """The weights of some columns; what holds for all of them ([1, ...]) is what it is."""
+    return t if t.shape[0] == 1 else t[start:stop]
 
 
 def _exact(rule, call, c, few):
@@ -161,9 +161,8 @@ def _general(walk: Walk, groups: list[Group]) -> None:
     h = hessian_of_loss(program)
     check_convex(program, h)
     for group in groups:
-        weights = None
         if group.kind == "signed":
-            joint, weights = emit(program, signed_pairs, h, origin=origin)
+            joint = emit(program, pairs_of, h, origin=origin)
         elif program.options.create_graph:
             raise ExtensionError(
                 "create_graph=True with a root of a loss that has no closed form: the derivative of an eigendecomposition is "
@@ -174,7 +173,7 @@ def _general(walk: Walk, groups: list[Group]) -> None:
         else:
             joint = emit(program, _signs, h, seed_node(program), group.term, group.draws, origin=origin)
         columns = emit(program, _split, joint, places, [*heads], origin=origin)
-        _born(walk, group, heads, list(columns), weights, origin)
+        _born(walk, group, heads, list(columns), None, origin)
 
 
 def _signs(h: Tensor, seed: Tensor, stream: int, draws: int) -> Tensor:
