@@ -21,6 +21,7 @@ from fxcurv.ir.origin import locate, origin_of
 from fxcurv.ir.private import OpOverload, decomposes, free_unbacked_symbols
 from fxcurv.ir.program import Program
 from fxcurv.ir.specialise import propagate_values
+from fxcurv.passes.logits import logits
 from fxcurv.rules import REWRITES, RULES
 from fxcurv.rules.traits import IN_ORDER
 
@@ -33,7 +34,7 @@ def normalize(program: Program) -> Program:
     """See the module."""
     _drop_markers(program)
     _refuse_counts_of_values(program)
-    _logits(program)
+    logits(program)
     _own_slices(program)
     _even_bags(program)
     _masked_writes(program)
@@ -118,53 +119,6 @@ def _substitute(program: Program, node: fx.Node, new: Any) -> None:
     else:
         program.replace(node, new)
     program.graph.erase_node(node)
-
-
-def _logits(program: Program) -> None:
-    """log_softmax into NLL is cross-entropy, sigmoid into BCE is BCE with logits: f is the logits."""
-    for node in list(program.graph.nodes):
-        source = node.args[0] if node.op == "call_function" and node.args else None
-        if not isinstance(source, fx.Node) or source.op != "call_function":
-            continue
-        if node.target is aten.nll_loss_nd.default and _log_softmax_over_classes(source):
-            new = _cross_entropy(program, node, source.args[0])
-        elif node.target is aten.binary_cross_entropy.default and source.target is aten.sigmoid.default:
-            new = _bce_with_logits(program, node, source.args[0])
-        else:
-            continue
-        program.replace(node, new)
-        program.graph.erase_node(node)
-        program.heads = [source.args[0] if h is source and _only_loss_reads(source) else h for h in program.heads]
-
-
-def _only_loss_reads(node: fx.Node) -> bool:
-    return all(u.op == "output" for u in node.users)
-
-
-def _log_softmax_over_classes(source: fx.Node) -> bool:
-    if source.target not in (aten.log_softmax.int, aten._log_softmax.default):
-        return False
-    ndim = source.meta["val"].ndim
-    return source.args[1] % ndim == (1 if ndim > 1 else 0)
-
-
-def _cross_entropy(program, node, z):
-    _, target, weight, mode, ignore = canonical_args(node)
-    args = (z, target, weight, mode, ignore, 0.0)
-    return _one_op(program, node, aten.cross_entropy_loss.default, args)
-
-
-def _bce_with_logits(program, node, z):
-    _, target, weight, mode = canonical_args(node)
-    return _one_op(program, node, aten.binary_cross_entropy_with_logits.default, (z, target, weight, None, mode))
-
-
-def _one_op(program: Program, node: fx.Node, op, args) -> fx.Node:
-    """A single composite op, kept whole (`emit` would trace through it)."""
-    with program.graph.inserting_before(node):
-        new = program.graph.call_function(op, args)
-    new.meta = {**node.meta, "origin": origin_of(node, "forward")}
-    return new
 
 
 def _own_slices(program: Program) -> None:
@@ -262,16 +216,17 @@ def _bags(weight: Tensor, indices: Tensor, scale: Tensor | None, size: int, mode
     """y [N, D]: the sum (mode 0), mean (1) or maximum (2) of W[i] over the K indices of a sample that are no padding."""
     indices = indices.reshape(-1, size)
     y = aten.embedding.default(weight, indices)
+    left_out = None if padding is None else (indices == padding).unsqueeze(-1)
+    if left_out is not None:
+        y = y.masked_fill(left_out, -torch.inf if mode == 2 else 0)
     if scale is not None:
         y = y * scale.reshape(-1, size, 1)
-    if padding is None:
+    if left_out is None:
         return y.max(1).values if mode == 2 else y.mean(1) if mode == 1 else y.sum(1)
-    left_out = (indices == padding).unsqueeze(-1)
     empty = left_out.all(1)
     if mode == 2:
-        return y.masked_fill(left_out, -torch.inf).max(1).values.masked_fill(empty, 0)
-    total = y.masked_fill(left_out, 0).sum(1)
-    return total / ((~left_out).sum(1) + empty) if mode == 1 else total
+        return y.max(1).values.masked_fill(empty, 0)
+    return y.sum(1) / ((~left_out).sum(1) + empty) if mode == 1 else y.sum(1)
 
 
 def _select_heads(program: Program) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from against_oracle import check, close
+from against_oracle import close
 from case_tools import Net
 from oracle import Oracle
 from torch import nn

@@ -17,7 +17,7 @@ from fxcurv.rules.base import rule_of
 from fxcurv.rules.call import Call, call_of
 from fxcurv.rules.loss import Draw, separate
 from fxcurv.walks.columns.stack import Stack, Walk, merged, some, width
-from fxcurv.walks.loss import check_convex, check_positive, hessian_of_loss, root_of, pairs_of
+from fxcurv.walks.loss import check_convex, check_positive, hessian_of_loss, pairs_of, root_of
 
 
 def at(walk: Walk, node: fx.Node) -> None:
