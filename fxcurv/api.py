@@ -36,7 +36,7 @@ from fxcurv.runtime.probe import Probe
 from fxcurv.runtime.programs import Autocast, at_numbers_if_need_be, doubled, log, single_sample, tensors_in
 from fxcurv.runtime.progress import progress, silent
 from fxcurv.runtime.selfcheck import Check, SelfCheck
-from fxcurv.runtime.step import Step, guarded, named_tensors, parted, step_for
+from fxcurv.runtime.step import Step, guarded, named_tensors, parted, registered, step_for, unchanged
 
 
 def compile(  # noqa: A001
@@ -178,6 +178,7 @@ class Compiled:
         self._checked: set[int] = set()
         self._schedule = Schedule()
         self._verified: set[int] = set()
+        self._name, self._changes = registered(self), 0
         self._steps = SimpleNamespace()  # by name: Dynamo guards the length of a list or dict that it reads
         self._pool = Pool()
 
@@ -282,11 +283,16 @@ class Compiled:
         mode = self._autocast()
         skeleton, tensors = parted((inputs, targets))
         modes = [m.training for module in self._modules() for m in module.modules()]
-        step = getattr(self._steps, step_for(self, skeleton, modes, create_graph, mode.device_type, mode.dtype, *tensors))
+        name = step_for(
+            self._name, self._changes, skeleton, modes, create_graph, mode.device_type, mode.dtype, *tensors
+        )
+        step = getattr(self._steps, name)
         if not step.accepts(tensors):
             raise ArgumentError("the program is for other sizes: call compiled.lower(inputs, targets) before the step")
         values, tensors_held = step.read(self._all_modules())
         guarded(values)
+        if step.unseen:
+            unchanged(step.ticks, self._name, name)
         named = {**named_tensors(self.model, self.loss), **tensors_held}
         with torch.autocast(mode.device_type, enabled=False), torch.set_grad_enabled(create_graph):
             drawn = seed_tensor(seed, None, next(self.model.parameters()).device)

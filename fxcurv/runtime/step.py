@@ -6,6 +6,8 @@ code, so that Dynamo guards it; the program itself is a constant there.
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +16,18 @@ from torch import Tensor, fx, nn
 
 from fxcurv.errors import ArgumentError
 from fxcurv.front.arguments import Arguments, Slot, filled, map_leaves
+from fxcurv.front.python_state import reasons
 from fxcurv.ir.private import OpOverload, constant_result, pytree, schema_of, tracing
 from fxcurv.ir.program import Program
 from fxcurv.operators import Saved
 from fxcurv.passes.recycle import functional
+
+# By name: a constant of Dynamo's may be made of strings, not of any object (before PyTorch 2.13).
+COMPILED: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+_COUNT = itertools.count()
+
+# How Python state is compared that the traced code reads, so that Dynamo guards it.
+GUARDED = ("scalar", "tensor", "number")
 
 # Stands for a tensor where a structure has to be a constant.
 HOLE = "<tensor>"
@@ -39,6 +49,8 @@ class Step(nn.Module):
         python = program.python
         scalars = [p for p, how in python.leaves if how == "scalar"]
         self.places = [(p.module, None if p.module is not None else p.root, p.steps) for p in scalars]
+        self.python, self.unseen = python, any(how not in GUARDED for _, how in python.leaves)
+        self.register_buffer("ticks", torch.zeros((), dtype=torch.long), persistent=False)
         self.tensors = [(name, p.module, p.steps) for name, p in python.sources.items() if p.module is not None]
         position = {node: k for k, node in enumerate(program.output.args[0])}
         self.shared = [_is_given(node) for node in program.output.args[0]]
@@ -145,9 +157,40 @@ def _is_given(node: fx.Node) -> bool:
     return node.op in ("placeholder", "get_attr")
 
 
+def registered(compiled: Any) -> str:
+    """The name by which `step_for` finds a compiled model."""
+    name = f"compiled_{next(_COUNT)}"
+    COMPILED[name] = compiled
+    return name
+
+
+@torch.library.custom_op("fxcurv::unchanged", mutates_args=("ticks",))
+def unchanged(ticks: Tensor, name: str, step: str) -> None:
+    """Refuse to go on with a program whose Python state is old, where Dynamo has no guard for it.
+
+    It runs with every call of the step. It writes to `ticks`, so that no compiler drops it.
+    """
+    compiled = COMPILED[name]
+    python, modules = getattr(compiled._steps, step).python, compiled._all_modules()
+    ticks += 1
+    if not python.holds(modules):
+        found = "; ".join(reasons(python.differences(modules)))
+        compiled._changes += 1  # Dynamo guards it: the next call gets its program
+        raise ArgumentError(
+            f"inside torch.compile, {found}, which its guards do not see. Call the step again: it is compiled anew. Way out, for "
+            "what changes often: a number or tensor that is an attribute of the model (or of a loss module), or an input."
+        )
+
+
+@unchanged.register_fake
+def _(ticks: Tensor, name: str, step: str) -> None:
+    return None
+
+
 @torch.compiler.assume_constant_result
 def step_for(
-    compiled: Any,
+    name: str,
+    changes: int,
     skeleton: Any,
     modes: list[bool],
     create_graph: bool,
@@ -158,11 +201,11 @@ def step_for(
     """The name of the `Step` for arguments of this structure, `HOLE` for each tensor. Dynamo calls this with real tensors.
 
     A module would be a constant without a source, which Dynamo cannot guard. It guards what is used: so `modes` is passed, the
-    training flags, though they are read again here.
+    training flags, and `changes`, of what `unchanged` saw, though they are read again here.
     """
     inputs, targets = _filled(skeleton, tensors)
     with tracing(None):
-        return compiled._step(inputs, targets, create_graph, device_type, dtype)
+        return COMPILED[name]._step(inputs, targets, create_graph, device_type, dtype)
 
 
 def named_tensors(model: nn.Module, loss: Any) -> dict[str, Tensor]:
