@@ -22,7 +22,7 @@ from fxcurv.runtime.bind import bind, seed_tensor
 from fxcurv.runtime.call import call, run_error
 from fxcurv.runtime.export import export
 from fxcurv.runtime.programs import Programs, Ready, covered, emitted
-from fxcurv.runtime.step import call_in_step
+from fxcurv.runtime.step import Steps, call_in_step
 
 
 def compile(  # noqa: A001
@@ -140,6 +140,7 @@ class Compiled:
         self.model, self.loss, self.extensions, self.params = model, loss, extensions, options.params
         self._subject, self._backend = Subject(model, loss), backend
         self._programs: Programs[Ready] = Programs(extensions, options, emitted)
+        self._steps = Steps(self._programs, self._subject)
         self.recompiles = self._programs.recompiles
 
     def __call__(
@@ -175,7 +176,7 @@ class Compiled:
         if torch.compiler.is_dynamo_compiling():
             if out is not None:
                 raise ArgumentError("out= inside torch.compile: drop it, the compiled step plans its own memory")
-            return call_in_step(self._programs, self._subject, inputs, targets, seed, generator, create_graph)
+            return call_in_step(self._steps, inputs, targets, seed, generator, create_graph)
         return call(
             self._programs, self._subject, self._backend, inputs, targets,
             seed=seed, generator=generator, create_graph=create_graph, out=out,

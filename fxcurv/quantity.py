@@ -50,12 +50,14 @@ class Group:
     """Columns of one birth: of a registered `kind`, at loss term or head `term`, `draws` of them if they are sampled.
 
     part: a group that is too large for the memory budget goes down the walk in parts.
+    paired: columns u_1 ... u_D, v_1 ... v_D, of which the products u_i v_i count, not their squares.
     """
 
     kind: str
     term: int = 0
     draws: int = 0
     part: int = 0
+    paired: bool = False
 
 
 GRADIENT = Group(kind("gradient", "gradient", of_term=False))
@@ -146,7 +148,9 @@ class SqrtGGN(Quantity):
             return Group("empirical", index)
         if self.mc:
             return Group("mc" if closed_form else "signs", index, self.mc)
-        return Group("exact" if closed_form else "signed" if self.signed else "root", index)
+        if closed_form:
+            return Group("exact", index)
+        return Group("signed", index, paired=True) if self.signed else Group("root", index)
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,10 @@ class Factor:
         """sum_{v,n} weights[v, n] P[v, n], [*param]. Weights broadcast to [V, N]."""
         return weighted(self.materialise(), weights).sum((0, 1))
 
+    def size(self) -> Tensor:
+        """How large P is, of the axes of `g` that P has, too, and one for those along which P is a sum."""
+        raise NotImplementedError
+
     def dense(self) -> Factor:
         """The same use with nothing left to unfold."""
         return self
@@ -111,6 +115,9 @@ class Jacobian(Factor):
     def materialise(self) -> Tensor:
         return self.g
 
+    def size(self) -> Tensor:
+        return self.g.abs()
+
 
 @factor
 class Dense(Factor):
@@ -129,6 +136,9 @@ class Dense(Factor):
 
     def places(self) -> tuple[Shard, ...]:
         return (Shard(0), Shard(1))
+
+    def size(self) -> Tensor:
+        return (self.g.abs() * self.a.abs().sum(-1, keepdim=True)).sum(2, keepdim=True)
 
     def core(self) -> Tensor:
         """[V, N, K, O, I]."""
@@ -185,6 +195,9 @@ class Conv(Factor):
 
     def places(self) -> tuple[Shard, ...]:
         return (self.place, shifted(self.place))
+
+    def size(self) -> Tensor:
+        return self.g.abs().sum(tuple(range(3, self.g.ndim)), keepdim=True)
 
     def dense(self) -> Dense:
         return self._dense_transposed() if self.transposed else self._dense()
@@ -251,6 +264,9 @@ class Gather(Factor):
 
     def places(self) -> tuple[Shard, ...]:
         return (Shard(0), Shard(1))
+
+    def size(self) -> Tensor:
+        return self.g.abs().sum(2, keepdim=True)
 
     def masked(self) -> Tensor:
         """`g` without the positions of the padding index, which get no gradient."""

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from fxcurv.contractions.contract import Contract, Spec
 from fxcurv.contractions.factors import Factor, Jacobian
+from fxcurv.contractions.pairs import squares_of
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.parameters import hashable
 from fxcurv.ir.emit import call, declare, emit
@@ -152,6 +153,8 @@ class Param:
         if any(u.path != path for u in uses):
             factors = [self._at_parameter(f, u) for f, u in zip(factors, uses, strict=True)]
             path = ()
+        if group.paired:
+            factors, weights = self.emit(squares_of, factors)
         value = self._contract(spec, factors, weights, uses[0].rule)
         if "p" in spec.reduce or not path:
             return value

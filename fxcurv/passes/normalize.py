@@ -23,6 +23,7 @@ from fxcurv.ir.program import Program
 from fxcurv.ir.specialise import propagate_values
 from fxcurv.rules import REWRITES, RULES
 from fxcurv.rules.idioms import IDIOMS
+from fxcurv.rules.logits import logits
 
 _ASSERTS = ("_assert", "sym_constrain", "_guards")
 
@@ -31,6 +32,7 @@ def normalize(program: Program) -> Program:
     """See the module."""
     _drop_markers(program)
     _refuse_counts_of_values(program)
+    logits(program)
     _say_idioms(program)
     for _ in range(10):  # a rewrite may give ops that have a rewrite themselves
         if not _rewrite_once(program):

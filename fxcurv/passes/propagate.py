@@ -23,7 +23,7 @@ from fxcurv.ir.program import Program, is_active
 from fxcurv.quantity import GRADIENT, Group
 from fxcurv.walks.columns import births
 from fxcurv.walks.columns.budget import capacity, convenient, largest_batch, sizes
-from fxcurv.walks.columns.stack import Stack, Walk
+from fxcurv.walks.columns.stack import Stack, Walk, width
 from fxcurv.walks.columns.steps import visit
 from fxcurv.walks.groups import groups_of
 
@@ -59,7 +59,7 @@ def propagate(program: Program) -> Program:
     for sweep in sweeps:
         for group, start, stop, send in sweep:
             send(_part(walk, group), start, stop)
-        widest = max(widest, sum(stop - start for _, start, stop, _ in sweep))
+        widest = max(widest, sum((stop - start) * width(group) for group, start, stop, _ in sweep))
         for node in reversed(forward):
             if node in reached and (is_active(node) or node in walk.outputs):
                 visit(walk, node)
@@ -75,20 +75,20 @@ def propagate(program: Program) -> Program:
 
 
 def _sweeps(walk: Walk, forward: int) -> list[list[tuple[Group, int, int, Callable[[Group, int, int], None]]]]:
-    """The waiting columns, (group, start, stop, send), packed into sweeps of what can be carried."""
+    """The waiting columns or pairs, (group, start, stop, send), packed into sweeps of what can be carried."""
     sweeps: list[list] = []
-    total = sum(count for _, count, _ in walk.waiting)
+    total = sum(count * width(group) for group, count, _ in walk.waiting)
     size = sizes(total, walk.capacity, walk.convenient, forward) if total else 0
     room = 0
     for group, count, send in walk.waiting:
         start = 0
         while start < count:
-            if not room:
+            if room < width(group):
                 sweeps.append([])
-                room = size
-            stop = min(count, start + room)
+                room = max(size, width(group))
+            stop = min(count, start + room // width(group))
             sweeps[-1].append((group, start, stop, send))
-            room -= stop - start
+            room -= (stop - start) * width(group)
             start = stop
     return sweeps
 

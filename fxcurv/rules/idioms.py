@@ -33,49 +33,6 @@ def idiom(op: Callable):
     return add
 
 
-# log_softmax into NLL is cross-entropy, sigmoid into BCE is BCE with logits: f is the logits ------------------------
-
-
-@idiom(aten.nll_loss_nd.default)
-def _cross_entropy(program: Program, node: fx.Node) -> fx.Node | None:
-    source, target, weight, mode, ignore = canonical_args(node)
-    if not _log_softmax_over_classes(source):
-        return None
-    args = (_logits(program, node, source), target, weight, mode, ignore, 0.0)
-    return _one_op(program, node, aten.cross_entropy_loss.default, args)
-
-
-@idiom(aten.binary_cross_entropy.default)
-def _bce_with_logits(program: Program, node: fx.Node) -> fx.Node | None:
-    source, target, weight, mode = canonical_args(node)
-    if source.target is not aten.sigmoid.default:
-        return None
-    args = (_logits(program, node, source), target, weight, None, mode)
-    return _one_op(program, node, aten.binary_cross_entropy_with_logits.default, args)
-
-
-def _log_softmax_over_classes(source: fx.Node) -> bool:
-    if source.target not in (aten.log_softmax.int, aten._log_softmax.default):
-        return False
-    ndim = source.meta["val"].ndim
-    return source.args[1] % ndim == (1 if ndim > 1 else 0)  # type: ignore[operator]
-
-
-def _logits(program: Program, node: fx.Node, source: fx.Node) -> Any:
-    """What `source` reads; it is f where `source` was, and only this loss read it."""
-    z, alone = source.args[0], all(user.op == "output" or user is node for user in source.users)
-    program.heads = [z if head is source and alone else head for head in program.heads]  # type: ignore[misc]
-    return z
-
-
-def _one_op(program: Program, node: fx.Node, op, args) -> fx.Node:
-    """A single composite op, kept whole (`emit` would trace through it)."""
-    with program.graph.inserting_before(node):
-        new = program.graph.call_function(op, args)
-    new.meta = {**node.meta, "origin": origin_of(node, "forward")}
-    return new
-
-
 # x[arange(N), i]: as a lookup anywhere, whether it stays with its own sample would be a matter of values --------------
 
 

@@ -323,3 +323,12 @@ class Dropout(Rule):
 def _prelu(x, weight):
     shape = [1, -1] + [1] * (x.ndim - 2) if x.ndim > 1 else [-1] * x.ndim
     return torch.where(x > 0, x, x * weight.view(shape))
+
+
+@rewrite(aten.rrelu.default)
+def _rrelu(x, lower=1 / 8, upper=1 / 3, training=False, generator=None):
+    """Slopes below zero that are drawn, once for all derivatives: where x is positive they are one."""
+    if not training:
+        return torch.nn.functional.leaky_relu(x, (lower + upper) / 2)
+    x0 = x.detach()
+    return x * aten.rrelu_with_noise_functional.default(x0, torch.empty_like(x0), lower, upper, True)[1]

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fxcurv.ir.private import decomposition_table
 from fxcurv.rules.base import rewrite
 
 aten = torch.ops.aten
 
+
+def _unrolled(op, x: Tensor, hx: Any, params, biases: bool, layers: int, p: float, train: bool, both: bool, first: bool):
+    """The op in cell steps, a layer at a time: PyTorch's decomposition leaves out the dropout between layers.
+
+    Without oneDNN, for which an LSTM's decomposition would keep each layer whole in single precision on a CPU.
+    """
+    states = list(hx) if isinstance(hx, list | tuple) else [hx]
+    x, per, directions = x.transpose(0, 1) if first else x, len(params) // layers, 2 if both else 1
+    last: list[list[Tensor]] = []
+    with torch.backends.mkldnn.flags(enabled=False):
+        for k in range(layers):
+            here = [s[directions * k : directions * (k + 1)] for s in states]
+            given = here if isinstance(hx, list | tuple) else here[0]
+            own = params[per * k : per * (k + 1)]
+            x, *ends = decomposition_table[op](x, given, own, biases, 1, 0.0, train, both, False)
+            last.append(ends)
+            if p and train and k < layers - 1:
+                x = torch.dropout(x, p, True)
+    return (x.transpose(0, 1) if first else x, *map(torch.cat, zip(*last, strict=True)))
+
+
 for _op in (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input):
-    rewrite(_op)(decomposition_table[_op])
+    rewrite(_op)(functools.partial(_unrolled, _op))

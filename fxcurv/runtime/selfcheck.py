@@ -497,12 +497,13 @@ class _FixedDraws(TorchDispatchMode):
         given = pytree.tree_map_only(Tensor, Tensor.contiguous, args)
         out = func(*given, **kwargs)
         self.shapes += [t.shape for t in pytree.tree_leaves(out)[:1] if isinstance(t, Tensor)]
-        if schema_of(func).is_mutable:
+        schema = schema_of(func)
+        if schema.is_mutable:
             for old, new in zip(pytree.tree_leaves(args), pytree.tree_leaves(given), strict=True):
                 if isinstance(old, Tensor) and old is not new:
                     old.copy_(new)
-            return args[0]
-        return out
+        in_place = any(r.alias_info is not None for r in schema.returns)  # not so where it writes to its noise alone
+        return args[0] if in_place else out
 
 
 class _Rounded(TorchDispatchMode):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxcurv.errors import ArgumentError
@@ -13,6 +14,9 @@ from fxcurv.ir.private import OpOverload, pytree, schema_of
 from fxcurv.ir.program import Program
 from fxcurv.operators import Saved
 from fxcurv.passes.recycle import functional
+
+# How Python state is compared that the traced code reads, so that Dynamo guards it.
+GUARDED = ("scalar", "tensor", "number")
 
 # Stands for a tensor where a structure has to be a constant.
 HOLE = "<tensor>"
@@ -25,6 +29,8 @@ class Stateless(nn.Module):
         gm: the graph, without memory of earlier results.
         writes: buffer name -> index of its new value among those that `gm` returns.
         updates: whether these go to the model.
+        unseen: whether the program depends on Python state for which Dynamo has no guard.
+        ticks: what a check of that state writes to.
     """
 
     def __init__(self, program: Program, arguments: Arguments):
@@ -35,6 +41,8 @@ class Stateless(nn.Module):
         python = program.python
         scalars = [p for p, how in python.leaves if how == "scalar"]
         self.places = [(p.module, None if p.module is not None else p.root, p.steps) for p in scalars]
+        self.unseen = any(how not in GUARDED for _, how in python.leaves)
+        self.register_buffer("ticks", torch.zeros((), dtype=torch.long), persistent=False)
         self.tensors = [(name, p.module, p.steps) for name, p in python.sources.items() if p.module is not None]
         position = {node: k for k, node in enumerate(program.output.args[0])}
         self.shared = [_is_given(node) for node in program.output.args[0]]

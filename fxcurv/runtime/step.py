@@ -6,6 +6,8 @@ code, so that Dynamo guards it; the program itself is a constant there.
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fxcurv.errors import ArgumentError
+from fxcurv.front.python_state import reasons
 from fxcurv.front.requests import Autocast, Subject
 from fxcurv.ir.private import constant_result, pytree, tracing
 from fxcurv.passes.recycle import functional
@@ -22,10 +25,27 @@ from fxcurv.runtime.call import begin_selfcheck, check_values
 from fxcurv.runtime.programs import Programs, Ready
 from fxcurv.runtime.stateless import HOLE, Stateless, named_tensors, parted
 
+# By name: a constant of Dynamo's may be made of strings, not of any object (before PyTorch 2.13).
+STEPS: weakref.WeakValueDictionary[str, Steps] = weakref.WeakValueDictionary()
+_COUNT = itertools.count()
+
+
+class Steps:
+    """What a compiled model is inside `torch.compile`.
+
+    Attributes:
+        name: by which the traced code finds it.
+        changes: how often Python state was found changed for which Dynamo has no guard; it guards this number.
+    """
+
+    def __init__(self, programs: Programs[Ready], subject: Subject):
+        self.programs, self.subject, self.changes = programs, subject, 0
+        self.name = f"compiled_{next(_COUNT)}"
+        STEPS[self.name] = self
+
 
 def call_in_step(
-    programs: Programs[Ready],
-    subject: Subject,
+    steps: Steps,
     inputs: Any,
     targets: tuple,
     seed: int | Tensor | None,
@@ -35,15 +55,18 @@ def call_in_step(
     """`Compiled.__call__` where Dynamo traces it."""
     if generator is not None:
         raise ArgumentError("generator= inside torch.compile: pass seed=, an int or a 0-dim integer tensor")
+    programs, subject = steps.programs, steps.subject
     mode = subject.autocast()
     skeleton, tensors = parted((inputs, targets))
     modes = [m.training for root in subject.roots() for m in root.modules()]
-    name = name_for(programs, subject, skeleton, modes, create_graph, mode.device_type, mode.dtype, *tensors)
+    name = name_for(steps.name, steps.changes, skeleton, modes, create_graph, mode.device_type, mode.dtype, *tensors)
     step = getattr(programs.named, name).stateless
     if not step.accepts(tensors):
         raise ArgumentError("the program is for other sizes: call compiled.lower(inputs, targets) before the step")
     values, tensors_held = step.read(subject.modules())
     guarded(values)
+    if step.unseen:
+        unchanged(step.ticks, steps.name, name)
     named = {**named_tensors(subject.model, subject.loss), **tensors_held}
     with torch.autocast(mode.device_type, enabled=False), torch.set_grad_enabled(create_graph):
         values = step(named, tensors, seed_tensor(seed, None, subject.device()))
@@ -63,10 +86,33 @@ def guarded(values: list[Any]) -> int:
     return len(values)
 
 
+@torch.library.custom_op("fxcurv::unchanged", mutates_args=("ticks",))
+def unchanged(ticks: Tensor, name: str, step: str) -> None:
+    """Refuse to go on with a program whose Python state is old, where Dynamo has no guard for it.
+
+    It runs with every call of the step. It writes to `ticks`, so that no compiler drops it.
+    """
+    steps = STEPS[name]
+    python, modules = getattr(steps.programs.named, step).program.python, steps.subject.modules()
+    ticks += 1
+    if not python.holds(modules):
+        found = "; ".join(reasons(python.differences(modules)))
+        steps.changes += 1  # Dynamo guards it: the next call gets its program
+        raise ArgumentError(
+            f"inside torch.compile, {found}, which its guards do not see. Call the step again: it is compiled anew. Way out, for "
+            "what changes often: a number or tensor that is an attribute of the model (or of a loss module), or an input."
+        )
+
+
+@unchanged.register_fake
+def _(ticks: Tensor, name: str, step: str) -> None:
+    return None
+
+
 @torch.compiler.assume_constant_result
 def name_for(
-    programs: Programs[Ready],
-    subject: Subject,
+    name: str,
+    changes: int,
     skeleton: Any,
     modes: list[bool],
     create_graph: bool,
@@ -77,11 +123,13 @@ def name_for(
     """The name of the program for arguments of this structure, `HOLE` for each tensor. Dynamo calls this with real tensors.
 
     A module would be a constant without a source, which Dynamo cannot guard. It guards what is used: so `modes` is passed, the
-    training flags, though they are read again here.
+    training flags, and `changes`, of what `unchanged` saw, though they are read again here.
     """
     inputs, targets = _filled(skeleton, tensors)
     with tracing(None):
-        return programs.name_of(_ready(programs, subject, inputs, targets, Autocast(device_type, dtype), create_graph))
+        steps = STEPS[name]
+        mode = Autocast(device_type, dtype)
+        return steps.programs.name_of(_ready(steps.programs, steps.subject, inputs, targets, mode, create_graph))
 
 
 def _ready(

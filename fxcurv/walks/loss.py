@@ -74,19 +74,16 @@ def _hessian(loss: Subgraph, places, heads: list[Tensor], outside: list[Tensor])
     return (h + h.mT) / 2
 
 
-def signed_pairs(h: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns u [2D, N, D] and weights w [2D, 1] with sum w u u^T = H: the pairs e_i +- H_i, scaled to equal length.
+def pairs_of(h: Tensor) -> Tensor:
+    """Columns [2D, N, D] that are pairs with sum_i u_i v_i^T = H: e_i and H_i, scaled to equal length.
 
     Exact and differentiable: needs no eigendecomposition. h: [N, D, D], symmetric.
     """
-    d = h.shape[1]
     rows = h.movedim(1, 0)
     size = rows.norm(dim=2, keepdim=True)
     alpha = torch.where(size > 0, size, 1).sqrt()
-    eye = torch.eye(d, dtype=h.dtype, device=h.device).unsqueeze(1) * alpha
-    columns = torch.cat([eye + rows / alpha, eye - rows / alpha])
-    weights = torch.cat([h.new_full((d,), 0.25), h.new_full((d,), -0.25)])
-    return columns, weights.unsqueeze(1)
+    eye = torch.eye(h.shape[1], dtype=h.dtype, device=h.device).unsqueeze(1)
+    return torch.cat([eye * alpha, rows / alpha])
 
 
 def root_of(h: Tensor) -> Tensor:

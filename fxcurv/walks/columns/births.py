@@ -24,8 +24,8 @@ from fxcurv.quantity import GRADIENT, IDENTITY, TOKEN, Group, Term, kind
 from fxcurv.rules.base import rule_of
 from fxcurv.rules.call import Call, call_of
 from fxcurv.rules.loss import Draw, separate
-from fxcurv.walks.columns.stack import Stack, Walk, merged
-from fxcurv.walks.loss import check_convex, check_positive, hessian_of_loss, root_of, signed_pairs
+from fxcurv.walks.columns.stack import Stack, Walk, merged, some, width
+from fxcurv.walks.loss import check_convex, check_positive, hessian_of_loss, pairs_of, root_of
 
 
 @dataclass(frozen=True)
@@ -144,17 +144,17 @@ def carry(walk: Walk, group: Group, heads: list[fx.Node], columns: list[fx.Node]
     """Columns [V, *head] of `group`, and weights [V or 1, ...], come to `heads`, now or in parts in later sweeps."""
     def send(part: Group, start: int, stop: int) -> None:
         for head, stack in zip(heads, columns, strict=True):
-            rows = emit(walk.program, _rows, stack, start, stop, origin=origin)
-            walk.add(head, Stack((part,), (stop - start,), rows))
+            rows = emit(walk.program, some, stack, start, stop, part.paired, origin=origin)
+            walk.add(head, Stack((part,), ((stop - start) * width(part),), rows))
         if weights is not None:
-            walk.weights[part] = emit(walk.program, _rows, weights, start, stop, origin=origin)
+            walk.weights[part] = emit(walk.program, _weights, weights, start, stop, origin=origin)
 
-    walk.born(group, int(columns[0].meta["val"].shape[0]), send)
+    walk.born(group, int(columns[0].meta["val"].shape[0]) // width(group), send)
 
 
-def _rows(t: Tensor, start: int, stop: int) -> Tensor:
-    """Some columns; what holds for all of them ([1, ...]) and all of them are what they are."""
-    return t if t.shape[0] in (1, stop - start) else t[start:stop]
+def _weights(t: Tensor, start: int, stop: int) -> Tensor:
+    """The weights of some columns; what holds for all of them ([1, ...]) is what it is."""
+    return t if t.shape[0] == 1 else t[start:stop]
 
 
 def _exact(rule, call, c, few):
@@ -219,16 +219,16 @@ def _eye(f: Tensor, place: Shard) -> Tensor:
 
 
 def _of_hessian(walk: Walk, group: Group, fn: Callable, *args: Any) -> None:
-    """Columns and weights `fn(h, *args)` at the output, from the Hessian of the whole loss in f per sample."""
+    """Columns `fn(h, *args)` at the output, from the Hessian of the whole loss in f per sample."""
     program = walk.program
     places = tuple(h.meta["place"] for h in program.heads)
     origin = {"stage": "columns", "op": "Hessian of the loss", "module": ""}
     if walk.hessian is None:
         walk.hessian = hessian_of_loss(program)
         check_convex(program, walk.hessian)
-    joint, weights = emit(program, fn, walk.hessian, *args, origin=origin)
+    joint = emit(program, fn, walk.hessian, *args, origin=origin)
     columns = emit(program, _split, joint, places, [*program.heads], origin=origin)
-    carry(walk, group, program.heads, list(columns), weights, origin)
+    carry(walk, group, program.heads, list(columns), None, origin)
 
 
 def _check_no_derivative(walk: Walk) -> None:
@@ -239,15 +239,15 @@ def _check_no_derivative(walk: Walk) -> None:
         )
 
 
-@born("signed", at_term, "weighted (of the loss's Hessian)")
+@born("signed", at_term, "pairs (of the loss's Hessian)")
 def _of_pairs(walk: Walk, group: Group) -> None:
-    _of_hessian(walk, group, signed_pairs)
+    _of_hessian(walk, group, pairs_of)
 
 
 @born("root", at_term, "root (of the loss's Hessian)")
 def _of_root(walk: Walk, group: Group) -> None:
     _check_no_derivative(walk)
-    _of_hessian(walk, group, _root)
+    _of_hessian(walk, group, root_of)
 
 
 @born("signs", at_term, "root times random signs")
@@ -256,16 +256,12 @@ def _of_signs(walk: Walk, group: Group) -> None:
     _of_hessian(walk, group, _signs, _seed(walk.program), group.term, group.draws)
 
 
-def _root(h: Tensor) -> tuple[Tensor, None]:
-    return root_of(h), None
-
-
-def _signs(h: Tensor, seed: Seed, stream: int, draws: int) -> tuple[Tensor, None]:
+def _signs(h: Tensor, seed: Seed, stream: int, draws: int) -> Tensor:
     """The root times random signs: sampled columns for any loss, [M, N, D]."""
     root = root_of(h).movedim(0, 1)
     u = uniform(seed, stream, draws, h[:, 0], Shard(0))
     signs = torch.where(u < 0.5, -1.0, 1.0).to(h.dtype)
-    return torch.einsum("mnd,nde->mne", signs, root) * draws**-0.5, None
+    return torch.einsum("mnd,nde->mne", signs, root) * draws**-0.5
 
 
 def _split(columns: Tensor, places, heads: list[Tensor]) -> list[Tensor]:

@@ -2,13 +2,14 @@
 
 At an op y = op(inputs) that the gradient reaches with cotangent g, the Hessian of the loss gains the residual
 R = sum_k g_k d^2 y_k over the op's inputs jointly, pulled back to the parameters. Its diagonal needs no root: columns u
-with real weights w, sum w (J^T u)^2, serve (Dangel et al. 2020, eq. 25, without its eigendecompositions).
+with real weights w, sum w (J^T u)^2, or pairs of columns, sum (J^T u)(J^T v), serve (Dangel et al. 2020, eq. 25, without its
+eigendecompositions).
 
 * elementwise op: one column e_i per entry, of weight g_i f''(x_i); none where f is piecewise linear;
-* a product of a value and a parameter (any op that is linear in each): per entry i of the value the pair u +- q, weights
-  +-1/2, u = e_i on the value and q the cotangent that e_i causes on the parameter; only where the parameter also
+* a product of a value and a parameter (any op that is linear in each): per entry i of the value the pair u and 2 q,
+  u = e_i on the value and q the cotangent that e_i causes on the parameter; only where the parameter also
   reaches the value, since otherwise no entry of the diagonal sees it;
-* any other op: the pairs e_i +- R_i over all inputs, weights +-1/4.
+* any other op: the pairs e_i and R_i over all inputs.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from fxcurv.quantity import GRADIENT, RESIDUAL, Group
 from fxcurv.rules.base import FAILURES, Rule, is_op, rule_of, serves_alone
 from fxcurv.rules.call import Call, call_of, place_of_outputs
 from fxcurv.rules.loss import separate
-from fxcurv.walks.columns.stack import Stack, Walk
-from fxcurv.walks.loss import signed_pairs
+from fxcurv.walks.columns.stack import Stack, Walk, some
+from fxcurv.walks.loss import pairs_of
 from fxcurv.walks.products.derivatives import no_second_derivative
 from fxcurv.walks.uses import Use
 
@@ -85,12 +86,12 @@ def _rows(t: Tensor, start: int, of: int) -> Tensor:
     return t.unflatten(0, (of, -1))[start]
 
 
-def _born(walk: Walk, columns: int, send: Callable[[Group, int, int], None], divisible: bool = True) -> None:
-    group = Group(RESIDUAL, len(walk.residuals))
+def _born(walk: Walk, count: int, send: Callable[[Group, int, int], None], paired: bool, divisible: bool = True) -> None:
+    group = Group(RESIDUAL, len(walk.residuals), paired=paired)
     walk.residuals.append(group)
     walk.groups.append(group)
     walk.wanted[group] = walk.of_curvature
-    walk.born(group, columns, send, divisible)
+    walk.born(group, count, send, divisible)
 
 
 def _send(walk: Walk, target: fx.Node, group: Group, columns: fx.Node, v: int, per_sample: bool) -> None:
@@ -107,7 +108,7 @@ def _elementwise(walk: Walk, node: fx.Node, stack: Stack, rule: Rule, leaves: li
         columns, walk.weights[part] = emit(program, _unit_columns, rule.d2, call, g, start, stop, origin=origin)
         _send(walk, leaves[0], part, columns, stop - start, False)
 
-    _born(walk, entries, send)
+    _born(walk, entries, send, paired=False)
 
 
 def _unit_columns(d2, call: Call, g: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -129,14 +130,13 @@ def _bilinear(walk: Walk, node: fx.Node, stack: Stack, rule: Rule, data: list, f
         ]
         if not partners:
             continue
-        out = emit(walk.program, _cross_pairs, rule, call, position, tuple(partners), g, origin=origin)
-        columns, direct, weights = out
+        columns, direct = emit(walk.program, _cross_pairs, rule, call, position, tuple(partners), g, origin=origin)
         parts = {position: columns, **dict(zip(partners, direct, strict=True))}
-        _send_parts(walk, leaves, parts, set(partners), weights, rule, False, origin, (node, call, g))
+        _send_parts(walk, leaves, parts, set(partners), rule, False, origin, (node, call, g))
 
 
 def _cross_pairs(rule: Rule, call: Call, position: int, free: tuple, g: Tensor):
-    """(u [2D, *x], q per parameter [2D, N, *h], weights [2D, 1])."""
+    """Pairs of columns, of which the first reaches the value alone, the second the parameters: [2D, *x], [2D, N, *h] each."""
     leaves, spec = pytree.tree_flatten(call.args)
     x, place = leaves[position], call.places[position]
     units = separate(torch.ones_like(x).unsqueeze(0), place, None)
@@ -148,8 +148,7 @@ def _cross_pairs(rule: Rule, call: Call, position: int, free: tuple, g: Tensor):
 
     per_unit = [caused(unit) for unit in units.unbind(0)]
     direct = [torch.stack([q[k] for q in per_unit]) for k in range(len(free))]
-    weights = torch.cat([x.new_full((len(per_unit), 1), 0.5), x.new_full((len(per_unit), 1), -0.5)])
-    return torch.cat([units, units]), [torch.cat([q, -q]) for q in direct], weights
+    return torch.cat([units, torch.zeros_like(units)]), [torch.cat([torch.zeros_like(q), 2 * q]) for q in direct]
 
 
 def _joint(
@@ -157,41 +156,37 @@ def _joint(
 ) -> None:
     call, origin = call_of(walk.program, node), origin_of(node, "curvature")
     g = _gradient(walk, node, stack)
-    parts, weights = emit(walk.program, _residual_pairs, rule, call, tuple(active), g, place, origin=origin)
+    parts = emit(walk.program, _residual_pairs, rule, call, tuple(active), g, place, origin=origin)
     free = {i for i in active if place is not None and not is_sharded(leaves[i])}
-    _send_parts(walk, leaves, dict(zip(active, parts, strict=True)), free, weights, rule, place is None, origin, (node, call, g))
+    _send_parts(walk, leaves, dict(zip(active, parts, strict=True)), free, rule, place is None, origin, (node, call, g))
 
 
-def _send_parts(
-    walk: Walk, leaves: list, parts: dict, free: set, weights: fx.Node, rule: Rule, per_sample: bool, origin, sources
-):
-    """Columns by position: to the values there, or as P itself to those in `free`."""
-    of = weights.meta["val"].shape[0]
+def _send_parts(walk: Walk, leaves: list, parts: dict, free: set, rule: Rule, per_sample: bool, origin, sources):
+    """Pairs of columns by position: to the values there, or as P itself to those in `free`."""
+    if per_sample:  # [2D * N, *h]
+        pairs = sum(leaves[i].meta["val"].numel() for i in parts)
+    else:
+        pairs = next(iter(parts.values())).meta["val"].shape[0] // 2
     for i, whole in parts.items():
         if i in free or per_sample:
-            declare(whole, Shard(1) if i in free else Shard(0, of), sources)
+            declare(whole, Shard(1) if i in free else Shard(0, 2 * pairs), sources)
         else:
             declare(whole, shifted(leaves[i].meta["place"]), sources)
 
     def send(part: Group, start: int, stop: int) -> None:
-        v = stop - start
-        walk.weights[part] = emit(walk.program, _some, weights, start, stop, of, origin=origin)
+        v = 2 * (stop - start)
         for i, whole in parts.items():
-            columns = emit(walk.program, _some, whole, start, stop, of, origin=origin)
+            columns = whole if per_sample else emit(walk.program, some, whole, start, stop, True, origin=origin)
             if i in free:
                 walk.uses.setdefault(leaves[i], []).append(Use(Jacobian(columns), (part,), (v,), rule.name))
             else:
                 _send(walk, leaves[i], part, columns, v, per_sample)
 
-    _born(walk, of, send, divisible=not per_sample)
-
-
-def _some(t: Tensor, start: int, stop: int, of: int) -> Tensor:
-    return t if (start, stop) == (0, of) else t[start:stop]
+    _born(walk, pairs, send, paired=True, divisible=not per_sample)
 
 
 def _residual_pairs(rule: Rule, call: Call, active: tuple, g: Any, place: Shard | None):
-    """Columns for every active input and weights [2D, 1], from each sample's Hessian of <g, op>.
+    """Pairs of columns for every active input, from each sample's Hessian of <g, op>.
 
     With a place: [2D, *x] for sharded inputs, [2D, N, *h] for sample-free ones. Without (an op of sample-free values, g
     with a row per sample): [2D * N, *h].
@@ -207,7 +202,7 @@ def _residual_pairs(rule: Rule, call: Call, active: tuple, g: Any, place: Shard 
     }
     inputs = [slices[i] if i in slices else leaves[i].expand(n, *leaves[i].shape) for i in active]
     h = _residuals(rule, call, dict(zip(active, inputs, strict=True)), slices, gs, place)
-    columns, weights = signed_pairs(widened((h + h.mT) / 2))
+    columns = pairs_of(widened((h + h.mT) / 2))
     out = []
     widths = [t[0].numel() for t in inputs]
     for i, part, t in zip(active, torch.split(columns, widths, 2), inputs, strict=True):
@@ -217,7 +212,7 @@ def _residual_pairs(rule: Rule, call: Call, active: tuple, g: Any, place: Shard 
         elif i in slices:
             part = samples_back(part, call.places[i], 1)
         out.append(part)
-    return out, weights
+    return out
 
 
 def _residuals(rule: Rule, call: Call, inputs: dict, slices: dict, gs: tuple, place: Shard | None) -> Tensor:

@@ -53,14 +53,15 @@ class Walk:
     parts: dict[Group, list[Group]] = field(default_factory=dict)
 
     def born(self, group: Group, count: int, send: Callable[[Group, int, int], None], divisible: bool = True) -> None:
-        """Have `count` columns of `group` sent down: now, or in parts in later sweeps if they are too many.
+        """Have `count` columns, or pairs, of `group` sent down: now, or in parts in later sweeps if they are too many.
 
-        send: puts the columns from `start` to `stop` on the walk, called as `send(part of the group, start, stop)`.
+        send: puts those from `start` to `stop` on the walk, called as `send(part of the group, start, stop)`.
         """
-        if divisible and self.carried + count > min(self.capacity, self.convenient):
+        columns = count * width(group)
+        if divisible and self.carried + columns > min(self.capacity, self.convenient):
             self.waiting.append((group, count, send))
             return
-        self.carried += count
+        self.carried += columns
         send(group, 0, count)
 
     def wants(self, group: Group, node: fx.Node) -> bool:
@@ -77,6 +78,18 @@ class Walk:
     def add(self, node: fx.Node, stack: Stack) -> None:
         self.cotangents.setdefault(node, []).append(stack)
         self.columns.update(zip(stack.groups, stack.columns, strict=True))
+
+
+def width(group: Group) -> int:
+    """How many columns go down together."""
+    return 2 if group.paired else 1
+
+
+def some(t: Tensor, start: int, stop: int, paired: bool) -> Tensor:
+    """The columns, or pairs of columns, from `start` to `stop`."""
+    if (start, stop * (2 if paired else 1)) == (0, t.shape[0]):
+        return t
+    return t.unflatten(0, (2, -1))[:, start:stop].flatten(0, 1) if paired else t[start:stop]
 
 
 def merged(walk: Walk, node: fx.Node, stacks: list[Stack]) -> Stack:

@@ -1,0 +1,135 @@
+"""Logits: log_softmax into NLL is cross-entropy, sigmoid into BCE is BCE with logits, and f is what they squash.
+
+What only moves entries may stand between: a view in the model or in the loss. It is put before the loss of the logits instead.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxcurv.ir.emit import emit
+from fxcurv.ir.graph import canonical_args, invoke
+from fxcurv.ir.origin import origin_of
+from fxcurv.ir.private import OpOverload, schema_of
+from fxcurv.ir.program import Program
+from fxcurv.rules.traits import CUTS
+
+aten = torch.ops.aten
+
+LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default)
+
+
+def logits(program: Program) -> None:
+    """Rewrite the losses, and move f to the logits where nothing but the loss reads what is made of them."""
+    before: dict[fx.Node, fx.Node] = {}  # what is computed from squashed values -> the same of the logits
+    for node in list(program.graph.nodes):
+        if node.target is aten.nll_loss_nd.default:
+            source, moves = _squashed(node.args[0], LOG_SOFTMAX)
+            if source is None or not _along_classes(program, source, moves):
+                continue
+            make = _cross_entropy
+        elif node.target is aten.binary_cross_entropy.default:
+            source, moves = _squashed(node.args[0], (aten.sigmoid.default,))
+            make = _bce_with_logits
+        else:
+            continue
+        if source is not None:
+            program.replace(node, make(program, node, _moved(program, source, moves, before)))
+            for old in (node, *reversed(moves)):
+                if not old.users:
+                    program.graph.erase_node(old)
+            program.heads = [before[h] if h in before and _only_loss_reads(h) else h for h in program.heads]
+
+
+def _squashed(node: fx.Node, ops: tuple) -> tuple[fx.Node | None, list[fx.Node]]:
+    """(the op of `ops` that `node` moves the entries of, what moves them, in order)."""
+    moves: list[fx.Node] = []
+    while isinstance(node, fx.Node) and node.target not in ops:
+        if not _moves_entries(node):
+            return None, []
+        moves.insert(0, node)
+        node = node.args[0]  # type: ignore[assignment]
+    return (node, moves) if isinstance(node, fx.Node) else (None, [])
+
+
+def _moves_entries(node: fx.Node) -> bool:
+    if node.target is operator.getitem or node.target in (aten.clone.default, aten._unsafe_view.default):
+        return True
+    if not isinstance(node.target, OpOverload) or node.target in CUTS or node.target is aten.view.dtype:
+        return False
+    schema = schema_of(node.target)
+    views = [a for a in schema.arguments if a.alias_info is not None and not a.alias_info.is_write]
+    return len(views) == 1 and not schema.is_mutable and all(r.alias_info is not None for r in schema.returns)
+
+
+def _along_classes(program: Program, source: fx.Node, moves: list[fx.Node]) -> bool:
+    """Whether the axis of `source`'s softmax is kept as it is and becomes the loss's axis of classes.
+
+    Tried on the numbers 0 .. C - 1, laid along the axis in a tensor that has no memory for the other axes.
+    """
+    shape = program.batch.shape(source.meta["val"], program.batch.size)
+    axis = source.args[1] % len(shape)  # type: ignore[operator]
+    count = [shape[axis] if d == axis else 1 for d in range(len(shape))]
+    value: Any = torch.empty(shape[axis], device="meta").view(count).expand(shape)
+    for node in moves:
+        args = [_number(program, a) for a in canonical_args(node)]
+        value = value if node.target is aten.clone.default else invoke(node.target, [value, *args[1:]])
+    classes = 1 if value.ndim > 1 else 0
+    strides = [stride for stride, size in zip(value.stride(), value.shape, strict=True) if size > 1]
+    laid = value.shape[classes] == shape[axis] and value.stride()[classes] == 1 and value.storage_offset() == 0
+    return shape[axis] == 1 or laid and sum(strides) == 1
+
+
+def _number(program: Program, arg: Any) -> Any:
+    """An argument with sizes as numbers, at the captured batch size."""
+    if isinstance(arg, list | tuple):
+        return [_number(program, a) for a in arg]
+    val = arg.meta["val"] if isinstance(arg, fx.Node) else arg
+    return program.batch.evaluate(val, program.batch.size) if isinstance(val, torch.SymInt) else val
+
+
+def _moved(program: Program, source: fx.Node, moves: list[fx.Node], before: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The logits of `source`, moved as its values are."""
+    if source not in before:
+        z: Any = source.args[0]
+        dtype = source.meta["val"].dtype
+        if z.meta["val"].dtype != dtype:  # log_softmax(z, 1, dtype=...)
+            z = emit(program, _cast, z, dtype, origin=origin_of(source, "forward"), before=source)
+        before[source] = z
+    for node in moves:
+        if node not in before:
+            with program.graph.inserting_after(node):
+                before[node] = program.graph.node_copy(node, lambda a: before.get(a, a))
+            before[node].meta = {**node.meta, "origin": origin_of(node, "forward")}
+    return before[(source, *moves)[-1]]
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype)
+
+
+def _only_loss_reads(node: fx.Node) -> bool:
+    return all(u.op == "output" for u in node.users)
+
+
+def _cross_entropy(program: Program, node: fx.Node, z: fx.Node) -> fx.Node:
+    _, target, weight, mode, ignore = canonical_args(node)
+    args = (z, target, weight, mode, ignore, 0.0)
+    return _one_op(program, node, aten.cross_entropy_loss.default, args)
+
+
+def _bce_with_logits(program: Program, node: fx.Node, z: fx.Node) -> fx.Node:
+    _, target, weight, mode = canonical_args(node)
+    return _one_op(program, node, aten.binary_cross_entropy_with_logits.default, (z, target, weight, None, mode))
+
+
+def _one_op(program: Program, node: fx.Node, op, args) -> fx.Node:
+    """A single composite op, kept whole (`emit` would trace through it)."""
+    with program.graph.inserting_before(node):
+        new = program.graph.call_function(op, args)
+    new.meta = {**node.meta, "origin": origin_of(node, "forward")}
+    return new
