@@ -151,8 +151,10 @@ class Split:
 
     def _beside(self, found: Placement, first: tuple | None, shape: tuple | None) -> Placement:
         """The placement of a further output, where a rule says it of the first."""
-        if shape is None or not isinstance(found, Shard):
-            return found if shape is not None else REPLICATE
+        if shape is None or 0 in shape:
+            return REPLICATE
+        if not isinstance(found, Shard):
+            return found
         same = first is not None and len(shape) == len(first) and shape[found.dim] == first[found.dim]
         return found if same else MIXED
 
@@ -236,7 +238,7 @@ def _positions(shape: tuple[int, ...], n: int, emitted: bool) -> Placement:
 CONSTANT = {
     aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default, aten.new_zeros.default,
     aten.new_ones.default, aten.new_empty.default, aten.new_full.default, aten.zeros.default, aten.ones.default,
-    aten.full.default, aten.empty.memory_format, aten.scalar_tensor.default,
+    aten.full.default, aten.empty.memory_format, aten.scalar_tensor.default, aten.fill.Scalar,
     aten.new_empty_strided.default, aten.empty_strided.default,
 }  # fmt: skip
 
@@ -270,6 +272,10 @@ def _apart(sites: Sites, axis: int | None, ndim: int) -> Placement:
     """An op on slices along one axis (None: all but the samples') of aligned arguments."""
     place = placement.pointwise([s for s in sites if s], ndim, linear=False)
     return MIXED if axis is not None and isinstance(place, Shard) and place.dim == axis % max(ndim, 1) else place
+
+
+def _elementwise(sites: Sites, args: tuple, outs: list) -> Found:
+    return _apart(sites, None, len(outs[0]))
 
 
 def _along(position: int) -> Callable[[Sites, tuple, list], Found]:
@@ -431,6 +437,7 @@ PLACES: dict[Any, Callable[[Sites, tuple, list], Found]] = {
     **dict.fromkeys(
         (aten.max_pool2d_with_indices_backward.default, aten.avg_pool2d_backward.default,
          aten._adaptive_avg_pool2d_backward.default), _rows),
+    aten.log_sigmoid_forward.default: _elementwise,
     torch.ops.fxcurv.max_pool_columns.default: _pooled_columns,
     torch.ops.fxcurv.syrk.default: _square,
     torch.ops.fxcurv.syrk_conv.default: _images_squared,
