@@ -86,16 +86,12 @@ class Split:
             return Lies([PARTIAL] * len(outs) if several else PARTIAL)
         for i in partial:
             sites[i] = Site(sites[i].shape, REPLICATE, False)  # type: ignore[union-attr]
-        found = self._of(node, leaves, sites, outs)
-        if not several and isinstance(found, list):
-            found = found[0]
-        if several:
-            found = [self._beside(found, outs[0], s) for s in outs] if not isinstance(found, list) else found
-            found = [self._sound(p, s) for p, s in zip(found, outs, strict=True)]
-        else:
-            found = self._sound(found, outs[0])
-        if found == MIXED or (isinstance(found, list) and MIXED in found):
-            found = self._declared(node, leaves, found)
+        said = self._of(node, leaves, sites, outs)
+        each = said if isinstance(said, list) else [self._beside(said, outs[0], s) for s in outs]
+        each = [self._sound(p, s) for p, s in zip(each, outs, strict=True)]
+        found: Found = each if several else each[0]
+        if MIXED in each:
+            found = self._declared(node, found)
         return Lies(found, tuple(dict.fromkeys(leaves[i] for i in partial)))
 
     # ---- one call ------------------------------
@@ -151,7 +147,7 @@ class Split:
 
     def _beside(self, found: Placement, first: tuple | None, shape: tuple | None) -> Placement:
         """The placement of a further output, where a rule says it of the first."""
-        if shape is None or 0 in shape:
+        if shape is None or (0 in shape and shape is not first):
             return REPLICATE
         if not isinstance(found, Shard):
             return found
@@ -201,7 +197,7 @@ class Split:
         biased = node.target is aten.linear.default and len(tensors) > 2
         return node.target in OF_EITHER and len(partial) == 1 and not biased
 
-    def _declared(self, node: fx.Node, leaves: list, found: Found) -> Found:
+    def _declared(self, node: fx.Node, found: Found) -> Found:
         """What the function that emitted a value says of it, if what went in lies as it should."""
         if "declared" not in node.meta:
             return found
