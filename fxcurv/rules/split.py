@@ -86,16 +86,12 @@ class Split:
             return Lies([PARTIAL] * len(outs) if several else PARTIAL)
         for i in partial:
             sites[i] = Site(sites[i].shape, REPLICATE, False)  # type: ignore[union-attr]
-        found = self._of(node, leaves, sites, outs)
-        if not several and isinstance(found, list):
-            found = found[0]
-        if several:
-            found = [self._beside(found, outs[0], s) for s in outs] if not isinstance(found, list) else found
-            found = [self._sound(p, s) for p, s in zip(found, outs, strict=True)]
-        else:
-            found = self._sound(found, outs[0])
-        if found == MIXED or (isinstance(found, list) and MIXED in found):
-            found = self._declared(node, leaves, found)
+        said = self._of(node, leaves, sites, outs)
+        each = said if isinstance(said, list) else [self._beside(said, outs[0], s) for s in outs]
+        each = [self._sound(p, s) for p, s in zip(each, outs, strict=True)]
+        found: Found = each if several else each[0]
+        if MIXED in each:
+            found = self._declared(node, found)
         return Lies(found, tuple(dict.fromkeys(leaves[i] for i in partial)))
 
     # ---- one call ------------------------------
@@ -151,8 +147,10 @@ class Split:
 
     def _beside(self, found: Placement, first: tuple | None, shape: tuple | None) -> Placement:
         """The placement of a further output, where a rule says it of the first."""
-        if shape is None or not isinstance(found, Shard):
-            return found if shape is not None else REPLICATE
+        if shape is None or (0 in shape and shape is not first):
+            return REPLICATE
+        if not isinstance(found, Shard):
+            return found
         same = first is not None and len(shape) == len(first) and shape[found.dim] == first[found.dim]
         return found if same else MIXED
 
@@ -199,7 +197,7 @@ class Split:
         biased = node.target is aten.linear.default and len(tensors) > 2
         return node.target in OF_EITHER and len(partial) == 1 and not biased
 
-    def _declared(self, node: fx.Node, leaves: list, found: Found) -> Found:
+    def _declared(self, node: fx.Node, found: Found) -> Found:
         """What the function that emitted a value says of it, if what went in lies as it should."""
         if "declared" not in node.meta:
             return found
@@ -236,7 +234,7 @@ def _positions(shape: tuple[int, ...], n: int, emitted: bool) -> Placement:
 CONSTANT = {
     aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default, aten.new_zeros.default,
     aten.new_ones.default, aten.new_empty.default, aten.new_full.default, aten.zeros.default, aten.ones.default,
-    aten.full.default, aten.empty.memory_format, aten.scalar_tensor.default,
+    aten.full.default, aten.empty.memory_format, aten.scalar_tensor.default, aten.fill.Scalar,
     aten.new_empty_strided.default, aten.empty_strided.default,
 }  # fmt: skip
 
@@ -270,6 +268,10 @@ def _apart(sites: Sites, axis: int | None, ndim: int) -> Placement:
     """An op on slices along one axis (None: all but the samples') of aligned arguments."""
     place = placement.pointwise([s for s in sites if s], ndim, linear=False)
     return MIXED if axis is not None and isinstance(place, Shard) and place.dim == axis % max(ndim, 1) else place
+
+
+def _elementwise(sites: Sites, args: tuple, outs: list) -> Found:
+    return _apart(sites, None, len(outs[0]))
 
 
 def _along(position: int) -> Callable[[Sites, tuple, list], Found]:
@@ -431,6 +433,7 @@ PLACES: dict[Any, Callable[[Sites, tuple, list], Found]] = {
     **dict.fromkeys(
         (aten.max_pool2d_with_indices_backward.default, aten.avg_pool2d_backward.default,
          aten._adaptive_avg_pool2d_backward.default), _rows),
+    aten.log_sigmoid_forward.default: _elementwise,
     torch.ops.fxcurv.max_pool_columns.default: _pooled_columns,
     torch.ops.fxcurv.syrk.default: _square,
     torch.ops.fxcurv.syrk_conv.default: _images_squared,

@@ -184,6 +184,8 @@ CASES = {
     "noise of samples": (aten.rand.default, lambda: ([N, 3],), MIXED),
     "repeated": (aten.expand.default, lambda: (t(R, 3), [N, 3]), Alike(0)),
     "pairs of samples": (aten.expand.default, lambda: (t(S1, 1, N), [N, N]), MIXED),
+    "with a buffer": (aten.log_sigmoid_forward.default, lambda: (t(S0, N, 3),), None),
+    "filled": (aten.fill.Scalar, lambda: (t(S0, N, 3), 2.0), Alike(0)),
     "syrk": (own.syrk.default, lambda: (t(S1, 40, N),), P),
     "eigenvalues": (aten._linalg_eigh.default, lambda: (t(S0, N, 3, 3), "L", False), [S0, S0]),
     "layer norm": (aten.layer_norm.default, lambda: (t(S0, N, 3), [3], t(R, 3), t(R, 3)), S0),
