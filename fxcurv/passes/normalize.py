@@ -247,9 +247,9 @@ def _embedding_bags(program: Program) -> None:
     Of indices [N, K] the offsets are arange(0, N * K, K), so a bag is a slice.
     """
     for node in list(program.graph.nodes):
-        if node.target is not aten.embedding_bag.padding_idx:
+        if node.target not in (aten.embedding_bag.padding_idx, aten.embedding_bag.default):
             continue
-        weight, indices, offsets, by_frequency, mode, _, scale, with_last, padding = canonical_args(node)
+        weight, indices, offsets, by_frequency, mode, _, scale, with_last, padding = (*canonical_args(node), None)[:9]
         sizes = [program.batch.shape(i.meta["val"]) for i in (indices, offsets)]
         step = offsets.args[2] if offsets.target is aten.arange.start_step and len(offsets.args) > 2 else 0
         even = isinstance(step, int) and step > 0 and offsets.args[0] == 0 and sizes[0] == (sizes[1][0] * step,)
