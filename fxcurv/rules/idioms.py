@@ -112,12 +112,13 @@ def _where_masked(x: Tensor, mask: Tensor, value: Tensor, lead: int, rest: int, 
 
 
 @idiom(aten.embedding_bag.padding_idx)
+@idiom(aten.embedding_bag.default)
 def _embedding_bag(program: Program, node: fx.Node) -> tuple[fx.Node, ...] | None:
     """Lookups and sums, but where it scales its gradient, or takes a maximum in bags of any lengths.
 
     Of indices [N, K] the offsets are arange(0, N * K, K), so a bag is a slice.
     """
-    weight, indices, offsets, by_frequency, mode, _, scale, with_last, padding = canonical_args(node)
+    weight, indices, offsets, by_frequency, mode, _, scale, with_last, padding = (*canonical_args(node), None)[:9]
     sizes = [program.batch.shape(i.meta["val"]) for i in (indices, offsets)]
     step = offsets.args[2] if offsets.target is aten.arange.start_step and len(offsets.args) > 2 else 0
     even = isinstance(step, int) and step > 0 and offsets.args[0] == 0 and sizes[0] == (sizes[1][0] * step,)
@@ -158,10 +159,11 @@ def _bags(weight: Tensor, indices: Tensor, scale: Tensor | None, bags: tuple, mo
 
 
 def _rows(weight: Tensor, indices: Tensor, scale: Tensor | None, padding: int | None, fill: float):
-    """(scaled rows [L, D] with `fill` at the padding, which indices are no padding, or None for all)."""
+    """(scaled rows [L, D] with `fill` at the padding, which indices are no padding, or None for all).
+
+    What stands in the padding's row is read by nobody, so it is masked before it meets a weight.
+    """
     rows = aten.embedding.default(weight, indices)
-    rows = rows if scale is None else rows * scale.unsqueeze(1)
-    if padding is None:
-        return rows, None
-    kept = indices != padding % weight.shape[0]
-    return rows.masked_fill(~kept.unsqueeze(1), fill), kept
+    kept = None if padding is None else indices != padding % weight.shape[0]
+    rows = rows if kept is None else rows.masked_fill(~kept.unsqueeze(1), fill)
+    return rows if scale is None else rows * scale.unsqueeze(1), kept

@@ -98,6 +98,7 @@ NAMED = {
     ("backpack/cut.py", "LossRule"): "the rule of an op of its own, which stands for the loss",
     ("backpack/cut.py", "torch.ops.fxcurv.seam.default"): "that op",
     ("passes/normalize.py", "torch.ops.fxcurv.head.default"): "no op of the model: the mark that front/ leaves at f",
+    ("runtime/forward.py", "torch.ops.fxcurv.head.default"): "the same",
     ("ir/emit.py", "torch.ops.aten._efficientzerotensor.default"): "no dense tensor, which a graph cannot hold; made by autograd",
     ("ir/graph.py", "aten.view.default"): "below rules/: a view by sizes is copied as a reshape",
     ("ir/graph.py", "aten._unsafe_view.default"): "the same",
@@ -128,7 +129,7 @@ def decided_by(tree: ast.AST) -> Iterator[str]:
         if not re.match(r"aten\.|torch\.ops\.\w+\.", name):
             continue
         called = isinstance(parent, ast.Call) and parent.func is node
-        made = isinstance(parent, ast.Call) and dotted(parent.func).endswith(".call_function")
+        made = isinstance(parent, ast.Call) and dotted(parent.func).endswith((".call_function", "_at_front"))
         made |= isinstance(parent, ast.Assign) and all(dotted(t).endswith(".target") for t in parent.targets)
         if not called and not made:
             yield name

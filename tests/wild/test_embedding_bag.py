@@ -83,3 +83,23 @@ def test_what_no_derivative_says_is_refused():
     net, _ = nets("sum", scale_grad_by_freq=True)
     with pytest.raises(UnsupportedOpError, match="embedding_bag"):
         fxcurv.compile(net, nn.MSELoss())(ROWS, torch.randn(4, 2).double())
+
+
+@pytest.mark.parametrize("padding", [(), (-1,)])
+def test_pytorchs_own_function(padding):
+    """Without a padding, and with one that counts from the end."""
+    net, _ = nets("sum")
+    options = (False, 0, False, None, False)
+    bare = Net(lambda m, x: m.b(torch.embedding_bag(m.bag.weight, *BAGS, *options, *padding)[0] * x), bag=net.bag, b=net.b)
+    bags = BAGS[0].tensor_split(BAGS[1][1:])
+    ones = [torch.ones(len(b)).double() for b in bags]
+    loop = Net(lambda m, x: m.b(by_loop(m.bag, bags, ones) * x), bag=net.bag, b=net.b)
+    x, y = torch.rand(4, 1).double(), torch.randn(4, 2).double()
+    found = fxcurv.compile(bare, nn.MSELoss(), [BatchGrad()])(x, y)
+    net.bag.padding_idx = 4 if padding else None
+    close(found.grad, torch_grad(loop, x, y), "grad")
+
+
+def torch_grad(net, x, y):
+    grads = torch.autograd.grad(nn.functional.mse_loss(net(x), y), list(net.parameters()))
+    return dict(zip(dict(net.named_parameters()), grads, strict=True))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcurv.contractions.factors import Jacobian
+from fxcurv.errors import FxcurvError
 from fxcurv.ir.emit import declare, emit
 from fxcurv.ir.graph import ancestors, canonical_args
 from fxcurv.ir.origin import origin_of
@@ -44,6 +45,8 @@ def at(walk: Walk, node: fx.Node, stack: Stack) -> None:
         return
     try:
         _add(walk, node, stack)
+    except FxcurvError:
+        raise  # some are ValueErrors
     except (*FAILURES, TypeError) as error:
         raise no_second_derivative(node, error) from error
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcurv.errors import UnsupportedOpError
+from fxcurv.errors import FxcurvError, UnsupportedOpError
 from fxcurv.ir.emit import emit
 from fxcurv.ir.origin import locate, origin_of
 from fxcurv.ir.private import pytree
@@ -123,6 +123,8 @@ def emitted(program: Program, node: fx.Node, fn: Callable, *args: Any) -> Any:
     """Emit a derivative of the op at `node`."""
     try:
         return emit(program, fn, *args, origin=origin_of(node, "extract"))
+    except FxcurvError:
+        raise  # some are ValueErrors
     except (*FAILURES, TypeError) as error:
         raise no_second_derivative(node, error) from error
 
