@@ -7,7 +7,7 @@ refused must be refused by name, and the gradient alone is never refused.
 
 Many of them, resumable by ranges of seeds, with what was refused and what failed:
 
-    python tests/random_models.py --first 0 --last 400 --log random.log
+    python tests/random_models.py --first 0 --last 1000 --log random.log
 """
 
 from __future__ import annotations
@@ -408,8 +408,8 @@ def main() -> None:
     """Run seeds from `--first` to `--last`; those that the log has are left out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--last", type=int, default=400, help="the seed after the last one")
-    parser.add_argument("--count", type=int, default=25, help="examples per seed")
+    parser.add_argument("--last", type=int, default=1000, help="the seed after the last one")
+    parser.add_argument("--count", type=int, default=10, help="examples per seed")
     parser.add_argument("--log", type=Path, default=None)
     asked = parser.parse_args()
     torch.set_num_threads(1)

@@ -171,6 +171,7 @@ def _visit(program: Program, node: fx.Node, dependent: set[fx.Node], terms: dict
         prediction = node.args[0]
         signed = node.meta["val"].ndim > 0 and not any(e.needs_convex for e in program.extensions)
         alone = signed or positions != [0] or _one_position(prediction, rule)
+        alone = alone or _wider(program, prediction)
         if alone or not _closed_form(node) or not _linear(program, prediction, dependent):
             raise _General
         terms[node] = Term(node, prediction)
@@ -179,6 +180,12 @@ def _visit(program: Program, node: fx.Node, dependent: set[fx.Node], terms: dict
             _visit(program, source, dependent, terms)
     else:
         raise _General
+
+
+def _wider(program: Program, prediction: fx.Node) -> bool:
+    """Whether columns that a result shows would be more than f has numbers: all pairs of samples, say."""
+    shown, batch = any(e.shows_columns for e in program.extensions), program.batch
+    return shown and batch.per_sample(prediction.meta["val"]) > sum(batch.per_sample(h.meta["val"]) for h in program.heads)
 
 
 def _one_position(prediction: fx.Node, rule: Rule) -> bool:

@@ -9,7 +9,7 @@ from random_models import GROUPS, IMAGES, SEQUENCES, VECTORS, Example, examples,
 
 # A failure prints its example; to shrink or to explain it would compile hundreds of models.
 FAST = settings(
-    max_examples=4, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
+    max_examples=2, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 MANY = settings(FAST, max_examples=60, derandomize=False)

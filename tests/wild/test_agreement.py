@@ -91,6 +91,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], str]] = {
     "binary": (mlp, lambda f: F.binary_cross_entropy_with_logits(f, (REAL > 0).double()), KRON),
     "a loss without a closed form": (mlp, lambda f: torch.cosh(f).sum(1).mean(), KRON),
     "piecewise linear": (mlp, lambda f: (f - REAL).abs().mean(), KRON),
+    "all pairs of samples": (mlp, lambda f: F.mse_loss(f[:, None].expand(-1, N, -1), REAL.expand(N, N, 3)), KRON),
     "linear: a critic's mean": (lambda: mlp(1), lambda f: -f.mean(), KRON),
     "linear: the sum": (mlp, lambda f: f.sum(), KRON),
     "linear: one entry": (mlp, lambda f: f[:, 1].mean(), KRON),
@@ -102,7 +103,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], str]] = {
     "both outputs are": (Two, lambda f: f[0].sum() - f[1].mean(), KRON),
     "coupled outputs": (Two, lambda f: (f[0].sum(1) + f[1].prod(1).exp()).square().mean(), "nonconvex"),
 }  # fmt: skip
-DEFAULT = {"cross-entropy", "linear: the sum", "linear: a tied weight", "one output is linear"}
+DEFAULT = {"cross-entropy", "all pairs of samples", "linear: the sum", "linear: a tied weight", "one output is linear"}
 
 
 def names(without: str = "never"):
@@ -162,8 +163,9 @@ def test_second_order(name):
         assert result.sqrt_ggn_mc[key].shape[:2] == (M, N)
         outputs = model(x)
         count = sum(f[0].numel() for f in (outputs if isinstance(outputs, tuple) else (outputs,)))
-        if name.startswith(("linear", "both")):
+        if name.startswith(("linear", "both", "all")):
             assert result.sqrt_ggn_exact[key].shape == (count, N, *shape)
+        if name.startswith(("linear", "both")):
             assert not ggn.any() and not result.sqrt_ggn_mc[key].any()
 
 
