@@ -172,7 +172,12 @@ class Compiled:
         self._batch_dim, self._split, self._rules = batch_dim, split, rules
         self._update_buffers, self._debug, self._memory_budget = update_buffers, debug, memory_budget
         self._check_when, self._sample = check, sample
-        self._backend, self._runners = backend or Backend(), {}
+        self._backend = backend or Backend()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Have no programs, nor anything that is known of them."""
+        self._runners: dict[int, Callable] = {}
         self.recompiles: list[str] = []
         self._programs: dict[tuple[Key, Autocast, bool], list[Program]] = {}
         self._checked: set[int] = set()
@@ -180,6 +185,15 @@ class Compiled:
         self._verified: set[int] = set()
         self._steps = SimpleNamespace()  # by name: Dynamo guards the length of a list or dict that it reads
         self._pool = Pool()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it was made of: a copy, also one by `pickle`, makes its own programs."""
+        made = ("_runners", "recompiles", "_programs", "_checked", "_schedule", "_verified", "_steps", "_pool")
+        return {name: value for name, value in vars(self).items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
 
     def __call__(
         self,

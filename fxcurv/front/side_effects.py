@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from fxcurv.errors import CaptureError
-from fxcurv.ir.origin import is_user_file
+from fxcurv.ir.origin import is_user_file, running_line
 from fxcurv.ir.private import FakeTensor, FunctionalTensor, hooks_of_tensor, patched
 
 _FORWARD = ("_forward_hooks", "_forward_pre_hooks")
@@ -94,8 +94,8 @@ def _no_tensor_hook(tensor: Tensor, hook: Callable) -> Any:
     if _is_pytorchs(hook):
         return _register_hook(tensor, hook)
     raise CaptureError(
-        f"the model registers the hook '{_name(hook)}' on a tensor in its forward pass (register_hook), which no program runs. "
-        "Way out: say what it does to the gradient as a torch.autograd.Function, or drop it."
+        f"the model registers the hook '{_name(hook)}' on a tensor in its forward pass (register_hook), which no program runs\n"
+        f"{running_line()}Way out: say what it does to the gradient as a torch.autograd.Function, or drop it."
     )
 
 

@@ -133,6 +133,10 @@ class LayerNorm(Rule):
 class NativeLayerNorm(LayerNorm):
     """The same, with the statistics beside y, which nothing differentiable reads."""
 
+    def formula(self, op, args):
+        dims, _, rstd = self._normalised(args)
+        return super().formula(op, args), args[0].mean(dims, keepdim=True), rstd
+
     def transpose(self, call: Call, wrt, g):
         if tuple(wrt) == (self._flat(call, 0),):
             return super().transpose(call, wrt, g[0])

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from fxcurv.errors import ExtensionError, LossError
 from fxcurv.ir.emit import emit
 from fxcurv.ir.noise import uniform
-from fxcurv.ir.origin import origin_of
+from fxcurv.ir.origin import at_loss, origin_of
 from fxcurv.ir.placement import Shard, samples_back, samples_first
 from fxcurv.ir.precision import widened
 from fxcurv.ir.program import Input, Program
@@ -152,6 +152,7 @@ def _general(walk: Walk, groups: list[Group]) -> None:
     program = walk.program
     if any(g.kind == "empirical" for g in groups):
         raise LossError(
+            f"{at_loss(program.loss)}"
             'fisher="empirical" needs a loss in closed form (cross-entropy, squares, binary cross-entropy with logits), '
             'whose scale per sample is known. Way out: fisher="mc".'
         )
@@ -166,6 +167,7 @@ def _general(walk: Walk, groups: list[Group]) -> None:
             joint, weights = emit(program, signed_pairs, h, origin=origin)
         elif program.options.create_graph:
             raise ExtensionError(
+                f"{at_loss(program.loss)}"
                 "create_graph=True with a root of a loss that has no closed form: the derivative of an eigendecomposition is "
                 "not defined at repeated eigenvalues. Way out: a diagonal (DiagGGNExact), or cross-entropy, squares or BCE."
             )
