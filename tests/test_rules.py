@@ -371,6 +371,17 @@ def test_rewrite(op):
             close(a, e, (op, shapes(args)), **TOLERANCE, equal_nan=True)
 
 
+@pytest.mark.parametrize("op", [op for op, rule in RULES.items() if type(rule).formula is not Rule.formula], ids=name_of)
+def test_formula(op):
+    """A formula has all outputs of the op, as the products differentiate it; statistics past the third are constants."""
+    seed(op)
+    for _, args in samples(op):
+        expected, actual = floats(run(op, args)), pytree.tree_leaves(RULES[op].formula(op, args))
+        assert len(actual) == len(expected)
+        for a, e in zip(actual[:3], expected[:3], strict=True):
+            close(a.reshape(e.shape), e, (op, shapes(args)), **TOLERANCE)
+
+
 # They mix samples, so that they claim no placement.
 MIXING = {aten._native_batch_norm_legit_functional.default}
 

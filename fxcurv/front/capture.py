@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from fxcurv.errors import FxcurvError
 from fxcurv.front.arguments import Arguments
 from fxcurv.front.custom_functions import kept_functions
-from fxcurv.front.guards import DataIsDetached, fixed_sizes, no_branches, quiet, user_frames
+from fxcurv.front.guards import Followed, fixed_sizes, no_branches, quiet, user_frames
 from fxcurv.front.lift import detach_no_grad_regions, lift
 from fxcurv.front.python_state import Path, Reads
 from fxcurv.front.side_effects import no_side_effects
@@ -39,7 +39,8 @@ def capture(
     wrapped = Captured(model, loss, arguments, split, reads)
     with quiet():
         try:
-            with fixed_sizes(wrapped), no_side_effects([m for m in (model, loss) if isinstance(m, nn.Module)]):
+            modules = [m for m in (model, loss) if isinstance(m, nn.Module)]
+            with fixed_sizes(wrapped), no_side_effects(modules) as wrapped.record.look:
                 exported = _export(wrapped, arguments)
                 detach_no_grad_regions(exported)
                 exported = exported.run_decompositions({})
@@ -66,7 +67,7 @@ def _export(wrapped: Captured, arguments: Arguments) -> ExportedProgram:
     was_training = [(m, m.training) for m in wrapped.model.modules()]
     wrapped.training = wrapped.model.training
     try:
-        with torch.enable_grad(), kept_functions(), no_branches(), user_frames(), DataIsDetached():
+        with torch.enable_grad(), kept_functions(), no_branches(), user_frames(), Followed(wrapped):
             return torch.export.export(wrapped, (inputs, targets, numbers), dynamic_shapes=shapes, strict=False)
     finally:
         for module, training in was_training:

@@ -69,13 +69,22 @@ def _unvalidated(init):
     return unvalidated
 
 
-class DataIsDetached(TorchFunctionMode):
-    """`x.data` as `x.detach()`, which a trace can follow."""
+class Followed(TorchFunctionMode):
+    """`x.data` as `x.detach()`, which a trace can follow; where a derivative is taken, which it cannot, is noted."""
+
+    def __init__(self, wrapped: Captured) -> None:
+        super().__init__()
+        self.record = wrapped.record
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: D105
         if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
+        if func in _DERIVATIVES:
+            self.record.derivative = self.record.derivative or running_line()
         return func(*args, **(kwargs or {}))
+
+
+_DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
 
 
 def _no_ctc(*args, **kwargs):

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxcurv.errors import ArgumentError, CaptureError, FxcurvError, LossError
 from fxcurv.front.arguments import Arguments, described, filled, map_leaves, templated
 from fxcurv.front.python_state import Number, Reads
-from fxcurv.ir.origin import is_user_file, line_of, line_of_function
+from fxcurv.ir.origin import is_user_file, line_of, line_of_function, source_line
 from fxcurv.ir.private import GuardOnDataDependentSymNode
 
 
@@ -34,6 +34,8 @@ class _Record:
     template: Any = None
     leaves: int = 0
     fixed_by: Any = None
+    derivative: str = ""
+    look: Callable[[], None] = staticmethod(lambda: None)
 
 
 class Captured(nn.Module):
@@ -51,7 +53,9 @@ class Captured(nn.Module):
     def forward(self, inputs, targets, numbers):
         try:
             with self.reads.numbers(numbers), self.reads:
-                return self._run(inputs, targets)
+                out = self._run(inputs, targets)
+            self.record.look()
+            return out
         except FxcurvError:
             raise
         except Exception as error:  # here, since export prints the graph so far and more about an error that it knows
@@ -119,12 +123,13 @@ def _scalar(loss: Any, where: str) -> Tensor:
 
 def not_traced(error: Exception, wrapped: Captured) -> CaptureError:
     """What a trace has failed with, as an error that says where and what helps."""
+    where = where_raised(error, wrapped) or wrapped.record.derivative  # of a derivative, what fails is its result later on
     return CaptureError(
         f"torch.export cannot trace the model or its loss:\n"
-        f"{where_raised(error, wrapped)}{type(error).__name__}: {reason(error)}\n"
-        "What usually helps: inputs of the shapes and dtypes that the model expects, no branch on a value "
-        "(use torch.where), no .item() or numpy in forward, outputs made of tensors. The full reason is "
-        "in the exception's __cause__."
+        f"{where}{type(error).__name__}: {reason(error)}\n"
+        "What usually helps: inputs of the shapes and dtypes that the model expects, no branch on a value and no size that "
+        "depends on one (use torch.where, and (x * mask).sum() for x[mask].sum()), no .item() or numpy in forward, outputs made "
+        "of tensors. The full reason is in the exception's __cause__."
     )
 
 
@@ -143,6 +148,9 @@ def where_raised(error: Exception, wrapped: Captured) -> str:
             name = names[id(this)].removeprefix("model").removeprefix(".")
             path = f"module '{name}'" if name else "the model"
             module = f"  in {path} ({type(this).__name__})\n"
+        node = frame.f_locals.get("n")  # of an `fx.Interpreter`, past the user's own code
+        if isinstance(node, fx.Node) and node.meta.get("stack_trace"):
+            line = f"  {source_line(node.meta['stack_trace'])}\n"
         if is_user_file(frame.f_code.co_filename):
             line = line_of(frame.f_code.co_filename, number, frame.f_code.co_name)
     return module + line
