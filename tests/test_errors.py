@@ -23,6 +23,7 @@ from fxcurv.extensions import (
     ClippedGrad,
     DiagGGNExact,
     DiagGGNMC,
+    DiagHessian,
     Extension,
     Jacobian,
     SqrtGGNExact,
@@ -186,6 +187,9 @@ def clamped(f: torch.Tensor) -> torch.Tensor:
         v.clamp_(min=1.0)
     return v
 
+
+# a model whose bias its loss reads together with its output
+COUPLED = Net(lambda layer, x: layer(x))
 
 BAD = {
     # extensions
@@ -445,6 +449,20 @@ BAD = {
         ['fisher="empirical"', "closed form", __file__, "f.cosh().sum()", "Way out"],
         loss=lambda f, y: f.cosh().sum(),
         extensions=[KFAC(fisher="empirical")],
+    ),
+    "a regulariser that is none": Bad(
+        errors.ExtensionError,
+        ["DiagHessian", "'layer.bias'", __file__, "f.square() * COUPLED.layer.bias", "Way out"],
+        model=lambda: COUPLED,
+        loss=lambda f, y: (f.square() * COUPLED.layer.bias).sum(),
+        extensions=[DiagHessian()],
+    ),
+    "a square of output and parameter": Bad(
+        errors.ExtensionError,
+        ["DiagHessian", "'layer.bias'", __file__, "(f + COUPLED.layer.bias).square()", "Way out"],
+        model=lambda: COUPLED,
+        loss=lambda f, y: (f + COUPLED.layer.bias).square().sum(),
+        extensions=[DiagHessian()],
     ),
     "a loss inside of the model": Bad(
         errors.LossError,

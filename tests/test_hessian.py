@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from cases import CASES
+from oracle import Oracle
 from test_quantities import close, compiled_case
 
+import fxcurv
 from fxcurv.extensions import BatchDiagHessian, DiagGGNExact, DiagHessian
 
 REPRESENTATIVE = {
@@ -35,3 +38,19 @@ def test_piecewise_linear_networks_have_the_diagonal_of_the_gauss_newton():
     close(result.diag_h, result.diag_ggn_exact, "diag_h")
     program = compiled.lower(*arguments)
     assert not program.walked.residuals
+
+
+def test_a_loss_that_reads_a_parameter_for_every_sample():
+    """Its own curvature counts, and no quantity per sample is made up of it."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3).double()
+    x, y = torch.randn(3, 4).double(), torch.randn(3, 3).double()
+
+    def loss(f, y):
+        return (f - y).square().mean() + (model.bias - y).square().sum()
+
+    found = fxcurv.compile(model, loss, [DiagHessian()])(x, y).diag_h
+    for name, expected in Oracle(model, loss, x, y).diag_h().items():
+        torch.testing.assert_close(found[name], expected)
+    with pytest.raises(fxcurv.errors.ExtensionError, match="'bias' for every sample"):
+        fxcurv.compile(model, loss, [BatchDiagHessian()])(x, y)
