@@ -106,7 +106,8 @@ def _again(model: nn.Module, buffers: Mapping[str, Tensor]) -> Iterator[None]:
         torch.manual_seed(2)
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+                if not torch.equal(buffer, buffers[name]):  # a product refuses what was written to since it was made
+                    buffer.copy_(buffers[name])
 
     handle = model.register_forward_pre_hook(restore)
     try:
