@@ -111,7 +111,7 @@ def relative(m: Any, x: Tensor) -> Tensor:
 def left_padded(m: Any, x: Tensor, mask: Tensor) -> Tensor:
     """Masks of the least number that the dtype has, whose sum overflows where both hide an entry."""
     least = torch.finfo(x.dtype).min
-    causal = torch.full((x.shape[1], x.shape[1]), least).to(x).triu(1)
+    causal = torch.full((x.shape[1], x.shape[1]), least, dtype=x.dtype).triu(1)
     padding = ((1 - mask) * least)[:, None]
     bias = (causal + padding).clamp(min=least)
     q, k, v = m.mix(x).chunk(3, -1)
