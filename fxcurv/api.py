@@ -138,10 +138,23 @@ class Compiled:
         backend: Backend,
     ):
         self.model, self.loss, self.extensions, self.params = model, loss, extensions, options.params
-        self._subject, self._backend = Subject(model, loss), backend
-        self._programs: Programs[Ready] = Programs(extensions, options, emitted)
+        self._subject, self._options, self._backend = Subject(model, loss), options, backend
+        self._forget()
+
+    def _forget(self) -> None:
+        """Have no programs, nor anything that is known of them."""
+        self._programs: Programs[Ready] = Programs(self.extensions, self._options, emitted)
         self._steps = Steps(self._programs, self._subject)
         self.recompiles = self._programs.recompiles
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it was made of: a copy, also one by `pickle`, makes its own programs."""
+        made = ("recompiles", "_programs", "_steps")
+        return {name: value for name, value in vars(self).items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
 
     def __call__(
         self,

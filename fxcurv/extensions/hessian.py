@@ -9,7 +9,8 @@ from torch import Tensor, fx
 
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.base import Extension, Param
-from fxcurv.ir.graph import Subgraph, canonical_args
+from fxcurv.ir.graph import Subgraph, ancestors, canonical_args
+from fxcurv.ir.origin import locate
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program, is_active
 from fxcurv.quantity import HessianFactors
@@ -30,7 +31,7 @@ class DiagHessian(Extension):
 
     def extract(self, param: Param) -> fx.Node:
         total = param.contract(power=2, reduce="vn")
-        if param.name not in param.program.walked.direct:
+        if not _read_past_the_heads(param):
             return total
         return param.emit(torch.add, total, _of_regulariser(param))
 
@@ -45,15 +46,26 @@ class BatchDiagHessian(Extension):
     requires = HessianFactors()
 
     def extract(self, param: Param) -> fx.Node:
+        if _read_past_the_heads(param) and param.name not in param.program.walked.direct:
+            raise ExtensionError(
+                f"{param.label}: the loss reads parameter '{param.name}' for every sample beside the model's output, which is "
+                "of no sample's curvature here. Way out: make it part of the model, or DiagHessian or HMP."
+            )
         return param.contract(power=2, reduce="v")
+
+
+def _read_past_the_heads(param: Param) -> bool:
+    return any(param.node in node.all_input_nodes for node in _past_the_heads(param.program))
 
 
 def _of_regulariser(param: Param) -> fx.Node:
     """The diagonal of d^2 r / d param^2, where r is the loss with f held constant."""
     program = param.program
     inner = _past_the_heads(program)
-    if any(h in node.all_input_nodes for node in inner for h in program.heads if _couples(program, node, h)):
+    at = _coupled(program, param.node, inner)
+    if at is not None:
         raise ExtensionError(
+            f"{locate(at)}\n"
             f"{param.label}: the loss multiplies the model's output with parameter '{param.name}', so its Hessian is no sum "
             "of one through the output and one of a regulariser. Way out: make that product part of the model."
         )
@@ -78,10 +90,19 @@ def _past_the_heads(program: Program) -> list[fx.Node]:
     return [n for n in program.graph.nodes if n in found]
 
 
-def _couples(program: Program, node: fx.Node, head: fx.Node) -> bool:
-    others = [i for i in node.all_input_nodes if i is not head and is_active(i) and i not in program.heads]
-    positions = [k for k, a in enumerate(canonical_args(node)) if isinstance(a, fx.Node) and is_active(a)]
-    return bool(others) and not rule_of(node.target, program.rules).linear(positions)
+def _coupled(program: Program, param: fx.Node, inner: list[fx.Node]) -> fx.Node | None:
+    """Where the loss is no sum of a function of the output, which depends on `param`, and one of `param` itself."""
+    of_output = {h for h in program.heads if param in ancestors([h])}
+    of_param = {param}
+    for node in inner:
+        sources = set(node.all_input_nodes)
+        both = bool(sources & of_output and sources & of_param)
+        positions = [k for k, a in enumerate(pytree.tree_leaves(canonical_args(node))) if isinstance(a, fx.Node) and is_active(a)]
+        if both and not rule_of(node.target, program.rules).linear(positions):
+            return node
+        of_output |= {node} if sources & of_output and is_active(node) else set()
+        of_param |= {node} if sources & of_param and is_active(node) else set()
+    return None
 
 
 # what entry i of a value is a function of: entry i of the parameter, one of its entries, any number of them

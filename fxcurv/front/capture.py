@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from fxcurv.errors import CaptureError, FxcurvError
+from fxcurv.errors import FxcurvError
 from fxcurv.front.arguments import Arguments
 from fxcurv.front.custom_functions import kept_functions
-from fxcurv.front.guards import fixed_sizes, no_branches, quiet, user_frames
+from fxcurv.front.guards import Followed, fixed_sizes, no_branches, quiet, user_frames
 from fxcurv.front.lift import detach_no_grad_regions, lift
 from fxcurv.front.python_state import Path, Reads
 from fxcurv.front.side_effects import no_side_effects
-from fxcurv.front.wrapped import Captured, reason, where_raised
+from fxcurv.front.wrapped import Captured, not_traced
 from fxcurv.ir.program import Program
 
 
@@ -39,14 +39,15 @@ def capture(
     wrapped = Captured(model, loss, arguments, split, reads)
     with quiet():
         try:
-            with fixed_sizes(wrapped), no_side_effects([m for m in (model, loss) if isinstance(m, nn.Module)]):
+            modules = [m for m in (model, loss) if isinstance(m, nn.Module)]
+            with fixed_sizes(wrapped), no_side_effects(modules) as wrapped.record.look:
                 exported = _export(wrapped, arguments)
                 detach_no_grad_regions(exported)
                 exported = exported.run_decompositions({})
         except FxcurvError:
             raise
         except Exception as error:
-            raise _capture_error(error, wrapped) from error
+            raise not_traced(error, wrapped) from error
         reads.check()
         program = lift(model, wrapped, exported, arguments)
         program.python = reads.state(program.constants, [*wrapped.parameters(), *wrapped.buffers()])
@@ -66,18 +67,8 @@ def _export(wrapped: Captured, arguments: Arguments) -> ExportedProgram:
     was_training = [(m, m.training) for m in wrapped.model.modules()]
     wrapped.training = wrapped.model.training
     try:
-        with torch.enable_grad(), kept_functions(), no_branches(), user_frames():
+        with torch.enable_grad(), kept_functions(), no_branches(), user_frames(), Followed(wrapped):
             return torch.export.export(wrapped, (inputs, targets, numbers), dynamic_shapes=shapes, strict=False)
     finally:
         for module, training in was_training:
             module.training = training
-
-
-def _capture_error(error: Exception, wrapped: Captured) -> CaptureError:
-    return CaptureError(
-        f"torch.export cannot trace the model or its loss:\n"
-        f"{where_raised(error, wrapped)}{type(error).__name__}: {reason(error)}\n"
-        "What usually helps: inputs of the shapes and dtypes that the model expects, no branch on a value "
-        "(use torch.where), no .item() or numpy in forward, outputs made of tensors. The full reason is "
-        "in the exception's __cause__."
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import SymInt, Tensor
 from torch.autograd.function import Function, FunctionMeta
 
 from fxcurv.errors import CustomFunctionError
-from fxcurv.ir.origin import is_user_file
+from fxcurv.ir.origin import running_line
 from fxcurv.ir.private import patched, pytree
 from fxcurv.rules.custom import KINDS, ORIGINALS, WAY_OUT, Custom, is_separate, saying
 
@@ -87,7 +86,7 @@ def _replace(stack: contextlib.ExitStack, cls: type) -> None:
     def backward(*args):
         raise CustomFunctionError(
             f"the model or loss differentiates through the custom autograd function '{cls.__qualname__}' itself (by "
-            f"torch.autograd.grad, say), which is not kept.\n{WAY_OUT}"
+            f"torch.autograd.grad, say), which is not kept.\n{running_line()}{WAY_OUT}"
         )
 
     used = "backward" if ORIGINALS[cls, "backward"] is not Function.backward else "vjp"  # PyTorch wants one of them
@@ -124,10 +123,10 @@ def _called(cls: type, args: tuple) -> tuple[Any, Custom]:
     kind = Custom(cls, args)
     leaves = pytree.tree_leaves(args)
     if any(isinstance(leaf, torch.SymFloat | torch.SymBool) for leaf in leaves):
-        raise kind.refused("is given a number that depends on the batch size", where=_user_line())
+        raise kind.refused("is given a number that depends on the batch size", where=running_line())
     KINDS.append(kind)
     xs, sizes = [v for v in leaves if isinstance(v, Tensor)], [v for v in leaves if isinstance(v, SymInt)]
-    with saying(kind, _user_line()):
+    with saying(kind, running_line()):
         ys = torch.ops.fxcurv.custom_function(xs, sizes, len(KINDS) - 1)
     # which outputs there are besides tensors, and which of them carry no gradient
     ran = kind.last
@@ -138,12 +137,6 @@ def _called(cls: type, args: tuple) -> tuple[Any, Custom]:
     out = [next(given) if isinstance(t, Tensor) else t for t in ran.leaves]
     kind.last = None
     return (tuple(out) if ran.several else out[0]), kind
-
-
-def _user_line() -> str:
-    """The innermost frame of the user's that is running: where `apply` is called."""
-    frames = [f for f in traceback.extract_stack() if is_user_file(f.filename)]
-    return f'File "{frames[-1].filename}", line {frames[-1].lineno}, in {frames[-1].name}: {frames[-1].line}\n' if frames else ""
 
 
 def _mark(ctx: Any, out: Any, kind: Custom) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import math
 import traceback
 import warnings
-from unittest import mock
 
 import torch
+from torch.distributions import Distribution
+from torch.overrides import TorchFunctionMode
 
 from fxcurv.errors import LossError
 from fxcurv.front import wrapped
-from fxcurv.front.wrapped import Captured, line_of
-from fxcurv.ir.origin import is_user_file
-from fxcurv.ir.private import OpOverload, fake_tensor_log, original, patched
+from fxcurv.front.wrapped import Captured
+from fxcurv.ir.origin import is_user_file, running_line
+from fxcurv.ir.private import OpOverload, original, patched, trace_logs
 
 # where the model is called from while it is traced
 _CALLER = wrapped.__file__
@@ -23,7 +26,7 @@ _CALLER = wrapped.__file__
 @contextlib.contextmanager
 def quiet():
     """Silence what PyTorch says about its own code while tracing."""
-    with warnings.catch_warnings(), mock.patch.object(fake_tensor_log, "disabled", True):
+    with warnings.catch_warnings(), _no_complaints():
         warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
         weights = r"(self\.[\w.]*_flat_weights\S*\s?)+"  # of nn.LSTM and nn.GRU, which are parameters as well
         assigned = rf"The tensor attributes? {weights}(was|were) assigned during export"
@@ -32,24 +35,63 @@ def quiet():
 
 
 @contextlib.contextmanager
-def no_branches():
-    """Losses of PyTorch that branch on values: said without the branch, or refused."""
-    gaussian = patched("torch.nn.functional.gaussian_nll_loss", _gaussian_nll)
-    with gaussian, patched("torch.ctc_loss", _no_ctc):
+def _no_complaints():
+    """Without what PyTorch's log says of an error that is raised as well; what a user asks to see stays."""
+
+    def harmless(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.WARNING
+
+    for log in trace_logs:
+        log.addFilter(harmless)
+    try:
         yield
+    finally:
+        for log in trace_logs:
+            log.removeFilter(harmless)
+
+
+@contextlib.contextmanager
+def no_branches():
+    """What of PyTorch branches on values: said without the branch, or refused."""
+    gaussian = patched("torch.nn.functional.gaussian_nll_loss", _gaussian_nll)
+    distributions = patched("torch.distributions.Distribution.__init__", _unvalidated(Distribution.__init__))
+    with gaussian, distributions, patched("torch.ctc_loss", _no_ctc):
+        yield
+
+
+def _unvalidated(init):
+    """A distribution that takes its arguments, and later values, as they are."""
+
+    @functools.wraps(init)
+    def unvalidated(self, *shapes, validate_args=None, **named):
+        init(self, *shapes[:2], validate_args=False, **named)
+
+    return unvalidated
+
+
+class Followed(TorchFunctionMode):
+    """`x.data` as `x.detach()`, which a trace can follow; where a derivative is taken, which it cannot, is noted."""
+
+    def __init__(self, wrapped: Captured) -> None:
+        super().__init__()
+        self.record = wrapped.record
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: D105
+        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0].detach()
+        if func in _DERIVATIVES:
+            self.record.derivative = self.record.derivative or running_line()
+        return func(*args, **(kwargs or {}))
+
+
+_DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
 
 
 def _no_ctc(*args, **kwargs):
     raise LossError(
         "ctc_loss: the shapes inside it depend on the values of the target lengths, which torch.export cannot trace, and it "
-        f"has no second derivative.\n{_user_line()}Way out: the forward recursion over time in torch.logsumexp, with masks."
+        f"has no second derivative.\n{running_line()}Way out: the forward recursion over time in torch.logsumexp, with masks."
     )
-
-
-def _user_line() -> str:
-    """The innermost frame of the user's that is running."""
-    frames = [f for f in traceback.extract_stack() if is_user_file(f.filename)]
-    return line_of(frames[-1].filename, frames[-1].lineno or 0, frames[-1].name) if frames else ""
 
 
 def _gaussian_nll(input, target, var, full=False, eps=1e-6, reduction="mean"):  # noqa: A002

@@ -13,7 +13,7 @@ from fxcurv.errors import CaptureError
 from fxcurv.front.arguments import Arguments
 from fxcurv.front.wrapped import Captured
 from fxcurv.ir.batch import Batch
-from fxcurv.ir.origin import source_line
+from fxcurv.ir.origin import locate, source_line
 from fxcurv.ir.private import captured_size, schema_of
 from fxcurv.ir.program import Input, Program
 from fxcurv.rules.custom import functions_as_targets
@@ -27,6 +27,7 @@ def detach_no_grad_regions(exported: ExportedProgram) -> None:
             continue
         graph = module.graph
         learned = _learned(exported, graph)
+        _check_writes_past_gradients(graph, learned)
         for node in [n for n in graph.nodes if n.target is wrap and n.args[0] is False]:
             _check_writes(module, node, learned)
             for user in [u for u in node.users if isinstance(u.meta.get("val"), Tensor)]:
@@ -59,12 +60,40 @@ def _check_writes(module: fx.GraphModule, region: fx.Node, learned: set[fx.Node]
         while isinstance(written, fx.Node) and _is_view(written):
             written = written.args[0]
         if given.get(written) in learned:
-            line = source_line(node.meta.get("stack_trace") or "")
-            raise CaptureError(
-                f"op {node.target} writes under no_grad to a value that depends on parameters, which torch.export cannot keep "
-                f"apart from its gradient\n  {line}\nWay out: x = x + (x.clamp(min=eps) - x).detach(), say, in place of "
-                "x.clamp_(min=eps)."
-            )
+            raise _written_past_gradient(node, "under no_grad")
+
+
+def _check_writes_past_gradients(graph: fx.Graph, learned: set[fx.Node]) -> None:
+    """Nor does autograd see what is written to `x.detach()` or `x.data`, while `x` has its new values."""
+    order = {node: k for k, node in enumerate(graph.nodes)}
+    for node in order:
+        schema = schema_of(node.target)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        written, detached = node.args[0], False
+        while isinstance(written, fx.Node) and _is_view(written):
+            detached |= written.target is torch.ops.aten.detach.default
+            written = written.args[0]
+        if detached and written in learned and _read_after(order, written, node):
+            raise _written_past_gradient(node, "through detach() or .data")
+
+
+def _read_after(order: dict[fx.Node, int], value: fx.Node, write: fx.Node) -> bool:
+    """Whether anything past a write reads a value, or a view of it that autograd follows."""
+    for user in value.users:
+        if user.target is torch.ops.aten.detach.default or isinstance(user.meta.get("val"), torch.SymInt):
+            continue  # a constant, or a size
+        if order[user] > order[write] or _is_view(user) and _read_after(order, user, write):
+            return True
+    return False
+
+
+def _written_past_gradient(node: fx.Node, how: str) -> CaptureError:
+    line = source_line(node.meta.get("stack_trace") or "")
+    return CaptureError(
+        f"op {node.target} writes {how} to a value that depends on parameters, which torch.export cannot keep apart from its "
+        f"gradient\n  {line}\nWay out: x = x + (x.clamp(min=eps) - x).detach(), say, in place of x.clamp_(min=eps)."
+    )
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -77,7 +106,11 @@ def _drop_effects(graph: fx.Graph, tokens: set[str]) -> None:
     for node in [n for n in graph.nodes if n.target is torch.ops.higher_order.with_effects]:
         for user in list(node.users):
             if user.args[1] != 0:
-                raise CaptureError(f"op {node.args[1]} has side effects and a result, which no derivative passes")
+                line = source_line(node.meta.get("stack_trace") or "")
+                raise CaptureError(
+                    f"op {node.args[1]} has side effects and a result, which no derivative passes\n  {line}\n"
+                    "Way out: compute the result by an op without side effects, or outside of the model and the loss."
+                )
             user.replace_all_uses_with(node.args[0])
             graph.erase_node(user)
         graph.erase_node(node)
@@ -182,14 +215,20 @@ def _outputs(signature, outputs, wrapped):
     for spec, node in zip(signature.output_specs, outputs, strict=True):
         kind = spec.kind.name
         if kind == "BUFFER_MUTATION" and not spec.target.startswith("model."):
-            raise CaptureError(f"the loss writes to its buffer '{spec.target}': keep such state outside of it")
+            name = spec.target.removeprefix("loss.")
+            raise CaptureError(
+                f"{locate(node)}\nis what the loss writes to its buffer '{name}'. Way out: keep such state outside of it."
+            )
         if kind == "BUFFER_MUTATION":
             mutations[spec.target.removeprefix("model.")] = node
         elif kind == "USER_OUTPUT":
             user.append(node)
         elif kind in ("USER_INPUT_MUTATION", "PARAMETER_MUTATION"):
             what = "input" if "INPUT" in kind else "parameter"
-            raise CaptureError(f"the model or loss writes to {what} '{spec.target}' in place: clone it first")
+            name = spec.target.removeprefix("model.")
+            raise CaptureError(
+                f"{locate(node)}\nis what the model or loss writes to {what} '{name}' in place. Way out: clone it first."
+            )
     loss, *rest = user
     leaves = wrapped.record.leaves
     return mutations, loss, rest[:leaves], rest[leaves:]

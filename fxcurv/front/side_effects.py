@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from fxcurv.errors import CaptureError
-from fxcurv.ir.origin import is_user_file
+from fxcurv.ir.origin import is_user_file, running_line
 from fxcurv.ir.private import FakeTensor, FunctionalTensor, hooks_of_tensor, patched
 
 _FORWARD = ("_forward_hooks", "_forward_pre_hooks")
@@ -44,8 +44,10 @@ def hooks_of(modules: Sequence[nn.Module]) -> tuple:
 
 
 @contextlib.contextmanager
-def no_side_effects(modules: Sequence[nn.Module]) -> Iterator[None]:
+def no_side_effects(modules: Sequence[nn.Module]) -> Iterator[Callable[[], None]]:
     """While a model is captured: refuse what would be lost, and leave Python as it was.
+
+    Yields what is to be called at the end of a forward pass: export itself puts attributes back before it returns.
 
     Raises:
         CaptureError: for hooks of the backward pass, and where a tensor was handed to Python.
@@ -55,16 +57,21 @@ def no_side_effects(modules: Sequence[nn.Module]) -> Iterator[None]:
     watched = [*_attributes(named), *_state(_functions(named))]
     before = [(what, owner, dict(owner) if isinstance(owner, dict) else list(owner)) for what, owner in watched]
     numbers = _numbers(named)
+    changed: list[str] = []
+
+    def look() -> None:
+        changed.extend(_by_name(what, owner) for what, owner, old in before if _leaks(owner, old))
+
     with patched("torch.Tensor.register_hook", _no_tensor_hook):
         try:
-            yield
+            yield look
         except BaseException as error:
-            changed = [what for what, owner, old in before if _leaks(owner, old)]
+            look()
             _restore(before)
             if changed and "during export" in str(error):  # export refuses some of them, in words of its own
                 raise _refused(changed[0]) from error
             raise
-    changed = [what for what, owner, old in before if _leaks(owner, old)]
+    look()
     changed += [what for (what, old), (_, new) in zip(numbers, _numbers(named), strict=False) if old != new]
     _restore(before)
     if changed:
@@ -94,8 +101,8 @@ def _no_tensor_hook(tensor: Tensor, hook: Callable) -> Any:
     if _is_pytorchs(hook):
         return _register_hook(tensor, hook)
     raise CaptureError(
-        f"the model registers the hook '{_name(hook)}' on a tensor in its forward pass (register_hook), which no program runs. "
-        "Way out: say what it does to the gradient as a torch.autograd.Function, or drop it."
+        f"the model registers the hook '{_name(hook)}' on a tensor in its forward pass (register_hook), which no program runs\n"
+        f"{running_line()}Way out: say what it does to the gradient as a torch.autograd.Function, or drop it."
     )
 
 
@@ -228,6 +235,12 @@ def _leaks(owner: Any, old: Any) -> bool:
     if isinstance(owner, dict):
         return any(_traced(v) for k, v in owner.items() if k not in _OWN and not (k in old and old[k] is v and _traced(v, 0)))
     return any(_traced(v) for v in owner)
+
+
+def _by_name(what: str, owner: Any) -> str:
+    """`what` with the name of the attribute, where it is one."""
+    names = [k for k, v in owner.items() if k not in _OWN and _traced(v)] if isinstance(owner, dict) else []
+    return what.replace("an attribute of", f"the attribute '{names[0]}' of") if names else what
 
 
 def _restore(before: Iterable[tuple[str, Any, Any]]) -> None:

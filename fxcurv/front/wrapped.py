@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import linecache
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from fxcurv.errors import ArgumentError, FxcurvError, LossError
+from fxcurv.errors import ArgumentError, CaptureError, FxcurvError, LossError
 from fxcurv.front.arguments import Arguments, described, filled, map_leaves, templated
 from fxcurv.front.python_state import Number, Reads
-from fxcurv.ir.origin import is_user_file
+from fxcurv.ir.origin import is_user_file, line_of, line_of_function, source_line
 from fxcurv.ir.private import GuardOnDataDependentSymNode
 
 
@@ -35,6 +34,8 @@ class _Record:
     template: Any = None
     leaves: int = 0
     fixed_by: Any = None
+    derivative: str = ""
+    look: Callable[[], None] = staticmethod(lambda: None)
 
 
 class Captured(nn.Module):
@@ -50,8 +51,15 @@ class Captured(nn.Module):
         self.record = _Record()
 
     def forward(self, inputs, targets, numbers):
-        with self.reads.numbers(numbers), self.reads:
-            return self._run(inputs, targets)
+        try:
+            with self.reads.numbers(numbers), self.reads:
+                out = self._run(inputs, targets)
+            self.record.look()
+            return out
+        except FxcurvError:
+            raise
+        except Exception as error:  # here, since export prints the graph so far and more about an error that it knows
+            raise not_traced(error, self) from error
 
     def _run(self, inputs, targets):
         args, kwargs = filled(self.arguments.input_template, inputs)
@@ -72,7 +80,7 @@ class Captured(nn.Module):
         self.record.leaves = len(leaves)
         loss = None
         if self.loss is not None:
-            loss = _scalar(self._loss_of(self.loss, output, self.arguments.join_targets(targets)))
+            loss = _scalar(self._loss_of(self.loss, output, self.arguments.join_targets(targets)), line_of_function(self.loss))
         return loss, leaves, marked
 
     def _loss_of(self, loss: Callable, output: Any, targets: tuple) -> Any:
@@ -103,14 +111,26 @@ class Captured(nn.Module):
             handle.remove()
 
 
-def _scalar(loss: Any) -> Tensor:
+def _scalar(loss: Any, where: str) -> Tensor:
     if not isinstance(loss, Tensor):
-        raise LossError(f"the loss is a {type(loss).__name__}, not a tensor: return a scalar, without .item()")
+        raise LossError(f"the loss is a {type(loss).__name__}, not a tensor\n{where}Way out: return a scalar, without .item().")
     if loss.numel() != 1:
-        raise LossError(f"the loss is {described([loss])}, not a scalar: reduce it by .sum() or .mean()")
+        raise LossError(f"the loss is {described([loss])}, not a scalar\n{where}Way out: reduce it by .sum() or .mean().")
     if not loss.is_floating_point():
-        raise LossError(f"the loss is {loss.dtype}, so not differentiable: return a floating-point scalar")
+        raise LossError(f"the loss is {loss.dtype}, so not differentiable\n{where}Way out: return a floating-point scalar.")
     return loss if loss.ndim == 0 else loss.reshape(())
+
+
+def not_traced(error: Exception, wrapped: Captured) -> CaptureError:
+    """What a trace has failed with, as an error that says where and what helps."""
+    where = where_raised(error, wrapped) or wrapped.record.derivative  # of a derivative, what fails is its result later on
+    return CaptureError(
+        f"torch.export cannot trace the model or its loss:\n"
+        f"{where}{type(error).__name__}: {reason(error)}\n"
+        "What usually helps: inputs of the shapes and dtypes that the model expects, no branch on a value and no size that "
+        "depends on one (use torch.where, and (x * mask).sum() for x[mask].sum()), no .item() or numpy in forward, outputs made "
+        "of tensors. The full reason is in the exception's __cause__."
+    )
 
 
 def reason(error: Exception) -> str:
@@ -128,11 +148,9 @@ def where_raised(error: Exception, wrapped: Captured) -> str:
             name = names[id(this)].removeprefix("model").removeprefix(".")
             path = f"module '{name}'" if name else "the model"
             module = f"  in {path} ({type(this).__name__})\n"
+        node = frame.f_locals.get("n")  # of an `fx.Interpreter`, past the user's own code
+        if isinstance(node, fx.Node) and node.meta.get("stack_trace"):
+            line = f"  {source_line(node.meta['stack_trace'])}\n"
         if is_user_file(frame.f_code.co_filename):
             line = line_of(frame.f_code.co_filename, number, frame.f_code.co_name)
     return module + line
-
-
-def line_of(file: str, number: int, function: str) -> str:
-    """The user's line as a traceback shows it."""
-    return f'  File "{file}", line {number}, in {function}: {linecache.getline(file, number).strip()}\n'

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from fxcurv.ir.graph import ancestors, is_tensor
 from fxcurv.ir.origin import locate
 from fxcurv.ir.placement import MIXED, PARTIAL, Shard
 from fxcurv.ir.program import Program
+
+# batch norm by the batch's own statistics, in evaluation mode as well
+NO_STATISTICS = torch.ops.aten._native_batch_norm_legit.no_stats
 
 
 def mixing(program: Program) -> str | None:
@@ -21,9 +25,11 @@ def mixing(program: Program) -> str | None:
                     f"{_literal(locate(node))}\nis a non-linear function of the reduced loss, for which {{asked}} is not "
                     "defined.\nWay out: a loss that is a sum or mean over samples, or ask for the gradient or products."
                 )
+            norm = "GroupNorm" if node.target is NO_STATISTICS else "model.eval() or GroupNorm"
+            why = "without running statistics" if node.target is NO_STATISTICS else "in training mode"
             return (
                 f"{_literal(locate(node))}\nmixes samples, so {{asked}} (per sample) does not exist for the parameters before "
-                "it.\nWay out: model.eval() or GroupNorm in place of batch norm in training mode; batch_dim= if the batch "
+                f"it.\nWay out: {norm} in place of batch norm {why}; batch_dim= if the batch "
                 "is not dimension 0; a loss that is a sum or mean over samples; or ask for what the whole batch has: the "
                 "gradient, DiagGGNExact, DiagHessian, products."
             )

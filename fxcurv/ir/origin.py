@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import linecache
 import os
 import re
+import traceback
 from typing import Any
 
 import torch
@@ -37,6 +40,11 @@ def locate(node: fx.Node) -> str:
     return f"op {op}{where}" + (f"\n  {line}" if line else "")
 
 
+def at_loss(node: fx.Node) -> str:
+    """Where the loss is computed, as the first lines of a message about it."""
+    return f"{locate(node)}\n" if node.op == "call_function" else ""
+
+
 def module_path(node: fx.Node) -> str:
     """The dotted path of the innermost user module that emitted `node` ("" for the model itself)."""
     paths = [path for path in _stack(node) if path.startswith("model.")]
@@ -62,6 +70,24 @@ def source_line(trace: str) -> str:
         if frame and is_user_file(frame[1]):
             found = f"{header.strip()}: {code.strip()}"
     return found
+
+
+def line_of(file: str, number: int, function: str) -> str:
+    """A line of the user's as a traceback shows it."""
+    return f'  File "{file}", line {number}, in {function}: {linecache.getline(file, number).strip()}\n'
+
+
+def running_line() -> str:
+    """The innermost line of the user's that is running."""
+    frames = [f for f in traceback.extract_stack() if is_user_file(f.filename)]
+    return line_of(frames[-1].filename, frames[-1].lineno or 0, frames[-1].name) if frames else ""
+
+
+def line_of_function(fn: Any) -> str:
+    """Where a function or a module's forward pass begins; "" if that is not the user's code."""
+    fn = inspect.unwrap(getattr(fn, "forward", fn))
+    code = getattr(getattr(fn, "__func__", getattr(fn, "func", fn)), "__code__", None)
+    return line_of(code.co_filename, code.co_firstlineno, code.co_name) if code and is_user_file(code.co_filename) else ""
 
 
 STAGES = {

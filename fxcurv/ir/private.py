@@ -62,6 +62,7 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.Tensor.register_hook": TRIED,
     "torch.autograd.function.FunctionMeta.__init__": TRIED,
     "torch.ctc_loss": TRIED,
+    "torch.distributions.Distribution.__init__": TRIED,
     "torch.fx.experimental.symbolic_shapes.ShapeEnv._set_replacement": TRIED,
     "torch.fx.proxy.TracerBase._filter_traceback_frames": TRIED,
     "torch.nn.functional.gaussian_nll_loss": TRIED,
@@ -71,8 +72,10 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.ops.aten._adaptive_avg_pool3d": TRIED,
     "torch.ops.aten._cdist_forward": TRIED,
     "torch.ops.aten._efficientzerotensor": TRIED,
+    "torch.ops.aten._local_scalar_dense": TRIED,
     "torch.ops.aten._log_softmax": TRIED,
     "torch.ops.aten._log_softmax_backward_data": TRIED,
+    "torch.ops.aten._native_batch_norm_legit": TRIED,
     "torch.ops.aten._native_batch_norm_legit_functional": TRIED,
     "torch.ops.aten._native_batch_norm_legit_no_training": TRIED,
     "torch.ops.aten._safe_softmax": TRIED,
@@ -159,14 +162,14 @@ __all__ = [
     "FakeTensor", "FakeTensorMode", "FunctionalTensor", "GuardOnDataDependentSymNode", "Loss", "OpOverload", "SEEN",
     "ShapeEnv", "TRIED", "TorchDispatchMode", "base_of", "captured_size", "check", "constant_result", "decomposes",
     "decomposition_table", "disable_fake_tensor_cache", "dispatch_functionalize", "enable_python_dispatcher",
-    "fake_tensor_log", "find", "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform",
+    "find", "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform",
     "is_view", "make_fx", "maybe_mark_dynamic", "no_torch_functions", "original", "own_buffers", "own_parameters",
-    "patched", "pytree", "running_backward", "schema_of", "set_hooks_of_tensor", "tracing", "uses_of_storage",
+    "patched", "pytree", "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing", "uses_of_storage",
     "version_of",
 ]  # fmt: skip
 
-# logs every error that a trace raises
-fake_tensor_log = logging.getLogger(disable_fake_tensor_cache.__module__)
+# they log what a trace raises, and more about it
+trace_logs = [logging.getLogger(known.__module__) for known in (disable_fake_tensor_cache, ShapeEnv)]
 
 
 def patched(name: str, new: Any) -> Any:

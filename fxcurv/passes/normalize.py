@@ -57,15 +57,25 @@ def _drop_markers(program: Program) -> None:
             program.graph.erase_node(node)
 
 
+_ITEMS = {aten.item.default, aten._local_scalar_dense.default}
+
+_NUMBER = (
+    "makes a number of Python's of a value, which is not known while tracing. Way out: leave it a tensor, as in "
+    "x.abs().max().detach() for x.abs().max().item()."
+)
+
+_SIZE = (
+    "makes a tensor whose size depends on values. Way out: keep all entries, as in torch.where(mask, f(x), x) for "
+    "x[mask] = f(x[mask]), or (x * mask).sum() for x[mask].sum()."
+)
+
+
 def _refuse_counts_of_values(program: Program) -> None:
     """A size that counts values is no size of a sample's slice."""
     program.graph.eliminate_dead_code()
     for node in program.graph.nodes:
         if node.op == "call_function" and free_unbacked_symbols(node.meta.get("val")):
-            raise UnsupportedOpError(
-                f"{locate(node)}\nmakes a tensor whose size depends on values. Way out: keep all entries, as in "
-                "torch.where(mask, f(x), x) for x[mask] = f(x[mask]), or (x * mask).sum() for x[mask].sum()."
-            )
+            raise UnsupportedOpError(f"{locate(node)}\n{_NUMBER if node.target in _ITEMS else _SIZE}")
 
 
 def _say_idioms(program: Program) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from fxcurv.errors import LossError, MixedSamplesError
 from fxcurv.ir.mixing import mixing
+from fxcurv.ir.origin import at_loss
 from fxcurv.ir.program import Program
 from fxcurv.passes.ends import check_ends
 from fxcurv.walks.loss import find_terms
@@ -36,8 +37,9 @@ def objective(program: Program) -> Program:
 def _check_loss(program: Program) -> None:
     if not program.loss.meta.get("active"):
         raise LossError(
-            "the loss does not depend on any trainable parameter: check requires_grad, .detach() and no_grad in the model, and "
-            "that the loss is computed from the model's output by differentiable ops"
+            f"{at_loss(program.loss)}the loss does not depend on any trainable parameter.\n"
+            "Way out: check requires_grad, .detach() and no_grad in the model, and that the loss is computed from the model's "
+            "output by differentiable ops."
         )
 
 
@@ -62,6 +64,7 @@ def _check_empirical(program: Program) -> None:
     asked = ", ".join(type(e).__name__ for e in program.extensions if e.requires.of_targets)
     if asked and not program.analysis.terms:
         raise LossError(
+            f"{at_loss(program.loss)}"
             f'{asked}(fisher="empirical") needs a loss in closed form (cross-entropy, squares, binary cross-entropy with '
             'logits), and this one is linear in the model\'s output. Way out: fisher="mc", which is zero.'
         )

@@ -133,6 +133,15 @@ CUTS = {
 
 # These read nothing but the shape.
 CUTS |= {aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
+
+# What is drawn has no derivative, neither where only the shape is read nor where the parameters of a distribution are.
+CUTS |= {
+    aten.rand_like.default, aten.randn_like.default, aten.randint_like.default, aten.randint_like.low_dtype,
+    aten.bernoulli.default, aten.normal.Tensor_float, aten.normal.float_Tensor, aten.normal.Tensor_Tensor,
+    aten.normal_functional.default, aten.poisson.default, aten.binomial.default, aten.uniform.default,
+    aten.exponential.default, aten.cauchy.default, aten.log_normal.default, aten.geometric.default,
+}  # fmt: skip
+
 CUTS |= {aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
 
 # ---- memory ------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from fxcurv.errors import LossError, UnsupportedOpError
 from fxcurv.ir.emit import emit
 from fxcurv.ir.graph import Subgraph, ancestors, canonical_args, descendants
-from fxcurv.ir.origin import locate
+from fxcurv.ir.origin import at_loss, locate
 from fxcurv.ir.placement import Shard, Whole, samples_back, samples_first
 from fxcurv.ir.precision import widened
 from fxcurv.ir.private import pytree
@@ -27,8 +27,8 @@ def check_positive(program: Program, node: fx.Node, c: fx.Node) -> None:
 
     def error():
         return LossError(
-            f"the loss decreases with its {node.target}, so it is not convex in the model's output and {asked} (a square root "
-            "of the loss Hessian) does not exist. Way out: a positive factor, or Hessian quantities."
+            f"{locate(node)}\nenters the loss with a negative sign, so the loss is not convex in the model's output and {asked} "
+            "(a square root of the loss Hessian) does not exist. Way out: a positive factor, or Hessian quantities."
         )
 
     program.checks.append(Check(emit(program, _nonnegative, c, origin={"stage": "check"}), error))
@@ -51,7 +51,8 @@ def hessian_of_loss(program: Program) -> fx.Node:
         return emit(program, _hessian, loss, places, [*heads], [*outside], origin=origin)
     except (RuntimeError, NotImplementedError) as error:
         raise UnsupportedOpError(
-            f"the loss has no second derivative: {error}. Way out: write it in differentiable ops"
+            f"{at_loss(program.loss)}the loss has no second derivative: {str(error)[:300]}\n"
+            "Way out: write it in differentiable ops."
         ) from error
 
 
@@ -100,6 +101,7 @@ def check_convex(program: Program, h: fx.Node) -> None:
 
     def error():
         return LossError(
+            f"{at_loss(program.loss)}"
             f"the loss is not convex in the model's output: its Hessian has a negative eigenvalue, so {asked} does not exist. "
             "Way out: a convex loss, or Hessian quantities."
         )
@@ -134,7 +136,10 @@ def find_terms(program: Program) -> list[Term]:
     """The loss terms, or one general term."""
     dependent = descendants(program.heads)
     if program.loss not in dependent:
-        raise LossError("the loss does not read the model's output, so it has no Gauss-Newton: check the loss function")
+        raise LossError(
+            f"{at_loss(program.loss)}the loss does not read the model's output, so it has no Gauss-Newton.\nWay out: compute it "
+            "from what the model returns, or ask for the gradient or the Hessian's products."
+        )
     _check_reads_outputs_only(program, dependent)
     terms: dict[fx.Node, Term] = {}
     try:
@@ -153,7 +158,7 @@ def _check_reads_outputs_only(program: Program, dependent: set[fx.Node]) -> None
                 if inside and any(isinstance(i.meta.get("place"), Shard) for i in source.all_input_nodes):
                     raise LossError(
                         f"{locate(source)}\nis an activation that the loss reads without it being an output of the model, so "
-                        "the Gauss-Newton is not defined. Return it from the model as an output."
+                        "the Gauss-Newton is not defined.\nWay out: return it from the model as an output."
                     )
 
 

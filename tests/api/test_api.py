@@ -260,6 +260,20 @@ def test_copies() -> None:
         assert model[0].weight.grad_batch is copied.grad_batch["0.weight"]
 
 
+def test_compiled_objects_are_copied_without_their_programs() -> None:
+    """A copy of the object, also by `pickle`, is of its own model and compiles for itself."""
+    compiled = fxcurv.compile(nn.Linear(3, 2), nn.MSELoss(), [BatchGrad()])
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    expected = compiled(x, y).grad_batch["weight"]
+    for copied in (copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))):
+        assert copied.model is not compiled.model
+        torch.testing.assert_close(copied(x, y).grad_batch["weight"], expected)
+        with torch.no_grad():
+            copied.model.weight.zero_()
+    torch.testing.assert_close(compiled(x, y).grad_batch["weight"], expected)
+    assert copy.copy(compiled).model is compiled.model and not compiled.recompiles
+
+
 def test_attach() -> None:
     x, y = batch()
     model = mlp()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,13 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import fxcurv
-from fxcurv import errors
+import fxcurv.backpack
+from fxcurv import errors, passes
 from fxcurv.extensions import (
+    HMP,
+    KFAC,
+    KFLR,
+    KFRA,
+    PCHMP,
     BatchGrad,
     ClippedGrad,
     DiagGGNExact,
     DiagGGNMC,
+    DiagHessian,
     Extension,
     Jacobian,
     SqrtGGNExact,
@@ -24,6 +31,7 @@ from fxcurv.extensions import (
     SumGradSquared,
     Variance,
 )
+from fxcurv.rules import Pointwise
 
 N = 6
 
@@ -38,6 +46,78 @@ class Net(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(self.layer, *args, **kwargs)
+
+
+class Keeping(nn.Module):
+    """Hands an activation to Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.kept = nn.Linear(4, 3), None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept = self.layer(x)
+        return self.kept
+
+
+class Growing(nn.Module):
+    """Reads a number that it changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(4, 3), 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.scale = self.scale * 1.5
+        return self.scale * self.layer(x)
+
+
+class Counting(nn.Module):
+    """A loss that writes to a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, f: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        self.seen.add_(1)
+        return F.cross_entropy(f, y) + self.seen
+
+
+class Clipped(torch.autograd.Function):
+    """A gradient that is clipped."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+        return g.clamp(-0.1, 0.1)
+
+
+def hooked(g: Any, *_: Any) -> Any:
+    return None
+
+
+def with_hook(kind: str) -> nn.Module:
+    model = Net(lambda layer, x: layer(x))
+    if kind == "module":
+        model.layer.register_full_backward_hook(hooked)
+    else:
+        model.layer.weight.register_hook(hooked)
+    return model
+
+
+def written(h: torch.Tensor, write: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+    write(h)
+    return h * h
+
+
+def weights_written(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    return x
 
 
 class Round(torch.autograd.Function):
@@ -107,6 +187,9 @@ def clamped(f: torch.Tensor) -> torch.Tensor:
         v.clamp_(min=1.0)
     return v
 
+
+# a model whose bias its loss reads together with its output
+COUPLED = Net(lambda layer, x: layer(x))
 
 BAD = {
     # extensions
@@ -274,9 +357,254 @@ BAD = {
         model=lambda: nn.Sequential(nn.Linear(4, 5), nn.RReLU(), nn.Linear(5, 3)),
     ),
     "writes to its input": Bad(
-        errors.CaptureError, ["in place", "clone"], model=lambda: Net(lambda layer, x: layer(x.add_(1)))
+        errors.CaptureError,
+        ["in place", "clone", __file__, "layer(x.add_(1))"],
+        model=lambda: Net(lambda layer, x: layer(x.add_(1))),
+    ),
+    "writes to a parameter": Bad(
+        errors.CaptureError,
+        ["mul_", "under no_grad", __file__, "layer.weight.mul_(2)", "Way out"],
+        model=lambda: Net(weights_written),
+    ),
+    "writes through detach": Bad(
+        errors.CaptureError,
+        ["clamp_", "detach()", __file__, "h.detach().clamp_(min=0)", "Way out"],
+        model=lambda: Net(lambda layer, x: written(layer(x), lambda h: h.detach().clamp_(min=0))),
+    ),
+    "writes through a view of .data": Bad(
+        errors.CaptureError,
+        ["mul_", ".data", __file__, "h.data[:, 1].mul_(2)", "Way out"],
+        model=lambda: Net(lambda layer, x: written(layer(x), lambda h: h.data[:, 1].mul_(2))),
+    ),
+    "loss with a state": Bad(errors.CaptureError, ["buffer 'seen'", "Way out", __file__, "self.seen.add_(1)"], loss=Counting()),
+    "hook on a tensor": Bad(
+        errors.CaptureError,
+        ["register_hook", __file__, "h.register_hook(hooked)", "Way out"],
+        model=lambda: Net(lambda layer, x: written(layer(x), lambda h: h.register_hook(hooked))),
+    ),
+    "hook of the backward pass": Bad(
+        errors.CaptureError, ["module 'layer'", "backward hook 'hooked'", "Way out"], model=lambda: with_hook("module")
+    ),
+    "hook on a parameter": Bad(
+        errors.CaptureError, ["'weight' of module 'layer'", "hook 'hooked'", "Way out"], model=lambda: with_hook("parameter")
+    ),
+    "keeps an activation": Bad(errors.CaptureError, ["'kept'", "side effect", "Way out"], model=lambda: Keeping()),
+    "changes what it reads": Bad(errors.CaptureError, ["'scale'", "changes it", "Way out"], model=lambda: Growing()),
+    "a number by item()": Bad(
+        errors.UnsupportedOpError,
+        ["item", "number of Python's", __file__, "layer(x).max().item()", "Way out"],
+        model=lambda: Net(lambda layer, x: layer(x) * layer(x).max().item()),
+    ),
+    "a size that depends on values": Bad(
+        errors.UnsupportedOpError,
+        ["size depends on values", __file__, "h[h > 0]", "torch.where"],
+        model=lambda: Net(lambda layer, x: layer(x) + (lambda h: h[h > 0].sum())(layer(x))),
+    ),
+    "complex numbers inside": Bad(
+        errors.UnsupportedOpError,
+        ["complex", __file__, "torch.fft.fft(layer(x)).abs()", "Way"],
+        model=lambda: Net(lambda layer, x: torch.fft.fft(layer(x)).abs()),
+    ),
+    "batch norm without running statistics": Bad(
+        errors.MixedSamplesError,
+        ["batch_norm", "module '1'", "Way out: GroupNorm in place of batch norm without running statistics"],
+        model=lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, track_running_stats=False), nn.Linear(5, 3)).eval(),
+    ),
+    "an output without samples": Bad(
+        errors.MixedSamplesError,
+        ["without a sample axis", __file__, "layer(x).sum(0)", "Return one slice per sample"],
+        model=lambda: Net(lambda layer, x: layer(x).sum(0)),
+        loss=lambda f, y: f.sum(),
+    ),
+    "one sample and its batch norm": Bad(
+        errors.FxcurvError,
+        ["batch norm in training mode", "eval()"],
+        model=batch_norm,
+        extensions=[],
+        x=inputs()[:1],
+        y=classes()[:1],
+    ),
+    # what an extension needs
+    "Jacobian of two outputs": Bad(
+        errors.ExtensionError,
+        ["Jacobian needs one output", "has 2", "split="],
+        model=lambda: Net(lambda layer, x: (layer(x), layer(x).tanh())),
+        loss=lambda f, y: F.cross_entropy(f[0] + f[1], y),
+        extensions=[Jacobian()],
+    ),
+    "factors of a norm": Bad(
+        errors.ExtensionError,
+        ["KFLR", "'1.weight'", "layer_norm", "module '1'", 'blocks="exact"'],
+        model=lambda: nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)),
+        extensions=[KFLR()],
+    ),
+    "averages of a branch": Bad(
+        errors.ExtensionError,
+        ["KFRA", "branches", __file__, "h + h.tanh()"],
+        model=lambda: Net(lambda layer, x: (lambda h: h + h.tanh())(layer(x))),
+        extensions=[KFRA()],
+    ),
+    "empirical columns of another loss": Bad(
+        errors.LossError,
+        ['fisher="empirical"', "closed form", __file__, "f.cosh().sum()", "Way out"],
+        loss=lambda f, y: f.cosh().sum(),
+        extensions=[KFAC(fisher="empirical")],
+    ),
+    "a regulariser that is none": Bad(
+        errors.ExtensionError,
+        ["DiagHessian", "'layer.bias'", __file__, "f.square() * COUPLED.layer.bias", "Way out"],
+        model=lambda: COUPLED,
+        loss=lambda f, y: (f.square() * COUPLED.layer.bias).sum(),
+        extensions=[DiagHessian()],
+    ),
+    "a square of output and parameter": Bad(
+        errors.ExtensionError,
+        ["DiagHessian", "'layer.bias'", __file__, "(f + COUPLED.layer.bias).square()", "Way out"],
+        model=lambda: COUPLED,
+        loss=lambda f, y: (f + COUPLED.layer.bias).square().sum(),
+        extensions=[DiagHessian()],
+    ),
+    "a loss inside of the model": Bad(
+        errors.LossError,
+        ["DiagGGNExact", "split=", __file__, "layer(x).exp().sum()"],
+        model=lambda: Net(lambda layer, x: layer(x).exp().sum()),
+        loss=lambda f, y: 2 * f,
+        extensions=[DiagGGNExact()],
+    ),
+    "tokens without positions": Bad(
+        errors.LossError, ["no axis of positions", "per token"], loss=F.cross_entropy, options={"sample": "token"}
+    ),
+    "tokens that the loss joins": Bad(
+        errors.LossError,
+        ["joins positions", "per token", __file__, "f.mean(1), y"],
+        x=inputs()[:, None].expand(N, 2, 4),
+        loss=lambda f, y: F.cross_entropy(f.mean(1), y),
+        options={"sample": "token"},
+    ),
+    "factors of tokens": Bad(
+        errors.ExtensionError, ["KFLR", 'sample="token"', "Way out"], extensions=[KFLR()], options={"sample": "token"}
+    ),
+    "a root that is differentiated": Bad(
+        errors.ExtensionError,
+        ["create_graph=True", __file__, "f.cosh().sum()", "Way out"],
+        loss=lambda f, y: f.cosh().sum(),
+        extensions=[SqrtGGNExact()],
+        call={"create_graph": True},
+    ),
+    "positive parts that are differentiated": Bad(
+        errors.ExtensionError, ["create_graph=True with PCHMP", "Way out"], extensions=[PCHMP()], call={"create_graph": True}
+    ),
+    "a custom function that is not linear": Bad(
+        errors.CustomFunctionError,
+        ["'Clipped'", "not linear", __file__, "Clipped.apply(layer(x))", "Way out"],
+        model=lambda: Net(lambda layer, x: Clipped.apply(layer(x))),
+        extensions=[DiagGGNExact()],
     ),
 }
+
+
+def compiled(*extensions: Any, model: nn.Module | None = None, loss: Any = CE, **options: Any) -> Any:
+    return fxcurv.compile(model or mlp(), loss, extensions or [BatchGrad()], **options)
+
+
+def result(*extensions: Any, **options: Any) -> Any:
+    return compiled(*extensions, **options)(inputs(), classes())
+
+
+def two_passes() -> None:
+    model, loss = fxcurv.backpack.extend(mlp()), fxcurv.backpack.extend(nn.CrossEntropyLoss())
+    with fxcurv.backpack.backpack(BatchGrad()):
+        (loss(model(inputs()), classes()) + loss(model(inputs() + 1), classes())).backward()
+
+
+def broken_invariant() -> None:
+    program = compiled().lower(inputs(), classes())
+    del program.results["grad_batch"]["0.weight"]
+    passes.verify(program.program, "test")
+
+
+WRONG_RULE = {torch.ops.aten.tanh.default: Pointwise(d1=lambda x, y: y)}
+
+# what is called wrongly otherwise than in `Bad`: the error, words of its message, and what raises it
+CALLS: dict[str, tuple[type[Exception], list[str], Callable[[], Any]]] = {
+    "two passes, one field": (errors.FieldError, ["forward more than once", "'0.weight'", "Way out"], two_passes),
+    "a wrong rule": (
+        errors.SelfCheckError, ["tanh", "module '1'", "report it"], lambda: result(BatchGrad(), rules=WRONG_RULE)
+    ),
+    "a broken program": (errors.InternalError, ["after test", "grad_batch"], broken_invariant),
+    "params that match nothing": (errors.ArgumentError, ["params='nowhere'", "matches no"], lambda: compiled(params="nowhere")),
+    "params of an extension": (
+        errors.ExtensionError, ["BatchGrad", "'nowhere'"], lambda: compiled(BatchGrad(params="nowhere"))
+    ),
+    "params of a wrong type": (errors.ArgumentError, ["params=3", "pass a name"], lambda: compiled(params=3)),
+    "memory_budget": (errors.ArgumentError, ["memory_budget='1G'", "number of bytes"], lambda: compiled(memory_budget="1G")),
+    "check": (errors.ArgumentError, ["check='no'", "'first'"], lambda: compiled(check="no")),
+    "sample": (errors.ArgumentError, ["sample='word'", "'token'"], lambda: compiled(sample="word")),
+    "backend": (errors.ArgumentError, ["backend=3", "inductor"], lambda: compiled(backend=3)),
+    "mode without a backend": (errors.ArgumentError, ["mode=", "backend="], lambda: compiled(mode="max-autotune")),
+    "mc_samples": (errors.ExtensionError, ["mc_samples=0", "positive"], lambda: DiagGGNMC(mc_samples=0)),
+    "empirical twice": (errors.ExtensionError, ["one empirical"], lambda: KFAC(mc_samples=2, fisher="empirical")),
+    "weight_sharing": (errors.ExtensionError, ["weight_sharing='all'", "expand"], lambda: KFLR(weight_sharing="all")),
+    "max_norm": (errors.ExtensionError, ["max_norm=0", "positive"], lambda: ClippedGrad(max_norm=0)),
+    "over": (errors.ExtensionError, ["over='layer'", "'param'"], lambda: ClippedGrad(1.0, over="layer")),
+    "modify": (errors.ExtensionError, ["modify='flip'", "'abs'"], lambda: PCHMP(modify="flip")),
+    "subsampling": (errors.ExtensionError, ["subsampling=[-1]", "from 0"], lambda: BatchGrad(subsampling=[-1])),
+    "stage": (errors.ArgumentError, ["after='end'", "one of"], lambda: compiled().lower(inputs(), classes(), after="end")),
+    "products, exported": (
+        errors.ArgumentError, ["callables", "HMP"], lambda: compiled(HMP()).export(inputs(), classes())
+    ),
+    "a field of another": (errors.ExtensionError, ["was not asked for"], lambda: result()[DiagGGNExact()]),
+    "attached to another model": (errors.ArgumentError, ["the model has no"], lambda: result().attach(nn.Linear(4, 3))),
+    "out of another type": (
+        errors.ArgumentError, ["out= is a int", "earlier"], lambda: compiled()(inputs(), classes(), out=3)
+    ),
+    "extend a function": (errors.ArgumentError, ["nn.Module", "function"], lambda: fxcurv.backpack.extend(centred)),
+}  # fmt: skip
+
+# wrong arguments of one product
+VECTORS: dict[str, tuple[list[str], Callable[[Any], Any]]] = {
+    "shape": (["the block of '0.weight' multiplies", "[7]"], lambda r: r.hmp["0.weight"](torch.ones(7))),
+    "type": (["'0.weight' are a list", "a tensor"], lambda r: r.hmp["0.weight"]([1.0])),
+    "dtype": (["float64"], lambda r: r.hmp["0.weight"](torch.ones(5, 4, dtype=torch.float64))),
+    "names": (["the operator"], lambda r: r.hessian @ {"0.weight": torch.ones(5, 4)}),
+    "flat": (["the operator is [43, 43]", "[5]"], lambda r: r.hessian @ torch.ones(5)),
+    "pickle": (["cannot be pickled"], lambda r: pickle.dumps(r.hmp)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_call(name: str) -> None:
+    """The same of what is called otherwise."""
+    error, says, run = CALLS[name]
+    with pytest.raises(errors.FxcurvError) as caught:
+        run()
+    assert type(caught.value) is error
+    for words in says:
+        assert words in str(caught.value)
+
+
+def test_vectors() -> None:
+    found = result(HMP())
+    for says, run in VECTORS.values():
+        with pytest.raises(errors.ArgumentError) as caught:
+            run(found)
+        for words in says:
+            assert words in str(caught.value)
+
+
+def test_every_error_has_a_row() -> None:
+    """A class of `fxcurv.errors` that no row reaches, or a row for the base class only, is no promise."""
+    classes = {e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.FxcurvError)}
+    reached = {bad.error for bad in BAD.values()} | {error for error, *_ in CALLS.values()}
+    assert classes - {errors.FxcurvError} <= reached
+
+
+@pytest.mark.parametrize("name", ["data-dependent branch", "custom function", "input width", "samples centred"])
+def test_a_refusal_prints_nothing(name: str, capfd: pytest.CaptureFixture) -> None:
+    """All of it is in the message and the exception's cause."""
+    with pytest.raises(BAD[name].error):
+        call(BAD[name], BAD[name].model())
+    assert capfd.readouterr() == ("", "")
 
 
 def call(bad: Bad, model: Any) -> None:

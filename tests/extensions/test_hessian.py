@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import CASES
 from compiled import close, compiled_case
+from oracle import Oracle
 
 import fxcurv
 from fxcurv.extensions import BatchDiagHessian, DiagGGNExact, DiagHessian
@@ -71,3 +72,19 @@ def test_a_regulariser(name):
 
     expected = torch.autograd.functional.hessian(value, model.weight.detach()).reshape(6, 6).diagonal().reshape(2, 3)
     torch.testing.assert_close(fxcurv.compile(model, loss, [DiagHessian()])(x, y).diag_h["weight"], expected)
+
+
+def test_a_loss_that_reads_a_parameter_for_every_sample():
+    """Its own curvature counts, and no quantity per sample is made up of it."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3).double()
+    x, y = torch.randn(3, 4).double(), torch.randn(3, 3).double()
+
+    def loss(f, y):
+        return (f - y).square().mean() + (model.bias - y).square().sum()
+
+    found = fxcurv.compile(model, loss, [DiagHessian()])(x, y).diag_h
+    for name, expected in Oracle(model, loss, x, y).diag_h().items():
+        torch.testing.assert_close(found[name], expected)
+    with pytest.raises(fxcurv.errors.ExtensionError, match="'bias' for every sample"):
+        fxcurv.compile(model, loss, [BatchDiagHessian()])(x, y)

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from fxcurv.errors import ExtensionError, LossError
 from fxcurv.ir.emit import emit, first_sample
 from fxcurv.ir.noise import Seed, uniform
-from fxcurv.ir.origin import origin_of
+from fxcurv.ir.origin import at_loss, origin_of
 from fxcurv.ir.placement import Shard, samples_back, samples_first
 from fxcurv.ir.precision import widened
 from fxcurv.ir.program import Input, Program
@@ -129,6 +129,7 @@ def _of_exact(walk: Walk, group: Group) -> None:
 def _of_empirical(walk: Walk, group: Group) -> None:
     if walk.program.analysis.terms[group.term].node is None:
         raise LossError(
+            f"{at_loss(walk.program.loss)}"
             'fisher="empirical" needs a loss in closed form (cross-entropy, squares, binary cross-entropy with logits), '
             'whose scale per sample is known. Way out: fisher="mc".'
         )
@@ -234,6 +235,7 @@ def _of_hessian(walk: Walk, group: Group, fn: Callable, *args: Any) -> None:
 def _check_no_derivative(walk: Walk) -> None:
     if walk.program.options.create_graph:
         raise ExtensionError(
+            f"{at_loss(walk.program.loss)}"
             "create_graph=True with a root of a loss that has no closed form: the derivative of an eigendecomposition is "
             "not defined at repeated eigenvalues. Way out: a diagonal (DiagGGNExact), or cross-entropy, squares or BCE."
         )
