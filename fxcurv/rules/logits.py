@@ -69,7 +69,7 @@ def _moves_entries(node: fx.Node) -> bool:
 def _along_classes(program: Program, source: fx.Node, moves: list[fx.Node]) -> bool:
     """Whether the axis of `source`'s softmax is kept as it is and becomes the loss's axis of classes.
 
-    Tried on the numbers 0 .. C - 1, laid along the axis in a tensor that has no memory for the other axes.
+    Tried on C numbers, laid along the axis in a tensor that has no memory for the other axes: as long as this is so, it is.
     """
     shape = program.batch.shape(source.meta["val"], program.batch.size)
     axis = source.args[1] % len(shape)  # type: ignore[operator]
@@ -77,11 +77,18 @@ def _along_classes(program: Program, source: fx.Node, moves: list[fx.Node]) -> b
     value: Any = torch.empty(shape[axis], device="meta").view(count).expand(shape)
     for node in moves:
         args = [_number(program, a) for a in canonical_args(node)]
-        value = value if node.target is aten.clone.default else invoke(node.target, [value, *args[1:]])
-    classes = 1 if value.ndim > 1 else 0
-    strides = [stride for stride, size in zip(value.stride(), value.shape, strict=True) if size > 1]
-    laid = value.shape[classes] == shape[axis] and value.stride()[classes] == 1 and value.storage_offset() == 0
-    return shape[axis] == 1 or laid and sum(strides) == 1
+        op = aten.reshape.default if node.target in (aten.view.default, aten._unsafe_view.default) else node.target
+        value = value if op is aten.clone.default else invoke(op, [value, *args[1:]])
+        if any(_axis(v, shape[axis]) is None for v in (value if isinstance(value, list | tuple) else [value])):
+            return False
+    return _axis(value, shape[axis]) == (1 if value.ndim > 1 else 0)
+
+
+def _axis(value: Tensor, count: int) -> int | None:
+    """The axis that `count` numbers lie along, one after the other; None if they do not, or others lie along another."""
+    found = [d for d, size in enumerate(value.shape) if size > 1 and value.stride(d)]
+    whole = len(found) == 1 and (value.shape[found[0]], value.stride(found[0])) == (count, 1)
+    return found[0] if whole and value.storage_offset() == 0 else None
 
 
 def _number(program: Program, arg: Any) -> Any:

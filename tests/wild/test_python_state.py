@@ -462,3 +462,35 @@ def test_inside_torch_compile() -> None:
     with pytest.raises(Exception, match="'beta' in closed") as caught:
         torch.compile(lambda x, y: closure(x, y).loss, backend="eager")(x, y)
     assert isinstance(caught.value, ArgumentError) or "ArgumentError" in str(caught.value)
+
+
+TABLE = [2.0, 3.0]
+
+
+def halved(h):
+    return h / 2
+
+
+def tripled(h, factor=3.0):
+    return h * factor
+
+
+@pytest.mark.parametrize("change", ["table", "function", "default"])
+def test_inside_torch_compile_old_state_is_noticed(monkeypatch, change) -> None:
+    """What Dynamo does not guard: members of a list, functions, default arguments. The step refuses, then compiles anew."""
+    monkeypatch.setitem(globals(), "TABLE", [2.0, 3.0])
+    monkeypatch.setattr(tripled, "__defaults__", (3.0,))
+    model = Net(lambda m, h: tripled(halved(h)) * sum(TABLE))
+    compiled = fxcurv.compile(model, squares)
+    step = torch.compile(lambda x, y: compiled(x, y).loss, backend="eager")
+    x, y = batch()
+    torch.testing.assert_close(step(x, y), squares(model(x), y).detach())
+    if change == "table":
+        TABLE[1] = 5.0
+    elif change == "function":
+        monkeypatch.setitem(globals(), "halved", lambda h: h / 4)
+    else:
+        tripled.__defaults__ = (4.0,)
+    with pytest.raises(ArgumentError, match="which its guards do not see"):
+        step(x, y)
+    torch.testing.assert_close(step(x, y), squares(model(x), y).detach())
