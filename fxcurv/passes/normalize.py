@@ -24,6 +24,7 @@ from fxcurv.ir.specialise import propagate_values
 from fxcurv.rules import REWRITES, RULES
 from fxcurv.rules.idioms import IDIOMS
 from fxcurv.rules.logits import logits
+from fxcurv.rules.traits import ITEMS
 
 _ASSERTS = ("_assert", "sym_constrain", "_guards")
 
@@ -57,8 +58,6 @@ def _drop_markers(program: Program) -> None:
             program.graph.erase_node(node)
 
 
-_ITEMS = {aten.item.default, aten._local_scalar_dense.default}
-
 _NUMBER = (
     "makes a number of Python's of a value, which is not known while tracing. Way out: leave it a tensor, as in "
     "x.abs().max().detach() for x.abs().max().item()."
@@ -75,7 +74,7 @@ def _refuse_counts_of_values(program: Program) -> None:
     program.graph.eliminate_dead_code()
     for node in program.graph.nodes:
         if node.op == "call_function" and free_unbacked_symbols(node.meta.get("val")):
-            raise UnsupportedOpError(f"{locate(node)}\n{_NUMBER if node.target in _ITEMS else _SIZE}")
+            raise UnsupportedOpError(f"{locate(node)}\n{_NUMBER if node.target in ITEMS else _SIZE}")
 
 
 def _say_idioms(program: Program) -> None:

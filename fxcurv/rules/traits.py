@@ -144,6 +144,11 @@ CUTS |= {
 
 CUTS |= {aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
 
+# ---- numbers ------------------------------
+
+# The value of a tensor of one entry, as a number.
+ITEMS = {aten.item.default, aten._local_scalar_dense.default}
+
 # ---- memory ------------------------------
 
 # Besides ops whose rule is elementwise: of images with channels last they make images with channels last.

@@ -599,6 +599,6 @@ def test_survey():
     assert aten._log_softmax.default not in found["along an axis"] | found["zero for zero"]
 
 
-if __name__ == "__main__":  # python tests/test_traits.py [names of the database]
+if __name__ == "__main__":  # python tests/rules/test_traits.py [names of the database]
     for name, ops in survey(sys.argv[1:]).items():
         print(f"{name}: {', '.join(sorted(map(str, ops)))}")

@@ -7,7 +7,7 @@ refused must be refused by name, and the gradient alone is never refused.
 
 Many of them, resumable by ranges of seeds, with what was refused and what failed:
 
-    python tests/random_models.py --first 0 --last 1000 --log random.log
+    python tests/models/random_models.py --first 0 --last 1000 --log random.log
 """
 
 from __future__ import annotations
