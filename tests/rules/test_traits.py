@@ -130,7 +130,7 @@ def having(name: str) -> list[Any]:
 
 
 def each(ops):
-    return pytest.mark.parametrize("op", list(ops), ids=str)
+    return pytest.mark.parametrize("op", sorted(ops, key=str), ids=str)
 
 
 # ---- what rules say ------------------------------
