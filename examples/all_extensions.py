@@ -1,4 +1,7 @@
-"""Every quantity of a linear classifier of images, [512, 784] to 10 classes: by itself, with its kind, all in one backward.
+"""All extensions
+==============
+
+Every quantity of a linear classifier of images, [512, 784] to 10 classes: by itself, with its kind, all in one backward.
 
 The model has one weight [10, 784] and one bias [10], so that the shapes tell what a quantity is: a number per sample
 and parameter entry, a pair of Kronecker factors, a product with as many vectors as were given.

@@ -1,4 +1,7 @@
-"""The gradient of a backpropagated quantity: of the total variance of the individual gradients.
+"""The gradient of a quantity
+==========================
+
+The gradient of a backpropagated quantity: of the total variance of the individual gradients.
 
 The total variance is the sum, over all entries of all parameters, of the variance that the individual gradients have
 there. With `create_graph=True` it is a differentiable function of the parameters like any other value. Plain PyTorch

@@ -1,0 +1,71 @@
+"""The documentation site: `make docs`. Its pages are the Markdown files beside this one, and the scripts of examples/."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+os.environ.setdefault("MPLBACKEND", "Agg")
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "bench")]
+
+import fxcurv  # noqa: E402
+
+project = "fxcurv"
+author = copyright = "fxcurv contributors"
+version = release = fxcurv.__version__
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser", "sphinx_gallery.gen_gallery"]
+exclude_patterns = ["_build", "gallery/*.ipynb", "gallery/*.py", "gallery/*.md5"]
+html_theme = "pydata_sphinx_theme"
+html_title = "fxcurv"
+html_theme_options = {"navigation_with_keys": False, "show_toc_level": 2}
+html_sidebars = {page: [] for page in ("index", "guide", "torch-compile", "from-backpack", "errors", "benchmark")}
+
+# Docstrings say code in single backticks, as Markdown does.
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+napoleon_use_ivar = True
+myst_heading_anchors = 3
+# A document links to files of the repository that are no pages of the site; tests/test_documents.py follows those links.
+suppress_warnings = ["myst.xref_missing", "config.cache"]
+
+
+SHOWN_ONLY = ("train_compiled", "all_extensions")  # these take a minute
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "gallery",
+    "filename_pattern": rf"/(?!({'|'.join(SHOWN_ONLY)})\.py)",
+    "ignore_pattern": r"data\.py",
+    "within_subsection_order": "FileNameSortKey",
+    "reset_argv": "gallery_arguments.arguments",
+    "download_all_examples": False,
+    "show_memory": False,
+    "min_reported_time": 1e9,
+    "show_signature": False,
+    "abort_on_example_error": True,
+}
+
+
+def draw_benchmark(app) -> None:
+    """The picture of docs/benchmark.md, from the results that its tables are of."""
+    import measure
+    import plots
+
+    (name,) = re.findall(r"--write --from (\S+\.csv)", (HERE / "benchmark.md").read_text(encoding="utf-8"))
+    plots.ratios(measure.read(HERE.parent / name), "c", HERE / "_generated" / "ratios.png")
+
+
+def as_plain_text(app, what, name, obj, options, lines: list[str]) -> None:
+    """Docstrings are prose with formulas, whose stars, bars and underscores are no markup; code is indented or in backticks."""
+    text = re.sub(r"^Example:$", "Example::\n", "\n".join(lines), flags=re.MULTILINE)
+    parts = re.split(r"(`[^`]*`)", text)
+    parts[::2] = [re.sub(r"(?<![\\:])([*|])|(?<=\w)(_)(?=\W|$)", r"\\\g<0>", part) for part in parts[::2]]
+    parts[2::2] = [re.sub(r"^(?=\w)", r"\\ ", part) for part in parts[2::2]]
+    lines[:] = "".join(parts).split("\n")
+
+
+def setup(app) -> None:
+    """Connect the two to Sphinx."""
+    app.connect("builder-inited", draw_benchmark)
+    app.connect("autodoc-process-docstring", as_plain_text, priority=100)  # before napoleon, which makes markup
