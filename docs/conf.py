@@ -35,7 +35,7 @@ SHOWN_ONLY = ("train_compiled", "all_extensions")  # these take a minute
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
-    "filename_pattern": rf"/(?!({'|'.join(SHOWN_ONLY)})\.py)",
+    "filename_pattern": rf"/(?!({'|'.join(SHOWN_ONLY)})\.py)[^/]*\.py$",
     "ignore_pattern": r"data\.py",
     "within_subsection_order": "FileNameSortKey",
     "reset_argv": "gallery_arguments.arguments",

@@ -190,7 +190,7 @@ def run(style: str, asked: list[Request], x: Tensor, y: Tensor, expected: Fields
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=main.__doc__)
     data.add_arguments(parser)
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--style", choices=("compile", "backpack", "both"), default="both")

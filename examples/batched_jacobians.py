@@ -131,7 +131,7 @@ def draw(jacobians: Jacobians) -> Figure:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--style", choices=("compile", "backpack", "both"), default="both")
     parser.add_argument("--figure", type=Path, default=Path("batched_jacobians.png"))
     return parser.parse_args(argv)

@@ -95,7 +95,7 @@ def compare(names: Sequence[str], ours: Answer, expected: Answer) -> bool:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=main.__doc__)
     data.add_arguments(parser)
     parser.add_argument("--samples", type=int, default=32, help="images in the batch")
     parser.add_argument("--style", choices=("compile", "backpack", "both"), default="both")

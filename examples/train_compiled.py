@@ -88,7 +88,7 @@ def draw(runs: dict[str, Run]) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train in each way; leave with an error if one of them takes other steps than eager."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=main.__doc__)
     data.add_arguments(parser)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=128)
