@@ -1,5 +1,23 @@
-"""One thread per test process: the tests are small, and pytest-xdist takes the cores."""
+"""One thread per test process, since pytest-xdist takes the cores; and which parameters of a test the fast set keeps.
 
+`fast.json` holds, per test file and function, the parameters that `make test` runs: the others get the marker `slow`.
+A function that it does not name is run whole. What chose them is in README.md beside this file.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+HERE = Path(__file__).parent
+FAST = json.loads((HERE / "fast.json").read_text())
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest takes the marked ones out
+def pytest_collection_modifyitems(items):
+    for item in items:
+        kept = FAST.get(str(item.path.relative_to(HERE)), {}).get(item.originalname)
+        if kept is not None and item.name.removeprefix(item.originalname).strip("[]") not in kept:
+            item.add_marker(pytest.mark.slow)

@@ -22,9 +22,9 @@ cat > "$suppressions" << 'END'
 END
 
 # every allocation is by malloc, with room around it; one thread, so that a part is all that runs while it runs
-PYTHONMALLOC=malloc OMP_NUM_THREADS=1 PYTHONPATH="$here/..:$here${PYTHONPATH:+:$PYTHONPATH}" \
+PYTHONMALLOC=malloc OMP_NUM_THREADS=1 PYTHONPATH="$here/..:$here/kernels:$here/cases:$here/oracle${PYTHONPATH:+:$PYTHONPATH}" \
     valgrind --undef-value-errors=no --error-limit=no --redzone-size=256 --num-callers=8 --suppressions="$suppressions" -q \
-    "$python" "$here/memory_check.py" 2> "$log"
+    "$python" "$here/kernels/memory_check.py" 2> "$log"
 status=$?
-"$python" "$here/memory_check.py" --report "$log" || exit 1
+"$python" "$here/kernels/memory_check.py" --report "$log" || exit 1
 [ $status -eq 0 ] || { echo "memory check: a result is wrong, or a part failed:"; tail -n 5 "$log"; exit 1; }

@@ -25,6 +25,17 @@ class Embedding(Rule):
         weight, index = sites[0], sites[1]
         return index.place if isinstance(weight.place, Replicate) else MIXED
 
+    def transpose(self, call: Call, wrt, g):
+        """Rows are added where they were read. PyTorch's own backward fixes the number of columns as it is traced."""
+        weight, index, padding, by_frequency, _ = call.args
+        index, g = index.flatten(), g.flatten(1, -2)
+        if padding >= 0:
+            g = g * (index != padding).unsqueeze(1)
+        if by_frequency:
+            ones = torch.ones_like(index, dtype=g.dtype)
+            g = g / g.new_zeros(weight.shape[0]).index_add(0, index, ones)[index].unsqueeze(1)
+        return [g.new_zeros(g.shape[0], *weight.shape).index_add(1, index, g)]
+
     def factors(self, call: Call, position: int, g) -> Factor:
         weight, index, padding, by_frequency, _ = call.args
         if by_frequency:

@@ -184,7 +184,7 @@ def copies() -> str:
 def test_every_processor_gets_the_same_layouts() -> None:
     """The program may run on another one than where it was made; this one may have AVX-512."""
     tests = Path(__file__).parent
-    paths = os.pathsep.join(map(str, (tests, tests.parent, tests.parent.parent)))
+    paths = os.pathsep.join(map(str, (tests, *tests.parent.iterdir(), tests.parent.parent)))
     command = [sys.executable, "-c", "import test_layout_guard as t; print(t.copies())"]
     others = [
         subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths} | variables, stdout=subprocess.PIPE, text=True)

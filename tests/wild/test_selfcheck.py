@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from case_tools import Net, mlp
 from cases import CASES
-from test_probe import Claims, centre
+from claims import Claims, centre
 from torch import Tensor, nn
 
 import fxcurv

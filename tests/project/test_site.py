@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = ("index", "guide", "quantities", "api", "gallery/index", "gallery/pruning", "benchmark", "coverage", "models")
 
 

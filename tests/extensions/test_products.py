@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from case_tools import mlp
 from cases import CASES
+from compiled import compiled_case
 from oracle import Oracle, derivative, second_derivative
-from test_quantities import compiled_case
 from torch import nn
 
 import fxcurv

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from cases import CASES
-from test_quantities import close, compiled_case
+from compiled import close, compiled_case
 
 from fxcurv.extensions import BatchDiagHessian, DiagGGNExact, DiagHessian
 

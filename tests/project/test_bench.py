@@ -16,7 +16,7 @@ from torch import nn
 import fxcurv.kernels
 from fxcurv.extensions import BatchL2Grad
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 for package in ("tqdm", "matplotlib"):
     pytest.importorskip(package, reason="of the extra `demo`")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import CASES
-from test_quantities import close, compiled_case
+from compiled import close, compiled_case
 from torch import nn
 
 import fxcurv

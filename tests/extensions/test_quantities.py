@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import CASES
-from oracle import Oracle
+from compiled import close, compiled_case
 
-import fxcurv
 from fxcurv.extensions import (
     BatchDiagGGNExact,
     BatchDiagGGNMC,
@@ -71,22 +70,6 @@ FEW = {
 
 def few(*without):
     return [p if p.values[0] in FEW else pytest.param(*p.values, marks=pytest.mark.slow) for p in names(*without)]
-
-
-def compiled_case(case, extensions, **kwargs):
-    model, loss, inputs, targets = case.build()
-    kwargs.setdefault("check", None)  # the oracle checks more; wild/test_selfcheck.py runs the program's own check on all cases
-    compiled = fxcurv.compile(model, loss, extensions, batch_dim=case.batch_dim, debug=True, **kwargs)
-    arguments = (inputs,) if targets is None else (inputs, targets)
-    return compiled, arguments, Oracle(model, loss, inputs, targets, **case.oracle)
-
-
-def close(actual, expected, name):
-    assert set(actual) == set(expected), name
-    for param, value in expected.items():
-        torch.testing.assert_close(
-            actual[param], value, rtol=1e-7, atol=1e-10, msg=lambda m, p=param: f"{name} of {p}: {m}"
-        )
 
 
 def gram(columns):

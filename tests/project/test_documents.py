@@ -1,7 +1,7 @@
 """Every Python block of every document runs, in order, and prints what the document says it prints.
 
 A document's blocks share a namespace. The `text` block behind a Python block is what it prints; blocks in other languages
-do not run. `python tests/test_documents.py [document ...]` writes what is printed into the documents.
+do not run. `python tests/project/test_documents.py [document ...]` writes what is printed into the documents.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FOLDERS = (ROOT, ROOT / "docs", ROOT / "examples", ROOT / "bench", ROOT / "tests", ROOT / ".github" / "ISSUE_TEMPLATE")
 DOCUMENTS = sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in folder.glob("*.md"))
 FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

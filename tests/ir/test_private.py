@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from fxcurv.ir import private
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGE = sorted(path for path in (ROOT / "fxcurv").rglob("*.py") if path.name != "private.py")
 AROUND = sorted(path for folder in ("tests", "bench", "examples") for path in (ROOT / folder).rglob("*.py"))
 

@@ -7,44 +7,18 @@ import torch
 import torch.nn.functional as F
 from case_tools import Net, mlp
 from cases import CASES
-from test_quantities import compiled_case
-from torch import Tensor, nn
+from claims import OP, Claims, centre
+from compiled import compiled_case
+from torch import nn
 
 import fxcurv
 from fxcurv.errors import ArgumentError, MixedSamplesError
 from fxcurv.extensions import BatchGrad, DiagGGNExact, DiagHessian, SumGradSquared
 from fxcurv.ir.placement import Shard
-from fxcurv.rules.base import RULES, Rule
+from fxcurv.rules.base import RULES
 
 aten = torch.ops.aten
 REPRESENTATIVE = {"ce_ignore_weights_smoothing"}
-
-
-@torch.library.custom_op("fxcurv_tests::centre", mutates_args=())
-def centre(x: Tensor) -> Tensor:
-    """x without its mean over the batch."""
-    return x - x.mean(0)
-
-
-@centre.register_fake
-def _(x):
-    return torch.empty_like(x)
-
-
-OP = torch.ops.fxcurv_tests.centre.default
-
-
-class Claims(Rule):
-    """A rule that says of its op whatever it was told."""
-
-    def __init__(self, place):
-        self.claim = place
-
-    def place(self, sites, args, shape, n):
-        return self.claim
-
-    def transpose(self, call, wrt, g):
-        return [g - g.mean(1, keepdim=True)] if call.op == OP else super().transpose(call, wrt, g)
 
 
 def lying(op, claim, run):

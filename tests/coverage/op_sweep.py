@@ -1,8 +1,8 @@
 """Every differentiable op of PyTorch's own database as a model of one op, against the oracle.
 
-    python tests/op_sweep.py                                   # all ops, a line for each that is not right
-    python tests/op_sweep.py --only cumsum linalg.det          # some of them, with messages
-    python tests/op_sweep.py --write docs/coverage.md          # the table
+    python tests/coverage/op_sweep.py                                   # all ops, a line for each that is not right
+    python tests/coverage/op_sweep.py --only cumsum linalg.det          # some of them, with messages
+    python tests/coverage/op_sweep.py --write docs/coverage.md          # the table
 
 A model scales its input by a parameter and calls the op; the op's other differentiable arguments are parameters
 too. Its samples are found, not declared:
@@ -534,11 +534,11 @@ HEAD = """# Coverage
 
 Every entry of PyTorch's operator database (`torch.testing._internal.common_methods_invocations.op_db`) with a derivative
 in float64, as a model of one op with a parameter before it and its other differentiable arguments as parameters:
-the gradient, `BatchGrad` and `DiagGGNExact` against plain autograd (`tests/oracle.py`). Samples lie along a dimension
+the gradient, `BatchGrad` and `DiagGGNExact` against plain autograd (`tests/oracle/oracle.py`). Samples lie along a dimension
 whose slices the op keeps apart, else `torch.vmap` makes them; where an op mixes the slices of a dimension, that is
 to be refused by name ("mixing" in the table), and the gradient alone to be right.
 
-Written by `python tests/op_sweep.py --samples {samples} --write docs/coverage.md` with PyTorch {version}.
+Written by `python tests/coverage/op_sweep.py --samples {samples} --write docs/coverage.md` with PyTorch {version}.
 {counts}
 
 Served by: the ops that were left to differentiate after export, by a rule or by the general fallback. Deviation: the
@@ -595,5 +595,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path[:0] = [str(folder) for folder in Path(__file__).parents[1].iterdir() if folder.is_dir()]
     main()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 MODULES = {"data"}  # that scripts import
 SCRIPTS = {"demo", "batched_jacobians", "all_extensions", "gradient_of_variance", "diag_ggn_optimizer", "train_compiled"}
 PICTURES = {"gradient_noise", "laplace_regression", "kfac_factors", "pruning", "spectrum", "token_gradients"}
