@@ -63,18 +63,18 @@ demo: $(VENV)/.installed
 
 examples: $(VENV)/.installed
 	@set -e; for script in $(filter-out examples/data.py,$(wildcard examples/*.py)); do \
-		echo "== $$script"; $(BIN)/python $$script; done
+		echo "== $$script"; MPLBACKEND=agg $(BIN)/python -W "ignore:FigureCanvasAgg is non-interactive" $$script; done
 
 # The site, its gallery run; what has not changed is not run again. A warning is an error.
 docs: $(VENV)/.installed-docs
-	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html $(ARGS)
+	$(BIN)/python -m sphinx -W --keep-going -j auto -b html docs docs/_build/html $(ARGS)
 
 # Wheel and source archive in dist/, each installed without its dependencies (they are in the environment) and imported.
 dist: $(VENV)/.installed-dist
 	rm -rf build dist
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
-	@set -e; for archive in dist/*; do bash .ci/import-archive $(BIN)/python $$archive; done
+	@set -e; for archive in dist/*; do bash tests/import_archive.sh $(BIN)/python $$archive; done
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python bench/run.py $(ARGS)

@@ -40,6 +40,7 @@ sphinx_gallery_conf = {
     "within_subsection_order": "FileNameSortKey",
     "reset_argv": "gallery_arguments.arguments",
     "download_all_examples": False,
+    "parallel": True,  # as many scripts at once as Sphinx has jobs
     "show_memory": False,
     "min_reported_time": 1e9,
     "show_signature": False,

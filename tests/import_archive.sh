@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# import-archive PYTHON ARCHIVE: install a wheel or source archive into an environment of its own, import it and run a program.
+# import_archive.sh PYTHON ARCHIVE: install a wheel or source archive into an environment of its own, import it and run a program.
 # What it depends on is taken from PYTHON's environment, so that nothing large is downloaded twice.
 set -euo pipefail
 python=$1 archive=$(realpath "$2")
