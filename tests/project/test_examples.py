@@ -84,6 +84,7 @@ def test_laplace_regression(shown):
     assert 0.02 < near < 0.2 < 3 * near < far
 
 
+@pytest.mark.slow
 def test_kfac_factors(shown):
     out, axes = shown("kfac_factors")
     errors = dict(zip(("KFLR", "KFAC", "EKFAC", "diagonal"), numbers(out, r"relative error ([\d.]+)"), strict=True))
