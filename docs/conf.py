@@ -27,8 +27,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_use_ivar = True
 myst_heading_anchors = 3
-# A document links to files of the repository that are no pages of the site; tests/test_documents.py follows those links.
-suppress_warnings = ["myst.xref_missing", "config.cache"]
+suppress_warnings = ["config.cache"]
 
 
 SHOWN_ONLY = ("train_compiled", "all_extensions")  # these take a minute
@@ -46,6 +45,35 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "abort_on_example_error": True,
 }
+
+
+PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PAGES |= {"examples/README.md": "gallery/index.rst", "bench/README.md": "measuring.md"}
+INCLUDE = re.compile(r"^```\{include\} (\S+)\n```$", re.MULTILINE)
+
+
+def as_pages(app, docname: str, source: list[str]) -> None:
+    """Documents link to each other as files of the repository, some of which the site has under another name."""
+    folder = (HERE / docname).parent
+
+    def included(match: re.Match) -> str:
+        path = folder / match[1]
+        return linked(path.read_text(encoding="utf-8"), path.parent)
+
+    def linked(text: str, folder: Path) -> str:
+        return re.sub(r"\[([^]]*)\]\(([^)#\s:]+)(#[^)\s]*)?\)", lambda m: link(m[1], folder / m[2], m[3] or ""), text)
+
+    def link(title: str, path: Path, anchor: str) -> str:
+        name = path.resolve().relative_to(HERE.parent).as_posix()
+        page = PAGES.get(name)
+        if name.startswith("docs/"):
+            page = name.removeprefix("docs/")
+        elif name.startswith("examples/") and name.endswith(".py"):
+            page = f"gallery/{path.stem}.rst"
+        return f"[{title}]({page}{anchor})" if page else title
+
+    if not docname.startswith("gallery/"):
+        source[0] = INCLUDE.sub(included, linked(source[0], folder))
 
 
 def draw_benchmark(app) -> None:
@@ -67,6 +95,7 @@ def as_plain_text(app, what, name, obj, options, lines: list[str]) -> None:
 
 
 def setup(app) -> None:
-    """Connect the two to Sphinx."""
+    """Connect these to Sphinx."""
+    app.connect("source-read", as_pages)
     app.connect("builder-inited", draw_benchmark)
     app.connect("autodoc-process-docstring", as_plain_text, priority=100)  # before napoleon, which makes markup
