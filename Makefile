@@ -95,5 +95,5 @@ lint: $(VENV)/.installed-lint
 # Leaves the environment, which is slow to make; `rm -r $(VENV)` removes it.
 clean:
 	rm -rf build dist docs/_build docs/_generated docs/gallery *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	rm -f $(FIGURES)
+	rm -f $(FIGURES) docs/sg_execution_times.rst
 	find . -path './.venv*' -prune -o -path './$(VENV)' -prune -o -name __pycache__ -type d -exec rm -rf {} +
