@@ -58,7 +58,7 @@ for name, block in approximations.items():
 
 def show(axes: plt.Axes, matrix: Tensor, title: str) -> None:
     limit = matrix.abs().max().item()
-    axes.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    axes.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
     axes.set(title=title, xticks=[], yticks=[])
 
 

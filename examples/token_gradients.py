@@ -98,7 +98,7 @@ print(f"rank correlation of norm and loss: {torch.corrcoef(torch.stack(ranks))[0
 # The darker, the larger.
 
 figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
-shades = axes.imshow(norms.masked_fill(targets == PADDING, float("nan")), cmap="YlOrRd", aspect="auto")
+shades = axes.imshow(norms.masked_fill(targets == PADDING, float("nan")).numpy(), cmap="YlOrRd", aspect="auto")
 for n, line in enumerate(LINES):
     for t, letter in enumerate(line):
         axes.text(t, n, letter, ha="center", va="center", fontsize=9, family="monospace")
