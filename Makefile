@@ -15,10 +15,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint $(PINS)
 DEFINITION := pyproject.toml constraints.txt
 FIGURES := demo.png batched_jacobians.png diag_ggn_optimizer.png train_compiled.png
 
-.PHONY: help venv test test-all smoke demo examples bench bench-kernels bench-scaling bench-selection lint clean
+.PHONY: help venv test test-all smoke demo examples docs dist bench bench-kernels bench-scaling bench-selection lint clean
 
 help:
-	@echo "make venv | test | test-all | smoke | demo | examples | bench | bench-kernels | bench-scaling | bench-selection | lint | clean"
+	@echo "make venv | test | test-all | smoke | demo | examples | docs | dist | bench | bench-kernels | bench-scaling | bench-selection | lint | clean"
 	@echo "TORCH=2.14.1 takes that PyTorch, in an environment of its own"
 	@echo "ARGS goes to what is run: make test ARGS='-k linear', make demo ARGS='--epochs 3'"
 
@@ -35,6 +35,14 @@ $(VENV)/.installed-lint: $(VENV)/.installed
 	$(INSTALL) --editable '.[lint]'
 	@touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(INSTALL) --editable '.[docs]'
+	@touch $@
+
+$(VENV)/.installed-dist: $(VENV)/.installed
+	$(INSTALL) --editable '.[dist]'
+	@touch $@
+
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(INSTALL) --editable '.[bench]'
 	@touch $@
@@ -43,7 +51,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(ARGS)
 
 # The last -m wins over the one in pyproject.toml that leaves slow tests out.
-test-all: $(VENV)/.installed
+test-all: $(VENV)/.installed-docs
 	$(BIN)/python -m pytest -m '' $(ARGS)
 
 # Whether a PyTorch will do, in a minute: a test or two of each part, and all that it has to have.
@@ -55,7 +63,18 @@ demo: $(VENV)/.installed
 
 examples: $(VENV)/.installed
 	@set -e; for script in $(filter-out examples/data.py,$(wildcard examples/*.py)); do \
-		echo "== $$script"; $(BIN)/python $$script; done
+		echo "== $$script"; MPLBACKEND=agg $(BIN)/python -W "ignore:FigureCanvasAgg is non-interactive" $$script; done
+
+# The site, its gallery run; what has not changed is not run again. A warning is an error.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -W --keep-going -j auto -b html docs docs/_build/html $(ARGS)
+
+# Wheel and source archive in dist/, each installed without its dependencies (they are in the environment) and imported.
+dist: $(VENV)/.installed-dist
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	@set -e; for archive in dist/*; do bash tests/import_archive.sh $(BIN)/python $$archive; done
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python bench/run.py $(ARGS)
@@ -75,6 +94,6 @@ lint: $(VENV)/.installed-lint
 
 # Leaves the environment, which is slow to make; `rm -r $(VENV)` removes it.
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	rm -f $(FIGURES)
+	rm -rf build dist docs/_build docs/_generated docs/gallery *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -f $(FIGURES) docs/sg_execution_times.rst
 	find . -path './.venv*' -prune -o -path './$(VENV)' -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -64,6 +64,29 @@ def _save(figure: plt.Figure, path: Path) -> None:
     print(path)
 
 
+def ratios(rows: list[Row], problem: str, path: Path) -> None:
+    """A group of bars per quantity of one problem: time over the plain gradient's, of fxcurv, BackPACK and the fastest other."""
+    rows = [row for row in rows if row["problem"] == problem and row["ratio"] and row["allocator"] == "default"]
+    families = {"fxcurv": ("fxcurv",), "BackPACK": ("backpack",), "fastest other": ("func", "curvlinops", "opacus", "asdl")}
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        name = row["implementation"].partition(":")[0]
+        for title in (title for title, members in families.items() if name in members):
+            own = found.setdefault(row["quantity"], {})
+            own[title] = min(float(row["ratio"]), own.get(title, float("inf")))
+    quantities = [quantity for quantity, own in found.items() if len(own) > 1]
+    quantities.sort(key=lambda quantity: found[quantity]["fxcurv"])
+    figure, panel = plt.subplots(figsize=(10, 4.5), layout="constrained")
+    for index, title in enumerate(families):
+        bars = [(at, found[quantity][title]) for at, quantity in enumerate(quantities) if title in found[quantity]]
+        panel.bar([at + 0.28 * (index - 1) for at, _ in bars], [height for _, height in bars], 0.26, label=title)
+    panel.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    panel.set_xticks(range(len(quantities)), quantities, rotation=40, ha="right")
+    panel.set_ylabel("time / plain gradient's")
+    panel.legend()
+    _save(figure, path)
+
+
 def scaling(rows: list[Row], axes: tuple[str, ...], path: Path) -> None:
     """A row of panels per axis: time, operations and peak; dotted: the power that is expected, from the first point."""
     panels_of = {"median_ms": ("ms", ""), "gflop": ("GFLOP", "expected_gflop"), "peak_mib": ("MiB", "expected_peak")}

@@ -33,6 +33,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
+DOCUMENT = HERE.parent / "docs" / "benchmark.md"
+BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 KEY = ("problem", "quantity", "implementation")
 NUMBERS = ("median_ms", "p10_ms", "p90_ms", "ratio", "peak_mib")
@@ -156,8 +158,9 @@ def cell(default: list[Row], keep: list[Row], families: tuple[str, ...]) -> str:
     return f"{text} {(row or kept)['implementation']}" if "func" in families else text
 
 
-def print_markdown(rows: list[Row]) -> None:
-    """The README's table: per quantity the ratios, peaks and the goal."""
+def markdown(rows: list[Row]) -> str:
+    """The tables of docs/benchmark.md: per quantity the ratios, peaks and the goal."""
+    lines: list[str] = []
     goals = {(row["problem"], row["quantity"]): row for row in read(HERE / "goals.csv")}
     for problem in dict.fromkeys(row["problem"] for row in rows):
         here = [row for row in rows if row["problem"] == problem]
@@ -165,9 +168,9 @@ def print_markdown(rows: list[Row]) -> None:
         units = [row for row in units if row["allocator"] == "default"] or units
         unit = statistics.median(float(row["median_ms"]) for row in units)
         peak = statistics.median(float(row["peak_mib"] or 0) for row in units)
-        print(f"\n**{PROBLEMS[problem].title}** (plain gradient: {unit:.3g} ms, peak {peak:.0f} MiB)\n")
-        print("| quantity | fxcurv × [keep] / MiB | BackPACK × [keep] / MiB | best other | goal × [keep] |")
-        print("|---|---|---|---|---|")
+        lines.append(f"\n**{PROBLEMS[problem].title}** (plain gradient: {unit:.3g} ms, peak {peak:.0f} MiB)\n")
+        lines.append("| quantity | fxcurv × [keep] / MiB | BackPACK × [keep] / MiB | best other | goal × [keep] |")
+        lines.append("|---|---|---|---|---|")
         for quantity in (name for name in QUANTITIES if any(row["quantity"] == name for row in here)):
             split = {
                 kind: [row for row in here if row["quantity"] == quantity and row["allocator"] == kind]
@@ -177,7 +180,15 @@ def print_markdown(rows: list[Row]) -> None:
             cells = [cell(split["default"], split["keep"], family) for family in families]
             goal = goals.get((problem, quantity), {"goal": "", "goal_keep": ""})
             wish = goal["goal"] + (f" [{goal['goal_keep']}]" if goal["goal_keep"] else "")
-            print(f"| {quantity} | {' | '.join(cells)} | {wish} |")
+            lines.append(f"| {quantity} | {' | '.join(cells)} | {wish} |")
+    return "\n".join(lines).strip("\n")
+
+
+def write_tables(rows: list[Row]) -> None:
+    """Put the tables between their markers in the document."""
+    head, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
+    _, tail = rest.split(END)
+    DOCUMENT.write_text(f"{head}{BEGIN}\n{markdown(rows)}\n{END}{tail}", encoding="utf-8")
 
 
 def slower(rows: list[Row]) -> list[str]:
@@ -215,7 +226,8 @@ def arguments() -> argparse.Namespace:
     add("--keep", action="store_true", help="an allocator that keeps freed pages")
     add("--quick", action="store_true", help="four samples, small models: whether it runs, no figures")
     add("--from", dest="files", nargs="+", type=Path, help="measure nothing, print the tables of these files")
-    add("--markdown", action="store_true", help="print the README's table")
+    add("--markdown", action="store_true", help="print the tables of docs/benchmark.md")
+    add("--write", action="store_true", help="write them into it")
     add("--check", action="store_true", help="exit with 1 if fxcurv fails, differs or is slower")
     args = parser.parse_args()
     args.rounds = min(args.rounds, 3) if args.quick else args.rounds
@@ -252,8 +264,10 @@ def main() -> int:
     warnings.filterwarnings("ignore", message="Using a non-full backward hook")
     warnings.filterwarnings("ignore", message="There is a performance drop because")  # vmap's, of what it loops over
     rows = [row for path in args.files for row in read(path)] if args.files else run(args)
-    if args.markdown:
-        print_markdown(rows)
+    if args.write:
+        write_tables(rows)
+    elif args.markdown:
+        print(markdown(rows))
     else:
         print_rows(rows, (*KEY, *NUMBERS, "note"), NUMBERS)
     failures = slower(rows) if args.check else []

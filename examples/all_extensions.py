@@ -1,4 +1,7 @@
-"""Every quantity of a linear classifier of images, [512, 784] to 10 classes: by itself, with its kind, all in one backward.
+"""All extensions
+==============
+
+Every quantity of a linear classifier of images, [512, 784] to 10 classes: by itself, with its kind, all in one backward.
 
 The model has one weight [10, 784] and one bias [10], so that the shapes tell what a quantity is: a number per sample
 and parameter entry, a pair of Kronecker factors, a product with as many vectors as were given.
@@ -187,7 +190,7 @@ def run(style: str, asked: list[Request], x: Tensor, y: Tensor, expected: Fields
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=main.__doc__)
     data.add_arguments(parser)
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--style", choices=("compile", "backpack", "both"), default="both")

@@ -1,4 +1,7 @@
-"""The Jacobian of a batch of outputs with respect to every parameter, [N, C, *param], in four ways that agree.
+"""A batch of Jacobians
+====================
+
+The Jacobian of a batch of outputs with respect to every parameter, `[N, C, *param]`, in four ways that agree.
 
 The model maps x [N, 10] to f [N, C]. By autograd, entry by entry, its Jacobian takes N C backward passes. The gradient
 of sum_n f[n, c] is a sum over samples whose terms are the rows of the Jacobian, so `BatchGrad` gives a column c of all
@@ -14,6 +17,7 @@ from math import sqrt
 from pathlib import Path
 
 import torch
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -117,7 +121,7 @@ def agree(ours: Jacobians, expected: Jacobians) -> bool:
 
 def draw(jacobians: Jacobians) -> Figure:
     """A heat map: a row per entry of the output, a column per entry of the parameters."""
-    figure = Figure(figsize=(9, 5), layout="constrained")  # not pyplot: needs no display
+    figure = plt.figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(torch.cat([j.flatten(2).flatten(0, 1) for j in jacobians.values()], dim=1).numpy())
     axes.set(title="Batched Jacobian", xlabel="parameter", ylabel="sample and output")
@@ -127,7 +131,7 @@ def draw(jacobians: Jacobians) -> Figure:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--style", choices=("compile", "backpack", "both"), default="both")
     parser.add_argument("--figure", type=Path, default=Path("batched_jacobians.png"))
     return parser.parse_args(argv)

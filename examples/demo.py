@@ -1,7 +1,8 @@
-"""Train a small CNN on scikit-learn's 8x8 digits with a diagonal Gauss-Newton step.
+"""Training with a diagonal Gauss-Newton step
+==========================================
 
-One call of the compiled program gives the loss, the gradient and a Monte-Carlo estimate of the Gauss-Newton
-diagonal; a step is p <- p - lr * gradient / (diagonal + damping).
+A small CNN on scikit-learn's 8x8 digits. One call of the compiled program gives the loss, the gradient and a Monte-Carlo
+estimate of the Gauss-Newton diagonal; a step is p <- p - lr * gradient / (diagonal + damping).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -60,7 +62,7 @@ def gauss_newton_step(model: nn.Module, result: fxcurv.Result, lr: float, dampin
 
 def draw(losses: list[float], accuracies: list[float], diagonal: dict[str, Tensor]) -> Figure:
     """Three panels: training loss per step, held-out accuracy per epoch, the diagonal's spread per layer."""
-    figure = Figure(figsize=(13, 3.8), layout="constrained")  # not pyplot: needs no display
+    figure = plt.figure(figsize=(13, 3.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     left.semilogy(losses, linewidth=0.8)
     left.set(title="Training loss", xlabel="step", ylabel="cross-entropy")
@@ -78,7 +80,7 @@ def draw(losses: list[float], accuracies: list[float], diagonal: dict[str, Tenso
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=0.1)

@@ -1,4 +1,7 @@
-"""Train a convolutional network with a diagonal Gauss-Newton step: p <- p - step_size * gradient / (diagonal + damping).
+"""An optimizer that divides by the diagonal Gauss-Newton
+======================================================
+
+Train a convolutional network with a diagonal Gauss-Newton step: p <- p - step_size * gradient / (diagonal + damping).
 
 The diagonal is a Monte-Carlo estimate with one sample, which costs about as much as the gradient. The two styles start
 from the same parameters, see the same batches and draw the same samples, so that they take the same steps. Damping 1 is
@@ -14,6 +17,7 @@ from pathlib import Path
 
 import data
 import torch
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -112,7 +116,7 @@ STYLES: dict[str, Train] = {"compile": by_compile, "backpack": by_backpack}
 
 def draw(curves: dict[tuple[str, float], Curves]) -> Figure:
     """Two panels: loss and accuracy of the batches."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")  # not pyplot: needs no display
+    figure = plt.figure(figsize=(9, 3.8), layout="constrained")
     for k, (axes, title) in enumerate(zip(figure.subplots(1, 2), ("Loss", "Accuracy"), strict=True)):
         for (style, step_size), values in curves.items():
             axes.plot(values[k], "-" if style == "compile" else ":", label=f"{style}, step size {step_size}")
@@ -138,7 +142,7 @@ def compare(ours: Curves, expected: Curves) -> bool:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=main.__doc__)
     data.add_arguments(parser)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=128)

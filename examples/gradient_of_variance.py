@@ -1,4 +1,7 @@
-"""The gradient of a backpropagated quantity: of the total variance of the individual gradients.
+"""The gradient of a quantity
+==========================
+
+The gradient of a backpropagated quantity: of the total variance of the individual gradients.
 
 The total variance is the sum, over all entries of all parameters, of the variance that the individual gradients have
 there. With `create_graph=True` it is a differentiable function of the parameters like any other value. Plain PyTorch
@@ -92,7 +95,7 @@ def compare(names: Sequence[str], ours: Answer, expected: Answer) -> bool:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=main.__doc__)
     data.add_arguments(parser)
     parser.add_argument("--samples", type=int, default=32, help="images in the batch")
     parser.add_argument("--style", choices=("compile", "backpack", "both"), default="both")

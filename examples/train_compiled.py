@@ -1,4 +1,7 @@
-"""One training, three ways to run it: in eager, with the whole step under `torch.compile`, and with `backend="inductor"`.
+"""A training step under torch.compile
+===================================
+
+One training, three ways to run it: in eager, with the whole step under `torch.compile`, and with `backend="inductor"`.
 
 All three start from the same parameters, see the same batches and draw the same samples; the last batch of an epoch is
 smaller. Printed are the time of the first step (which compiles), the median of the later ones, and the first step whose
@@ -16,6 +19,7 @@ from pathlib import Path
 import data
 import torch
 from diag_ggn_optimizer import cnn
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -73,7 +77,7 @@ def divergence(ours: Sequence[float], expected: Sequence[float]) -> int | None:
 
 def draw(runs: dict[str, Run]) -> Figure:
     """The time of every step."""
-    figure = Figure(figsize=(7, 3.8), layout="constrained")  # not pyplot: needs no display
+    figure = plt.figure(figsize=(7, 3.8), layout="constrained")
     axes = figure.subplots()
     for name, (_, seconds) in runs.items():
         axes.semilogy([1000 * s for s in seconds], ".-", label=name)
@@ -84,7 +88,7 @@ def draw(runs: dict[str, Run]) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train in each way; leave with an error if one of them takes other steps than eager."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=main.__doc__)
     data.add_arguments(parser)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=128)

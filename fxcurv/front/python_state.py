@@ -20,6 +20,7 @@ import inspect
 import logging
 import operator
 import os
+import re
 import sys
 import sysconfig
 import types
@@ -45,7 +46,9 @@ _LAYERS = os.path.dirname(nn.__file__)
 DEEPEST, MOST = 8, 10_000
 # what the machinery of every module reads; `_flat_weights` of a recurrent one are its parameters again
 _STANDARD = {*vars(nn.Module()), *(n for n, v in vars(nn.Module).items() if not callable(v)), "_flat_weights"}
-_STDLIB, _SITE = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")
+_STDLIB = sysconfig.get_path("stdlib")
+# An environment may take packages from several such folders: its own, the user's, the system's.
+_INSTALLED = re.compile(r".*[\\/](?:site|dist)-packages[\\/]([^\\/.]+)")
 _LIBRARIES = {
     "torch", "functorch", "torchgen", "sympy", "mpmath", "networkx", "numpy", "filelock", "fsspec", "jinja2", "triton", "optree",
     "typing_extensions", "rich", "pytest", "_pytest", "pluggy", "hypothesis", "coverage",
@@ -174,9 +177,10 @@ def _is_plain(value: Any) -> bool:
 
 def _holds_state(path: str) -> bool:
     """Whether code of this file may read state of the user's: not Python's own, nor that of PyTorch and what it runs on."""
-    if not is_user_file(path) or path.startswith(_STDLIB) and not path.startswith(_SITE):
+    installed = _INSTALLED.match(path)
+    if not is_user_file(path) or installed is None and path.startswith(_STDLIB):
         return False
-    return not path.startswith(_SITE) or path[len(_SITE) :].strip(os.sep).split(os.sep)[0].removesuffix(".py") not in _LIBRARIES
+    return installed is None or installed[1] not in _LIBRARIES
 
 
 def _described(t: Any) -> Any:

@@ -2,7 +2,7 @@
 
     python tests/coverage/coverage_models.py --jobs 4 --results coverage.json       # hours on two cores; may be stopped, goes on
     python tests/coverage/coverage_models.py --models gpt2 vit --modes float64-eval
-    python tests/coverage/coverage_models.py --results coverage.json --write        # the table in README.md, of what has run
+    python tests/coverage/coverage_models.py --results coverage.json --write        # the table in docs/models.md, of what has run
 
 Needs `transformers` (the extra `models`).
 """
@@ -19,7 +19,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-README = Path(__file__).parents[2] / "README.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- coverage:begin -->", "<!-- coverage:end -->"
 
 ROWS = {
@@ -171,11 +171,11 @@ def _reason(verdict: str) -> str:
 
 
 def write(text: str) -> None:
-    """Put the table between its markers in the README."""
-    readme = README.read_text(encoding="utf-8")
-    head, rest = readme.split(BEGIN)
+    """Put the table between its markers in the document."""
+    document = DOCUMENT.read_text(encoding="utf-8")
+    head, rest = document.split(BEGIN)
     _, tail = rest.split(END)
-    README.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+    DOCUMENT.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
 
 
 def main(arguments: list[str]) -> int:
@@ -188,7 +188,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--no-second", action="store_true", help="without Hessians and products")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--results", type=Path, help="a file that keeps what has run, so that it need not run again")
-    parser.add_argument("--write", action="store_true", help="write the table into README.md, and run nothing")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/models.md, and run nothing")
     options = parser.parse_args(arguments)
     kept = options.results is not None and options.results.exists()
     results: dict[str, dict[str, str]] = json.loads(options.results.read_text()) if kept else {}

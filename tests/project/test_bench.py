@@ -3,6 +3,7 @@
 import csv
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -42,6 +43,17 @@ def test_kernels(tmp_path):
     assert {(row["flops"], row["bytes"]) for row in rows} == {(str(flops), str(moved))}
     assert all(float(row["error"]) < 1e-5 and float(row["percent"]) > 0 for row in rows)
     assert (tmp_path / "roofline.png").stat().st_size > 1000
+
+
+def test_documents_have_the_measured_figures(monkeypatch):
+    """The tables of docs/benchmark.md are of the newest results, and those of the README are rows of them."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    script, document = import_module("run"), (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    (name,) = re.findall(r"--write --from (bench/results/\S+\.csv)", document)
+    assert script.markdown(script.read(ROOT / name)) in document
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^(\| \w+ \| [\d.]+ / .*) \|$", readme, re.MULTILINE)
+    assert rows and all(f"\n{row} | " in document for row in rows)
 
 
 def test_every_kernel_is_measured(monkeypatch):

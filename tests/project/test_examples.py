@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib import pyplot as plt
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODULES = {"data"}  # that scripts import
 SCRIPTS = {"demo", "batched_jacobians", "all_extensions", "gradient_of_variance", "diag_ggn_optimizer", "train_compiled"}
+PICTURES = {"gradient_noise", "laplace_regression", "kfac_factors", "pruning", "spectrum", "token_gradients"}
 PNG = b"\x89PNG"
 
 
@@ -32,7 +34,25 @@ def run(monkeypatch, tmp_path, capsys):
             runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
         return capsys.readouterr().out
 
-    return run
+    plt.switch_backend("agg")
+    yield run
+    plt.close("all")
+
+
+@pytest.fixture
+def shown(run, monkeypatch):
+    """Run a script that shows a picture; returns what it prints, and the axes of its picture."""
+
+    def shown(name: str) -> tuple[str, list[plt.Axes]]:
+        pictures = []
+        monkeypatch.setattr(plt, "show", lambda: pictures.extend(plt.get_fignums()))
+        out = run(name)
+        (number,) = pictures
+        figure = plt.figure(number)
+        figure.canvas.draw()
+        return out, figure.axes
+
+    return shown
 
 
 def is_png(path: Path) -> bool:
@@ -40,9 +60,57 @@ def is_png(path: Path) -> bool:
 
 
 def test_all_scripts_are_here_and_in_the_readme():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == SCRIPTS | MODULES
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == SCRIPTS | PICTURES | MODULES
     readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    assert all(f"`{name}.py`" in readme for name in SCRIPTS)
+    assert all(f"`{name}.py`" in readme for name in SCRIPTS | PICTURES)
+
+
+def numbers(out: str, pattern: str) -> list[float]:
+    return [float(number) for number in re.findall(pattern, out)]
+
+
+@pytest.mark.slow
+def test_gradient_noise(shown):
+    out, (axes,) = shown("gradient_noise")
+    measured, predicted = numbers(out, r"measured (\S+),"), numbers(out, r"predicted (\S+)")
+    assert len(measured) == 12 and len(axes.lines) == 4
+    ratios = torch.tensor(measured) / torch.tensor(predicted)
+    assert ratios.min() > 0.5 and ratios.max() < 2  # over a range of 32
+
+
+def test_laplace_regression(shown):
+    out, (axes,) = shown("laplace_regression")
+    near, far = numbers(out, r"(\d\.\d+)")
+    assert 0.02 < near < 0.2 < 3 * near < far
+
+
+@pytest.mark.slow
+def test_kfac_factors(shown):
+    out, axes = shown("kfac_factors")
+    errors = dict(zip(("KFLR", "KFAC", "EKFAC", "diagonal"), numbers(out, r"relative error ([\d.]+)"), strict=True))
+    assert errors["KFLR"] < errors["diagonal"] < 1 and len(axes) == 4
+
+
+@pytest.mark.slow
+def test_pruning(shown):
+    """Curvature is the best of the scores where it is asked for anew, chance the worst."""
+    out, (axes,) = shown("pruning")
+    chance, magnitude, once, again = numbers(out, r"sparsity 0.8: ([\d.]+)")
+    assert chance < once < again and chance < magnitude < again
+
+
+@pytest.mark.slow
+def test_spectrum(shown):
+    out, axes = shown("spectrum")
+    negative = numbers(out, r"negative +(\d+)")
+    assert negative[1] == negative[3] == 0 < negative[2] < negative[0] and len(axes) == 2
+
+
+@pytest.mark.slow
+def test_token_gradients(shown):
+    out, _ = shown("token_gradients")
+    assert "padding: largest norm 0e+00" in out
+    assert numbers(out, r"rank correlation of norm and loss: ([\d.]+)")[0] > 0.5
 
 
 def test_demo(run):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sysconfig
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from torch.nn.utils import parametrize
 import fxcurv
 from fxcurv.errors import ArgumentError, CaptureError
 from fxcurv.extensions import BatchGrad
+from fxcurv.front.python_state import _holds_state
 
 FACTOR = 2.0
 TABLE = torch.tensor([1.0, 2.0], dtype=torch.float64)
@@ -494,3 +496,21 @@ def test_inside_torch_compile_old_state_is_noticed(monkeypatch, change) -> None:
     with pytest.raises(ArgumentError, match="which its guards do not see"):
         step(x, y)
     torch.testing.assert_close(step(x, y), squares(model(x), y).detach())
+
+
+@pytest.mark.parametrize(
+    ("path", "watched"),
+    [
+        ("/opt/venv/lib/python3.11/site-packages/sympy/core/symbol.py", False),
+        ("/home/me/.local/lib/python3.11/site-packages/mpmath/ctx_mp.py", False),
+        ("/usr/lib/python3/dist-packages/typing_extensions.py", False),
+        (r"C:\Python311\Lib\site-packages\sympy\core\symbol.py", False),
+        (f"{sysconfig.get_path('stdlib')}/collections/__init__.py", False),
+        (f"{sysconfig.get_path('stdlib')}/site-packages/transformers/modeling_utils.py", True),
+        ("/opt/venv/lib/python3.11/site-packages/numpy_models/model.py", True),
+        ("/home/me/numpy/train.py", True),
+    ],
+)
+def test_libraries_are_known_in_every_folder_of_packages(path, watched):
+    """An environment that takes PyTorch from the system's packages, or the user's, is as good as one that has its own."""
+    assert _holds_state(path) is watched
