@@ -91,7 +91,7 @@ def seed_node(program: Program) -> fx.Node:
     return program.seed
 
 
-def _seed(program: Program) -> tuple[fx.Node, fx.Node]:
+def noise_seed(program: Program) -> tuple[fx.Node, fx.Node]:
     """What noise is made of: the seed, and the number of the first sample."""
     return seed_node(program), first_sample(program)
 
@@ -138,7 +138,7 @@ def _of_empirical(walk: Walk, group: Group) -> None:
 
 @born("mc", at_term, "sampled")
 def _of_sampled(walk: Walk, group: Group) -> None:
-    _of_op(walk, group, _sampled, _seed(walk.program), Draw(group.draws, group.term))
+    _of_op(walk, group, _sampled, noise_seed(walk.program), Draw(group.draws, group.term))
 
 
 def carry(walk: Walk, group: Group, heads: list[fx.Node], columns: list[fx.Node], weights, origin: dict) -> None:
@@ -255,7 +255,7 @@ def _of_root(walk: Walk, group: Group) -> None:
 @born("signs", at_term, "root times random signs")
 def _of_signs(walk: Walk, group: Group) -> None:
     _check_no_derivative(walk)
-    _of_hessian(walk, group, _signs, _seed(walk.program), group.term, group.draws)
+    _of_hessian(walk, group, _signs, noise_seed(walk.program), group.term, group.draws)
 
 
 def _signs(h: Tensor, seed: Seed, stream: int, draws: int) -> Tensor:
