@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +21,7 @@ from fxcurv.errors import LossError
 from fxcurv.extensions import Extension
 from fxcurv.front.arguments import Arguments, flatten_arguments
 from fxcurv.front.requests import Autocast, Request, Subject, tensors_in
-from fxcurv.ir.private import pytree
+from fxcurv.ir.private import no_hooks, pytree
 from fxcurv.ir.program import Input, Program
 from fxcurv.ir.state import Options
 from fxcurv.runtime.bind import bind, cuda_devices, seed_tensor
@@ -288,13 +287,8 @@ class LossParts:
 @contextlib.contextmanager
 def _inside(model: nn.Module) -> Iterator[None]:
     """The extended model as its own class has it: plain, and without the hooks on itself, which run where it is called."""
-    before, after = model._forward_pre_hooks, model._forward_hooks
-    model._forward_pre_hooks, model._forward_hooks = OrderedDict(), OrderedDict()
-    try:
-        with disable():
-            yield
-    finally:
-        model._forward_pre_hooks, model._forward_hooks = before, after
+    with no_hooks(model), disable():
+        yield
 
 
 def _request(subject: Subject, arguments: Arguments, mode: Autocast, create_graph: bool = False) -> Request:

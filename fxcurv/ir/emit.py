@@ -15,7 +15,7 @@ import torch
 from torch import SymInt, Tensor, fx
 
 from fxcurv.ir.graph import layout
-from fxcurv.ir.placement import Placement
+from fxcurv.ir.placement import Placement, Shard
 from fxcurv.ir.private import (
     disable_fake_tensor_cache,
     dispatch_functionalize,
@@ -97,10 +97,10 @@ def first_sample(program: Program) -> fx.Node:
 
 
 def _an_input(program: Program) -> tuple[fx.Node, int]:
-    """An input with samples, and their dimension."""
-    bound = zip(program.graph.find_nodes(op="placeholder"), program.inputs, strict=True)
-    dims = program.options.batch_dims
-    return next((n, d) for n, b in bound if b.kind == "input" and (d := dims[b.index]) is not None)
+    """A value that comes from outside with an axis of samples alone, and its dimension: a cotangent, if there is one."""
+    given = program.graph.find_nodes(op="placeholder")
+    places = ((n, n.meta.get("place")) for n in reversed(given))
+    return next((n, p.dim) for n, p in places if isinstance(p, Shard) and p.outer * p.inner == 1)
 
 
 def _at_front(program: Program, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

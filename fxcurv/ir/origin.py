@@ -40,9 +40,9 @@ def locate(node: fx.Node) -> str:
     return f"op {op}{where}" + (f"\n  {line}" if line else "")
 
 
-def at_loss(node: fx.Node) -> str:
-    """Where the loss is computed, as the first lines of a message about it."""
-    return f"{locate(node)}\n" if node.op == "call_function" else ""
+def at_loss(node: fx.Node | None) -> str:
+    """Where the loss is computed, as the first lines of a message about it; "" where the program does not hold it."""
+    return f"{locate(node)}\n" if node is not None and node.op == "call_function" else ""
 
 
 def module_path(node: fx.Node) -> str:

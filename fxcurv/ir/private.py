@@ -7,10 +7,12 @@ rules that are about them, and have a row here. A test reads the whole tree for 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import warnings
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -163,7 +165,7 @@ __all__ = [
     "ShapeEnv", "TRIED", "TorchDispatchMode", "base_of", "captured_size", "check", "constant_result", "decomposes",
     "decomposition_table", "disable_fake_tensor_cache", "dispatch_functionalize", "enable_python_dispatcher",
     "find", "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform",
-    "is_view", "make_fx", "maybe_mark_dynamic", "no_torch_functions", "original", "own_buffers", "own_parameters",
+    "is_view", "make_fx", "maybe_mark_dynamic", "no_hooks", "no_torch_functions", "original", "own_buffers", "own_parameters",
     "patched", "pytree", "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing", "uses_of_storage",
     "version_of",
 ]  # fmt: skip
@@ -228,6 +230,17 @@ def version_of(tensor: torch.Tensor) -> int:
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether anything runs before or after a module's forward pass."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+@contextlib.contextmanager
+def no_hooks(module: torch.nn.Module) -> Iterator[None]:
+    """Without what runs before or after the module's own forward pass."""
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        module._forward_pre_hooks, module._forward_hooks = before, after
 
 
 def own_parameters(module: torch.nn.Module) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Embedding(Rule):
     def transpose(self, call: Call, wrt, g):
         """Rows are added where they were read. PyTorch's own backward fixes the number of columns as it is traced."""
         weight, index, padding, by_frequency, _ = call.args
-        index, g = index.flatten(), g.flatten(1, -2)
+        index, g = index.flatten(), g.reshape(g.shape[0], index.numel(), g.shape[-1])
         if padding >= 0:
             g = g * (index != padding).unsqueeze(1)
         if by_frequency:

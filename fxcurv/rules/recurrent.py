@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -14,6 +15,17 @@ from fxcurv.rules.base import rewrite
 aten = torch.ops.aten
 
 
+@contextlib.contextmanager
+def _without_onednn():
+    """PyTorch's own context sets a switch of Intel's GPUs as well, and warns that there is none."""
+    was = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = was
+
+
 def _unrolled(op, x: Tensor, hx: Any, params, biases: bool, layers: int, p: float, train: bool, both: bool, first: bool):
     """The op in cell steps, a layer at a time: PyTorch's decomposition leaves out the dropout between layers.
 
@@ -22,7 +34,7 @@ def _unrolled(op, x: Tensor, hx: Any, params, biases: bool, layers: int, p: floa
     states = list(hx) if isinstance(hx, list | tuple) else [hx]
     x, per, directions = x.transpose(0, 1) if first else x, len(params) // layers, 2 if both else 1
     last: list[list[Tensor]] = []
-    with torch.backends.mkldnn.flags(enabled=False):
+    with _without_onednn():
         for k in range(layers):
             here = [s[directions * k : directions * (k + 1)] for s in states]
             given = here if isinstance(hx, list | tuple) else here[0]

@@ -353,8 +353,10 @@ BAD = {
     ),
     "random op without a rule": Bad(
         errors.UnsupportedOpError,
-        ["rrelu", "module '1'", "random", "Way out"],
-        model=lambda: nn.Sequential(nn.Linear(4, 5), nn.RReLU(), nn.Linear(5, 3)),
+        ["fractional_max_pool2d", "module '1'", "random", "Way out"],
+        model=lambda: nn.Sequential(
+            nn.Unflatten(1, (1, 2, 2)), nn.FractionalMaxPool2d(2, output_size=1), nn.Flatten(), nn.Linear(1, 3)
+        ),
     ),
     "writes to its input": Bad(
         errors.CaptureError,

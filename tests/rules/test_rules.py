@@ -363,8 +363,8 @@ def test_rewrite(op):
     for _, args in found:
         if trained_statistics(op, args):
             continue
-        if op is aten.scaled_dot_product_attention.default and args[4] > 0:
-            continue  # drops at random
+        if op is aten.scaled_dot_product_attention.default and args[4] > 0 or op is aten.rrelu.default and args[3]:
+            continue  # draws at random
         expected, actual = flat_floats(run(op, args)), flat_floats(run(op, args, REWRITES[op]))
         assert len(actual) == len(expected), shapes(args)
         for a, e in zip(actual, expected, strict=True):

@@ -1,8 +1,8 @@
 """Every differentiable op of PyTorch's own database as a model of one op, against the oracle.
 
-    python tests/coverage/op_sweep.py                                   # all ops, a line for each that is not right
-    python tests/coverage/op_sweep.py --only cumsum linalg.det          # some of them, with messages
-    python tests/coverage/op_sweep.py --write docs/coverage.md          # the table
+    python tests/operators/op_sweep.py                                   # all ops, a line for each that is not right
+    python tests/operators/op_sweep.py --only cumsum linalg.det          # some of them, with messages
+    python tests/operators/op_sweep.py --write docs/coverage.md          # the table
 
 A model scales its input by a parameter and calls the op; the op's other differentiable arguments are parameters
 too. Its samples are found, not declared:
@@ -538,7 +538,7 @@ the gradient, `BatchGrad` and `DiagGGNExact` against plain autograd (`tests/orac
 whose slices the op keeps apart, else `torch.vmap` makes them; where an op mixes the slices of a dimension, that is
 to be refused by name ("mixing" in the table), and the gradient alone to be right.
 
-Written by `python tests/coverage/op_sweep.py --samples {samples} --write docs/coverage.md` with PyTorch {version}.
+Written by `python tests/operators/op_sweep.py --samples {samples} --write docs/coverage.md` with PyTorch {version}.
 {counts}
 
 Served by: the ops that were left to differentiate after export, by a rule or by the general fallback. Deviation: the
