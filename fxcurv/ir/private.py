@@ -71,9 +71,11 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.utils.checkpoint.CheckpointFunction": TRIED,
     # operators that captured graphs hold
     "torch.ops.aten._adaptive_avg_pool2d": TRIED,
+    "torch.ops.aten._adaptive_avg_pool2d_backward": TRIED,
     "torch.ops.aten._adaptive_avg_pool3d": TRIED,
     "torch.ops.aten._cdist_forward": TRIED,
     "torch.ops.aten._efficientzerotensor": TRIED,
+    "torch.ops.aten._linalg_eigh": TRIED,
     "torch.ops.aten._local_scalar_dense": TRIED,
     "torch.ops.aten._log_softmax": TRIED,
     "torch.ops.aten._log_softmax_backward_data": TRIED,

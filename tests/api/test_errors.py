@@ -353,10 +353,8 @@ BAD = {
     ),
     "random op without a rule": Bad(
         errors.UnsupportedOpError,
-        ["fractional_max_pool2d", "module '1'", "random", "Way out"],
-        model=lambda: nn.Sequential(
-            nn.Unflatten(1, (1, 2, 2)), nn.FractionalMaxPool2d(2, output_size=1), nn.Flatten(), nn.Linear(1, 3)
-        ),
+        ["_standard_gamma", "random", __file__, "rsample()", "Way out"],
+        model=lambda: Net(lambda layer, x: torch.distributions.Gamma(layer(x).exp(), 1.0).rsample()),
     ),
     "writes to its input": Bad(
         errors.CaptureError,

@@ -36,7 +36,6 @@ AROUND_ONLY = {
     "torch.nn.functional.multilabel_margin_loss",
     "torch.nn.modules.batchnorm._NormBase",
     "torch.nn.modules.conv._ConvNd",
-    "torch.ops.aten._linalg_eigh",
     "torch.ops.aten._upsample_bilinear2d_aa",
     "torch.testing._internal.common_methods_invocations",
     "._buffers",

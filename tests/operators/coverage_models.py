@@ -2,7 +2,7 @@
 
     python tests/operators/coverage_models.py --jobs 4 --results coverage.json       # hours on two cores; may be stopped, goes on
     python tests/operators/coverage_models.py --models gpt2 vit --modes float64-eval
-    python tests/operators/coverage_models.py --results coverage.json --write        # the table in docs/models.md, of what has run
+    python tests/operators/coverage_models.py --results coverage.json --write # the table in docs/models.md, of what has run
 
 Needs `transformers` (the extra `models`).
 """

@@ -5,7 +5,7 @@ takes a second or two, so the whole of it (about 10,000 samples, of which 200 pe
 its own. To run as much as there is time for, to stop and to go on where it stopped:
 
     python tests/operators/op_options.py options.jsonl --minutes 60 # samples in rounds: first one of every op, then a second, …
-    python tests/operators/op_options.py options.jsonl --only cdist --every # every model of every sample of one op in all settings
+    python tests/operators/op_options.py options.jsonl --only cdist --every # each model of every sample of one op in all settings
 
 A line of `options.jsonl` is a sample; what is wrong is printed at the end. A crash or a hang is a line too, as every sample
 runs in a process of its own op. Without `--every`, a sample is one model in one setting (float64 or float32, `check="first"` or

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from fxcurv.errors import UnsupportedOpError
 from fxcurv.ir.batch import Batch
 from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Shard
+from fxcurv.ir.state import Options
 from fxcurv.passes.independence import _visit
 from fxcurv.rules.base import REWRITES, RULES
 
@@ -114,7 +115,8 @@ def placed(op, args, n, where, active):
     kwargs = {a.name: v for a, v in zip(schema, given, strict=True) if a.kwarg_only}
     node = graph.call_function(op, tuple(given[: len(given) - len(kwargs)]), kwargs)
     node.meta["val"] = run(op, args)
-    program = types.SimpleNamespace(batch=Batch(frozenset(), n), rules={}, extensions=(types.SimpleNamespace(per_sample=True),))
+    extensions = (types.SimpleNamespace(per_sample=True),)
+    program = types.SimpleNamespace(batch=Batch(frozenset(), n), rules={}, extensions=extensions, options=Options())
     _visit(program, node)
     return node.meta["place"] if isinstance(node.meta["place"], list) else [node.meta["place"]]
 
