@@ -154,7 +154,11 @@ class Param:
             factors = [self._at_parameter(f, u) for f, u in zip(factors, uses, strict=True)]
             path = ()
         if group.paired:
-            factors, weights = self.emit(squares_of, factors)
+            given = factors
+            factors, weights = self.emit(squares_of, given)
+            for factor in factors:
+                for name, where in zip(factor.tensors, factor.places(), strict=True):
+                    declare(getattr(factor, name), where, given)
         value = self._contract(spec, factors, weights, uses[0].rule)
         if "p" in spec.reduce or not path:
             return value

@@ -36,9 +36,11 @@ def _check_placements(program: Program) -> None:
             raise InternalError(f"after placements: {locate(node)} has no placement")
     ours = [e for e in program.extensions if type(e).__module__.startswith("fxcurv.")]  # a user's need not say it
     axes = {"grad": None, **{e.savefield: e.sample_axis for e in ours}}
+    some = {e.savefield for e in ours if getattr(e, "subsampling", None)}  # as many as were named, whatever the batch
     for field in [f for f in axes if f in program.results and f not in program.borrowing]:
         axis = axes[field]
         allowed: tuple = (PARTIAL, REPLICATE) if axis is None else (Shard(axis), Alike(axis))
+        allowed += (REPLICATE,) if field in some else ()
         for node in pytree.tree_leaves(program.results[field]):
             if node.meta["across"] not in (*allowed, MIXED):
                 raise InternalError(f"after placements: {field} is {node.meta['across']}, not {allowed}")
