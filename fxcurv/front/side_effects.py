@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
@@ -59,12 +60,12 @@ def no_side_effects(modules: Sequence[nn.Module]) -> Iterator[Callable[[], None]
     numbers = _numbers(named)
     changed: list[str] = []
 
-    def look() -> None:
-        changed.extend(_by_name(what, owner) for what, owner, old in before if _leaks(owner, old))
+    def look(traced: Callable[[Any], bool] = _traced) -> None:
+        changed.extend(_by_name(what, owner, traced) for what, owner, old in before if _leaks(owner, old, traced))
 
     with patched("torch.Tensor.register_hook", _no_tensor_hook):
         try:
-            yield look
+            yield lambda: look(_of_the_call)
         except BaseException as error:
             look()
             _restore(before)
@@ -230,23 +231,30 @@ def _traced(value: Any, depth: int = 3) -> bool:
     return depth > 0 and any(_traced(v, depth - 1) for v in list(value))
 
 
-def _leaks(owner: Any, old: Any) -> bool:
+def _of_the_call(value: Any) -> bool:
+    """Whether a value is a traced tensor that parameters or samples have entered: no constant, which is kept to save time."""
+    if not isinstance(value, Tensor):
+        return _traced(value)
+    return _traced(value) and (value.requires_grad or any(isinstance(size, torch.SymInt) for size in value.shape))
+
+
+def _leaks(owner: Any, old: Any, traced: Callable[[Any], bool]) -> bool:
     """Whether a tensor of the capture is in a dict or list now."""
     if isinstance(owner, dict):
-        return any(_traced(v) for k, v in owner.items() if k not in _OWN and not (k in old and old[k] is v and _traced(v, 0)))
-    return any(_traced(v) for v in owner)
+        return any(traced(v) for k, v in owner.items() if k not in _OWN and not (k in old and old[k] is v and _traced(v, 0)))
+    return any(traced(v) for v in owner)
 
 
-def _by_name(what: str, owner: Any) -> str:
+def _by_name(what: str, owner: Any, traced: Callable[[Any], bool]) -> str:
     """`what` with the name of the attribute, where it is one."""
-    names = [k for k, v in owner.items() if k not in _OWN and _traced(v)] if isinstance(owner, dict) else []
+    names = [k for k, v in owner.items() if k not in _OWN and traced(v)] if isinstance(owner, dict) else []
     return what.replace("an attribute of", f"the attribute '{names[0]}' of") if names else what
 
 
 def _restore(before: Iterable[tuple[str, Any, Any]]) -> None:
     """Take the capture's tensors out again."""
     for _, owner, old in before:
-        if _leaks(owner, old):
+        if _leaks(owner, old, _traced):
             if isinstance(owner, dict):
                 for k in [k for k, v in owner.items() if k not in _OWN and _traced(v)]:
                     if k in old:

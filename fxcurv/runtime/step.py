@@ -35,11 +35,12 @@ class Steps:
 
     Attributes:
         name: by which the traced code finds it.
-        changes: how often Python state was found changed for which Dynamo has no guard; it guards this number.
+        changes: a mark for each time that Python state was found changed for which Dynamo has no guard. It guards this text; a
+            number that changes it would take for a dynamic one, which no constant can be made of.
     """
 
     def __init__(self, programs: Programs[Ready], subject: Subject):
-        self.programs, self.subject, self.changes = programs, subject, 0
+        self.programs, self.subject, self.changes = programs, subject, ""
         self.name = f"compiled_{next(_COUNT)}"
         STEPS[self.name] = self
 
@@ -97,7 +98,7 @@ def unchanged(ticks: Tensor, name: str, step: str) -> None:
     ticks += 1
     if not python.holds(modules):
         found = "; ".join(reasons(python.differences(modules)))
-        steps.changes += 1  # Dynamo guards it: the next call gets its program
+        steps.changes += "|"  # Dynamo guards it: the next call gets its program
         raise ArgumentError(
             f"inside torch.compile, {found}, which its guards do not see. Call the step again: it is compiled anew. Way out, for "
             "what changes often: a number or tensor that is an attribute of the model (or of a loss module), or an input."
@@ -112,7 +113,7 @@ def _(ticks: Tensor, name: str, step: str) -> None:
 @torch.compiler.assume_constant_result
 def name_for(
     name: str,
-    changes: int,
+    changes: str,
     skeleton: Any,
     modes: list[bool],
     create_graph: bool,
