@@ -1,0 +1,93 @@
+"""Choose the fast set: fast.json from the CPU seconds that every test takes.
+
+    PYTHONPATH=tests python -m pytest -p choose_fast -n 2          # notes them in .fast/ (or with -m '' for all)
+    python tests/choose_fast.py --seconds 850                      # writes tests/fast.json
+
+The first test of each function is worth most, whatever it takes; the k-th of its parameters is worth 1 / k of that. So they are
+taken in the order of cost times k until the time is spent, of a function's parameters first those that other functions have not
+taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import heapq
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+NOTES = HERE.parent / ".fast"
+# They run files of tests in Triton's interpreter, which nothing else does without a GPU.
+ALWAYS = {f"kernels/test_kernels{kind}_triton.py::test_in_the_interpreter" for kind in ("", "_layers")}
+
+
+def _cpu() -> float:
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    start = _cpu()
+    done = yield
+    NOTES.mkdir(exist_ok=True)
+    with (NOTES / f"{os.environ.get('PYTEST_XDIST_WORKER', 'main')}.jsonl").open("a") as notes:
+        notes.write(json.dumps([item.nodeid.removeprefix("tests/"), _cpu() - start]) + "\n")
+    return done
+
+
+def parameters(test: str) -> str:
+    return test.partition("[")[2].removesuffix("]")
+
+
+def chosen(cost: dict[str, float], seconds: float) -> dict[str, list[str]]:
+    """function -> the tests of it that are kept."""
+    left: dict[str, list[str]] = collections.defaultdict(list)
+    for test in cost:
+        left[test.partition("[")[0]].append(test)
+    kept: dict[str, list[str]] = {f: left.pop(f) if f in ALWAYS else [] for f in list(left)}
+    seconds -= sum(cost[test] for tests in kept.values() for test in tests)
+    taken: collections.Counter[str] = collections.Counter()
+
+    def rarest(function: str) -> str:
+        return min(left[function], key=lambda t: (sum(taken[word] for word in parameters(t).split("-")), cost[t]))
+
+    queue = [(cost[rarest(f)], f) for f in left]
+    heapq.heapify(queue)
+    while queue:
+        _, function = heapq.heappop(queue)
+        test = rarest(function)
+        if cost[test] > seconds:
+            continue
+        seconds -= cost[test]
+        left[function].remove(test)
+        kept[function].append(test)
+        taken.update(parameters(test).split("-"))
+        if left[function]:
+            heapq.heappush(queue, (cost[rarest(function)] * (len(kept[function]) + 1), function))
+    return kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=850)
+    seconds = parser.parse_args().seconds
+    cost = dict(json.loads(line) for path in NOTES.glob("*.jsonl") for line in path.read_text().splitlines())
+    kept = chosen(cost, seconds)
+    whole = collections.Counter(test.partition("[")[0] for test in cost)
+    fast: dict[str, dict[str, list[str]]] = collections.defaultdict(dict)
+    for function, tests in sorted(kept.items()):
+        if len(tests) < whole[function]:
+            path, _, name = function.partition("::")
+            fast[path][name] = sorted(map(parameters, tests))
+    (HERE / "fast.json").write_text(json.dumps(fast, indent=1, ensure_ascii=False) + "\n")
+    taken = [test for tests in kept.values() for test in tests]
+    print(f"{len(taken)} of {len(cost)} tests, {sum(cost[test] for test in taken):.0f} of {sum(cost.values()):.0f} seconds")
+    print(f"{sum(not tests for tests in kept.values())} of {len(kept)} functions are slow")
+
+
+if __name__ == "__main__":
+    main()
