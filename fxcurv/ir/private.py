@@ -174,6 +174,7 @@ __all__ = [
 
 # they log what a trace raises, and more about it
 trace_logs = [logging.getLogger(known.__module__) for known in (disable_fake_tensor_cache, ShapeEnv)]
+trace_logs.append(logging.getLogger("torch._export.non_strict_utils"))  # of a batch of one, that its size is a number
 
 
 def patched(name: str, new: Any) -> Any:

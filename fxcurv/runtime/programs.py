@@ -191,8 +191,8 @@ class Programs(Generic[M]):
             two = self.captured(dataclasses.replace(request, arguments=doubled(request.arguments)), numbers)
         except FxcurvError:  # targets that only fit an output that was squeezed at one sample, say
             return alone()
-        if two.fixed:  # by the model, which is captured at one sample after all
-            return self._analysed(request, numbers, tell)
+        if two.fixed:  # by the model, so the graph is of two samples only
+            return alone()
         try:
             one = self.captured(request, numbers)
         except FxcurvError:
