@@ -17,6 +17,7 @@ from typing import Any, ClassVar, dataclass_transform
 import torch
 from torch import Tensor
 
+from fxcurv.ir.emit import declare
 from fxcurv.ir.placement import Shard, samples_first, shifted
 from fxcurv.ir.private import pytree
 from fxcurv.kernels.patches import channels_last, windows
@@ -320,3 +321,9 @@ def positions(t: Tensor, place: Shard, lead: int, groups: int) -> Tensor:
 def summed(t: Tensor, d: int) -> Tensor:
     """The sum over an axis, a view where its size is one."""
     return t.squeeze(d) if isinstance(t.shape[d], int) and t.shape[d] == 1 else t.sum(d)
+
+
+def declare_factor(factor: Factor, sources: Any) -> None:
+    """Say where the samples are on the tensors of an emitted factor (see `ir.emit.declare`)."""
+    for name, where in zip(factor.tensors, factor.places(), strict=True):
+        declare(getattr(factor, name), where, sources)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcurv.contractions.contract import Contract, Spec
-from fxcurv.contractions.factors import Factor, Jacobian
+from fxcurv.contractions.factors import Factor, Jacobian, declare_factor
 from fxcurv.contractions.pairs import squares_of
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.parameters import hashable
@@ -157,8 +157,7 @@ class Param:
             given = factors
             factors, weights = self.emit(squares_of, given)
             for factor in factors:
-                for name, where in zip(factor.tensors, factor.places(), strict=True):
-                    declare(getattr(factor, name), where, given)
+                declare_factor(factor, given)
         value = self._contract(spec, factors, weights, uses[0].rule)
         if "p" in spec.reduce or not path:
             return value

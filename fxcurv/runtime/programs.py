@@ -170,10 +170,13 @@ class Programs(Generic[M]):
         with request.as_called():
             return capture(request.subject.model, request.subject.loss, request.arguments, self.options.split, numbers)
 
-    def _analysed(self, request: Request, numbers: tuple[Path, ...], tell: Tell = silent, alone: bool = False) -> Program:
+    def _analysed(self, request: Request, numbers: tuple[Path, ...], tell: Tell = silent) -> Program:
         tell("capture")
-        program = self.captured(request, numbers)
-        program.options = dataclasses.replace(program.options, alone=alone)
+        return passes.run(self.captured(request, numbers), passes.ANALYSIS, self.options.debug, tell)
+
+    def _analysed_alone(self, program: Program, tell: Tell) -> Program:
+        """A captured program of one sample, which is the batch."""
+        program.options = dataclasses.replace(program.options, alone=True)
         return passes.run(program, passes.ANALYSIS, self.options.debug, tell)
 
     def _lowered(self, request: Request, numbers: tuple[Path, ...] = ()) -> M:
@@ -185,22 +188,21 @@ class Programs(Generic[M]):
 
     def _of_one(self, request: Request, numbers: tuple[Path, ...], tell: Tell) -> Program:
         """The program of one sample: that of two says where the samples are, if at one it computes what the model does."""
-        alone = lambda: self._analysed(request, numbers, tell, alone=True)  # noqa: E731
         tell("capture")
         try:
             two = self.captured(dataclasses.replace(request, arguments=doubled(request.arguments)), numbers)
         except FxcurvError:  # targets that only fit an output that was squeezed at one sample, say
-            return alone()
+            return self._analysed_alone(self.captured(request, numbers), tell)
         if two.fixed:  # by the model, so the graph is of two samples only
-            return alone()
+            return self._analysed_alone(self.captured(request, numbers), tell)
         try:
             one = self.captured(request, numbers)
         except FxcurvError:
             one = None  # it cannot run on one sample, which `single_sample` says
         if one is not None and not forward.serves_one(two, one, request):
-            return alone()
+            return self._analysed_alone(one, tell)
         two = passes.run(two, passes.ANALYSIS, self.options.debug, tell)
-        return alone() if two.batch.whole else single_sample(two)
+        return self._analysed_alone(one or self.captured(request, numbers), tell) if two.batch.whole else single_sample(two)
 
     def _scheduled(self, request: Request, changed: list[Any]) -> M | None:
         """A program in which floats that have changed twice are inputs, if the model can be traced so.

@@ -269,6 +269,11 @@ def floats(out: Any) -> list[Tensor]:
     return [o for o in pytree.tree_leaves(out) if isinstance(o, Tensor) and o.is_floating_point()]
 
 
+def draws(op, args: tuple) -> bool:
+    """Whether the call is random, so that no two of them are equal."""
+    return op is aten.scaled_dot_product_attention.default and args[4] > 0 or op is aten.rrelu.default and args[3]
+
+
 def differentiable(op, args: tuple) -> list[int]:
     """The positions that autograd has a derivative for."""
     return [i for i, x in tensors(args).items() if x.is_floating_point() and _alone(op, args, i)]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor, fx
 
-from fxcurv.contractions.factors import Factor, Jacobian
+from fxcurv.contractions.factors import Factor, Jacobian, declare_factor
 from fxcurv.errors import UnsupportedOpError
 from fxcurv.ir.emit import declare, emit
 from fxcurv.ir.graph import canonical_args
@@ -112,8 +112,7 @@ def _step(walk: Walk, node: fx.Node, stack: Stack) -> None:
         for i in free:
             here = narrowed(walk, stack, kept[i], node)
             found = emit(program, rule.factors, call, i, here.node, origin=origin)
-            for name, where in zip(found.tensors, found.places(), strict=True):
-                declare(getattr(found, name), where, (node, call, here.node))
+            declare_factor(found, (node, call, here.node))
             use = Use(found, here.groups, here.columns, rule.name, (), node, leaves[i], here.node)
             walk.uses.setdefault(leaves[i], []).append(use)
     except (*FAILURES, TypeError) as error:
