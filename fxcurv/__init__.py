@@ -3,12 +3,13 @@
 from fxcurv import errors, extensions
 from fxcurv.api import Compiled, compile  # noqa: A004
 from fxcurv.ir.program import Program
+from fxcurv.over import Totals, over
 from fxcurv.result import Result
 from fxcurv.rules import Contraction, Pointwise, Rule, register, rewrite
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Compiled", "Contraction", "Pointwise", "Program", "Result", "Rule", "compile", "errors", "extensions", "register",
-    "rewrite",
+    "Compiled", "Contraction", "Pointwise", "Program", "Result", "Rule", "Totals", "compile", "errors", "extensions", "over",
+    "register", "rewrite",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ from fxcurv.explain.lowered import Lowered
 from fxcurv.explain.report import Report
 from fxcurv.extensions import Extension
 from fxcurv.extensions.parameters import Choice, hashable
+from fxcurv.front.arguments import Arguments, flatten_arguments
 from fxcurv.front.requests import Request, Subject, check_trainable, checked
 from fxcurv.ir.state import Options
 from fxcurv.result import Result
@@ -252,6 +254,16 @@ class Compiled:
                 return Report(program, flat, arguments.batch_size, ready.note)
             except (RuntimeError, IndexError) as error:
                 raise run_error(program, arguments, flat, error) from error
+
+    def asking(self, extensions: Iterable[Extension]) -> Compiled:
+        """The same model, loss and options with other extensions."""
+        found = checked(extensions)
+        options = dataclasses.replace(self._options, as_written=any(e.by_op for e in found))
+        return Compiled(self.model, self.loss, found, options, self._backend)
+
+    def arguments(self, inputs: Any, *targets: Any) -> Arguments:
+        """The tensors of a call, flat, and where the samples are in each."""
+        return flatten_arguments(inputs, targets, self._options.batch_dim)
 
     def covered(self) -> tuple[list[str], dict[Extension, list[str]]]:
         """(the parameters of all quantities, those of each extension that chose its own), by name."""

@@ -67,7 +67,7 @@ class Arguments:
         for t in self.targets:
             order = list(dict.fromkeys([*(d for d in first if d < t.ndim), *range(t.ndim)]))
             equal = [d for d in order if t.shape[d] == n]
-            out.append(next(iter([*equal, *(d for d in order if t.shape[d] % n == 0)]), None))
+            out.append(next(iter([*equal, *(d for d in order if n and t.shape[d] % n == 0)]), None))
         return out
 
     def split_targets(self) -> list[Tensor]:
@@ -97,7 +97,7 @@ def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any) -> Arguments:
     """Bring `compiled(inputs, *targets)` into a flat form.
 
     Raises:
-        ArgumentError: if the inputs hold no tensor, the batch is empty, or batch sizes disagree.
+        ArgumentError: if the inputs hold no tensor, or batch sizes disagree.
     """
     named = isinstance(inputs, Mapping)
     names = list(inputs) if named else None
@@ -115,8 +115,7 @@ def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any) -> Arguments:
     target_tensors: list[Tensor] = []
     target_template = templated(tuple(targets), target_tensors)
     arguments = Arguments(tensors, target_tensors, input_template, target_template, dims)
-    if arguments.batch_size == 0:
-        raise ArgumentError("the batch is empty: pass at least one sample")
+    arguments.batch_size  # noqa: B018  (that there is one)
     if any(t.is_complex() for t in (*tensors, *target_tensors)):
         raise ArgumentError("complex tensors are not supported: split them into real and imaginary parts")
     arguments.structure = _structure(input_template, "inputs"), _structure(target_template, "targets")

@@ -18,6 +18,7 @@ from fxcurv.passes.recycle import functional
 from fxcurv.result import Result
 from fxcurv.runtime.backend import Backend
 from fxcurv.runtime.bind import bind, cuda_devices
+from fxcurv.runtime.empty import of_no_sample
 from fxcurv.runtime.programs import Programs, Ready
 from fxcurv.runtime.selfcheck import Check
 
@@ -38,6 +39,9 @@ def call(
     """`Compiled.__call__` outside of `torch.compile`."""
     request = programs.request(subject, inputs, targets, subject.autocast(), create_graph)
     kept = None if out is None else _kept(out, create_graph, backend)
+    if not request.arguments.batch_size:
+        with request.apart():
+            return of_no_sample(programs.like(request).program, request)
     with request.apart():
         ready = programs.find(request)
         program = ready.program

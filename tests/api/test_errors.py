@@ -226,7 +226,7 @@ BAD = {
     "no parameter": Bad(errors.ArgumentError, ["no trainable parameter", "requires_grad"], model=nn.Tanh),
     "all frozen": Bad(errors.ArgumentError, ["no trainable parameter"], model=lambda: mlp().requires_grad_(False)),
     "lazy": Bad(errors.ArgumentError, ["'weight'", "not initialised"], model=lambda: nn.LazyLinear(3)),
-    "empty batch": Bad(errors.ArgumentError, ["batch is empty"], x=inputs()[:0], y=classes()[:0]),
+    "empty batch": Bad(errors.ArgumentError, ["batch is empty", "products"], extensions=[HMP()], x=inputs()[:0], y=classes()[:0]),
     "no tensor": Bad(errors.ArgumentError, ["no tensor"], x=()),
     "an array": Bad(errors.ArgumentError, ["inputs", "ndarray"], x=(inputs(), inputs().numpy())),
     "target array": Bad(errors.ArgumentError, ["targets", "ndarray"], y=classes().numpy()),
