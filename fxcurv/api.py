@@ -23,6 +23,7 @@ from fxcurv.runtime.backend import Backend
 from fxcurv.runtime.bind import bind, seed_tensor
 from fxcurv.runtime.call import call, run_error
 from fxcurv.runtime.export import export
+from fxcurv.runtime.one import serves_one
 from fxcurv.runtime.programs import Programs, Ready, covered, emitted
 from fxcurv.runtime.step import Steps, call_in_step
 
@@ -145,7 +146,7 @@ class Compiled:
 
     def _forget(self) -> None:
         """Have no programs, nor anything that is known of them."""
-        self._programs: Programs[Ready] = Programs(self.extensions, self._options, emitted)
+        self._programs: Programs[Ready] = Programs(self.extensions, self._options, emitted, serves_one)
         self._steps = Steps(self._programs, self._subject)
         self.recompiles = self._programs.recompiles
 

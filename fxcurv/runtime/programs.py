@@ -91,14 +91,21 @@ class Programs(Generic[M]):
 
     Args:
         finish: makes of an analysed program what a call needs.
+        one: says whether what was made for more samples serves a single one.
 
     Attributes:
         recompiles: for every program after the first, why it was needed (see `Compiled`).
         named: what was made, as attributes: Dynamo guards the length of a list or dict that it reads.
     """
 
-    def __init__(self, extensions: tuple[Extension, ...], options: Options, finish: Callable[[Program, Tell], M]):
-        self.extensions, self.options, self.finish = extensions, options, finish
+    def __init__(
+        self,
+        extensions: tuple[Extension, ...],
+        options: Options,
+        finish: Callable[[Program, Tell], M],
+        one: Callable[[M, Request], bool] = lambda made, request: False,
+    ):
+        self.extensions, self.options, self.finish, self.one = extensions, options, finish, one
         self.recompiles: list[str] = []
         self.named = SimpleNamespace()
         self._made: dict[tuple[Key, Autocast, bool], list[M]] = {}
@@ -138,6 +145,11 @@ class Programs(Generic[M]):
         for made in serving:
             if made.program.python.holds(modules):
                 return made
+        if key[0].single and schedules:
+            for made in self._made.get((key[0]._replace(single=False), *key[1:]), []):
+                if made.program.python.holds(modules) and self.one(made, request):
+                    self._made.setdefault(key, []).append(made)
+                    return made
         changed: list[Any] = min((made.program.python.differences(modules) for made in serving), key=len, default=[])
         known = {key: [made.program for made in some] for key, some in self._made.items()}
         reason = shortened(reasons(changed)) if changed else why(key, known, n, request.subject)

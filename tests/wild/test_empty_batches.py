@@ -1,4 +1,4 @@
-"""A batch without samples, as Poisson sampling draws them: no program of its own, zeros, and no rows."""
+"""Batches without samples, as Poisson sampling draws them: no program of its own, zeros, and no rows. And those of one."""
 
 import pytest
 import torch
@@ -96,3 +96,22 @@ def test_what_an_empty_batch_is_refused():
     for wrong in (plain.explain, plain.lower, plain.export):
         with pytest.raises(ArgumentError, match="the batch is empty"):
             wrong(*data(0))
+
+
+@pytest.mark.parametrize("squeezes", [False, True])
+def test_one_sample_runs_by_the_program_for_more_where_it_is_right(squeezes):
+    class Net(nn.Sequential):
+        def forward(self, x):
+            z = super().forward(x)
+            return z.squeeze().reshape(-1, 3) if squeezes else z
+
+    net = Net(*model())
+    extensions = [BatchGrad(), DiagGGNExact(), KFLR()]
+    compiled, alone = (fxcurv.compile(net, nn.CrossEntropyLoss(), extensions) for _ in range(2))
+    compiled(*data(5))
+    found, wanted = compiled(*data(1)), alone(*data(1))
+    assert len(vars(compiled._programs.named)) == 1 + squeezes
+    for field in ("grad", "grad_batch", "diag_ggn_exact", "kflr"):
+        pairs = zip(pytree.tree_leaves(getattr(found, field)), pytree.tree_leaves(getattr(wanted, field)), strict=True)
+        for got, want in pairs:
+            torch.testing.assert_close(got, want)
