@@ -17,7 +17,10 @@ from fxcurv.extensions import Extension
 from fxcurv.extensions.parameters import Choice, hashable
 from fxcurv.front.arguments import Arguments, flatten_arguments
 from fxcurv.front.requests import Request, Subject, check_trainable, checked
+from fxcurv.front.values import given_values, member
+from fxcurv.ir.private import pytree
 from fxcurv.ir.state import Options
+from fxcurv.quantity import Product
 from fxcurv.result import Result
 from fxcurv.runtime.backend import Backend
 from fxcurv.runtime.bind import bind, seed_tensor
@@ -167,6 +170,7 @@ class Compiled:
         generator: torch.Generator | None = None,
         create_graph: bool = False,
         out: Result | None = None,
+        params: dict[str, Tensor] | None = None,
     ) -> Result:
         """Compute all quantities on one batch.
 
@@ -183,20 +187,44 @@ class Compiled:
                 result, their views, and what `attach` put on parameters then hold this call's numbers (after a smaller
                 batch, with old ones behind them), its other fields stay as they were, and it cannot be `out` again.
                 Without `out`, memory is used again only when nobody holds it.
+            params: parameter name -> tensor [*P], used in place of the module's own by the same program; of stacks [E, *P], for
+                E models in a row, every tensor of the result has that axis in front. The module stays as it is.
 
         Raises:
-            ArgumentError: also for an `out` that cannot serve: no result of this program, or too small a one, fields
-                that were replaced, or with `create_graph`, another backend than "eager", or inside `torch.compile`.
+            ArgumentError: also for another name, shape, dtype or device in `params`, and for an `out` that cannot serve: no
+                result of this program, or too small a one, fields that were replaced, or with `create_graph`, another backend
+                than "eager", or inside `torch.compile`.
             FxcurvError: see `fxcurv.errors`; nothing on the model has changed then.
         """
+        values, models = given_values(self.model, params) if params is not None else ({}, None)
+        if models is not None:
+            return self._of_models(values, models, inputs, targets, seed, generator, create_graph, out)
         if torch.compiler.is_dynamo_compiling():
             if out is not None:
                 raise ArgumentError("out= inside torch.compile: drop it, the compiled step plans its own memory")
-            return call_in_step(self._steps, inputs, targets, seed, generator, create_graph)
+            return call_in_step(self._steps, inputs, targets, seed, generator, create_graph, values)
         return call(
             self._programs, self._subject, self._backend, inputs, targets,
-            seed=seed, generator=generator, create_graph=create_graph, out=out,
+            seed=seed, generator=generator, create_graph=create_graph, out=out, values=values,
         )  # fmt: skip
+
+    def _of_models(
+        self, values: dict[str, Tensor], models: int, inputs: Any, targets: tuple, seed: Any, generator: Any, create_graph: bool,
+        out: Result | None,
+    ) -> Result:  # fmt: skip
+        """A call for each of several models' values, and their results as one; all draw the same columns."""
+        if out is not None:
+            raise ArgumentError("out= with stacks in params=: drop it, every model's result is new")
+        products = [type(e).__name__ for e in self.extensions if isinstance(e.requires, Product)]
+        if products:
+            raise ArgumentError(f"{products[0]} with stacks in params=: products are of one model each, call once for each")
+        seed = seed_tensor(seed, generator, self._subject.device())
+        each = [
+            self(inputs, *targets, seed=seed, create_graph=create_graph, params=member(self.model, values, k))
+            for k in range(models)
+        ]
+        fields = pytree.tree_map(lambda *ts: torch.stack(ts) if isinstance(ts[0], Tensor) else ts[0], *[r._fields for r in each])
+        return Result(fields, self.extensions, self.model)
 
     def lower(self, inputs: Any, *targets: Any, after: str | None = None) -> Lowered:
         """The program for this kind of input, to be looked at: `.graph_module`, `.print_readable()`, `.draw("graph.svg")`.

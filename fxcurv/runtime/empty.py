@@ -16,11 +16,12 @@ from fxcurv.kronecker import Eigenbasis
 from fxcurv.result import Result
 
 
-def of_no_sample(program: Program, request: Request) -> Result:
+def of_no_sample(program: Program, request: Request, values: dict[str, Tensor]) -> Result:
     """The result of a call without samples: rows per sample are none, sums over samples zero, eigenvectors the unit ones.
 
     Args:
         program: for samples of the same kind.
+        values: in place of the model's parameters.
 
     Raises:
         ArgumentError: for products, a call that is to be differentiated, or a regulariser whose curvature is asked for.
@@ -31,9 +32,9 @@ def of_no_sample(program: Program, request: Request) -> Result:
     subject, arguments = request.subject, request.arguments
     model = subject.model
     args, kwargs = filled(arguments.input_template, arguments.inputs)
-    held = dict(model.named_parameters())
+    held = {**dict(model.named_parameters()), **{name: t.detach().requires_grad_() for name, t in values.items()}}
     with torch.enable_grad(), request.as_called():
-        output = model(*args, **kwargs)
+        output = torch.func.functional_call(model, held, args, kwargs) if values else model(*args, **kwargs)
         loss = subject.loss(output, *filled(arguments.target_template, arguments.targets)) if subject.loss else None
     fields: dict[str, Any] = {}
     results = dict(program.results)
