@@ -290,6 +290,11 @@ class Compiled:
         options = dataclasses.replace(self._options, as_written=any(e.by_op for e in found))
         return Compiled(self.model, self.loss, found, options, self._backend)
 
+    @property
+    def subject(self) -> Subject:
+        """The model and the loss."""
+        return self._subject
+
     def arguments(self, inputs: Any, *targets: Any) -> Arguments:
         """The tensors of a call, flat, and where the samples are in each."""
         return flatten_arguments(inputs, targets, self._options.batch_dim)

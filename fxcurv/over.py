@@ -223,7 +223,7 @@ class Totals:
         if n:
             if not self.samples:
                 self._check_apart(compiled, inputs, targets)
-            result = compiled(inputs, *targets, seed=(self._seed + self.samples * GOLDEN) % 2**62)
+            result = compiled(inputs, *targets, seed=seed_of(self._seed, self.samples))
             values = dict(self._values(asked, result))
             self._check_finite(values, arguments)
             z = self._weights.of(result, inputs, targets, arguments)
@@ -410,6 +410,11 @@ class Totals:
         self._weights.load_state_dict(state["weights"])
         self._rows = {f: {n: Rows.of(r, self._to) for n, r in rows.items()} for f, rows in state["rows"].items()}
         self._earlier = _unpacked(state["earlier"])
+
+
+def seed_of(seed: int, first: int) -> int:
+    """The seed of the batch whose first sample has this number; the first batch has the seed itself."""
+    return (seed + first * GOLDEN) % 2**62
 
 
 def digests(model: nn.Module) -> dict[str, str]:

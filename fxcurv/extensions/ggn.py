@@ -152,3 +152,48 @@ def _by_output(p, head, place):
     if place.outer * place.inner == 1:
         del axes[place.dim]
     return p.movedim(0, 1).reshape((p.shape[1], *axes, *p.shape[2:]))
+
+
+@dataclass(frozen=True)
+class SqrtEmpirical(Extension):
+    """P[n] of the empirical column, [1, N, *P]: the individual gradient over the root of the loss' factor."""
+
+    savefield = "sqrt_empirical"
+    combine = (Combine("rows", 0.5),)
+    sample_axis = 1
+    needs_convex = True
+    requires = SqrtGGN(empirical=True)
+
+    def extract(self, param: Param) -> fx.Node:
+        return param.contract(power=1)
+
+
+@dataclass(frozen=True)
+class DiagEmpirical(Extension):
+    """The diagonal of the empirical Fisher, the squares of `SqrtEmpirical` summed over samples, [*P]."""
+
+    savefield = "diag_empirical"
+    combine = (Combine("sum"),)
+    needs_convex = True
+    requires = SqrtGGN(empirical=True)
+
+    def extract(self, param: Param) -> fx.Node:
+        return param.contract(power=2, reduce="vn")
+
+
+@dataclass(frozen=True)
+class JacobianNorms(Extension):
+    """The squared norms of every output's derivative, [N, C]."""
+
+    savefield = "jacobian_norms"
+    combine = (Combine("rows", 0),)
+    sample_axis = 0
+    any_sample = True
+    requires = Identity()
+
+    def extract(self, param: Param) -> fx.Node:
+        return param.emit(_samples_first, param.contract(power=2, reduce="p"))
+
+
+def _samples_first(norms):
+    return norms.t().contiguous()
