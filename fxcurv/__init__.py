@@ -1,6 +1,6 @@
 """fxcurv: a compiler for individual gradients and curvature of PyTorch models."""
 
-from fxcurv import errors, extensions, linear
+from fxcurv import errors, extensions, linear, optim
 from fxcurv.api import Compiled, compile  # noqa: A004
 from fxcurv.ir.program import Program
 from fxcurv.over import Totals, over
@@ -11,5 +11,5 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Compiled", "Contraction", "Pointwise", "Program", "Result", "Rule", "Totals", "compile", "errors", "extensions",
-    "linear", "over", "register", "rewrite",
+    "linear", "optim", "over", "register", "rewrite",
 ]  # fmt: skip

@@ -183,4 +183,6 @@ def _as_laplace(name: str, factors: Kronecker, share: float) -> list[Tensor]:
         return [b, a]
     if wide[len(outputs) :] + outputs == sorted(wide):
         return [a, b]
-    raise ArgumentError(f"'{name}' has its outputs between its inputs, which a Kron of laplace-torch cannot say: use another Hessian")
+    raise ArgumentError(
+        f"'{name}' has its outputs between its inputs, which a Kron of laplace-torch cannot say: use another Hessian structure"
+    )

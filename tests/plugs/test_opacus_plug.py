@@ -25,9 +25,8 @@ def private(model, data, reduction, hooks, rate):
     model = copy.deepcopy(model)
     loss = nn.CrossEntropyLoss(reduction=reduction)
     optimizer, engine = torch.optim.SGD(model.parameters(), lr=0.1), opacus.PrivacyEngine()
-    options = {
-        "noise_multiplier": 0.3, "max_grad_norm": 0.5, "loss_reduction": reduction, "noise_generator": torch.Generator().manual_seed(3)
-    }  # fmt: skip
+    noise = torch.Generator().manual_seed(3)
+    options = {"noise_multiplier": 0.3, "max_grad_norm": 0.5, "loss_reduction": reduction, "noise_generator": noise}
     torch.manual_seed(5)
     loader, empty = DataLoader(data, batch_size=rate), 0
     if hooks:
@@ -63,7 +62,8 @@ def test_virtual_steps_and_weights():
     samples(x[5:8], y[5:8])
     weight = model[3].weight.grad_sample
     assert [len(g) for g in weight] == [5, 3] and samples.reduction == "mean"
-    each = [torch.autograd.grad(nn.functional.cross_entropy(model(x[k : k + 1]), y[k : k + 1]), model[3].weight)[0] for k in range(8)]
+    losses = nn.functional.cross_entropy(model(x[:8]), y[:8], reduction="none")
+    each = [torch.autograd.grad(loss, model[3].weight, retain_graph=True)[0] for loss in losses]
     torch.testing.assert_close(torch.cat(weight), torch.stack(each))
     weighted = plug.GradSamples(model, nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2, 3, 4])))
     with pytest.raises(LossError, match="weights of their own"):
