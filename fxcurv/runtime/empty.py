@@ -65,7 +65,9 @@ def _empty(program: Program, value: Any, axis: int | None) -> Any:
 
     def zeros(node: fx.Node) -> Tensor:
         val = node.meta["val"]
-        shape = list(program.batch.shape(val, program.batch.size))
+        if program.batch.symbols:
+            return torch.zeros([program.batch.evaluate(s, 0) for s in val.shape], dtype=val.dtype, device=val.device)
+        shape = list(val.shape)
         if axis is not None:
             shape[axis] = 0
         return torch.zeros(shape, dtype=val.dtype, device=val.device)
