@@ -16,7 +16,7 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.token, self.a = nn.Conv1d(2, 8, 2), nn.Linear(8, 9), nn.Linear(9, 9)
-        self.b = nn.Parameter(torch.randn(9, 3))
+        self.b, self.unused = nn.Parameter(torch.randn(9, 3)), nn.Parameter(torch.ones(2))
 
     def forward(self, x):
         z = torch.tanh(self.token(self.conv(x).mT)).mean(1)
