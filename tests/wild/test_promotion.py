@@ -1,4 +1,4 @@
-"""Ops that promote: a layer in a narrow dtype meets values in a wider one, as under autocast. A cotangent has its value's dtype."""
+"""Ops that promote: a layer in a narrow dtype meets values in a wider one. A cotangent has the dtype of its value."""
 
 from __future__ import annotations
 
