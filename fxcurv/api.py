@@ -22,6 +22,7 @@ from fxcurv.ir.private import pytree
 from fxcurv.ir.state import Options
 from fxcurv.quantity import Product
 from fxcurv.result import Result
+from fxcurv.runtime.again import Again
 from fxcurv.runtime.backend import Backend
 from fxcurv.runtime.bind import bind, seed_tensor
 from fxcurv.runtime.call import call, run_error
@@ -151,11 +152,12 @@ class Compiled:
         """Have no programs, nor anything that is known of them."""
         self._programs: Programs[Ready] = Programs(self.extensions, self._options, emitted, serves_one)
         self._steps = Steps(self._programs, self._subject)
+        self._again: Again | None = None
         self.recompiles = self._programs.recompiles
 
     def __getstate__(self) -> dict[str, Any]:
         """What it was made of: a copy, also one by `pickle`, makes its own programs."""
-        made = ("recompiles", "_programs", "_steps")
+        made = ("recompiles", "_programs", "_steps", "_again")
         return {name: value for name, value in vars(self).items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -203,10 +205,15 @@ class Compiled:
             if out is not None:
                 raise ArgumentError("out= inside torch.compile: drop it, the compiled step plans its own memory")
             return call_in_step(self._steps, inputs, targets, seed, generator, create_graph, values)
-        return call(
+        if self._again is not None and out is None and not create_graph and not values:
+            result = self._again.call(inputs, targets, seed, generator)
+            if result is not None:
+                return result
+        result, self._again = call(
             self._programs, self._subject, self._backend, inputs, targets,
             seed=seed, generator=generator, create_graph=create_graph, out=out, values=values,
         )  # fmt: skip
+        return result
 
     def _of_models(
         self, values: dict[str, Tensor], models: int, inputs: Any, targets: tuple, seed: Any, generator: Any, create_graph: bool,

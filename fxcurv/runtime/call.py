@@ -16,6 +16,7 @@ from fxcurv.ir.origin import locate
 from fxcurv.ir.program import Kept, Program
 from fxcurv.passes.recycle import functional
 from fxcurv.result import Result
+from fxcurv.runtime.again import Again
 from fxcurv.runtime.backend import Backend
 from fxcurv.runtime.bind import bind, cuda_devices
 from fxcurv.runtime.empty import of_no_sample
@@ -36,13 +37,17 @@ def call(
     create_graph: bool,
     out: Result | None,
     values: dict[str, Tensor] | None = None,
-) -> Result:
-    """`Compiled.__call__` outside of `torch.compile`; `values`: in place of the model's parameters."""
+) -> tuple[Result, Again | None]:
+    """`Compiled.__call__` outside of `torch.compile`: (the result, how to do it again if the last call was like this one).
+
+    Args:
+        values: in place of the model's parameters.
+    """
     request = programs.request(subject, inputs, targets, subject.autocast(), create_graph)
     kept = None if out is None else _kept(out, create_graph, backend)
     if not request.arguments.batch_size:
         with request.apart():
-            return of_no_sample(programs.like(request).program, request, values or {})
+            return of_no_sample(programs.like(request).program, request, values or {}), None
     with request.apart():
         ready = programs.find(request)
         program = ready.program
@@ -67,7 +72,9 @@ def call(
         program.python.run_effects(subject.modules())
         if out is not None:
             out._memory = None
-        return result
+        repeated, ready.size = ready.size == request.arguments.batch_size, request.arguments.batch_size
+        plain = repeated and backend.name == "eager" and not values
+        return result, Again.of(ready, request, inputs, targets) if plain else None
 
 
 # ---- memory ------------------------------
