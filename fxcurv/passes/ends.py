@@ -4,6 +4,9 @@ A language model that is called with labels returns its loss, and `loss = lambda
 that the loss reads is a number then, which is no f: of it the loss is linear, and the Gauss-Newton of a linear function is
 zero. So f is what the loss op inside the model reads, where the output is a linear function of such ops alone. A mean of a
 layer's output (a critic's) ends at that layer. What else a number hides is not known: the Gauss-Newton is refused.
+
+An output that is a sum over samples (the divergence that a variational autoencoder returns beside its reconstruction) has the
+samples before it is summed up: those values are f in its place, where the loss is linear in it. A regulariser is of no f.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from torch import Tensor, fx
 from fxcurv.errors import LossError
 from fxcurv.ir.graph import canonical_args, is_tensor
 from fxcurv.ir.origin import locate
-from fxcurv.ir.placement import REPLICATE, Shard
+from fxcurv.ir.placement import PARTIAL, REPLICATE, Shard
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program, is_active, is_sharded, place
 from fxcurv.rules.base import rule_of
@@ -30,8 +33,8 @@ def ends(program: Program) -> Program:
     heads: dict[fx.Node, None] = {}
     for head in program.heads:
         found = _inside(program, head, head in linearly) if is_active(head) else None
-        heads.update(dict.fromkeys(found or [head]))
-    program.heads = list(heads)
+        heads.update(dict.fromkeys([head] if found is None else found))
+    program.heads = list(heads) or program.heads  # of a regulariser alone
     return program
 
 
@@ -46,7 +49,7 @@ def _inside(program: Program, head: fx.Node, linearly: bool) -> list[fx.Node] | 
     stops = [n for n in _stops(program, head) if place(n) != REPLICATE]  # others are regularisers
     losses = [n for n in stops if _is_loss(program, n)]
     others = [n for n in stops if n not in losses]
-    number = is_tensor(head) and not head.meta["val"].ndim and place(head) != REPLICATE
+    number = is_tensor(head) and (not head.meta["val"].ndim or place(head) == PARTIAL) and place(head) != REPLICATE
     read = list(dict.fromkeys(leaf for n in losses for leaf in _predictions(program, n)))
     if losses and linearly and not others and all(is_sharded(n) for n in read):
         program.analysis.ends = f"what the model's own loss reads, {_named(losses)}"
@@ -61,7 +64,28 @@ def _inside(program: Program, head: fx.Node, linearly: bool) -> list[fx.Node] | 
             "the loss begins, and {asked} (of the Gauss-Newton) does not exist.\nWay out: split='path of the submodule whose "
             "output is f'; or return that output from the model, and compute the loss in the loss function."
         )
-    return None
+    return _summands(program, head) if linearly else None
+
+
+def _summands(program: Program, head: fx.Node) -> list[fx.Node] | None:
+    """The values per sample that an output is a linear function of; None where it has samples, or mixes them."""
+    found: dict[fx.Node, None] = {}
+    seen, stack = set(), [head]
+    while stack:
+        node = stack.pop()
+        if node in seen or is_active(node) and place(node) == REPLICATE:
+            continue
+        seen.add(node)
+        if is_sharded(node):
+            found[node] = None
+        elif node.op != "call_function" or not _is_linear(program, node):
+            return None
+        else:
+            stack.extend(filter(is_active, node.all_input_nodes))
+    if head in found:
+        return None
+    program.analysis.ends = f"what the model sums up itself, {_named([*found] or [head])}"
+    return list(found)
 
 
 def _named(nodes: list[fx.Node]) -> str:
@@ -146,7 +170,12 @@ def _returned(program: Program, value: fx.Node) -> fx.Node:
     node = value
     while node not in program.output_leaves:
         sources = [i for i in node.all_input_nodes if is_active(i)]
-        if len(sources) != 1 or node.op != "call_function" or not _is_linear(program, node) or not is_sharded(sources[0]):
+        if (
+            len(sources) != 1
+            or node.op != "call_function"
+            or not _is_linear(program, node)
+            or not is_sharded(sources[0])
+        ):
             return value
         (node,) = sources
     return node if isinstance(place(node), Shard) and isinstance(node.meta.get("val"), Tensor) else value
