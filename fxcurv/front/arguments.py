@@ -37,10 +37,17 @@ class Arguments:
     target_template: Any
     batch_dims: list[int | None]
     structure: Any = None
+    index: int | None = None
+    """Which of the inputs says the sample of every entry, where samples are merged."""
+    edges: tuple[int, ...] = ()
+    """Which of the inputs are pairs of entries, [2, E]."""
 
     @functools.cached_property
     def batch_size(self) -> int:
-        """N, from the inputs that have a batch dimension."""
+        """N, from the inputs that have a batch dimension; of merged samples, from the targets."""
+        if self.index is not None:
+            rows = [len(t) for t in self.targets if t.ndim]
+            return rows[0] if rows else int(self.inputs[self.index].max()) + 1
         sizes = {t.shape[d] for t, d in zip(self.inputs, self.batch_dims, strict=True) if d is not None}
         if not sizes:
             raise ArgumentError("no input has a batch: pass batch_dim=, the samples' dimension, for one at least")
@@ -61,6 +68,8 @@ class Arguments:
 
     @functools.cached_property
     def _target_dims(self) -> list[int | None]:
+        if self.index is not None:
+            return [None] * len(self.targets)
         n = self.batch_size
         first = list(dict.fromkeys(d for d in self.batch_dims if d is not None))
         out: list[int | None] = []
@@ -93,8 +102,11 @@ class Arguments:
         return filled(self.target_template, joined)
 
 
-def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any) -> Arguments:
+def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any, sample_index: int | str | None = None) -> Arguments:
     """Bring `compiled(inputs, *targets)` into a flat form.
+
+    Args:
+        sample_index: the input that says which sample an entry belongs to, in place of `batch_dim`.
 
     Raises:
         ArgumentError: if the inputs hold no tensor, the batch is empty, or batch sizes disagree.
@@ -105,7 +117,8 @@ def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any) -> Arguments:
     tensors: list[Tensor] = []
     dims: list[int | None] = []
     templates = []
-    for value, d in zip(values, _per_input(batch_dim, names, len(values)), strict=True):
+    wanted = _per_input(batch_dim, names, len(values)) if sample_index is None else [None] * len(values)
+    for value, d in zip(values, wanted, strict=True):
         before = len(tensors)
         templates.append(templated(value, tensors))
         dims += [_in_range(t, d) for t in tensors[before:]]
@@ -115,12 +128,31 @@ def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any) -> Arguments:
     target_tensors: list[Tensor] = []
     target_template = templated(tuple(targets), target_tensors)
     arguments = Arguments(tensors, target_tensors, input_template, target_template, dims)
+    if sample_index is not None:
+        found = _named(values, names, sample_index)
+        if not isinstance(found, Tensor) or found.ndim != 1 or found.dtype != torch.int64 or not len(found):
+            raise ArgumentError(
+                f"sample_index={sample_index!r} is no vector of sample numbers (int64) among the inputs: pass the position, the "
+                "keyword or the name as an attribute of the input that is"
+            )
+        edges = _named(values, names, "edge_index")
+        slots = {id(t): k for k, t in enumerate(tensors)}
+        arguments.index, arguments.edges = slots[id(found)], (slots[id(edges)],) if isinstance(edges, Tensor) else ()
     if arguments.batch_size == 0:
         raise ArgumentError("the batch is empty: pass at least one sample")
     if any(t.is_complex() for t in (*tensors, *target_tensors)):
         raise ArgumentError("complex tensors are not supported: split them into real and imaginary parts")
     arguments.structure = _structure(input_template, "inputs"), _structure(target_template, "targets")
     return arguments
+
+
+def _named(values: list[Any], names: list[str] | None, name: int | str) -> Any:
+    """An input by its position, its keyword, or as an attribute of an input; None if there is none."""
+    if isinstance(name, int):
+        return values[name] if -len(values) <= name < len(values) else None
+    if names and name in names:
+        return values[names.index(name)]
+    return next((found for v in values if _is_plain(v) and (found := getattr(v, name, None)) is not None), None)
 
 
 def _per_input(batch_dim: Any, names: list[str] | None, count: int) -> list[Any]:

@@ -22,6 +22,7 @@ class Options:
         debug: verify the program between passes and check values at every call.
         params: which parameters the gradient and all quantities are of, as the user says it.
         sample: "sequence" or "token".
+        sample_index: the input that says which sample an entry belongs to, as the user names it.
         as_written: no op of the model may be said in others.
         schedules: a float that changes at every call may become an input of the program.
         create_graph: of one program: results can be differentiated again, so only algorithms that autograd can follow are
@@ -39,6 +40,7 @@ class Options:
     debug: bool = False
     params: Any = None
     sample: str = "sequence"
+    sample_index: int | str | None = None
     as_written: bool = False
     schedules: bool = True
     create_graph: bool = False
@@ -53,12 +55,14 @@ class Analysis:
     Attributes:
         terms: the sources of curvature in the loss (`walks.loss`), where an extension needs them.
         positions: (T, axis of classes), where every position of the output is a sample.
+        rows: the positions are the rows of the output, as many as there are samples, and the batch is one sample.
         ends: what f is, where it is not the model's output; `hidden`: why it is not known, with room for `{asked}`.
         mixing: where samples interact, as a message with room for `{asked}`; empty where they do not.
     """
 
     terms: list[Any] = field(default_factory=list)
     positions: tuple[int, int | None] | None = None
+    rows: bool = False
     mixing: str = ""
     ends: str = ""
     hidden: str = ""

@@ -115,7 +115,7 @@ class Programs(Generic[M]):
         if subject.loss is None and targets:
             raise ArgumentError("there is no loss, so nothing reads the targets: call compiled(inputs)")
         check_trainable(subject.model)
-        arguments = flatten_arguments(inputs, targets, self.options.batch_dim)
+        arguments = flatten_arguments(inputs, targets, self.options.batch_dim, self.options.sample_index)
         n = arguments.batch_size
         for e in self.extensions:
             indices = getattr(e, "subsampling", None) or ()
@@ -183,7 +183,10 @@ class Programs(Generic[M]):
         n = request.arguments.batch_size
         with progress(f"compiling {type(request.subject.model).__name__}") as tell:
             again = lambda: self._analysed(request, numbers, tell)  # noqa: E731
-            program = self._of_one(request, numbers, tell) if n == 1 else again()
+            if self.options.sample_index is not None:
+                again = lambda: self._analysed_alone(self.captured(request, numbers), tell)  # noqa: E731
+            one = n == 1 and self.options.sample_index is None
+            program = self._of_one(request, numbers, tell) if one else again()
             return at_numbers_if_need_be(lambda p: self.finish(p, tell), program, again, n)
 
     def _of_one(self, request: Request, numbers: tuple[Path, ...], tell: Tell) -> Program:
