@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxcurv.errors import ArgumentError
+from fxcurv.errors import ArgumentError, MixedSamplesError
 from fxcurv.ir.private import pytree
 
 
@@ -138,12 +138,26 @@ def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any, sample_index:
         edges = _named(values, names, "edge_index")
         slots = {id(t): k for k, t in enumerate(tensors)}
         arguments.index, arguments.edges = slots[id(found)], (slots[id(edges)],) if isinstance(edges, Tensor) else ()
+        _check_edges(arguments)
     if arguments.batch_size == 0:
         raise ArgumentError("the batch is empty: pass at least one sample")
     if any(t.is_complex() for t in (*tensors, *target_tensors)):
         raise ArgumentError("complex tensors are not supported: split them into real and imaginary parts")
     arguments.structure = _structure(input_template, "inputs"), _structure(target_template, "targets")
     return arguments
+
+
+def _check_edges(arguments: Arguments) -> None:
+    """Refuse edges between entries of different samples, of inputs that are known as edges."""
+    for k in arguments.edges:
+        ends = arguments.inputs[arguments.index or 0][arguments.inputs[k]]
+        across = (ends[0] != ends[1]).nonzero()
+        if len(across):
+            at = int(across[0])
+            raise MixedSamplesError(
+                f"edge {at} of edge_index connects samples {int(ends[0, at])} and {int(ends[1, at])}, so merged samples are not "
+                "apart. Way out: no edge between entries of different samples, as torch_geometric's Batch merges them."
+            )
 
 
 def _named(values: list[Any], names: list[str] | None, name: int | str) -> Any:

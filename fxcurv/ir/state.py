@@ -29,6 +29,7 @@ class Options:
             chosen.
         batch_dims: of one program: the samples' dimension of every input, None for one without samples.
         alone: of one program: the batch is one sample, wherever the model keeps it.
+        index, edges: of one program: which input says the sample of every entry, and which are pairs of entries.
     """
 
     batch_dim: Any = 0
@@ -46,6 +47,8 @@ class Options:
     create_graph: bool = False
     batch_dims: tuple[int | None, ...] = ()
     alone: bool = False
+    index: int | None = None
+    edges: tuple[int, ...] = ()
 
 
 @dataclass

@@ -27,6 +27,7 @@ from fxcurv.ir.state import Options
 from fxcurv.runtime import forward
 from fxcurv.runtime.keys import Key, key_of, shortened, why
 from fxcurv.runtime.memory import Pool
+from fxcurv.runtime.merged import Merged
 from fxcurv.runtime.probe import Probe
 from fxcurv.runtime.progress import progress, silent
 from fxcurv.runtime.selfcheck import SelfCheck
@@ -63,7 +64,7 @@ class Ready:
 
     program: Program
     pool: Pool
-    probe: Probe | None = None
+    probe: Probe | Merged | None = None
     selfcheck: SelfCheck | None = None
     checked: bool = False
     verified: bool = False
@@ -78,7 +79,8 @@ class Ready:
 
 def emitted(program: Program, tell: Tell) -> Ready:
     """Run the pipeline on an analysed program, whose forward graph stays for the checks."""
-    probe = Probe(program) if program.options.check else None
+    kind = Probe if program.options.sample_index is None else Merged
+    probe = kind(program) if program.options.check else None
     selfcheck = SelfCheck(program, probe.needed) if probe is not None and program.options.check != "probe" else None
     program = passes.run(program, passes.PIPELINE, program.options.debug, tell)
     return Ready(program, Pool(program), probe, selfcheck)
@@ -163,7 +165,8 @@ class Programs(Generic[M]):
         program.params = {name: node for name, node in program.params.items() if name in names}
         program.shapes = {name: shape for name, shape in program.shapes.items() if name in names}
         batch_dims = tuple(request.arguments.batch_dims)
-        program.options = dataclasses.replace(self.options, batch_dims=batch_dims, create_graph=request.create_graph)
+        of_call = {"index": request.arguments.index, "edges": request.arguments.edges, "create_graph": request.create_graph}
+        program.options = dataclasses.replace(self.options, batch_dims=batch_dims, **of_call)
         return program
 
     def _trace(self, request: Request, numbers: tuple[Path, ...]) -> Program:
