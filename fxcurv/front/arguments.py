@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
@@ -231,13 +232,29 @@ def map_leaves(value: Any, kind: type, fn: Callable[[Any], Any], memo: dict[int,
     return new
 
 
+def objects_in(value: Any) -> list[Any]:
+    """The plain objects of a structure, whose members are values of the call."""
+    found: dict[int, Any] = {}
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        leaves = pytree.tree_leaves(value)
+        if not _is_leaf(value, leaves):
+            stack += leaves
+        elif _is_plain(value) and id(value) not in found:
+            found[id(value)] = value
+            stack += vars(value).values()
+    return list(found.values())
+
+
 def _is_leaf(value: Any, leaves: list[Any]) -> bool:
     return len(leaves) == 1 and leaves[0] is value
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a leaf is an object that tensors may be members of."""
-    return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, Enum)
+    """Whether a leaf is an object that tensors may be members of (PyTorch Geometric's, which have stores, can be called)."""
+    called = callable(value) and (isinstance(value, type) or not hasattr(value, "stores"))
+    return hasattr(value, "__dict__") and not called and not isinstance(value, Enum)
 
 
 def _holds(value: Any, kind: type, seen: set[int]) -> bool:
@@ -260,6 +277,8 @@ def _structure(template: Any, what: str, outer: tuple[int, ...] = ()) -> Any:
         return str(spec), tuple(_structure(leaf, what, outer) for leaf in leaves)
     if id(template) in outer:
         return "itself"
+    if isinstance(template, weakref.ref):
+        return "reference"  # to an object that holds this one
     if _is_plain(template):
         outer = (*outer, id(template))
         return type(template), tuple((k, _structure(v, what, outer)) for k, v in vars(template).items())
