@@ -7,6 +7,9 @@ layer's output (a critic's) ends at that layer. What else a number hides is not 
 
 An output that is a sum over samples (the divergence that a variational autoencoder returns beside its reconstruction) has the
 samples before it is summed up: those values are f in its place, where the loss is linear in it. A regulariser is of no f.
+
+Where the loss reads parameters for every sample (a conditional random field's transitions), and of the curvature only the
+Hessian is asked for, f is each sample's term of the loss: the Hessian does not depend on where the model ends.
 """
 
 from __future__ import annotations
@@ -16,13 +19,14 @@ import operator
 from torch import Tensor, fx
 
 from fxcurv.errors import LossError
-from fxcurv.ir.graph import canonical_args, is_tensor
+from fxcurv.ir.graph import canonical_args, descendants, is_tensor
 from fxcurv.ir.origin import locate
 from fxcurv.ir.placement import PARTIAL, REPLICATE, Shard
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program, is_active, is_sharded, place
 from fxcurv.rules.base import rule_of
 from fxcurv.rules.traits import named_loss
+from fxcurv.walks.loss import past
 
 
 def ends(program: Program) -> Program:
@@ -35,7 +39,23 @@ def ends(program: Program) -> Program:
         found = _inside(program, head, head in linearly) if is_active(head) else None
         heads.update(dict.fromkeys([head] if found is None else found))
     program.heads = list(heads) or program.heads  # of a regulariser alone
+    if _of_ops_alone(program) and _reads_beside(program):
+        program.heads = _summands(program, program.loss) or program.heads
     return program
+
+
+def _of_ops_alone(program: Program) -> bool:
+    """Whether second derivatives are asked for, and none that depends on where the model ends."""
+    asked = [e.requires for e in program.extensions]
+    return any(r.of_ops for r in asked) and not any(r.of_loss and not r.of_ops or not r.needs_loss for r in asked)
+
+
+def _reads_beside(program: Program) -> bool:
+    """Whether the loss reads a parameter for every sample beside f, or no f at all: all of it is the model's then."""
+    of_f = descendants(program.heads)
+    between = past(program)
+    reads = [n for n in between if is_sharded(n) and is_active(n)]
+    return program.loss not in of_f or any(is_active(i) and not is_sharded(i) for n in reads for i in n.all_input_nodes)
 
 
 def check_ends(program: Program, asked: str) -> None:
