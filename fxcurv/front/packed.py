@@ -24,16 +24,15 @@ from fxcurv.kernels.longest import longest
 
 
 class Padded(PackedSequence):
-    """A packed sequence as rows [T, N, *] that are zero past the end of each sequence, `lengths` [N] and `mask` [T, N]."""
+    """A packed sequence as rows [T, N, *] that are zero past the end of each sequence, and `lengths` [N]."""
 
     rows: Tensor
     lengths: Tensor
-    mask: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor, lengths: Tensor, mask: Tensor) -> Padded:
+    def of(cls, rows: Tensor, lengths: Tensor) -> Padded:
         new = tuple.__new__(cls, (None,) * len(PackedSequence._fields))
-        new.rows, new.lengths, new.mask = torch.where(_beside(mask, rows), rows, 0), lengths, mask
+        new.rows, new.lengths = _outside(rows, _within(rows, lengths), 0), lengths
         return new
 
     def _refuse(self, *_: Any) -> Any:
@@ -49,17 +48,22 @@ class Padded(PackedSequence):
     __getitem__ = _refuse  # type: ignore[assignment]
 
 
-def _beside(mask: Tensor, rows: Tensor) -> Tensor:
-    """The mask [T, N] with axes for the rest of `rows`."""
-    return mask.reshape(*mask.shape, *[1] * (rows.ndim - 2))
+def _outside(rows: Tensor, within: list[Tensor], value: float) -> Tensor:
+    """`rows` [T, N, *] with a value past the end of each sequence."""
+    steps = [torch.where(w.reshape(-1, *[1] * (row.ndim - 1)), row, value) for row, w in zip(rows, within, strict=True)]
+    return torch.stack(steps)
+
+
+def _within(rows: Tensor, lengths: Tensor) -> list[Tensor]:
+    """For every step, whether it is within each sequence [N]: vectors, which a size that equals T cannot be taken for."""
+    return [lengths.to(rows.device) > t for t in range(rows.shape[0])]
 
 
 def _pack(input: Tensor, lengths: Any, batch_first: bool = False, enforce_sorted: bool = True) -> Padded:  # noqa: A002
     """`pack_padded_sequence`; samples stay in their order, sorted or not."""
     rows = input.transpose(0, 1) if batch_first else input
     lengths = torch.as_tensor(lengths, dtype=torch.int64)
-    steps = torch.arange(rows.shape[0], device=rows.device)
-    return Padded.of(rows, lengths, steps.unsqueeze(1) < lengths.to(rows.device).unsqueeze(0))
+    return Padded.of(rows, lengths)
 
 
 def _pad(
@@ -71,11 +75,10 @@ def _pad(
             f"a packed sequence that the model did not pack itself is no input that can be traced.\n{running_line()}"
             "Way out: pass the padded tensor and the lengths, and call pack_padded_sequence in the model."
         )
-    rows, lengths, mask = sequence.rows, sequence.lengths, sequence.mask
+    rows, lengths = sequence.rows, sequence.lengths
     if total_length is None:
         lengths = longest(lengths, rows.shape[0])
-        mask = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1) < lengths.to(rows.device).unsqueeze(0)
-    rows = torch.where(_beside(mask, rows), rows, padding_value)
+    rows = _outside(rows, _within(rows, lengths), padding_value)
     if total_length is not None:
         more = total_length - rows.shape[0]
         rows = torch.cat([rows, rows.new_full((more, *rows.shape[1:]), padding_value)]) if more > 0 else rows[:total_length]
@@ -98,6 +101,7 @@ def _recurrent(own: Callable) -> Callable:
 def _masked(rnn: nn.RNNBase, packed: Padded, hx: Any) -> tuple[Padded, Any]:
     """Output and last states; a state is a tuple of tensors [layers * directions, N, *]."""
     rows, directions = packed.rows, 2 if rnn.bidirectional else 1
+    within = _within(rows, packed.lengths)
     several = isinstance(hx, tuple) or rnn.mode == "LSTM"
     given = None if hx is None else hx if several else (hx,)
     last: list[tuple[Tensor, ...]] = []
@@ -106,14 +110,14 @@ def _masked(rnn: nn.RNNBase, packed: Padded, hx: Any) -> tuple[Padded, Any]:
         for direction in range(directions):
             k = layer * directions + direction
             state = _zeros(rnn, rows) if given is None else tuple(s[k] for s in given)
-            out, state = _along(rnn, rows, packed.mask, state, rnn.all_weights[k], bool(direction))
+            out, state = _along(rnn, rows, within, state, rnn.all_weights[k], bool(direction))
             outs.append(out)
             last.append(state)
         rows = torch.cat(outs, -1) if directions > 1 else outs[0]
         if rnn.dropout and rnn.training and layer < rnn.num_layers - 1:
             rows = F.dropout(rows, rnn.dropout)
     states = tuple(torch.stack(s) for s in zip(*last, strict=True))
-    return Padded.of(rows, packed.lengths, packed.mask), states if several else states[0]
+    return Padded.of(rows, packed.lengths), states if several else states[0]
 
 
 def _zeros(rnn: nn.RNNBase, rows: Tensor) -> tuple[Tensor, ...]:
@@ -122,7 +126,7 @@ def _zeros(rnn: nn.RNNBase, rows: Tensor) -> tuple[Tensor, ...]:
 
 
 def _along(
-    rnn: nn.RNNBase, rows: Tensor, mask: Tensor, state: tuple[Tensor, ...], weights: Any, backwards: bool
+    rnn: nn.RNNBase, rows: Tensor, within: list[Tensor], state: tuple[Tensor, ...], weights: Any, backwards: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One layer in one direction: what each step gives [T, N, H], and the state after the last."""
     into, again, *rest = weights
@@ -134,7 +138,7 @@ def _along(
         new = _CELLS[rnn.mode](gates[t], F.linear(state[0], again, biases[1]), state)
         if rnn.proj_size:
             new = (F.linear(new[0], rest[-1]), new[1])
-        state = tuple(torch.where(mask[t].unsqueeze(-1), n, s) for n, s in zip(new, state, strict=True))
+        state = tuple(torch.where(within[t].unsqueeze(-1), n, s) for n, s in zip(new, state, strict=True))
         outs[t] = state[0]
     return torch.stack(outs), state
 
