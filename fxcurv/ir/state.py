@@ -60,6 +60,7 @@ class Analysis:
         positions: (T, axis of classes), where every position of the output is a sample.
         rows: the positions are the rows of the output, as many as there are samples, and the batch is one sample.
         ends: what f is, where it is not the model's output; `hidden`: why it is not known, with room for `{asked}`.
+        left_out: trainable parameters of a loss module, which are not the model's.
         mixing: where samples interact, as a message with room for `{asked}`; empty where they do not.
     """
 
@@ -67,6 +68,7 @@ class Analysis:
     positions: tuple[int, int | None] | None = None
     rows: bool = False
     mixing: str = ""
+    left_out: tuple[str, ...] = ()
     ends: str = ""
     hidden: str = ""
 

@@ -164,6 +164,7 @@ class Programs(Generic[M]):
         names, program.covers = covered(request.subject.model, self.options.params, self.extensions)
         program.params = {name: node for name, node in program.params.items() if name in names}
         program.shapes = {name: shape for name, shape in program.shapes.items() if name in names}
+        program.analysis.left_out = request.subject.left_out()
         batch_dims = tuple(request.arguments.batch_dims)
         of_call = {"index": request.arguments.index, "edges": request.arguments.edges, "create_graph": request.create_graph}
         program.options = dataclasses.replace(self.options, batch_dims=batch_dims, **of_call)

@@ -73,7 +73,7 @@ def every(kind: type[nn.RNNBase], steps: int = STEPS, **options) -> Situation:
 
 
 SITUATIONS = {
-    "lstm": last(nn.LSTM, quick=True),
+    "lstm": last(nn.LSTM),
     "gru": last(nn.GRU, quick=True),
     "rnn": last(nn.RNN, asks="first ggn hessian products"),
     "rnn of rectifiers": last(nn.RNN, nonlinearity="relu"),
@@ -101,6 +101,7 @@ def test_of_one_sample(name: str) -> None:
     SITUATIONS[name].check((1,))
 
 
+@pytest.mark.slow
 def test_dropout_between_layers_draws() -> None:
     """Other numbers than PyTorch draws for its packed data, which are fewer; a program agrees with itself."""
     torch.manual_seed(0)

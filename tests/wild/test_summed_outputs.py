@@ -68,10 +68,10 @@ def labelled(n: int) -> tuple[Tensor, Tensor]:
     return numbers(4)(n), classes()(n)
 
 
-def variational(total) -> Situation:
+def variational(total, quick: bool = False) -> Situation:
     oracle = {"logits": lambda model, x: model.parts(*x), "head": lambda f: (f[0], total(f[1]))}
     return Situation(
-        "", lambda: Autoencoder(total), elbo, both, shares(4), "first hessian hessian_batch", quick=True, oracle=oracle
+        "", lambda: Autoencoder(total), elbo, both, shares(4), "first hessian hessian_batch", quick=quick, oracle=oracle
     )
 
 
@@ -83,7 +83,7 @@ def of_labelled(loss) -> Situation:
 
 
 SITUATIONS = {
-    "divergence summed": variational(lambda t: t.sum()),
+    "divergence summed": variational(lambda t: t.sum(), quick=True),
     "divergence, mean over samples": variational(lambda t: t.sum(1).mean()),
     "divergence by latent": variational(lambda t: t.sum(0)),
     "labelled, its loss": of_labelled(lambda out: out[0]),
