@@ -173,7 +173,8 @@ __all__ = [
     "decomposition_table", "disable_fake_tensor_cache", "dispatch_functionalize", "enable_python_dispatcher",
     "find", "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform",
     "is_view", "make_fx", "maybe_mark_dynamic", "no_hooks", "no_torch_functions", "original", "own_buffers", "own_parameters",
-    "patched", "pytree", "rerouted", "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing", "uses_of_storage",
+    "patched", "pytree", "rerouted", "running_backward",
+    "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing", "uses_of_storage",
     "version_of",
 ]  # fmt: skip
 

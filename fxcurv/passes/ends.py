@@ -52,10 +52,9 @@ def _of_ops_alone(program: Program) -> bool:
 
 def _reads_beside(program: Program) -> bool:
     """Whether the loss reads a parameter for every sample beside f, or no f at all: all of it is the model's then."""
-    of_f = descendants(program.heads)
-    between = past(program)
-    reads = [n for n in between if is_sharded(n) and is_active(n)]
-    return program.loss not in of_f or any(is_active(i) and not is_sharded(i) for n in reads for i in n.all_input_nodes)
+    reads = [n for n in past(program) if is_sharded(n) and is_active(n)]
+    of_f = program.loss in descendants(program.heads)
+    return not of_f or any(is_active(i) and not is_sharded(i) for n in reads for i in n.all_input_nodes)
 
 
 def check_ends(program: Program, asked: str) -> None:
@@ -190,12 +189,7 @@ def _returned(program: Program, value: fx.Node) -> fx.Node:
     node = value
     while node not in program.output_leaves:
         sources = [i for i in node.all_input_nodes if is_active(i)]
-        if (
-            len(sources) != 1
-            or node.op != "call_function"
-            or not _is_linear(program, node)
-            or not is_sharded(sources[0])
-        ):
+        if len(sources) != 1 or node.op != "call_function" or not _is_linear(program, node) or not is_sharded(sources[0]):
             return value
         (node,) = sources
     return node if isinstance(place(node), Shard) and isinstance(node.meta.get("val"), Tensor) else value

@@ -65,8 +65,8 @@ def _find_rows(program: Program, head: fx.Node, asked: str) -> None:
     shape, n = program.batch.shape(head.meta["val"], program.batch.size), program.batch.size
     if not shape or shape[0] != n:
         raise LossError(
-            f"{locate(head)}\nis the model's output, {list(shape)}, and the targets are of {n} samples, so {asked} does not exist. "
-            "Way out: an output with one row per sample, and targets with as many."
+            f"{locate(head)}\nis the model's output, {list(shape)}, and the targets are of {n} samples, so {asked} does not "
+            "exist. Way out: an output with one row per sample, and targets with as many."
         )
     node, _ = _first_mixing(program, head, Shard(0), n)
     if node is not None:

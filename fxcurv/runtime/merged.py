@@ -26,7 +26,8 @@ class Merged:
 
     def __init__(self, program: Program):
         self.asked = ", ".join(type(e).__name__ for e in program.extensions if e.requires.of_gradients)
-        graph, env = fx.Graph(), {}
+        graph = fx.Graph()
+        env: dict[fx.Node, fx.Node] = {}
         graph.graph_copy(program.graph, env)
         graph.output(tuple(env[h] for h in program.heads))
         graph.eliminate_dead_code()

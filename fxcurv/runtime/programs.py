@@ -166,8 +166,10 @@ class Programs(Generic[M]):
         program.shapes = {name: shape for name, shape in program.shapes.items() if name in names}
         program.analysis.left_out = request.subject.left_out()
         batch_dims = tuple(request.arguments.batch_dims)
-        of_call = {"index": request.arguments.index, "edges": request.arguments.edges, "create_graph": request.create_graph}
-        program.options = dataclasses.replace(self.options, batch_dims=batch_dims, **of_call)
+        program.options = dataclasses.replace(
+            self.options, batch_dims=batch_dims, create_graph=request.create_graph, index=request.arguments.index,
+            edges=request.arguments.edges,
+        )  # fmt: skip
         return program
 
     def _trace(self, request: Request, numbers: tuple[Path, ...]) -> Program:
