@@ -40,6 +40,7 @@ def compile(  # noqa: A001
     debug: bool = False,
     params: Choice = None,
     sample: str = "sequence",
+    sample_index: int | str | None = None,
     backend: str | Callable = "eager",
     mode: str | None = None,
     dynamic: bool | None = None,
@@ -74,6 +75,12 @@ def compile(  # noqa: A001
             loss of its own, so individual gradients are [N, T, *P], and what is made of them is of all N T. For a loss
             that is a sum over positions; they all count as samples, also those that a mask or `ignore_index` leaves out,
             whose gradient is zero. Sums over samples of the GGN and the Hessian are the same for both.
+        sample_index: the input that says which sample an entry belongs to, where samples of different sizes are merged (graphs,
+            bags): its position, its keyword, or its name as an attribute of an input (`"batch"` of PyTorch Geometric's). A
+            vector of sample numbers; N is the length of the targets, and the loss is a sum over the N rows of the model's
+            output. Inputs have no `batch_dim` then. Quantities of individual gradients and sums over samples are exact; the
+            walk carries a column per sample for them. At the first call for a kind of input, samples that move another's
+            output (an edge between them) raise `MixedSamplesError`, and at every call edges in an input named `edge_index`.
         backend: "eager" runs the emitted graph op by op; "inductor", or another backend of `torch.compile`, compiles it
             with `fullgraph=True`. (A call inside a `torch.compile`d function is compiled with that function.)
         mode, dynamic: passed to `torch.compile`, for such a backend. The batch size is dynamic where it is symbolic. With
@@ -105,6 +112,8 @@ def compile(  # noqa: A001
             raise ArgumentError(f"{names or 'the gradient'} needs a loss: pass one as the second argument")
     if sample not in ("sequence", "token"):
         raise ArgumentError(f"sample={sample!r}: use 'sequence' or 'token'")
+    if sample_index is not None and (batch_dim != 0 or sample != "sequence"):
+        raise ArgumentError("sample_index= says where the samples are: drop batch_dim= and sample=")
     options = Options(
         batch_dim=batch_dim,
         split=split,
@@ -115,6 +124,7 @@ def compile(  # noqa: A001
         debug=debug,
         params=hashable(params, ArgumentError, "compile"),
         sample=sample,
+        sample_index=sample_index,
         as_written=any(e.by_op for e in found),
     )
     compiled = Compiled(model, loss, found, options, Backend(backend, mode, dynamic))

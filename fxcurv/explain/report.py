@@ -61,6 +61,7 @@ class Report:
         fallbacks: ops on the walk that have no rule of their own.
         batch: whether the batch size is symbolic, or what fixed it.
         output: what f is and whether its loss has curvature, "" for a model's output with a loss that has.
+        left_out: trainable parameters of a loss module, of which there is no gradient.
         python: the values of attributes, closures and globals that the program depends on.
         timings: pass -> seconds.
         check: what was compared at the first call, and how long that took (`compile(check=)`).
@@ -74,6 +75,7 @@ class Report:
 
     def __init__(self, program: Program, flat: list[Any] | None = None, samples: int = 0, check: str = "off"):
         self._captured, self._samples = program.batch.size, samples
+        self.left_out = program.analysis.left_out
         self.totals = count_program(program)
         self.plain = count_plain(program)
         self.rows = _rows(program, None if flat is None else measure(program, flat, samples))
@@ -96,6 +98,9 @@ class Report:
         if self.output:
             parts.append(Text(f"f: {self.output}"))
         parts.append(Text(f"batch size: {self.batch}"))
+        if self.left_out:
+            said = "held constant: trainable parameters of the loss (a module that holds both as the model has them all)"
+            parts.append(Text(f"{said}: {', '.join(self.left_out)}"))
         if self.python:
             more = f", and {len(self.python) - 6} more" if len(self.python) > 6 else ""
             parts.append(Text(f"values that Python holds: {', '.join(self.python[:6])}{more}"))

@@ -17,6 +17,7 @@ from fxcurv.front.arguments import Arguments
 from fxcurv.front.custom_functions import kept_functions
 from fxcurv.front.guards import Followed, fixed_sizes, no_branches, quiet, user_frames
 from fxcurv.front.lift import detach_no_grad_regions, lift
+from fxcurv.front.packed import padded_sequences
 from fxcurv.front.python_state import Path, Reads
 from fxcurv.front.side_effects import no_side_effects
 from fxcurv.front.wrapped import Captured, not_traced
@@ -67,7 +68,7 @@ def _export(wrapped: Captured, arguments: Arguments) -> ExportedProgram:
     was_training = [(m, m.training) for m in wrapped.model.modules()]
     wrapped.training = wrapped.model.training
     try:
-        with torch.enable_grad(), kept_functions(), no_branches(), user_frames(), Followed(wrapped):
+        with torch.enable_grad(), kept_functions(), no_branches(), padded_sequences(), user_frames(), Followed(wrapped):
             return torch.export.export(wrapped, (inputs, targets, numbers), dynamic_shapes=shapes, strict=False)
     finally:
         for module, training in was_training:

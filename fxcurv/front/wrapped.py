@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcurv.errors import ArgumentError, CaptureError, FxcurvError, LossError
-from fxcurv.front.arguments import Arguments, described, filled, map_leaves, templated
+from fxcurv.front.arguments import Arguments, described, filled, map_leaves, objects_in, templated
 from fxcurv.front.python_state import Number, Reads
 from fxcurv.ir.origin import is_user_file, line_of, line_of_function, source_line
 from fxcurv.ir.private import GuardOnDataDependentSymNode
@@ -52,8 +52,10 @@ class Captured(nn.Module):
 
     def forward(self, inputs, targets, numbers):
         try:
+            args, kwargs = filled(self.arguments.input_template, inputs)  # copies of objects, which are not the model's
+            self.reads.born(objects_in((args, kwargs)))
             with self.reads.numbers(numbers), self.reads:
-                out = self._run(inputs, targets)
+                out = self._run(args, kwargs, targets)
             self.record.look()
             return out
         except FxcurvError:
@@ -61,8 +63,7 @@ class Captured(nn.Module):
         except Exception as error:  # here, since export prints the graph so far and more about an error that it knows
             raise not_traced(error, self) from error
 
-    def _run(self, inputs, targets):
-        args, kwargs = filled(self.arguments.input_template, inputs)
+    def _run(self, args, kwargs, targets):
         marked: list[Tensor] = []
 
         def mark(t: Tensor) -> Tensor:

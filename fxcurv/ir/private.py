@@ -64,6 +64,11 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.Tensor.register_hook": TRIED,
     "torch.autograd.function.FunctionMeta.__init__": TRIED,
     "torch.ctc_loss": TRIED,
+    "torch.nn.GRU.forward": TRIED,
+    "torch.nn.LSTM.forward": TRIED,
+    "torch.nn.RNN.forward": TRIED,
+    "torch.nn.utils.rnn.pack_padded_sequence": TRIED,
+    "torch.nn.utils.rnn.pad_packed_sequence": TRIED,
     "torch.distributions.Distribution.__init__": TRIED,
     "torch.fx.experimental.symbolic_shapes.ShapeEnv._set_replacement": TRIED,
     "torch.fx.proxy.TracerBase._filter_traceback_frames": TRIED,
@@ -168,7 +173,8 @@ __all__ = [
     "decomposition_table", "disable_fake_tensor_cache", "dispatch_functionalize", "enable_python_dispatcher",
     "find", "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform",
     "is_view", "make_fx", "maybe_mark_dynamic", "no_hooks", "no_torch_functions", "original", "own_buffers", "own_parameters",
-    "patched", "pytree", "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing", "uses_of_storage",
+    "patched", "pytree", "rerouted", "running_backward",
+    "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing", "uses_of_storage",
     "version_of",
 ]  # fmt: skip
 
@@ -182,6 +188,31 @@ def patched(name: str, new: Any) -> Any:
     if name not in SEEN:
         raise LookupError(f"{name} is patched without a row in {__name__}")
     return mock.patch.object(*find(name), new)
+
+
+def _instead(*args: Any, **kwargs: Any) -> Any:
+    return __fxcurv__(*args, **kwargs)  # type: ignore[name-defined]  # noqa: F821
+
+
+@contextlib.contextmanager
+def rerouted(name: str, new: Any) -> Iterator[None]:
+    """`new` in place of a Python function of PyTorch's that has a row here, also for those who imported it by name.
+
+    The function stays the object that it is; its code calls `new`.
+    """
+    if name not in SEEN:
+        raise LookupError(f"{name} is patched without a row in {__name__}")
+    owner, last = find(name)
+    function = getattr(owner, last)
+    own, defaults, entry = function.__code__, function.__defaults__, f"__fxcurv_{last}"
+    function.__globals__[entry] = new
+    names = tuple(entry if n == "__fxcurv__" else n for n in _instead.__code__.co_names)
+    function.__code__, function.__defaults__ = _instead.__code__.replace(co_names=names), None
+    try:
+        yield
+    finally:
+        function.__code__, function.__defaults__ = own, defaults
+        del function.__globals__[entry]
 
 
 def original(name: str) -> Any:

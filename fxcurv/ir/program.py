@@ -229,7 +229,8 @@ class Program:
         if self.batch.size == 1:
             return "fixed at 1: one sample runs as a program of its own"
         if self.batch.whole:
-            return f"fixed at {self.batch.size}: samples interact, so all of it is one sample"
+            why = "interact" if self.options.sample_index is None else "are merged"
+            return f"fixed at {self.batch.size}: samples {why}, so all of it is one sample"
         origin = self.fixed_by or {}
         where = f" in module '{origin['module']}'" if origin.get("module") else ""
         line = source_line(origin.get("stack_trace") or "")

@@ -27,6 +27,7 @@ from fxcurv.ir.state import Options
 from fxcurv.runtime import forward
 from fxcurv.runtime.keys import Key, key_of, shortened, why
 from fxcurv.runtime.memory import Pool
+from fxcurv.runtime.merged import Merged
 from fxcurv.runtime.probe import Probe
 from fxcurv.runtime.progress import progress, silent
 from fxcurv.runtime.selfcheck import SelfCheck
@@ -64,7 +65,7 @@ class Ready:
 
     program: Program
     pool: Pool
-    probe: Probe | None = None
+    probe: Probe | Merged | None = None
     selfcheck: SelfCheck | None = None
     checked: bool = False
     verified: bool = False
@@ -80,7 +81,8 @@ class Ready:
 
 def emitted(program: Program, tell: Tell) -> Ready:
     """Run the pipeline on an analysed program, whose forward graph stays for the checks."""
-    probe = Probe(program) if program.options.check else None
+    kind = Probe if program.options.sample_index is None else Merged
+    probe = kind(program) if program.options.check else None
     selfcheck = SelfCheck(program, probe.needed) if probe is not None and program.options.check != "probe" else None
     program = passes.run(program, passes.PIPELINE, program.options.debug, tell)
     return Ready(program, Pool(program), probe, selfcheck)
@@ -117,7 +119,7 @@ class Programs(Generic[M]):
         if subject.loss is None and targets:
             raise ArgumentError("there is no loss, so nothing reads the targets: call compiled(inputs)")
         check_trainable(subject.model)
-        arguments = flatten_arguments(inputs, targets, self.options.batch_dim)
+        arguments = flatten_arguments(inputs, targets, self.options.batch_dim, self.options.sample_index)
         n = arguments.batch_size
         for e in self.extensions:
             indices = getattr(e, "subsampling", None) or ()
@@ -164,8 +166,12 @@ class Programs(Generic[M]):
         names, program.covers = covered(request.subject.model, self.options.params, self.extensions)
         program.params = {name: node for name, node in program.params.items() if name in names}
         program.shapes = {name: shape for name, shape in program.shapes.items() if name in names}
+        program.analysis.left_out = request.subject.left_out()
         batch_dims = tuple(request.arguments.batch_dims)
-        program.options = dataclasses.replace(self.options, batch_dims=batch_dims, create_graph=request.create_graph)
+        program.options = dataclasses.replace(
+            self.options, batch_dims=batch_dims, create_graph=request.create_graph, index=request.arguments.index,
+            edges=request.arguments.edges,
+        )  # fmt: skip
         return program
 
     def _trace(self, request: Request, numbers: tuple[Path, ...]) -> Program:
@@ -185,7 +191,10 @@ class Programs(Generic[M]):
         n = request.arguments.batch_size
         with progress(f"compiling {type(request.subject.model).__name__}") as tell:
             again = lambda: self._analysed(request, numbers, tell)  # noqa: E731
-            program = self._of_one(request, numbers, tell) if n == 1 else again()
+            if self.options.sample_index is not None:
+                again = lambda: self._analysed_alone(self.captured(request, numbers), tell)  # noqa: E731
+            one = n == 1 and self.options.sample_index is None
+            program = self._of_one(request, numbers, tell) if one else again()
             return at_numbers_if_need_be(lambda p: self.finish(p, tell), program, again, n)
 
     def _of_one(self, request: Request, numbers: tuple[Path, ...], tell: Tell) -> Program:
