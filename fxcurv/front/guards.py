@@ -15,9 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from fxcurv.errors import LossError
 from fxcurv.front import wrapped
+from fxcurv.front.derivatives import gradients
 from fxcurv.front.wrapped import Captured
 from fxcurv.ir.origin import is_user_file, running_line
-from fxcurv.ir.private import OpOverload, original, patched, trace_logs
+from fxcurv.ir.private import OpOverload, in_function_transform, original, patched, trace_logs
 
 # where the model is called from while it is traced
 _CALLER = wrapped.__file__
@@ -79,12 +80,14 @@ class Followed(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: D105
         if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
+        if func is torch.autograd.grad and not in_function_transform():
+            return gradients(*args, **(kwargs or {}))
         if func in _DERIVATIVES:
             self.record.derivative = self.record.derivative or running_line()
         return func(*args, **(kwargs or {}))
 
 
-_DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
+_DERIVATIVES = (torch.autograd.backward, torch.Tensor.backward)
 
 
 def _no_ctc(*args, **kwargs):

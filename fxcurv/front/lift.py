@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from fxcurv.errors import CaptureError
 from fxcurv.front.arguments import Arguments
+from fxcurv.front.derivatives import expand
 from fxcurv.front.wrapped import Captured
 from fxcurv.ir.batch import Batch
 from fxcurv.ir.origin import locate, source_line
@@ -163,6 +164,7 @@ def lift(model: nn.Module, wrapped: Captured, exported: ExportedProgram, argumen
     if program.fixed and wrapped.record.fixed_by is not None:
         program.fixed_by = wrapped.record.fixed_by
     program.refresh_output()
+    expand(program)
     return program
 
 
