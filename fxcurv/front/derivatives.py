@@ -22,6 +22,7 @@ from fxcurv.ir.origin import line_of, locate, origin_of, running_line
 from fxcurv.ir.placement import REPLICATE
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
+from fxcurv.passes.normalize import rewritten
 from fxcurv.rules.base import FAILURES, Rule, rule_of
 from fxcurv.rules.call import Call
 from fxcurv.rules.traits import CUTS, random
@@ -119,9 +120,10 @@ def _items(node: fx.Node) -> list[fx.Node | None]:
 
 
 def _differentiated(program: Program, node: fx.Node) -> list[fx.Node]:
+    while rewritten(program, _between(program, node)):
+        pass
     outputs, cotangents, inputs, several = node.args
-    inputs = [_unmarked(x) for x in inputs]
-    between = dependent(program.graph.nodes, inputs) & set(ancestors(list(outputs)))
+    inputs, between = [_unmarked(x) for x in inputs], _between(program, node)
     walk = _Walk(program, node, between)
     for y, g in zip(outputs, cotangents, strict=True):
         walk.add(y, g if several else walk.emit(_stacked, g))
@@ -131,6 +133,12 @@ def _differentiated(program: Program, node: fx.Node) -> list[fx.Node]:
             found[value] = walk.total(value)
         walk.visit(value)
     return [_result(walk, x, found.get(x), cotangents[0], several) for x in inputs]
+
+
+def _between(program: Program, node: fx.Node) -> set[fx.Node]:
+    """The values that a derivative's inputs lead to and its outputs come from."""
+    outputs, _, inputs, _ = node.args
+    return dependent(program.graph.nodes, [_unmarked(x) for x in inputs]) & set(ancestors(list(outputs)))
 
 
 def _result(walk: _Walk, x: fx.Node, g: fx.Node | None, some: fx.Node, several: bool) -> fx.Node:

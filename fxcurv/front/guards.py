@@ -16,9 +16,10 @@ from torch.overrides import TorchFunctionMode
 from fxcurv.errors import LossError
 from fxcurv.front import wrapped
 from fxcurv.front.derivatives import gradients
+from fxcurv.front.values import read, reads
 from fxcurv.front.wrapped import Captured
 from fxcurv.ir.origin import is_user_file, running_line
-from fxcurv.ir.private import OpOverload, in_function_transform, original, patched, trace_logs
+from fxcurv.ir.private import OpOverload, in_function_transform, original, patched, pytree, trace_logs
 
 # where the model is called from while it is traced
 _CALLER = wrapped.__file__
@@ -54,10 +55,29 @@ def _no_complaints():
 @contextlib.contextmanager
 def no_branches():
     """What of PyTorch branches on values: said without the branch, or refused."""
-    gaussian = patched("torch.nn.functional.gaussian_nll_loss", _gaussian_nll)
-    distributions = patched("torch.distributions.Distribution.__init__", _unvalidated(Distribution.__init__))
-    with gaussian, distributions, patched("torch.ctc_loss", _no_ctc):
+    with contextlib.ExitStack() as stack:
+        for name, new in _UNBRANCHED.items():
+            stack.enter_context(patched(name, new))
         yield
+
+
+def _both(pred, true_fn, false_fn, operands=()):
+    """`torch.cond` with both branches in the graph: what one that is not taken reads gets a derivative of zero, whatever it computes."""
+    if isinstance(pred, bool):
+        return (true_fn if pred else false_fn)(*operands)
+
+    def gated(t, taken):
+        return torch.where(taken, t, t.detach()) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+
+    pred = pred.reshape(())
+    yes = true_fn(*pytree.tree_map(lambda t: gated(t, pred), tuple(operands)))
+    no = false_fn(*pytree.tree_map(lambda t: gated(t, ~pred), tuple(operands)))
+    return pytree.tree_map(lambda a, b: torch.where(pred, a, b), yes, no)
+
+
+def _as_given(mask, is_causal=None, size=None):
+    """Whether to take a mask for a causal one: only if that is said, else it is used as it is."""
+    return is_causal is True
 
 
 def _unvalidated(init):
@@ -75,16 +95,24 @@ class Followed(TorchFunctionMode):
 
     def __init__(self, wrapped: Captured) -> None:
         super().__init__()
-        self.record = wrapped.record
+        self.record, self.values = wrapped.record, wrapped.values
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: D105
         if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
         if func is torch.autograd.grad and not in_function_transform():
+            args = pytree.tree_map_only(torch.Tensor, self._unmarked, args)
             return gradients(*args, **(kwargs or {}))
+        if reads(func, args) and not in_function_transform():
+            return read(self.values, func, args, kwargs or {})
         if func in _DERIVATIVES:
             self.record.derivative = self.record.derivative or running_line()
         return func(*args, **(kwargs or {}))
+
+
+    def _unmarked(self, t: torch.Tensor) -> torch.Tensor:
+        """A leaf of the model's output as the model has it: what else the loss reads is computed from that."""
+        return self.record.marks.get(id(t), (t, t))[1]
 
 
 _DERIVATIVES = (torch.autograd.backward, torch.Tensor.backward)
@@ -110,6 +138,16 @@ def _gaussian_nll(input, target, var, full=False, eps=1e-6, reduction="mean"):  
     loss = 0.5 * (clamped.log() + (input - target) ** 2 / clamped)
     loss = loss + 0.5 * math.log(2 * math.pi) if full else loss
     return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+
+
+_UNBRANCHED = {
+    "torch.cond": _both,
+    "torch._higher_order_ops.cond": _both,
+    "torch.ctc_loss": _no_ctc,
+    "torch.distributions.Distribution.__init__": _unvalidated(Distribution.__init__),
+    "torch.nn.functional.gaussian_nll_loss": _gaussian_nll,
+    "torch.nn.modules.transformer._detect_is_causal_mask": _as_given,
+}
 
 
 @contextlib.contextmanager

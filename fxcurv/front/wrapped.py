@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from fxcurv.errors import ArgumentError, CaptureError, FxcurvError, LossError
 from fxcurv.front.arguments import Arguments, described, filled, map_leaves, templated
 from fxcurv.front.python_state import Number, Reads
+from fxcurv.front.values import Values
 from fxcurv.ir.origin import is_user_file, line_of, line_of_function, source_line
 from fxcurv.ir.private import GuardOnDataDependentSymNode
 
@@ -28,6 +29,9 @@ def _(x):
     return torch.empty_like(x)
 
 
+head.register_autograd(lambda ctx, g: g)  # so that a loss that asks for a derivative of the output sees what is before it
+
+
 class _Record:
     """What a trace leaves behind besides its graph (no pytree: export restores those)."""
 
@@ -35,6 +39,7 @@ class _Record:
     leaves: int = 0
     fixed_by: Any = None
     derivative: str = ""
+    marks: dict[int, tuple[Tensor, Tensor]]
     look: Callable[[], None] = staticmethod(lambda: None)
 
 
@@ -49,9 +54,12 @@ class Captured(nn.Module):
         self.arguments = arguments
         self.split = split
         self.record = _Record()
+        self.values = Values()
+        self.own = dict([*self.named_parameters(), *self.named_buffers()])
 
     def forward(self, inputs, targets, numbers):
         try:
+            self.values.begin(self._given(inputs, targets, numbers))
             with self.reads.numbers(numbers), self.reads:
                 out = self._run(inputs, targets)
             self.record.look()
@@ -61,14 +69,24 @@ class Captured(nn.Module):
         except Exception as error:  # here, since export prints the graph so far and more about an error that it knows
             raise not_traced(error, self) from error
 
+    def _given(self, inputs, targets, numbers) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """What comes in: (as it is traced, its value, whether it is trained)."""
+        own = [*self.named_parameters(), *self.named_buffers()]
+        yield from ((t, self.own[name], self.own[name].requires_grad) for name, t in own)
+        device = next(self.model.parameters()).device
+        real = [*self.arguments.inputs, *self.arguments.split_targets(), *self.reads.tensors(device)]
+        yield from ((t, value, False) for t, value in zip([*inputs, *targets, *numbers], real, strict=True))
+
     def _run(self, inputs, targets):
         args, kwargs = filled(self.arguments.input_template, inputs)
         marked: list[Tensor] = []
+        self.record.marks = {}
 
         def mark(t: Tensor) -> Tensor:
             if not t.is_floating_point():
                 return t
             marked.append(head(t))
+            self.record.marks[id(marked[-1])] = marked[-1], t
             return marked[-1]
 
         with self._split_at(self.split, mark) if self.split else contextlib.nullcontext():
@@ -81,7 +99,7 @@ class Captured(nn.Module):
         loss = None
         if self.loss is not None:
             loss = _scalar(self._loss_of(self.loss, output, self.arguments.join_targets(targets)), line_of_function(self.loss))
-        return loss, leaves, marked
+        return loss, leaves, marked, [t for t, _ in self.values.read]
 
     def _loss_of(self, loss: Callable, output: Any, targets: tuple) -> Any:
         try:

@@ -132,7 +132,12 @@ CUTS = {
 }  # fmt: skip
 
 # These read nothing but the shape.
-CUTS |= {aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
+OF_SHAPE = {
+    aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
+    aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default,
+    aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, aten.sym_storage_offset.default,
+}  # fmt: skip
+CUTS |= OF_SHAPE
 
 # What is drawn has no derivative, neither where only the shape is read nor where the parameters of a distribution are.
 CUTS |= {
@@ -141,8 +146,6 @@ CUTS |= {
     aten.normal_functional.default, aten.poisson.default, aten.binomial.default, aten.uniform.default,
     aten.exponential.default, aten.cauchy.default, aten.log_normal.default, aten.geometric.default,
 }  # fmt: skip
-
-CUTS |= {aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
 
 # ---- numbers ------------------------------
 
