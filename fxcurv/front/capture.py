@@ -6,6 +6,7 @@ What export would lose silently is kept or refused here: the leaves that the los
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -84,7 +85,10 @@ def _traced(wrapped: Captured, args: tuple, shapes: Any) -> ExportedProgram:
     was_training = [(m, m.training) for m in wrapped.model.modules()]
     wrapped.training = wrapped.model.training
     try:
-        with torch.enable_grad(), kept_functions(), no_branches(), traced_transforms(wrapped.values), user_frames(), Followed(wrapped):
+        seen_through = kept_functions(), no_branches(), traced_transforms(wrapped.values), user_frames(), Followed(wrapped)
+        with contextlib.ExitStack() as stack:
+            for context in (torch.enable_grad(), *seen_through):
+                stack.enter_context(context)
             return torch.export.export(wrapped, args, dynamic_shapes=shapes, strict=False)
     finally:
         for module, training in was_training:

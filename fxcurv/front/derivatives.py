@@ -18,19 +18,24 @@ from torch import Tensor, fx
 from fxcurv.errors import CaptureError, FxcurvError
 from fxcurv.ir.emit import emit
 from fxcurv.ir.graph import ancestors, canonical_args, dependent
-from fxcurv.ir.origin import line_of, locate, origin_of, running_line
+from fxcurv.ir.origin import locate, origin_of, running_line
 from fxcurv.ir.placement import REPLICATE
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
 from fxcurv.passes.normalize import rewritten
 from fxcurv.rules.base import FAILURES, Rule, rule_of
 from fxcurv.rules.call import Call
+from fxcurv.rules.custom import Custom
 from fxcurv.rules.traits import CUTS, random
 
 
 @torch.library.custom_op("fxcurv::derivative", mutates_args=())
 def derivative(outputs: list[Tensor], cotangents: list[Tensor], inputs: list[Tensor], several: bool) -> list[Tensor]:
-    """The gradients of `outputs` in `inputs`, while a model is captured; `several`: cotangents [V, *output], gradients [V, *input]."""
+    """The gradients of `outputs` in `inputs`, while a model is captured.
+
+    Args:
+        several: whether cotangents are [V, *output], and gradients [V, *input].
+    """
     raise NotImplementedError
 
 
@@ -42,6 +47,8 @@ def _(outputs, cotangents, inputs, several):
 
 derivative.register_autograd(lambda ctx, *grads: None)  # so that what it returns requires a gradient, as in PyTorch
 
+
+WAY_OUT = "Way out: write the op in other PyTorch ops, or the derivative as a formula."
 
 # ---- while the model is traced ------------------------------
 
@@ -84,7 +91,8 @@ def _tuple(value: Any) -> tuple:
 def _reached(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[bool]:
     """Which inputs autograd's graph leads to from the outputs."""
     edge = torch.autograd.graph.get_gradient_edge
-    stack, seen = [edge(y)[:2] for y in outputs], set()
+    stack: list[Any] = [edge(y)[:2] for y in outputs]
+    seen: set[Any] = set()
     while stack:
         node, number = stack.pop()
         if (node, number) in seen or node is None:
@@ -197,27 +205,29 @@ class _Walk:
         return [users.get(k) for k in range(len(val))]
 
     def _transposed(self, value: fx.Node, wrt: tuple[int, ...], outputs: list, gs: list) -> Sequence[fx.Node]:
-        rule, one = rule_of(value.target, self.program.rules), not isinstance(value.meta["val"], tuple | list)
-        if isinstance(getattr(value.target, "cls", None), type):
-            raise value.target.refused("is differentiated by the model or loss itself, by torch.autograd.grad", where=self._where(value))
-        if random(value.target) and type(rule).transpose is Rule.transpose:
-            raise CaptureError(f"{self._where(value)}draws random numbers, and has no rule to be differentiated by.")
-        if not one:
-            some = next(g for g in gs if g is not None)
-            outputs = [self._item(value, k, n) for k, n in enumerate(outputs)]
-            gs = [self.emit(_zeros, some, n) if g is None and n is not None and _is_float(n) else g for g, n in zip(gs, outputs, strict=True)]
-            given = tuple(g for g, n in zip(gs, outputs, strict=True) if n is not None and _is_float(n))
-            given = given if type(rule).transpose is Rule.transpose else tuple(gs)
-        call = _call(value, value if one else tuple(outputs))
+        rule = rule_of(value.target, self.program.rules)
+        general = type(rule).transpose is Rule.transpose
+        if isinstance(value.target, Custom):
+            raise value.target.refused("is differentiated by the model or the loss itself", where=self._where(value))
+        if general and random(value.target):
+            raise CaptureError(f"{self._where(value)}which draws random numbers, and has no rule. {WAY_OUT}")
+        y, g = value, gs[0]
+        if isinstance(value.meta["val"], tuple | list):
+            y = tuple([self._item(value, k, n) for k, n in enumerate(outputs)])
+            g = self._filled(y, gs) if general else tuple(gs)
         try:
-            return self.emit(rule.transpose, call, wrt, gs[0] if one else given, of=value)
+            return self.emit(rule.transpose, _call(value, y), wrt, g, of=value)
         except FxcurvError:
             raise
-        except (*FAILURES, TypeError, NotImplementedError) as error:
-            raise CaptureError(
-                f"{self._where(value)}cannot be differentiated: {type(error).__name__}: {str(error)[:300]}\n"
-                "Way out: write the op in other PyTorch ops."
-            ) from error
+        except (*FAILURES, TypeError) as error:
+            what = f"{type(error).__name__}: {str(error)[:300]}"
+            raise CaptureError(f"{self._where(value)}which cannot be differentiated: {what}\n{WAY_OUT}") from error
+
+    def _filled(self, outputs: Sequence[fx.Node | None], gs: Sequence[fx.Node | None]) -> tuple:
+        """Cotangents of all outputs that have one, zeros where nothing came."""
+        some = next(g for g in gs if g is not None)
+        pairs = [(n, g) for n, g in zip(outputs, gs, strict=True) if n is not None and _is_float(n)]
+        return tuple([self.emit(_zeros, some, n) if g is None else g for n, g in pairs])
 
     def _item(self, value: fx.Node, k: int, known: fx.Node | None) -> fx.Node | None:
         val = value.meta["val"][k]
@@ -229,7 +239,7 @@ class _Walk:
         return item
 
     def _where(self, value: fx.Node) -> str:
-        return f"{locate(self.node)}\nis a derivative through\n{locate(value)}\nwhich "
+        return f"{locate(self.node).replace(str(self.node.target), 'torch.autograd.grad')}\nis a derivative of\n{locate(value)}\n"
 
 
 def _call(node: fx.Node, y: Any) -> Call:

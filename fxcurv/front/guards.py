@@ -10,10 +10,11 @@ import traceback
 import warnings
 
 import torch
+from torch.autograd import forward_ad
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
-from fxcurv.errors import LossError
+from fxcurv.errors import CaptureError, LossError
 from fxcurv.front import wrapped
 from fxcurv.front.derivatives import gradients
 from fxcurv.front.values import read, reads
@@ -62,7 +63,7 @@ def no_branches():
 
 
 def _both(pred, true_fn, false_fn, operands=()):
-    """`torch.cond` with both branches in the graph: what one that is not taken reads gets a derivative of zero, whatever it computes."""
+    """`torch.cond` with both branches in the graph: operands of one that is not taken get zero, whatever it computes of them."""
     if isinstance(pred, bool):
         return (true_fn if pred else false_fn)(*operands)
 
@@ -73,6 +74,16 @@ def _both(pred, true_fn, false_fn, operands=()):
     yes = true_fn(*pytree.tree_map(lambda t: gated(t, pred), tuple(operands)))
     no = false_fn(*pytree.tree_map(lambda t: gated(t, ~pred), tuple(operands)))
     return pytree.tree_map(lambda a, b: torch.where(pred, a, b), yes, no)
+
+
+_make_dual = forward_ad.make_dual
+
+
+def _no_dual(tensor, tangent, *, level=None):
+    """Refuse dual numbers but those of `torch.func.jvp`."""
+    if in_function_transform():
+        return _make_dual(tensor, tangent, level=level)
+    raise CaptureError(f"the model or loss makes a dual number, which a trace does not follow\n{running_line()}{_GRAD}")
 
 
 def _as_given(mask, is_causal=None, size=None):
@@ -91,7 +102,7 @@ def _unvalidated(init):
 
 
 class Followed(TorchFunctionMode):
-    """`x.data` as `x.detach()`, which a trace can follow; where a derivative is taken, which it cannot, is noted."""
+    """What a trace cannot follow, said so that it can: `x.data`, derivatives, numbers and sizes of values."""
 
     def __init__(self, wrapped: Captured) -> None:
         super().__init__()
@@ -105,8 +116,8 @@ class Followed(TorchFunctionMode):
             return gradients(*args, **(kwargs or {}))
         if reads(func, args) and not in_function_transform():
             return read(self.values, func, args, kwargs or {})
-        if func in _DERIVATIVES:
-            self.record.derivative = self.record.derivative or running_line()
+        if func in (torch.autograd.backward, torch.Tensor.backward):
+            raise CaptureError(f"the model or loss calls backward(), which writes to tensors' grad\n{running_line()}{_GRAD}")
         return func(*args, **(kwargs or {}))
 
 
@@ -115,7 +126,7 @@ class Followed(TorchFunctionMode):
         return self.record.marks.get(id(t), (t, t))[1]
 
 
-_DERIVATIVES = (torch.autograd.backward, torch.Tensor.backward)
+_GRAD = "Way out: torch.autograd.grad(y, x, create_graph=True), or torch.func.grad, vjp, jvp."
 
 
 def _no_ctc(*args, **kwargs):
@@ -141,6 +152,7 @@ def _gaussian_nll(input, target, var, full=False, eps=1e-6, reduction="mean"):  
 
 
 _UNBRANCHED = {
+    "torch.autograd.forward_ad.make_dual": _no_dual,
     "torch.cond": _both,
     "torch._higher_order_ops.cond": _both,
     "torch.ctc_loss": _no_ctc,

@@ -14,9 +14,9 @@ from fxcurv.front.arguments import Arguments
 from fxcurv.front.derivatives import expand
 from fxcurv.front.wrapped import Captured
 from fxcurv.ir.batch import Batch
+from fxcurv.ir.graph import pruned
 from fxcurv.ir.origin import locate, source_line
 from fxcurv.ir.private import captured_size, schema_of
-from fxcurv.ir.graph import pruned
 from fxcurv.ir.program import Input, Numbers, Program
 from fxcurv.rules.custom import functions_as_targets
 

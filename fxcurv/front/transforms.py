@@ -11,26 +11,34 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from fxcurv.front.values import Values
 from fxcurv.ir.emit import MATERIALISED
-from fxcurv.ir.private import disable_proxy_modes_tracing, in_function_transform, make_fx, no_torch_functions, original, patched, pytree
+from fxcurv.ir.private import (
+    disable_proxy_modes_tracing,
+    in_function_transform,
+    make_fx,
+    no_torch_functions,
+    original,
+    patched,
+    pytree,
+)
 
 _AT = "torch._functorch.eager_transforms."
+_TRANSFORMS = f"{_AT}grad_impl", f"{_AT}grad_and_value_impl", f"{_AT}_jvp_with_argnums", "torch._functorch.apis.vmap_impl"
 
 
 @contextlib.contextmanager
 def traced_transforms(values: Values) -> Iterator[None]:
-    """While a model is captured: `torch.func.grad`, `vjp`, `jvp`, `jacrev`, `jacfwd`, `hessian`, `linearize`, `vmap`.
+    """While a model is captured: `torch.func.grad`, `vjp`, `jvp`, `jacrev`, `jacfwd`, `hessian`, `vmap`.
 
     Args:
         values: of the trace, which knows what came in.
     """
     inside = _Inside(values)
     with contextlib.ExitStack() as stack:
-        for name in (f"{_AT}grad_impl", f"{_AT}grad_and_value_impl", f"{_AT}_jvp_with_argnums", "torch._functorch.apis.vmap_impl"):
+        for name in _TRANSFORMS:
             stack.enter_context(patched(name, inside.wrapped(original(name))))
         stack.enter_context(patched(f"{_AT}_vjp_with_argnums", inside.vjp(original(f"{_AT}_vjp_with_argnums"))))
         yield

@@ -1,19 +1,21 @@
 """Values that a model turns into Python's numbers, or into sizes: `.item()`, `x[mask]`, `nonzero`, `repeat_interleave(counts)`.
 
-One that depends on inputs, targets, buffers and frozen parameters alone is computed while the model is traced, and the program
-is one for this value: it is an output of the traced graph, which every call computes anew and compares (`Program.reads`). One that
-depends on trained parameters is a detached tensor where it is calculated with, and is refused where a size or a branch needs it.
+One that depends on inputs, targets, buffers and frozen parameters alone is computed while the model is traced, and the
+program is one for this value: it is an output of the traced graph, which every call computes anew and compares
+(`Program.reads`). One that depends on trained parameters is a detached tensor where it is calculated with, and is refused
+where a size or a branch needs it.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxcurv.errors import UnsupportedOpError
+from fxcurv.errors import CaptureError
 from fxcurv.front.python_state import Number
 from fxcurv.ir.origin import running_line
 from fxcurv.ir.private import (
@@ -75,7 +77,11 @@ class Values:
         """
         mode = proxy_mode()
         node = node_of(t, mode.tracer) if mode is not None else None
-        with disable_proxy_modes_tracing(), without_fake_mode(), no_torch_functions(), torch.no_grad(), torch.random.fork_rng():
+        gpus = sorted({real.device.index for _, real, _ in self._given if real.is_cuda})
+        apart = disable_proxy_modes_tracing(), without_fake_mode(), no_torch_functions(), torch.no_grad()
+        with contextlib.ExitStack() as stack:
+            for context in (*apart, torch.random.fork_rng(gpus)):
+                stack.enter_context(context)
             if node is not None:
                 self._catch_up(mode.tracer)
             if node not in self._env or node in self._unknown:
@@ -126,9 +132,9 @@ def read(values: Values, func: Callable, args: tuple, kwargs: dict[str, Any]) ->
     """What `func` gives, with numbers and sizes from the data.
 
     Raises:
-        UnsupportedOpError: if they depend on parameters.
+        CaptureError: if they depend on parameters.
     """
-    name = _READS[func] if func in _READS else ""
+    name = _READS.get(func, "")
     try:
         return getattr(_Read(values), name)(func, *args, **kwargs)
     except Unknown:
@@ -136,7 +142,7 @@ def read(values: Values, func: Callable, args: tuple, kwargs: dict[str, Any]) ->
         if name == "item" and x.is_floating_point():
             return Number(x.detach().double())
         why = _SIZE if name in _SIZES else _NUMBER
-        raise UnsupportedOpError(f"op {func.__name__}\n{running_line()}{why}") from None
+        raise CaptureError(f"op {func.__name__.strip('_').replace('getitem', 'index')}\n{running_line()}{why}") from None
 
 
 def reads(func: Callable, args: tuple) -> bool:
@@ -200,9 +206,9 @@ class _Read:
 
 _READS: dict[Any, str] = {
     Tensor.item: "item", Tensor.__bool__: "cast", Tensor.__int__: "cast", Tensor.__index__: "cast", Tensor.__float__: "cast",
-    Tensor.tolist: "list", Tensor.nonzero: "nonzero", torch.nonzero: "nonzero", torch.argwhere: "nonzero", Tensor.argwhere: "nonzero",
-    torch.where: "where", Tensor.masked_select: "selected", torch.masked_select: "selected", Tensor.__getitem__: "index",
-    Tensor.repeat_interleave: "repeated", torch.repeat_interleave: "repeated",
+    Tensor.tolist: "list", Tensor.nonzero: "nonzero", torch.nonzero: "nonzero", torch.argwhere: "nonzero",
+    Tensor.argwhere: "nonzero", torch.where: "where", Tensor.masked_select: "selected", torch.masked_select: "selected",
+    Tensor.__getitem__: "index", Tensor.repeat_interleave: "repeated", torch.repeat_interleave: "repeated",
 }  # fmt: skip
 
 _SIZES = {"nonzero", "where", "selected", "index", "repeated"}

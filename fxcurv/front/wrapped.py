@@ -38,7 +38,6 @@ class _Record:
     template: Any = None
     leaves: int = 0
     fixed_by: Any = None
-    derivative: str = ""
     marks: dict[int, tuple[Tensor, Tensor]]
     look: Callable[[], None] = staticmethod(lambda: None)
 
@@ -141,7 +140,7 @@ def _scalar(loss: Any, where: str) -> Tensor:
 
 def not_traced(error: Exception, wrapped: Captured) -> CaptureError:
     """What a trace has failed with, as an error that says where and what helps."""
-    where = where_raised(error, wrapped) or wrapped.record.derivative  # of a derivative, what fails is its result later on
+    where = where_raised(error, wrapped)
     return CaptureError(
         f"torch.export cannot trace the model or its loss:\n"
         f"{where}{type(error).__name__}: {reason(error)}\n"

@@ -74,6 +74,7 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.Tensor.register_hook": TRIED,
     "torch.autograd.function.FunctionMeta.__init__": TRIED,
     "torch._higher_order_ops.cond": TRIED,
+    "torch.autograd.forward_ad.make_dual": TRIED,
     "torch.cond": TRIED,
     "torch.ctc_loss": TRIED,
     "torch.distributions.Distribution.__init__": TRIED,
@@ -167,7 +168,12 @@ from torch._dynamo import assume_constant_result as constant_result
 from torch._dynamo import maybe_mark_dynamic
 from torch._guards import tracing
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, UnsupportedOperatorException, disable_fake_tensor_cache
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+    disable_fake_tensor_cache,
+)
 from torch._subclasses.fake_tensor import unset_fake_temporarily as without_fake_mode
 from torch._subclasses.functional_tensor import FunctionalTensor, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_slot, make_fx
@@ -178,13 +184,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
-    "FakeTensor", "FakeTensorMode", "FunctionalTensor", "GuardOnDataDependentSymNode", "Loss", "OpOverload", "SEEN",
-    "ShapeEnv", "TRIED", "TorchDispatchMode", "UnsupportedOperatorException", "base_of", "captured_size", "check", "constant_result", "decomposes",
-    "decomposition_table", "disable_fake_tensor_cache", "disable_proxy_modes_tracing", "dispatch_functionalize", "enable_python_dispatcher",
-    "find", "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform",
-    "is_view", "make_fx", "maybe_mark_dynamic", "memory_of", "no_hooks", "no_torch_functions", "node_of", "original", "own_buffers", "own_parameters",
-    "patched", "proxy_mode", "pytree", "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing", "uses_of_storage",
-    "version_of", "without_fake_mode",
+    "FakeTensor", "FakeTensorMode", "FunctionalTensor", "GuardOnDataDependentSymNode", "Loss", "OpOverload", "SEEN", "ShapeEnv",
+    "TRIED", "TorchDispatchMode", "UnsupportedOperatorException", "base_of", "captured_size", "check", "constant_result",
+    "decomposes", "decomposition_table", "disable_fake_tensor_cache", "disable_proxy_modes_tracing", "dispatch_functionalize",
+    "enable_python_dispatcher", "find", "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform",
+    "is_view", "make_fx", "maybe_mark_dynamic", "memory_of", "no_hooks", "no_torch_functions", "node_of", "original",
+    "own_buffers", "own_parameters", "patched", "proxy_mode", "pytree", "running_backward", "schema_of", "set_hooks_of_tensor",
+    "trace_logs", "tracing", "uses_of_storage", "version_of", "without_fake_mode",
 ]  # fmt: skip
 
 # they log what a trace raises, and more about it

@@ -139,7 +139,8 @@ class Programs(Generic[M]):
                 numbers = other
         changed: list[Any] = min((made.program.python.differences(modules) for made in serving), key=len, default=[])
         known = {key: [made.program for made in some] for key, some in self._made.items()}
-        reason = shortened(reasons(changed)) if changed else shortened(numbers) if numbers else why(key, known, n, request.subject)
+        found = reasons(changed) or numbers
+        reason = shortened(found) if found else why(key, known, n, request.subject)
         new = self._scheduled(request, changed) if schedules and self.options.schedules else None
         new = new or self._lowered(request)
         again = f" again, because {reason}" if reason else ""

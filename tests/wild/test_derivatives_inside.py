@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from case_tools import Net, param
-from situations import Refused, Situation, classes, numbers, parametrized, together
+from situations import Situation, numbers, parametrized, together
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import fxcurv
-from fxcurv.errors import CaptureError, CustomFunctionError
-from fxcurv.extensions import BatchGrad
+from fxcurv.errors import CaptureError, CustomFunctionError, LossError
+from fxcurv.extensions import BatchGrad, DiagGGNExact
 
 MSE, grad = nn.MSELoss(), torch.autograd.grad
 ALL = "first ggn hessian products"
@@ -183,6 +185,13 @@ def laplacian(m: Any, x: Tensor) -> Tensor:
     return torch.func.jvp(torch.func.grad(lambda z: m.net(z).sum()), (x,), (g,))[1] + aux * value
 
 
+def called(m: Any, x: Tensor) -> Tensor:
+    """Parameters that are computed, and a checkpoint that is differentiated."""
+    halves = {name: p / 2 for name, p in m.net.named_parameters()}
+    y = checkpoint(m.net, x.requires_grad_(), use_reentrant=False)
+    return torch.func.functional_call(m.net, halves, (x,)) * grad(y.sum(), x, create_graph=True)[0]
+
+
 def adapted(m: Any, x: Tensor) -> Tensor:
     """MAML: one step of the inner loop, by `functional_call`."""
     params = dict(m.net.named_parameters())
@@ -197,7 +206,6 @@ def ensemble(m: Any, x: Tensor) -> Tensor:
     return torch.vmap(one)(m.w, m.b).mean(0)
 
 
-WITH_FIELD = {"net": field}
 ROWS = {
     "burgers": Inside("", lambda: Net(burgers, net=field()), MSE, numbers(2), numbers(2), ALL, quick=True),
     "burgers, by columns": Inside(
@@ -211,16 +219,23 @@ ROWS = {
     "WGAN-GP, smooth": Inside(
         "", lambda: Net(critic, net=field(nn.SiLU())), wgan, together(numbers(2), numbers(2), numbers(1)), None, ALL,
     ),
-    "a penalty in the loss": Inside("", lambda: Net(scores_and_point, net=field()), penalised, numbers(2), None, "first"),
-    "forces": Inside("", lambda: Net(forces, net=field(nn.SiLU(), 9)), energy_and_forces, numbers(3, 3), None, ALL, trains=True),
-    "forces, as numbers": Inside("", lambda: Net(forces, net=field(nn.SiLU(), 9)), energy_and_forces, numbers(3, 3), None, ALL),
+    "forces": Inside(
+        "", lambda: Net(forces, net=field(nn.SiLU(), 9)), energy_and_forces, numbers(3, 3), None, ALL, trains=True,
+    ),
+    "forces, as numbers": Inside(
+        "", lambda: Net(forces, net=field(nn.SiLU(), 9)), energy_and_forces, numbers(3, 3), None, ALL,
+    ),
     "a Hamiltonian": Inside("", lambda: Net(hamiltonian, net=field(inputs=4)), MSE, numbers(4), numbers(4), ALL),
     "an adversarial step": Inside("", lambda: Net(adversarial, net=field()), MSE, numbers(2), numbers(1), ALL),
     "a contractive penalty": Inside(
         "", lambda: Net(contractive, net=field(nn.Sigmoid(), 2, 3), unused=param(2)), MSE, numbers(2), numbers(6), "first ggn"
     ),
-    "batched cotangents": Inside("", lambda: Net(batched, net=field(outputs=3)), MSE, numbers(2), numbers(6), "first ggn hessian"),
-    "torch.autograd.functional": Inside("", lambda: Net(functional, net=field()), MSE, numbers(2), numbers(3), "first ggn hessian"),
+    "batched cotangents": Inside(
+        "", lambda: Net(batched, net=field(outputs=3)), MSE, numbers(2), numbers(6), "first ggn hessian",
+    ),
+    "torch.autograd.functional": Inside(
+        "", lambda: Net(functional, net=field()), MSE, numbers(2), numbers(3), "first ggn hessian",
+    ),
     "images": Inside(
         "", lambda: Net(images, conv=nn.Conv2d(1, 2, 3), norm=nn.BatchNorm2d(2), head=nn.Linear(8, 1)), MSE, numbers(1, 6, 6),
         numbers(1), "first ggn hessian",
@@ -233,12 +248,19 @@ ROWS = {
         trains=True,
     ),
     "an inner step": Inside("", lambda: Net(inner_step, weight=param(2, 2)), MSE, numbers(2), numbers(2), "grad"),
-    "vmap of grad and hessian": Inside("", lambda: Net(vmapped, net=field()), MSE, numbers(2), numbers(4), ALL, quick=True),
-    "jacrev and jacfwd": Inside("", lambda: Net(jacobians, net=field(outputs=3)), MSE, numbers(2), numbers(12), "first ggn hessian"),
+    "vmap of grad and hessian": Inside(
+        "", lambda: Net(vmapped, net=field()), MSE, numbers(2), numbers(4), ALL, quick=True,
+    ),
+    "jacrev and jacfwd": Inside(
+        "", lambda: Net(jacobians, net=field(outputs=3)), MSE, numbers(2), numbers(12), "first ggn hessian",
+    ),
     "jvp and vjp": Inside("", lambda: Net(products, net=field()), MSE, numbers(2), numbers(4), "first ggn hessian"),
     "a divergence": Inside("", lambda: Net(laplacian, net=field()), MSE, numbers(2), numbers(2), "grad"),
+    "functional_call": Inside("", lambda: Net(called, net=field()), MSE, numbers(2), numbers(2), "first ggn hessian"),
     "MAML": Inside("", lambda: Net(adapted, net=field()), MSE, numbers(2), numbers(1), "grad"),
-    "an ensemble by vmap": Inside("", lambda: Net(ensemble, w=param(3, 2, 2), b=param(3, 2)), MSE, numbers(2), numbers(2), ALL),
+    "an ensemble by vmap": Inside(
+        "", lambda: Net(ensemble, w=param(3, 2, 2), b=param(3, 2)), MSE, numbers(2), numbers(2), ALL,
+    ),
 }  # fmt: skip
 
 
@@ -251,3 +273,119 @@ def test_derivative(name: str) -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_derivative_at_other_sizes(name: str) -> None:
     ROWS[name].check((2, 5), ROWS[name].trains)
+
+
+def test_a_penalty_in_the_loss() -> None:
+    """Of one output in another, which is an input of the critic: the loss is a mean over samples, but no function of f."""
+    torch.manual_seed(0)
+    model = Net(scores_and_point, net=field()).double()
+    for n in (3, 1):
+        x = torch.randn(n, 2).double()
+        result = fxcurv.compile(model, penalised, [BatchGrad()])(x)
+        for k in range(n):
+            alone = grad(penalised(model(x[k : k + 1])) / n, list(model.parameters()))
+            for (name, _), g in zip(model.named_parameters(), alone, strict=True):
+                torch.testing.assert_close(result.grad_batch[name][k], g)
+    with pytest.raises(LossError, match="Gauss-Newton is not defined"):
+        fxcurv.compile(model, penalised, [DiagGGNExact()])(x)
+
+
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_batch_is_not_in_the_program(training: bool) -> None:
+    """One program for all sizes, and the user's line on what is differentiated."""
+    model = Net(critic, net=field()).double().train(training)
+    compiled = fxcurv.compile(model, wgan, [BatchGrad()])
+    for n in (4, 2, 7):
+        compiled(tuple(draw(n).double() for draw in (numbers(2), numbers(2), numbers(1))))
+    assert compiled.recompiles == []
+
+
+# ---- what is refused ------------------------------
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+
+class Cube(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * g * ctx.saved_tensors[0] ** 2
+
+
+def backward_inside(m: Any, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    m.net(x).sum().backward()
+    return m.net(x) * x.grad
+
+
+def dual_numbers(m: Any, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(m.net(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+def custom(m: Any, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    return grad(Square.apply(m.net(x)).sum(), x, create_graph=True)[0]
+
+
+def custom_mapped(m: Any, x: Tensor) -> Tensor:
+    return torch.vmap(lambda z: Cube.apply(m.net(z)))(x)
+
+
+def of_an_edge(m: Any, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    return grad(m.net(x).sum(), torch.autograd.graph.get_gradient_edge(x), create_graph=True)[0]
+
+
+def unused(m: Any, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    return grad(m.net(x.detach()).sum(), x, create_graph=True)[0]
+
+
+def linearized(m: Any, x: Tensor) -> Tensor:
+    return torch.func.linearize(m.net, x)[1](x)
+
+
+REFUSED: dict[str, tuple[Any, type[Exception], str, str]] = {
+    "backward": (backward_inside, CaptureError, ".backward()", "torch.autograd.grad(y, x, create_graph=True)"),
+    "dual numbers": (dual_numbers, CaptureError, "forward_ad.make_dual(", "torch.func.grad, vjp, jvp"),
+    "a custom function": (custom, CustomFunctionError, "Square.apply", "'Square' is differentiated by the model"),
+    "a custom function under vmap": (custom_mapped, CustomFunctionError, "Cube.apply", "'Cube' cannot be traced"),
+    "a gradient edge": (of_an_edge, CaptureError, "get_gradient_edge", "pass the tensors"),
+    "an unused input": (unused, CaptureError, "x.detach()", "appears to not have been used"),
+    "linearize": (linearized, CaptureError, "torch.func.linearize", "jvp"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str, capfd: pytest.CaptureFixture) -> None:
+    run, kind, line, says = REFUSED[name]
+    with pytest.raises(kind) as caught:
+        fxcurv.compile(Net(run, net=field()), lambda f: f.square().mean(), [BatchGrad()])(torch.randn(3, 2))
+    for words in (__file__, line, says):
+        assert words in str(caught.value), caught.value
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_cause_stays() -> None:
+    with pytest.raises(CaptureError) as caught:
+        fxcurv.compile(Net(unused, net=field()), lambda f: f.square().mean(), [BatchGrad()])(torch.randn(3, 2))
+    assert isinstance(caught.value.__cause__, RuntimeError)

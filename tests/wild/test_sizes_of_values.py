@@ -7,14 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from case_tools import Net, param
-from situations import Situation, classes, numbers, parametrized, together
+from case_tools import Net
+from situations import classes, numbers, parametrized, together
 from test_derivatives_inside import Inside
 from torch import Tensor, nn
-
-import fxcurv
-from fxcurv.errors import MixedSamplesError, UnsupportedOpError
-from fxcurv.extensions import BatchGrad, DiagGGNExact
 
 MSE = nn.MSELoss()
 WHOLE = "ggn hessian"
@@ -95,8 +91,12 @@ def lengths(n: int) -> tuple[Tensor, Tensor]:
 
 
 ROWS = {
-    "a mask of the data": Inside("", lambda: Net(kept, **parts()), lambda f: f.square().sum(), numbers(2), None, WHOLE, quick=True),
-    "a masked loss": Inside("", lambda: Net(lambda m, x: m.head(m.body(x).tanh()), **parts()), masked_loss, numbers(2), numbers(2), WHOLE),
+    "a mask of the data": Inside(
+        "", lambda: Net(kept, **parts()), lambda f: f.square().sum(), numbers(2), None, WHOLE, quick=True,
+    ),
+    "a masked loss": Inside(
+        "", lambda: Net(lambda m, x: m.head(m.body(x).tanh()), **parts()), masked_loss, numbers(2), numbers(2), WHOLE,
+    ),
     "masked_select": Inside("", lambda: Net(selected, **parts()), lambda f: f.mean(), numbers(2), None, WHOLE),
     "nonzero": Inside(
         "", lambda: Net(nonzero, body=nn.Linear(2, 3), head=nn.Linear(2, 2), mask=torch.tensor([True, False, True])),
@@ -106,9 +106,13 @@ ROWS = {
         "", lambda: Net(repeated, **parts()), lambda f: f.square().mean(), together(numbers(2), classes(of=3)), None, WHOLE
     ),
     "numbers of parameters": Inside("", lambda: Net(scaled, **parts()), MSE, numbers(2), numbers(2), "grad"),
-    "a branch on the data": Inside("", lambda: Net(branch, **parts()), MSE, numbers(2), numbers(2), "first ggn hessian", quick=True),
+    "a branch on the data": Inside(
+        "", lambda: Net(branch, **parts()), MSE, numbers(2), numbers(2), "first ggn hessian", quick=True,
+    ),
     "the longest": Inside("", lambda: Net(counted, **parts()), MSE, lengths, numbers(2), "first ggn hessian"),
-    "experts by number": Inside("", lambda: Net(hashed, **experts()), MSE, together(numbers(2), classes(of=2)), numbers(2), WHOLE),
+    "experts by number": Inside(
+        "", lambda: Net(hashed, **experts()), MSE, together(numbers(2), classes(of=2)), numbers(2), WHOLE,
+    ),
 }  # fmt: skip
 
 
