@@ -169,9 +169,6 @@ class _Read:
     def cast(self, func, x):
         return {"__bool__": bool, "__float__": float}.get(func.__name__, int)(self.values.number(x))
 
-    def list(self, func, x):
-        return [self.list(func, row) for row in x.unbind()] if x.ndim else self.values.number(x)
-
     def positions(self, mask: Tensor) -> Tensor:
         """Where a mask is true, [K, mask.ndim]."""
         return torch.ops.aten.nonzero_static(mask, size=self.values.number((mask != 0).sum()))
@@ -206,7 +203,7 @@ class _Read:
 
 _READS: dict[Any, str] = {
     Tensor.item: "item", Tensor.__bool__: "cast", Tensor.__int__: "cast", Tensor.__index__: "cast", Tensor.__float__: "cast",
-    Tensor.tolist: "list", Tensor.nonzero: "nonzero", torch.nonzero: "nonzero", torch.argwhere: "nonzero",
+    Tensor.nonzero: "nonzero", torch.nonzero: "nonzero", torch.argwhere: "nonzero",
     Tensor.argwhere: "nonzero", torch.where: "where", Tensor.masked_select: "selected", torch.masked_select: "selected",
     Tensor.__getitem__: "index", Tensor.repeat_interleave: "repeated", torch.repeat_interleave: "repeated",
 }  # fmt: skip
