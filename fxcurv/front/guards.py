@@ -63,12 +63,15 @@ def no_branches():
 
 
 def _both(pred, true_fn, false_fn, operands=()):
-    """`torch.cond` with both branches in the graph: operands of one that is not taken get zero, whatever it computes of them."""
+    """`torch.cond` with both branches in the graph.
+
+    The one that is not taken computes of other operands, where a logarithm or root, say, has derivatives: zero of NaN is NaN.
+    """
     if isinstance(pred, bool):
         return (true_fn if pred else false_fn)(*operands)
 
     def gated(t, taken):
-        return torch.where(taken, t, t.detach()) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+        return torch.where(taken, t, 0.5) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
 
     pred = pred.reshape(())
     yes = true_fn(*pytree.tree_map(lambda t: gated(t, pred), tuple(operands)))

@@ -28,7 +28,7 @@ from fxcurv.ir.private import (
     schema_of,
     without_fake_mode,
 )
-from fxcurv.rules.traits import OF_SHAPE, random
+from fxcurv.rules.traits import LITERALS, OF_SHAPE, random
 
 _NUMBER = (
     "makes a number of Python's of a value that depends on trained parameters, which is not known while tracing. Way out: leave "
@@ -45,19 +45,23 @@ class Unknown(Exception):
     """A value that data alone do not give."""
 
 
+# What a value depends on: on nothing, on what may differ between calls, or on what is trained or drawn.
+_FIXED, _DATA, _UNKNOWN = 0, 1, 2
+
+
 class Values:
     """What a trace has computed so far, on the values of the call.
 
     Attributes:
-        read: (tensor of the trace, the number that it holds), of all that became numbers.
+        read: (tensor of the trace, the number that it holds), of all that became numbers and may be others.
     """
 
     def __init__(self) -> None:
         self.read: list[tuple[Tensor, Any]] = []
         self._given: list[tuple[Tensor, Tensor, bool]] = []
         self._env: dict[fx.Node, Any] = {}
-        self._unknown: set[fx.Node] = set()
-        self._memory: set[int] = set()
+        self._level: dict[fx.Node, int] = {}
+        self._memory: dict[int, int] = {}  # a write changes what its views hold
         self._seen = 0
 
     def begin(self, given: Iterable[tuple[Tensor, Tensor, bool]]) -> None:
@@ -84,10 +88,11 @@ class Values:
                 stack.enter_context(context)
             if node is not None:
                 self._catch_up(mode.tracer)
-            if node not in self._env or node in self._unknown:
+            if node not in self._env or self._of(node) == _UNKNOWN:
                 raise Unknown
             value = self._env[node].item()
-        self.read.append((t.detach().clone(), value))
+        if self._of(node) == _DATA:
+            self.read.append((t.detach().clone(), value))
         return value
 
     def _catch_up(self, tracer: Any) -> None:
@@ -96,33 +101,42 @@ class Values:
             for fake, real, trained in self._given:
                 node = node_of(fake, tracer)
                 if node is not None:
-                    self._env[node] = real.detach().clone()
-                    self._memory |= {memory_of(self._env[node])} if trained else set()
+                    self._set(node, real.detach().clone(), _UNKNOWN if trained else _DATA)
         for node in list(tracer.graph.nodes)[self._seen :]:
             self._seen += 1
             if node.op == "get_attr":
-                self._env[node] = getattr(tracer.root, node.target, None)
+                literal = all(user.target in LITERALS for user in node.users)
+                self._set(node, getattr(tracer.root, node.target, None), _FIXED if literal else _DATA)
             elif node.op == "call_function":
                 self._run(node)
 
     def _run(self, node: fx.Node) -> None:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._env.get)
-        given = {memory_of(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        unknown = bool(given & self._memory) or any(i in self._unknown for i in node.all_input_nodes)
-        unknown = unknown and node.target not in OF_SHAPE or random(node.target)
+        level = max((self._of(i) for i in node.all_input_nodes), default=_FIXED)
+        level = _UNKNOWN if random(node.target) else min(level, _DATA) if node.target in OF_SHAPE else level
         if any(i not in self._env for i in node.all_input_nodes):
-            self._unknown.add(node)
+            self._level[node] = _UNKNOWN
             return
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._env.get)
         try:
-            self._env[node] = node.target(*args, **kwargs)
+            value = node.target(*args, **kwargs)
         except Exception:  # what only a trace can run, a derivative say
-            self._unknown.add(node)
+            self._level[node] = _UNKNOWN
             return
-        if unknown:
-            schema = schema_of(node.target)
-            self._unknown.add(node)
-            self._memory |= {memory_of(t) for t in pytree.tree_leaves(self._env[node]) if isinstance(t, Tensor)}
-            self._memory |= given if schema is not None and schema.is_mutable else set()
+        schema = schema_of(node.target)
+        self._set(node, value, level)
+        if schema is not None and schema.is_mutable:
+            self._set(node, (value, args), level)
+            self._env[node] = value
+
+    def _of(self, node: fx.Node) -> int:
+        tensors = [t for t in pytree.tree_leaves(self._env.get(node)) if isinstance(t, Tensor)]
+        return max([self._level.get(node, _UNKNOWN), *(self._memory.get(memory_of(t), _FIXED) for t in tensors)])
+
+    def _set(self, node: fx.Node, value: Any, level: int) -> None:
+        self._env[node], self._level[node] = value, level
+        for t in pytree.tree_leaves(value):
+            if isinstance(t, Tensor):
+                self._memory[memory_of(t)] = max(level, self._memory.get(memory_of(t), _FIXED))
 
 
 # ---- what stands in the place of PyTorch's functions ------------------------------

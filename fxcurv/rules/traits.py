@@ -152,6 +152,9 @@ CUTS |= {
 # The value of a tensor of one entry, as a number.
 ITEMS = {aten.item.default, aten._local_scalar_dense.default}
 
+# What a tensor that is written out, `torch.tensor(3)`, goes through.
+LITERALS = {aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.lift.default}
+
 # ---- memory ------------------------------
 
 # Besides ops whose rule is elementwise: of images with channels last they make images with channels last.

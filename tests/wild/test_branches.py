@@ -24,9 +24,9 @@ def chosen(m: Any, x: Tensor) -> Tensor:
 
 
 def safe(m: Any, x: Tensor) -> Tensor:
-    """The derivative of the branch that is not taken is infinite, or not a number."""
+    """What the branch that is not taken computes is not a number."""
     h = m.a(x)
-    return m.head(torch.cond((h < -100).all(), lambda h: (h * 0).sqrt() + h.log(), lambda h: torch.tanh(h), (h,)))
+    return m.head(torch.cond((h < -100).all(), lambda h: h.sqrt() + h.log(), lambda h: torch.tanh(h), (h,)))
 
 
 def several(m: Any, x: Tensor) -> Tensor:
