@@ -55,6 +55,7 @@ def capture(
             raise not_traced(error, wrapped) from error
         reads.check()
         program = lift(model, wrapped, exported, arguments)
+        program.notes = [*wrapped.record.notes]
         program.python = reads.state(program.constants, [*wrapped.parameters(), *wrapped.buffers()])
         return program
 
@@ -85,7 +86,7 @@ def _traced(wrapped: Captured, args: tuple, shapes: Any) -> ExportedProgram:
     was_training = [(m, m.training) for m in wrapped.model.modules()]
     wrapped.training = wrapped.model.training
     try:
-        seen_through = kept_functions(), no_branches(), traced_transforms(wrapped.values), user_frames(), Followed(wrapped)
+        seen_through = kept_functions(), no_branches(), traced_transforms(wrapped), user_frames(), Followed(wrapped)
         with contextlib.ExitStack() as stack:
             for context in (torch.enable_grad(), *seen_through):
                 stack.enter_context(context)

@@ -116,6 +116,7 @@ class Followed(TorchFunctionMode):
             return args[0].detach()
         if func is torch.autograd.grad and not in_function_transform():
             args = pytree.tree_map_only(torch.Tensor, self._unmarked, args)
+            self.record.notes[f"torch.autograd.grad is said in the graph: {running_line().strip()}"] = None
             return gradients(*args, **(kwargs or {}))
         if reads(func, args) and not in_function_transform():
             return read(self.values, func, args, kwargs or {})

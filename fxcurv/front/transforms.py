@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fxcurv.front.values import Values
+from fxcurv.front.wrapped import Captured
 from fxcurv.ir.emit import MATERIALISED
+from fxcurv.ir.origin import running_line
 from fxcurv.ir.private import (
     disable_proxy_modes_tracing,
     in_function_transform,
@@ -30,13 +31,13 @@ _TRANSFORMS = f"{_AT}grad_impl", f"{_AT}grad_and_value_impl", f"{_AT}_jvp_with_a
 
 
 @contextlib.contextmanager
-def traced_transforms(values: Values) -> Iterator[None]:
+def traced_transforms(wrapped: Captured) -> Iterator[None]:
     """While a model is captured: `torch.func.grad`, `vjp`, `jvp`, `jacrev`, `jacfwd`, `hessian`, `vmap`.
 
     Args:
-        values: of the trace, which knows what came in.
+        wrapped: what is traced.
     """
-    inside = _Inside(values)
+    inside = _Inside(wrapped)
     with contextlib.ExitStack() as stack:
         for name in _TRANSFORMS:
             stack.enter_context(patched(name, inside.wrapped(original(name))))
@@ -47,8 +48,8 @@ def traced_transforms(values: Values) -> Iterator[None]:
 class _Inside:
     """Whether a piece is being traced: then a transform is one of its own."""
 
-    def __init__(self, values: Values) -> None:
-        self.values, self.tracing = values, False
+    def __init__(self, wrapped: Captured) -> None:
+        self.values, self.record, self.tracing = wrapped.values, wrapped.record, False
 
     def wrapped(self, transform: Callable) -> Callable:
         """The transform, traced by itself if it is the outermost."""
@@ -93,6 +94,7 @@ class _Inside:
             rest[:] = out
             return [t for t in out if isinstance(t, Tensor)]
 
+        self.record.notes[f"torch.func is traced by itself: {running_line().strip()}"] = None
         self.tracing = True
         try:
             with disable_proxy_modes_tracing(), no_torch_functions():

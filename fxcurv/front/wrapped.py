@@ -39,6 +39,7 @@ class _Record:
     leaves: int = 0
     fixed_by: Any = None
     marks: dict[int, tuple[Tensor, Tensor]]
+    notes: dict[str, None]
     look: Callable[[], None] = staticmethod(lambda: None)
 
 
@@ -79,7 +80,7 @@ class Captured(nn.Module):
     def _run(self, inputs, targets):
         args, kwargs = filled(self.arguments.input_template, inputs)
         marked: list[Tensor] = []
-        self.record.marks = {}
+        self.record.marks, self.record.notes = {}, {}
 
         def mark(t: Tensor) -> Tensor:
             if not t.is_floating_point():

@@ -103,6 +103,7 @@ class Program:
         fixed_by: the op, module and line that made a number of the batch size.
         pieces: traced functions by their kinds of arguments (see `ir.emit`).
         options: what was asked for; `analysis`: what the passes before the walk found; `walked`: what the walk left.
+        notes: how what a trace cannot follow was captured, for a report.
         reads: the values of the data that tracing made numbers of, if there are any.
         python: the values of attributes, closures and globals that tracing read.
         checks: conditions on values, verified at the first call; `finish` moves them to `check_module`, which computes
@@ -140,6 +141,7 @@ class Program:
     options: Options = field(default_factory=Options)
     analysis: Analysis = field(default_factory=Analysis)
     walked: Walked = field(default_factory=Walked)
+    notes: list[str] = field(default_factory=list)
     reads: Numbers | None = None
     python: Any = None
     timings: dict[str, float] = field(default_factory=dict)

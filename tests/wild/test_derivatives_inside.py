@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxcurv
 from fxcurv.errors import CaptureError, CustomFunctionError, LossError
-from fxcurv.extensions import BatchGrad, DiagGGNExact
+from fxcurv.extensions import HMP, BatchGrad, DiagGGNExact
 
 MSE, grad = nn.MSELoss(), torch.autograd.grad
 ALL = "first ggn hessian products"
@@ -281,11 +281,15 @@ def test_a_penalty_in_the_loss() -> None:
     model = Net(scores_and_point, net=field()).double()
     for n in (3, 1):
         x = torch.randn(n, 2).double()
-        result = fxcurv.compile(model, penalised, [BatchGrad()])(x)
+        result = fxcurv.compile(model, penalised, [BatchGrad(), HMP()])(x)
         for k in range(n):
             alone = grad(penalised(model(x[k : k + 1])) / n, list(model.parameters()))
             for (name, _), g in zip(model.named_parameters(), alone, strict=True):
                 torch.testing.assert_close(result.grad_batch[name][k], g)
+        weight = model.net[0].weight
+        (first,) = grad(penalised(model(x)), weight, create_graph=True)
+        (product,) = grad(first.sum(), weight)
+        torch.testing.assert_close(result.hmp["net.0.weight"](torch.ones(1, *weight.shape).double())[0], product)
     with pytest.raises(LossError, match="Gauss-Newton is not defined"):
         fxcurv.compile(model, penalised, [DiagGGNExact()])(x)
 
@@ -298,6 +302,8 @@ def test_a_batch_is_not_in_the_program(training: bool) -> None:
     for n in (4, 2, 7):
         compiled(tuple(draw(n).double() for draw in (numbers(2), numbers(2), numbers(1))))
     assert compiled.recompiles == []
+    (note,) = compiled.explain(*[tuple(draw(4).double() for draw in (numbers(2), numbers(2), numbers(1)))]).notes
+    assert note.startswith("torch.autograd.grad is said in the graph") and "(g,) = grad(score" in note
 
 
 # ---- what is refused ------------------------------
