@@ -208,7 +208,7 @@ class _Walk:
         rule = rule_of(value.target, self.program.rules)
         general = type(rule).transpose is Rule.transpose
         if isinstance(value.target, Custom):
-            raise value.target.refused("is differentiated by the model or the loss itself", where=self._where(value))
+            self._trace(value)
         if general and random(value.target):
             raise CaptureError(f"{self._where(value)}which draws random numbers, and has no rule. {WAY_OUT}")
         y, g = value, gs[0]
@@ -222,6 +222,15 @@ class _Walk:
         except (*FAILURES, TypeError) as error:
             what = f"{type(error).__name__}: {str(error)[:300]}"
             raise CaptureError(f"{self._where(value)}which cannot be differentiated: {what}\n{WAY_OUT}") from error
+
+    def _trace(self, value: fx.Node) -> None:
+        """Make the graph of a custom function's backward, whose own derivative is asked for next."""
+        kind: Custom = value.target
+        value.meta["active"] = True
+        kind.trace(self.program, value)
+        if kind.backward is not None and (kind.once or kind.keeps_inside):
+            why = "is differentiated by the model or the loss itself, and PyTorch does not know the derivative of its backward"
+            raise kind.refused(why, where=self._where(value))
 
     def _filled(self, outputs: Sequence[fx.Node | None], gs: Sequence[fx.Node | None]) -> tuple:
         """Cotangents of all outputs that have one, zeros where nothing came."""

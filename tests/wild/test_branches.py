@@ -66,10 +66,10 @@ def sequences(n: int) -> tuple[Tensor, ...]:
 
 WORDS = numbers(3, 4)
 ROWS = {
-    "cond": Inside("", lambda: Net(chosen, **parts()), MSE, numbers(2), numbers(2), "first ggn hessian products", quick=True),
+    "cond": Inside("", lambda: Net(chosen, **parts()), MSE, numbers(2), numbers(2), "first ggn hessian products"),
     "cond, by the operands alone": Inside("", lambda: Net(safe, **two()), MSE, numbers(2), numbers(2), "first ggn hessian"),
     "cond, several results": Inside("", lambda: Net(several, **two()), MSE, numbers(2), numbers(2), "first ggn hessian products"),
-    "a decoder and its mask": Inside("", decoder, MSE, together(WORDS, WORDS), WORDS, "first", quick=True),
+    "a decoder and its mask": Inside("", decoder, MSE, together(WORDS, WORDS), WORDS, "first"),
     "a transformer and a mask that is an input": Inside("", transformer, MSE, sequences, WORDS, "first"),
     "fake quantisation": Inside("", lambda: Net(quantised, **two()), MSE, numbers(2), numbers(2), "first ggn products"),
 }
