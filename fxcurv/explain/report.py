@@ -63,6 +63,7 @@ class Report:
         output: what f is and whether its loss has curvature, "" for a model's output with a loss that has.
         left_out: trainable parameters of a loss module, of which there is no gradient.
         python: the values of attributes, closures and globals that the program depends on.
+        notes: how derivatives that the model takes were captured, and the numbers that it makes of the data's values.
         timings: pass -> seconds.
         check: what was compared at the first call, and how long that took (`compile(check=)`).
 
@@ -85,6 +86,9 @@ class Report:
         self.batch = program.batch_note
         self.output = _output(program)
         self.python = program.python.names()
+        numbers = zip(program.reads.values, program.reads.lines, strict=True) if program.reads is not None else ()
+        made = [f"{value} is a value of the data, which every call compares: {line}" for value, line in numbers]
+        self.notes = [*program.notes, *dict.fromkeys(made)]
         self.timings = dict(program.timings)
         self.check = check
 
@@ -104,6 +108,7 @@ class Report:
         if self.python:
             more = f", and {len(self.python) - 6} more" if len(self.python) > 6 else ""
             parts.append(Text(f"values that Python holds: {', '.join(self.python[:6])}{more}"))
+        parts += [Text(note) for note in self.notes]
         parts.append(Text(f"checked: {self.check}"))
         passes = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in self.timings.items())
         return Group(*parts, Text(f"compiled in: {passes}"))

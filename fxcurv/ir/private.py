@@ -26,9 +26,14 @@ SEEN: dict[str, Sequence[str]] = {
     "torch._dispatch.python.enable_python_dispatcher": TRIED,
     "torch._subclasses.fake_tensor.FakeTensor": TRIED,
     "torch._subclasses.fake_tensor.FakeTensorMode": TRIED,
+    "torch._subclasses.fake_tensor.UnsupportedOperatorException": TRIED,
     "torch._subclasses.fake_tensor.disable_fake_tensor_cache": TRIED,
+    "torch._subclasses.fake_tensor.unset_fake_temporarily": TRIED,
     "torch._subclasses.functional_tensor.FunctionalTensor": TRIED,
     "torch._subclasses.functional_tensor.dispatch_functionalize": TRIED,
+    "torch.fx.experimental.proxy_tensor.disable_proxy_modes_tracing": TRIED,
+    "torch.fx.experimental.proxy_tensor.get_proxy_mode": TRIED,
+    "torch.fx.experimental.proxy_tensor.get_proxy_slot": TRIED,
     "torch.fx.experimental.proxy_tensor.make_fx": TRIED,
     "torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode": TRIED,
     "torch.fx.experimental.symbolic_shapes.ShapeEnv": TRIED,
@@ -61,8 +66,16 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.nn.Module._parameters": TRIED,
     "torch.nn.modules.loss._Loss": TRIED,
     # patched while a model is captured
+    "torch._functorch.apis.vmap_impl": TRIED,
+    "torch._functorch.eager_transforms._jvp_with_argnums": TRIED,
+    "torch._functorch.eager_transforms._vjp_with_argnums": TRIED,
+    "torch._functorch.eager_transforms.grad_and_value_impl": TRIED,
+    "torch._functorch.eager_transforms.grad_impl": TRIED,
     "torch.Tensor.register_hook": TRIED,
     "torch.autograd.function.FunctionMeta.__init__": TRIED,
+    "torch._higher_order_ops.cond": TRIED,
+    "torch.autograd.forward_ad.make_dual": TRIED,
+    "torch.cond": TRIED,
     "torch.ctc_loss": TRIED,
     "torch.nn.GRU.forward": TRIED,
     "torch.nn.LSTM.forward": TRIED,
@@ -73,6 +86,7 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.fx.experimental.symbolic_shapes.ShapeEnv._set_replacement": TRIED,
     "torch.fx.proxy.TracerBase._filter_traceback_frames": TRIED,
     "torch.nn.functional.gaussian_nll_loss": TRIED,
+    "torch.nn.modules.transformer._detect_is_causal_mask": TRIED,
     "torch.utils.checkpoint.CheckpointFunction": TRIED,
     # operators that captured graphs hold
     "torch.ops.aten._adaptive_avg_pool2d": TRIED,
@@ -159,9 +173,16 @@ from torch._dynamo import assume_constant_result as constant_result
 from torch._dynamo import maybe_mark_dynamic
 from torch._guards import tracing
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+    disable_fake_tensor_cache,
+)
+from torch._subclasses.fake_tensor import unset_fake_temporarily as without_fake_mode
 from torch._subclasses.functional_tensor import FunctionalTensor, dispatch_functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_slot, make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode as proxy_mode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv, free_unbacked_symbols
 from torch.nn.modules.loss import _Loss as Loss
 from torch.utils import _pytree as pytree
@@ -169,13 +190,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "FakeTensor", "FakeTensorMode", "FunctionalTensor", "GuardOnDataDependentSymNode", "Loss", "OpOverload", "SEEN",
-    "ShapeEnv", "TRIED", "TorchDispatchMode", "base_of", "captured_size", "check", "constant_result", "decomposes",
-    "decomposition_table", "disable_fake_tensor_cache", "dispatch_functionalize", "enable_python_dispatcher",
-    "find", "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform",
-    "is_view", "make_fx", "maybe_mark_dynamic", "no_hooks", "no_torch_functions", "original", "own_buffers", "own_parameters",
-    "patched", "pytree", "rerouted", "running_backward",
-    "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing", "uses_of_storage",
-    "version_of",
+    "ShapeEnv", "TRIED", "TorchDispatchMode", "UnsupportedOperatorException", "base_of", "captured_size", "check",
+    "constant_result", "decomposes", "decomposition_table", "disable_fake_tensor_cache", "disable_proxy_modes_tracing",
+    "dispatch_functionalize", "enable_python_dispatcher", "find", "free_unbacked_symbols", "has_hooks", "hooks_of_tensor",
+    "in_function_transform", "is_view", "make_fx", "maybe_mark_dynamic", "memory_of", "no_hooks", "no_torch_functions",
+    "node_of", "original", "own_buffers", "own_parameters", "patched", "proxy_mode", "pytree", "rerouted",
+    "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing", "uses_of_storage", "version_of",
+    "without_fake_mode",
 ]  # fmt: skip
 
 # they log what a trace raises, and more about it
@@ -239,6 +260,17 @@ def captured_size(size: torch.SymInt) -> Any:
 def uses_of_storage(tensor: torch.Tensor) -> int:
     """How often the storage of a tensor is held, the object that this asks by included."""
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """A number for the storage of a tensor, as long as that lives."""
+    return tensor.untyped_storage()._cdata
+
+
+def node_of(tensor: torch.Tensor, tracer: Any) -> torch.fx.Node | None:
+    """The node that a tensor of a running trace has."""
+    slot: Any = get_proxy_slot(tensor, tracer, None)
+    return None if slot is None else slot.proxy.node
 
 
 def running_backward() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,22 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Numbers:
+    """The numbers that tracing made of values of the data: what computes them, what they were, the user's lines."""
+
+    module: fx.GraphModule
+    values: tuple[Any, ...]
+    lines: tuple[str, ...]
+
+    def differences(self, flat: Sequence[Any]) -> list[str]:
+        """In words, what is another number for these arguments, those of the program's graph."""
+        with torch.no_grad():
+            now = [t.item() for t in self.module(*flat)]
+        rows = zip(now, self.values, self.lines, strict=True)
+        return [f"a value is {new} instead of {old} ({line})" for new, old, line in rows if new != old]
+
+
+@dataclass(frozen=True)
 class Memory:
     """A buffer that large results are written to: its fake value, and the (field, parameter name) of those results."""
 
@@ -87,6 +103,8 @@ class Program:
         fixed_by: the op, module and line that made a number of the batch size.
         pieces: traced functions by their kinds of arguments (see `ir.emit`).
         options: what was asked for; `analysis`: what the passes before the walk found; `walked`: what the walk left.
+        notes: how what a trace cannot follow was captured, for a report.
+        reads: the values of the data that tracing made numbers of, if there are any.
         python: the values of attributes, closures and globals that tracing read.
         checks: conditions on values, verified at the first call; `finish` moves them to `check_module`, which computes
             them, and `verdicts`, the errors that go with them.
@@ -123,6 +141,8 @@ class Program:
     options: Options = field(default_factory=Options)
     analysis: Analysis = field(default_factory=Analysis)
     walked: Walked = field(default_factory=Walked)
+    notes: list[str] = field(default_factory=list)
+    reads: Numbers | None = None
     python: Any = None
     timings: dict[str, float] = field(default_factory=dict)
     buffers: list[Memory] = field(default_factory=list)

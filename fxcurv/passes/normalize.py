@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def normalize(program: Program) -> Program:
     logits(program)
     _say_idioms(program)
     for _ in range(10):  # a rewrite may give ops that have a rewrite themselves
-        if not _rewrite_once(program):
+        if not rewritten(program, program.graph.nodes):
             break
     for node in program.graph.nodes:
         to_reshape(node)
@@ -84,9 +85,10 @@ def _say_idioms(program: Program) -> None:
             _substitute(program, node, new)
 
 
-def _rewrite_once(program: Program) -> bool:
+def rewritten(program: Program, nodes: Iterable[fx.Node]) -> bool:
+    """Whether any of these was a composite op; it is said in others now."""
     changed = False
-    for node in list(program.graph.nodes):
+    for node in list(nodes):
         fn = _equation(node, program)
         if fn is None:
             continue

@@ -153,7 +153,12 @@ CUTS = {
 }  # fmt: skip
 
 # These read nothing but the shape.
-CUTS |= {aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
+OF_SHAPE = {
+    aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
+    aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default,
+    aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, aten.sym_storage_offset.default,
+}  # fmt: skip
+CUTS |= OF_SHAPE
 
 # What is drawn has no derivative, neither where only the shape is read nor where the parameters of a distribution are.
 CUTS |= {
@@ -163,12 +168,13 @@ CUTS |= {
     aten.exponential.default, aten.cauchy.default, aten.log_normal.default, aten.geometric.default,
 }  # fmt: skip
 
-CUTS |= {aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
-
 # ---- numbers ------------------------------
 
 # The value of a tensor of one entry, as a number.
 ITEMS = {aten.item.default, aten._local_scalar_dense.default}
+
+# What a tensor that is written out, `torch.tensor(3)`, goes through.
+LITERALS = {aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.lift.default}
 
 # ---- memory ------------------------------
 

@@ -25,6 +25,7 @@ from fxcurv.ir.program import Program
 from fxcurv.ir.specialise import specialise
 from fxcurv.ir.state import Options
 from fxcurv.runtime import forward
+from fxcurv.runtime.bind import bind
 from fxcurv.runtime.keys import Key, key_of, shortened, why
 from fxcurv.runtime.memory import Pool
 from fxcurv.runtime.merged import Merged
@@ -133,12 +134,17 @@ class Programs(Generic[M]):
         key = key_of(request.subject, request.arguments), request.mode, request.create_graph
         serving = [made for made in self._made.get(key, []) if made.program.serves(n)]
         serving = [made for made in serving if schedules or not made.program.python.numbers]
+        numbers: list[str] = []
         for made in serving:
             if made.program.python.holds(modules):
-                return made
+                other = numbers_differ(made.program, request)
+                if not other:
+                    return made
+                numbers = other
         changed: list[Any] = min((made.program.python.differences(modules) for made in serving), key=len, default=[])
         known = {key: [made.program for made in some] for key, some in self._made.items()}
-        reason = shortened(reasons(changed)) if changed else why(key, known, n, request.subject)
+        found = reasons(changed) or numbers
+        reason = shortened(found) if found else why(key, known, n, request.subject)
         new = self._scheduled(request, changed) if schedules and self.options.schedules else None
         new = new or self._lowered(request)
         again = f" again, because {reason}" if reason else ""
@@ -151,7 +157,8 @@ class Programs(Generic[M]):
     def holds(self, made: M, request: Request) -> bool:
         """Whether `made`, which was found for these arguments, still is what `find` would give."""
         key = key_of(request.subject, request.arguments), request.mode, request.create_graph
-        return made in self._made.get(key, []) and made.program.python.holds(request.subject.modules())
+        python = made.program.python.holds(request.subject.modules())
+        return made in self._made.get(key, []) and python and not numbers_differ(made.program, request)
 
     def name_of(self, made: M) -> str:
         """The name of what was found among `named`."""
@@ -204,7 +211,7 @@ class Programs(Generic[M]):
             two = self.captured(dataclasses.replace(request, arguments=doubled(request.arguments)), numbers)
         except FxcurvError:  # targets that only fit an output that was squeezed at one sample, say
             return self._analysed_alone(self.captured(request, numbers), tell)
-        if two.fixed:  # by the model, so the graph is of two samples only
+        if two.fixed or two.reads is not None:  # by the model, or by the values of two samples: so the graph is of these only
             return self._analysed_alone(self.captured(request, numbers), tell)
         try:
             one = self.captured(request, numbers)
@@ -238,6 +245,14 @@ class Programs(Generic[M]):
     def _same_forward(self, request: Request, numbers: tuple[Path, ...]) -> bool:
         """Whether the forward pass with these floats as inputs computes what it does with their values in it."""
         return forward.same(self._trace(request, ()), self._trace(request, numbers), request)
+
+
+def numbers_differ(program: Program, request: Request) -> list[str]:
+    """What of the numbers that tracing made of values is another for these arguments, in words."""
+    if program.reads is None:
+        return []
+    with request.apart():
+        return program.reads.differences(bind(program, request.subject, request.arguments, 0, None))
 
 
 def covered(

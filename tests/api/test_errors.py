@@ -390,13 +390,13 @@ BAD = {
     ),
     "keeps an activation": Bad(errors.CaptureError, ["'kept'", "side effect", "Way out"], model=lambda: Keeping()),
     "changes what it reads": Bad(errors.CaptureError, ["'scale'", "changes it", "Way out"], model=lambda: Growing()),
-    "a number by item()": Bad(
-        errors.UnsupportedOpError,
-        ["item", "number of Python's", __file__, "layer(x).max().item()", "Way out"],
-        model=lambda: Net(lambda layer, x: layer(x) * layer(x).max().item()),
+    "a number by float()": Bad(
+        errors.CaptureError,
+        ["op float", "number of Python's", __file__, "float(layer(x).max())", "Way out"],
+        model=lambda: Net(lambda layer, x: layer(x) * float(layer(x).max())),
     ),
     "a size that depends on values": Bad(
-        errors.UnsupportedOpError,
+        errors.CaptureError,
         ["size depends on values", __file__, "h[h > 0]", "torch.where"],
         model=lambda: Net(lambda layer, x: layer(x) + (lambda h: h[h > 0].sum())(layer(x))),
     ),
