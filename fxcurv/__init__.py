@@ -1,14 +1,15 @@
 """fxcurv: a compiler for individual gradients and curvature of PyTorch models."""
 
-from fxcurv import errors, extensions
+from fxcurv import errors, extensions, linear, optim
 from fxcurv.api import Compiled, compile  # noqa: A004
 from fxcurv.ir.program import Program
+from fxcurv.over import Totals, over
 from fxcurv.result import Result
 from fxcurv.rules import Contraction, Pointwise, Rule, register, rewrite
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Compiled", "Contraction", "Pointwise", "Program", "Result", "Rule", "compile", "errors", "extensions", "register",
-    "rewrite",
+    "Compiled", "Contraction", "Pointwise", "Program", "Result", "Rule", "Totals", "compile", "errors", "extensions",
+    "linear", "optim", "over", "register", "rewrite",
 ]  # fmt: skip

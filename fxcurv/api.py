@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,14 +15,19 @@ from fxcurv.explain.lowered import Lowered
 from fxcurv.explain.report import Report
 from fxcurv.extensions import Extension
 from fxcurv.extensions.parameters import Choice, hashable
+from fxcurv.front.arguments import Arguments, flatten_arguments
 from fxcurv.front.requests import Request, Subject, check_trainable, checked
+from fxcurv.front.values import given_values, member
+from fxcurv.ir.private import pytree
 from fxcurv.ir.state import Options
+from fxcurv.quantity import Product
 from fxcurv.result import Result
 from fxcurv.runtime.again import Again
 from fxcurv.runtime.backend import Backend
 from fxcurv.runtime.bind import bind, seed_tensor
 from fxcurv.runtime.call import call, run_error
 from fxcurv.runtime.export import export
+from fxcurv.runtime.one import serves_one
 from fxcurv.runtime.programs import Programs, Ready, covered, emitted
 from fxcurv.runtime.step import Steps, call_in_step
 
@@ -154,7 +160,7 @@ class Compiled:
 
     def _forget(self) -> None:
         """Have no programs, nor anything that is known of them."""
-        self._programs: Programs[Ready] = Programs(self.extensions, self._options, emitted)
+        self._programs: Programs[Ready] = Programs(self.extensions, self._options, emitted, serves_one)
         self._steps = Steps(self._programs, self._subject)
         self._again: Again | None = None
         self.recompiles = self._programs.recompiles
@@ -176,6 +182,7 @@ class Compiled:
         generator: torch.Generator | None = None,
         create_graph: bool = False,
         out: Result | None = None,
+        params: dict[str, Tensor] | None = None,
     ) -> Result:
         """Compute all quantities on one batch.
 
@@ -192,25 +199,49 @@ class Compiled:
                 result, their views, and what `attach` put on parameters then hold this call's numbers (after a smaller
                 batch, with old ones behind them), its other fields stay as they were, and it cannot be `out` again.
                 Without `out`, memory is used again only when nobody holds it.
+            params: parameter name -> tensor [*P], used in place of the module's own by the same program; of stacks [E, *P], for
+                E models in a row, every tensor of the result has that axis in front. The module stays as it is.
 
         Raises:
-            ArgumentError: also for an `out` that cannot serve: no result of this program, or too small a one, fields
-                that were replaced, or with `create_graph`, another backend than "eager", or inside `torch.compile`.
+            ArgumentError: also for another name, shape, dtype or device in `params`, and for an `out` that cannot serve: no
+                result of this program, or too small a one, fields that were replaced, or with `create_graph`, another backend
+                than "eager", or inside `torch.compile`.
             FxcurvError: see `fxcurv.errors`; nothing on the model has changed then.
         """
+        values, models = given_values(self.model, params) if params is not None else ({}, None)
+        if models is not None:
+            return self._of_models(values, models, inputs, targets, seed, generator, create_graph, out)
         if torch.compiler.is_dynamo_compiling():
             if out is not None:
                 raise ArgumentError("out= inside torch.compile: drop it, the compiled step plans its own memory")
-            return call_in_step(self._steps, inputs, targets, seed, generator, create_graph)
-        if self._again is not None and out is None and not create_graph:
+            return call_in_step(self._steps, inputs, targets, seed, generator, create_graph, values)
+        if self._again is not None and out is None and not create_graph and not values:
             result = self._again.call(inputs, targets, seed, generator)
             if result is not None:
                 return result
         result, self._again = call(
             self._programs, self._subject, self._backend, inputs, targets,
-            seed=seed, generator=generator, create_graph=create_graph, out=out,
+            seed=seed, generator=generator, create_graph=create_graph, out=out, values=values,
         )  # fmt: skip
         return result
+
+    def _of_models(
+        self, values: dict[str, Tensor], models: int, inputs: Any, targets: tuple, seed: Any, generator: Any, create_graph: bool,
+        out: Result | None,
+    ) -> Result:  # fmt: skip
+        """A call for each of several models' values, and their results as one; all draw the same columns."""
+        if out is not None:
+            raise ArgumentError("out= with stacks in params=: drop it, every model's result is new")
+        products = [type(e).__name__ for e in self.extensions if isinstance(e.requires, Product)]
+        if products:
+            raise ArgumentError(f"{products[0]} with stacks in params=: products are of one model each, call once for each")
+        seed = seed_tensor(seed, generator, self._subject.device())
+        each = [
+            self(inputs, *targets, seed=seed, create_graph=create_graph, params=member(self.model, values, k))
+            for k in range(models)
+        ]
+        fields = pytree.tree_map(lambda *ts: torch.stack(ts) if isinstance(ts[0], Tensor) else ts[0], *[r._fields for r in each])
+        return Result(fields, self.extensions, self.model)
 
     def lower(self, inputs: Any, *targets: Any, after: str | None = None) -> Lowered:
         """The program for this kind of input, to be looked at: `.graph_module`, `.print_readable()`, `.draw("graph.svg")`.
@@ -269,6 +300,21 @@ class Compiled:
                 return Report(program, flat, arguments.batch_size, ready.note)
             except (RuntimeError, IndexError) as error:
                 raise run_error(program, arguments, flat, error) from error
+
+    def asking(self, extensions: Iterable[Extension]) -> Compiled:
+        """The same model, loss and options with other extensions."""
+        found = checked(extensions)
+        options = dataclasses.replace(self._options, as_written=any(e.by_op for e in found))
+        return Compiled(self.model, self.loss, found, options, self._backend)
+
+    @property
+    def subject(self) -> Subject:
+        """The model and the loss."""
+        return self._subject
+
+    def arguments(self, inputs: Any, *targets: Any) -> Arguments:
+        """The tensors of a call, flat, and where the samples are in each."""
+        return flatten_arguments(inputs, targets, self._options.batch_dim, self._options.sample_index)
 
     def covered(self) -> tuple[list[str], dict[Extension, list[str]]]:
         """(the parameters of all quantities, those of each extension that chose its own), by name."""

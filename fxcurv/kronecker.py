@@ -5,11 +5,12 @@
 `KFAC`, `KFLR` and `KFRA` give a `Kronecker`: [B, A] for a weight, [B] for a bias. `EKFAC` gives an `Eigenbasis`:
 [Q_B, Q_A, lambda]. A factor A that is diagonal (an embedding's) is a vector of its entries. Both know how the
 parameter is arranged (`.arrangement`), so everything here takes and gives vectors in the parameter's own shape.
+`Blocks` is the block-diagonal matrix of all parameters: products, inverses, roots, determinants, samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -17,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxcurv.errors import ArgumentError
 from fxcurv.ir.private import pytree
 
-__all__ = ["Arrangement", "Eigenbasis", "Kronecker", "dense", "matmul", "solve"]
+__all__ = ["Arrangement", "Blocks", "Eigenbasis", "Kronecker", "dense", "eigenbasis", "matmul", "solve"]
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,22 @@ def solve(factors: Kronecker | Eigenbasis, vectors: Tensor, damping: float | tup
         if len(factors) == 2:
             m = m / (a + damping[1]) if a.ndim == 1 else torch.linalg.solve(_shifted(a, damping[1]), m, left=False)
         return factors.arrangement.vector(m)
-    values_b, vectors_b = torch.linalg.eigh(b)
-    values_a, vectors_a = (a, torch.ones_like(a)) if a.ndim == 1 else torch.linalg.eigh(a)
-    values = values_b.clamp(min=0).unsqueeze(1) * values_a.clamp(min=0)
-    return _scaled(Eigenbasis([vectors_b, vectors_a, values], factors.arrangement), m, values, damping)
+    basis = eigenbasis(factors)
+    return _scaled(basis, m, basis[-1], damping)
+
+
+def eigenbasis(factors: Kronecker | Eigenbasis) -> Eigenbasis:
+    """The block by eigenvectors and eigenvalues, which are not negative: what rounding has made so is zero."""
+    if isinstance(factors, Eigenbasis):
+        return Eigenbasis([*factors[:-1], factors[-1].clamp(min=0)], factors.arrangement)
+    found = [(f.clamp(min=0), torch.ones_like(f)) if f.ndim == 1 else _eigh(f) for f in factors]
+    values = found[0][0] if len(found) == 1 else found[0][0].unsqueeze(1) * found[1][0]
+    return Eigenbasis([*(vectors for _, vectors in found), values], factors.arrangement)
+
+
+def _eigh(t: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh((t + t.mT) / 2)
+    return values.clamp(min=0), vectors
 
 
 def dense(factors: Kronecker | Eigenbasis) -> Tensor:
@@ -166,3 +180,190 @@ def _scaled(basis: Eigenbasis, m: Tensor, values: Tensor, damping: float | None 
     inside = _right(q_b.mT @ m, q_a)
     inside = inside * values if damping is None else inside / (values + damping)
     return basis.arrangement.vector(q_b @ _right(inside, q_a.mT if q_a.ndim == 2 else q_a))
+
+
+# all parameters ----------------------------------------------------------------------------------------------------
+
+Vector = Any  # a dict of tensors by name, or a flat tensor
+
+
+class Blocks(Mapping):
+    """The block-diagonal matrix of several parameters' blocks, `Blocks(result.kfac)`: parameter name -> its factors.
+
+    Vectors are dicts of tensors [*lead, *P] by name, or flat: [D], or columns [D, K], in the order of the names. Eigenvalues
+    are clamped at zero, so factors that are indefinite by rounding give no NaN.
+
+    Attributes:
+        shape: (D, D), D the number of entries of these parameters.
+    """
+
+    def __init__(self, factors: Mapping[str, Kronecker | Eigenbasis]):
+        wrong = [name for name, f in factors.items() if not isinstance(f, Kronecker | Eigenbasis)]
+        if wrong or not factors:
+            raise ArgumentError(f"{wrong or 'nothing'}: pass the field of KFAC, KFLR, KFRA or EKFAC, parameter name -> factors")
+        self._factors = dict(factors)
+        self._bases: dict[str, Eigenbasis] = {}
+
+    def __getitem__(self, name: str) -> Kronecker | Eigenbasis:
+        return self._factors[name]
+
+    def __iter__(self):
+        return iter(self._factors)
+
+    def __len__(self) -> int:
+        return len(self._factors)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        total = sum(self._sizes())
+        return total, total
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self._factors.values()))[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self._factors.values()))[0].device
+
+    @property
+    def T(self) -> Blocks:  # noqa: N802
+        """The same: it is symmetric."""
+        return self
+
+    def __matmul__(self, v: Vector) -> Vector:
+        """The product with a vector; see the class."""
+        return self._each(v, lambda name, t: matmul(self._factors[name], t))
+
+    def solve(self, v: Vector, damping: float = 0.0, pi: bool = False) -> Vector:
+        """(self + damping I)^-1 v; with `pi` damped per factor, see `damped`."""
+        return self.inverse(damping, pi) @ v
+
+    def damped(self, damping: float, pi: bool = False) -> Blocks:
+        """self + damping I, by its eigenvectors.
+
+        Args:
+            damping: a number d >= 0.
+            pi: (B + sqrt(d)/pi I) (x) (A + pi sqrt(d) I) in its place, with pi^2 = (tr A / dim A) / (tr B / dim B)
+                (Martens & Grosse 2015, section 6.3); of a block without A, B + d I.
+
+        Raises:
+            ArgumentError: for a negative number, or `pi` of an eigenbasis that has no two factors.
+        """
+        if not damping >= 0:
+            raise ArgumentError(f"damping={damping!r}: pass a number that is not negative")
+        return Blocks({name: self._damped(name, damping, pi) for name in self})
+
+    def inverse(self, damping: float = 0.0, pi: bool = False) -> Blocks:
+        """(self + damping I)^-1, as such a matrix; see `damped`.
+
+        Raises:
+            ArgumentError: also where it is singular.
+        """
+        return self.damped(damping, pi)._of_values(_inverted)
+
+    def sqrt(self) -> Blocks:
+        """The symmetric root."""
+        return self._of_values(lambda name, values: values.sqrt())
+
+    def logdet(self, damping: float = 0.0, pi: bool = False) -> Tensor:
+        """log det(self + damping I), 0-dim; minus infinity where it is singular."""
+        damped = self.damped(damping, pi)
+        return torch.stack([damped._basis(name)[-1].log().sum() for name in self]).sum()
+
+    def trace(self) -> Tensor:
+        """The sum of its eigenvalues, 0-dim."""
+        return torch.stack([self._trace(f) for f in self._factors.values()]).sum()
+
+    def diag(self) -> dict[str, Tensor]:
+        """Parameter name -> the diagonal, [*P]."""
+        return {name: _diagonal(f) for name, f in self._factors.items()}
+
+    def quadratic(self, v: Vector) -> Tensor:
+        """v^T self v: 0-dim, or one for each of several vectors."""
+        w, flat = self @ v, isinstance(v, Tensor)
+        if flat:
+            return (v * w).sum(0)
+        dims = {name: len(f.arrangement.shape) for name, f in self._factors.items()}
+        return sum((v[n] * w[n]).flatten(t.ndim - dims[n]).sum(-1) for n, t in v.items())
+
+    def sample(self, count: int = 1, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Draws from N(0, self), [count, *P] by name: `blocks.inverse(damping).sample()` is of the Laplace posterior."""
+        root = self.sqrt()
+        where = generator.device if generator is not None else self.device
+        noise = {
+            name: torch.randn(count, *f.arrangement.shape, dtype=f[0].dtype, device=where, generator=generator).to(f[0].device)
+            for name, f in self._factors.items()
+        }
+        return root @ noise
+
+    def dense(self) -> Tensor:
+        """[D, D]."""
+        return torch.block_diag(*(dense(f) for f in self._factors.values()))
+
+    def __repr__(self) -> str:
+        return f"Blocks({', '.join(self._factors)}: {self.shape[0]} x {self.shape[1]})"
+
+    def _sizes(self) -> list[int]:
+        return [prod(f.arrangement.shape) for f in self._factors.values()]
+
+    def _basis(self, name: str) -> Eigenbasis:
+        if name not in self._bases:
+            self._bases[name] = eigenbasis(self._factors[name])
+        return self._bases[name]
+
+    def _damped(self, name: str, damping: float, pi: bool) -> Eigenbasis:
+        basis, factors = self._basis(name), self._factors[name]
+        if not pi or len(factors) == 1:
+            return Eigenbasis([*basis[:-1], basis[-1] + damping], basis.arrangement)
+        if isinstance(factors, Eigenbasis):
+            raise ArgumentError(f"pi=True of '{name}', an eigenbasis, which has no two factors to damp: drop it")
+        b, a = (f.clamp(min=0) if f.ndim == 1 else torch.linalg.eigvalsh((f + f.mT) / 2).clamp(min=0) for f in factors)
+        ratio = (a.mean() / b.mean()).sqrt()
+        ratio = torch.where((ratio > 0) & ratio.isfinite(), ratio, torch.ones_like(ratio))
+        root = damping**0.5
+        return Eigenbasis([*basis[:-1], (b + root / ratio).unsqueeze(1) * (a + root * ratio)], basis.arrangement)
+
+    def _of_values(self, fn: Callable[[str, Tensor], Tensor]) -> Blocks:
+        bases = {name: self._basis(name) for name in self}
+        return Blocks({name: Eigenbasis([*b[:-1], fn(name, b[-1])], b.arrangement) for name, b in bases.items()})
+
+    @staticmethod
+    def _trace(f: Kronecker | Eigenbasis) -> Tensor:
+        if isinstance(f, Eigenbasis):
+            return f[-1].sum()
+        traces = [t.sum() if t.ndim == 1 else t.trace() for t in f]
+        return traces[0] if len(traces) == 1 else traces[0] * traces[1]
+
+    def _each(self, v: Vector, fn: Callable[[str, Tensor], Tensor]) -> Vector:
+        if isinstance(v, Mapping):
+            if set(v) != set(self):
+                raise ArgumentError(f"the vector has {sorted(v)}, the matrix {sorted(self)}: give one tensor for each")
+            return {name: fn(name, v[name]) for name in self}
+        total = self.shape[0]
+        if not isinstance(v, Tensor) or v.ndim not in (1, 2) or v.shape[0] != total:
+            got = list(v.shape) if isinstance(v, Tensor) else type(v).__name__
+            raise ArgumentError(f"the matrix is {[total, total]}: multiply a dict, [{total}] or [{total}, K], not {got}")
+        found = []
+        for (name, f), part in zip(self._factors.items(), v.split(self._sizes()), strict=True):
+            own = fn(name, part.t().reshape(*part.shape[1:], *f.arrangement.shape))
+            found.append(own.reshape(*part.shape[1:], -1).t() if v.ndim == 2 else own.flatten())
+        return torch.cat(found)
+
+
+def _inverted(name: str, values: Tensor) -> Tensor:
+    if not bool((values > 0).all()):
+        raise ArgumentError(f"the block of '{name}' is singular: pass damping=")
+    return 1 / values
+
+
+def _diagonal(factors: Kronecker | Eigenbasis) -> Tensor:
+    if isinstance(factors, Eigenbasis):
+        q_b, q_a = factors[0], factors[1] if len(factors) == 3 else factors[0].new_ones(1)
+        values = factors[-1].reshape(factors.arrangement.rows, factors.arrangement.columns)
+        inside = q_b.square() @ values
+        return factors.arrangement.vector(inside * q_a.square() if q_a.ndim == 1 else inside @ q_a.square().mT)
+    b, a = _both(factors)
+    return factors.arrangement.vector(b.diagonal().unsqueeze(1) * (a if a.ndim == 1 else a.diagonal()))

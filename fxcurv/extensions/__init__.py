@@ -14,10 +14,11 @@ from fxcurv.extensions.ggn import (
 from fxcurv.extensions.hessian import BatchDiagHessian, DiagHessian
 from fxcurv.extensions.kfac import EKFAC, KFAC, KFLR
 from fxcurv.extensions.kfra import KFRA
+from fxcurv.extensions.pairs import Dots, GramGrad
 from fxcurv.extensions.products import GGNMP, HMP, PCHMP
 
 __all__ = [
     "BatchDiagGGNExact", "BatchDiagGGNMC", "BatchDiagHessian", "BatchGrad", "BatchL2Grad", "ClippedGrad",
-    "DiagGGNExact", "DiagGGNMC", "DiagHessian", "EKFAC", "Extension", "GGNMP", "HMP", "Jacobian", "KFAC", "KFLR",
-    "KFRA", "PCHMP", "Param", "SqrtGGNExact", "SqrtGGNMC", "SumGradSquared", "Variance",
+    "DiagGGNExact", "DiagGGNMC", "DiagHessian", "Dots", "EKFAC", "Extension", "GGNMP", "GramGrad", "HMP", "Jacobian",
+    "KFAC", "KFLR", "KFRA", "PCHMP", "Param", "SqrtGGNExact", "SqrtGGNMC", "SumGradSquared", "Variance",
 ]  # fmt: skip

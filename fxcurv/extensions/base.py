@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,6 +21,23 @@ from fxcurv.ir.program import Program
 from fxcurv.quantity import GRADIENT, KINDS, Gradient, Group
 from fxcurv.walks.groups import groups_of
 from fxcurv.walks.uses import Use, pull_back, select_group
+
+
+@dataclass(frozen=True)
+class Combine:
+    """How the values of several batches make that of all their samples (`fxcurv.over`).
+
+    Attributes:
+        how: "sum" over samples, "mean" over samples, or "rows", one per sample along `Extension.sample_axis`.
+        degree: of c times the loss, the value is c**degree times that of the loss; None where it is no such power.
+    """
+
+    how: str
+    degree: float | None = 1
+
+
+# what is to be summed over the batches, its totals, and in the end the value
+Steps = Generator[tuple["Extension", ...], list[Any], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +62,9 @@ class Extension:
         by_op: whether the result depends on which ops the model is written in, so that none may be said in others.
         sample_axis: the axis of the result that the samples are on, None where it is one of all of them.
         holds_samples: whether the result is a sum over columns for every sample, which each part of them would write anew.
+        combine: how each tensor of a parameter's value is made of those of several batches; () where it is not.
+        extras: the same of the extra results, by field.
+        data_passes: how often `gather` goes over the batches.
     """
 
     savefield: str = field(default="", kw_only=True)
@@ -57,6 +78,9 @@ class Extension:
     holds_samples: ClassVar[bool] = False
     by_op: ClassVar[bool] = False
     sample_axis: ClassVar[int | None] = None
+    combine: ClassVar[tuple[Combine, ...]] = ()
+    extras: ClassVar[dict[str, Combine]] = {}
+    data_passes: ClassVar[int] = 1
 
     def __post_init__(self):
         if not self.savefield:
@@ -66,6 +90,29 @@ class Extension:
 
     def check(self) -> None:
         """Validate the arguments; raise `ExtensionError`."""
+
+    def gather(self) -> Steps:
+        """How the value of a data set is had: yields what to sum over its batches, is sent those totals, returns the value.
+
+        Every `yield` is a pass over the data.
+
+        Raises:
+            ExtensionError: where batches do not say what the value of all their samples is.
+        """
+        name = type(self).__name__
+        if not self.combine:
+            raise ExtensionError(
+                f"{name} of a data set is not made of that of its batches. Way out: one call on all samples, or an extension "
+                "that sums over samples."
+            )
+        if getattr(self, "subsampling", None) is not None:
+            raise ExtensionError(f"{name}(subsampling=...) counts the samples of every batch anew: drop it, and index the result")
+        (total,) = yield (self,)
+        return total
+
+    def field_of(self, part: str) -> str:
+        """The field of what is summed for this extension."""
+        return f"{self.savefield}_{part}"
 
     def extract(self, param: Param) -> Any:
         """The quantity of one parameter, as a node or a pytree of nodes."""

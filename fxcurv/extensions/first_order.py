@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcurv.errors import ExtensionError
-from fxcurv.extensions.base import Extension, Param
+from fxcurv.extensions.base import Combine, Extension, Param, Steps
 from fxcurv.ir.emit import samples
 
 
@@ -28,6 +28,7 @@ class BatchGrad(Extension):
     subsampling: tuple[int, ...] | None = None
     savefield = "grad_batch"
     sample_axis = 0
+    combine = (Combine("rows"),)
 
     def check(self) -> None:
         freeze_indices(self)
@@ -42,6 +43,7 @@ class BatchL2Grad(Extension):
 
     savefield = "batch_l2"
     sample_axis = 0
+    combine = (Combine("rows", 2),)
 
     def extract(self, param: Param) -> fx.Node:
         return param.contract(power=2, reduce="vp")
@@ -52,6 +54,7 @@ class SumGradSquared(Extension):
     """The uncentred second moment, sum_n g_n^2, [*P]."""
 
     savefield = "sum_grad_squared"
+    combine = (Combine("sum", 2),)
 
     def extract(self, param: Param) -> fx.Node:
         return param.contract(power=2, reduce="vn")
@@ -68,10 +71,31 @@ class Variance(Extension):
         mean = param.contract(power=1, reduce="vn", precise=True)
         return param.emit(_variance, squares, mean, samples(param.program), param.positions or 1)
 
+    def gather(self) -> Steps:
+        (moments,) = yield (GradMoments(params=self.params, savefield=self.field_of("moments")),)
+        return {name: _variance(squares, total, n, 1) for name, (squares, total, n) in moments.items()}
+
 
 def _variance(squares: Tensor, total: Tensor, samples: int, positions: int) -> Tensor:
     n = samples * positions
     return squares / n - (total / n).square()
+
+
+@dataclass(frozen=True)
+class GradMoments(Extension):
+    """[sum_n g_n^2, sum_n g_n, N], of [*P], [*P] and []: what a variance is made of, and batches add up."""
+
+    savefield = "grad_moments"
+    combine = (Combine("sum", 2), Combine("sum", 1), Combine("sum", 0))
+
+    def extract(self, param: Param) -> list[fx.Node]:
+        squares = param.contract(power=2, reduce="vn")
+        total = param.contract(power=1, reduce="vn", precise=True)
+        return [squares, total, param.emit(_count, squares, samples(param.program), param.positions or 1)]
+
+
+def _count(like: Tensor, samples: int, positions: int) -> Tensor:
+    return like.new_ones(()) * (samples * positions)
 
 
 @dataclass(frozen=True)
@@ -89,6 +113,8 @@ class ClippedGrad(Extension):
     max_norm: float
     over: str = "all"
     savefield = "grad_clipped"
+    combine = (Combine("sum", None),)
+    extras = {"sample_norms": Combine("rows")}
 
     def check(self) -> None:
         if self.over not in ("all", "param"):

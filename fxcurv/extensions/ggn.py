@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxcurv.errors import ExtensionError
-from fxcurv.extensions.base import Extension, Param
+from fxcurv.extensions.base import Combine, Extension, Param
 from fxcurv.extensions.first_order import freeze_indices
 from fxcurv.ir.placement import samples_first
 from fxcurv.quantity import Identity, Quantity, SqrtGGN
@@ -34,6 +34,7 @@ class DiagGGNExact(Extension):
     """diag(sum_n J_n^T H_n J_n), [*P]; where samples interact, diag(J^T H J) of the whole batch."""
 
     savefield = "diag_ggn_exact"
+    combine = (Combine("sum"),)
     whole_batch = True
     needs_convex = True
     any_sample = True
@@ -48,6 +49,7 @@ class BatchDiagGGNExact(Extension):
     """diag(J_n^T H_n J_n) of every sample, [N, *P]."""
 
     savefield = "diag_ggn_exact_batch"
+    combine = (Combine("rows"),)
     sample_axis = 0
     holds_samples = True
     needs_convex = True
@@ -66,6 +68,7 @@ class DiagGGNMC(_Sampled):
     """
 
     savefield = "diag_ggn_mc"
+    combine = (Combine("sum"),)
     whole_batch = True
     any_sample = True
 
@@ -78,6 +81,7 @@ class BatchDiagGGNMC(_Sampled):
     """diag(J_n^T H_n J_n) of every sample, estimated with `mc_samples` columns, [N, *P]."""
 
     savefield = "diag_ggn_mc_batch"
+    combine = (Combine("rows"),)
     sample_axis = 0
 
     def extract(self, param: Param) -> fx.Node:
@@ -94,6 +98,7 @@ class SqrtGGNExact(Extension):
 
     subsampling: tuple[int, ...] | None = None
     savefield = "sqrt_ggn_exact"
+    combine = (Combine("rows", 0.5),)
     sample_axis = 1
     shows_columns = True
     needs_convex = True
@@ -116,6 +121,7 @@ class SqrtGGNMC(_Sampled):
 
     subsampling: tuple[int, ...] | None = None
     savefield = "sqrt_ggn_mc"
+    combine = (Combine("rows", 0.5),)
     sample_axis = 1
 
     def check(self) -> None:
@@ -131,6 +137,7 @@ class Jacobian(Extension):
     """J_n, the derivative of the model's output, [N, *f.shape[1:], *P]. Needs no loss."""
 
     savefield = "jacobian"
+    combine = (Combine("rows", 0),)
     sample_axis = 0
     any_sample = True
     requires = Identity()
@@ -145,3 +152,48 @@ def _by_output(p, head, place):
     if place.outer * place.inner == 1:
         del axes[place.dim]
     return p.movedim(0, 1).reshape((p.shape[1], *axes, *p.shape[2:]))
+
+
+@dataclass(frozen=True)
+class SqrtEmpirical(Extension):
+    """P[n] of the empirical column, [1, N, *P]: the individual gradient over the root of the loss' factor."""
+
+    savefield = "sqrt_empirical"
+    combine = (Combine("rows", 0.5),)
+    sample_axis = 1
+    needs_convex = True
+    requires = SqrtGGN(empirical=True)
+
+    def extract(self, param: Param) -> fx.Node:
+        return param.contract(power=1)
+
+
+@dataclass(frozen=True)
+class DiagEmpirical(Extension):
+    """The diagonal of the empirical Fisher, the squares of `SqrtEmpirical` summed over samples, [*P]."""
+
+    savefield = "diag_empirical"
+    combine = (Combine("sum"),)
+    needs_convex = True
+    requires = SqrtGGN(empirical=True)
+
+    def extract(self, param: Param) -> fx.Node:
+        return param.contract(power=2, reduce="vn")
+
+
+@dataclass(frozen=True)
+class JacobianNorms(Extension):
+    """The squared norms of every output's derivative, [N, C]."""
+
+    savefield = "jacobian_norms"
+    combine = (Combine("rows", 0),)
+    sample_axis = 0
+    any_sample = True
+    requires = Identity()
+
+    def extract(self, param: Param) -> fx.Node:
+        return param.emit(_samples_first, param.contract(power=2, reduce="p"))
+
+
+def _samples_first(norms):
+    return norms.t().contiguous()

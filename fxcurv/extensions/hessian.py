@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcurv.errors import ExtensionError
-from fxcurv.extensions.base import Extension, Param
+from fxcurv.extensions.base import Combine, Extension, Param
 from fxcurv.ir.graph import Subgraph, ancestors, canonical_args
 from fxcurv.ir.origin import locate
 from fxcurv.ir.private import pytree
@@ -25,6 +25,7 @@ class DiagHessian(Extension):
     """diag of the Hessian of L, [*P], with the curvature of a regulariser. Samples may interact."""
 
     savefield = "diag_h"
+    combine = (Combine("sum"),)
     whole_batch = True
     any_sample = True
     requires = HessianFactors()
@@ -41,6 +42,7 @@ class BatchDiagHessian(Extension):
     """diag of the Hessian of every sample's loss, [N, *P]; nothing of a regulariser."""
 
     savefield = "diag_h_batch"
+    combine = (Combine("rows"),)
     sample_axis = 0
     holds_samples = True
     requires = HessianFactors()

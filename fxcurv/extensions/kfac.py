@@ -8,14 +8,16 @@ P[v,n] = sum_s b a^T. With S positions of all uses together, the block B (x) A i
     "expand"        1/(N S) sum_{n,s} a a^T                    sum_{v,n,s} b b^T
     "reduce"        1/N     sum_n (mean_s a)(mean_s a)^T       sum_{v,n} (sum_s b)(sum_s b)^T
 
-which are one and the same where S = 1. `weight_sharing="backpack"` is "convolution" for a convolution that is used once
-and has no groups, and "expand" for everything else. Inputs are averaged over groups.
+which are one and the same where S = 1; over several batches B is a sum, and A a mean. `weight_sharing="backpack"` is
+"convolution" for a convolution that is used once and has no groups, and "expand" for everything else. Inputs are averaged
+over groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -23,11 +25,12 @@ from torch import Tensor, fx
 from fxcurv.contractions.contract import Spec
 from fxcurv.contractions.factors import Arrange, Dense, Factor, Gather, Jacobian
 from fxcurv.errors import ExtensionError
-from fxcurv.extensions.base import Param
+from fxcurv.extensions.base import Combine, Extension, Param, Steps
 from fxcurv.extensions.factored import Factored, dtype_of, embedded, flat, source_of, sum_of
 from fxcurv.extensions.layers import Layer, features, inputs
+from fxcurv.ir.emit import constant
 from fxcurv.ir.precision import widely
-from fxcurv.kronecker import Eigenbasis, Kronecker
+from fxcurv.kronecker import Arrangement, Eigenbasis, Kronecker
 from fxcurv.quantity import Group, Quantity, SqrtGGN
 
 
@@ -62,6 +65,7 @@ class KFAC(Factored):
     fisher: str = "mc"
     blocks: str = "kron"
     savefield = "kfac"
+    combine = (Combine("sum"), Combine("mean", 0))
 
     @property
     def requires(self) -> Quantity:
@@ -87,6 +91,7 @@ class KFLR(Factored):
     weight_sharing: str = "backpack"
     blocks: str = "kron"
     savefield = "kflr"
+    combine = (Combine("sum"), Combine("mean", 0))
     requires = SqrtGGN()
 
     @property
@@ -114,6 +119,7 @@ class EKFAC(Factored):
     fisher: str = "mc"
     blocks: str = "kron"
     savefield = "ekfac"
+    data_passes = 2
 
     @property
     def requires(self) -> Quantity:
@@ -123,8 +129,15 @@ class EKFAC(Factored):
         super().check()
         _check_sampled(self)
 
-    def _of_layer(self, param: Param, layers: dict[Group, Layer], factors: Kronecker) -> Eigenbasis:
-        basis = [param.emit(_eigenvectors, f) for f in factors]
+    def gather(self) -> Steps:
+        known = {f.name: getattr(self, f.name) for f in fields(KFAC) if f.name != "savefield"}
+        (found,) = yield (KFAC(**known, savefield=self.field_of("factors")),)
+        bases = {name: Kronecker(map(_eigenvectors, k), k.arrangement) for name, k in found.items()}
+        (moments,) = yield (MomentsIn(**known, savefield=self.field_of("moments"), bases=Bases(bases)),)
+        return {name: Eigenbasis([*basis, moments[name]], basis.arrangement) for name, basis in bases.items()}
+
+    def _of_layer(self, param: Param, layers: dict[Group, Layer], factors: Kronecker) -> Any:
+        basis = self._basis(param, factors)
         bias = next(iter(layers.values())).bias
         rotate = _rotated_bias if bias else _rotated_lookup if factors[-1].meta["val"].ndim == 1 else _rotated
         parts = []
@@ -134,19 +147,53 @@ class EKFAC(Factored):
                 rotated = param.emit(widely, rotate, given, basis, dtype_of(param))
                 parts.append(param.contract_factors(Spec(2, "vn"), rotated, layer.uses[0].use.rule))
         if not parts:
-            return Eigenbasis([*basis, param.emit(_zero_moments, factors)], factors.arrangement)
+            return self._in_basis(basis, param.emit(_zero_moments, factors), factors.arrangement)
         moments = param.emit(sum_of, parts)
         if rotate is _rotated_lookup:
             moments = param.emit(_transposed, moments)
-        return Eigenbasis([*basis, moments], factors.arrangement)
+        return self._in_basis(basis, moments, factors.arrangement)
 
-    def _of_exact(self, param: Param, block: fx.Node, p: fx.Node) -> Eigenbasis:
-        basis = param.emit(_eigenvectors, block)
-        return Eigenbasis([basis, param.emit(_moments, p, basis)], flat(param))
+    def _of_exact(self, param: Param, block: fx.Node, p: fx.Node) -> Any:
+        basis = self._basis(param, [block])
+        return self._in_basis(basis, param.emit(_moments, p, basis[0]), flat(param))
 
-    def _of_zeros(self, param: Param, factors: Kronecker) -> Eigenbasis:
+    def _of_zeros(self, param: Param, factors: Kronecker) -> Any:
         basis = [param.emit(_identity_like, f) for f in factors]
-        return Eigenbasis([*basis, param.emit(_zero_moments, factors)], factors.arrangement)
+        return self._in_basis(basis, param.emit(_zero_moments, factors), factors.arrangement)
+
+    def _basis(self, param: Param, factors: Sequence[fx.Node]) -> list[fx.Node]:
+        return [param.emit(_eigenvectors, f) for f in factors]
+
+    def _in_basis(self, basis: list[fx.Node], moments: fx.Node, arrangement: Arrangement) -> Any:
+        return Eigenbasis([*basis, moments], arrangement)
+
+
+class Bases:
+    """Parameter name -> its eigenvectors [Q_B, Q_A]; equal to itself alone."""
+
+    def __init__(self, of: dict[str, Kronecker]):
+        self.of = of
+
+
+@dataclass(frozen=True)
+class MomentsIn(EKFAC):
+    """EKFAC's lambda in eigenvectors that are given, those of a data set, say; a sum over samples.
+
+    Args:
+        bases: the eigenvectors of every parameter.
+    """
+
+    bases: Any = None
+    savefield = "ekfac_moments"
+    combine = (Combine("sum"),)
+    gather = Extension.gather
+
+    def _basis(self, param: Param, factors: Sequence[fx.Node]) -> list[fx.Node]:
+        with param.program.graph.inserting_before(param.program.output):
+            return [constant(param.program, q) for q in self.bases.of[param.name]]
+
+    def _in_basis(self, basis: list[fx.Node], moments: fx.Node, arrangement: Arrangement) -> Any:
+        return moments
 
 
 def _eigenvectors(factor: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class Arguments:
         for t in self.targets:
             order = list(dict.fromkeys([*(d for d in first if d < t.ndim), *range(t.ndim)]))
             equal = [d for d in order if t.shape[d] == n]
-            out.append(next(iter([*equal, *(d for d in order if t.shape[d] % n == 0)]), None))
+            out.append(next(iter([*equal, *(d for d in order if n and t.shape[d] % n == 0)]), None))
         return out
 
     def split_targets(self) -> list[Tensor]:
@@ -110,7 +110,7 @@ def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any, sample_index:
         sample_index: the input that says which sample an entry belongs to, in place of `batch_dim`.
 
     Raises:
-        ArgumentError: if the inputs hold no tensor, the batch is empty, or batch sizes disagree.
+        ArgumentError: if the inputs hold no tensor, or batch sizes disagree.
     """
     named = isinstance(inputs, Mapping)
     names = list(inputs) if named else None
@@ -140,8 +140,9 @@ def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any, sample_index:
         slots = {id(t): k for k, t in enumerate(tensors)}
         arguments.index, arguments.edges = slots[id(found)], (slots[id(edges)],) if isinstance(edges, Tensor) else ()
         _check_edges(arguments)
-    if arguments.batch_size == 0:
-        raise ArgumentError("the batch is empty: pass at least one sample")
+        if arguments.batch_size == 0:
+            raise ArgumentError("the batch is empty, and merged samples need one: pass at least one sample")
+    arguments.batch_size  # noqa: B018  (that there is one)
     if any(t.is_complex() for t in (*tensors, *target_tensors)):
         raise ArgumentError("complex tensors are not supported: split them into real and imaginary parts")
     arguments.structure = _structure(input_template, "inputs"), _structure(target_template, "targets")

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from fxcurv.errors import CaptureError, LossError
 from fxcurv.front import wrapped
 from fxcurv.front.derivatives import gradients
-from fxcurv.front.values import read, reads
+from fxcurv.front.numbers import read, reads
 from fxcurv.front.wrapped import Captured
 from fxcurv.ir.origin import is_user_file, running_line
 from fxcurv.ir.private import OpOverload, in_function_transform, original, patched, pytree, trace_logs

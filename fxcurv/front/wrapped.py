@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 
 from fxcurv.errors import ArgumentError, CaptureError, FxcurvError, LossError
 from fxcurv.front.arguments import Arguments, described, filled, map_leaves, objects_in, templated
+from fxcurv.front.numbers import Values
 from fxcurv.front.python_state import Number, Reads
-from fxcurv.front.values import Values
 from fxcurv.ir.origin import is_user_file, line_of, line_of_function, source_line
 from fxcurv.ir.private import GuardOnDataDependentSymNode
 

@@ -200,7 +200,7 @@ def constant(program: Program, value: Tensor) -> fx.Node:
     name = next(f"_constant{k}" for k in itertools.count() if f"_constant{k}" not in taken)
     program.gm.register_buffer(name, value, persistent=False)
     node = program.graph.get_attr(name)
-    node.meta["val"] = program.fake_mode.from_tensor(value) if isinstance(value, Tensor) else value
+    node.meta["val"] = program.fake_mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
     return node
 
 

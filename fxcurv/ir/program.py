@@ -225,13 +225,18 @@ class Program:
         """Whether this program computes batches of `n` samples: its size, or any that its guards allow."""
         if n == self.batch.size:
             return True
-        if not self.batch.symbols or n < 2 or n > (self.largest or n):
+        if not self.batch.symbols or n > (self.largest or n):
             return False
+        if n < 2:  # see `runtime.one`
+            return self.served.get(n, False)
         if n not in self.served:  # evaluating guards takes as long as a small problem
-            values = {s: n for s in self.batch.symbols}
-            guards = self.fake_mode.shape_env.guards
-            self.served[n] = not self.fixed and all(bool(g.expr.subs(values)) for g in guards)
+            self.served[n] = self.guards_hold(n)
         return self.served[n]
+
+    def guards_hold(self, n: int) -> bool:
+        """Whether the batch size is symbolic, and what was assumed of it while tracing holds of `n`."""
+        values = {s: n for s in self.batch.symbols}
+        return not self.fixed and all(bool(g.expr.subs(values)) for g in self.fake_mode.shape_env.guards)
 
     @property
     def fixed(self) -> bool:

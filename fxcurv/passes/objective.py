@@ -22,7 +22,8 @@ def objective(program: Program) -> Program:
     of_output = [e for e in extensions if e.requires.of_loss and not e.requires.of_ops]
     if of_output:
         check_ends(program, ", ".join(type(e).__name__ for e in of_output))
-    if any(e.per_sample for e in extensions) and not program.batch.whole:
+    if not program.batch.whole:
+        program.analysis.mixing = mixing(program) or ""
         _check_independence(program)
     if any(e.requires.of_loss for e in extensions):
         if program.loss is None:
@@ -45,11 +46,10 @@ def _check_loss(program: Program) -> None:
 
 def _check_independence(program: Program) -> None:
     asked = [e for e in program.extensions if e.per_sample]
-    reason = mixing(program)
-    if reason is None:
+    if not asked or not program.analysis.mixing:
         return
     names = ", ".join(type(e).__name__ for e in [e for e in asked if not e.whole_batch] or asked)
-    raise MixedSamplesError(reason.format(asked=names))
+    raise MixedSamplesError(program.analysis.mixing.format(asked=names))
 
 
 def _check_sampled(program: Program) -> None:

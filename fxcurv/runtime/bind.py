@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,10 +15,15 @@ from fxcurv.ir.program import Program
 
 
 def bind(
-    program: Program, subject: Subject, arguments: Arguments, seed: int | Tensor | None, generator: torch.Generator | None
+    program: Program,
+    subject: Subject,
+    arguments: Arguments,
+    seed: int | Tensor | None,
+    generator: torch.Generator | None,
+    values: Mapping[str, Tensor] | None = None,
 ) -> list[Any]:
-    """What the placeholders are bound to, but memory for results."""
-    params = dict(subject.model.named_parameters())
+    """What the placeholders are bound to, but memory for results; `values`: in place of the model's parameters, by name."""
+    params = {**dict(subject.model.named_parameters()), **(values or {})}
     buffers = dict(subject.model.named_buffers(remove_duplicate=False))
     of_loss = dict(tensors_in(subject.loss)) if isinstance(subject.loss, nn.Module) else {}
     targets = arguments.split_targets()

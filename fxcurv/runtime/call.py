@@ -19,6 +19,7 @@ from fxcurv.result import Result
 from fxcurv.runtime.again import Again
 from fxcurv.runtime.backend import Backend
 from fxcurv.runtime.bind import bind, cuda_devices
+from fxcurv.runtime.empty import of_no_sample
 from fxcurv.runtime.programs import Programs, Ready
 from fxcurv.runtime.selfcheck import Check
 
@@ -35,34 +36,44 @@ def call(
     generator: torch.Generator | None,
     create_graph: bool,
     out: Result | None,
+    values: dict[str, Tensor] | None = None,
 ) -> tuple[Result, Again | None]:
-    """`Compiled.__call__` outside of `torch.compile`: (the result, how to do it again if the last call was like this one)."""
+    """`Compiled.__call__` outside of `torch.compile`: (the result, how to do it again if the last call was like this one).
+
+    Args:
+        values: in place of the model's parameters.
+    """
     request = programs.request(subject, inputs, targets, subject.autocast(), create_graph)
     kept = None if out is None else _kept(out, create_graph, backend)
+    if not request.arguments.batch_size:
+        with request.apart():
+            return of_no_sample(programs.like(request).program, request, values or {}), None
     with request.apart():
         ready = programs.find(request)
         program = ready.program
-        flat = bind(program, subject, request.arguments, seed, generator)
+        flat = bind(program, subject, request.arguments, seed, generator, values)
         memory = _memory(ready, backend, request.arguments.batch_size, flat, kept)
         try:
             check_values(ready, flat)
-            selfcheck = begin_selfcheck(ready, request, flat)
+            if values:
+                _check_own(ready, request, backend)
+            selfcheck = None if values else begin_selfcheck(ready, request, flat)
             with torch.set_grad_enabled(create_graph):
-                values = _run(ready, backend, flat, memory)
+                found = _run(ready, backend, flat, memory)
             if selfcheck is not None:
-                selfcheck.finish(values)
+                selfcheck.finish(found)
                 ready.verified = True
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError) as error:
             raise run_error(program, request.arguments, flat, error) from error
         with torch.set_grad_enabled(create_graph):
-            result = _result(ready, subject, backend, flat, values)
+            result = _result(ready, subject, backend, flat, found)
         program.python.run_effects(subject.modules())
         if out is not None:
             out._memory = None
         repeated, ready.size = ready.size == request.arguments.batch_size, request.arguments.batch_size
-        plain = repeated and backend.name == "eager"
+        plain = repeated and backend.name == "eager" and not values
         return result, Again.of(ready, request, inputs, targets) if plain else None
 
 
@@ -116,6 +127,17 @@ def begin_selfcheck(ready: Ready, request: Request, flat: list[Any]) -> Check | 
     if ready.selfcheck is None or ready.verified and ready.program.options.check != "always":
         return None
     return ready.selfcheck.begin(ready.program, request, flat)
+
+
+def _check_own(ready: Ready, request: Request, backend: Backend) -> None:
+    """The check is of the model as it is, before a call with other values of its parameters."""
+    flat = bind(ready.program, request.subject, request.arguments, 0, None)
+    selfcheck = begin_selfcheck(ready, request, flat)
+    if selfcheck is not None:
+        with torch.set_grad_enabled(request.create_graph), torch.random.fork_rng(cuda_devices(flat)):
+            memory = _memory(ready, backend, request.arguments.batch_size, flat, None)
+            selfcheck.finish(_run(ready, backend, flat, memory))
+        ready.verified = True
 
 
 # ---- run, own, return ------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Generic, Protocol, TypeVar
@@ -96,14 +96,21 @@ class Programs(Generic[M]):
 
     Args:
         finish: makes of an analysed program what a call needs.
+        one: says whether what was made for more samples serves a single one.
 
     Attributes:
         recompiles: for every program after the first, why it was needed (see `Compiled`).
         named: what was made, as attributes: Dynamo guards the length of a list or dict that it reads.
     """
 
-    def __init__(self, extensions: tuple[Extension, ...], options: Options, finish: Callable[[Program, Tell], M]):
-        self.extensions, self.options, self.finish = extensions, options, finish
+    def __init__(
+        self,
+        extensions: tuple[Extension, ...],
+        options: Options,
+        finish: Callable[[Program, Tell], M],
+        one: Callable[[M, Request], bool] = lambda made, request: False,
+    ):
+        self.extensions, self.options, self.finish, self.one = extensions, options, finish, one
         self.recompiles: list[str] = []
         self.named = SimpleNamespace()
         self._made: dict[tuple[Key, Autocast, bool], list[M]] = {}
@@ -129,7 +136,13 @@ class Programs(Generic[M]):
         return Request(subject, arguments, mode, create_graph)
 
     def find(self, request: Request, schedules: bool = True) -> M:
-        """The program for these arguments and what Python holds; `schedules`: whether floats may be inputs of it."""
+        """The program for these arguments and what Python holds; `schedules`: whether floats may be inputs of it.
+
+        Raises:
+            ArgumentError: if there is no sample, so no program.
+        """
+        if not request.arguments.batch_size:
+            raise ArgumentError("the batch is empty, so there is no program: pass at least one sample")
         n, modules = request.arguments.batch_size, request.subject.modules()
         key = key_of(request.subject, request.arguments), request.mode, request.create_graph
         serving = [made for made in self._made.get(key, []) if made.program.serves(n)]
@@ -141,6 +154,12 @@ class Programs(Generic[M]):
                 if not other:
                     return made
                 numbers = other
+        if key[0].single and schedules:
+            for made in self._made.get((key[0]._replace(single=False), *key[1:]), []):
+                held = made.program.python.holds(modules) and not numbers_differ(made.program, request)
+                if held and self.one(made, request):
+                    self._made.setdefault(key, []).append(made)
+                    return made
         changed: list[Any] = min((made.program.python.differences(modules) for made in serving), key=len, default=[])
         known = {key: [made.program for made in some] for key, some in self._made.items()}
         found = reasons(changed) or numbers
@@ -153,6 +172,16 @@ class Programs(Generic[M]):
         self._made.setdefault(key, []).append(new)
         setattr(self.named, f"program_{len(vars(self.named))}", new)
         return new
+
+    def like(self, request: Request) -> M:
+        """A program for a batch of other samples than these, of which there are none: one that there is, or that of two."""
+        mode = request.mode, request.create_graph
+        for (key, *others), some in self._made.items():
+            n = some[0].program.batch.size
+            given = filled_up(request.arguments, n, [k for shape, *_ in key.targets for k in multiples(shape)])
+            if (key_of(request.subject, given), *mode) == (key, *others):
+                return some[0]
+        return self.find(dataclasses.replace(request, arguments=filled_up(request.arguments, 2)))
 
     def holds(self, made: M, request: Request) -> bool:
         """Whether `made`, which was found for these arguments, still is what `find` would give."""
@@ -283,6 +312,25 @@ def single_sample(program: Program) -> Program:
             f"the model cannot run on a batch of one: {error}. Way out, for batch norm in training mode: "
             "more samples, or eval()"
         ) from error
+
+
+def multiples(shape: tuple) -> list[int]:
+    """k of a described size of k times the batch size."""
+    return [s[1] for s in shape if isinstance(s, tuple)]
+
+
+def filled_up(arguments: Arguments, n: int, multiples: Sequence[int] = ()) -> Arguments:
+    """An empty batch with `n` samples of zeros in it; `multiples`: how many positions a sample has in each target."""
+
+    def filled(tensors, dims, each):
+        return [
+            t if d is None else t.new_zeros(*t.shape[:d], n * next(each, 1), *t.shape[d + 1 :])
+            for t, d in zip(tensors, dims, strict=True)
+        ]
+
+    inputs = filled(arguments.inputs, arguments.batch_dims, iter(()))
+    targets = filled(arguments.targets, arguments.target_dims(), iter(multiples))
+    return dataclasses.replace(arguments, inputs=inputs, targets=targets)
 
 
 def doubled(arguments: Arguments) -> Arguments:

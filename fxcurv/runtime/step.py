@@ -52,8 +52,9 @@ def call_in_step(
     seed: int | Tensor | None,
     generator: torch.Generator | None,
     create_graph: bool,
+    given: dict[str, Tensor] | None = None,
 ) -> Result:
-    """`Compiled.__call__` where Dynamo traces it."""
+    """`Compiled.__call__` where Dynamo traces it; `given`: in place of the model's parameters."""
     if generator is not None:
         raise ArgumentError("generator= inside torch.compile: pass seed=, an int or a 0-dim integer tensor")
     programs, subject = steps.programs, steps.subject
@@ -68,7 +69,7 @@ def call_in_step(
     guarded(values)
     if step.unseen:
         unchanged(step.ticks, steps.name, name)
-    named = {**named_tensors(subject.model, subject.loss), **tensors_held}
+    named = {**named_tensors(subject.model, subject.loss), **tensors_held, **(given or {})}
     with torch.autocast(mode.device_type, enabled=False), torch.set_grad_enabled(create_graph):
         values = step(named, tensors, seed_tensor(seed, None, subject.device()))
     fields = step.fields(values)

@@ -58,7 +58,8 @@ def test_every_reason(caplog: pytest.LogCaptureFixture) -> None:
         "input 0 is float32[n, 7, 3] instead of float32[n, 5, 3]; target 0 is float32[n, 7, 2] instead of float32[n, 5, 2]",
         *batch(4, 7),
     )
-    calls("a batch of one sample", *batch(1, 5))
+    compiled(*batch(1, 5))  # one sample runs by the program for more
+    assert compiled.recompiles == reasons
     calls("create_graph=True", *batch(4, 7), create_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
         calls("autocast is torch.bfloat16", *batch(4, 5))

@@ -1,0 +1,118 @@
+"""What is per sample, batch after batch: in memory, or in a file that grows.
+
+A file is a `.npy` file, raw numbers behind a header that is written at the end: it needs no number of samples in advance, any
+length that was reached can be gone back to, and `numpy.load(mmap_mode="r")` reads it where it lies. (A safetensors file has
+all sizes in front, so it could not grow.)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxcurv.errors import ArgumentError
+
+HEADER = 256
+CHUNK = 1 << 22
+
+
+class Rows:
+    """Values per sample, in order.
+
+    Args:
+        file: where they go; None: they stay in memory.
+        axis: that of the samples in a value.
+    """
+
+    def __init__(self, file: Path | None, axis: int):
+        self.file, self.axis = file, axis
+        self._parts: list[Tensor] = []
+        self._shape: list[int] | None = None  # of one row
+        self._dtype = ""
+
+    def add(self, value: Tensor, factor: float | None, before: int) -> None:
+        """Append the rows of a batch, times a factor, behind the first `before` rows."""
+        rows = value.detach().movedim(self.axis, 0)
+        rows = rows * factor if factor is not None else rows.clone()
+        if self._shape is None:
+            self._shape = list(rows.shape[1:])
+        if list(rows.shape[1:]) != self._shape:
+            raise ArgumentError(
+                f"a batch has values of shape {list(rows.shape[1:])} per sample, the ones before it {self._shape}: sort the "
+                "data by shape, or pad it"
+            )
+        if self.file is None:
+            self._parts = [*self._kept(before), rows]
+            return
+        rows = rows.cpu()
+        array = (rows.float() if rows.dtype == torch.bfloat16 else rows).contiguous().numpy()
+        self._dtype = array.dtype.str
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.file, "r+b" if self.file.exists() else "w+b") as f:
+            f.truncate(HEADER + before * self._row_bytes())
+            f.seek(0, os.SEEK_END)
+            f.write(array.tobytes())
+
+    def _kept(self, count: int) -> list[Tensor]:
+        """The parts with the first `count` rows: the last batch may have failed after it was added here."""
+        while sum(map(len, self._parts)) > count:
+            self._parts.pop()
+        return self._parts
+
+    def _row_bytes(self) -> int:
+        return math.prod(self._shape or ()) * np.dtype(self._dtype).itemsize
+
+    def finish(self, divisor: float, count: int) -> Tensor:
+        """All rows over `divisor`, with the samples where the values have them."""
+        if self.file is None:
+            return (torch.cat(self._kept(count)) / divisor).movedim(0, self.axis)
+        shape = (count, *(self._shape or ()))
+        os.truncate(self.file, HEADER + count * self._row_bytes())
+        if divisor != 1 and math.prod(shape):
+            self._divide(self.file, divisor, math.prod(shape))
+        self._write_header(shape)
+        if not math.prod(shape):
+            return torch.from_numpy(np.empty(shape, self._dtype)).movedim(0, self.axis)
+        found = np.memmap(self.file, self._dtype, "c", HEADER, shape)  # writing to the tensor leaves the file as it is
+        return torch.from_numpy(found).movedim(0, self.axis)
+
+    def _divide(self, file: Path, divisor: float, count: int) -> None:
+        flat = np.memmap(file, self._dtype, "r+", HEADER, (count,))
+        for start in range(0, count, CHUNK):
+            flat[start : start + CHUNK] /= divisor
+        flat.flush()
+
+    def _write_header(self, shape: tuple[int, ...]) -> None:
+        known = {"descr": self._dtype, "fortran_order": False, "shape": shape}
+        text = repr(known).ljust(HEADER - 11) + "\n"
+        with open(self.file, "r+b") as f:  # type: ignore[arg-type]
+            f.write(b"\x93NUMPY\x01\x00" + (HEADER - 10).to_bytes(2, "little") + text.encode())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rows in memory, or what is known of those in the file."""
+        return {
+            "file": self.file.name if self.file is not None else None,
+            "axis": self.axis, "shape": self._shape, "dtype": self._dtype, "parts": list(self._parts),
+        }  # fmt: skip
+
+    @staticmethod
+    def of(state: dict[str, Any], folder: Path | None) -> Rows:
+        """What `state_dict` gave, with its file in `folder`.
+
+        Raises:
+            ArgumentError: if rows are in a file and there is no folder, or the file is gone.
+        """
+        if (state["file"] is None) != (folder is None):
+            raise ArgumentError("the state has rows in files, or has none, and to= says otherwise: pass the same to=")
+        file = folder / state["file"] if folder is not None else None
+        if file is not None and not file.exists():
+            raise ArgumentError(f"the state has rows in {file}, which is not there: pass the same to=, or begin anew")
+        rows = Rows(file, state["axis"])
+        rows._shape, rows._dtype, rows._parts = state["shape"], state["dtype"], list(state["parts"])
+        return rows

@@ -1,0 +1,214 @@
+"""How the loss is reduced over samples: a sum, or a mean; and the weight that a batch has in that mean.
+
+A loss is asked itself, as a function of the model's output. With a reference A (one sample) beside the batch B,
+
+    dL(A and B)/df_A = r dL(A)/df_A    and    dL(A and B)/df_B = s dL(B)/df_B
+
+where r = s = 1 for a sum, and r = Z_A / (Z_A + Z_B), s = 1 - r for a mean, whatever Z counts: samples, positions that are not
+ignored, weights of classes. So Z_B = 1/r - 1, in units of Z_A, to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxcurv.errors import ArgumentError, LossError
+from fxcurv.front.arguments import Arguments, filled, templated
+
+WAY_OUT = (
+    'Way out: reduction="sum" or "mean" (over samples), or a function (inputs, *targets) -> Z, the weight of a batch in the '
+    "mean, as its number of tokens."
+)
+Parts = tuple[list[Tensor], list[Tensor]]  # tensors of the output, of the targets
+
+
+class Weights:
+    """The weights of batches.
+
+    Args:
+        model, loss: what is compiled.
+        reduction: what the user says, None to find out.
+
+    Attributes:
+        mean: whether the loss is a mean; None before the first batch says so.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Tensor] | None, reduction: Any):
+        if reduction not in (None, "sum", "mean") and not callable(reduction):
+            raise ArgumentError(f"reduction={reduction!r}: pass 'sum', 'mean' or a function (inputs, *targets) -> Z")
+        self._model, self._loss, self._reduction = model, loss, reduction
+        known = loss is None or reduction is not None
+        self.mean: bool | None = loss is not None and reduction != "sum" if known else None
+        self._total = 0.0
+        self._reference: Parts | None = None
+        self._wide = True
+
+    def of(self, result: Any, inputs: Any, targets: tuple, arguments: Arguments) -> float | None:
+        """The weight of a batch; None where the loss is a sum.
+
+        Raises:
+            LossError: for a loss that is neither, or that does not say.
+        """
+        if self.mean is False:
+            return None
+        if callable(self._reduction):
+            return float(self._reduction(inputs, *targets))
+        if self._reduction == "mean":
+            return float(arguments.batch_size)
+        try:
+            return self._asked(result, arguments)
+        except (RuntimeError, IndexError, TypeError) as error:
+            raise LossError(f"the loss of two batches together cannot be had: {error}\n{WAY_OUT}") from error
+
+    def count(self, z: float | None) -> None:
+        """A batch is counted."""
+        self._total += z or 0.0
+
+    def total(self) -> float | None:
+        """The weight of all batches; None where the loss is a sum."""
+        if not self.mean:
+            return None
+        if not self._total:
+            raise LossError("the mean is over nothing: every sample is ignored")
+        return self._total
+
+    def _asked(self, result: Any, arguments: Arguments) -> float | None:
+        outputs: list[Tensor] = []
+        template = templated(result.output, outputs)
+        n, first = arguments.batch_size, [d for d in arguments.batch_dims if d is not None]
+        dims = [_samples_at(t, n, first) for t in outputs], arguments.target_dims()
+        batch = [t.detach() for t in outputs], list(arguments.targets)
+
+        def slopes(parts: Parts) -> tuple[list[Tensor | None], bool]:
+            def loss(outs: list[Tensor], goals: list[Tensor]) -> Any:
+                return self._loss(filled(template, outs), *filled(arguments.target_template, goals))  # type: ignore[misc]
+
+            return self._slopes(parts, loss)
+
+        if self._reference is None:
+            self._reference = self._found(batch, dims, n, slopes)
+        if self._reference is None:
+            return 0.0  # no sample of it counts
+        one = self._reference
+
+        def beside(batch: Parts) -> Any:
+            """The reference and a batch in one."""
+            join = lambda a, t, d: t if d is None else torch.cat([a.to(t), t], d)  # noqa: E731
+            return tuple(list(map(join, *parts)) for parts in zip(one, batch, dims, strict=True))
+
+        of_one, of_batch, (of_both, regular) = slopes(one)[0], slopes(batch)[0], slopes(beside(batch))
+        if self.mean is None and not _sloping(of_batch):  # a perfect fit, say
+            batch = _moved(batch)
+            of_batch, (of_both, regular) = slopes(batch)[0], slopes(beside(batch))
+        if any(g is not None and d is None for g, d in zip(of_both, dims[0], strict=True)):
+            raise LossError(f"the loss reads an output that has no samples (it is computed in the model, perhaps).\n{WAY_OUT}")
+        sizes = [a.shape[d] if d is not None else 0 for a, d in zip(one[0], dims[0], strict=True)]
+        known = [(g, d, k) for g, d, k in zip(of_both, dims[0], sizes, strict=True) if g is not None]
+        r = _ratio([g.narrow(d, 0, k) for g, d, k in known], of_one)
+        s = _ratio([g.narrow(d, k, g.shape[d] - k) for g, d, k in known], of_batch)
+        return self._weight(r, s, regular)
+
+    def _weight(self, r: float | None, s: float | None, regular: bool) -> float | None:
+        """The weight that r and s say; s is None where the batch has no slope."""
+        near = 1e-6 if self._wide else 1e-2
+        if r is None:
+            raise LossError(f"the loss has no derivative in the model's output, so it does not say how it is reduced.\n{WAY_OUT}")
+        if self.mean is None and s is not None and abs(r - 1) < near and abs(s - 1) < near:
+            if regular:
+                raise LossError(
+                    "the loss is a sum over samples and a term that reads parameters, which every batch would count anew. "
+                    "Way out: a mean over samples; or leave that term out, and add its own gradient and curvature."
+                )
+            self.mean = False
+            return None
+        if self.mean is None and s is None:
+            return 0.0  # nothing of the batch counts, which does not say whether the loss is a mean
+        if not 0 < r < 1 + near or s is not None and abs(r + s - 1) > near:
+            raise LossError(f"the loss is neither a sum nor a mean over samples, so batches do not add up to it.\n{WAY_OUT}")
+        self.mean = True
+        z = 1 / r - 1
+        return z if z > 1e-12 else 0.0
+
+    def _found(self, batch: Parts, dims: tuple, n: int, slopes: Callable) -> Parts | None:
+        """A sample of the batch at which the loss has a slope; at other outputs, where it has none at these."""
+        for parts in (batch, _moved(batch)):
+            for i in range(n):
+                cut = lambda t, d, i=i: t if d is None else t.narrow(d, i * (t.shape[d] // n), t.shape[d] // n).clone()  # noqa: E731
+                one: Any = tuple(list(map(cut, *both)) for both in zip(parts, dims, strict=True))
+                if _sloping(slopes(one)[0]):
+                    return one
+        return None
+
+    def _slopes(self, parts: Parts, loss: Callable) -> tuple[list[Tensor | None], bool]:
+        """(the derivative in each tensor of the output, whether the loss reads parameters beside it), in float64 if it can."""
+        for wide in (True, False) if self._wide else (False,):
+            outs, goals = ([t.double() if wide and t.is_floating_point() else t for t in ts] for ts in parts)
+            leaves = [t.detach().clone().requires_grad_() if t.is_floating_point() else t for t in outs]
+            held = [p for m in (self._model, self._loss) if isinstance(m, nn.Module) for p in m.parameters() if p.requires_grad]
+            try:
+                with torch.enable_grad():
+                    value = loss(leaves, goals)
+                if not value.requires_grad:
+                    return [None] * len(leaves), False
+                wanted = [t for t in leaves if t.requires_grad]
+                found = torch.autograd.grad(value, [*wanted, *held], allow_unused=True)
+            except (RuntimeError, TypeError):
+                if not wide:
+                    raise
+                self._wide = False  # it has weights of its own in another dtype
+                continue
+            given = iter(found)
+            slopes = [next(given) if t.requires_grad else None for t in leaves]
+            return slopes, any(g is not None and bool(g.any()) for g in given)
+        raise AssertionError
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known, in tensors and plain values."""
+        reference = None if self._reference is None else [list(part) for part in self._reference]
+        return {"mean": self.mean, "total": self._total, "reference": reference, "wide": self._wide}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean, self._total, self._wide = state["mean"], state["total"], state["wide"]
+        self._reference = None if state["reference"] is None else tuple(state["reference"])  # type: ignore[assignment]
+
+
+def _sloping(slopes: Sequence[Tensor | None]) -> bool:
+    """Whether a derivative is there, finite and not zero."""
+    known = [g for g in slopes if g is not None]
+    return any(bool(g.any()) for g in known) and all(bool(g.isfinite().all()) for g in known)
+
+
+def _moved(batch: Parts) -> Parts:
+    """The same targets beside other outputs."""
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(t.shape, generator=generator).to(t) if t.is_floating_point() else 0 for t in batch[0]]
+    return [t + e for t, e in zip(batch[0], noise, strict=True)], batch[1]
+
+
+def _samples_at(t: Tensor, n: int, first: Sequence[int]) -> int | None:
+    """The dimension of an output's samples, or of all their positions."""
+    order = list(dict.fromkeys([*(d for d in first if d < t.ndim), *range(t.ndim)]))
+    equal = [d for d in order if t.shape[d] == n]
+    return next(iter([*equal, *(d for d in order if t.shape[d] and t.shape[d] % n == 0)]), None)
+
+
+def _ratio(got: Sequence[Tensor], of: Sequence[Tensor | None]) -> float | None:
+    """r with got = r of; None if `of` is zero.
+
+    Raises:
+        LossError: if there is none.
+    """
+    own = [t for t in of if t is not None]
+    if not own or not any(bool(t.any()) for t in own):
+        return None
+    a, b = (torch.cat([t.double().flatten() for t in ts]) for ts in (got, own))
+    b = b / b.norm()
+    size = torch.cat([t.double().flatten() for t in own]).norm()
+    r = a @ b
+    if float((a - r * b).norm()) > (1e-6 if own[0].dtype == torch.float64 else 1e-2) * float(r.abs()):
+        raise LossError(f"the loss is not a sum over samples: other samples change the direction of a sample's slope.\n{WAY_OUT}")
+    return float(r / size)

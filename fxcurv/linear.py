@@ -1,0 +1,377 @@
+"""Matrices of a data set that are never formed: Gauss-Newton, Hessian, Fisher, Jacobian, and the kernel J J^T.
+
+Each is made of a compiled model and data: one batch (inputs, *targets), or a loader of batches, which every product goes over
+once (`NTK` twice). On the model's device and in its dtype. Vectors over parameters are dicts of tensors [*P] by name, flat
+[D], or columns [D, K], in the order of `named_parameters()`; over outputs they are [R] or [R, K], R = N C, sample by sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxcurv.api import Compiled
+from fxcurv.data.halves import Halves
+from fxcurv.data.weights import Weights
+from fxcurv.errors import ArgumentError, ExtensionError
+from fxcurv.extensions import GGNMP, HMP, DiagGGNExact, DiagGGNMC, DiagHessian, Extension, SqrtGGNMC
+from fxcurv.extensions.ggn import DiagEmpirical, JacobianNorms, SqrtEmpirical
+from fxcurv.extensions.parameters import Choice, chosen, hashable
+from fxcurv.over import over, seed_of
+
+__all__ = ["GGN", "NTK", "EmpiricalFisher", "Hessian", "Jacobian", "MCFisher"]
+
+
+class Matrix:
+    """What all of them share.
+
+    Args:
+        compiled: from `fxcurv.compile`; its extensions do not matter.
+        data: a tuple (inputs, *targets), or an iterable of batches that can be gone over again.
+        params: the parameters that the matrix is over, as for `compile`.
+        unpack: batch -> (inputs, *targets).
+        reduction: see `fxcurv.over`.
+
+    Attributes:
+        shape, dtype, device: of the matrix.
+        T: its transpose.
+
+    Raises:
+        ArgumentError: for an iterator, which could be gone over once.
+        MixedSamplesError, LossError: as `fxcurv.over`, for several batches.
+    """
+
+    def __init__(
+        self, compiled: Compiled, data: Any, *, params: Choice = None, unpack: Callable[[Any], tuple] | None = None,
+        reduction: Any = None,
+    ):  # fmt: skip
+        if not isinstance(data, tuple) and iter(data) is data:
+            raise ArgumentError("data is an iterator, which every product would begin anew: pass a list or a DataLoader")
+        among = compiled.covered()[0]
+        self.params = hashable(params, ArgumentError, type(self).__name__)
+        self.names = chosen(self.params, compiled.model, ArgumentError, type(self).__name__, among)
+        held = dict(compiled.model.named_parameters())
+        self._shapes = {name: tuple(held[name].shape) for name in self.names}
+        self._like = held[self.names[0]].detach()
+        self._compiled, self._data, self._unpack, self._reduction = compiled, data, unpack, reduction
+        self._plain = compiled.asking(())
+        self._given: Any = {"params": self.names}
+        self._count()
+
+    # ---- data ------------------------------
+
+    def _batches(self) -> Iterator[tuple[Any, tuple]]:
+        """(inputs, targets)."""
+        if isinstance(self._data, tuple):
+            yield self._data[0], self._data[1:]
+            return
+        for batch in self._data:
+            inputs, *targets = self._unpack(batch) if self._unpack is not None else batch
+            yield inputs, tuple(targets)
+
+    def _count(self) -> None:
+        """Go over the data once, for the weights of batches and the number of outputs."""
+        plain = self._plain
+        weights = Weights(plain.model, plain.loss, self._reduction)
+        single = isinstance(self._data, tuple)
+        self._factors: list[float] = []
+        self.samples = 0
+        for inputs, targets in self._batches():
+            n = plain.arguments(inputs, *targets).batch_size
+            self.samples += n
+            z = None
+            if not single:
+                z = weights.of(plain(inputs, *targets), inputs, targets, plain.arguments(inputs, *targets))
+                weights.count(z)
+            self._factors.append(1.0 if z is None else z)
+        total = None if single else weights.total()
+        self._factors = [f / total if total is not None else f for f in self._factors]
+
+    def _weighted(self) -> Iterator[tuple[float, Any, tuple]]:
+        for factor, (inputs, targets) in zip(self._factors, self._batches(), strict=True):
+            yield factor, inputs, targets
+
+    def _diagonal(self, extension: Extension, seed: int = 0) -> dict[str, Tensor]:
+        """What an extension gives over the data."""
+        compiled = self._compiled.asking([extension])
+        if isinstance(self._data, tuple):
+            return compiled(*self._data, seed=seed)[extension]
+        return over(
+            compiled, self._data, unpack=self._unpack, reduction=self._reduction, seed=seed, progress=False
+        )[extension]  # fmt: skip
+
+    # ---- a matrix ------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._like.device
+
+    @property
+    def size(self) -> int:
+        """D, the number of entries of the parameters."""
+        return sum(map(prod, self._shapes.values()))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size, self.size
+
+    @property
+    def T(self) -> Any:  # noqa: N802
+        return self
+
+    def _times(self, v: dict[str, Tensor]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def __matmul__(self, v: Any) -> Any:
+        """The product with a vector or columns; returned as it was given.
+
+        Raises:
+            ArgumentError: for another structure.
+        """
+        if isinstance(v, Mapping):
+            return self._times(self._named(v))
+        return self._columnwise(v, self.shape[1], lambda x: self._joined(self._times(self._parted(x))))
+
+    def _columnwise(self, v: Any, size: int, fn: Callable[[Tensor], Tensor]) -> Tensor:
+        if not isinstance(v, Tensor) or v.ndim not in (1, 2) or v.shape[0] != size:
+            got = list(v.shape) if isinstance(v, Tensor) else type(v).__name__
+            raise ArgumentError(f"the matrix is {list(self.shape)}: multiply [{size}] or [{size}, K], not {got}")
+        x = v.to(self.device, self.dtype)
+        found = fn(x) if v.ndim == 1 else torch.stack([fn(column) for column in x.unbind(1)], 1) if v.shape[1] else None
+        return x.new_zeros(self.shape[0], 0) if found is None else found
+
+    def _named(self, v: Mapping) -> dict[str, Tensor]:
+        if {n: tuple(t.shape) for n, t in v.items()} != self._shapes:
+            raise ArgumentError(f"the vector has {({n: list(t.shape) for n, t in v.items()})}, the matrix {self._shapes}")
+        return {name: v[name] for name in self.names}
+
+    def _parted(self, v: Tensor) -> dict[str, Tensor]:
+        parts = v.split([prod(s) for s in self._shapes.values()])
+        return {name: t.reshape(s) for (name, s), t in zip(self._shapes.items(), parts, strict=True)}
+
+    def _joined(self, v: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([v[name].flatten() for name in self.names])
+
+    def diag(self) -> Tensor:
+        """Its diagonal, [D]."""
+        raise NotImplementedError
+
+    def trace(self) -> Tensor:
+        """The sum of the diagonal, 0-dim."""
+        return self.diag().sum()
+
+    def to_scipy(self):
+        """As a `scipy.sparse.linalg.LinearOperator` (needs scipy)."""
+        from scipy.sparse.linalg import LinearOperator
+
+        def of(matrix):
+            def apply(x):
+                return (matrix @ torch.as_tensor(x).to(self._like)).cpu().numpy()
+
+            return apply
+
+        forward, back = of(self), of(self.T)
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return LinearOperator(
+            self.shape, matvec=lambda x: forward(x.reshape(-1)), rmatvec=lambda x: back(x.reshape(-1)), matmat=forward,
+            rmatmat=back, dtype=dtype,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.shape[0]} x {self.shape[1]})"
+
+
+class _Product(Matrix):
+    """By an extension's own product, of each batch."""
+
+    extension: Any
+    field: str
+    diagonal: Any
+
+    def __init__(self, compiled: Compiled, data: Any, **options: Any):
+        super().__init__(compiled, data, **options)
+        self._products = compiled.asking([self.extension(**self._given)])
+
+    def _times(self, v: dict[str, Tensor]) -> dict[str, Tensor]:
+        total: dict[str, Tensor] = {}
+        for factor, inputs, targets in self._weighted():
+            found = getattr(self._products(inputs, *targets), self.field) @ v
+            total = {n: t * factor + total[n] if total else t * factor for n, t in found.items()}
+        return total
+
+    def diag(self) -> Tensor:
+        return self._joined(self._diagonal(self.diagonal(**self._given)))
+
+
+class GGN(_Product):
+    """The generalised Gauss-Newton, [D, D]."""
+
+    extension, field, diagonal = GGNMP, "ggn", DiagGGNExact
+
+
+class Hessian(_Product):
+    """The Hessian of the loss, [D, D], a regulariser in it."""
+
+    extension, field, diagonal = HMP, "hessian", DiagHessian
+
+
+class _OfRows(Matrix):
+    """By J and its transpose, of each batch."""
+
+    def __init__(self, compiled: Compiled, data: Any, **options: Any):
+        super().__init__(compiled, data, **options)
+        self._halves: list[tuple[Any, Halves]] = []
+        self._checked = compiled.loss is None
+        self._outputs = 0
+
+    def _parts(self) -> Iterator[tuple[float, Halves, list[Any]]]:
+        for factor, inputs, targets in self._weighted():
+            arguments = self._compiled.arguments(inputs, *targets)
+            halves = self._half(inputs, targets, arguments)
+            flat = halves.flat(arguments)
+            if not self._checked:
+                halves.check(flat, self._plain(inputs, *targets).grad)
+                self._checked = True
+            yield factor, halves, flat
+
+    def _half(self, inputs: Any, targets: tuple, arguments: Any) -> Halves:
+        n = arguments.batch_size
+        shapes = [(t.shape[1:], t.dtype) for t in (*arguments.inputs, *arguments.split_targets())], arguments.structure
+        for known, halves in self._halves:
+            if known == shapes and halves.serves(n):
+                return halves
+        self._halves.append((shapes, Halves(self._plain, self.names, inputs, targets)))
+        return self._halves[-1][1]
+
+    @property
+    def rows(self) -> int:
+        """R, the number of outputs of all samples."""
+        if not self._outputs:
+            self._outputs = sum(halves.rows(halves.outputs(flat)[0]).numel() for _, halves, flat in self._parts())
+        return self._outputs
+
+    def _j(self, v: dict[str, Tensor]) -> Tensor:
+        """J v, [R]."""
+        return torch.cat([halves.times(flat, [v[n] for n in halves.names]).flatten() for _, halves, flat in self._parts()])
+
+    def _jt(self, u: Tensor) -> Tensor:
+        """J^T u, [D]."""
+        total, start = torch.zeros(self.size, dtype=self.dtype, device=self.device), 0
+        for _, halves, flat in self._parts():
+            like = halves.rows([h.detach() for h in halves.outputs(flat)[0]])
+            rows = u[start : start + like.numel()].reshape(like.shape)
+            total += self._joined(dict(zip(halves.names, halves.transposed(flat, rows), strict=True)))
+            start += like.numel()
+        return total
+
+
+class Jacobian(_OfRows):
+    """The derivative of the model's output, [R, D]; `.T` its transpose."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.size
+
+    @property
+    def T(self) -> _Transposed:  # noqa: N802
+        return _Transposed(self)
+
+    def __matmul__(self, v: Any) -> Tensor:
+        if isinstance(v, Mapping):
+            return self._j(self._named(v))
+        return self._columnwise(v, self.size, lambda x: self._j(self._parted(x)))
+
+    def diag(self) -> Tensor:
+        raise ExtensionError("a Jacobian is not square, so it has no diagonal: use NTK(...).diag(), or the extension Jacobian")
+
+
+class _Transposed(Matrix):
+    def __init__(self, of: Jacobian):
+        self.of, self._like, self._shapes, self.names = of, of._like, of._shapes, of.names
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.of.size, self.of.rows
+
+    @property
+    def T(self) -> Jacobian:  # noqa: N802
+        return self.of
+
+    def __matmul__(self, u: Any) -> Tensor:
+        return self._columnwise(u, self.of.rows, self.of._jt)
+
+    def diag(self) -> Tensor:
+        return self.of.diag()
+
+
+class NTK(_OfRows):
+    """The Gram matrix of the outputs' derivatives, J J^T, [R, R]: the neural tangent kernel."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.rows
+
+    def __matmul__(self, u: Any) -> Tensor:
+        return self._columnwise(u, self.rows, lambda x: self._j(self._parted(self._jt(x))))
+
+    def diag(self) -> Tensor:
+        """[R], the squared norms of the outputs' derivatives."""
+        norms = self._diagonal(JacobianNorms(**self._given))
+        return torch.stack(list(norms.values())).sum(0).flatten()
+
+
+class _Fisher(_OfRows):
+    """J^T (sum_v s s^T) J."""
+
+    root: Any
+
+    def _seed(self, first: int) -> int:
+        return 0
+
+    def _times(self, v: dict[str, Tensor]) -> dict[str, Tensor]:
+        total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        first = 0
+        for factor, halves, flat in self._parts():
+            s = halves.columns(flat, self.root, self._seed(first))
+            jv = halves.times(flat, [v[n] for n in halves.names])
+            weights = torch.einsum("vnc,nc->vn", s, jv) * factor
+            rows = torch.einsum("vnc,vn->nc", s, weights)
+            total += self._joined(dict(zip(halves.names, halves.transposed(flat, rows), strict=True)))
+            first += len(jv)
+        return self._parted(total)
+
+
+class EmpiricalFisher(_Fisher):
+    """The empirical Fisher, sum_n g_n g_n^T / c, [D, D]: of the individual gradients of the likelihood (see `KFAC(fisher=)`)."""
+
+    root = SqrtEmpirical()
+
+    def diag(self) -> Tensor:
+        return self._joined(self._diagonal(DiagEmpirical(**self._given)))
+
+
+class MCFisher(_Fisher):
+    """The Gauss-Newton estimated by `mc_samples` columns per sample, which every product draws alike, [D, D].
+
+    Args:
+        mc_samples: the number of columns.
+        seed: of the columns, as for `fxcurv.over` and a call.
+    """
+
+    def __init__(self, compiled: Compiled, data: Any, *, mc_samples: int = 1, seed: int = 0, **options: Any):
+        self.seed, self.root = seed, SqrtGGNMC(mc_samples)
+        super().__init__(compiled, data, **options)
+
+    def _seed(self, first: int) -> int:
+        return seed_of(self.seed, first)
+
+    def diag(self) -> Tensor:
+        return self._joined(self._diagonal(DiagGGNMC(self.root.mc_samples, **self._given), self.seed))

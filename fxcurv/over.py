@@ -1,0 +1,479 @@
+"""Quantities of a data set: those of its batches, combined while a loader goes by.
+
+Over the samples of all batches the loss is a sum (`reduction="sum"`), or a mean whose denominator Z adds up. So with w = 1,
+or w = Z_b / sum Z_b, the loss of batch b enters with the factor w, and a value of degree d in the loss (`Combine`) with w**d.
+Nothing is kept of a batch but sums and rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from fxcurv.api import Compiled
+from fxcurv.data.blame import bad_sample
+from fxcurv.data.rows import Rows
+from fxcurv.data.weights import Weights
+from fxcurv.errors import ArgumentError, MixedSamplesError
+from fxcurv.extensions import Extension
+from fxcurv.extensions.base import Combine
+from fxcurv.front.arguments import map_leaves
+from fxcurv.ir.private import pytree
+from fxcurv.kronecker import Arrangement, Kronecker
+from fxcurv.result import Result
+
+LOSS = Combine("sum")
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def over(
+    compiled: Compiled,
+    loader: Iterable[Any],
+    *,
+    unpack: Callable[[Any], tuple] | None = None,
+    reduction: str | Callable[..., float] | None = None,
+    seed: int = 0,
+    decay: float | None = None,
+    to: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    every: int = 100,
+    progress: bool = True,
+) -> Result:
+    """All quantities of `compiled` over all samples of a loader, in one pass (two for `EKFAC`).
+
+    Sums and means over samples are those of one call on the whole data set; what is per sample is concatenated in order.
+    The result has no `output`.
+
+    Args:
+        compiled: from `fxcurv.compile`. Samples must not interact (eval mode, with batch norm).
+        loader: yields batches (inputs, *targets), or inputs alone if there is no loss; tensors are moved to the model's
+            device. Empty batches are skipped. Two passes go over it twice, so an iterator will not do.
+        unpack: batch -> (inputs, *targets), for a loader that yields something else.
+        reduction: how the loss is reduced. By default that is found out from the loss, a function of the model's output:
+            a sum, or a mean over any weights (samples, counted positions, class weights). "sum" and "mean" (over samples)
+            say so, for a loss that the model computes itself; a function (inputs, *targets) -> Z gives the weight that a
+            batch has in a mean, as the number of its tokens.
+        seed: of sampled columns; every batch has a seed of its own, made of this one and the number of its first sample.
+        decay: the result is the running average of the batches' values, as each batch gives them, with weights decay**age
+            that add up to 1. Not for what is per sample.
+        to: a folder for what is per sample: a file `<field>.<parameter>.npy` each (`numpy.memmap`), of which the result
+            holds tensors that read from the file.
+        checkpoint: a file for the state of the pass, written every `every` batches and where the pass is interrupted. If
+            it is there the pass goes on from it, given the same batches in the same order; it is removed at the end.
+        every: see `checkpoint`.
+        progress: show a bar on a terminal, or a counter if the loader has no length.
+
+    Raises:
+        ArgumentError: for a batch of another form; for a sample of which something is not finite, by its number; if the
+            model has changed since the pass began; if a checkpoint is of other batches.
+        ExtensionError: for an extension that batches do not say (`KFRA`, products), or `subsampling=`.
+        LossError: for a loss that is no sum or mean over samples, or (a sum) one with a regulariser.
+        MixedSamplesError: where samples interact in the model.
+    """
+    totals = Totals(compiled, unpack=unpack, reduction=reduction, seed=seed, decay=decay, to=to)
+    file = Path(checkpoint) if checkpoint is not None else None
+    if file is not None and file.exists():
+        totals.load_state_dict(torch.load(file, weights_only=True))
+    return totals.run(loader, checkpoint=file, every=every, progress=progress)
+
+
+class Totals:
+    """What `over` sums up, between batches: `run` goes on where an earlier one was interrupted.
+
+    Attributes:
+        samples: the number of samples that are counted in the present pass; `batches`: that of batches.
+    """
+
+    def __init__(
+        self,
+        compiled: Compiled,
+        *,
+        unpack: Callable[[Any], tuple] | None = None,
+        reduction: str | Callable[..., float] | None = None,
+        seed: int = 0,
+        decay: float | None = None,
+        to: str | Path | None = None,
+    ):
+        if decay is not None and not 0 <= decay < 1:
+            raise ArgumentError(f"decay={decay!r}: use a number from 0 (the last batch alone) to below 1")
+        self.compiled, self._unpack, self._seed, self._decay = compiled, unpack, seed, decay
+        self._to = Path(to) if to is not None else None
+        self._reduction = reduction
+        self._compiled: dict[int, Compiled] = {}
+        self._earlier: list[dict[str, Any]] = []  # the totals of finished passes
+        self._model: dict[str, str] = {}
+        self._start()
+        self._plan()  # refuses what cannot be combined before anything is computed
+
+    def _start(self) -> None:
+        """Nothing is counted."""
+        self.samples = self.batches = 0
+        self._marks: list[int] = []
+        self._weights = Weights(self.compiled.model, self.compiled.loss, self._reduction)
+        self._sums: dict[str, dict[str, Any]] = {}
+        self._rows: dict[str, dict[str, Rows]] = {}
+
+    # ---- passes ------------------------------
+
+    def _plan(self) -> tuple[list[Extension], dict[str, Any]]:
+        """(what this pass sums, none if all is known; the values that are known by field)."""
+        asked: list[Extension] = []
+        known: dict[str, Any] = {}
+        for e in self.compiled.extensions:
+            steps = e.gather()
+            wanted = next(steps)
+            try:
+                for totals in self._earlier:
+                    wanted = steps.send([totals[w.savefield] for w in wanted])
+                asked += wanted
+            except StopIteration as end:
+                known[e.savefield] = end.value
+        for e in asked:
+            rows = [c for c in (*e.combine, *e.extras.values()) if c.how == "rows"]
+            if rows and self._decay is not None:
+                raise ArgumentError(f"{type(e).__name__} is per sample, which decay= does not average: drop one")
+        return asked, known
+
+    def run(
+        self, loader: Iterable[Any], *, checkpoint: Path | None = None, every: int = 100, progress: bool = True
+    ) -> Result:
+        """Go over the loader as often as it takes, past batches that are counted already.
+
+        Raises:
+            FxcurvError: see `over`. What is counted stays, so that another `run` goes on behind it.
+        """
+        passes = max((e.data_passes for e in self.compiled.extensions), default=1)
+        if passes > 1 and iter(loader) is loader:
+            names = ", ".join(type(e).__name__ for e in self.compiled.extensions if e.data_passes > 1)
+            raise ArgumentError(
+                f"{names} takes {passes} passes, and the loader is an iterator, which ends: pass a DataLoader or a list"
+            )
+        asked, known = self._plan()
+        while asked or not self._earlier:
+            compiled = self._compiled_for(asked)
+            self._check_model()
+            with self._kept(checkpoint), _bar(loader, progress, len(self._earlier), passes) as tell:
+                for done, batch in enumerate(loader):
+                    tell()
+                    if done < self.batches:
+                        self._check_mark(done, batch)
+                    else:
+                        self._add(compiled, asked, batch)
+                        if checkpoint is not None and self.batches % every == 0:
+                            self._save(checkpoint)
+                self._check_length()
+                self._check_model()
+            self._earlier.append(self._finished(asked))
+            self._start()
+            asked, known = self._plan()
+        first = self._earlier[0]
+        fields = {name: first[name] for name in ("loss", "grad", *self._extra_fields(first)) if name in first}
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
+        return Result({**fields, **known}, self.compiled.extensions, self.compiled.model)
+
+    def _extra_fields(self, totals: dict[str, Any]) -> Iterator[str]:
+        for e in self.compiled.extensions:
+            yield from (name for name in totals if any(name in (x, f"{x}_{e.savefield}") for x in e.extras))
+
+    def _compiled_for(self, asked: list[Extension]) -> Compiled:
+        stage = len(self._earlier)
+        if stage not in self._compiled:
+            same = tuple(asked) == self.compiled.extensions
+            self._compiled[stage] = self.compiled if same else self.compiled.asking(asked)
+        return self._compiled[stage]
+
+    # ---- a batch ------------------------------
+
+    def _unpacked(self, batch: Any) -> tuple[Any, tuple]:
+        alone = self.compiled.loss is None
+        if self._unpack is not None:
+            given: Any = self._unpack(batch)
+        elif isinstance(batch, tuple | list) and len(batch) >= 1 + (not alone):
+            given = batch
+        elif alone and isinstance(batch, Tensor):
+            given = (batch,)
+        else:
+            keys = f" with {', '.join(map(str, batch))}" if isinstance(batch, dict) else ""
+            raise ArgumentError(
+                f"the loader yields a {type(batch).__name__}{keys}, not (inputs, targets): pass "
+                "unpack=lambda batch: (inputs, targets), where inputs are a tensor, or a tuple or dict of them"
+            )
+        if not isinstance(given, tuple | list) or not given:
+            raise ArgumentError(f"unpack= gave a {type(given).__name__}: return (inputs, *targets)")
+        device = next(self.compiled.model.parameters()).device
+        inputs, *targets = map_leaves(tuple(given), Tensor, lambda t: t.to(device))
+        return inputs, () if alone and self._unpack is None else tuple(targets)
+
+    def _add(self, compiled: Compiled, asked: list[Extension], batch: Any) -> None:
+        """Count one batch; if anything fails, nothing of it is counted."""
+        inputs, targets = self._unpacked(batch)
+        arguments = compiled.arguments(inputs, *targets)
+        n = arguments.batch_size  # of an empty batch nothing is computed
+        if n:
+            if not self.samples:
+                self._check_apart(compiled, inputs, targets)
+            result = compiled(inputs, *targets, seed=seed_of(self._seed, self.samples))
+            values = dict(self._values(asked, result))
+            self._check_finite(values, arguments)
+            z = self._weights.of(result, inputs, targets, arguments)
+            self._check_degrees(asked)
+            if z == 0 and ("loss", "") in values:  # a mean over nothing
+                del values["loss", ""]
+            elif ("loss", "") in values and not bool(result.loss.isfinite()):
+                self._raise_not_finite(["loss"], arguments)
+            self._accumulate(values, n, z)
+            self._weights.count(z)
+        self.samples += n
+        self.batches += 1
+        self._marks.append(_mark(batch))
+
+    def _values(self, asked: list[Extension], result: Result) -> Iterator[tuple[tuple[str, str], tuple[Any, tuple, int]]]:
+        """((field, parameter name), (value, how each of its tensors combines, the samples' axis))."""
+        fields = result._fields
+        if "loss" in fields:
+            yield ("loss", ""), (fields["loss"], (LOSS,), 0)
+        for name, value in fields.get("grad", {}).items():
+            yield ("grad", name), (value, (LOSS,), 0)
+        for e in asked:
+            for name, value in fields[e.savefield].items():
+                yield (e.savefield, name), (value, e.combine, e.sample_axis or 0)
+            for extra, how in e.extras.items():
+                field = next(f for f in (f"{extra}_{e.savefield}", extra) if f in fields)
+                yield (field, ""), (fields[field], (how,), 0)
+
+    def _accumulate(self, values: dict, n: int, z: Any) -> None:
+        """Rows first, which may fail for want of room on a disk, then sums, which do not."""
+        for (field, name), (value, hows, axis) in values.items():
+            if hows[0].how == "rows":
+                rows = self._rows.setdefault(field, {})
+                if name not in rows:
+                    rows[name] = Rows(self._to and self._to / f"{field}{f'.{name}' if name else ''}.npy", axis)
+                rows[name].add(value, z ** hows[0].degree if z is not None and hows[0].degree else None, self.samples)
+        for (field, name), (value, hows, _) in values.items():
+            if hows[0].how != "rows":
+                sums = self._sums.setdefault(field, {})
+                sums[name] = self._summed(sums.get(name), value, hows, n, z)
+
+    def _summed(self, before: Any, value: Any, hows: tuple[Combine, ...], n: int, z: Any) -> Any:
+        new, spec = pytree.tree_flatten(value)
+        old = pytree.tree_leaves(before) if before is not None else [None] * len(new)
+        if self._decay is not None:
+            factors = [1 - self._decay] * len(new)
+        else:
+            factors = [n if h.how == "mean" else 1 if z is None or not h.degree else z**h.degree for h in hows[: len(new)]]
+        terms = [_wide(t.detach()) * f for t, f in zip(new, factors, strict=True)]
+        keep = 1 if self._decay is None else self._decay
+        return pytree.tree_unflatten([t if o is None else o * keep + t for o, t in zip(old, terms, strict=True)], spec)
+
+    # ---- the end of a pass ------------------------------
+
+    def _finished(self, asked: list[Extension]) -> dict[str, Any]:
+        """The totals by field."""
+        if not self.samples:
+            raise ArgumentError("the loader yields no sample: pass one with at least one batch")
+        hows = {"loss": (LOSS,), "grad": (LOSS,), **{e.savefield: e.combine for e in asked}}
+        total = self._weights.total()
+
+        def scaled(value: Any, how: tuple[Combine, ...]) -> Any:
+            leaves, spec = pytree.tree_flatten(value)
+            out = [t / self._divisor(h, total) for t, h in zip(leaves, how, strict=False)]
+            return pytree.tree_unflatten(out, spec)
+
+        found: dict[str, Any] = {}
+        for field, sums in self._sums.items():
+            found[field] = {name: scaled(value, hows[field]) for name, value in sums.items()}
+        extras = {f: h for e in asked for x, h in e.extras.items() for f in (x, f"{x}_{e.savefield}")}
+        for field, rows in self._rows.items():
+            how = extras[field] if field in extras else hows[field][0]
+            found[field] = {name: r.finish(self._divisor(how, total), self.samples) for name, r in rows.items()}
+        found = {field: values.get("", values) for field, values in found.items()}
+        return {**found, "samples": self.samples}
+
+    def _divisor(self, how: Combine, total: Any) -> Any:
+        if self._decay is not None:
+            return 1 - self._decay**self.batches
+        if how.how == "mean":
+            return self.samples
+        return 1 if total is None or not how.degree else total**how.degree
+
+    # ---- checks ------------------------------
+
+    def _check_apart(self, compiled: Compiled, inputs: Any, targets: tuple) -> None:
+        reason = compiled.lower(inputs, *targets).program.analysis.mixing
+        if reason:
+            raise MixedSamplesError(reason.format(asked="a quantity of several batches"))
+
+    def _check_degrees(self, asked: list[Extension]) -> None:
+        if self._weights.mean:
+            for e in asked:
+                if any(c.degree is None for c in e.combine):
+                    raise ArgumentError(
+                        f"{type(e).__name__} of a mean over samples: its bound is of gradients over the number of all samples, "
+                        'which is not known before the end. Way out: reduction="sum" in the loss.'
+                    )
+
+    def _check_finite(self, values: dict, arguments: Any) -> None:
+        leaves = {key: pytree.tree_leaves(value) for key, (value, *_) in values.items() if key[0] != "loss"}
+        ends = [torch.stack(torch.aminmax(t.detach())).double() for ts in leaves.values() for t in ts if t.numel()]
+        if ends and not bool(torch.stack(ends).isfinite().all()):
+            bad = [f"{f} {n}".strip() for (f, n), ts in leaves.items() if not all(bool(t.isfinite().all()) for t in ts)]
+            self._raise_not_finite(bad, arguments)
+
+    def _raise_not_finite(self, bad: list[str], arguments: Any) -> None:
+        said = bad_sample(self.compiled.model, self.compiled.loss, arguments, self.samples, self.batches)
+        raise ArgumentError(
+            f"{said}, so {', '.join(bad[:3])} is not finite. Way out: leave the sample out, or mend it; another run goes on at "
+            "this batch."
+        )
+
+    def _check_model(self) -> None:
+        now = digests(self.compiled.model)
+        changed = [name for name in now if self._model and self._model.get(name) != now[name]]
+        if changed or self._model and len(now) != len(self._model):
+            raise ArgumentError(
+                f"the model has changed since the pass began: {', '.join(changed[:3]) or 'other parameters'}. Way out: begin "
+                "anew."
+            )
+        self._model = now
+
+    def _check_mark(self, index: int, batch: Any) -> None:
+        if self._marks[index] != _mark(batch):
+            raise ArgumentError(
+                f"batch {index} is not the one that was counted before: the loader has another order, or other data. Way out: "
+                "the same order (no shuffling, or a seeded generator), or begin anew."
+            )
+
+    def _check_length(self) -> None:
+        if self._earlier and self.samples != self._earlier[0]["samples"]:
+            raise ArgumentError(
+                f"the loader gave {self._earlier[0]['samples']} samples in the first pass and {self.samples} in this one: pass a "
+                "loader that gives all samples every time"
+            )
+
+    # ---- the state ------------------------------
+
+    @contextlib.contextmanager
+    def _kept(self, checkpoint: Path | None) -> Iterator[None]:
+        """Leave a state behind, whatever ends the pass."""
+        try:
+            yield
+        except BaseException:
+            if checkpoint is not None and self.batches:
+                with contextlib.suppress(OSError):
+                    self._save(checkpoint)
+            raise
+
+    def _save(self, file: Path) -> None:
+        """Written beside the old state, which it then replaces."""
+        new = file.with_name(file.name + ".new")
+        torch.save(self.state_dict(), new)
+        os.replace(new, file)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is counted, in tensors and plain values: rows in files (`to=`) stay there."""
+        return {
+            "extensions": [repr(e) for e in self.compiled.extensions],
+            "model": dict(self._model),
+            "seed": self._seed,
+            "samples": self.samples,
+            "batches": self.batches,
+            "marks": list(self._marks),
+            "weights": self._weights.state_dict(),
+            "sums": _packed(self._sums),
+            "rows": {f: {n: r.state_dict() for n, r in rows.items()} for f, rows in self._rows.items()},
+            "earlier": _packed(self._earlier),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state of an equal object.
+
+        Raises:
+            ArgumentError: if it is of other extensions, another seed or another folder.
+        """
+        mine = [repr(e) for e in self.compiled.extensions]
+        if state["extensions"] != mine or state["seed"] != self._seed:
+            theirs = f"{state['extensions']} with seed {state['seed']}"
+            raise ArgumentError(f"the state is of {theirs}, this is of {mine} with {self._seed}")
+        self._model, self.samples, self.batches = dict(state["model"]), state["samples"], state["batches"]
+        self._marks, self._sums = list(state["marks"]), _unpacked(state["sums"])
+        self._weights.load_state_dict(state["weights"])
+        self._rows = {f: {n: Rows.of(r, self._to) for n, r in rows.items()} for f, rows in state["rows"].items()}
+        self._earlier = _unpacked(state["earlier"])
+
+
+def seed_of(seed: int, first: int) -> int:
+    """The seed of the batch whose first sample has this number; the first batch has the seed itself."""
+    return (seed + first * GOLDEN) % 2**62
+
+
+def digests(model: nn.Module) -> dict[str, str]:
+    """A digest of each parameter and buffer."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: _digest(t) for name, t in named}
+
+
+def _digest(t: Tensor) -> str:
+    data = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _mark(batch: Any) -> int:
+    """What tells a batch from another: shapes, and the first and last numbers."""
+    found = 0
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor):
+            flat = leaf.detach().reshape(-1)
+            ends = torch.cat([flat[:64], flat[-64:]]).cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            found = zlib.crc32(str(tuple(leaf.shape)).encode() + ends, found)
+    return found
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _packed(value: Any) -> Any:
+    """Factors as plain lists beside their arrangement."""
+    if isinstance(value, Kronecker):
+        a = value.arrangement
+        return {"kronecker": list(value), "arrangement": [list(x) for x in (a.shape, a.sizes, a.outputs, a.inputs)]}
+    if isinstance(value, dict):
+        return {k: _packed(v) for k, v in value.items()}
+    return [_packed(v) for v in value] if isinstance(value, list) else value
+
+
+def _unpacked(value: Any) -> Any:
+    if isinstance(value, dict) and set(value) == {"kronecker", "arrangement"}:
+        return Kronecker(value["kronecker"], Arrangement(*map(tuple, value["arrangement"])))
+    if isinstance(value, dict):
+        return {k: _unpacked(v) for k, v in value.items()}
+    return [_unpacked(v) for v in value] if isinstance(value, list) else value
+
+
+@contextlib.contextmanager
+def _bar(loader: Iterable[Any], progress: bool, stage: int, stages: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr, if it is a terminal; a counter where the loader has no length."""
+    console = Console(stderr=True)
+    if not progress or not console.is_terminal:
+        yield lambda: None
+        return
+    try:
+        length = len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        length = None
+    title = "batches" if stages == 1 else f"batches, pass {stage + 1} of {stages}"
+    known = [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()] if length is not None else [TextColumn("{task.completed}")]
+    with Progress(TextColumn(title), *known, TimeElapsedColumn(), console=console, transient=True) as shown:
+        task = shown.add_task(title, total=length)
+        yield lambda: shown.advance(task)

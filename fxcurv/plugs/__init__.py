@@ -1,0 +1,1 @@
+"""fxcurv inside other libraries, one file each; `pip install fxcurv[plugs]` installs them."""

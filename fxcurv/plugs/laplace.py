@@ -1,0 +1,188 @@
+"""Backends for laplace-torch: `Laplace(model, "classification", backend=FxcurvGGN)`.
+
+All of them are of the loss that laplace-torch defines: a sum over samples, halved for regression. What a program needs of a model
+is traced at the first batch and kept for the next. For a last layer, that layer alone is traced, on its features.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, MutableMapping
+from math import prod
+from typing import Any
+
+import torch
+from laplace.curvature import CurvatureInterface, EFInterface, GGNInterface  # type: ignore[import-not-found, unused-ignore]
+from laplace.utils import Kron  # type: ignore[import-not-found, unused-ignore]
+from torch import Tensor, nn
+
+from fxcurv.api import Compiled
+from fxcurv.api import compile as compile_model
+from fxcurv.errors import ArgumentError
+from fxcurv.extensions import (
+    HMP,
+    KFAC,
+    KFLR,
+    BatchGrad,
+    DiagGGNExact,
+    DiagGGNMC,
+    DiagHessian,
+    Extension,
+    Jacobian,
+    SqrtGGNExact,
+    SqrtGGNMC,
+    SumGradSquared,
+)
+from fxcurv.kronecker import Kronecker
+from fxcurv.result import Result
+
+__all__ = ["FxcurvEF", "FxcurvGGN", "FxcurvHessian", "FxcurvInterface"]
+
+
+class Flat(nn.Module):
+    """The loss over all positions of the output, classes last."""
+
+    def __init__(self, loss: nn.Module, classes: bool):
+        super().__init__()
+        self.loss, self.classes = loss, classes
+
+    def forward(self, f: Tensor, y: Tensor) -> Tensor:
+        return self.loss(f.flatten(0, -2), y.flatten()) if self.classes and f.ndim > 2 else self.loss(f, y)
+
+
+class Mapped(nn.Module):
+    """A model that takes one mapping, which is what is left of keyword arguments."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model(inputs)
+
+
+class FxcurvInterface(CurvatureInterface):
+    """What the backends share: individual gradients and Jacobians, by fxcurv; see `CurvatureInterface`."""
+
+    def _asked(self, x: Any, y: Tensor | None, *extensions: Extension, **call: Any) -> Result:
+        """The result of a program for these extensions; `y` None: without a loss."""
+        mapped = isinstance(x, MutableMapping)
+        if self.last_layer:
+            with torch.no_grad():
+                x = self.model.forward_with_features(x)[1]
+        programs = self.__dict__.setdefault("_compiled", {})
+        key = (extensions, y is None, mapped, id(self._model), self.model.training)
+        if key not in programs:
+            model = _without_hooks(self._model) if self.last_layer else Mapped(self.model) if mapped else self.model
+            loss = None if y is None else Flat(self.lossfunc, self.likelihood == "classification")
+            programs[key] = compile_model(model, loss, extensions, batch_dim=0)
+        compiled: Compiled = programs[key]
+        inputs = {k: v for k, v in x.items() if isinstance(v, Tensor)} if mapped and not self.last_layer else x
+        return compiled(inputs, *([] if y is None else [y]), **call)
+
+    def _vector(self, field: dict[str, Tensor], lead: int = 0) -> Tensor:
+        """The field's values side by side, [*lead, D], of the subnetwork if there is one."""
+        flat = torch.cat([t.flatten(lead) for t in field.values()], lead)
+        return flat if self.subnetwork_indices is None else flat[..., self.subnetwork_indices]
+
+    def jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
+        """(J [N, C, D], f)."""
+        result = self._asked(x, None, Jacobian(), create_graph=enable_backprop)
+        f = result.output
+        return self._vector({n: j.reshape(len(f), prod(f.shape[1:]), -1) for n, j in result.jacobian.items()}, 2), f
+
+    def gradients(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(individual gradients [N, D], the loss)."""
+        result = self._asked(x, y, BatchGrad())
+        return self._vector(result.grad_batch, 1), result.loss
+
+    def _diag(self, x: Any, y: Tensor, extension: Extension) -> tuple[Tensor, Tensor]:
+        result = self._asked(x, y, extension)
+        return self.factor * result.loss, self.factor * self._vector(result[extension])
+
+    def _kron(self, x: Any, y: Tensor, n: int, extension: Extension) -> tuple[Tensor, Kron]:
+        """Factors of which A is a mean over the batch, and B a sum: so A counts as its share of all `n` samples."""
+        if self.subnetwork_indices is not None:
+            raise ArgumentError("Kronecker factors of a subnetwork do not exist: use a full or a diagonal Hessian")
+        result = self._asked(x, y, extension)
+        factors = [_as_laplace(name, f, len(y) / n) for name, f in result[extension].items()]
+        return self.factor * result.loss, self.factor * Kron(factors)
+
+
+class FxcurvGGN(FxcurvInterface, GGNInterface):
+    """The generalised Gauss-Newton, exact, or by `stochastic=True` with sampled columns; see `GGNInterface`."""
+
+    def full(self, x: Any, y: Tensor, mc_samples: int | None = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """(loss, [D, D])."""
+        root: Extension = SqrtGGNMC(mc_samples or self.num_samples) if self.stochastic else SqrtGGNExact()
+        result = self._asked(x, y, root)
+        rows = self._vector(result[root], 2).flatten(0, 1)
+        return self.factor * result.loss, self.factor * rows.mT @ rows
+
+    def diag(self, x: Any, y: Tensor, mc_samples: int | None = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """(loss, [D])."""
+        return self._diag(x, y, DiagGGNMC(mc_samples or self.num_samples) if self.stochastic else DiagGGNExact())
+
+    def kron(
+        self, x: Any, y: Tensor, N: int, mc_samples: int | None = None, kfac_approx: str = "expand", **kwargs: Any  # noqa: N803
+    ) -> tuple[Tensor, Kron]:  # fmt: skip
+        """(loss, factors)."""
+        known = {"weight_sharing": kfac_approx, "blocks": "exact"}
+        sampled = KFAC(mc_samples or self.num_samples, **known)
+        return self._kron(x, y, N, sampled if self.stochastic else KFLR(**known))
+
+
+class FxcurvEF(FxcurvInterface, EFInterface):
+    """The empirical Fisher; see `EFInterface`."""
+
+    def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """(loss, [D])."""
+        return self._diag(x, y, SumGradSquared())
+
+    def kron(self, x: Any, y: Tensor, N: int, kfac_approx: str = "expand", **kwargs: Any) -> tuple[Tensor, Kron]:  # noqa: N803
+        """(loss, factors)."""
+        return self._kron(x, y, N, KFAC(weight_sharing=kfac_approx, fisher="empirical", blocks="exact"))
+
+
+class FxcurvHessian(FxcurvInterface):
+    """The Hessian, in full or its diagonal."""
+
+    def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """(loss, [D, D])."""
+        result = self._asked(x, y, HMP())
+        eye = torch.eye(result.hessian.shape[0], dtype=result.loss.dtype, device=result.loss.device)
+        found = result.hessian @ eye
+        chosen = self.subnetwork_indices
+        return self.factor * result.loss, self.factor * (found if chosen is None else found[chosen][:, chosen])
+
+    def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """(loss, [D])."""
+        return self._diag(x, y, DiagHessian())
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """The same layer, its parameters shared, without the hook by which laplace-torch reads its input."""
+    twin = copy.copy(module)
+    twin._forward_hooks = OrderedDict()
+    return twin
+
+
+def _as_laplace(name: str, factors: Kronecker, share: float) -> list[Tensor]:
+    """[B, A share] in the order that the weight is flattened in; [B] of a bias."""
+    if len(factors) == 1:
+        return [factors[0]]
+    b, a = factors[0], share * factors[1]
+    a = torch.diag(a) if a.ndim == 1 else a
+    if b.numel() == a.numel() == 1:
+        return [b * a]
+    order: Iterable[int] = [*factors.arrangement.outputs, *factors.arrangement.inputs]
+    wide = [d for d in order if factors.arrangement.sizes[d] > 1]
+    outputs = [d for d in factors.arrangement.outputs if factors.arrangement.sizes[d] > 1]
+    if wide == sorted(wide):
+        return [b, a]
+    if wide[len(outputs) :] + outputs == sorted(wide):
+        return [a, b]
+    raise ArgumentError(
+        f"'{name}' has its outputs between its inputs, which a Kron of laplace-torch cannot say: use another Hessian structure"
+    )

@@ -1,0 +1,79 @@
+"""A batch without samples: loss, output and gradient are PyTorch's own, all else is zeros in the shapes of a program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxcurv.errors import ArgumentError
+from fxcurv.front.arguments import filled
+from fxcurv.front.requests import Request
+from fxcurv.ir.private import pytree
+from fxcurv.ir.program import Program
+from fxcurv.kronecker import Eigenbasis
+from fxcurv.result import Result
+
+
+def of_no_sample(program: Program, request: Request, values: dict[str, Tensor]) -> Result:
+    """The result of a call without samples: rows per sample are none, sums over samples zero, eigenvectors the unit ones.
+
+    Args:
+        program: for samples of the same kind.
+        values: in place of the model's parameters.
+
+    Raises:
+        ArgumentError: for products, a call that is to be differentiated, or a regulariser whose curvature is asked for.
+    """
+    if program.borrowing or request.create_graph:
+        what = "products" if program.borrowing else "create_graph=True"
+        raise ArgumentError(f"the batch is empty, which {what} cannot be of: pass at least one sample")
+    subject, arguments = request.subject, request.arguments
+    model = subject.model
+    args, kwargs = filled(arguments.input_template, arguments.inputs)
+    held = {**dict(model.named_parameters()), **{name: t.detach().requires_grad_() for name, t in values.items()}}
+    with torch.enable_grad(), request.as_called():
+        output = torch.func.functional_call(model, held, args, kwargs) if values else model(*args, **kwargs)
+        loss = subject.loss(output, *filled(arguments.target_template, arguments.targets)) if subject.loss else None
+    fields: dict[str, Any] = {}
+    results = dict(program.results)
+    if loss is not None:
+        wanted = [held[name] for name in results["grad"]]
+        found = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
+        grads = [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, found, strict=True)]
+        asked = [type(e).__name__ for e in program.extensions if e.requires.of_ops]
+        if asked and any(bool(g.any()) for g in grads):
+            raise ArgumentError(
+                f"the batch is empty, and the loss has a regulariser, whose curvature {', '.join(asked)} would be: pass at least "
+                "one sample"
+            )
+        fields = {"loss": loss.detach(), "grad": dict(zip(results.pop("grad"), grads, strict=True))}
+    fields["output"] = pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, output)
+    axes = {e.savefield: None if getattr(e, "subsampling", None) else e.sample_axis for e in program.extensions}
+    for field, nodes in results.items():
+        fields[field] = {name: _empty(program, value, axes[field]) for name, value in nodes.items()}
+    fields |= {field: _empty(program, node, 0) for field, node in program.extras.items()}
+    if not program.options.update_buffers:
+        buffers = dict(model.named_buffers(remove_duplicate=False))
+        fields["buffers"] = {name: buffers[name].clone() for name in program.mutations}
+    return Result(fields, program.extensions, model)
+
+
+def _empty(program: Program, value: Any, axis: int | None) -> Any:
+    """Zeros for the nodes in `value`, none of them along the samples' axis."""
+
+    def zeros(node: fx.Node) -> Tensor:
+        val = node.meta["val"]
+        if program.batch.symbols:
+            return torch.zeros([program.batch.evaluate(s, 0) for s in val.shape], dtype=val.dtype, device=val.device)
+        shape = list(val.shape)
+        if axis is not None:
+            shape[axis] = 0
+        return torch.zeros(shape, dtype=val.dtype, device=val.device)
+
+    found = pytree.tree_map(zeros, value)
+    if isinstance(found, Eigenbasis):
+        bases = [torch.ones_like(q) if q.ndim == 1 else torch.eye(len(q)).to(q) for q in found[:-1]]
+        return Eigenbasis([*bases, found[-1]], found.arrangement)
+    return found

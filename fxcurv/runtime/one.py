@@ -1,0 +1,55 @@
+"""Whether a program for any number of samples computes one sample as well, which tracing did not promise.
+
+`torch.export` takes sizes of one for numbers, so a symbolic size is one of two or more: what squeezes, or looks at shapes, may do
+something else at one. So the program is run at one sample and held against plain PyTorch, as at its first call, and every value
+against the shape that its own size says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxcurv.errors import FxcurvError
+from fxcurv.front.requests import Request
+from fxcurv.passes.recycle import functional
+from fxcurv.runtime.bind import bind, cuda_devices
+
+
+def serves_one(ready: Any, request: Request) -> bool:
+    """Whether this program gives what plain PyTorch does for this one sample; noted on the program (`Program.served`)."""
+    program = ready.program
+    if 1 not in program.served:
+        program.served[1] = program.guards_hold(1) and ready.selfcheck is not None and _right(ready, request)
+    return program.served[1]
+
+
+def _right(ready: Any, request: Request) -> bool:
+    program = ready.program
+    flat = bind(program, request.subject, request.arguments, 0, None)
+    try:
+        check = ready.selfcheck.begin(program, request, flat)
+        with torch.no_grad(), torch.random.fork_rng(cuda_devices(flat)):
+            values = _Shaped(program).run(*flat)
+        note = ready.selfcheck.note
+        check.finish(values)
+        ready.selfcheck.note = note  # the report is of the first call
+    except (FxcurvError, RuntimeError, ValueError, IndexError):
+        return False
+    return True
+
+
+class _Shaped(fx.Interpreter):
+    """Runs a graph at one sample; a value of another shape than its node says is an error."""
+
+    def __init__(self, program: Any):
+        super().__init__(functional(program))
+        self._batch = program.batch
+
+    def run_node(self, n: fx.Node) -> Any:
+        value, known = super().run_node(n), n.meta.get("val")
+        if isinstance(value, Tensor) and isinstance(known, Tensor) and tuple(value.shape) != self._batch.shape(known, 1):
+            raise ValueError(f"{n} is of shape {tuple(value.shape)}")
+        return value

@@ -1,0 +1,109 @@
+"""`kronecker.Blocks` against dense matrices."""
+
+import pytest
+import torch
+from torch import nn
+
+import fxcurv
+from fxcurv.errors import ArgumentError
+from fxcurv.extensions import EKFAC, KFLR
+from fxcurv.kronecker import Arrangement, Blocks, Eigenbasis, Kronecker, dense
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.conv, self.head = nn.Embedding(5, 4), nn.ConvTranspose1d(4, 2, 2), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.conv(self.embed(x).mT)).flatten(1))
+
+
+@pytest.fixture(scope="module")
+def result():
+    torch.manual_seed(0)
+    x, y = torch.randint(5, (30, 3)), torch.randint(3, (30,))
+    return fxcurv.compile(Net().double(), nn.CrossEntropyLoss(), [KFLR(), EKFAC(fisher="empirical")], check=None)(x, y)
+
+
+@pytest.fixture(params=["kflr", "ekfac"])
+def factors(request, result):
+    return getattr(result, request.param)
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+
+def test_blocks_are_their_dense_matrix(factors):
+    blocks = Blocks(factors)
+    full, d = torch.block_diag(*(dense(f) for f in factors.values())), blocks.shape[0]
+    eye, v = torch.eye(d).double(), torch.randn(d, 4, generator=torch.Generator().manual_seed(1)).double()
+    close(blocks.dense(), full)
+    close(blocks @ v, full @ v)
+    close(blocks @ v[:, 0], full @ v[:, 0])
+    damped = full + 0.1 * eye
+    close(blocks.solve(v, 0.1), torch.linalg.solve(damped, v))
+    close(blocks.inverse(0.1).dense(), torch.linalg.inv(damped))
+    close(blocks.sqrt().dense() @ blocks.sqrt().dense(), full)
+    close(blocks.logdet(0.1), torch.logdet(damped))
+    close(blocks.trace(), full.trace())
+    close(torch.cat([t.flatten() for t in blocks.diag().values()]), full.diagonal())
+    close(torch.cat([t.flatten() for t in blocks.inverse(0.1).diag().values()]), torch.linalg.inv(damped).diagonal())
+    close(blocks.quadratic(v), (v * (full @ v)).sum(0))
+    named = {n: t.reshape(4, *f.arrangement.shape) for (n, f), t in zip(
+        factors.items(), v.t().split([len(dense(f)) for f in factors.values()], 1), strict=True
+    )}  # fmt: skip
+    close(torch.cat([t.flatten(1) for t in (blocks @ named).values()], 1).t(), full @ v)
+    close(blocks.quadratic(named), (v * (full @ v)).sum(0))
+    assert blocks.dtype == torch.float64 and blocks.T is blocks and set(blocks) == set(factors)
+
+
+def test_samples_have_the_covariance(result):
+    part = {n: f for n, f in result.kflr.items() if n.startswith("conv")}
+    inverse = Blocks(part).inverse(0.5)
+    draws = inverse.sample(200_000, torch.Generator().manual_seed(0))
+    flat = torch.cat([t.flatten(1) for t in draws.values()], 1)
+    torch.testing.assert_close(flat.t() @ flat / len(flat), inverse.dense(), rtol=0, atol=0.03)
+
+
+def test_damping_by_factors(result):
+    b, a = result.kflr["head.weight"]
+    pi = ((a.trace() / len(a)) / (b.trace() / len(b))).sqrt()
+    want = torch.kron(b + 0.3 / pi * torch.eye(3).double(), a + 0.3 * pi * torch.eye(8).double())
+    one = Blocks({"head.weight": result.kflr["head.weight"], "head.bias": result.kflr["head.bias"]})
+    bias = result.kflr["head.bias"][0] + 0.09 * torch.eye(3).double()
+    close(one.damped(0.09, pi=True).dense(), torch.block_diag(want, bias))
+    v = torch.ones(27).double()
+    close(one.solve(v, 0.09, pi=True), torch.linalg.solve(torch.block_diag(want, bias), v))
+    with pytest.raises(ArgumentError, match="eigenbasis"):
+        Blocks(result.ekfac).solve({n: torch.zeros(f.arrangement.shape).double() for n, f in result.ekfac.items()}, 0.1, pi=True)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+def test_factors_that_are_indefinite_by_rounding_give_no_nan(scale):
+    torch.manual_seed(0)
+    rows = torch.randn(3, 40)
+    b, a = scale * rows[:, :8].t() @ rows[:, :8], rows.t() @ rows
+    assert scale == 0 or torch.linalg.eigvalsh(a).min() < 0
+    arrangement = Arrangement((8, 40), (8, 40), (0,), (1,))
+    for factors in (Kronecker([b, a], arrangement), Eigenbasis([torch.eye(8), torch.eye(40), a[:8] - 1e-6], arrangement)):
+        blocks = Blocks({"w": factors})
+        v = torch.randn(320)
+        found = [blocks.sqrt() @ v, blocks.solve(v, 1e-6), blocks.sample(3)["w"], blocks.logdet(1e-6)]
+        found += [blocks.solve(v, 1e-6, pi=True), blocks.logdet(1e-6, pi=True)] if isinstance(factors, Kronecker) else []
+        assert all(t.isfinite().all() for t in found)
+        assert blocks.logdet() == -torch.inf
+
+
+def test_what_blocks_refuse(result):
+    blocks = Blocks(result.kflr)
+    for wrong, says in (({"a": torch.zeros(1)}, "one tensor for each"), (torch.zeros(3), "multiply a dict"), (1.0, "not float")):
+        with pytest.raises(ArgumentError, match=says):
+            blocks @ wrong
+    with pytest.raises(ArgumentError, match="singular"):
+        blocks.inverse()
+    with pytest.raises(ArgumentError, match="not negative"):
+        blocks.logdet(-1)
+    with pytest.raises(ArgumentError, match="pass the field of KFAC"):
+        Blocks(result.grad)

@@ -1,0 +1,99 @@
+"""Matrices of a data set against the same, dense, by plain autograd; and as other libraries use them."""
+
+import numpy as np
+import pytest
+import torch
+from oracle import Oracle
+from torch import nn
+
+import fxcurv
+from fxcurv import linear
+from fxcurv.errors import ArgumentError, ExtensionError
+from fxcurv.extensions import DiagGGNExact, SqrtGGNMC
+
+SIZES = [5, 3]
+
+
+class Net(nn.Module):
+    """The output is behind a log-softmax, so f is before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv1d(2, 3, 2), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.conv(x)).flatten(1)).log_softmax(1)
+
+    def logits(self, x):
+        return self.head(torch.tanh(self.conv(x)).flatten(1))
+
+
+@pytest.fixture(scope="module")
+def case():
+    torch.manual_seed(0)
+    model, x, y = Net().double(), torch.randn(8, 2, 3).double(), torch.randint(3, (8,))
+    compiled = fxcurv.compile(model, nn.NLLLoss(), [DiagGGNExact()], check=None)
+    oracle = Oracle(model, nn.NLLLoss(), x, y, kind="ce", logits=lambda m, x: m.logits(x), head=lambda f: f.log_softmax(1))
+    return compiled, (x, y), list(zip(x.split(SIZES), y.split(SIZES), strict=True)), oracle
+
+
+def flat(named, lead):
+    return torch.cat([t.reshape(*t.shape[:lead], -1) for t in named.values()], lead)
+
+
+def dense(name, oracle, compiled, x, y):
+    if name == "GGN":
+        return oracle.ggn_matrix()
+    if name == "Hessian":
+        return oracle.hessian_matrix()
+    if name == "EmpiricalFisher":
+        g = flat(oracle.grad_batch(), 1)
+        return g.t() @ g * len(g)  # c = 1/N
+    if name == "MCFisher":
+        p = flat(compiled.asking([SqrtGGNMC(2)])(x, y, seed=5).sqrt_ggn_mc, 2).flatten(0, 1)
+        return p.t() @ p
+    j = flat(oracle.jac, 2).flatten(0, 1)
+    return j if name == "Jacobian" else j @ j.t()
+
+
+NAMES = ["GGN", "Hessian", "EmpiricalFisher", "MCFisher", "Jacobian", "NTK"]
+QUICK = [("EmpiricalFisher", True), ("NTK", True)]
+EVERY = [(name, loader) for name in NAMES for loader in (False, True)]
+
+
+@pytest.mark.parametrize("name, loader", [p if p in QUICK else pytest.param(*p, marks=pytest.mark.slow) for p in EVERY])
+def test_products_are_those_of_the_dense_matrix(case, name, loader):
+    compiled, batch, batches, oracle = case
+    more = {"mc_samples": 2, "seed": 5} if name == "MCFisher" else {}
+    matrix = getattr(linear, name)(compiled, batches if loader else batch, **more)
+    if name == "MCFisher" and loader:  # every batch has columns of its own: so the mean of two such matrices
+        seeds = [linear.seed_of(5, first) for first in (0, 5)]
+        parts = [linear.MCFisher(compiled, b, mc_samples=2, seed=s) for b, s in zip(batches, seeds, strict=True)]
+        want = sum(n / 8 * (p @ torch.eye(p.shape[1]).double()) for n, p in zip(SIZES, parts, strict=True))
+    else:
+        want = dense(name, oracle, compiled, *batch)
+    assert matrix.shape == tuple(want.shape) and matrix.dtype == torch.float64 and matrix.device.type == "cpu"
+    v = torch.randn(want.shape[1], 2, generator=torch.Generator().manual_seed(1)).double()
+    u = torch.randn(want.shape[0], generator=torch.Generator().manual_seed(2)).double()
+    torch.testing.assert_close(matrix @ v, want @ v, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(matrix.T @ u, want.t() @ u, rtol=1e-9, atol=1e-12)
+    if name != "Jacobian":
+        torch.testing.assert_close(matrix.diag(), want.diagonal(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(matrix.trace(), want.trace(), rtol=1e-9, atol=1e-12)
+
+
+def test_parts_dicts_and_scipy(case):
+    compiled, batch, batches, oracle = case
+    part = linear.Jacobian(compiled, batches, params="head")
+    want = flat({n: t for n, t in oracle.jac.items() if n.startswith("head")}, 2).flatten(0, 1)
+    v = {n: torch.ones_like(p) for n, p in compiled.model.named_parameters() if n.startswith("head")}
+    torch.testing.assert_close(part @ v, want.sum(1))
+    assert np.allclose(part.to_scipy().rmatvec(np.ones(24)), want.sum(0)) and part.to_scipy().shape == (24, 21)
+    fisher = linear.EmpiricalFisher(compiled, batch, params="head")
+    assert {n: t.shape for n, t in (fisher @ v).items()} == {n: t.shape for n, t in v.items()}
+    with pytest.raises(ExtensionError, match="not square"):
+        part.diag()
+    with pytest.raises(ArgumentError, match=r"multiply \[21\]"):
+        part @ torch.ones(5)
+    with pytest.raises(ArgumentError, match="an iterator"):
+        linear.NTK(compiled, iter(batches))
