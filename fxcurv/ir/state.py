@@ -54,11 +54,13 @@ class Analysis:
         terms: the sources of curvature in the loss (`walks.loss`), where an extension needs them.
         positions: (T, axis of classes), where every position of the output is a sample.
         ends: what f is, where it is not the model's output; `hidden`: why it is not known, with room for `{asked}`.
+        said: (op, module path, "" for one of PyTorch's kernels or why it is said in mathematics), of the ops that have kernels.
         mixing: where samples interact, as a message with room for `{asked}`; empty where they do not.
     """
 
     terms: list[Any] = field(default_factory=list)
     positions: tuple[int, int | None] | None = None
+    said: list[tuple[str, str, str]] = field(default_factory=list)
     mixing: str = ""
     ends: str = ""
     hidden: str = ""

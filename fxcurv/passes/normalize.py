@@ -35,6 +35,13 @@ def normalize(program: Program) -> Program:
     _refuse_counts_of_values(program)
     logits(program)
     _say_idioms(program)
+    say_in_others(program)
+    _select_heads(program)
+    return program
+
+
+def say_in_others(program: Program) -> None:
+    """Ops that have no rule in those that have one, as far as a rewrite or PyTorch says them."""
     for _ in range(10):  # a rewrite may give ops that have a rewrite themselves
         if not _rewrite_once(program):
             break
@@ -44,8 +51,6 @@ def normalize(program: Program) -> Program:
     propagate_values(program)
     program.refresh_output()
     program.graph.eliminate_dead_code()
-    _select_heads(program)
-    return program
 
 
 def _drop_markers(program: Program) -> None:

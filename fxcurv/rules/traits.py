@@ -44,6 +44,7 @@ BIASES: dict[Any, tuple[int, int]] = {
     aten.linear.default: (2, -1),
     aten.convolution.default: (2, 1),
     aten.layer_norm.default: (3, -1),
+    aten.native_layer_norm.default: (3, -1),
     aten._native_batch_norm_legit_no_training.default: (2, 1),
 }
 
@@ -222,7 +223,7 @@ ALONG_AXIS = {
 }  # fmt: skip
 
 # Nor do slices over the last axes, as many as their second argument has numbers.
-ALONG_LAST_AXES = {aten.layer_norm.default}
+ALONG_LAST_AXES = {aten.layer_norm.default, aten.native_layer_norm.default}
 
 # ---- clamps and maxima ------------------------------
 
