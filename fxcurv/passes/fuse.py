@@ -17,16 +17,15 @@ from fxcurv.ir.origin import module_path, origin_of
 from fxcurv.ir.placement import MIXED
 from fxcurv.ir.program import Program
 from fxcurv.passes.independence import independence, visit
-from fxcurv.passes.normalize import say_in_others
-from fxcurv.rules.base import REWRITES
+from fxcurv.passes.normalize import say_in_others, substitute
+from fxcurv.rules.base import AGAIN, REWRITES
 from fxcurv.rules.fused import FUSED
 
 
 def fuse(program: Program) -> Program:
     """Say the ops of `FUSED` by kernels, or by their rewrites; those that have none keep their rule."""
-    nodes = [n for n in program.graph.nodes if n.target in FUSED and n.target not in program.rules]
     looked_into, mixed = _looked_into(program), False
-    for node in nodes:
+    for node in [n for n in program.graph.nodes if n.target in FUSED and n.target not in program.rules]:
         found = looked_into.get(node) or FUSED[node.target](node)
         why, fn = (found, REWRITES.get(node.target)) if isinstance(found, str) else ("", found)
         name = str(node.target).removeprefix("aten.").removesuffix(".default")
@@ -36,10 +35,11 @@ def fuse(program: Program) -> Program:
         mixed = mixed or bool(why) and node.meta["place"] == MIXED
         said = functools.partial(invoke, node.target, fn=fn)
         new = emit(program, said, canonical_args(node), origin=origin_of(node, "forward"), before=node)
-        program.replace(node, new)
-        program.graph.erase_node(node)
+        substitute(program, node, new)
     if any(why for *_, why in program.analysis.said):
         say_in_others(program)
+    if program.options.create_graph or any(e.requires.inside for e in program.extensions):
+        program.rules = AGAIN | program.rules
     if mixed:
         return independence(program)  # the mathematics may show where the samples are
     for node in program.graph.nodes:

@@ -86,7 +86,7 @@ def _say_idioms(program: Program) -> None:
     for node in list(program.graph.nodes):
         new = IDIOMS[node.target](program, node) if node.target in IDIOMS else None
         if new is not None:
-            _substitute(program, node, new)
+            substitute(program, node, new)
 
 
 def _rewrite_once(program: Program) -> bool:
@@ -98,7 +98,7 @@ def _rewrite_once(program: Program) -> bool:
         args = canonical_args(node)
         fn = functools.partial(invoke, node.target, fn=fn)
         new = emit(program, fn, args, origin=origin_of(node, "forward"), before=node)
-        _substitute(program, node, new)
+        substitute(program, node, new)
         changed = True
     return changed
 
@@ -120,7 +120,8 @@ def _is_float(node: fx.Node) -> bool:
     return any(isinstance(v, Tensor) and v.is_floating_point() for v in vals)
 
 
-def _substitute(program: Program, node: fx.Node, new: Any) -> None:
+def substitute(program: Program, node: fx.Node, new: Any) -> None:
+    """Let `new`, a tuple for an op of several outputs, stand for a call."""
     if isinstance(new, tuple | list):
         for user in list(node.users):
             if user.target is not operator.getitem:

@@ -9,7 +9,7 @@ import torch
 from fxcurv.contractions.factors import Factor, Jacobian
 from fxcurv.ir import placement
 from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Shard, samples_first
-from fxcurv.rules.base import Rule, register, rewrite
+from fxcurv.rules.base import AGAIN, Rule, register, rewrite
 from fxcurv.rules.call import Call
 
 aten = torch.ops.aten
@@ -136,18 +136,30 @@ class LayerNorm(Rule):
         return Jacobian(t.sum(shared) if shared else t)
 
 
-@register(aten.native_layer_norm.default)
-class NativeLayerNorm(LayerNorm):
-    """The same by PyTorch's kernels, with the statistics beside y, which nothing differentiable reads."""
+class StatisticsBeside(LayerNorm):
+    """The same, with the statistics beside y, which nothing differentiable reads."""
 
     def formula(self, op, args):
         dims, _, rstd = self._normalised(args)
         return super().formula(op, args), args[0].mean(dims, keepdim=True), rstd
 
     def transpose(self, call: Call, wrt, g):
-        x, shape, weight, bias, _ = call.args
+        if tuple(wrt) == (self._flat(call, 0),):
+            return super().transpose(call, wrt, g[0])
+        return Rule.transpose(self, call, wrt, (g[0], *_no_cotangents(call, g[0])))
+
+    def factors(self, call: Call, position: int, g) -> Factor:
+        return super().factors(call, position, g[0])
+
+
+@register(aten.native_layer_norm.default)
+class NativeLayerNorm(StatisticsBeside):
+    """The same by PyTorch's kernels, from the statistics."""
+
+    def transpose(self, call: Call, wrt, g):
         if tuple(wrt) != (self._flat(call, 0),):
-            return Rule.transpose(self, call, wrt, (g[0], *_no_cotangents(call, g[0])))
+            return super().transpose(call, wrt, g)
+        x, shape, weight, bias, _ = call.args
         g, statistics = g[0], call.y[1:]
         if g.shape[0] == 1:
             rows = g.squeeze(0), x, shape, *statistics
@@ -156,12 +168,12 @@ class NativeLayerNorm(LayerNorm):
         gx = aten.native_layer_norm_backward.default(*rows, weight, bias, [True, False, False])[0]
         return [gx.unsqueeze(0) if g.shape[0] == 1 else gx]
 
-    def factors(self, call: Call, position: int, g) -> Factor:
-        return super().factors(call, position, g[0])
-
     def _of_call(self, call: Call):
         _, mean, rstd = call.y
         return ((call.args[0] - mean) * rstd).to(call.args[0].dtype)
+
+
+AGAIN[aten.native_layer_norm.default] = StatisticsBeside()
 
 
 @rewrite(aten.group_norm.default)

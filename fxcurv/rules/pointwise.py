@@ -11,7 +11,7 @@ from torch import Tensor
 from fxcurv.contractions.factors import Factor, Jacobian
 from fxcurv.ir import placement
 from fxcurv.ir.placement import Shard, samples_first
-from fxcurv.rules.base import Rule, register, rewrite
+from fxcurv.rules.base import AGAIN, Rule, register, rewrite
 from fxcurv.rules.call import Call
 
 aten = torch.ops.aten
@@ -171,6 +171,7 @@ PIECEWISE_LINEAR: dict[Callable, Callable] = {
 register(aten.relu.default, rule=Relu(lambda x, y: y > 0, piecewise_linear=True))
 for _op, (_d1, _d2) in SMOOTH.items():
     register(_op, rule=Smooth(BACKWARD[_op], _d1, _d2) if _op in BACKWARD else Pointwise(_d1, _d2))
+AGAIN |= {op: Pointwise(*SMOOTH[op]) for op in BACKWARD}
 for _op, _slope in PIECEWISE_LINEAR.items():
     register(_op, rule=Pointwise(_slope, piecewise_linear=True))
 

@@ -223,7 +223,7 @@ ALONG_AXIS = {
 }  # fmt: skip
 
 # Nor do slices over the last axes, as many as their second argument has numbers.
-ALONG_LAST_AXES = {aten.layer_norm.default, aten.native_layer_norm.default}
+ALONG_LAST_AXES = {aten.layer_norm.default}
 
 # ---- clamps and maxima ------------------------------
 
