@@ -188,9 +188,9 @@ def _rows(program: Program, measured: list[float] | None) -> list[Row]:
     rows = []
     for param in program.params:
         for field, label in _fields(program):
-            if param not in program.results[field]:
-                continue
             own = [d for d in program.decisions if d.param == param and d.extension == label]
+            if param not in program.results[field] and not own:
+                continue
             own = own or [_shared(program, param, label, program.results[field][param])]
             for d in own:
                 predicted = d.seconds, d.seconds / seconds
