@@ -3,8 +3,9 @@
     block = B (x) A  on the parameter arranged as a matrix [out, in]
 
 `KFAC`, `KFLR` and `KFRA` give a `Kronecker`: [B, A] for a weight, [B] for a bias. `EKFAC` gives an `Eigenbasis`:
-[Q_B, Q_A, lambda]. A factor that is diagonal (A of an embedding, B of which only the diagonal is known) is a vector of its entries. Both know how the
-parameter is arranged (`.arrangement`), so everything here takes and gives vectors in the parameter's own shape.
+[Q_B, Q_A, lambda]. A factor that is diagonal (A of an embedding, B of which only the diagonal is known) is a vector of its
+entries. Both know how the parameter is arranged (`.arrangement`), so everything here takes and gives vectors in the
+parameter's own shape.
 """
 
 from __future__ import annotations

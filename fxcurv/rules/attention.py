@@ -54,9 +54,9 @@ class Attention(Rule):
         decisive = {s.place for s in ([s for s in sharded if s.active] or sharded)}
         if not decisive:
             return REPLICATE if all(s.place == REPLICATE for s in rest) else MIXED
-        (place,) = decisive if len(decisive) == 1 else (MIXED,)
+        place, *others = decisive
         free = any(s.active and s.place == REPLICATE for s in (*inputs, *rest))
-        return MIXED if free or place == MIXED or place.dim > 1 else place
+        return MIXED if free or others or place.dim > 1 else place
 
 
 @register(aten._scaled_dot_product_flash_attention_for_cpu.default)

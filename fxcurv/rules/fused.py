@@ -61,10 +61,9 @@ def _attention(node: fx.Node) -> Callable | str:
 def _choice(node: fx.Node) -> int:
     """Which of PyTorch's backends runs this call, by tensors that are never written: a symbolic size would become a number."""
     q, k, v, mask, dropout, causal, scale, gqa = canonical_args(node)
-    tensors = [None if n is None else _like(n.meta["val"]) for n in (q, k, v, mask)]
-    for t in tensors[:3]:
-        t.requires_grad_()
-    return torch._fused_sdp_choice(*tensors, dropout, causal, scale=scale, enable_gqa=gqa)
+    inputs = [_like(n.meta["val"]).requires_grad_() for n in (q, k, v)]
+    mask = None if mask is None else _like(mask.meta["val"])
+    return torch._fused_sdp_choice(*inputs, mask, dropout, causal, scale=scale, enable_gqa=gqa)
 
 
 def _like(val: Tensor) -> Tensor:

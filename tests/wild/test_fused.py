@@ -11,7 +11,16 @@ from oracle import Oracle, plain_mathematics
 from torch import nn
 
 import fxcurv
-from fxcurv.extensions import HMP, BatchGrad, BatchL2Grad, DiagGGNExact, DiagGGNMC, DiagHessian, SumGradSquared, Variance
+from fxcurv.extensions import (
+    HMP,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGNExact,
+    DiagGGNMC,
+    DiagHessian,
+    SumGradSquared,
+    Variance,
+)
 
 N, T, D, H, C = 3, 7, 4, 2, 5
 KERNEL = "scaled_dot_product_attention"
