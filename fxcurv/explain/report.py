@@ -7,6 +7,7 @@ the same model, run on fake tensors under PyTorch's FLOP counter (matrix product
 from __future__ import annotations
 
 import io
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,7 @@ class Report:
         columns: (name of the group, its number of columns, the quantities that need it).
         sweeps: how often the walk goes down, for columns beyond the memory budget.
         fallbacks: ops on the walk that have no rule of their own.
+        said: which ops are PyTorch's own kernels, and which are said in mathematics, where, and why.
         batch: whether the batch size is symbolic, or what fixed it.
         output: what f is and whether its loss has curvature, "" for a model's output with a loss that has.
         left_out: trainable parameters of a loss module, of which there is no gradient.
@@ -83,6 +85,7 @@ class Report:
         self.columns = _columns(program)
         self.sweeps = program.walked.sweeps
         self.fallbacks = _fallbacks(program)
+        self.said = _said(program)
         self.batch = program.batch_note
         self.output = _output(program)
         self.python = program.python.names()
@@ -99,6 +102,7 @@ class Report:
         if self.sweeps > 1:
             parts.append(Text(f"sweeps of the walk, to stay within the memory budget: {self.sweeps}"))
         parts.append(Text(f"ops on the walk without a rule: {', '.join(self.fallbacks) or 'none'}"))
+        parts += [Text(line) for line in self.said]
         if self.output:
             parts.append(Text(f"f: {self.output}"))
         parts.append(Text(f"batch size: {self.batch}"))
@@ -194,9 +198,9 @@ def _rows(program: Program, measured: list[float] | None) -> list[Row]:
     rows = []
     for param in program.params:
         for field, label in _fields(program):
-            if param not in program.results[field]:
-                continue
             own = [d for d in program.decisions if d.param == param and d.extension == label]
+            if param not in program.results[field] and not own:
+                continue
             own = own or [_shared(program, param, label, program.results[field][param])]
             for d in own:
                 predicted = d.seconds, d.seconds / seconds
@@ -220,6 +224,17 @@ def _shared(program: Program, param: str, label: str, result: Any) -> Decision:
     rules = [d.rule for d in program.decisions if d.param == param and d.extension in others]
     how = "as " + ", ".join(others) if others else "on the walk"
     return Decision(param, label, rules[0] if rules else "", how, 0, 0, 0.0)
+
+
+def _said(program: Program) -> tuple[str, ...]:
+    """What became of the ops that PyTorch has kernels for."""
+    kernels = Counter(op for op, _, why in program.analysis.said if not why)
+    lines = [f"as PyTorch's kernels: {', '.join(f'{op} ({n})' for op, n in kernels.items())}"] if kernels else []
+    others: dict[tuple[str, str], list[str]] = {}
+    for op, module, why in program.analysis.said:
+        if why:
+            others.setdefault((op, why), []).append(f"'{module}'" if module else "the model")
+    return (*lines, *(f"in mathematics: {op} in {', '.join(at)}, because {why}" for (op, why), at in others.items()))
 
 
 def _output(program: Program) -> str:

@@ -61,12 +61,14 @@ class Analysis:
         rows: the positions are the rows of the output, as many as there are samples, and the batch is one sample.
         ends: what f is, where it is not the model's output; `hidden`: why it is not known, with room for `{asked}`.
         left_out: trainable parameters of a loss module, which are not the model's.
+        said: (op, module path, "" for one of PyTorch's kernels or why it is said in mathematics), of the ops that have kernels.
         mixing: where samples interact, as a message with room for `{asked}`; empty where they do not.
     """
 
     terms: list[Any] = field(default_factory=list)
     positions: tuple[int, int | None] | None = None
     rows: bool = False
+    said: list[tuple[str, str, str]] = field(default_factory=list)
     mixing: str = ""
     left_out: tuple[str, ...] = ()
     ends: str = ""

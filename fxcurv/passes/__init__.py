@@ -11,6 +11,7 @@ from fxcurv.passes.channels_last import channels_last
 from fxcurv.passes.ends import ends
 from fxcurv.passes.extract import extract
 from fxcurv.passes.finish import finish
+from fxcurv.passes.fuse import fuse
 from fxcurv.passes.independence import independence
 from fxcurv.passes.normalize import normalize
 from fxcurv.passes.objective import objective
@@ -27,7 +28,7 @@ from fxcurv.passes.tokens import tokens
 from fxcurv.passes.verify import verify
 from fxcurv.passes.whole_batch import whole_batch
 
-ANALYSIS = [normalize, pool_first, channels_last, independence, ends, whole_batch, objective, tokens]
+ANALYSIS = [normalize, pool_first, channels_last, independence, fuse, ends, whole_batch, objective, tokens]
 PIPELINE = [propagate, average, products, extract, placements, simplify, select, simplify, sum_first, schedule, finish, recycle]
 
 

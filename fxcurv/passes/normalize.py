@@ -36,6 +36,13 @@ def normalize(program: Program) -> Program:
     _refuse_counts_of_values(program)
     logits(program)
     _say_idioms(program)
+    say_in_others(program)
+    _select_heads(program)
+    return program
+
+
+def say_in_others(program: Program) -> None:
+    """Ops that have no rule in those that have one, as far as a rewrite or PyTorch says them."""
     for _ in range(10):  # a rewrite may give ops that have a rewrite themselves
         if not rewritten(program, program.graph.nodes):
             break
@@ -45,8 +52,6 @@ def normalize(program: Program) -> Program:
     propagate_values(program)
     program.refresh_output()
     program.graph.eliminate_dead_code()
-    _select_heads(program)
-    return program
 
 
 def _drop_markers(program: Program) -> None:
@@ -82,7 +87,7 @@ def _say_idioms(program: Program) -> None:
     for node in list(program.graph.nodes):
         new = IDIOMS[node.target](program, node) if node.target in IDIOMS else None
         if new is not None:
-            _substitute(program, node, new)
+            substitute(program, node, new)
 
 
 def rewritten(program: Program, nodes: Iterable[fx.Node]) -> bool:
@@ -95,7 +100,7 @@ def rewritten(program: Program, nodes: Iterable[fx.Node]) -> bool:
         args = canonical_args(node)
         fn = functools.partial(invoke, node.target, fn=fn)
         new = emit(program, fn, args, origin=origin_of(node, "forward"), before=node)
-        _substitute(program, node, new)
+        substitute(program, node, new)
         changed = True
     return changed
 
@@ -117,7 +122,8 @@ def _is_float(node: fx.Node) -> bool:
     return any(isinstance(v, Tensor) and v.is_floating_point() for v in vals)
 
 
-def _substitute(program: Program, node: fx.Node, new: Any) -> None:
+def substitute(program: Program, node: fx.Node, new: Any) -> None:
+    """Let `new`, a tuple for an op of several outputs, stand for a call."""
     if isinstance(new, tuple | list):
         for user in list(node.users):
             if user.target is not operator.getitem:

@@ -128,7 +128,7 @@ class FxcurvGGN(FxcurvInterface, GGNInterface):
         self, x: Any, y: Tensor, N: int, mc_samples: int | None = None, kfac_approx: str = "expand", **kwargs: Any  # noqa: N803
     ) -> tuple[Tensor, Kron]:  # fmt: skip
         """(loss, factors)."""
-        known = {"weight_sharing": kfac_approx, "blocks": "exact"}
+        known = {"weight_sharing": kfac_approx, "others": "exact"}
         sampled = KFAC(mc_samples or self.num_samples, **known)
         return self._kron(x, y, N, sampled if self.stochastic else KFLR(**known))
 
@@ -142,7 +142,7 @@ class FxcurvEF(FxcurvInterface, EFInterface):
 
     def kron(self, x: Any, y: Tensor, N: int, kfac_approx: str = "expand", **kwargs: Any) -> tuple[Tensor, Kron]:  # noqa: N803
         """(loss, factors)."""
-        return self._kron(x, y, N, KFAC(weight_sharing=kfac_approx, fisher="empirical", blocks="exact"))
+        return self._kron(x, y, N, KFAC(weight_sharing=kfac_approx, fisher="empirical", others="exact"))
 
 
 class FxcurvHessian(FxcurvInterface):

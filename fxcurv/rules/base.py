@@ -182,6 +182,9 @@ FALLBACK = Rule()
 
 RULES: dict[Callable, Rule] = {}
 
+AGAIN: dict[Callable, Rule] = {}
+"""Rules of plain ops, for those whose registered rule is a kernel that has no derivative, or none by all that it reads."""
+
 REWRITES: dict[Callable, Callable] = {}
 
 

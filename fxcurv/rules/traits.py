@@ -45,6 +45,7 @@ BIASES: dict[Any, tuple[int, int]] = {
     aten.linear.default: (2, -1),
     aten.convolution.default: (2, 1),
     aten.layer_norm.default: (3, -1),
+    aten.native_layer_norm.default: (3, -1),
     aten._native_batch_norm_legit_no_training.default: (2, 1),
 }
 

@@ -436,9 +436,9 @@ BAD = {
     ),
     "factors of a norm": Bad(
         errors.ExtensionError,
-        ["KFLR", "'1.weight'", "layer_norm", "module '1'", 'blocks="exact"'],
+        ["KFLR", "'1.weight'", "layer_norm", "module '1'", 'others="exact"'],
         model=lambda: nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)),
-        extensions=[KFLR()],
+        extensions=[KFLR(others="error")],
     ),
     "averages of a branch": Bad(
         errors.ExtensionError,

@@ -28,7 +28,7 @@ ASKED = {
     "hessian": [DiagHessian()],
     "products": [GGNMP(), HMP()],
     "hessian_batch": [BatchDiagHessian()],
-    "kron": [KFLR(blocks="exact")],
+    "kron": [KFLR(others="exact")],
     "grad": [],
 }
 
