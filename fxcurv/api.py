@@ -22,6 +22,8 @@ from fxcurv.runtime.bind import bind, seed_tensor
 from fxcurv.runtime.call import call, run_error
 from fxcurv.runtime.export import export
 from fxcurv.runtime.programs import Programs, Ready, covered, emitted
+from fxcurv.runtime.ranks import Ranks, ranks_of, unwrapped
+from fxcurv.runtime.spread import call_on_ranks
 from fxcurv.runtime.step import Steps, call_in_step
 
 
@@ -42,6 +44,7 @@ def compile(  # noqa: A001
     backend: str | Callable = "eager",
     mode: str | None = None,
     dynamic: bool | None = None,
+    mesh: Any = None,
 ) -> Compiled:
     """Compile `model` and `loss` for a set of quantities.
 
@@ -77,6 +80,11 @@ def compile(  # noqa: A001
             with `fullgraph=True`. (A call inside a `torch.compile`d function is compiled with that function.)
         mode, dynamic: passed to `torch.compile`, for such a backend. The batch size is dynamic where it is symbolic. With
             "reduce-overhead" on a GPU, results are overwritten by the next call.
+        mesh: a `torch.distributed.device_mesh.DeviceMesh`. Every rank compiles and calls with its own part of the batch (of
+            any size, empty ones included), and gets what one process computes on the concatenated batch, in the order of
+            the ranks: sums and the loss whole on every rank, what is per sample of the rank's own samples
+            (`result.whole(field)` gathers it, `result.sizes` says how many each rank has). A rank that raises makes all
+            raise. A `DistributedDataParallel` model is unwrapped.
 
     Returns:
         a callable `compiled(inputs, *targets, seed=None, generator=None) -> Result`; it traces at the first
@@ -104,6 +112,7 @@ def compile(  # noqa: A001
             raise ArgumentError(f"{names or 'the gradient'} needs a loss: pass one as the second argument")
     if sample not in ("sequence", "token"):
         raise ArgumentError(f"sample={sample!r}: use 'sequence' or 'token'")
+    ranks = ranks_of(mesh, model, found, backend)
     options = Options(
         batch_dim=batch_dim,
         split=split,
@@ -115,8 +124,10 @@ def compile(  # noqa: A001
         params=hashable(params, ArgumentError, "compile"),
         sample=sample,
         as_written=any(e.by_op for e in found),
+        schedules=ranks is None,
+        ranks=ranks.name if ranks is not None else "",
     )
-    compiled = Compiled(model, loss, found, options, Backend(backend, mode, dynamic))
+    compiled = Compiled(unwrapped(model), loss, found, options, Backend(backend, mode, dynamic), ranks)
     compiled.covered()
     return compiled
 
@@ -136,9 +147,10 @@ class Compiled:
         extensions: tuple[Extension, ...],
         options: Options,
         backend: Backend,
+        ranks: Ranks | None = None,
     ):
         self.model, self.loss, self.extensions, self.params = model, loss, extensions, options.params
-        self._subject, self._options, self._backend = Subject(model, loss), options, backend
+        self._subject, self._options, self._backend, self._ranks = Subject(model, loss), options, backend, ranks
         self._forget()
 
     def _forget(self) -> None:
@@ -186,6 +198,13 @@ class Compiled:
                 that were replaced, or with `create_graph`, another backend than "eager", or inside `torch.compile`.
             FxcurvError: see `fxcurv.errors`; nothing on the model has changed then.
         """
+        if self._ranks is not None:
+            if torch.compiler.is_dynamo_compiling() or create_graph:
+                raise ArgumentError("mesh= inside torch.compile, or with create_graph=True, is not supported: call it outside")
+            return call_on_ranks(
+                self._ranks, self._programs, self._subject, self._backend, inputs, targets,
+                seed=seed, generator=generator, out=out,
+            )  # fmt: skip
         if torch.compiler.is_dynamo_compiling():
             if out is not None:
                 raise ArgumentError("out= inside torch.compile: drop it, the compiled step plans its own memory")

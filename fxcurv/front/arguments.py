@@ -67,7 +67,7 @@ class Arguments:
         for t in self.targets:
             order = list(dict.fromkeys([*(d for d in first if d < t.ndim), *range(t.ndim)]))
             equal = [d for d in order if t.shape[d] == n]
-            out.append(next(iter([*equal, *(d for d in order if t.shape[d] % n == 0)]), None))
+            out.append(next(iter([*equal, *(d for d in order if n and t.shape[d] % n == 0)]), None))
         return out
 
     def split_targets(self) -> list[Tensor]:
@@ -93,8 +93,8 @@ class Arguments:
         return filled(self.target_template, joined)
 
 
-def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any) -> Arguments:
-    """Bring `compiled(inputs, *targets)` into a flat form.
+def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any, empty: bool = False) -> Arguments:
+    """Bring `compiled(inputs, *targets)` into a flat form; `empty`: whether a batch may have no sample.
 
     Raises:
         ArgumentError: if the inputs hold no tensor, the batch is empty, or batch sizes disagree.
@@ -115,7 +115,7 @@ def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any) -> Arguments:
     target_tensors: list[Tensor] = []
     target_template = templated(tuple(targets), target_tensors)
     arguments = Arguments(tensors, target_tensors, input_template, target_template, dims)
-    if arguments.batch_size == 0:
+    if arguments.batch_size == 0 and not empty:
         raise ArgumentError("the batch is empty: pass at least one sample")
     if any(t.is_complex() for t in (*tensors, *target_tensors)):
         raise ArgumentError("complex tensors are not supported: split them into real and imaginary parts")

@@ -60,6 +60,8 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.nn.Module._forward_pre_hooks": TRIED,
     "torch.nn.Module._parameters": TRIED,
     "torch.nn.modules.loss._Loss": TRIED,
+    "torch.distributed.ProcessGroup._get_sequence_number_for_group": TRIED,
+    "torch.distributed.device_mesh.DeviceMesh._flatten": TRIED,
     # patched while a model is captured
     "torch.Tensor.register_hook": TRIED,
     "torch.autograd.function.FunctionMeta.__init__": TRIED,
@@ -70,6 +72,7 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.nn.functional.gaussian_nll_loss": TRIED,
     "torch.utils.checkpoint.CheckpointFunction": TRIED,
     # operators that captured graphs hold
+    "torch.ops._c10d_functional": TRIED,
     "torch.ops.aten._adaptive_avg_pool2d": TRIED,
     "torch.ops.aten._adaptive_avg_pool2d_backward": TRIED,
     "torch.ops.aten._adaptive_avg_pool3d": TRIED,
@@ -164,9 +167,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "FakeTensor", "FakeTensorMode", "FunctionalTensor", "GuardOnDataDependentSymNode", "Loss", "OpOverload", "SEEN",
-    "ShapeEnv", "TRIED", "TorchDispatchMode", "base_of", "captured_size", "check", "constant_result", "decomposes",
+    "ShapeEnv", "TRIED", "TorchDispatchMode", "base_of", "captured_size", "check", "collectives_of", "constant_result", "decomposes",
     "decomposition_table", "disable_fake_tensor_cache", "dispatch_functionalize", "enable_python_dispatcher",
-    "find", "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform",
+    "find", "flattened_mesh", "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform",
     "is_view", "make_fx", "maybe_mark_dynamic", "no_hooks", "no_torch_functions", "original", "own_buffers", "own_parameters",
     "patched", "pytree", "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing", "uses_of_storage",
     "version_of",
@@ -264,6 +267,16 @@ def hooks_of_tensor(tensor: torch.Tensor) -> Any:
 def set_hooks_of_tensor(tensor: torch.Tensor, hooks: Any) -> None:
     """Put hooks back that `hooks_of_tensor` gave, or take them away by None."""
     tensor._backward_hooks = hooks
+
+
+def collectives_of(group: Any) -> int:
+    """How many collectives a process group has begun."""
+    return group._get_sequence_number_for_group()
+
+
+def flattened_mesh(mesh: Any) -> Any:
+    """A device mesh of several dimensions as one of one dimension."""
+    return mesh._flatten()
 
 
 def no_torch_functions() -> Any:

@@ -28,6 +28,7 @@ class Options:
             chosen.
         batch_dims: of one program: the samples' dimension of every input, None for one without samples.
         alone: of one program: the batch is one sample, wherever the model keeps it.
+        ranks: the name of a process group whose ranks have a part of the batch each; empty: this process has all of it.
     """
 
     batch_dim: Any = 0
@@ -44,6 +45,20 @@ class Options:
     create_graph: bool = False
     batch_dims: tuple[int | None, ...] = ()
     alone: bool = False
+    ranks: str = ""
+
+
+@dataclass
+class Spread:
+    """What `passes.distribute` made of a program.
+
+    Attributes:
+        buckets: what travels together, a label for each value.
+        places: where the parts of results are: "output" (a list), "results" and "extras", by field.
+    """
+
+    buckets: list[list[str]] = field(default_factory=list)
+    places: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

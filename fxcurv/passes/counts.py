@@ -134,4 +134,5 @@ class _Counts:
                 new = self.node if per == 1 else self.program.graph.call_function(operator.mul, (self.node, per))
         if new is not self.node:
             new.meta = {**value.meta}
+        new.meta["of_all"] = True  # a part's own size may be the same expression
         return new

@@ -15,9 +15,11 @@ from fxcurv.ir.program import Program
 
 
 def bind(
-    program: Program, subject: Subject, arguments: Arguments, seed: int | Tensor | None, generator: torch.Generator | None
-) -> list[Any]:
-    """What the placeholders are bound to, but memory for results."""
+    program: Program, subject: Subject, arguments: Arguments, seed: int | Tensor | None, generator: torch.Generator | None,
+    part: tuple[int, int] | None = None,
+) -> list[Any]:  # fmt: skip
+    """What the placeholders are bound to, but memory for results; `part`: (how many samples all ranks have, the first's number)."""
+    total, first = part or (arguments.batch_size, 0)
     params = dict(subject.model.named_parameters())
     buffers = dict(subject.model.named_buffers(remove_duplicate=False))
     of_loss = dict(tensors_in(subject.loss)) if isinstance(subject.loss, nn.Module) else {}
@@ -34,6 +36,10 @@ def bind(
             flat.append(of_loss.get(bound.name.removeprefix("loss."), constants[bound.name]))
         elif bound.kind == "number":
             flat.append(python.number(bound.index, modules, device))
+        elif bound.kind == "samples":
+            flat.append(total)
+        elif bound.kind == "first":
+            flat.append(torch.tensor(first, device=device))
         elif bound.kind == "seed":
             flat.append(seed_tensor(seed, generator, device))
         else:
