@@ -118,9 +118,9 @@ class _Sums:
         self.complete: dict[fx.Node, fx.Node] = {}
 
     def _follows(self, node: fx.Node, known: set[fx.Node]) -> bool:
-        """Whether a value is an op, linear in sums that are there."""
+        """Whether a value is computed, by ops that are linear, from sums that are there."""
         parts = self._parts(node)
-        return is_tensor(node) and bool(parts) and all(p in known for p in parts)
+        return is_tensor(node) and bool(parts) and all(p in known or self._follows(p, known) for p in parts)
 
     def _parts(self, node: fx.Node) -> list[fx.Node]:
         """The arguments that an op reads as this rank's terms."""
@@ -134,8 +134,7 @@ class _Sums:
                 found.append(bucket)
                 self._reduce(bucket, f"stage {stage}")
         for node in self.wanted:
-            if node not in self.complete:
-                self._follow(node)
+            self._sum_of(node)
         for node in list(self.graph.nodes):
             for value in node.meta.get("complete", ()):
                 node.replace_input_with(value, self.complete[value])
@@ -145,16 +144,16 @@ class _Sums:
     def _stages(self) -> dict[fx.Node, int]:
         """For each value that travels, how many collectives before it are needed for it."""
         stage: dict[fx.Node, int] = {}
-        after: dict[fx.Node, int] = {}
+        after: dict[fx.Node, int] = {}  # the same of a value's sum, if all of what it is computed from has one
         reduced = set(self.reduced)
-        wanted = set(self.wanted)
         for node in self.graph.nodes:
             read = node.meta.get("complete", ())
             stage[node] = max((after[i] if i in read else stage[i] for i in node.all_input_nodes), default=0)
             if node in reduced:
                 after[node] = stage[node] + 1
-            elif node in wanted:
-                after[node] = max(after[i] if i in self._parts(node) or i in read else stage[i] for i in node.all_input_nodes)
+            elif node.meta.get("across") == PARTIAL:
+                parts = (*read, *self._parts(node))
+                after[node] = max((after[i] if i in parts else stage[i] for i in node.all_input_nodes), default=0)
         return {n: stage[n] for n in self.reduced}
 
     def _reduce(self, bucket: list[fx.Node], title: str) -> None:
@@ -164,11 +163,14 @@ class _Sums:
         for node, total in zip(bucket, sums, strict=True):
             self._finish(node, total)
 
-    def _follow(self, node: fx.Node) -> None:
-        """The op itself, of sums."""
-        with self.graph.inserting_before(self.program.output):
-            new = self.graph.node_copy(node, lambda a: self.complete[a] if a in self._parts(node) else a)
-        self._finish(node, new)
+    def _sum_of(self, node: fx.Node) -> fx.Node:
+        """The sum of a value: one that travelled, or the op itself on sums."""
+        if node not in self.complete:
+            sums = {a: self._sum_of(a) for a in self._parts(node)}
+            with self.graph.inserting_before(self.program.output):
+                new = self.graph.node_copy(node, lambda a: sums.get(a, a))
+            self._finish(node, new)
+        return self.complete[node]
 
     def _finish(self, node: fx.Node, total: fx.Node) -> None:
         total.meta = {**node.meta, "across": REPLICATE, "val": total.meta["val"]}

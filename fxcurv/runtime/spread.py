@@ -97,22 +97,22 @@ class _Call:
         flat = self.bound(self.request.arguments, self.sizes)
         n = self.request.arguments.batch_size
 
-        def here() -> tuple:
-            try:
-                memory = take_memory(self.ready, backend, n, flat, kept)
-                return self.ranks.run(self.program.gm, [*flat, *memory])
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, IndexError) as error:
-                raise run_error(self.program, self.request.arguments, flat, error) from error
-
-        values, _ = self.ranks.together(here)
+        memory = take_memory(self.ready, backend, n, flat, kept)
+        values, _ = self.ranks.together(lambda: self._values(self.request.arguments, flat, memory))
         result = result_of(self.ready, self.subject, backend, flat, values)
         self.program.python.run_effects(self.subject.modules())
         if out is not None:
             out._memory = None
         result.spread_over(self.sizes, functools.partial(self.ranks.whole, sizes=self.sizes), self.program.spread.places)
         return result
+
+    def _values(self, arguments: Arguments, flat: list[Any], memory: list[Tensor]) -> tuple:
+        try:
+            return self.ranks.run(self.program.gm, [*flat, *memory])
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError) as error:
+            raise run_error(self.program, arguments, flat, error) from error
 
     # ---- checks ----
 
@@ -144,10 +144,9 @@ class _Call:
         mine = first_samples(self.request.arguments, sizes[self.ranks.rank])
         whole = self._gathered(mine, sizes)
         request, flat = dataclasses.replace(self.request, arguments=whole), self.bound(whole)
-        memory = self.ready.pool.take(sizes[self.ranks.rank])
-        part = [*self.bound(mine, sizes), *memory]
+        memory, part = self.ready.pool.take(sizes[self.ranks.rank]), self.bound(mine, sizes)
         with torch.random.fork_rng(cuda_devices(flat)):
-            values, _ = self.ranks.together(lambda: self.ranks.run(self.program.gm, part))
+            values, _ = self.ranks.together(lambda: self._values(mine, part, memory))
         loss, leaves, mutations, results, extras = self.program.unpack(values, lambda t: t)
         places, together = self.program.spread.places, functools.partial(self.ranks.whole, sizes=sizes)
         leaves = together(leaves, places["output"])
