@@ -48,6 +48,11 @@ class Result:
             raise ExtensionError(f"{extension} was not asked for: the result has {list(self._extensions)}")
         return self._fields[extension.savefield]
 
+    @property
+    def extensions(self) -> tuple[Extension, ...]:
+        """What was asked for."""
+        return self._extensions
+
     def __dir__(self):
         return [*super().__dir__(), *self._fields]
 
@@ -62,7 +67,7 @@ class Result:
         """Note that this is the result of one of several ranks, of `sizes` samples, and how to have the whole batch's."""
         self._fields["sizes"] = tuple(sizes)
         known = {**places["results"], **places["extras"], "output": places["output"]}
-        self._gather = lambda field: gather(self._fields[field], known[field])
+        self._gather = lambda field: gather(self._fields[field], known[field]) if field in known else self._fields[field]
 
     def whole(self, field: str) -> Any:
         """A field of the whole batch, under `mesh=`: what is per sample is gathered from all ranks, which all have to call this.
@@ -73,7 +78,7 @@ class Result:
         if self._gather is None:
             raise ArgumentError("the result is of all of the batch as it is: whole() is for calls under mesh=")
         getattr(self, field)
-        return self._gather(field) if field not in ("loss", "sizes", "buffers") else self._fields[field]
+        return self._gather(field)
 
     def attach(self, model: nn.Module | None = None) -> Result:
         """Put the results on the parameters.

@@ -62,6 +62,7 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.nn.modules.loss._Loss": TRIED,
     "torch.distributed.ProcessGroup._get_sequence_number_for_group": TRIED,
     "torch.distributed.device_mesh.DeviceMesh._flatten": TRIED,
+    "torch.distributed.fsdp.FSDPModule._get_fsdp_state": TRIED,
     # patched while a model is captured
     "torch.Tensor.register_hook": TRIED,
     "torch.autograd.function.FunctionMeta.__init__": TRIED,
@@ -170,8 +171,8 @@ __all__ = [
     "ShapeEnv", "TRIED", "TorchDispatchMode", "base_of", "captured_size", "check", "collectives_of", "constant_result", "decomposes",
     "decomposition_table", "disable_fake_tensor_cache", "dispatch_functionalize", "enable_python_dispatcher",
     "find", "flattened_mesh", "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform",
-    "is_view", "make_fx", "maybe_mark_dynamic", "no_hooks", "no_torch_functions", "original", "own_buffers", "own_parameters",
-    "patched", "pytree", "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing", "uses_of_storage",
+    "is_view", "make_fx", "maybe_mark_dynamic", "no_hooks", "no_torch_functions", "original", "own_buffers", "own_forward_hooks", "own_parameters",
+    "patched", "precision_of_fsdp", "pytree", "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing", "uses_of_storage",
     "version_of",
 ]  # fmt: skip
 
@@ -247,6 +248,16 @@ def no_hooks(module: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         module._forward_pre_hooks, module._forward_hooks = before, after
+
+
+def own_forward_hooks(module: torch.nn.Module) -> list[dict[int, Any]]:
+    """The tables of what runs before and after a module's forward pass."""
+    return [module._forward_pre_hooks, module._forward_hooks]
+
+
+def precision_of_fsdp(module: Any) -> Any:
+    """The mixed precision policy of an `FSDPModule`."""
+    return module._get_fsdp_state()._mp_policy
 
 
 def own_parameters(module: torch.nn.Module) -> dict[str, Any]:

@@ -48,10 +48,15 @@ def distribute(program: Program) -> Program:
     _sort(program)
     program.spread.places = {
         "output": [_place(n) for n in program.output_leaves],
-        **{kind: pytree.tree_map(_place, getattr(program, kind)) for kind in ("results", "extras")},
+        **{kind: _places(program, getattr(program, kind)) for kind in ("results", "extras")},
     }
     program.refresh_output()
     return program
+
+
+def _places(program: Program, fields: dict[str, Any]) -> dict[str, Any]:
+    """By field, but for values that are kept to compute with."""
+    return {field: pytree.tree_map(_place, value) for field, value in fields.items() if field not in program.borrowing}
 
 
 def _place(node: Any) -> Placement:

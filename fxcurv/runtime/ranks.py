@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fxcurv.errors import ArgumentError, ExtensionError, RankError
@@ -108,6 +109,8 @@ class Ranks:
         )
 
     def _whole(self, value: Any, place: Placement, sizes: Sequence[int]) -> Any:
+        if isinstance(value, DTensor):
+            return value.full_tensor()
         if not isinstance(value, Tensor) or not isinstance(place, Shard):
             return value
         return samples_back(self.rows(samples_first(value.detach(), place).contiguous(), sizes), place)

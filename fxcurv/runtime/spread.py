@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fxcurv.errors import ArgumentError, RankError
 from fxcurv.front.arguments import Arguments
 from fxcurv.front.requests import Request, Subject
+from fxcurv.ir.private import pytree
 from fxcurv.passes.recycle import functional
 from fxcurv.result import Result
 from fxcurv.runtime.backend import Backend
@@ -27,6 +29,7 @@ from fxcurv.runtime.call import keep, refuse_values, result_of, run_error, take_
 from fxcurv.runtime.keys import key_of
 from fxcurv.runtime.programs import Programs, Ready
 from fxcurv.runtime.ranks import Ranks
+from fxcurv.runtime.sharded import shard_results, whole_parameters
 
 
 @torch.compiler.disable
@@ -51,26 +54,31 @@ def call_on_ranks(
         return ready.digest, int(seed_tensor(seed, generator, torch.device("cpu"))), seed is not None
 
     def prepared() -> tuple[Request, Ready | None, Any]:
+        if any(isinstance(t, DTensor) for t in pytree.tree_leaves((inputs, targets))):
+            raise ArgumentError("an input or target is a DTensor: pass this rank's own samples, x.to_local()")
         request = programs.request(subject, inputs, targets, subject.autocast())
         return request, programs.held(request), None if out is None else keep(out, False, backend)
 
-    (request, ready, kept), rows = ranks.together(prepared, lambda found: (found[0].arguments.batch_size, *drawn(found[1])))
-    sizes = [row[0] for row in rows]
-    if not sum(sizes):
-        raise ArgumentError("the batch is empty on every rank: pass at least one sample to one of them")
-    with request.apart():
-        if not all(row[1] for row in rows):
-            _agree(ranks, what_is_asked(programs, request))
-            ready, rows = ranks.together(lambda: named(programs.spread(request, max(2, *sizes))), lambda r: (0, *drawn(r)))
-        if len({row[1] for row in rows}) > 1:
-            _agree(ranks, {"the programs": [label for bucket in ready.program.spread.buckets for label in bucket]})
-            raise RankError("ranks have different programs for this call: change attributes of the model on all ranks alike")
-        seeds = {row[2] for row in rows if row[3]}
-        if len(seeds) > 1 or seeds and not all(row[3] for row in rows):
-            raise ArgumentError("seed= is not the same on all ranks: pass one seed to all of them, or none to any")
-        call = _Call(ranks, ready, request, sizes, rows[0][2])
-        call.check()
-        return call.run(backend, kept, out)
+    with whole_parameters(subject.model, ranks) as sharded:
+        (request, ready, kept), rows = ranks.together(prepared, lambda found: (found[0].arguments.batch_size, *drawn(found[1])))
+        sizes = [row[0] for row in rows]
+        if not sum(sizes):
+            raise ArgumentError("the batch is empty on every rank: pass at least one sample to one of them")
+        with request.apart():
+            if not all(row[1] for row in rows):
+                _agree(ranks, what_is_asked(programs, request))
+                ready, rows = ranks.together(lambda: named(programs.spread(request, max(2, *sizes))), lambda r: (0, *drawn(r)))
+            if len({row[1] for row in rows}) > 1:
+                _agree(ranks, {"the programs": [label for bucket in ready.program.spread.buckets for label in bucket]})
+                raise RankError("ranks have different programs for this call: change attributes of the model on all ranks alike")
+            seeds = {row[2] for row in rows if row[3]}
+            if len(seeds) > 1 or seeds and not all(row[3] for row in rows):
+                raise ArgumentError("seed= is not the same on all ranks: pass one seed to all of them, or none to any")
+            call = _Call(ranks, ready, request, sizes, rows[0][2])
+            call.check()
+            result = call.run(backend, kept, out)
+    shard_results(result, sharded)
+    return result
 
 
 def named(ready: Ready) -> Ready:
@@ -150,7 +158,11 @@ class _Call:
         loss, leaves, mutations, results, extras = self.program.unpack(values, lambda t: t)
         places, together = self.program.spread.places, functools.partial(self.ranks.whole, sizes=sizes)
         leaves = together(leaves, places["output"])
-        unpacked = loss, leaves, mutations, together(results, places["results"]), together(extras, places["extras"])
+        results, extras = (
+            {field: together(fields[field], known) for field, known in places[kind].items()}
+            for kind, fields in (("results", results), ("extras", extras))
+        )
+        unpacked = loss, leaves, mutations, results, extras
 
         def here() -> None:
             with torch.random.fork_rng(cuda_devices(flat)):
