@@ -23,6 +23,7 @@ from fxcurv.ir.origin import locate
 from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Placement
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Input, Program
+from fxcurv.ir.ranks import summed
 from fxcurv.ir.state import Spread
 
 # One collective takes at most so many bytes, but for a value that is larger.
@@ -43,7 +44,7 @@ def distribute(program: Program) -> Program:
             "alone, or eval(); or no mesh=, for quantities of each rank's own batch."
         )
     _check(program)
-    _given(program)
+    given(program)
     _Sums(program).add_up()
     _sort(program)
     program.spread.places = {
@@ -84,7 +85,7 @@ def _listed(place: Any) -> list:
 # ---- inputs ------------------------------
 
 
-def _given(program: Program) -> None:
+def given(program: Program) -> None:
     """The number of all samples and that of the rank's first one come from outside."""
     named = {"samples": [n for n in program.graph.nodes if n.target is number_of_samples]}
     named["first"] = [n for n in program.graph.nodes if "first" in n.meta]
@@ -164,7 +165,7 @@ class _Sums:
     def _reduce(self, bucket: list[fx.Node], title: str) -> None:
         triangles = tuple(bool(n.meta.get("symmetric")) for n in bucket)
         group = self.program.options.ranks
-        sums = emit(self.program, functools.partial(_summed, triangles, group), bucket, origin={"stage": "distribute", "op": title})
+        sums = emit(self.program, functools.partial(summed, triangles, group), bucket, origin={"stage": "distribute", "op": title})
         for node, total in zip(bucket, sums, strict=True):
             self._finish(node, total)
 
@@ -202,38 +203,6 @@ def _buckets(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
                 size = val.numel() * val.element_size()
             out[-1].append(node)
     return out
-
-
-def _summed(triangles: tuple[bool, ...], group: str, values: list[Tensor]) -> list[Tensor]:
-    """The values' sums over the ranks of a group, by one collective."""
-    if len(values) == 1 and not triangles[0]:
-        return [_all_reduce(values[0].contiguous(), group)]
-    flat = [_triangle(v) if t else v.reshape(-1) for v, t in zip(values, triangles, strict=True)]
-    joined = _all_reduce(torch.cat(flat) if len(flat) > 1 else flat[0], group)
-    parts = joined.split([f.numel() for f in flat])
-    return [_square(p, v) if t else p.view(v.shape) for p, v, t in zip(parts, values, triangles, strict=True)]
-
-
-def _all_reduce(t: Tensor, group: str) -> Tensor:
-    ops = torch.ops._c10d_functional
-    return ops.wait_tensor.default(ops.all_reduce.default(t, "sum", group))
-
-
-def _triangle(t: Tensor) -> Tensor:
-    rows, columns = _lower(t)
-    return t[rows, columns]
-
-
-def _lower(t: Tensor) -> tuple[Tensor, Tensor]:
-    rows, columns = torch.tril_indices(t.shape[0], t.shape[0], device=t.device)
-    return rows, columns
-
-
-def _square(flat: Tensor, like: Tensor) -> Tensor:
-    """A symmetric matrix from its lower triangle, row by row."""
-    k = torch.arange(like.shape[0], device=flat.device)
-    high, low = torch.maximum(k[:, None], k), torch.minimum(k[:, None], k)
-    return flat[high * (high + 1) // 2 + low]
 
 
 # ---- order ------------------------------
