@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def on_ranks(count: int, fn: Callable, *args: Any, limit: float = 240) -> list[Any]:
+def on_ranks(count: int, fn: Callable, *args: Any, limit: float = 500) -> list[Any]:
     """What `fn(rank, *args)` returns on each of `count` ranks.
 
     Raises:

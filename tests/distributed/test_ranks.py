@@ -7,12 +7,17 @@ import torch
 from processes import on_ranks
 from subjects import EVERY, MODELS, alone, compare, made, mesh_of, part
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fxcurv
 from fxcurv.errors import ArgumentError, ExtensionError, FxcurvError, MixedSamplesError, RankError
 from fxcurv.extensions import (
     EKFAC,
+    GGNMP,
+    HMP,
     KFAC,
     KFLR,
     BatchGrad,
@@ -22,6 +27,7 @@ from fxcurv.extensions import (
     SumGradSquared,
     Variance,
 )
+from fxcurv.ir.private import collectives_of
 from fxcurv.rules import Pointwise
 
 QUICK = [BatchGrad(), SumGradSquared(), Variance(), ClippedGrad(0.05), DiagGGNMC(2), KFAC()]
@@ -84,6 +90,71 @@ def normed(rank):
 
 def test_batch_norm_in_training_mode_is_that_of_the_whole_batch(found):
     assert [ranks["normed"] for ranks in found] == [None, None]
+
+
+def sharded(rank, count=2, name="squares", sizes=(3, 2), shape=(2,), asked=(Variance(), BatchGrad())):
+    """A model of fully_shard: results of [*P] have the mesh and the placements of their parameters, and FSDP goes on."""
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    want, _ = alone(name, sum(sizes), asked)
+    model, loss, x, y = made(name, sum(sizes))
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    compiled = fxcurv.compile(model, loss, asked, mesh=mesh)
+    x, y = part(x, sizes, rank), part(y, sizes, rank)
+    result = compiled(x, y, seed=7)
+    compare(result, want, asked)
+    for name, p in model.named_parameters():
+        for value in (result.grad[name], *(result[e][name] for e in asked if isinstance(e, Variance))):
+            assert isinstance(value, DTensor) and value.placements == p.placements and value.device_mesh == p.device_mesh
+    torch.optim.SGD(result.attach()._model.parameters(), lr=0.1).step()
+    model.zero_grad()
+    loss(model(x), y).backward()
+    after = compiled(x, y, seed=7)
+    assert float(after.loss) < float(result.loss) and len(vars(compiled._programs.named)) == 1
+    mixed = nn.Linear(3, 2).double()
+    fully_shard(mixed, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    return raised(lambda: fxcurv.compile(mixed, loss, mesh=mesh)(x, y))
+
+
+def test_sharded_parameters_have_sharded_results(found):
+    for ranks in found:
+        assert isinstance(ranks["sharded"], tuple), ranks["sharded"]
+        assert ranks["sharded"][0] == "ArgumentError" and "mixed precision" in ranks["sharded"][1]
+
+
+def products(rank, name="mlp", asked=(GGNMP(),), sizes=(4, 3)):
+    """Products with matrices over all samples, and how many collectives one takes."""
+    mesh = mesh_of(2)
+    want, _ = alone(name, sum(sizes), asked)
+    result, _, model = spread(rank, mesh, name, list(sizes), list(asked), debug=True)
+    torch.manual_seed(1)
+    taken = set()
+    for e in asked:
+        got, expected = getattr(result, e.operator), getattr(want, e.operator)
+        v = torch.randn(got.shape[0], 3).double()
+        before = collectives_of(mesh.get_group())
+        torch.testing.assert_close(got @ v, expected @ v, rtol=1e-9, atol=1e-11)
+        taken.add(collectives_of(mesh.get_group()) - before)
+        for name, p in model.named_parameters():
+            for u in (torch.randn(2, *p.shape).double(), torch.randn(p.shape).double()):
+                torch.testing.assert_close(result[e][name](u), want[e][name](u), rtol=1e-9, atol=1e-11)
+    return taken
+
+
+def test_a_product_is_added_up_once(found):
+    assert [ranks["products"] for ranks in found] == [{1}, {1}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["squares", "cnn", "transformer"])
+def test_all_products(name):
+    assert on_ranks(2, products, name, (GGNMP(), HMP()), limit=600) == [{1}, {1}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(4,), (2, 2)], ids=["fsdp", "hsdp"])
+def test_four_ranks_of_sharded_parameters(shape):
+    on_ranks(4, sharded, 4, "cnn", (3, 0, 2, 2), shape, (Variance(), BatchGrad(), KFAC()), limit=600)
 
 
 # ---- disagreement and failure ------------------------------
@@ -171,7 +242,7 @@ def refused(rank):
 
 def everything(rank):
     """All of the above in the same two processes: to start them takes longer than what they do."""
-    return {fn.__name__: noted(fn, rank) for fn in (quick, normed, failing, wrong_rule, refused)}
+    return {fn.__name__: noted(fn, rank) for fn in (quick, normed, sharded, products, failing, wrong_rule, refused)}
 
 
 def noted(fn, rank):
