@@ -1,9 +1,8 @@
 """Count what travels between the ranks of a mesh: ``python bench/distributed.py``; nothing is timed.
 
-For each model and set of quantities: collectives per call, their bytes, and the least that sums need, each [*P] result once
-and of a symmetric factor a triangle, and the same of plain data-parallel training, the gradient alone. A ring sends 2 (R - 1) / R
-times these bytes from each of R ranks. Two numbers and the agreement of the ranks (eight integers a rank, two gathers) come on top
-of every call.
+For each model and set of quantities: collectives of a call, their bytes, the least that sums need (each [*P] result once, of a
+symmetric factor a triangle), and the bytes of the gradient alone. A ring sends 2 (R - 1) / R times these bytes from each of R
+ranks. Two gathers of a few integers, by which ranks agree, come on top.
 """
 
 from __future__ import annotations
@@ -29,7 +28,9 @@ COLUMNS = ("model", "quantities", "collectives", "bytes", "least", "ratio", "gra
 
 
 def mlp() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
+    )
 
 
 def cnn() -> nn.Module:
@@ -86,7 +87,9 @@ def count(model: str, quantities: str) -> Row:
     """What a call sends: the same whatever the number of ranks, so that one is enough to count."""
     torch.manual_seed(0)
     asked = QUANTITIES[quantities]
-    compiled = fxcurv.compile(MODELS[model](), nn.CrossEntropyLoss(), asked, mesh=init_device_mesh("cpu", (1,)), check=None)
+    compiled = fxcurv.compile(
+        MODELS[model](), nn.CrossEntropyLoss(), asked, mesh=init_device_mesh("cpu", (1,)), check=None
+    )
     x, y = torch.randn(16, 1, 28, 28), torch.randint(10, (16,))
     result = compiled(x, y, seed=0)
     sums = collectives(compiled.lower(x, y).graph_module)

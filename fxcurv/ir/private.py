@@ -168,12 +168,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "FakeTensor", "FakeTensorMode", "FunctionalTensor", "GuardOnDataDependentSymNode", "Loss", "OpOverload", "SEEN",
-    "ShapeEnv", "TRIED", "TorchDispatchMode", "base_of", "captured_size", "check", "collectives_of", "constant_result", "decomposes",
-    "decomposition_table", "disable_fake_tensor_cache", "dispatch_functionalize", "enable_python_dispatcher",
-    "find", "flattened_mesh", "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform",
-    "is_view", "make_fx", "maybe_mark_dynamic", "no_hooks", "no_torch_functions", "original", "own_buffers", "own_forward_hooks", "own_parameters",
-    "patched", "precision_of_fsdp", "pytree", "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing", "uses_of_storage",
-    "version_of",
+    "ShapeEnv", "TRIED", "TorchDispatchMode", "base_of", "captured_size", "check", "collectives_of", "constant_result",
+    "decomposes", "decomposition_table", "disable_fake_tensor_cache", "dispatch_functionalize",
+    "enable_python_dispatcher", "find", "flattened_mesh", "free_unbacked_symbols", "has_hooks", "hooks_of_tensor",
+    "in_function_transform", "is_view", "make_fx", "maybe_mark_dynamic", "no_hooks", "no_torch_functions", "original",
+    "own_buffers", "own_forward_hooks", "own_parameters", "patched", "precision_of_fsdp", "pytree", "running_backward",
+    "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing", "uses_of_storage", "version_of",
 ]  # fmt: skip
 
 # they log what a trace raises, and more about it

@@ -8,12 +8,10 @@ a triangle does. The number of samples, and that of the first one, become inputs
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from fxcurv.errors import MixedSamplesError
@@ -25,6 +23,7 @@ from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Input, Program
 from fxcurv.ir.ranks import summed
 from fxcurv.ir.state import Spread
+from fxcurv.rules.traits import over_ranks
 
 # One collective takes at most so many bytes, but for a value that is larger.
 BUCKET = 25 << 20
@@ -165,7 +164,12 @@ class _Sums:
     def _reduce(self, bucket: list[fx.Node], title: str) -> None:
         triangles = tuple(bool(n.meta.get("symmetric")) for n in bucket)
         group = self.program.options.ranks
-        sums = emit(self.program, functools.partial(summed, triangles, group), bucket, origin={"stage": "distribute", "op": title})
+        sums = emit(
+            self.program,
+            functools.partial(summed, triangles, group),
+            bucket,
+            origin={"stage": "distribute", "op": title},
+        )
         for node, total in zip(bucket, sums, strict=True):
             self._finish(node, total)
 
@@ -241,10 +245,9 @@ def _itself(t: Tensor, *_: Any) -> Tensor:
 
 def alone(gm: fx.GraphModule) -> fx.GraphModule:
     """A graph as one process runs it: a sum over ranks is the value itself."""
-    ops = torch.ops._c10d_functional
     copy = fx.GraphModule(gm, _copied(gm.graph))
     for node in copy.graph.nodes:
-        if node.target in (ops.all_reduce.default, ops.wait_tensor.default):
+        if over_ranks(node):
             node.target = _itself
     copy.recompile()
     return copy
@@ -258,5 +261,4 @@ def _copied(graph: fx.Graph) -> fx.Graph:
 
 def collectives(gm: fx.GraphModule) -> list[Tensor]:
     """What a graph's collectives add up, in order: fake values."""
-    target = torch.ops._c10d_functional.all_reduce.default
-    return [n.args[0].meta["val"] for n in gm.graph.nodes if n.target is target]
+    return [n.args[0].meta["val"] for n in gm.graph.nodes if over_ranks(n) == "sum"]

@@ -18,7 +18,7 @@ def bind(
     program: Program, subject: Subject, arguments: Arguments, seed: int | Tensor | None, generator: torch.Generator | None,
     part: tuple[int, int] | None = None,
 ) -> list[Any]:  # fmt: skip
-    """What the placeholders are bound to, but memory for results; `part`: (how many samples all ranks have, the first's number)."""
+    """What the placeholders are bound to, but memory for results; `part`: (the samples of all ranks, the first one's number)."""
     total, first = part or (arguments.batch_size, 0)
     params = dict(subject.model.named_parameters())
     buffers = dict(subject.model.named_buffers(remove_duplicate=False))

@@ -132,6 +132,7 @@ def _run(ready: Ready, backend: Backend, flat: list[Any], memory: list[Tensor]) 
 
 
 def result_of(ready: Ready, subject: Subject, backend: Backend, flat: list[Any], values: tuple) -> Result:
+    """The result, of what the program returned; buffers get their new values."""
     program = ready.program
     loss, leaves, mutations, results, extras = program.unpack(values, owner(flat))
     fields: dict[str, Any] = {} if loss is None else {"loss": loss}

@@ -37,7 +37,11 @@ class Ranks:
             raise ArgumentError("this process is no part of mesh=: compile only where the mesh has a rank")
         self.mesh = mesh
         self.group = (mesh if mesh.ndim == 1 else flattened_mesh(mesh)).get_group()
-        self.name, self.rank, self.size = self.group.group_name, dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.name, self.rank, self.size = (
+            self.group.group_name,
+            dist.get_rank(self.group),
+            dist.get_world_size(self.group),
+        )
         self._device = torch.device(mesh.device_type)
 
     # ---- messages ----
@@ -55,7 +59,9 @@ class Ranks:
         dist.all_gather_object(found, mine, self.group)
         return found
 
-    def together(self, fn: Callable[[], T], say: Callable[[T], Sequence[int]] = lambda value: ()) -> tuple[T, list[list[int]]]:
+    def together(
+        self, fn: Callable[[], T], say: Callable[[T], Sequence[int]] = lambda value: ()
+    ) -> tuple[T, list[list[int]]]:
         """`fn()`, which talks to no other rank but by `run`, and what every rank says of its own.
 
         Raises:
@@ -140,7 +146,9 @@ def ranks_of(mesh: Any, model: nn.Module, extensions: Sequence[Extension], backe
     if isinstance(model, DistributedDataParallel):
         theirs = dist.get_process_group_ranks(model.process_group)
         if theirs != dist.get_process_group_ranks(ranks.group):
-            raise ArgumentError(f"the model is a DistributedDataParallel on ranks {theirs}, and mesh= is on others: use one mesh")
+            raise ArgumentError(
+                f"the model is a DistributedDataParallel on ranks {theirs}, and mesh= is on others: use one mesh"
+            )
     if backend != "eager":
         raise ArgumentError(f"mesh= with backend={backend!r} is not supported: use 'eager'")
     for e in extensions:

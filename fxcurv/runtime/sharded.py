@@ -42,7 +42,8 @@ def whole_parameters(model: nn.Module, ranks: Ranks) -> Iterator[dict[str, DTens
     undo: list[tuple[Any, Any]] = []
     try:
         for module in model.modules():
-            for table in (own_parameters(module), *own_forward_hooks(module)):
+            tables: list[Any] = [own_parameters(module), *own_forward_hooks(module)]
+            for table in tables:
                 undo.append((table, table.copy()))
             for name, p in list(own_parameters(module).items()):
                 if id(p) in whole:

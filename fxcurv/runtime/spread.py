@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from fxcurv.runtime.keys import key_of
 from fxcurv.runtime.programs import Programs, Ready
 from fxcurv.runtime.ranks import Ranks
 from fxcurv.runtime.sharded import shard_results, whole_parameters
+
+# (program, seed, whether the caller gave it) of a program, for a message
+Drawn: TypeAlias = Callable[[Ready | None], Sequence[int]]
 
 
 @torch.compiler.disable
@@ -60,31 +63,51 @@ def call_on_ranks(
         return request, programs.held(request), None if out is None else keep(out, False, backend)
 
     with whole_parameters(subject.model, ranks) as sharded:
-        (request, ready, kept), rows = ranks.together(prepared, lambda found: (found[0].arguments.batch_size, *drawn(found[1])))
+        (request, ready, kept), rows = ranks.together(
+            prepared, lambda found: (found[0].arguments.batch_size, *drawn(found[1]))
+        )
         sizes = [row[0] for row in rows]
         if not sum(sizes):
             raise ArgumentError("the batch is empty on every rank: pass at least one sample to one of them")
         with request.apart():
-            if not all(row[1] for row in rows):
-                _agree(ranks, what_is_asked(programs, request))
-                ready, rows = ranks.together(lambda: named(programs.spread(request, max(2, *sizes))), lambda r: (0, *drawn(r)))
-            if len({row[1] for row in rows}) > 1:
-                _agree(ranks, {"the programs": [label for bucket in ready.program.spread.buckets for label in bucket]})
-                raise RankError("ranks have different programs for this call: change attributes of the model on all ranks alike")
-            seeds = {row[2] for row in rows if row[3]}
-            if len(seeds) > 1 or seeds and not all(row[3] for row in rows):
-                raise ArgumentError("seed= is not the same on all ranks: pass one seed to all of them, or none to any")
-            call = _Call(ranks, ready, request, sizes, rows[0][2])
+            made, seed = _agreed(ranks, programs, request, ready, rows, drawn)
+            call = _Call(ranks, made, request, sizes, seed)
             call.check()
             result = call.run(backend, kept, out)
     shard_results(result, sharded)
     return result
 
 
-def named(ready: Ready) -> Ready:
-    """With a number that ranks compare: of what travels between them, in order."""
-    labels = "\n".join(label for bucket in ready.program.spread.buckets for label in ["bucket", *bucket])
-    ready.digest = int.from_bytes(hashlib.sha256(labels.encode()).digest()[:7], "big") + 1
+def _agreed(
+    ranks: Ranks, programs: Programs[Ready], request: Request, ready: Ready | None, rows: list[list[int]], drawn: Drawn
+) -> tuple[Ready, int]:
+    """The program that all ranks have for this call, made now if one of them has none, and the seed.
+
+    Raises:
+        RankError: on all ranks, where they have different ones.
+        ArgumentError: on all ranks, for different seeds.
+    """
+    if ready is None or not all(row[1] for row in rows):
+        asked, largest = what_is_asked(programs, request), max(2, *(row[0] for row in rows))
+        _agree(ranks, asked)
+        made, rows = ranks.together(lambda: named(programs.spread(request, largest), asked), lambda r: (0, *drawn(r)))
+    else:
+        made = ready
+    if len({row[1] for row in rows}) > 1:
+        _agree(ranks, what_is_asked(programs, request))
+        _agree(ranks, {"the programs": [label for bucket in made.program.spread.buckets for label in bucket]})
+        raise RankError("ranks have different programs for this call: change attributes of the model on all ranks alike")
+    seeds = {row[2] for row in rows if row[3]}
+    if len(seeds) > 1 or seeds and not all(row[3] for row in rows):
+        raise ArgumentError("seed= is not the same on all ranks: pass one seed to all of them, or none to any")
+    return made, rows[0][2]
+
+
+def named(ready: Ready, asked: dict[str, list[str]]) -> Ready:
+    """With a number that ranks compare: of what was asked for, and what travels between them, in order."""
+    labels = [label for bucket in ready.program.spread.buckets for label in ["bucket", *bucket]]
+    text = "\n".join([*labels, *(line for lines in asked.values() for line in lines)])
+    ready.digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") + 1
     return ready
 
 
@@ -111,7 +134,9 @@ class _Call:
         self.program.python.run_effects(self.subject.modules())
         if out is not None:
             out._memory = None
-        result.spread_over(self.sizes, functools.partial(self.ranks.whole, sizes=self.sizes), self.program.spread.places)
+        result.spread_over(
+            self.sizes, functools.partial(self.ranks.whole, sizes=self.sizes), self.program.spread.places
+        )
         return result
 
     def _values(self, arguments: Arguments, flat: list[Any], memory: list[Tensor]) -> tuple:
@@ -171,7 +196,9 @@ class _Call:
                 if compare and self.ready.selfcheck is not None:
                     check = self.ready.selfcheck.begin(self.program, request, flat)
                     alone = self.ready.selfcheck.random  # every rank draws its own, so not those of one process
-                    check.compare(self.program.unpack(functional(self.program)(*flat), lambda t: t) if alone else unpacked)
+                    check.compare(
+                        self.program.unpack(functional(self.program)(*flat), lambda t: t) if alone else unpacked
+                    )
 
         self.ranks.together(here)
 
@@ -232,7 +259,9 @@ def what_is_asked(programs: Programs[Ready], request: Request) -> dict[str, list
         "the extensions": [str(e) for e in programs.extensions],
         "the options": [f"{name}={value!r}" for name, value in options.items() if name != "params"],
         "the modules": [f"{kind.__qualname__} in {'training' if on else 'eval'} mode" for kind, on in key.modules],
-        "the parameters": [f"{name} {tuple(shape)} {dtype} requires_grad={on}" for name, on, dtype, _, shape in key.tensors],
+        "the parameters": [
+            f"{name} {tuple(shape)} {dtype} requires_grad={on}" for name, on, dtype, _, shape in key.tensors
+        ],
         "the inputs": [f"{shape} {dtype}" for shape, dtype, _ in key.inputs],
         "the targets": [f"{shape} {dtype}" for shape, dtype, _ in key.targets],
         "autocast": [str(request.mode.dtype)],

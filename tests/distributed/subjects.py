@@ -77,7 +77,15 @@ def transformer(n: int):
 
 
 def batch_norm(n: int):
-    layers = [nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)]
+    layers = [
+        nn.Conv2d(2, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(12, 4),
+        nn.BatchNorm1d(4),
+        nn.Linear(4, 3),
+    ]
     return nn.Sequential(*layers), nn.CrossEntropyLoss(), torch.randn(n, 2, 4, 4), torch.randint(3, (n,))
 
 

@@ -30,6 +30,8 @@ from fxcurv.extensions import (
 from fxcurv.ir.private import collectives_of
 from fxcurv.rules import Pointwise
 
+SHARDED = (Variance(), BatchGrad())
+GGN = (GGNMP(),)
 QUICK = [BatchGrad(), SumGradSquared(), Variance(), ClippedGrad(0.05), DiagGGNMC(2), KFAC()]
 
 
@@ -92,7 +94,7 @@ def test_batch_norm_in_training_mode_is_that_of_the_whole_batch(found):
     assert [ranks["normed"] for ranks in found] == [None, None]
 
 
-def sharded(rank, count=2, name="squares", sizes=(3, 2), shape=(2,), asked=(Variance(), BatchGrad())):
+def sharded(rank, count=2, name="squares", sizes=(3, 2), shape=(2,), asked=SHARDED):
     """A model of fully_shard: results of [*P] have the mesh and the placements of their parameters, and FSDP goes on."""
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     want, _ = alone(name, sum(sizes), asked)
@@ -105,7 +107,9 @@ def sharded(rank, count=2, name="squares", sizes=(3, 2), shape=(2,), asked=(Vari
     compare(result, want, asked)
     for name, p in model.named_parameters():
         for value in (result.grad[name], *(result[e][name] for e in asked if isinstance(e, Variance))):
-            assert isinstance(value, DTensor) and value.placements == p.placements and value.device_mesh == p.device_mesh
+            assert (
+                isinstance(value, DTensor) and value.placements == p.placements and value.device_mesh == p.device_mesh
+            )
     torch.optim.SGD(result.attach()._model.parameters(), lr=0.1).step()
     model.zero_grad()
     loss(model(x), y).backward()
@@ -122,7 +126,7 @@ def test_sharded_parameters_have_sharded_results(found):
         assert ranks["sharded"][0] == "ArgumentError" and "mixed precision" in ranks["sharded"][1]
 
 
-def products(rank, name="mlp", asked=(GGNMP(),), sizes=(4, 3)):
+def products(rank, name="mlp", asked=GGN, sizes=(4, 3)):
     """Products with matrices over all samples, and how many collectives one takes."""
     mesh = mesh_of(2)
     want, _ = alone(name, sum(sizes), asked)
@@ -196,9 +200,16 @@ def failing(rank):
 
     model, other = nn.Linear(4, 3).double(), nn.Linear(4, 3)
     call("extensions", model, [Variance()] if rank else [BatchGrad()])
-    call("dtype", other if rank else model, inputs=x.to((other if rank else model).weight.dtype), criterion=nn.CrossEntropyLoss())
+    call(
+        "dtype",
+        other if rank else model,
+        inputs=x.to((other if rank else model).weight.dtype),
+        criterion=nn.CrossEntropyLoss(),
+    )
     call("model", nn.Sequential(nn.Linear(4, 3), nn.ReLU() if rank else nn.Tanh()).double())
-    call("losses", model, criterion=(lambda f, t: f.exp().sum()) if rank else lambda f, t: f.square().sum() / f.shape[0])
+    call(
+        "losses", model, criterion=(lambda f, t: f.exp().sum()) if rank else lambda f, t: f.square().sum() / f.shape[0]
+    )
     call("capture", Refusing(rank).double())
     call("seeds", model, [DiagGGNMC(1)], seed=rank)
     call("targets", model, targets=y + 5 * rank)
@@ -213,7 +224,6 @@ def failing(rank):
 
 def wrong_rule(rank):
     """A rule that is wrong on both ranks is found by the comparison with plain PyTorch."""
-
     wrong = Pointwise(d1=lambda x, y: 1 - y)
     try:
         spread(rank, mesh_of(2), "mlp", [3, 2], [], rules={torch.ops.aten.tanh.default: wrong})

@@ -15,7 +15,13 @@ def run(*command: object, folder: Path) -> str:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
     env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MPLBACKEND": "agg"}
     done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
     assert not done.returncode, done.stderr[-3000:]
     return done.stdout
@@ -26,7 +32,16 @@ def run(*command: object, folder: Path) -> str:
 def test_the_same_losses(count, tmp_path):
     script = ROOT / "examples" / "train_distributed.py"
     one = run(script, "--steps", 4, folder=tmp_path)
-    more = run("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", script, "--steps", 4, folder=tmp_path)
+    more = run(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={count}",
+        script,
+        "--steps",
+        4,
+        folder=tmp_path,
+    )
     losses = [[float(x) for x in re.findall(r"\d\.\d{6,}", out)] for out in (one, more)]
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-9), losses
     assert (tmp_path / "train_distributed.png").stat().st_size > 1000
