@@ -53,10 +53,12 @@ class Spread:
     """What `passes.distribute` made of a program.
 
     Attributes:
+        ops: the captured ops, in words.
         buckets: what travels together, a label for each value.
         places: where the parts of results are: "output" (a list), "results" and "extras", by field.
     """
 
+    ops: list[str] = field(default_factory=list)
     buckets: list[list[str]] = field(default_factory=list)
     places: dict[str, Any] = field(default_factory=dict)
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from fxcurv.errors import MixedSamplesError
 from fxcurv.ir.emit import emit, number_of_samples
 from fxcurv.ir.graph import ancestors, is_tensor
-from fxcurv.ir.origin import locate
+from fxcurv.ir.origin import locate, stage_of
 from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Placement
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Input, Program
@@ -144,7 +144,7 @@ class _Sums:
             for value in node.meta.get("complete", ()):
                 node.replace_input_with(value, self.complete[value])
         self.program.rename({n: self.complete[n] for n in self.program.roots() if n.meta["across"] == PARTIAL})
-        self.program.spread = Spread([[_label(n) for n in bucket] for bucket in found])
+        self.program.spread = Spread(_said(self.graph), [[_label(n) for n in bucket] for bucket in found])
 
     def _stages(self) -> dict[fx.Node, int]:
         """For each value that travels, how many collectives before it are needed for it."""
@@ -192,6 +192,11 @@ def _label(node: fx.Node) -> str:
     origin, val = node.meta.get("origin") or {}, node.meta["val"]
     names = [str(origin.get(k, "")) for k in ("stage", "op", "module", "extension", "param")]
     return f"{' '.join(filter(None, names))} {str(val.dtype).removeprefix('torch.')}{list(val.shape)}"
+
+
+def _said(graph: fx.Graph) -> list[str]:
+    """The captured ops, in words that are the same in every process."""
+    return [f"{n.target}{n.args}" for n in graph.nodes if n.op == "call_function" and stage_of(n) == "forward"]
 
 
 def _buckets(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:

@@ -31,6 +31,9 @@ from fxcurv.runtime.programs import Programs, Ready
 from fxcurv.runtime.ranks import Ranks
 from fxcurv.runtime.sharded import shard_results, whole_parameters
 
+# A check of so many samples costs nothing, and less of them may have nothing to compare (all may be ignored).
+FEW = 16
+
 # (program, seed, whether the caller gave it) of a program, for a message
 Drawn: TypeAlias = Callable[[Ready | None], Sequence[int]]
 
@@ -95,7 +98,7 @@ def _agreed(
         made = ready
     if len({row[1] for row in rows}) > 1:
         _agree(ranks, what_is_asked(programs, request))
-        _agree(ranks, {"the programs": [label for bucket in made.program.spread.buckets for label in bucket]})
+        _agree(ranks, {"the captured ops": made.program.spread.ops, "what travels": _travelling(made)})
         raise RankError("ranks have different programs for this call: change attributes of the model on all ranks alike")
     seeds = {row[2] for row in rows if row[3]}
     if len(seeds) > 1 or seeds and not all(row[3] for row in rows):
@@ -105,10 +108,13 @@ def _agreed(
 
 def named(ready: Ready, asked: dict[str, list[str]]) -> Ready:
     """With a number that ranks compare: of what was asked for, and what travels between them, in order."""
-    labels = [label for bucket in ready.program.spread.buckets for label in ["bucket", *bucket]]
-    text = "\n".join([*labels, *(line for lines in asked.values() for line in lines)])
+    text = "\n".join([*ready.program.spread.ops, *_travelling(ready), *(line for lines in asked.values() for line in lines)])
     ready.digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") + 1
     return ready
+
+
+def _travelling(ready: Ready) -> list[str]:
+    return [f"{label}, in collective {k}" for k, bucket in enumerate(ready.program.spread.buckets) for label in bucket]
 
 
 class _Call:
@@ -172,7 +178,7 @@ class _Call:
         self.ranks.together(held)
 
     def _numbers(self, compare: bool) -> None:
-        """Compare with plain PyTorch on samples of all ranks, together not more than the largest rank has, at least two."""
+        """Compare with plain PyTorch on samples of all ranks, together as many as the largest rank has, or `FEW`."""
         sizes = shares(self.sizes)
         mine = first_samples(self.request.arguments, sizes[self.ranks.rank])
         whole = self._gathered(mine, sizes)
@@ -222,8 +228,8 @@ class _Call:
 
 
 def shares(sizes: Sequence[int]) -> list[int]:
-    """How many samples each rank gives, in turns, so that all together are as many as the largest has, at least two."""
-    out, left = [0] * len(sizes), min(max(2, *sizes), sum(sizes))
+    """How many samples each rank gives, in turns, so that all together are as many as the largest has, or `FEW`."""
+    out, left = [0] * len(sizes), min(max(FEW, *sizes), sum(sizes))
     while left:
         for k, n in enumerate(sizes):
             if left and out[k] < n:

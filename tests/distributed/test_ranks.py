@@ -20,6 +20,7 @@ from fxcurv.extensions import (
     HMP,
     KFAC,
     KFLR,
+    KFRA,
     BatchGrad,
     ClippedGrad,
     DiagGGNExact,
@@ -226,7 +227,7 @@ def wrong_rule(rank):
     """A rule that is wrong on both ranks is found by the comparison with plain PyTorch."""
     wrong = Pointwise(d1=lambda x, y: 1 - y)
     try:
-        spread(rank, mesh_of(2), "mlp", [3, 2], [], rules={torch.ops.aten.tanh.default: wrong})
+        spread(rank, mesh_of(2), "mlp", [5, 2], [], rules={torch.ops.aten.tanh.default: wrong})
     except FxcurvError as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -274,7 +275,7 @@ def found():
         ("extensions", (RankError, RankError), "of the extensions, rank 0 has BatchGrad"),
         ("dtype", (RankError, RankError), "torch.float64"),
         ("model", (RankError, RankError), "rank 0 has Tanh in training mode, and rank 1 has ReLU"),
-        ("losses", (RankError, RankError), "of the programs"),
+        ("losses", (RankError, RankError), "of the captured ops"),
         ("capture", (RankError, FxcurvError), "not today"),
         ("seeds", (ArgumentError, ArgumentError), "seed= is not the same"),
         ("targets", (RankError, FxcurvError), "rank 1"),
@@ -326,7 +327,7 @@ def every(rank, count, name, cuts, ddp):
     """Everything that a model has, in parts of several sizes."""
     asked = [] if name == "batch_norm" else EVERY
     if name == "transformer":  # a weight that is an embedding and a head has no Kronecker factors
-        asked = [e for e in asked if not isinstance(e, KFAC | KFLR | EKFAC)]
+        asked = [e for e in asked if not isinstance(e, KFAC | KFLR | KFRA | EKFAC)]
     mesh = mesh_of(count)
     want, _ = alone(name, sum(cuts[0]), asked)
     model, loss, x, y = made(name, sum(cuts[0]))
