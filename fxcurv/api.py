@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fxcurv import passes
 from fxcurv.errors import ArgumentError
@@ -246,6 +247,8 @@ class Compiled:
         Raises:
             ArgumentError: with products, which are callables.
         """
+        if self._ranks is not None:
+            raise ArgumentError("export() with mesh= is not supported: compile without a mesh, and export that")
         request = self._request(inputs, targets)
         with request.apart():
             program = self._programs.find(request, schedules=False).program
@@ -277,4 +280,6 @@ class Compiled:
         return covered(self.model, self.params, self.extensions)
 
     def _request(self, inputs: Any, targets: tuple) -> Request:
+        if self._ranks is not None and any(isinstance(p, DTensor) for p in self.model.parameters()):
+            raise ArgumentError("the parameters are sharded, and only a call gathers them: look at the model before fully_shard")
         return self._programs.request(self._subject, inputs, targets, self._subject.autocast())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -38,3 +39,8 @@ def _square(flat: Tensor, like: Tensor) -> Tensor:
     k = torch.arange(like.shape[0], device=flat.device)
     high, low = torch.maximum(k[:, None], k), torch.minimum(k[:, None], k)
     return flat[high * (high + 1) // 2 + low]
+
+
+def plain_text(text: str) -> str:
+    """What a value is printed as, without its address, which is another one in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)

@@ -21,7 +21,7 @@ from fxcurv.ir.origin import locate, stage_of
 from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Placement
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Input, Program
-from fxcurv.ir.ranks import summed
+from fxcurv.ir.ranks import plain_text, summed
 from fxcurv.ir.state import Spread
 from fxcurv.rules.traits import over_ranks
 
@@ -196,7 +196,7 @@ def _label(node: fx.Node) -> str:
 
 def _said(graph: fx.Graph) -> list[str]:
     """The captured ops, in words that are the same in every process."""
-    return [f"{n.target}{n.args}" for n in graph.nodes if n.op == "call_function" and stage_of(n) == "forward"]
+    return [plain_text(f"{n.target}{n.args}") for n in graph.nodes if n.op == "call_function" and stage_of(n) == "forward"]
 
 
 def _buckets(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:

@@ -89,11 +89,11 @@ class Ranks:
 
     # ---- values ----
 
-    def run(self, gm: fx.GraphModule, flat: Sequence[Any]) -> tuple:
+    def run(self, gm: fx.GraphModule, arguments: Callable[[], Sequence[Any]]) -> tuple:
         """Run a graph with collectives; if it breaks off here, the ones that others wait for are still done."""
         before = collectives_of(self.group)
         try:
-            return gm(*flat)
+            return gm(*arguments())
         except Exception:
             for like in collectives(gm)[collectives_of(self.group) - before :]:
                 dist.all_reduce(torch.zeros(like.shape, dtype=like.dtype, device=like.device), group=self.group)
@@ -101,6 +101,8 @@ class Ranks:
 
     def rows(self, t: Tensor, sizes: Sequence[int]) -> Tensor:
         """The rows of all ranks, one after the other; this one's are those of `t`."""
+        if t.dtype == torch.bool:  # which gloo does not gather
+            return self.rows(t.view(torch.uint8), sizes).view(torch.bool)
         padded = t.new_zeros(max(sizes), *t.shape[1:])
         padded[: t.shape[0]] = t
         found = [torch.empty_like(padded) for _ in sizes]
@@ -133,7 +135,7 @@ def ranks_of(mesh: Any, model: nn.Module, extensions: Sequence[Extension], backe
 
     Raises:
         ArgumentError: for what is no mesh, or is not of the ranks that the model is wrapped for; other backends than "eager".
-        ExtensionError: for products, and samples by their numbers.
+        ExtensionError: for samples by their numbers.
     """
     if mesh is None:
         if isinstance(model, DistributedDataParallel):

@@ -21,6 +21,7 @@ from fxcurv.errors import ArgumentError, RankError
 from fxcurv.front.arguments import Arguments
 from fxcurv.front.requests import Request, Subject
 from fxcurv.ir.private import pytree
+from fxcurv.ir.ranks import plain_text
 from fxcurv.passes.recycle import functional
 from fxcurv.result import Result
 from fxcurv.runtime.backend import Backend
@@ -133,8 +134,7 @@ class _Call:
         """Compute the result."""
         flat = self.bound(self.request.arguments, self.sizes)
         n = self.request.arguments.batch_size
-
-        memory = take_memory(self.ready, backend, n, flat, kept)
+        memory = functools.partial(take_memory, self.ready, backend, n, flat, kept)
         values, _ = self.ranks.together(lambda: self._values(self.request.arguments, flat, memory))
         result = result_of(self.ready, self.subject, backend, flat, values)
         self.program.python.run_effects(self.subject.modules())
@@ -145,9 +145,9 @@ class _Call:
         )
         return result
 
-    def _values(self, arguments: Arguments, flat: list[Any], memory: list[Tensor]) -> tuple:
+    def _values(self, arguments: Arguments, flat: list[Any], memory: Callable[[], list[Tensor]]) -> tuple:
         try:
-            return self.ranks.run(self.program.gm, [*flat, *memory])
+            return self.ranks.run(self.program.gm, lambda: [*flat, *memory()])
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError) as error:
@@ -173,7 +173,7 @@ class _Call:
 
         def held() -> None:
             with torch.random.fork_rng(cuda_devices(flat)):
-                refuse_values(self.program, self.ranks.run(module, flat))
+                refuse_values(self.program, self.ranks.run(module, lambda: flat))
 
         self.ranks.together(held)
 
@@ -183,7 +183,7 @@ class _Call:
         mine = first_samples(self.request.arguments, sizes[self.ranks.rank])
         whole = self._gathered(mine, sizes)
         request, flat = dataclasses.replace(self.request, arguments=whole), self.bound(whole)
-        memory, part = self.ready.pool.take(sizes[self.ranks.rank]), self.bound(mine, sizes)
+        memory, part = functools.partial(self.ready.pool.take, sizes[self.ranks.rank]), self.bound(mine, sizes)
         with torch.random.fork_rng(cuda_devices(flat)):
             values, _ = self.ranks.together(lambda: self._values(mine, part, memory))
         loss, leaves, mutations, results, extras = self.program.unpack(values, lambda t: t)
@@ -262,8 +262,8 @@ def what_is_asked(programs: Programs[Ready], request: Request) -> dict[str, list
     key = key_of(request.subject, request.arguments, any_size=True)
     options = dataclasses.asdict(dataclasses.replace(programs.options, rules={}))
     return {
-        "the extensions": [str(e) for e in programs.extensions],
-        "the options": [f"{name}={value!r}" for name, value in options.items() if name != "params"],
+        "the extensions": [plain_text(str(e)) for e in programs.extensions],
+        "the options": [plain_text(f"{name}={value!r}") for name, value in options.items()],
         "the modules": [f"{kind.__qualname__} in {'training' if on else 'eval'} mode" for kind, on in key.modules],
         "the parameters": [
             f"{name} {tuple(shape)} {dtype} requires_grad={on}" for name, on, dtype, _, shape in key.tensors
