@@ -82,6 +82,8 @@ class Factored(Extension):
             given = [(u.use.factor, u.columns) for u in layer.uses]
             factors.append(param.emit(widely, input_factor, given, sharing, dtype_of(param)))
         _record(param, layer, sharing)
+        for factor in factors:
+            factor.meta["symmetric"] = factor.meta["val"].ndim == 2
         return self._of_layer(param, layers, Kronecker(factors, layer.arrangement))
 
     def _layer(self, param: Param, uses: list[Use]) -> Layer | None:

@@ -65,6 +65,9 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.nn.Module._forward_pre_hooks": TRIED,
     "torch.nn.Module._parameters": TRIED,
     "torch.nn.modules.loss._Loss": TRIED,
+    "torch.distributed.ProcessGroup._get_sequence_number_for_group": TRIED,
+    "torch.distributed.device_mesh.DeviceMesh._flatten": TRIED,
+    "torch.distributed.fsdp.FSDPModule._get_fsdp_state": TRIED,
     # patched while a model is captured
     "torch._functorch.apis.vmap_impl": TRIED,
     "torch._functorch.eager_transforms._jvp_with_argnums": TRIED,
@@ -89,6 +92,7 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.nn.modules.transformer._detect_is_causal_mask": TRIED,
     "torch.utils.checkpoint.CheckpointFunction": TRIED,
     # operators that captured graphs hold
+    "torch.ops._c10d_functional": TRIED,
     "torch.ops.aten._adaptive_avg_pool2d": TRIED,
     "torch.ops.aten._adaptive_avg_pool2d_backward": TRIED,
     "torch.ops.aten._adaptive_avg_pool3d": TRIED,
@@ -191,10 +195,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = [
     "FakeTensor", "FakeTensorMode", "FunctionalTensor", "GuardOnDataDependentSymNode", "Loss", "OpOverload", "SEEN",
     "ShapeEnv", "TRIED", "TorchDispatchMode", "UnsupportedOperatorException", "base_of", "captured_size", "check",
-    "constant_result", "decomposes", "decomposition_table", "disable_fake_tensor_cache", "disable_proxy_modes_tracing",
-    "dispatch_functionalize", "enable_python_dispatcher", "find", "free_unbacked_symbols", "has_hooks", "hooks_of_tensor",
-    "in_function_transform", "is_view", "make_fx", "maybe_mark_dynamic", "memory_of", "no_hooks", "no_torch_functions",
-    "node_of", "original", "own_buffers", "own_parameters", "patched", "proxy_mode", "pytree", "rerouted",
+    "collectives_of", "constant_result", "decomposes", "decomposition_table", "disable_fake_tensor_cache",
+    "disable_proxy_modes_tracing", "dispatch_functionalize", "enable_python_dispatcher", "find", "flattened_mesh",
+    "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform", "is_view", "make_fx",
+    "maybe_mark_dynamic", "memory_of", "no_hooks", "no_torch_functions", "node_of", "original", "own_buffers",
+    "own_forward_hooks", "own_parameters", "patched", "precision_of_fsdp", "proxy_mode", "pytree", "rerouted",
     "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing", "uses_of_storage", "version_of",
     "without_fake_mode",
 ]  # fmt: skip
@@ -309,6 +314,16 @@ def no_hooks(module: torch.nn.Module) -> Iterator[None]:
         module._forward_pre_hooks, module._forward_hooks = before, after
 
 
+def own_forward_hooks(module: torch.nn.Module) -> list[dict[int, Any]]:
+    """The tables of what runs before and after a module's forward pass."""
+    return [module._forward_pre_hooks, module._forward_hooks]
+
+
+def precision_of_fsdp(module: Any) -> Any:
+    """The mixed precision policy of an `FSDPModule`."""
+    return module._get_fsdp_state()._mp_policy
+
+
 def own_parameters(module: torch.nn.Module) -> dict[str, Any]:
     """A module's parameters but those of its submodules."""
     return module._parameters
@@ -327,6 +342,16 @@ def hooks_of_tensor(tensor: torch.Tensor) -> Any:
 def set_hooks_of_tensor(tensor: torch.Tensor, hooks: Any) -> None:
     """Put hooks back that `hooks_of_tensor` gave, or take them away by None."""
     tensor._backward_hooks = hooks
+
+
+def collectives_of(group: Any) -> int:
+    """How many collectives a process group has begun."""
+    return group._get_sequence_number_for_group()
+
+
+def flattened_mesh(mesh: Any) -> Any:
+    """A device mesh of several dimensions as one of one dimension."""
+    return mesh._flatten()
 
 
 def no_torch_functions() -> Any:

@@ -15,7 +15,7 @@ from fxcurv.ir.graph import is_tensor, layout, pruned
 from fxcurv.ir.origin import source_line
 from fxcurv.ir.placement import REPLICATE, Placement, Shard
 from fxcurv.ir.private import pytree
-from fxcurv.ir.state import Analysis, Options, Walked
+from fxcurv.ir.state import Analysis, Options, Spread, Walked
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Input:
 
     kind: "param", "buffer", "constant" (by `name`), "input", "target" (by `index` among the tensor leaves), "seed",
         "number" (a float that Python holds, by `index` among `python_state.State.numbers`),
-        "memory" (by `index` among the program's buffers).
+        "memory" (by `index` among the program's buffers), "samples" (how many all ranks have), "first" (the number of this
+        rank's first one).
     """
 
     kind: str
@@ -102,7 +103,8 @@ class Program:
         fake_mode: the mode that all values of the graph belong to.
         fixed_by: the op, module and line that made a number of the batch size.
         pieces: traced functions by their kinds of arguments (see `ir.emit`).
-        options: what was asked for; `analysis`: what the passes before the walk found; `walked`: what the walk left.
+        options: what was asked for; `analysis`: what the passes before the walk found; `walked`: what the walk left;
+            `spread`: the collectives.
         notes: how what a trace cannot follow was captured, for a report.
         reads: the values of the data that tracing made numbers of, if there are any.
         python: the values of attributes, closures and globals that tracing read.
@@ -143,6 +145,7 @@ class Program:
     walked: Walked = field(default_factory=Walked)
     notes: list[str] = field(default_factory=list)
     reads: Numbers | None = None
+    spread: Spread = field(default_factory=Spread)
     python: Any = None
     timings: dict[str, float] = field(default_factory=dict)
     buffers: list[Memory] = field(default_factory=list)

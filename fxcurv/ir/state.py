@@ -30,6 +30,7 @@ class Options:
         batch_dims: of one program: the samples' dimension of every input, None for one without samples.
         alone: of one program: the batch is one sample, wherever the model keeps it.
         index, edges: of one program: which input says the sample of every entry, and which are pairs of entries.
+        ranks: the name of a process group whose ranks have a part of the batch each; empty: this process has all of it.
     """
 
     batch_dim: Any = 0
@@ -49,6 +50,22 @@ class Options:
     alone: bool = False
     index: int | None = None
     edges: tuple[int, ...] = ()
+    ranks: str = ""
+
+
+@dataclass
+class Spread:
+    """What `passes.distribute` made of a program.
+
+    Attributes:
+        ops: the captured ops, in words.
+        buckets: what travels together, a label for each value.
+        places: where the parts of results are: "output" (a list), "results" and "extras", by field.
+    """
+
+    ops: list[str] = field(default_factory=list)
+    buckets: list[list[str]] = field(default_factory=list)
+    places: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

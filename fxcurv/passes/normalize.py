@@ -23,6 +23,7 @@ from fxcurv.ir.private import OpOverload, decomposes, free_unbacked_symbols
 from fxcurv.ir.program import Program
 from fxcurv.ir.specialise import propagate_values
 from fxcurv.rules import REWRITES, RULES
+from fxcurv.rules.base import SUMS
 from fxcurv.rules.idioms import IDIOMS
 from fxcurv.rules.logits import logits
 from fxcurv.rules.traits import ITEMS
@@ -107,6 +108,8 @@ def rewritten(program: Program, nodes: Iterable[fx.Node]) -> bool:
 
 def _equation(node: fx.Node, program: Program):
     """The function that says `node`'s op in other ops, or None."""
+    if program.options.ranks and node.target in SUMS and node.target not in program.rules:
+        return SUMS[node.target]
     if node.op != "call_function" or node.target in program.rules or node.target in RULES:
         return None
     if node.target in REWRITES:

@@ -187,6 +187,9 @@ AGAIN: dict[Callable, Rule] = {}
 
 REWRITES: dict[Callable, Callable] = {}
 
+# How ops that reduce over samples inside are said in sums over samples, where these are on several ranks.
+SUMS: dict[Callable, Callable] = {}
+
 
 def register(*ops: Callable, rule: Rule | None = None):
     """Register a rule for ops: `register(op, rule=Pointwise(...))`, or as a decorator of a Rule class.

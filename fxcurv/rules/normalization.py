@@ -9,7 +9,7 @@ import torch
 from fxcurv.contractions.factors import Factor, Jacobian
 from fxcurv.ir import placement
 from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Shard, samples_first
-from fxcurv.rules.base import AGAIN, Rule, register, rewrite
+from fxcurv.rules.base import AGAIN, SUMS, Rule, register, rewrite
 from fxcurv.rules.call import Call
 
 aten = torch.ops.aten
@@ -81,6 +81,32 @@ class BatchNormTraining(Rule):
 @rewrite(aten.batch_norm.default)
 def _batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn=True):
     return aten._native_batch_norm_legit_no_training.default(x, weight, bias, mean, var, momentum, eps)[0]
+
+
+def _statistics(x):
+    """(mean, variance) of every channel."""
+    dims = [d for d in range(x.ndim) if d != 1]
+    mean = x.mean(dims, keepdim=True)
+    return mean, (x - mean).square().mean(dims, keepdim=True)
+
+
+def _batch_norm_in_sums(x, weight, bias, running_mean, running_var, training, momentum, eps):
+    mean, var = _statistics(x)
+    rstd = torch.rsqrt(var + eps)
+    count = x.numel() // x.shape[1]
+    new = mean.flatten().detach(), var.flatten().detach() * (count / (count - 1))
+    running = [old * (1 - momentum) + momentum * t for old, t in zip((running_mean, running_var), new, strict=True)]
+    return _affine((x - mean) * rstd, weight, bias), mean.flatten(), rstd.flatten(), *running
+
+
+def _batch_norm_in_sums_without_running(x, weight, bias, training, momentum, eps):
+    mean, var = _statistics(x)
+    rstd = torch.rsqrt(var + eps)
+    return _affine((x - mean) * rstd, weight, bias), mean.flatten(), rstd.flatten()
+
+
+SUMS[aten._native_batch_norm_legit_functional.default] = _batch_norm_in_sums
+SUMS[aten._native_batch_norm_legit.no_stats] = _batch_norm_in_sums_without_running
 
 
 @register(aten.layer_norm.default)

@@ -300,3 +300,9 @@ MEANS = {aten.mean.default, aten.mean.dim}
 
 # (loss, sum of weights): the mean is weighed
 WEIGHED = {aten.nll_loss_forward.default, aten.nll_loss2d_forward.default}
+
+
+def over_ranks(node: fx.Node) -> str:
+    """What a node does between the ranks of a process group: "sum", "wait" for one, or nothing, ""."""
+    ops = torch.ops._c10d_functional
+    return {ops.all_reduce.default: "sum", ops.wait_tensor.default: "wait"}.get(node.target, "")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fxcurv import passes
-from fxcurv.errors import ArgumentError, ExtensionError, FxcurvError, LossError, UnsupportedOpError
+from fxcurv.errors import ArgumentError, CaptureError, ExtensionError, FxcurvError, LossError, UnsupportedOpError
 from fxcurv.extensions import Extension
 from fxcurv.extensions.parameters import Choice, chosen
 from fxcurv.front.arguments import Arguments, flatten_arguments
@@ -62,6 +62,7 @@ class Ready:
         runner: under another backend than "eager": what computes the program.
         stateless: the program as calls inside `torch.compile` need it.
         size: the batch size of the last call that went the long way.
+        digest: of what travels between ranks, where these have a part of the batch each.
     """
 
     program: Program
@@ -73,6 +74,7 @@ class Ready:
     runner: Callable[[list[Any]], tuple] | None = None
     stateless: Stateless | None = None
     size: int | None = None
+    digest: int = 0
 
     @property
     def note(self) -> str:
@@ -85,7 +87,7 @@ def emitted(program: Program, tell: Tell) -> Ready:
     kind = Probe if program.options.sample_index is None else Merged
     probe = kind(program) if program.options.check else None
     selfcheck = SelfCheck(program, probe.needed) if probe is not None and program.options.check != "probe" else None
-    program = passes.run(program, passes.PIPELINE, program.options.debug, tell)
+    program = passes.run(program, passes.pipeline(program.options), program.options.debug, tell)
     return Ready(program, Pool(program), probe, selfcheck)
 
 
@@ -135,6 +137,28 @@ class Programs(Generic[M]):
                 raise ArgumentError(f"{e}: sample {max(indices)} of a batch of {n}, use indices below {n}")
         return Request(subject, arguments, mode, create_graph)
 
+    def held(self, request: Request) -> M | None:
+        """The program for these arguments and what Python holds, if it is made; for parts of a batch, of any size."""
+        n, modules = max(request.arguments.batch_size, 2), request.subject.modules()
+        serving = [made for made in self._made.get(self._key(request), []) if made.program.serves(n)]
+        return next((made for made in serving if made.program.python.holds(modules)), None)
+
+    def spread(self, request: Request, n: int) -> M:
+        """A new program for arguments of this kind, for parts of a batch; captured at `n` samples, on every rank."""
+        new = self._lowered(dataclasses.replace(request, arguments=resized(request.arguments, n)))
+        if new.program.reads is not None:
+            raise CaptureError(
+                f"numbers are made of values of the data ({new.program.reads.lines[0]}), which are others on every rank.\n"
+                "Way out: leave them tensors, as in x.max() for x.max().item(); or call without mesh=."
+            )
+        self._made.setdefault(self._key(request), []).insert(0, new)
+        setattr(self.named, f"program_{len(vars(self.named))}", new)
+        return new
+
+    def _key(self, request: Request) -> tuple[Key, Autocast, bool]:
+        key = key_of(request.subject, request.arguments, any_size=bool(self.options.ranks))
+        return key, request.mode, request.create_graph
+
     def find(self, request: Request, schedules: bool = True) -> M:
         """The program for these arguments and what Python holds; `schedules`: whether floats may be inputs of it.
 
@@ -144,7 +168,7 @@ class Programs(Generic[M]):
         if not request.arguments.batch_size:
             raise ArgumentError("the batch is empty, so there is no program: pass at least one sample")
         n, modules = request.arguments.batch_size, request.subject.modules()
-        key = key_of(request.subject, request.arguments), request.mode, request.create_graph
+        key = self._key(request)
         serving = [made for made in self._made.get(key, []) if made.program.serves(n)]
         serving = [made for made in serving if schedules or not made.program.python.numbers]
         numbers: list[str] = []
@@ -185,9 +209,8 @@ class Programs(Generic[M]):
 
     def holds(self, made: M, request: Request) -> bool:
         """Whether `made`, which was found for these arguments, still is what `find` would give."""
-        key = key_of(request.subject, request.arguments), request.mode, request.create_graph
         python = made.program.python.holds(request.subject.modules())
-        return made in self._made.get(key, []) and python and not numbers_differ(made.program, request)
+        return made in self._made.get(self._key(request), []) and python and not numbers_differ(made.program, request)
 
     def name_of(self, made: M) -> str:
         """The name of what was found among `named`."""
@@ -341,4 +364,24 @@ def doubled(arguments: Arguments) -> Arguments:
 
     inputs = twice(arguments.inputs, arguments.batch_dims)
     targets = twice(arguments.targets, arguments.target_dims())
+    return dataclasses.replace(arguments, inputs=inputs, targets=targets)
+
+
+def resized(arguments: Arguments, n: int) -> Arguments:
+    """A batch of `n` samples: those that are there, over and over; zeros if there is none."""
+    have, inner = arguments.batch_size, 0 not in arguments.batch_dims
+    index = torch.arange(n) % max(have, 1)
+
+    def again(t: torch.Tensor, d: int | None) -> torch.Tensor:
+        if d is None:
+            return t
+        if not have:
+            return t.new_zeros([n if k == d else s for k, s in enumerate(t.shape)])
+        if t.shape[d] == have:
+            return t.index_select(d, index.to(t.device))
+        split = t.unflatten(d, (-1, have) if inner else (have, -1)).index_select(d + inner, index.to(t.device))
+        return split.flatten(d, d + 1)
+
+    inputs = [again(t, d) for t, d in zip(arguments.inputs, arguments.batch_dims, strict=True)]
+    targets = [again(t, d) for t, d in zip(arguments.targets, arguments.target_dims(), strict=True)]
     return dataclasses.replace(arguments, inputs=inputs, targets=targets)
