@@ -105,7 +105,7 @@ class Values:
         for node in list(tracer.graph.nodes)[self._seen :]:
             self._seen += 1
             if node.op == "get_attr":
-                literal = all(user.target in LITERALS for user in node.users)
+                literal = bool(node.users) and all(user.target in LITERALS for user in node.users)
                 self._set(node, getattr(tracer.root, node.target, None), _FIXED if literal else _DATA)
             elif node.op == "call_function":
                 self._run(node)
@@ -122,11 +122,10 @@ class Values:
         except Exception:  # what only a trace can run, a derivative say
             self._level[node] = _UNKNOWN
             return
-        schema = schema_of(node.target)
         self._set(node, value, level)
-        if schema is not None and schema.is_mutable:
-            self._set(node, (value, args), level)
-            self._env[node] = value
+        for argument, given in zip(getattr(schema_of(node.target), "arguments", ()), args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self._raise(given, level)
 
     def _of(self, node: fx.Node) -> int:
         tensors = [t for t in pytree.tree_leaves(self._env.get(node)) if isinstance(t, Tensor)]
@@ -134,6 +133,10 @@ class Values:
 
     def _set(self, node: fx.Node, value: Any, level: int) -> None:
         self._env[node], self._level[node] = value, level
+        self._raise(value, level)
+
+    def _raise(self, value: Any, level: int) -> None:
+        """What is in this memory depends on that much now."""
         for t in pytree.tree_leaves(value):
             if isinstance(t, Tensor):
                 self._memory[memory_of(t)] = max(level, self._memory.get(memory_of(t), _FIXED))

@@ -56,7 +56,7 @@ class Again:
         program, options = ready.program, ready.program.options
         unchecked = not ready.checked or ready.selfcheck is not None and not ready.verified
         asked = unchecked or options.debug or options.check == "always"
-        python = bool(program.python.numbers or program.python.effects)
+        python = bool(program.python.numbers or program.python.effects or program.reads)
         if asked or python or request.create_graph or program.mutations or program.borrowing or request.mode.dtype:
             return None
         if not all(type(t) is Tensor for t in (*_values(inputs), *targets)):

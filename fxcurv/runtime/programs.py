@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fxcurv import passes
-from fxcurv.errors import ArgumentError, ExtensionError, FxcurvError, LossError, UnsupportedOpError
+from fxcurv.errors import ArgumentError, CaptureError, ExtensionError, FxcurvError, LossError, UnsupportedOpError
 from fxcurv.extensions import Extension
 from fxcurv.extensions.parameters import Choice, chosen
 from fxcurv.front.arguments import Arguments, flatten_arguments
@@ -145,6 +145,9 @@ class Programs(Generic[M]):
         reason = shortened(found) if found else why(key, known, n, request.subject)
         new = self._scheduled(request, changed) if schedules and self.options.schedules else None
         new = new or self._lowered(request)
+        unlike = numbers_differ(new.program, request)
+        if unlike:  # what the trace computed of the data is not what its graph does
+            raise CaptureError(f"{unlike[0]}: it is another number each time. Way out: compute it outside of the model.")
         again = f" again, because {reason}" if reason else ""
         log.info("compiled%s; batch size: %s", again, new.program.batch_note)
         self.recompiles += [reason] if reason else []
