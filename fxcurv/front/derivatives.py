@@ -65,13 +65,18 @@ def gradients(
     pairs = [(y, g) for y, g in zip(outputs, given, strict=True) if y.requires_grad]
     if not pairs or not all(x.requires_grad for x in wrt):
         raise RuntimeError("element 0 of tensors does not require grad and does not have a grad_fn")
+    if create_graph and not torch.is_grad_enabled():
+        raise CaptureError(
+            f"torch.autograd.grad(create_graph=True) under no_grad is not kept\n{running_line()}Way out: torch.enable_grad()."
+        )
     for y, g in pairs:
         if g is None and y.numel() != 1:
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
     ys = [y for y, _ in pairs]
     gs = [torch.ones_like(y) if g is None else g for y, g in pairs]
     reached = _reached(ys, wrt)
-    found = iter(torch.ops.fxcurv.derivative(ys, gs, [x for x, r in zip(wrt, reached, strict=True) if r], is_grads_batched))
+    some = [x for x, r in zip(wrt, reached, strict=True) if r]
+    found = iter(torch.ops.fxcurv.derivative(ys, gs, some, is_grads_batched) if some else ())
     result = tuple([next(found) if r else None for r in reached])
     if materialize_grads:
         result = tuple([torch.zeros_like(x) if g is None else g for g, x in zip(result, wrt, strict=True)])
@@ -93,12 +98,14 @@ def _reached(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[bool]:
     edge = torch.autograd.graph.get_gradient_edge
     stack: list[Any] = [edge(y)[:2] for y in outputs]
     seen: set[Any] = set()
+    visited: set[Any] = set()
     while stack:
         node, number = stack.pop()
         if (node, number) in seen or node is None:
             continue
-        if not any(n is node for n, _ in seen):
+        if node not in visited:
             stack += node.next_functions
+        visited.add(node)
         seen.add((node, number))
     return [tuple(edge(x)[:2]) in seen for x in inputs]
 

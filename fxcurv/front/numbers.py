@@ -105,7 +105,7 @@ class Values:
         for node in list(tracer.graph.nodes)[self._seen :]:
             self._seen += 1
             if node.op == "get_attr":
-                literal = all(user.target in LITERALS for user in node.users)
+                literal = bool(node.users) and all(user.target in LITERALS for user in node.users)
                 self._set(node, getattr(tracer.root, node.target, None), _FIXED if literal else _DATA)
             elif node.op == "call_function":
                 self._run(node)
@@ -122,11 +122,10 @@ class Values:
         except Exception:  # what only a trace can run, a derivative say
             self._level[node] = _UNKNOWN
             return
-        schema = schema_of(node.target)
         self._set(node, value, level)
-        if schema is not None and schema.is_mutable:
-            self._set(node, (value, args), level)
-            self._env[node] = value
+        for argument, given in zip(getattr(schema_of(node.target), "arguments", ()), args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self._raise(given, level)
 
     def _of(self, node: fx.Node) -> int:
         tensors = [t for t in pytree.tree_leaves(self._env.get(node)) if isinstance(t, Tensor)]
@@ -134,6 +133,10 @@ class Values:
 
     def _set(self, node: fx.Node, value: Any, level: int) -> None:
         self._env[node], self._level[node] = value, level
+        self._raise(value, level)
+
+    def _raise(self, value: Any, level: int) -> None:
+        """What is in this memory depends on that much now."""
         for t in pytree.tree_leaves(value):
             if isinstance(t, Tensor):
                 self._memory[memory_of(t)] = max(level, self._memory.get(memory_of(t), _FIXED))
@@ -164,7 +167,9 @@ def reads(func: Callable, args: tuple) -> bool:
     name = _READS.get(func)
     if name is None or not args or not isinstance(args[0], Tensor):
         return False
-    if name == "index":
+    if name == "written" and not (isinstance(args[2], Tensor) and args[2].ndim):
+        return False  # a number goes where the mask is, whatever it counts
+    if name in ("index", "written"):
         return any(_is_mask(i) for i in (args[1] if isinstance(args[1], tuple) else (args[1],)))
     return True
 
@@ -201,25 +206,33 @@ class _Read:
         return x.expand(shape)[self.positions(mask.expand(shape)).unbind(1)]
 
     def index(self, func, x, index):
+        return x[self._without_masks(index)]
+
+    def written(self, func, x, index, value):
+        x[self._without_masks(index)] = value
+
+    def _without_masks(self, index: Any) -> tuple:
         parts: list[Any] = []
         for i in index if isinstance(index, tuple) else (index,):
             parts += self.positions(i).unbind(1) if _is_mask(i) else [i]
-        return x[tuple(parts)]
+        return tuple(parts)
 
-    def repeated(self, func, *args, output_size=None, **named):
-        counts = named.get("repeats", args[1] if len(args) > 1 else args[0])
-        if isinstance(counts, Tensor) and output_size is None and counts.numel() == 1 and len(args) > 1:
-            counts, args = int(self.values.number(counts)), (args[0], int(self.values.number(counts)), *args[2:])
-        elif isinstance(counts, Tensor) and output_size is None:
-            output_size = int(self.values.number(counts.sum()))
-        return func(*args, **named) if output_size is None else func(*args, output_size=output_size, **named)
+    def repeated(self, func, *args, **named):
+        counts = named["repeats"] if "repeats" in named else args[min(1, len(args) - 1)]
+        if not isinstance(counts, Tensor) or named.get("output_size") is not None:
+            return func(*args, **named)
+        if counts is args[0] or counts.numel() != 1:
+            return func(*args, **{**named, "output_size": int(self.values.number(counts.sum()))})
+        named.pop("repeats", None)
+        return func(args[0], int(self.values.number(counts)), *args[2:], **named)
 
 
 _READS: dict[Any, str] = {
     Tensor.item: "item", Tensor.__bool__: "cast", Tensor.__int__: "cast", Tensor.__index__: "cast", Tensor.__float__: "cast",
-    Tensor.nonzero: "nonzero", torch.nonzero: "nonzero", torch.argwhere: "nonzero",
-    Tensor.argwhere: "nonzero", torch.where: "where", Tensor.masked_select: "selected", torch.masked_select: "selected",
-    Tensor.__getitem__: "index", Tensor.repeat_interleave: "repeated", torch.repeat_interleave: "repeated",
+    Tensor.nonzero: "nonzero", torch.nonzero: "nonzero", torch.argwhere: "nonzero", Tensor.argwhere: "nonzero",
+    torch.where: "where", Tensor.masked_select: "selected", torch.masked_select: "selected",
+    Tensor.__getitem__: "index", Tensor.__setitem__: "written",
+    Tensor.repeat_interleave: "repeated", torch.repeat_interleave: "repeated",
 }  # fmt: skip
 
-_SIZES = {"nonzero", "where", "selected", "index", "repeated"}
+_SIZES = {"nonzero", "where", "selected", "index", "written", "repeated"}

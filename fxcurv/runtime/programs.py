@@ -190,6 +190,9 @@ class Programs(Generic[M]):
         reason = shortened(found) if found else why(key, known, n, request.subject)
         new = self._scheduled(request, changed) if schedules and self.options.schedules else None
         new = new or self._lowered(request)
+        unlike = numbers_differ(new.program, request)
+        if unlike:  # what the trace computed of the data is not what its graph does
+            raise CaptureError(f"{unlike[0]}: it is another number each time. Way out: compute it outside of the model.")
         again = f" again, because {reason}" if reason else ""
         log.info("compiled%s; batch size: %s", again, new.program.batch_note)
         self.recompiles += [reason] if reason else []

@@ -40,6 +40,13 @@ def nonzero(m: Any, x: Tensor) -> Tensor:
     return m.head(torch.tanh(m.body(x))[rows][:, columns])
 
 
+def assigned(m: Any, x: Tensor) -> Tensor:
+    h, rows = torch.tanh(m.body(x)).clone(), x[:, 0] > -0.5
+    h[rows] = torch.sin(h[rows])
+    h[x[:, 1] > 0] = 0.3
+    return m.head(h) + h[rows].sum()  # what was written to elsewhere is still a mask of the data
+
+
 def repeated(m: Any, x: Tensor, counts: Tensor) -> Tensor:
     return m.head(torch.tanh(m.body(x)).repeat_interleave(counts, 0))
 
@@ -107,6 +114,7 @@ ROWS = {
         "", lambda: Net(nonzero, body=nn.Linear(2, 3), head=nn.Linear(2, 2), mask=torch.tensor([True, False, True])),
         lambda f: f.square().mean(), numbers(2), None, WHOLE,
     ),
+    "assigned": Inside("", lambda: Net(assigned, **parts()), MSE, numbers(2), numbers(2), WHOLE),
     "repeat_interleave": Inside(
         "", lambda: Net(repeated, **parts()), lambda f: f.square().mean(), together(numbers(2), classes(of=3)), None, WHOLE
     ),
