@@ -31,7 +31,7 @@ class Padded(PackedSequence):
 
     @classmethod
     def of(cls, rows: Tensor, lengths: Tensor) -> Padded:
-        new = tuple.__new__(cls, (None,) * len(PackedSequence._fields))
+        new = tuple.__new__(cls, (None,) * 4)
         new.rows, new.lengths = _outside(rows, _within(rows, lengths), 0), lengths
         return new
 

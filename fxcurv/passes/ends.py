@@ -73,10 +73,10 @@ def _inside(program: Program, head: fx.Node, linearly: bool) -> list[fx.Node] | 
     if losses and linearly and not others and all(is_sharded(n) for n in read):
         program.analysis.ends = f"what the model's own loss reads, {_named(losses)}"
         return list(dict.fromkeys(_returned(program, n) for n in read))
-    if number and linearly and not losses and all(map(_is_layer, others)):
+    if number and linearly and not losses and others and all(map(_is_layer, others)):
         program.analysis.ends = f"what the model sums up itself, of {_named(others)}"
         return list(dict.fromkeys(_returned(program, n) for n in others))
-    if linearly and (number or losses) or number and losses:
+    if stops and (linearly and (number or losses) or number and losses):
         at = (others or losses)[0]
         program.analysis.hidden = (
             f"{_literal(locate(at))}\nis inside a loss that the model computes itself, so it is not known where it ends and "

@@ -414,9 +414,9 @@ BAD = {
     ),
     "an output without samples": Bad(
         errors.MixedSamplesError,
-        ["without a sample axis", __file__, "layer(x).sum(0)", "Return one slice per sample"],
-        model=lambda: Net(lambda layer, x: layer(x).sum(0)),
-        loss=lambda f, y: f.sum(),
+        ["without a sample axis", __file__, "layer.weight.exp()", "Return one slice per sample"],
+        model=lambda: Net(lambda layer, x: layer.weight.exp()),
+        loss=lambda f, y: f.square().sum(),
     ),
     "one sample and its batch norm": Bad(
         errors.FxcurvError,

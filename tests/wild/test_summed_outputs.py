@@ -137,3 +137,22 @@ def test_a_jacobian_is_of_one_output():
         fxcurv.compile(Autoencoder(lambda t: t.sum()).double(), elbo, [Jacobian()])(x, y)
     found = fxcurv.compile(Autoencoder(lambda t: t.sum()).double(), elbo, [Jacobian()], split="decoder")(x, y)
     assert found.jacobian["decoder.weight"].shape == (3, 4, 4, 2)
+
+
+def test_a_sum_of_a_layer_is_of_its_rows():
+    """The loss is linear in it: individual gradients exist, and the Gauss-Newton is zero."""
+    torch.manual_seed(0)
+    body, x = nn.Linear(4, 3).double(), torch.randn(4, 4).double()
+
+    class Summed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = body
+
+        def forward(self, x):
+            return self.body(x).sum(0)
+
+    weights = torch.tensor([1.0, -2.0, 3.0]).double()
+    found = fxcurv.compile(Summed(), lambda out: (out * weights).sum(), [BatchGrad(), DiagGGNExact()])(x)
+    torch.testing.assert_close(found.grad_batch["body.weight"], weights.reshape(1, 3, 1) * x.unsqueeze(1))
+    assert not found.diag_ggn_exact["body.weight"].any()
