@@ -102,7 +102,7 @@ def compile(model, asked=ASKED):  # noqa: A001
     return fxcurv.compile(model, F.cross_entropy, asked, check=None)
 
 
-@pytest.mark.parametrize("options", [hidden, padded, *(pytest.param(o, marks=SLOW) for o in (causal, per_sample, scaled))])
+@pytest.mark.parametrize("options", [padded, *(pytest.param(o, marks=SLOW) for o in (hidden, causal, per_sample, scaled))])
 def test_masks(options):
     model, x, y = build(options)
     compiled = compile(model)
@@ -118,6 +118,7 @@ def test_masks(options):
         close(again.grad_batch, Oracle(model, F.cross_entropy, x[:2], y[:2], kind="ce").grad_batch())
 
 
+@SLOW
 def test_grouped_queries():
     model, x, y = build(grouped, groups=1)
     compiled = compile(model)
@@ -141,9 +142,15 @@ def test_no_tensor_of_positions_by_positions():
     model, x, y = build()
     asked = [BatchGrad(), BatchL2Grad(), SumGradSquared(), DiagGGNMC()]
     assert of_two_positions(compile(model, asked), x, y) == []
+
+
+@SLOW
+def test_the_mathematics_has_one():
+    model, x, y = build()
     assert of_two_positions(compile(model, [HMP()]), x, y)
 
 
+@SLOW
 def test_mathematics_where_something_looks_inside():
     model, x, y = build(hidden)
     compiled = compile(model, [*ASKED, DiagHessian()])
@@ -215,7 +222,8 @@ class OverHeads(nn.Module):
         return self.out(h.reshape(-1, H, T, D // H).transpose(1, 2).flatten(2)).mean(1)
 
 
-@pytest.mark.parametrize("memory", [pytest.param(False, marks=SLOW), True])
+@SLOW
+@pytest.mark.parametrize("memory", [False, True])
 def test_where_the_samples_are(memory):
     torch.manual_seed(0)
     model, (_, x, y) = OverHeads(memory).double(), build()
@@ -249,6 +257,7 @@ def test_group_norm():
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
 
 
+@SLOW
 def test_inside_torch_compile_and_exported():
     model, x, y = build(padded)
     compiled = compile(model)
@@ -263,7 +272,8 @@ def test_inside_torch_compile_and_exported():
     close(exported["diag_ggn_exact"], plain.diag_ggn_exact)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=SLOW), torch.bfloat16])
+@SLOW
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_precision(dtype):
     """As far from float64 as the dtype is."""
     model, x, y = build(hidden)
