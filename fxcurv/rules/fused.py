@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend
 
 from fxcurv.contractions.sizes import size
 from fxcurv.ir.graph import canonical_args
-from fxcurv.ir.placement import MIXED
+from fxcurv.ir.placement import MIXED, REPLICATE
 from fxcurv.ir.program import is_active
 
 aten = torch.ops.aten
@@ -49,6 +49,8 @@ def _attention(node: fx.Node) -> Callable | str:
         return "its dropout is one mask, for the gradient and all columns"
     if is_active(mask):
         return "its mask depends on parameters"
+    if node.meta["place"] != REPLICATE and any(is_active(n) and n.meta["place"] == REPLICATE for n in (q, k, v)):
+        return "parameters enter it beside samples"
     if node.meta["place"] == MIXED and all(n.meta["place"] != MIXED for n in (q, k, v)):
         return "its samples are not along its batch or its heads"
     if q.meta["val"].device.type != "cpu":

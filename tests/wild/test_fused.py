@@ -285,3 +285,38 @@ def test_precision(dtype):
         for name, value in getattr(exact, field).items():
             off = (getattr(found, field)[name].double() - value).norm() / value.norm()
             assert off < 16 * torch.finfo(dtype).eps, (field, name, off)
+
+
+class Interacting(nn.Module):
+    """Batch norm that mixes the samples, then attention of [N, 1, T, D], or to keys that are parameters."""
+
+    def __init__(self, memory):
+        super().__init__()
+        self.memory, self.norm, self.out = memory, nn.BatchNorm1d(D, track_running_stats=False), nn.Linear(D, C)
+        self.keys = nn.Parameter(torch.randn(1, 1, T, D))
+
+    def forward(self, x):
+        h = self.norm(x.mean(1))
+        if self.memory:
+            return self.out(F.scaled_dot_product_attention(h[None, None], self.keys, 2 * self.keys)[0, 0])
+        h = h[:, None, None] * self.keys
+        return self.out(F.scaled_dot_product_attention(h, h, h).mean((1, 2)))
+
+
+@SLOW
+@pytest.mark.parametrize("memory", [False, True])
+def test_where_samples_interact(memory):
+    torch.manual_seed(0)
+    model, (_, x, y) = Interacting(memory).double(), build()
+    compiled = compile(model, [DiagGGNExact()])
+    result = compiled(x, y).diag_ggn_exact
+    assert fused(compiled, x, y)[KERNEL] == (not memory)
+    params = dict(model.named_parameters())
+    with plain_mathematics():
+        f = lambda *p: torch.func.functional_call(model, dict(zip(params, p, strict=True)), (x,)).flatten()  # noqa: E731
+        jacobians = torch.autograd.functional.jacobian(f, tuple(p.detach() for p in params.values()))
+        z = model(x).detach()
+    hessian = torch.autograd.functional.hessian(lambda z: F.cross_entropy(z, y), z).reshape(z.numel(), -1)
+    for name, j in zip(params, jacobians, strict=True):
+        j = j.flatten(1)
+        torch.testing.assert_close(result[name].flatten(), (j * (hessian @ j)).sum(0), rtol=1e-8, atol=1e-12)
