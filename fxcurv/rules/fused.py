@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend
 
 from fxcurv.contractions.sizes import size
 from fxcurv.ir.graph import canonical_args
-from fxcurv.ir.placement import MIXED
+from fxcurv.ir.placement import MIXED, REPLICATE
 from fxcurv.ir.program import is_active
 
 aten = torch.ops.aten
@@ -49,11 +49,13 @@ def _attention(node: fx.Node) -> Callable | str:
         return "its dropout is one mask, for the gradient and all columns"
     if is_active(mask):
         return "its mask depends on parameters"
-    if node.meta["place"] == MIXED:
+    if node.meta["place"] != REPLICATE and any(is_active(n) and n.meta["place"] == REPLICATE for n in (q, k, v)):
+        return "parameters enter it beside samples"
+    if node.meta["place"] == MIXED and all(n.meta["place"] != MIXED for n in (q, k, v)):
         return "its samples are not along its batch or its heads"
     if q.meta["val"].device.type != "cpu":
         return f"the kernels of '{q.meta['val'].device.type}' have no rule"
-    if _choice(node) != SDPBackend.FLASH_ATTENTION.value:
+    if q.meta["val"].ndim != 4 or _choice(node) != SDPBackend.FLASH_ATTENTION.value:
         return "PyTorch has no kernel for these arguments"
     return _flash_on_cpu
 
@@ -63,7 +65,7 @@ def _choice(node: fx.Node) -> int:
     q, k, v, mask, dropout, causal, scale, gqa = canonical_args(node)
     inputs = [_like(n.meta["val"]).requires_grad_() for n in (q, k, v)]
     mask = None if mask is None else _like(mask.meta["val"])
-    return torch._fused_sdp_choice(*inputs, mask, dropout, causal, scale=scale, enable_gqa=gqa)
+    return aten._fused_sdp_choice.default(*inputs, mask, dropout, causal, scale=scale, enable_gqa=gqa)
 
 
 def _like(val: Tensor) -> Tensor:

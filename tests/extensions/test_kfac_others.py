@@ -60,6 +60,7 @@ def test_a_transformer_by_default():
     assert {("tokens.weight", "diagonal of its block"), ("norm.weight", f"exact block [{D}, {D}]")} <= said
 
 
+@pytest.mark.slow
 def test_left_out():
     model, x, y = build()
     compiled = fxcurv.compile(model, F.cross_entropy, [KFLR(others="skip"), DiagGGNMC()])

@@ -102,7 +102,7 @@ def compile(model, asked=ASKED):  # noqa: A001
     return fxcurv.compile(model, F.cross_entropy, asked, check=None)
 
 
-@pytest.mark.parametrize("options", [hidden, padded, *(pytest.param(o, marks=SLOW) for o in (causal, per_sample, scaled))])
+@pytest.mark.parametrize("options", [padded, *(pytest.param(o, marks=SLOW) for o in (hidden, causal, per_sample, scaled))])
 def test_masks(options):
     model, x, y = build(options)
     compiled = compile(model)
@@ -118,6 +118,7 @@ def test_masks(options):
         close(again.grad_batch, Oracle(model, F.cross_entropy, x[:2], y[:2], kind="ce").grad_batch())
 
 
+@SLOW
 def test_grouped_queries():
     model, x, y = build(grouped, groups=1)
     compiled = compile(model)
@@ -141,9 +142,15 @@ def test_no_tensor_of_positions_by_positions():
     model, x, y = build()
     asked = [BatchGrad(), BatchL2Grad(), SumGradSquared(), DiagGGNMC()]
     assert of_two_positions(compile(model, asked), x, y) == []
+
+
+@SLOW
+def test_the_mathematics_has_one():
+    model, x, y = build()
     assert of_two_positions(compile(model, [HMP()]), x, y)
 
 
+@SLOW
 def test_mathematics_where_something_looks_inside():
     model, x, y = build(hidden)
     compiled = compile(model, [*ASKED, DiagHessian()])
@@ -215,7 +222,8 @@ class OverHeads(nn.Module):
         return self.out(h.reshape(-1, H, T, D // H).transpose(1, 2).flatten(2)).mean(1)
 
 
-@pytest.mark.parametrize("memory", [pytest.param(False, marks=SLOW), True])
+@SLOW
+@pytest.mark.parametrize("memory", [False, True])
 def test_where_the_samples_are(memory):
     torch.manual_seed(0)
     model, (_, x, y) = OverHeads(memory).double(), build()
@@ -249,6 +257,7 @@ def test_group_norm():
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
 
 
+@SLOW
 def test_inside_torch_compile_and_exported():
     model, x, y = build(padded)
     compiled = compile(model)
@@ -263,7 +272,8 @@ def test_inside_torch_compile_and_exported():
     close(exported["diag_ggn_exact"], plain.diag_ggn_exact)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=SLOW), torch.bfloat16])
+@SLOW
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_precision(dtype):
     """As far from float64 as the dtype is."""
     model, x, y = build(hidden)
@@ -275,3 +285,38 @@ def test_precision(dtype):
         for name, value in getattr(exact, field).items():
             off = (getattr(found, field)[name].double() - value).norm() / value.norm()
             assert off < 16 * torch.finfo(dtype).eps, (field, name, off)
+
+
+class Interacting(nn.Module):
+    """Batch norm that mixes the samples, then attention of [N, 1, T, D], or to keys that are parameters."""
+
+    def __init__(self, memory):
+        super().__init__()
+        self.memory, self.norm, self.out = memory, nn.BatchNorm1d(D, track_running_stats=False), nn.Linear(D, C)
+        self.keys = nn.Parameter(torch.randn(1, 1, T, D))
+
+    def forward(self, x):
+        h = self.norm(x.mean(1))
+        if self.memory:
+            return self.out(F.scaled_dot_product_attention(h[None, None], self.keys, 2 * self.keys)[0, 0])
+        h = h[:, None, None] * self.keys
+        return self.out(F.scaled_dot_product_attention(h, h, h).mean((1, 2)))
+
+
+@SLOW
+@pytest.mark.parametrize("memory", [False, True])
+def test_where_samples_interact(memory):
+    torch.manual_seed(0)
+    model, (_, x, y) = Interacting(memory).double(), build()
+    compiled = compile(model, [DiagGGNExact()])
+    result = compiled(x, y).diag_ggn_exact
+    assert fused(compiled, x, y)[KERNEL] == (not memory)
+    params = dict(model.named_parameters())
+    with plain_mathematics():
+        f = lambda *p: torch.func.functional_call(model, dict(zip(params, p, strict=True)), (x,)).flatten()  # noqa: E731
+        jacobians = torch.autograd.functional.jacobian(f, tuple(p.detach() for p in params.values()))
+        z = model(x).detach()
+    hessian = torch.autograd.functional.hessian(lambda z: F.cross_entropy(z, y), z).reshape(z.numel(), -1)
+    for name, j in zip(params, jacobians, strict=True):
+        j = j.flatten(1)
+        torch.testing.assert_close(result[name].flatten(), (j * (hessian @ j)).sum(0), rtol=1e-8, atol=1e-12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -68,6 +69,7 @@ def test_frozen_weights_are_transposed_once_at_most():
     assert len(backward) == 1
 
 
+@pytest.mark.slow
 def test_adapters_stay_two_thin_products():
     """No matrix of a frozen weight's size but these."""
     model, x, y = build()
@@ -77,6 +79,7 @@ def test_adapters_stay_two_thin_products():
     assert not [v.shape for v in vals if isinstance(v, torch.Tensor) and v.shape[-2:] == (D, D)]
 
 
+@pytest.mark.slow
 def test_the_numbers():
     model, x, y = build()
     result = fxcurv.compile(model, loss, [BatchGrad(), Variance()])(x, y)
