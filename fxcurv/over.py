@@ -67,7 +67,7 @@ def over(
         decay: the result is the running average of the batches' values, as each batch gives them, with weights decay**age
             that add up to 1. Not for what is per sample.
         to: a folder for what is per sample: a file `<field>.<parameter>.npy` each (`numpy.memmap`), of which the result
-            holds tensors that read from the file.
+            holds tensors that read from the file. Another pass with this folder writes over them.
         checkpoint: a file for the state of the pass, written every `every` batches and where the pass is interrupted. If
             it is there the pass goes on from it, given the same batches in the same order; it is removed at the end.
         every: see `checkpoint`.

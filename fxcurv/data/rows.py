@@ -19,6 +19,7 @@ from torch import Tensor
 from fxcurv.errors import ArgumentError
 
 HEADER = 256
+MAGIC = b"\x93NUMPY"
 CHUNK = 1 << 22
 
 
@@ -55,6 +56,8 @@ class Rows:
         self._dtype = array.dtype.str
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.file, "r+b" if self.file.exists() else "w+b") as f:
+            if not before:
+                f.write(bytes(HEADER))  # of an earlier pass there may be another file
             f.truncate(HEADER + before * self._row_bytes())
             f.seek(0, os.SEEK_END)
             f.write(array.tobytes())
@@ -72,15 +75,22 @@ class Rows:
         """All rows over `divisor`, with the samples where the values have them."""
         if self.file is None:
             return (torch.cat(self._kept(count)) / divisor).movedim(0, self.axis)
+        self._check_open()
         shape = (count, *(self._shape or ()))
         os.truncate(self.file, HEADER + count * self._row_bytes())
+        self._write_header(shape)
         if divisor != 1 and math.prod(shape):
             self._divide(self.file, divisor, math.prod(shape))
-        self._write_header(shape)
         if not math.prod(shape):
             return torch.from_numpy(np.empty(shape, self._dtype)).movedim(0, self.axis)
         found = np.memmap(self.file, self._dtype, "c", HEADER, shape)  # writing to the tensor leaves the file as it is
         return torch.from_numpy(found).movedim(0, self.axis)
+
+    def _check_open(self) -> None:
+        """The header is written before rows are divided, so that no one divides them twice."""
+        with open(self.file, "rb") as f:  # type: ignore[arg-type]
+            if f.read(len(MAGIC)) == MAGIC:
+                raise ArgumentError(f"{self.file} was being finished when the pass was interrupted: begin anew, with no state")
 
     def _divide(self, file: Path, divisor: float, count: int) -> None:
         flat = np.memmap(file, self._dtype, "r+", HEADER, (count,))
@@ -92,7 +102,7 @@ class Rows:
         known = {"descr": self._dtype, "fortran_order": False, "shape": shape}
         text = repr(known).ljust(HEADER - 11) + "\n"
         with open(self.file, "r+b") as f:  # type: ignore[arg-type]
-            f.write(b"\x93NUMPY\x01\x00" + (HEADER - 10).to_bytes(2, "little") + text.encode())
+            f.write(MAGIC + b"\x01\x00" + (HEADER - 10).to_bytes(2, "little") + text.encode())
 
     def state_dict(self) -> dict[str, Any]:
         """Rows in memory, or what is known of those in the file."""
@@ -106,7 +116,7 @@ class Rows:
         """What `state_dict` gave, with its file in `folder`.
 
         Raises:
-            ArgumentError: if rows are in a file and there is no folder, or the file is gone.
+            ArgumentError: if rows are in a file and there is no folder, or the file is gone or finished.
         """
         if (state["file"] is None) != (folder is None):
             raise ArgumentError("the state has rows in files, or has none, and to= says otherwise: pass the same to=")
@@ -115,4 +125,6 @@ class Rows:
             raise ArgumentError(f"the state has rows in {file}, which is not there: pass the same to=, or begin anew")
         rows = Rows(file, state["axis"])
         rows._shape, rows._dtype, rows._parts = state["shape"], state["dtype"], list(state["parts"])
+        if file is not None:
+            rows._check_open()
         return rows

@@ -63,6 +63,11 @@ class Vectors(Mapping):
     __hash__ = object.__hash__
     __eq__ = object.__eq__
 
+    def __repr__(self) -> str:
+        """By value, so that the state of a pass over data knows them again."""
+        marks = [f"{name}{list(t.shape)} {float(t.double().norm()):.17g}" for name, t in self._of.items()]
+        return f"Vectors({', '.join(marks)})"
+
 
 @dataclass(frozen=True)
 class Dots(Extension):

@@ -83,7 +83,18 @@ def test_wrong_values_are_refused(params, says):
         fxcurv.compile(model, nn.CrossEntropyLoss())(x, y, params=params)
 
 
+@pytest.mark.slow
 def test_products_are_of_one_model():
     model, x, y = case()
     with pytest.raises(ArgumentError, match="HMP with stacks"):
         fxcurv.compile(model, nn.CrossEntropyLoss(), [HMP()])(x, y, params={"a.bias": torch.zeros(2, 4).double()})
+
+
+@pytest.mark.slow
+def test_other_values_inside_a_compiled_step():
+    model, x, y = case()
+    compiled = fxcurv.compile(model, nn.CrossEntropyLoss(), [Variance()], check=None)
+    step = torch.compile(lambda w: compiled(x, y, params={"b.weight": w}).variance["b.bias"], fullgraph=True, backend="eager")
+    for seed in (1, 2):
+        w = other(model, seed)["b.weight"]
+        torch.testing.assert_close(step(w), compiled(x, y, params={"b.weight": w}).variance["b.bias"])

@@ -49,6 +49,7 @@ def test_steps_are_those_of_the_formula():
         torch.testing.assert_close(p, want, msg=lambda m, n=n: f"{n}: {m}")
 
 
+@pytest.mark.slow
 def test_kfac_solves_with_the_averaged_factors():
     model, x, y = case()
     twin, _, _ = case()
@@ -67,7 +68,7 @@ def test_kfac_solves_with_the_averaged_factors():
     torch.testing.assert_close(list(model.parameters()), list(twin.parameters()))
 
 
-@pytest.mark.parametrize("kind", [pytest.param(DiagGGN, marks=pytest.mark.slow), KFAC])
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) for k in (DiagGGN, KFAC)])
 def test_they_train_and_go_on_from_a_state(kind):
     model, x, y = case(60)
     optimizer = kind(model, nn.CrossEntropyLoss(), interval=3, check=None)

@@ -94,6 +94,7 @@ def test_a_data_set_is_as_one_call(loss, extensions):
     same(fxcurv.over(both, batches()), both(*data()), ["loss", "grad", *(e.savefield for e in extensions)])
 
 
+@pytest.mark.slow
 def test_ekfac_takes_the_bases_of_all_samples():
     both = compiled(extensions=[EKFAC(fisher="empirical")])
     same(fxcurv.over(both, batches()), both(*data()), ["grad", "ekfac"])
@@ -108,6 +109,7 @@ def test_sampled_columns_are_scaled_as_exact_ones():
         torch.testing.assert_close(found.diag_ggn_mc[name], want, rtol=0.1, atol=0.03 * float(want.max()))
 
 
+@pytest.mark.slow
 def test_clipping_wants_a_sum():
     wanted = [ClippedGrad(0.5)]
     both = compiled(nn.CrossEntropyLoss(reduction="sum"), wanted)
@@ -157,6 +159,7 @@ def test_tokens_count_where_they_are_not_ignored():
     assert np.allclose(weights_of(loss, [(torch.randn(*t.shape, 4), t) for t in targets]), [1, 0, 5], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_losses_that_do_not_add_up_are_refused():
     class Own(nn.Module):
         def __init__(self):
@@ -238,6 +241,23 @@ def test_rows_stream_to_files_and_survive(tmp_path):
     assert found.sqrt_ggn_exact["2.weight"].shape == (3, 19, 3, 2)
 
 
+@pytest.mark.slow
+def test_rows_are_divided_once(tmp_path):
+    """A process that dies while they are leaves a file that no one goes on with."""
+    both = compiled(extensions=[BatchL2Grad()])
+    state = tmp_path / "pass.pt"
+    with pytest.raises(KeyboardInterrupt):
+        fxcurv.over(both, Broken(batches(), 2), to=tmp_path, checkpoint=state)
+    saved = state.read_bytes()
+    found = fxcurv.over(both, batches(), to=tmp_path, checkpoint=state)
+    state.write_bytes(saved)  # as if it had died at the end
+    with pytest.raises(ArgumentError, match="was being finished"):
+        fxcurv.over(both, batches(), to=tmp_path, checkpoint=state)
+    state.unlink()
+    same(fxcurv.over(both, batches(), to=tmp_path), found, ["batch_l2"])
+
+
+@pytest.mark.slow
 def test_a_full_disk_leaves_a_state(monkeypatch):
     from fxcurv.data.rows import Rows
 

@@ -35,7 +35,7 @@ def data(n):
     return torch.randn(n, 1, 4, 4).double(), torch.randint(3, (n,))
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_no_sample_gives_zeros_and_no_rows(first):
     extensions = [BatchGrad(), Variance(), KFLR(), ClippedGrad(1.0)]
     if not first:
@@ -70,6 +70,7 @@ def test_the_loss_is_pytorchs_and_a_regulariser_stays():
         fxcurv.compile(net, loss, [DiagHessian()], check=None)(*data(0))
 
 
+@pytest.mark.slow
 def test_flattened_targets_and_fixed_sizes():
     class Tokens(nn.Module):
         def __init__(self):
@@ -86,6 +87,7 @@ def test_flattened_targets_and_fixed_sizes():
     assert compiled.recompiles == []
 
 
+@pytest.mark.slow
 def test_what_an_empty_batch_is_refused():
     compiled = fxcurv.compile(model(), nn.CrossEntropyLoss(), [GGNMP()], check=None)
     with pytest.raises(ArgumentError, match="empty, which products"):

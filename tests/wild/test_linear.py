@@ -57,7 +57,7 @@ def dense(name, oracle, compiled, x, y):
 
 
 NAMES = ["GGN", "Hessian", "EmpiricalFisher", "MCFisher", "Jacobian", "NTK"]
-QUICK = [("EmpiricalFisher", True), ("NTK", True)]
+QUICK = [("EmpiricalFisher", True)]
 EVERY = [(name, loader) for name in NAMES for loader in (False, True)]
 
 
@@ -82,6 +82,7 @@ def test_products_are_those_of_the_dense_matrix(case, name, loader):
         torch.testing.assert_close(matrix.trace(), want.trace(), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_parts_dicts_and_scipy(case):
     compiled, batch, batches, oracle = case
     part = linear.Jacobian(compiled, batches, params="head")
