@@ -326,8 +326,8 @@ def test_what_cannot_be_split_is_refused_by_name(found, key, kind, said):
 # ---- every extension ------------------------------
 
 
-# What a model does not have (a weight that is an embedding and a head has no Kronecker factors), or not on several ranks: KFRA across
-# max-pooling, and what traces attention at a batch size that is a number.
+# What a model does not have (a weight that is an embedding and a head has no Kronecker factors), or not on several ranks:
+# KFRA across max-pooling, and what traces attention at a batch size that is a number.
 WITHOUT = {
     "batch_norm": Extension,
     "cnn": KFRA,
