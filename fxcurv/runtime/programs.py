@@ -60,6 +60,7 @@ class Ready:
         runner: under another backend than "eager": what computes the program.
         stateless: the program as calls inside `torch.compile` need it.
         digest: of what travels between ranks, where these have a part of the batch each.
+        size: the batch size of the last call that went the long way.
     """
 
     program: Program
@@ -71,6 +72,7 @@ class Ready:
     runner: Callable[[list[Any]], tuple] | None = None
     stateless: Stateless | None = None
     digest: int = 0
+    size: int | None = None
 
     @property
     def note(self) -> str:

@@ -13,7 +13,7 @@ import sys
 import numpy
 import pytest
 import torch
-from kernel_samples import KERNELS, LAYOUTS, SMALL, TILED, arguments, check
+from kernel_samples import KERNELS, LAYOUTS, SMALL, TILED, TUNED_WITH, arguments, check
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux")
 tiles = importlib.import_module("fxcurv.kernels.tiles")
@@ -170,7 +170,8 @@ def check_resources(name, sizes, dtype, capability, monkeypatch, folder):
     assert made
     for each in made:
         used = resources(each, folder)
-        assert used["STACK"] == used["LOCAL"] == 0, f"{each.metadata.name} spills: {used}"
+        if triton.__version__.startswith(TUNED_WITH):
+            assert used["STACK"] == used["LOCAL"] == 0, f"{each.metadata.name} spills: {used}"
         assert each.metadata.shared <= SHARED[capability]
 
 
