@@ -278,7 +278,7 @@ class Compiled:
         Raises:
             ArgumentError: for a stage that does not exist; the message lists them.
         """
-        stages = ["capture", *dict.fromkeys(p.__name__ for p in (*passes.ANALYSIS, *passes.PIPELINE))]
+        stages = ["capture", *dict.fromkeys(p.__name__ for p in (*passes.ANALYSIS, *passes.pipeline(self._options)))]
         if after is not None and after not in stages:
             raise ArgumentError(f"after={after!r} is no stage of the pipeline: use one of {', '.join(stages)}")
         request = self._request(inputs, targets)

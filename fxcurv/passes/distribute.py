@@ -70,10 +70,12 @@ def _check(program: Program) -> None:
             continue
         if root.meta["across"] == MIXED:
             first = next(n for n in ancestors([root]) if MIXED in _listed(n.meta["across"]))
+            fields = {**program.results, **program.extras}
+            field = next((f for f, nodes in fields.items() if root in pytree.tree_leaves(nodes)), "the model's output")
             raise MixedSamplesError(
-                f"{locate(first)}\nneeds samples of other ranks in another way than by a sum over them, or its placement is not "
-                "known, so the batch cannot be split over the ranks of mesh=. Way out: where samples interact (a contrastive "
-                "loss), ask for it without mesh=, on one device; subsampling= counts the samples of one device."
+                f"{locate(first)}\nfor {field}, {first.target} of stage {stage_of(first)} needs samples of other ranks in "
+                "another way than by a sum over them, or its placement is not known, so the batch cannot be split over the ranks of "
+                "mesh=. Way out: where samples interact (a contrastive loss), ask for it without mesh=, on one device."
             )
 
 

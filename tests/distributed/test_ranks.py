@@ -21,10 +21,13 @@ from fxcurv.extensions import (
     KFAC,
     KFLR,
     KFRA,
+    BatchDiagHessian,
     BatchGrad,
     ClippedGrad,
     DiagGGNExact,
     DiagGGNMC,
+    DiagHessian,
+    Extension,
     SumGradSquared,
     Variance,
 )
@@ -323,11 +326,18 @@ def test_what_cannot_be_split_is_refused_by_name(found, key, kind, said):
 # ---- every extension ------------------------------
 
 
+# What a model does not have (a weight that is an embedding and a head has no Kronecker factors), or not on several ranks:
+# KFRA across max-pooling, and what traces attention at a batch size that is a number.
+WITHOUT = {
+    "batch_norm": Extension,
+    "cnn": KFRA,
+    "transformer": KFAC | KFLR | KFRA | EKFAC | DiagHessian | BatchDiagHessian,
+}
+
+
 def every(rank, count, name, cuts, ddp):
     """Everything that a model has, in parts of several sizes."""
-    asked = [] if name == "batch_norm" else EVERY
-    if name == "transformer":  # a weight that is an embedding and a head has no Kronecker factors
-        asked = [e for e in asked if not isinstance(e, KFAC | KFLR | KFRA | EKFAC)]
+    asked = [e for e in EVERY if not isinstance(e, WITHOUT.get(name, ()))]
     mesh = mesh_of(count)
     want, _ = alone(name, sum(cuts[0]), asked)
     model, loss, x, y = made(name, sum(cuts[0]))
