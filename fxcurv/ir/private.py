@@ -8,6 +8,7 @@ rules that are about them, and have a row here. A test reads the whole tree for 
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import logging
 import warnings
@@ -204,7 +205,7 @@ __all__ = [
     "maybe_mark_dynamic", "memory_of", "no_hooks", "no_torch_functions", "node_of", "original", "own_buffers",
     "own_forward_hooks", "own_parameters", "patched", "precision_of_fsdp", "proxy_mode", "pytree", "rerouted",
     "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing", "uses_of_storage", "version_of",
-    "without_fake_mode",
+    "without_fake_mode", "without_forward_hooks",
 ]  # fmt: skip
 
 # they log what a trace raises, and more about it
@@ -299,6 +300,13 @@ def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
 def version_of(tensor: torch.Tensor) -> int:
     """How often a tensor was written to in place."""
     return tensor._version
+
+
+def without_forward_hooks(module: torch.nn.Module) -> torch.nn.Module:
+    """The same layer, its parameters shared, without forward hooks."""
+    twin = copy.copy(module)
+    twin._forward_hooks = OrderedDict()
+    return twin
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
