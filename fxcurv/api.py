@@ -17,6 +17,7 @@ from fxcurv.extensions.parameters import Choice, hashable
 from fxcurv.front.requests import Request, Subject, check_trainable, checked
 from fxcurv.ir.state import Options
 from fxcurv.result import Result
+from fxcurv.runtime.again import Again
 from fxcurv.runtime.backend import Backend
 from fxcurv.runtime.bind import bind, seed_tensor
 from fxcurv.runtime.call import call, run_error
@@ -155,11 +156,12 @@ class Compiled:
         """Have no programs, nor anything that is known of them."""
         self._programs: Programs[Ready] = Programs(self.extensions, self._options, emitted)
         self._steps = Steps(self._programs, self._subject)
+        self._again: Again | None = None
         self.recompiles = self._programs.recompiles
 
     def __getstate__(self) -> dict[str, Any]:
         """What it was made of: a copy, also one by `pickle`, makes its own programs."""
-        made = ("recompiles", "_programs", "_steps")
+        made = ("recompiles", "_programs", "_steps", "_again")
         return {name: value for name, value in vars(self).items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -200,10 +202,15 @@ class Compiled:
             if out is not None:
                 raise ArgumentError("out= inside torch.compile: drop it, the compiled step plans its own memory")
             return call_in_step(self._steps, inputs, targets, seed, generator, create_graph)
-        return call(
+        if self._again is not None and out is None and not create_graph:
+            result = self._again.call(inputs, targets, seed, generator)
+            if result is not None:
+                return result
+        result, self._again = call(
             self._programs, self._subject, self._backend, inputs, targets,
             seed=seed, generator=generator, create_graph=create_graph, out=out,
         )  # fmt: skip
+        return result
 
     def lower(self, inputs: Any, *targets: Any, after: str | None = None) -> Lowered:
         """The program for this kind of input, to be looked at: `.graph_module`, `.print_readable()`, `.draw("graph.svg")`.

@@ -23,8 +23,9 @@ from fxcurv.ir.private import FakeTensor, FunctionalTensor, hooks_of_tensor, pat
 
 _FORWARD = ("_forward_hooks", "_forward_pre_hooks")
 _BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
+HOOKS = (*_FORWARD, *_BACKWARD)
 _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
-_OWN = ("_parameters", "_buffers", "_modules", "_flat_weights", *_FORWARD, *_BACKWARD)
+_OWN = ("_parameters", "_buffers", "_modules", "_flat_weights", *HOOKS)
 
 WAY_OUT = (
     "Way out: return the tensor as an output of the model (result.output has it), or remove the hook while fxcurv runs; a plain "
@@ -38,7 +39,7 @@ def hooks_of(modules: Sequence[nn.Module]) -> tuple:
         (k, name, *hooks)
         for root in modules
         for k, m in enumerate(root.modules())
-        for name in (*_FORWARD, *_BACKWARD)
+        for name in HOOKS
         if (hooks := getattr(m, name))
     ]
     return tuple(own), tuple(tuple(_global_hooks(name)) for name in _GLOBAL)
@@ -87,6 +88,11 @@ def _is_pytorchs(hook: Any) -> bool:
     """Whether a hook is of PyTorch's own modules, such as a FLOP counter's: it watches a model and is no part of it."""
     code = getattr(getattr(hook, "__func__", hook), "__code__", None)
     return code is not None and not is_user_file(code.co_filename)
+
+
+def global_hooks() -> list[dict[int, Callable]]:
+    """The hooks of all modules, PyTorch's own too, by kind."""
+    return [getattr(nn_module, kind) for kind in _GLOBAL]
 
 
 def _global_hooks(kind: str) -> dict[int, Callable]:

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from fxcurv.ir.graph import canonical_args
+from fxcurv.ir.private import decomposes, schema_of
 
 aten = torch.ops.aten
 
@@ -106,6 +107,26 @@ SUMS = {aten.sum.dim_IntList}
 
 # What they get as their first argument [..., C, h, w] they put, each at some position, into [..., C, H, W].
 SCATTERS = {aten.max_pool2d_with_indices_backward.default, torch.ops.fxcurv.max_pool_columns.default}
+
+
+# ---- memory ------------------------------
+
+
+def borrows(node: fx.Node, lenders: set[fx.Node]) -> bool:
+    """Whether a value may lie in the memory of one of `lenders`, by the schemas of the ops between them."""
+    if node in lenders:
+        return True
+    if node.op != "call_function" or _has_own_memory(node.target):
+        return False
+    return any(borrows(n, lenders) for n in node.all_input_nodes)
+
+
+def _has_own_memory(op: Any) -> bool:
+    """Whether an op never returns an argument or a view: a composite one without an annotation may."""
+    schema = schema_of(op)
+    if schema is None or any(r.alias_info is not None for r in schema.returns):
+        return False
+    return op in PRODUCTS or not decomposes(op)
 
 
 # ---- what is saved ------------------------------

@@ -16,6 +16,7 @@ from fxcurv.ir.origin import locate
 from fxcurv.ir.program import Kept, Program
 from fxcurv.passes.recycle import functional
 from fxcurv.result import Result
+from fxcurv.runtime.again import Again
 from fxcurv.runtime.backend import Backend
 from fxcurv.runtime.bind import bind, cuda_devices
 from fxcurv.runtime.programs import Programs, Ready
@@ -34,8 +35,8 @@ def call(
     generator: torch.Generator | None,
     create_graph: bool,
     out: Result | None,
-) -> Result:
-    """`Compiled.__call__` outside of `torch.compile`."""
+) -> tuple[Result, Again | None]:
+    """`Compiled.__call__` outside of `torch.compile`: (the result, how to do it again if the last call was like this one)."""
     request = programs.request(subject, inputs, targets, subject.autocast(), create_graph)
     kept = None if out is None else _kept(out, create_graph, backend)
     with request.apart():
@@ -60,7 +61,9 @@ def call(
         program.python.run_effects(subject.modules())
         if out is not None:
             out._memory = None
-        return result
+        repeated, ready.size = ready.size == request.arguments.batch_size, request.arguments.batch_size
+        plain = repeated and backend.name == "eager"
+        return result, Again.of(ready, request, inputs, targets) if plain else None
 
 
 # ---- memory ------------------------------

@@ -60,6 +60,7 @@ class Ready:
         checked: conditions on values and placements have held; `verified`: so has the comparison.
         runner: under another backend than "eager": what computes the program.
         stateless: the program as calls inside `torch.compile` need it.
+        size: the batch size of the last call that went the long way.
     """
 
     program: Program
@@ -70,6 +71,7 @@ class Ready:
     verified: bool = False
     runner: Callable[[list[Any]], tuple] | None = None
     stateless: Stateless | None = None
+    size: int | None = None
 
     @property
     def note(self) -> str:

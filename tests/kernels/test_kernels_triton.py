@@ -13,7 +13,7 @@ import sys
 import numpy
 import pytest
 import torch
-from kernel_samples import KERNELS, LAYOUTS, SMALL, TILED, arguments, check
+from kernel_samples import KERNELS, LAYOUTS, SMALL, TILED, TUNED_WITH, arguments, check
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux")
 tiles = importlib.import_module("fxcurv.kernels.tiles")
@@ -155,11 +155,6 @@ def compiled(name, args, capability, monkeypatch):
     monkeypatch.setattr(triton.JITFunction, "run", compile_only)
     kernel(name)(*args)
     return made
-
-
-# The default tiles were chosen so that nothing spills under this release. Another one may spill a few registers (3.8 does, 8 of
-# float32's outer_norm on compute capability 8.0), which a launch finds out by timing its configurations.
-TUNED_WITH = "3.7."
 
 
 def resources(made, folder):

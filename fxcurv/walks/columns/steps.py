@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from dataclasses import replace
 
+import torch
 from torch import Tensor, fx
 
 from fxcurv.contractions.factors import Factor, Jacobian, declare_factor
@@ -106,6 +107,8 @@ def _step(walk: Walk, node: fx.Node, stack: Stack) -> None:
         wrt = tuple(i for i in active if i not in free)
         if wrt:
             for i, g in zip(wrt, emit(program, rule.transpose, call, wrt, stack.node, origin=origin), strict=True):
+                if g.meta["val"].dtype != leaves[i].meta["val"].dtype:  # the op promoted it
+                    g = emit(program, _in_dtype, g, leaves[i].meta["val"].dtype, origin=origin)
                 _declare(node, stack, leaves[i], g, call)
                 there = Stack(stack.groups, stack.columns, g, stack.per_sample)
                 walk.add(leaves[i], narrowed(walk, there, kept[i], node))
@@ -120,6 +123,10 @@ def _step(walk: Walk, node: fx.Node, stack: Stack) -> None:
             f"{locate(node)}\nhas no rule, and the general fallback failed: {type(error).__name__}: {str(error)[:300]}\n"
             "Way out: pass rules={op: rule}, or write the op in other PyTorch ops."
         ) from error
+
+
+def _in_dtype(g: Tensor, dtype: torch.dtype) -> Tensor:
+    return g.to(dtype)
 
 
 def _declare(node: fx.Node, stack: Stack, leaf: fx.Node, g: fx.Node, call: Call) -> None:

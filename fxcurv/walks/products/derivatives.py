@@ -41,8 +41,10 @@ def outputs(rule: Rule, y: Any) -> list[int]:
 
 
 def _pulled(rule: Rule, call: Call, wrt: tuple[int, ...], g: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    g = tuple(g)
-    return tuple(rule.transpose(call, wrt, g if isinstance(call.y, tuple) else g[0]))
+    """The transpose; cotangents have the dtype of what they are of, which the op may have promoted."""
+    g, leaves = tuple(g), pytree.tree_leaves(call.args)
+    back = rule.transpose(call, wrt, g if isinstance(call.y, tuple) else g[0])
+    return tuple(b.to(leaves[i].dtype) for i, b in zip(wrt, back, strict=True))
 
 
 def _ys(rule: Rule, call: Call) -> list[Tensor]:

@@ -1,0 +1,201 @@
+"""A call of the same kind as the last one: a few comparisons in C say that all that was found and checked then still holds.
+
+What a program depends on is spread over many objects (`runtime/keys.py`, `front/python_state.py`). `Again` keeps them as flat
+lists, and what the placeholders were bound to; where nothing has changed but the values of tensors, the graph runs at once.
+Anything less plain (other sizes, nested inputs, autocast, `create_graph`, another backend) goes the long way, `call`, which
+also says what is wrong with a call that fails.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxcurv.front.arguments import Slot, filled
+from fxcurv.front.requests import Request, tensors_in
+from fxcurv.front.side_effects import HOOKS, global_hooks
+from fxcurv.ir.private import pytree
+from fxcurv.ir.program import Program
+from fxcurv.result import Result
+from fxcurv.rules.traits import borrows
+from fxcurv.runtime.bind import seed_tensor
+from fxcurv.runtime.programs import Ready
+
+_of_module = operator.attrgetter("training", "_parameters", "_buffers", "_modules", *HOOKS)
+_of_tensor = operator.attrgetter("requires_grad", "shape", "dtype", "device")
+_of_argument = operator.attrgetter("__class__", "shape", "dtype", "device")
+
+
+class Again:
+    """What a call was, to be done again with other values. `Again.of` makes it, where a call is plain enough."""
+
+    def __init__(self, ready: Ready, request: Request, inputs: Any, targets: tuple):
+        subject, program = request.subject, ready.program
+        self.ready, self.model, self.device = ready, subject.model, subject.device()
+        self.n, self.names = request.arguments.batch_size, tuple(inputs) if type(inputs) is dict else None
+        self.described = [_of_argument(t) for t in (*_values(inputs), *targets)]
+        self.modules = subject.modules()
+        self.owners = list(map(_of_module, self.modules))
+        self.dicts = [d for _, *dicts in self.owners for d in dicts]
+        self.members = list(_members(self.dicts))  # held, so that no id is given twice
+        self.ids = list(map(id, self.members))
+        self.tensors = [t for t in self.members if isinstance(t, Tensor)]
+        self.states = list(map(_of_tensor, self.tensors))
+        self.run = program.gm.forward  # no hooks are on it
+        self._bind(program, request)
+        self._unpack = unpacked(program)
+
+    @classmethod
+    def of(cls, ready: Ready, request: Request, inputs: Any, targets: tuple) -> Again | None:
+        """For a call that was checked and has returned; None if the next one of its kind may need more than the graph."""
+        program, options = ready.program, ready.program.options
+        unchecked = not ready.checked or ready.selfcheck is not None and not ready.verified
+        asked = unchecked or options.debug or options.check == "always"
+        python = bool(program.python.numbers or program.python.effects)
+        if asked or python or request.create_graph or program.mutations or program.borrowing or request.mode.dtype:
+            return None
+        if not all(type(t) is Tensor for t in (*_values(inputs), *targets)):
+            return None
+        return cls(ready, request, inputs, targets)
+
+    def call(self, inputs: Any, targets: tuple, seed: int | Tensor | None, generator: Any) -> Result | None:
+        """The result, or None if this is no such call."""
+        arguments = (*_values(inputs), *targets)
+        if not self._holds(inputs, arguments):
+            return None
+        flat = self.flat.copy()
+        for position, index, split in self.given:
+            flat[position] = arguments[index] if split is None else arguments[index].unflatten(*split)
+        for position, path in self.places:
+            flat[position] = path.get(self.modules)
+        for position in self.seeds:
+            flat[position] = seed_tensor(seed, generator, self.device)
+        memory = self.ready.pool.take(self.n)
+        try:
+            with torch.no_grad():
+                values = self.run(*flat, *memory)
+        except (RuntimeError, IndexError):
+            return None  # the long way names the op
+        fields = self._unpack(values, flat)
+        return Result(fields, self.ready.program.extensions, self.model, self.ready.pool.kept(fields))
+
+    def _holds(self, inputs: Any, arguments: tuple) -> bool:
+        """Whether nothing has changed but values of tensors."""
+        try:
+            same = list(map(_of_argument, arguments)) == self.described
+        except AttributeError:  # of a value that is no tensor
+            return False
+        return (
+            same
+            and (tuple(inputs) if type(inputs) is dict else None) == self.names
+            and list(map(_of_module, self.modules)) == self.owners
+            and list(map(id, _members(self.dicts))) == self.ids
+            and list(map(_of_tensor, self.tensors)) == self.states
+            and self.ready.program.python.holds(self.modules)
+            and not any(global_hooks())
+            and not torch.is_autocast_enabled(self.device.type)
+            and not torch.is_inference_mode_enabled()
+        )
+
+    def _bind(self, program: Program, request: Request) -> None:
+        """`flat`: what stays; and where what does not goes: arguments, tensors that a place in Python holds, the seed."""
+        subject, arguments = request.subject, request.arguments
+        params, buffers = dict(subject.model.named_parameters()), dict(subject.model.named_buffers(remove_duplicate=False))
+        fixed = {"param": params, "buffer": buffers}
+        of_loss = {f"loss.{name}": t for name, t in _tensors_of(subject.loss)}
+        targets = zip(arguments.targets, arguments.split_targets(), strict=True)
+        splits = [None] * len(arguments.inputs) + [_split(given, split) for given, split in targets]
+        self.flat: list[Any] = []
+        self.given, self.places, self.seeds = [], [], []
+        for position, bound in enumerate(program.inputs[: len(program.inputs) - len(program.buffers)]):
+            value = None
+            if bound.kind in fixed:
+                value = fixed[bound.kind][bound.name]
+            elif bound.kind == "seed":
+                self.seeds.append(position)
+            elif bound.kind == "constant" and bound.name in of_loss:
+                value = of_loss[bound.name]
+            elif bound.kind == "constant" and bound.name in program.python.sources:
+                self.places.append((position, program.python.sources[bound.name]))
+            elif bound.kind == "constant":
+                value = program.constants[bound.name]
+            else:
+                index = bound.index + (len(arguments.inputs) if bound.kind == "target" else 0)
+                self.given.append((position, index, splits[index]))
+            self.flat.append(value)
+
+
+def _values(inputs: Any) -> tuple:
+    """The values of plain inputs; of any others one that no call has."""
+    kind = type(inputs)
+    if kind is Tensor:
+        return (inputs,)
+    if kind is tuple or kind is list:
+        return tuple(inputs)
+    return tuple(inputs.values()) if kind is dict else (None,)
+
+
+def _members(dicts: Iterable[dict]) -> Iterable[Any]:
+    return chain.from_iterable(map(dict.values, dicts))
+
+
+def _tensors_of(loss: Any) -> Iterable[tuple[str, Tensor]]:
+    return tensors_in(loss) if isinstance(loss, nn.Module) else ()
+
+
+def _split(given: Tensor, split: Tensor) -> tuple[int, tuple[int, ...]] | None:
+    """(dimension, sizes) by which a target comes apart, as `Arguments.split_targets` does."""
+    if given.ndim == split.ndim:
+        return None
+    d = next((k for k, (a, b) in enumerate(zip(given.shape, split.shape, strict=False)) if a != b), given.ndim - 1)
+    return d, tuple(split.shape[d : d + 2])
+
+
+# ---- what the graph returns ------------------------------
+
+
+def unpacked(program: Program) -> Callable[[tuple, list[Any]], dict[str, Any]]:
+    """Makes the fields of a result of what the graph returns: `Program.unpack` by position.
+
+    A value that may lie in an argument's memory, by its ops' schemas, is cloned where it does.
+    """
+    returned = {node: k for k, node in enumerate(program.output.args[0])}
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    lenders = set(placeholders[: len(placeholders) - len(program.buffers)])
+    lent = [k for node, k in returned.items() if borrows(node, lenders)]
+    leaves = [returned[n] for n in program.output_leaves]
+    template, single = program.output_template, isinstance(program.output_template, Slot)
+    fields = {**program.results, **program.extras}
+    flat = {f: {k: returned[n] for k, n in v.items()} for f, v in fields.items() if _is_flat(v)}
+    loss = returned.get(program.loss)
+
+    def unpack(values: tuple, flat_inputs: list[Any]) -> dict[str, Any]:
+        if lent:
+            values = _owned(values, lent, flat_inputs)
+        out: dict[str, Any] = {} if loss is None else {"loss": values[loss]}
+        out["output"] = values[leaves[0]] if single else filled(template, [values[k] for k in leaves])
+        for field, nodes in fields.items():
+            where = flat.get(field)
+            out[field] = (
+                {name: values[k] for name, k in where.items()}
+                if where is not None
+                else pytree.tree_map(lambda n: values[returned[n]], nodes)
+            )
+        return out
+
+    return unpack
+
+
+def _is_flat(nodes: Any) -> bool:
+    return isinstance(nodes, dict) and all(isinstance(n, fx.Node) for n in nodes.values())
+
+
+def _owned(values: tuple, lent: list[int], flat: list[Any]) -> tuple:
+    given = {t.untyped_storage().data_ptr() for t in flat if isinstance(t, Tensor)}
+    shared = {k for k in lent if isinstance(values[k], Tensor) and values[k].untyped_storage().data_ptr() in given}
+    return tuple(v.clone() if k in shared else v for k, v in enumerate(values))
