@@ -74,8 +74,8 @@ def _check(program: Program) -> None:
             field = next((f for f, nodes in fields.items() if root in pytree.tree_leaves(nodes)), "the model's output")
             raise MixedSamplesError(
                 f"{locate(first)}\nfor {field}, {first.target} of stage {stage_of(first)} needs samples of other ranks in "
-                "another way than by a sum over them, or its placement is not known, so the batch cannot be split over the ranks of "
-                "mesh=. Way out: where samples interact (a contrastive loss), ask for it without mesh=, on one device."
+                "another way than by a sum over them, or its placement is not known, so the batch cannot be split over the ranks "
+                "of mesh=. Way out: where samples interact (a contrastive loss), ask for it without mesh=, on one device."
             )
 
 
