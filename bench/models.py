@@ -1,4 +1,4 @@
-"""Problems of the size that a GPU is for: ResNet-18 and ResNet-50 on [3, 224, 224], and GPT-2's smallest shape.
+"""Problems beyond the first six: ResNet-18 and ResNet-50 on [3, 224, 224], GPT-2's smallest shape, transformers for a CPU.
 
 Plain re-implementations in torch.nn, so that nothing is downloaded; parameters are PyTorch's initial ones.
 """
@@ -86,19 +86,130 @@ class GPT2(nn.Module):
 
 
 def gpt2(
-    vocabulary: int = 50257, length: int = 1024, width: int = 768, depth: int = 12, heads: int = 12, t: int = 256
+    vocabulary: int = 50257,
+    length: int = 1024,
+    width: int = 768,
+    depth: int = 12,
+    heads: int = 12,
+    t: int = 256,
+    batch: int = 8,
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """Eight sequences of `t` tokens."""
+    """`batch` sequences of `t` tokens."""
     model = GPT2(vocabulary, length, width, depth, heads)
-    return model, torch.randint(vocabulary, (8, t)), torch.randint(vocabulary, (8, t))
+    return model, torch.randint(vocabulary, (batch, t)), torch.randint(vocabulary, (batch, t))
+
+
+def decoder(t: int, batch: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """Problem f with a tied head, at other lengths."""
+    return gpt2(vocabulary=256, length=t, width=128, depth=4, heads=4, t=t, batch=batch)
+
+
+class RMSNorm(nn.Module):
+    """x over the root of its mean square, as Llama writes it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., width] to the same shape."""
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def rotated(x: Tensor) -> Tensor:
+    """Su et al. 2021: pairs of features of [N, heads, T, D], turned by angles that grow with the position."""
+    half = x.shape[-1] // 2
+    rates = 10000.0 ** (-torch.arange(half, device=x.device) / half)
+    angles = torch.arange(x.shape[2], device=x.device).unsqueeze(1) * rates
+    a, b = x.split(half, -1)
+    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
+
+
+class LlamaBlock(nn.Module):
+    """Touvron et al. 2023: queries in groups that share keys and values, rotated; a gated two-layer network."""
+
+    def __init__(self, width: int, heads: int, groups: int, inner: int) -> None:
+        super().__init__()
+        self.heads, self.groups = heads, groups
+        kv = width // heads * groups
+        self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
+        self.q, self.k, self.v = (nn.Linear(width, size, bias=False) for size in (width, kv, kv))
+        self.proj, self.down = nn.Linear(width, width, bias=False), nn.Linear(inner, width, bias=False)
+        self.gate, self.up = (nn.Linear(width, inner, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, T, width] to the same shape."""
+        h = self.norm1(x)
+        q, k, v = (
+            layer(h).unflatten(-1, (count, -1)).transpose(1, 2)
+            for layer, count in ((self.q, self.heads), (self.k, self.groups), (self.v, self.groups))
+        )
+        mixed = F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True, enable_gqa=True)
+        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        h = self.norm2(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+class Llama(nn.Module):
+    """Token indices [N, T] to logits [N, vocabulary, T]."""
+
+    def __init__(self, vocabulary: int, width: int, depth: int, heads: int, groups: int, inner: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.blocks = nn.Sequential(*(LlamaBlock(width, heads, groups, inner) for _ in range(depth)))
+        self.norm, self.head = RMSNorm(width), nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits with the classes on axis 1, as cross-entropy wants them."""
+        return self.head(self.norm(self.blocks(self.tokens(x)))).transpose(1, 2)
+
+
+class Adapted(nn.Module):
+    """Hu et al. 2021: a frozen linear layer, and beside it a product of two thin ones."""
+
+    def __init__(self, layer: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.a, self.b = nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, layer.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layer gives, and what the adapter adds."""
+        return self.layer(x) + self.b(self.a(x))
+
+
+def llama(
+    vocabulary: int = 1000,
+    width: int = 128,
+    depth: int = 4,
+    heads: int = 8,
+    groups: int = 2,
+    inner: int = 352,
+    batch: int = 8,
+    t: int = 128,
+    rank: int = 0,
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """`rank`: of adapters on queries and values, all else frozen; 0: none, and all is trained."""
+    model = Llama(vocabulary, width, depth, heads, groups, inner)
+    if rank:
+        model.requires_grad_(False)
+        for block in model.blocks:
+            block.q, block.v = Adapted(block.q, rank), Adapted(block.v, rank)
+    return model, torch.randint(vocabulary, (batch, t)), torch.randint(vocabulary, (batch, t))
 
 
 # Hooks go to what the hook-based peers know; a tied head is not among it.
 LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
+SMALL = partial(gpt2, vocabulary=5000, length=128, width=384, depth=6, heads=6, t=128, batch=4)
 PROBLEMS = {
     "resnet18": Problem("ResNet-18, [3, 224, 224], N=64", partial(resnet, basic, (2, 2, 2, 2)), only=LAYERS),
     "resnet50": Problem("ResNet-50, [3, 224, 224], N=64", partial(resnet, bottleneck, (3, 4, 6, 3)), only=LAYERS),
     "gpt2": Problem("GPT-2, 124M parameters, T=256, N=8", gpt2, only=(nn.Linear,)),
+    "f64": Problem("decoder d=128 L=4, tied head, T=64, N=16", partial(decoder, 64, 16), only=(nn.Linear,)),
+    "f256": Problem("decoder d=128 L=4, tied head, T=256, N=8", partial(decoder, 256, 8), only=(nn.Linear,)),
+    "f1024": Problem("decoder d=128 L=4, tied head, T=1024, N=2", partial(decoder, 1024, 2), only=(nn.Linear,)),
+    "gpt2-small": Problem("GPT-2, 12.7M parameters, T=128, N=4", SMALL, only=(nn.Linear,)),
+    "llama-tiny": Problem("Llama d=128 L=4, 8 heads in 2 groups, T=128, N=8", llama, only=(nn.Linear, nn.Embedding)),
+    "lora": Problem("the same, adapters of rank 4 on q and v, all else frozen", partial(llama, rank=4), only=(nn.Linear,)),
 }
 
 # The same architectures at a size that any machine runs, for `--quick`.
@@ -106,4 +217,9 @@ TINY = {
     "resnet18": partial(resnet, basic, (1, 1), width=4, side=32, batch=4, classes=10),
     "resnet50": partial(resnet, bottleneck, (1, 1), width=4, side=32, batch=4, classes=10),
     "gpt2": partial(gpt2, vocabulary=61, length=16, width=16, depth=2, heads=2, t=8),
+    **dict.fromkeys(
+        ("f64", "f256", "f1024", "gpt2-small"), partial(gpt2, vocabulary=61, length=16, width=16, depth=2, heads=2, t=8)
+    ),
+    "llama-tiny": partial(llama, vocabulary=61, width=16, depth=2, heads=4, inner=24, t=8),
+    "lora": partial(llama, vocabulary=61, width=16, depth=2, heads=4, inner=24, t=8, rank=2),
 }

@@ -52,14 +52,15 @@ def _set_up(problem: Problem) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
 
 
 def _named(model: nn.Module, classes: tuple[type[nn.Module], ...]) -> dict[str, nn.Parameter]:
-    """The parameters that hook-based peers reach: those of these module classes, all for no class."""
+    """The trainable parameters that hook-based peers reach: those of these module classes, all for no class."""
     if not classes:
-        return dict(model.named_parameters())
+        return {name: param for name, param in model.named_parameters() if param.requires_grad}
     return {
         f"{path}.{name}": param
         for path, module in model.named_modules()
         if isinstance(module, classes)
         for name, param in module.named_parameters(recurse=False)
+        if param.requires_grad
     }
 
 
@@ -108,7 +109,7 @@ def fxcurv(problem: Problem, quantity: Quantity, **options: Any) -> Implementati
             _given(model, x, y),
             fields=lambda raw: {field: getattr(raw, field) for field in savefields},
         )
-    vectors = _vectors(dict(model.named_parameters()))
+    vectors = _vectors(_named(model, ()))
 
     def call() -> tuple[Any, Fields]:
         result = compiled(x, y)
@@ -211,7 +212,7 @@ def func(problem: Problem, quantity: Quantity, compiled: bool = False) -> Implem
     if quantity.func not in REDUCTIONS:
         return None
     model, loss, x, y = _set_up(problem)
-    params = {name: param.detach() for name, param in model.named_parameters()}
+    params = {name: param.detach() for name, param in _named(model, ()).items()}
     scale = 1 / len(x)
 
     def sample_loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -246,8 +247,8 @@ def func_products(problem: Problem, quantity: Quantity) -> Implementation | None
     if quantity.func not in BLOCKS:
         return None
     model, loss, x, y = _set_up(problem)
-    params = {name: param.detach() for name, param in model.named_parameters()}
-    vectors = _vectors(dict(model.named_parameters()))
+    params = {name: param.detach() for name, param in _named(model, ()).items()}
+    vectors = _vectors(_named(model, ()))
 
     def of(name: str) -> Callable[[Tensor], Tensor]:
         return lambda p: torch.func.functional_call(model, {**params, name: p}, (x,))

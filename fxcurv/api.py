@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fxcurv import passes
 from fxcurv.errors import ArgumentError
@@ -29,6 +30,8 @@ from fxcurv.runtime.call import call, run_error
 from fxcurv.runtime.export import export
 from fxcurv.runtime.one import serves_one
 from fxcurv.runtime.programs import Programs, Ready, covered, emitted
+from fxcurv.runtime.ranks import Ranks, ranks_of, unwrapped
+from fxcurv.runtime.spread import call_on_ranks
 from fxcurv.runtime.step import Steps, call_in_step
 
 
@@ -46,9 +49,11 @@ def compile(  # noqa: A001
     debug: bool = False,
     params: Choice = None,
     sample: str = "sequence",
+    sample_index: int | str | None = None,
     backend: str | Callable = "eager",
     mode: str | None = None,
     dynamic: bool | None = None,
+    mesh: Any = None,
 ) -> Compiled:
     """Compile `model` and `loss` for a set of quantities.
 
@@ -80,10 +85,21 @@ def compile(  # noqa: A001
             loss of its own, so individual gradients are [N, T, *P], and what is made of them is of all N T. For a loss
             that is a sum over positions; they all count as samples, also those that a mask or `ignore_index` leaves out,
             whose gradient is zero. Sums over samples of the GGN and the Hessian are the same for both.
+        sample_index: the input that says which sample an entry belongs to, where samples of different sizes are merged (graphs,
+            bags): its position, its keyword, or its name as an attribute of an input (`"batch"` of PyTorch Geometric's). A
+            vector of sample numbers; N is the length of the targets, and the loss is a sum over the N rows of the model's
+            output. Inputs have no `batch_dim` then. Quantities of individual gradients and sums over samples are exact; the
+            walk carries a column per sample for them. At the first call for a kind of input, samples that move another's
+            output (an edge between them) raise `MixedSamplesError`, and at every call edges in an input named `edge_index`.
         backend: "eager" runs the emitted graph op by op; "inductor", or another backend of `torch.compile`, compiles it
             with `fullgraph=True`. (A call inside a `torch.compile`d function is compiled with that function.)
         mode, dynamic: passed to `torch.compile`, for such a backend. The batch size is dynamic where it is symbolic. With
             "reduce-overhead" on a GPU, results are overwritten by the next call.
+        mesh: a `torch.distributed.device_mesh.DeviceMesh`. Every rank compiles and calls with its own part of the batch (of
+            any size, empty ones included), and gets what one process computes on the concatenated batch, in the order of
+            the ranks: sums and the loss whole on every rank, what is per sample of the rank's own samples
+            (`result.whole(field)` gathers it, `result.sizes` says how many each rank has). A rank that raises makes all
+            raise. A `DistributedDataParallel` model is unwrapped.
 
     Returns:
         a callable `compiled(inputs, *targets, seed=None, generator=None) -> Result`; it traces at the first
@@ -111,6 +127,11 @@ def compile(  # noqa: A001
             raise ArgumentError(f"{names or 'the gradient'} needs a loss: pass one as the second argument")
     if sample not in ("sequence", "token"):
         raise ArgumentError(f"sample={sample!r}: use 'sequence' or 'token'")
+    if sample_index is not None and (batch_dim != 0 or sample != "sequence"):
+        raise ArgumentError("sample_index= says where the samples are: drop batch_dim= and sample=")
+    ranks = ranks_of(mesh, model, found, backend)
+    if ranks is not None and sample_index is not None:
+        raise ArgumentError("mesh= and sample_index=: merged samples are of one process, drop one")
     options = Options(
         batch_dim=batch_dim,
         split=split,
@@ -121,9 +142,12 @@ def compile(  # noqa: A001
         debug=debug,
         params=hashable(params, ArgumentError, "compile"),
         sample=sample,
+        sample_index=sample_index,
         as_written=any(e.by_op for e in found),
+        schedules=ranks is None,
+        ranks=ranks.name if ranks is not None else "",
     )
-    compiled = Compiled(model, loss, found, options, Backend(backend, mode, dynamic))
+    compiled = Compiled(unwrapped(model), loss, found, options, Backend(backend, mode, dynamic), ranks)
     compiled.covered()
     return compiled
 
@@ -143,9 +167,10 @@ class Compiled:
         extensions: tuple[Extension, ...],
         options: Options,
         backend: Backend,
+        ranks: Ranks | None = None,
     ):
         self.model, self.loss, self.extensions, self.params = model, loss, extensions, options.params
-        self._subject, self._options, self._backend = Subject(model, loss), options, backend
+        self._subject, self._options, self._backend, self._ranks = Subject(model, loss), options, backend, ranks
         self._forget()
 
     def _forget(self) -> None:
@@ -198,6 +223,15 @@ class Compiled:
                 than "eager", or inside `torch.compile`.
             FxcurvError: see `fxcurv.errors`; nothing on the model has changed then.
         """
+        if self._ranks is not None:
+            if params is not None:
+                raise ArgumentError("params= with mesh=: set the parameters of the model on every rank")
+            if torch.compiler.is_dynamo_compiling() or create_graph:
+                raise ArgumentError("mesh= inside torch.compile, or with create_graph=True, is not supported: call it outside")
+            return call_on_ranks(
+                self._ranks, self._programs, self._subject, self._backend, inputs, targets,
+                seed=seed, generator=generator, out=out,
+            )  # fmt: skip
         values, models = given_values(self.model, params) if params is not None else ({}, None)
         if models is not None:
             return self._of_models(values, models, inputs, targets, seed, generator, create_graph, out)
@@ -244,7 +278,7 @@ class Compiled:
         Raises:
             ArgumentError: for a stage that does not exist; the message lists them.
         """
-        stages = ["capture", *dict.fromkeys(p.__name__ for p in (*passes.ANALYSIS, *passes.PIPELINE))]
+        stages = ["capture", *dict.fromkeys(p.__name__ for p in (*passes.ANALYSIS, *passes.pipeline(self._options)))]
         if after is not None and after not in stages:
             raise ArgumentError(f"after={after!r} is no stage of the pipeline: use one of {', '.join(stages)}")
         request = self._request(inputs, targets)
@@ -265,6 +299,8 @@ class Compiled:
         Raises:
             ArgumentError: with products, which are callables.
         """
+        if self._ranks is not None:
+            raise ArgumentError("export() with mesh= is not supported: compile without a mesh, and export that")
         request = self._request(inputs, targets)
         with request.apart():
             program = self._programs.find(request, schedules=False).program
@@ -304,11 +340,13 @@ class Compiled:
 
     def arguments(self, inputs: Any, *targets: Any) -> Arguments:
         """The tensors of a call, flat, and where the samples are in each."""
-        return flatten_arguments(inputs, targets, self._options.batch_dim)
+        return flatten_arguments(inputs, targets, self._options.batch_dim, self._options.sample_index)
 
     def covered(self) -> tuple[list[str], dict[Extension, list[str]]]:
         """(the parameters of all quantities, those of each extension that chose its own), by name."""
         return covered(self.model, self.params, self.extensions)
 
     def _request(self, inputs: Any, targets: tuple) -> Request:
+        if self._ranks is not None and any(isinstance(p, DTensor) for p in self.model.parameters()):
+            raise ArgumentError("the parameters are sharded, and only a call gathers them: look at the model before fully_shard")
         return self._programs.request(self._subject, inputs, targets, self._subject.autocast())

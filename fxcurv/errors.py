@@ -45,3 +45,7 @@ class SelfCheckError(FxcurvError):
 
 class InternalError(FxcurvError):
     """An invariant of the compiler does not hold: please report it."""
+
+
+class RankError(FxcurvError):
+    """Another rank of the mesh failed, or ranks do not agree: the message says which, and what is the matter there."""

@@ -3,8 +3,9 @@
     block = B (x) A  on the parameter arranged as a matrix [out, in]
 
 `KFAC`, `KFLR` and `KFRA` give a `Kronecker`: [B, A] for a weight, [B] for a bias. `EKFAC` gives an `Eigenbasis`:
-[Q_B, Q_A, lambda]. A factor A that is diagonal (an embedding's) is a vector of its entries. Both know how the
-parameter is arranged (`.arrangement`), so everything here takes and gives vectors in the parameter's own shape.
+[Q_B, Q_A, lambda]. A factor that is diagonal (A of an embedding, B of which only the diagonal is known) is a vector of its
+entries. Both know how the parameter is arranged (`.arrangement`), so everything here takes and gives vectors in the
+parameter's own shape.
 `Blocks` is the block-diagonal matrix of all parameters: products, inverses, roots, determinants, samples.
 """
 
@@ -74,7 +75,7 @@ class Kronecker(list):
 class Eigenbasis(list):
     """[Q_B, Q_A, lambda] or [Q_B, lambda]: the block is (Q_B (x) Q_A) diag(lambda) (Q_B (x) Q_A)^T.
 
-    lambda: [out, in], or [out] without inputs. Q_A is a vector of ones where A is diagonal.
+    lambda: [out, in], or [out] without inputs. A vector of ones stands for the eigenvectors of a diagonal factor.
     """
 
     def __init__(self, factors: Iterable[Any], arrangement: Arrangement):
@@ -100,7 +101,7 @@ def matmul(factors: Kronecker | Eigenbasis, vectors: Tensor) -> Tensor:
     if isinstance(factors, Eigenbasis):
         return _scaled(factors, m, factors[-1])
     b, a = _both(factors)
-    return factors.arrangement.vector(_right(b @ m, a))
+    return factors.arrangement.vector(_right(_left(b, m), a))
 
 
 def solve(factors: Kronecker | Eigenbasis, vectors: Tensor, damping: float | tuple[float, float]) -> Tensor:
@@ -122,7 +123,7 @@ def solve(factors: Kronecker | Eigenbasis, vectors: Tensor, damping: float | tup
         return _scaled(factors, m, factors[-1], damping)
     b, a = _both(factors)
     if isinstance(damping, tuple):
-        m = torch.linalg.solve(_shifted(b, damping[0]), m)
+        m = m / (b + damping[0]).unsqueeze(-1) if b.ndim == 1 else torch.linalg.solve(_shifted(b, damping[0]), m)
         if len(factors) == 2:
             m = m / (a + damping[1]) if a.ndim == 1 else torch.linalg.solve(_shifted(a, damping[1]), m, left=False)
         return factors.arrangement.vector(m)
@@ -169,6 +170,11 @@ def _right(m: Tensor, a: Tensor) -> Tensor:
     return m * a if a.ndim == 1 else m @ a
 
 
+def _left(b: Tensor, m: Tensor) -> Tensor:
+    """B m, for a matrix or a diagonal B."""
+    return b.unsqueeze(-1) * m if b.ndim == 1 else b @ m
+
+
 def _shifted(t: Tensor, damping: float) -> Tensor:
     return t + damping * torch.eye(len(t), dtype=t.dtype, device=t.device)
 
@@ -177,9 +183,9 @@ def _scaled(basis: Eigenbasis, m: Tensor, values: Tensor, damping: float | None 
     """m in the eigenbasis, times the eigenvalues or divided by the damped ones, and back."""
     q_b, q_a = basis[0], basis[1] if len(basis) == 3 else basis[0].new_ones(1)
     values = values.reshape(basis.arrangement.rows, basis.arrangement.columns)
-    inside = _right(q_b.mT @ m, q_a)
+    inside = _right(_left(q_b.mT if q_b.ndim == 2 else q_b, m), q_a)
     inside = inside * values if damping is None else inside / (values + damping)
-    return basis.arrangement.vector(q_b @ _right(inside, q_a.mT if q_a.ndim == 2 else q_a))
+    return basis.arrangement.vector(_left(q_b, _right(inside, q_a.mT if q_a.ndim == 2 else q_a)))
 
 
 # all parameters ----------------------------------------------------------------------------------------------------
@@ -363,7 +369,8 @@ def _diagonal(factors: Kronecker | Eigenbasis) -> Tensor:
     if isinstance(factors, Eigenbasis):
         q_b, q_a = factors[0], factors[1] if len(factors) == 3 else factors[0].new_ones(1)
         values = factors[-1].reshape(factors.arrangement.rows, factors.arrangement.columns)
-        inside = q_b.square() @ values
+        inside = _left(q_b.square(), values)
         return factors.arrangement.vector(inside * q_a.square() if q_a.ndim == 1 else inside @ q_a.square().mT)
     b, a = _both(factors)
-    return factors.arrangement.vector(b.diagonal().unsqueeze(1) * (a if a.ndim == 1 else a.diagonal()))
+    b, a = (f if f.ndim == 1 else f.diagonal() for f in (b, a))
+    return factors.arrangement.vector(b.unsqueeze(1) * a)

@@ -8,7 +8,7 @@ there.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from fxcurv.errors import ArgumentError
 from fxcurv.ir.private import make_fx, pytree, version_of
 from fxcurv.ir.program import Program
+from fxcurv.ir.ranks import summed
 from fxcurv.walks.products.partition import restrict
 
 # ---- at a call ------------------------------
@@ -54,6 +55,10 @@ class Code:
     def prologue(self, name: str) -> fx.GraphModule | None:
         """What a block computes once from the saved values, (*saved) -> kept; None: kept is what is saved."""
         return None
+
+    def complete(self, names: Sequence[str], values: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The results `names`, where their samples are on several ranks."""
+        return values
 
     def prepare(self) -> None:
         """Emit every block now: inside `torch.compile` it would be too late."""
@@ -105,6 +110,7 @@ class Whole(Code):
 
     Attributes:
         whole: (*saved, a vector per name in `inputs`) -> a result per name in `outputs`.
+        summed: the outputs that are sums over samples, to be added up over ranks that have a part of these each.
     """
 
     def __init__(
@@ -115,10 +121,17 @@ class Whole(Code):
         whole: fx.GraphModule,
         inputs: list[str],
         outputs: list[str],
+        summed: Sequence[str] = (),
     ):
         super().__init__(program, labels, names)
-        self.whole, self.inputs, self.outputs = whole, inputs, outputs
+        self.whole, self.inputs, self.outputs, self.summed, self._group = whole, inputs, outputs, summed, program.options.ranks
         self._blocks: dict[str, fx.GraphModule] = {}
+
+    def complete(self, names: Sequence[str], values: Sequence[Tensor]) -> list[Tensor]:
+        """The results `names` over all ranks: one collective for a product, however many vectors it has."""
+        parts = [v for name, v in zip(names, values, strict=True) if name in self.summed]
+        sums = iter(summed([False] * len(parts), self._group, parts) if parts else [])
+        return [next(sums) if name in self.summed else v for name, v in zip(names, values, strict=True)]
 
     def block(self, name: str) -> fx.GraphModule | None:
         if name not in self.outputs:
@@ -264,8 +277,8 @@ class Block:
         if gm is None or batched and not len(vectors):
             return torch.zeros_like(vectors)
         if batched and len(vectors) == 1:
-            return self._products._run(gm, [vectors[0]], False, self.name)[0].unsqueeze(0)
-        return self._products._run(gm, [vectors], batched, self.name)[0]
+            return code.complete([self.name], self._products._run(gm, [vectors[0]], False, self.name))[0].unsqueeze(0)
+        return code.complete([self.name], self._products._run(gm, [vectors], batched, self.name))[0]
 
     def __repr__(self) -> str:
         return f"Block('{self.name}', {list(self._products._code.shapes[self.name])})"
@@ -326,7 +339,7 @@ class Operator(Saved):
         out = {name: torch.zeros_like(t) for name, t in v.items() if name not in code.outputs}
         if code.outputs:
             found = self._run(code.whole, [v[name] for name in code.inputs], batched)
-            out.update(zip(code.outputs, found, strict=True))
+            out.update(zip(code.outputs, code.complete(code.outputs, found), strict=True))
         return {name: out[name] for name in code.shapes}
 
     def _times_flat(self, v: Tensor) -> Tensor:

@@ -84,6 +84,7 @@ class Quantity:
         of_gradients: whether it is of individual gradients, which exist by token as well.
         of_loss: whether it has the curvature of the loss in f.
         of_ops: whether it has the curvature of the ops.
+        inside: what it needs of the ops besides their transposes, as words; "" for nothing.
         mc: number of sampled columns, None for none.
         empirical: whether the target stands for the sample.
     """
@@ -93,6 +94,7 @@ class Quantity:
     of_gradients: ClassVar[bool] = False
     of_loss: ClassVar[bool] = False
     of_ops: ClassVar[bool] = False
+    inside: ClassVar[str] = ""
 
     def groups(self, analysis: Analysis) -> list[Group]:
         """The groups of columns that are known before the walk, whole."""
@@ -159,6 +161,7 @@ class Product(Quantity):
 
     kind: str = ""
     modify: str = ""
+    inside = "its tangent"
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,7 @@ class Averaged(Quantity):
     """No columns: the loss Hessian's sum over samples, carried down as a matrix (`passes.average`)."""
 
     of_loss = True
+    inside = "its transpose without columns"
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,7 @@ class HessianFactors(SqrtGGN):
 
     signed: bool = True
     of_ops = True
+    inside = "its second derivative"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class Result:
         grad: parameter name -> gradient.
         buffers: buffer name -> new value, if buffers are not updated.
         <savefield>: for every extension, parameter name -> value.
+        sizes: under `mesh=`, how many samples each rank has.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Result:
         memory: Kept | None = None,
     ):
         self._fields, self._extensions, self._model, self._memory = fields, extensions, model, memory
+        self._gather: Any = None
 
     def __getattr__(self, name: str) -> Any:
         fields = self.__dict__.get("_fields", {})
@@ -46,6 +48,11 @@ class Result:
             raise ExtensionError(f"{extension} was not asked for: the result has {list(self._extensions)}")
         return self._fields[extension.savefield]
 
+    @property
+    def extensions(self) -> tuple[Extension, ...]:
+        """What was asked for."""
+        return self._extensions
+
     def __dir__(self):
         return [*super().__dir__(), *self._fields]
 
@@ -54,7 +61,24 @@ class Result:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is values without the model and the memory that they came from."""
-        return {**self.__dict__, "_model": None, "_memory": None}
+        return {**self.__dict__, "_model": None, "_memory": None, "_gather": None}
+
+    def spread_over(self, sizes: Sequence[int], gather: Callable[[Any, Any], Any], places: dict[str, Any]) -> None:
+        """Note that this is the result of one of several ranks, of `sizes` samples, and how to have the whole batch's."""
+        self._fields["sizes"] = tuple(sizes)
+        known = {**places["results"], **places["extras"], "output": places["output"]}
+        self._gather = lambda field: gather(self._fields[field], known[field]) if field in known else self._fields[field]
+
+    def whole(self, field: str) -> Any:
+        """A field of the whole batch, under `mesh=`: what is per sample is gathered from all ranks, which all have to call this.
+
+        Raises:
+            ArgumentError: without `mesh=`, and for a copied result.
+        """
+        if self._gather is None:
+            raise ArgumentError("the result is of all of the batch as it is: whole() is for calls under mesh=")
+        getattr(self, field)
+        return self._gather(field)
 
     def attach(self, model: nn.Module | None = None) -> Result:
         """Put the results on the parameters.

@@ -10,11 +10,19 @@ Example:
         loss.backward()  # p.grad and p.diag_ggn_mc
 
 Quantities of the first order need no extended loss: any scalar of the model's output will do. Beside it there are
-`extensions`, `hessianfree`, `utils` and `custom_module`, with BackPACK's names and paths.
+`extensions`, `hessianfree`, `utils` and `custom_module`, with BackPACK's names and paths; what is in `hessianfree` can be had
+from here as well.
 """
 
 from fxcurv.backpack import extensions
 from fxcurv.backpack.context import backpack, disable
-from fxcurv.backpack.extended import extend
+from fxcurv.backpack.extended import extend, memory_cleanup
+from fxcurv.backpack.hessianfree.ggnvp import ggn_vector_product, ggn_vector_product_from_plist
+from fxcurv.backpack.hessianfree.hvp import hessian_vector_product
+from fxcurv.backpack.hessianfree.lop import L_op, transposed_jacobian_vector_product
+from fxcurv.backpack.hessianfree.rop import R_op, jacobian_vector_product
 
-__all__ = ["backpack", "disable", "extend", "extensions"]
+__all__ = [
+    "L_op", "R_op", "backpack", "disable", "extend", "extensions", "ggn_vector_product", "ggn_vector_product_from_plist",
+    "hessian_vector_product", "jacobian_vector_product", "memory_cleanup", "transposed_jacobian_vector_product",
+]  # fmt: skip

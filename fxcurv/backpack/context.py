@@ -59,6 +59,25 @@ def current() -> backpack:
     return _active[-1] if _active else backpack()
 
 
+class CTX:
+    """What of BackPACK's own context other code asks: which extensions are active."""
+
+    @staticmethod
+    def get_active_exts() -> tuple[Extension, ...]:
+        """The extensions of the innermost context."""
+        return current().extensions
+
+    @staticmethod
+    def is_extension_active(*classes: type[Extension]) -> bool:
+        """Whether an extension of one of these classes is active."""
+        return any(isinstance(e, classes) for e in CTX.get_active_exts())
+
+    @staticmethod
+    def get_debug() -> bool:
+        """Nothing is printed here."""
+        return False
+
+
 @contextlib.contextmanager
 def disable() -> Iterator[None]:
     """Extended modules are plain ones here: nothing is kept for a backward pass with quantities."""

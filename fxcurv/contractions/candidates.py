@@ -355,6 +355,78 @@ class Pairs(Candidate):
         return Cost(4 * d.v * d.n * d.s * d.o, 4 * d.inputs + out, out, 30 + 2 * d.v)
 
 
+# a table that is the weight of a product as well (a tied head): P = E + H --------------------------------
+
+
+def _kinds(factors: list[Any]) -> tuple[list[Dense], list[Gather]]:
+    """The uses in products, and those in lookups."""
+    return [f for f in factors if isinstance(f, Dense)], [f for f in factors if isinstance(f, Gather)]
+
+
+def _tied(factors: list[Any]) -> bool:
+    """Whether a table [rows, features] is multiplied with and looked up, and nothing else."""
+    products, lookups = _kinds(factors)
+    if not products or not lookups or len(products) + len(lookups) < len(factors):
+        return False
+    first, rows = products[0].arrange, lookups[0].rows
+    in_order = first.order == tuple(range(len(first.order))) and first.shape == (rows, dims(lookups[0]).o)
+    plain = in_order and dims(products[0]).k == 1 and dims(products[0]).o == rows
+    return plain and all(f.arrange == first for f in products) and all(f.rows == rows for f in lookups)
+
+
+def _apart(factors: list[Any]) -> tuple[Dense, Gather]:
+    """(H, E), one use each."""
+    products, lookups = _kinds(factors)
+    (h, *more), (e, *others) = products, lookups
+    if more:
+        h = Dense(torch.cat([f.a for f in products], 1), torch.cat([f.g for f in products], 2), h.arrange)
+    if others:  # positions of a padding index have no gradient, whatever stands there
+        e = Gather(torch.cat([f.index for f in lookups], 1), torch.cat([f.masked() for f in lookups], 2), e.rows, -1)
+    return h, e
+
+
+@candidate
+class Tied(Candidate):
+    """(E + H)^2 = E^2 + H^2 + 2 E H, where H is needed in the rows that E has alone: h_s[x_t] a_s, for all pairs s, t."""
+
+    name = "products and lookups apart"
+    differentiable = False
+    parts: ClassVar[dict[str, tuple[Candidate, Candidate]]] = {
+        "vn": (BlockedSquares(), Pairs()), "vp": (BlockedNorms(), OccurringRows()),
+    }  # fmt: skip
+
+    def applies(self, spec, factors):
+        known = spec.power == 2 and spec.samples is None and spec.reduce in self.parts
+        return known and _tied(factors)
+
+    def run(self, spec, factors, weights):
+        h, e = _apart(factors)
+        squares = [c.run(spec, [f], weights) for c, f in zip(self.parts[spec.reduce], (h, e), strict=True)]
+        return squares[0] + squares[1] + 2 * self._both(spec, h, e, weights)
+
+    @staticmethod
+    def _both(spec, h: Dense, e: Gather, weights: Any) -> Tensor:
+        v, n, s = h.g.shape[:3]
+        at = e.index.long().unsqueeze(1).expand(n, s, -1).expand(v, n, s, -1)
+        there = h.g.squeeze(3).gather(3, at).mT  # h_s[x_t], [V, N, T, S]
+        g = weighted(e.masked(), weights)
+        if "p" in spec.reduce:
+            return (torch.matmul(g, h.a.squeeze(2).mT) * there).sum((0, 2, 3))
+        rows = (torch.matmul(there, h.a.squeeze(2)) * g).sum(0)
+        return rows.new_zeros(e.rows, rows.shape[2]).index_add(0, e.index.flatten(), rows.flatten(0, 1))
+
+    def cost(self, spec, factors):
+        total = Cost(0, 0, 0, 0)
+        kinds: tuple[list[Any], list[Any]] = _kinds(factors)
+        for c, same in zip(self.parts[spec.reduce], kinds, strict=True):
+            for f in same:
+                total = total + c.cost(spec, [f])
+        s, t = (sum(dims(f).s for f in same) for same in kinds)
+        d = dims(kinds[1][0])
+        pairs = d.v * d.n * s * t
+        return total + Cost(2 * pairs * d.o, d.item * (3 * pairs + 3 * d.v * d.n * t * d.o), 2 * d.item * pairs, 8)
+
+
 # reductions of one column's P that share its products ---------------------------------------------------
 
 

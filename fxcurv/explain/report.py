@@ -7,6 +7,7 @@ the same model, run on fake tensors under PyTorch's FLOP counter (matrix product
 from __future__ import annotations
 
 import io
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,9 +60,12 @@ class Report:
         columns: (name of the group, its number of columns, the quantities that need it).
         sweeps: how often the walk goes down, for columns beyond the memory budget.
         fallbacks: ops on the walk that have no rule of their own.
+        said: which ops are PyTorch's own kernels, and which are said in mathematics, where, and why.
         batch: whether the batch size is symbolic, or what fixed it.
         output: what f is and whether its loss has curvature, "" for a model's output with a loss that has.
+        left_out: trainable parameters of a loss module, of which there is no gradient.
         python: the values of attributes, closures and globals that the program depends on.
+        notes: how derivatives that the model takes were captured, and the numbers that it makes of the data's values.
         timings: pass -> seconds.
         check: what was compared at the first call, and how long that took (`compile(check=)`).
 
@@ -74,15 +78,20 @@ class Report:
 
     def __init__(self, program: Program, flat: list[Any] | None = None, samples: int = 0, check: str = "off"):
         self._captured, self._samples = program.batch.size, samples
+        self.left_out = program.analysis.left_out
         self.totals = count_program(program)
         self.plain = count_plain(program)
         self.rows = _rows(program, None if flat is None else measure(program, flat, samples))
         self.columns = _columns(program)
         self.sweeps = program.walked.sweeps
         self.fallbacks = _fallbacks(program)
+        self.said = _said(program)
         self.batch = program.batch_note
         self.output = _output(program)
         self.python = program.python.names()
+        numbers = zip(program.reads.values, program.reads.lines, strict=True) if program.reads is not None else ()
+        made = [f"{value} is a value of the data, which every call compares: {line}" for value, line in numbers]
+        self.notes = [*program.notes, *dict.fromkeys(made)]
         self.timings = dict(program.timings)
         self.check = check
 
@@ -93,12 +102,17 @@ class Report:
         if self.sweeps > 1:
             parts.append(Text(f"sweeps of the walk, to stay within the memory budget: {self.sweeps}"))
         parts.append(Text(f"ops on the walk without a rule: {', '.join(self.fallbacks) or 'none'}"))
+        parts += [Text(line) for line in self.said]
         if self.output:
             parts.append(Text(f"f: {self.output}"))
         parts.append(Text(f"batch size: {self.batch}"))
+        if self.left_out:
+            said = "held constant: trainable parameters of the loss (a module that holds both as the model has them all)"
+            parts.append(Text(f"{said}: {', '.join(self.left_out)}"))
         if self.python:
             more = f", and {len(self.python) - 6} more" if len(self.python) > 6 else ""
             parts.append(Text(f"values that Python holds: {', '.join(self.python[:6])}{more}"))
+        parts += [Text(note) for note in self.notes]
         parts.append(Text(f"checked: {self.check}"))
         passes = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in self.timings.items())
         return Group(*parts, Text(f"compiled in: {passes}"))
@@ -184,9 +198,9 @@ def _rows(program: Program, measured: list[float] | None) -> list[Row]:
     rows = []
     for param in program.params:
         for field, label in _fields(program):
-            if param not in program.results[field]:
-                continue
             own = [d for d in program.decisions if d.param == param and d.extension == label]
+            if param not in program.results[field] and not own:
+                continue
             own = own or [_shared(program, param, label, program.results[field][param])]
             for d in own:
                 predicted = d.seconds, d.seconds / seconds
@@ -210,6 +224,17 @@ def _shared(program: Program, param: str, label: str, result: Any) -> Decision:
     rules = [d.rule for d in program.decisions if d.param == param and d.extension in others]
     how = "as " + ", ".join(others) if others else "on the walk"
     return Decision(param, label, rules[0] if rules else "", how, 0, 0, 0.0)
+
+
+def _said(program: Program) -> tuple[str, ...]:
+    """What became of the ops that PyTorch has kernels for."""
+    kernels = Counter(op for op, _, why in program.analysis.said if not why)
+    lines = [f"as PyTorch's kernels: {', '.join(f'{op} ({n})' for op, n in kernels.items())}"] if kernels else []
+    others: dict[tuple[str, str], list[str]] = {}
+    for op, module, why in program.analysis.said:
+        if why:
+            others.setdefault((op, why), []).append(f"'{module}'" if module else "the model")
+    return (*lines, *(f"in mathematics: {op} in {', '.join(at)}, because {why}" for (op, why), at in others.items()))
 
 
 def _output(program: Program) -> str:

@@ -165,16 +165,19 @@ class Param:
 
     def _by_token(self, power: int, reduce: str, samples, weights: fx.Node | None, precise: bool) -> fx.Node:
         """The same of P[n, t, *param], which is what the columns t of the walk give at sample n."""
-        if samples is not None:
+        rows = self.program.analysis.rows
+        if samples is not None and not rows:
             raise ExtensionError(f'{self.label}(subsampling=...) with sample="token": index the result instead')
         spec = Spec(power, ("vn" if "n" in reduce else "") + ("p" if "p" in reduce else ""))
         parts, start = [], 0
         for group in groups_of(self.program, Gradient()):
             stop = start + self.program.walked.columns[group]
-            own = self.emit(_of_columns, weights, start, stop) if weights is not None else None
+            own = self.emit(_of_columns, weights, start, stop, rows) if weights is not None else None
             parts.append(self._of_group(spec, group, own, precise))
             start = stop
         value = parts[0] if len(parts) == 1 else self.emit(_added if "n" in reduce else _joined, parts)
+        if rows:
+            return self.emit(_sample_rows, value, tuple(samples or ()), "n" in reduce, "v" in reduce)
         return self.emit(_sample_axes, value, "n" in reduce, "v" in reduce)
 
     def emit(self, fn, *args):
@@ -250,9 +253,16 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
-def _of_columns(weights: Tensor, start: int, stop: int) -> Tensor:
-    """Weights [1, N, T] for the columns t from `start` to `stop`, [V, N]."""
-    return weights[0, :, start:stop].t()
+def _of_columns(weights: Tensor, start: int, stop: int, rows: bool) -> Tensor:
+    """Weights [1, N, T], or [1, T] where the batch is one sample, for the columns t from `start` to `stop`, [V, N]."""
+    return weights[:, start:stop].t() if rows else weights[0, :, start:stop].t()
+
+
+def _sample_rows(value: Tensor, samples: tuple[int, ...], summed: bool, one_column: bool) -> Tensor:
+    """[T, 1, ...] -> [T, ...] of all rows or some, if they are not summed; with an axis of columns before them if it is kept."""
+    value = value if summed else value.squeeze(1)
+    value = value[list(samples)] if samples else value
+    return value if one_column else value.unsqueeze(0)
 
 
 def _sample_axes(value: Tensor, summed: bool, one_column: bool) -> Tensor:

@@ -40,7 +40,7 @@ from fxcurv.walks.uses import Use, columns_of
 CHOICES = {
     "weight_sharing": ("backpack", "expand", "reduce"),
     "fisher": ("mc", "empirical"),
-    "blocks": ("kron", "exact"),
+    "others": ("auto", "exact", "skip", "error"),
 }
 
 
@@ -49,7 +49,7 @@ class Factored(Extension):
 
     needs_convex = True
     weight_sharing: str
-    blocks: str
+    others: str
 
     def check(self) -> None:
         for argument, allowed in CHOICES.items():
@@ -58,7 +58,11 @@ class Factored(Extension):
                 choices = ", ".join(map(repr, allowed))
                 raise ExtensionError(f"{type(self).__name__}({argument}={value!r}): use one of {choices}")
 
-    def extract(self, param: Param) -> Kronecker | Eigenbasis:
+    def extract_all(self, params: list[Param]) -> tuple[dict[str, Any], dict[str, fx.Node]]:
+        found = {p.name: self.extract(p) for p in params}
+        return {name: factors for name, factors in found.items() if factors is not None}, {}
+
+    def extract(self, param: Param) -> Kronecker | Eigenbasis | None:
         groups = groups_of(param.program, self.requires)
         reached = param.program.walked.uses[param.name]
         uses = [u for u in reached if any(g in u.groups for g in groups)]
@@ -69,9 +73,7 @@ class Factored(Extension):
         found = {g: self._layer(param, _distinct(uses, g)) for g in groups}
         layers = {g: layer for g, layer in found.items() if layer is not None}
         if not layers:
-            p = param.contract(power=1, reduce="", precise=True)
-            b = param.emit(_exact_block, p)
-            return self._of_exact(param, b, p)
+            return self._other(param)
         layer, sharing = layers[groups[0]], self.weight_sharing
         if sharing == "backpack":
             sharing = "convolution" if layer.single_convolution else "expand"
@@ -80,6 +82,8 @@ class Factored(Extension):
             given = [(u.use.factor, u.columns) for u in layer.uses]
             factors.append(param.emit(widely, input_factor, given, sharing, dtype_of(param)))
         _record(param, layer, sharing)
+        for factor in factors:
+            factor.meta["symmetric"] = factor.meta["val"].ndim == 2
         return self._of_layer(param, layers, Kronecker(factors, layer.arrangement))
 
     def _layer(self, param: Param, uses: list[Use]) -> Layer | None:
@@ -87,14 +91,29 @@ class Factored(Extension):
         try:
             return read(tuple(param.node.meta["val"].shape), uses, param.program.rules)
         except NoLayer as why:
-            if self.blocks == "exact":
+            if self.others != "error":
                 return None
             at = next((u.op for u in uses if u.op is not None), None) or next(iter(param.node.users))
             name = type(self).__name__
             raise ExtensionError(
                 f"{name}: parameter '{param.name}' has no Kronecker factors: {why}.\nIt is used by {locate(at)}\n"
-                f'Way out: {name}(blocks="exact") gives its exact block, {name}(params=...) leaves it out.'
+                f'Way out: {name}(others="exact") gives its exact block, {name}(others="skip") leaves it out.'
             ) from why
+
+    def _other(self, param: Param) -> Kronecker | Eigenbasis | None:
+        """A parameter that is no layer."""
+        shape = tuple(param.node.meta["val"].shape)
+        exact = self.others == "exact" or sum(s > 1 for s in shape) <= 1
+        if self.others == "skip":
+            _note(param, "left out")
+            return None
+        if not exact:
+            _note(param, "diagonal of its block")
+            squares = param.contract(power=2, reduce="vn")
+            return self._of_diagonal(param, param.emit(torch.flatten, squares))
+        _note(param, f"exact block [{prod(shape)}, {prod(shape)}]")
+        p = param.contract(power=1, reduce="", precise=True)
+        return self._of_exact(param, param.emit(_exact_block, p), p)
 
     def _unreached(self, param: Param) -> Any:
         """Zeros, for a parameter that the loss does not reach."""
@@ -111,6 +130,9 @@ class Factored(Extension):
 
     def _of_exact(self, param: Param, block: fx.Node, p: fx.Node) -> Any:
         return Kronecker([block], flat(param))
+
+    def _of_diagonal(self, param: Param, diagonal: fx.Node) -> Any:
+        return Kronecker([diagonal], flat(param))
 
     def _of_zeros(self, param: Param, factors: Kronecker) -> Any:
         return factors
@@ -181,6 +203,13 @@ def _record(param: Param, layer: Layer, sharing: str) -> None:
             int(cost.bytes), cost.seconds(param.program.machine), savefield=param.origin()["savefield"], stage="extract",
         )
     )  # fmt: skip
+
+
+def _note(param: Param, what: str) -> None:
+    """What became of a parameter that is no layer; what it costs has a row of its own."""
+    savefield = param.origin()["savefield"]
+    program = param.program
+    program.decisions.append(Decision(param.name, param.label, "", what, 0, 0, 0.0, savefield=savefield, stage="extract"))
 
 
 # traced ------------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def _sampled(extension: KFAC | EKFAC) -> Quantity:
 
 @dataclass(frozen=True)
 class KFAC(Factored):
-    """Kronecker factors from sampled columns: `Kronecker` [B, A] for a weight, [B] for a bias.
+    """Kronecker factors from sampled columns: `Kronecker` [B, A] for a weight, [B] for a bias and for all else (`others`).
 
     B: [out, out]; A: [in, in], or [in] for an embedding, whose A is diagonal (its diagonal, under "reduce").
 
@@ -56,14 +56,16 @@ class KFAC(Factored):
         mc_samples: number of sampled columns.
         weight_sharing: "backpack", "expand" or "reduce": how shared positions are approximated, see the module.
         fisher: "mc" for sampled columns, "empirical" for the gradient in their place.
-        blocks: "exact" gives a parameter that is no layer's weight or bias (a norm's scale) its exact block [B], of
-            the flattened parameter; "kron" refuses it by name.
+        others: what a parameter has that is no layer's weight or bias: "exact", its exact block [B] of the flattened
+            parameter, B [numel, numel]; "auto" (default), that where it has one axis (a norm's scale, which costs what a
+            factor A beside it costs), else the diagonal of its block, a vector [B], B [numel] (a tied embedding, a table of
+            positions); "skip", nothing, the result leaves it out; "error", it is refused by name. The report says which.
     """
 
     mc_samples: int = 1
     weight_sharing: str = "backpack"
     fisher: str = "mc"
-    blocks: str = "kron"
+    others: str = "auto"
     savefield = "kfac"
     combine = (Combine("sum"), Combine("mean", 0))
 
@@ -85,11 +87,11 @@ class KFLR(Factored):
 
     Args:
         weight_sharing: as for `KFAC`.
-        blocks: as for `KFAC`.
+        others: as for `KFAC`.
     """
 
     weight_sharing: str = "backpack"
-    blocks: str = "kron"
+    others: str = "auto"
     savefield = "kflr"
     combine = (Combine("sum"), Combine("mean", 0))
     requires = SqrtGGN()
@@ -111,13 +113,13 @@ class EKFAC(Factored):
         mc_samples: as for `KFAC`.
         weight_sharing: as for `KFAC`.
         fisher: as for `KFAC`.
-        blocks: as for `KFAC`.
+        others: as for `KFAC`.
     """
 
     mc_samples: int = 1
     weight_sharing: str = "backpack"
     fisher: str = "mc"
-    blocks: str = "kron"
+    others: str = "auto"
     savefield = "ekfac"
     data_passes = 2
 
@@ -156,6 +158,9 @@ class EKFAC(Factored):
     def _of_exact(self, param: Param, block: fx.Node, p: fx.Node) -> Any:
         basis = self._basis(param, [block])
         return self._in_basis(basis, param.emit(_moments, p, basis[0]), flat(param))
+
+    def _of_diagonal(self, param: Param, diagonal: fx.Node) -> Any:
+        return self._in_basis([param.emit(torch.ones_like, diagonal)], diagonal, flat(param))
 
     def _of_zeros(self, param: Param, factors: Kronecker) -> Any:
         basis = [param.emit(_identity_like, f) for f in factors]

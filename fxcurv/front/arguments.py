@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxcurv.errors import ArgumentError
+from fxcurv.errors import ArgumentError, MixedSamplesError
 from fxcurv.ir.private import pytree
 
 
@@ -37,10 +38,17 @@ class Arguments:
     target_template: Any
     batch_dims: list[int | None]
     structure: Any = None
+    index: int | None = None
+    """Which of the inputs says the sample of every entry, where samples are merged."""
+    edges: tuple[int, ...] = ()
+    """Which of the inputs are pairs of entries, [2, E]."""
 
     @functools.cached_property
     def batch_size(self) -> int:
-        """N, from the inputs that have a batch dimension."""
+        """N, from the inputs that have a batch dimension; of merged samples, from the targets."""
+        if self.index is not None:
+            rows = [len(t) for t in self.targets if t.ndim]
+            return rows[0] if rows else int(self.inputs[self.index].max()) + 1
         sizes = {t.shape[d] for t, d in zip(self.inputs, self.batch_dims, strict=True) if d is not None}
         if not sizes:
             raise ArgumentError("no input has a batch: pass batch_dim=, the samples' dimension, for one at least")
@@ -61,6 +69,8 @@ class Arguments:
 
     @functools.cached_property
     def _target_dims(self) -> list[int | None]:
+        if self.index is not None:
+            return [None] * len(self.targets)
         n = self.batch_size
         first = list(dict.fromkeys(d for d in self.batch_dims if d is not None))
         out: list[int | None] = []
@@ -93,8 +103,11 @@ class Arguments:
         return filled(self.target_template, joined)
 
 
-def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any) -> Arguments:
+def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any, sample_index: int | str | None = None) -> Arguments:
     """Bring `compiled(inputs, *targets)` into a flat form.
+
+    Args:
+        sample_index: the input that says which sample an entry belongs to, in place of `batch_dim`.
 
     Raises:
         ArgumentError: if the inputs hold no tensor, or batch sizes disagree.
@@ -105,7 +118,8 @@ def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any) -> Arguments:
     tensors: list[Tensor] = []
     dims: list[int | None] = []
     templates = []
-    for value, d in zip(values, _per_input(batch_dim, names, len(values)), strict=True):
+    wanted = _per_input(batch_dim, names, len(values)) if sample_index is None else [None] * len(values)
+    for value, d in zip(values, wanted, strict=True):
         before = len(tensors)
         templates.append(templated(value, tensors))
         dims += [_in_range(t, d) for t in tensors[before:]]
@@ -115,11 +129,46 @@ def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any) -> Arguments:
     target_tensors: list[Tensor] = []
     target_template = templated(tuple(targets), target_tensors)
     arguments = Arguments(tensors, target_tensors, input_template, target_template, dims)
+    if sample_index is not None:
+        found = _named(values, names, sample_index)
+        if not isinstance(found, Tensor) or found.ndim != 1 or found.dtype != torch.int64 or not len(found):
+            raise ArgumentError(
+                f"sample_index={sample_index!r} is no vector of sample numbers (int64) among the inputs: pass the position, the "
+                "keyword or the name as an attribute of the input that is"
+            )
+        edges = _named(values, names, "edge_index")
+        slots = {id(t): k for k, t in enumerate(tensors)}
+        arguments.index, arguments.edges = slots[id(found)], (slots[id(edges)],) if isinstance(edges, Tensor) else ()
+        _check_edges(arguments)
+        if arguments.batch_size == 0:
+            raise ArgumentError("the batch is empty, and merged samples need one: pass at least one sample")
     arguments.batch_size  # noqa: B018  (that there is one)
     if any(t.is_complex() for t in (*tensors, *target_tensors)):
         raise ArgumentError("complex tensors are not supported: split them into real and imaginary parts")
     arguments.structure = _structure(input_template, "inputs"), _structure(target_template, "targets")
     return arguments
+
+
+def _check_edges(arguments: Arguments) -> None:
+    """Refuse edges between entries of different samples, of inputs that are known as edges."""
+    for k in arguments.edges:
+        ends = arguments.inputs[arguments.index or 0][arguments.inputs[k]]
+        across = (ends[0] != ends[1]).nonzero()
+        if len(across):
+            at = int(across[0])
+            raise MixedSamplesError(
+                f"edge {at} of edge_index connects samples {int(ends[0, at])} and {int(ends[1, at])}, so merged samples are not "
+                "apart. Way out: no edge between entries of different samples, as torch_geometric's Batch merges them."
+            )
+
+
+def _named(values: list[Any], names: list[str] | None, name: int | str) -> Any:
+    """An input by its position, its keyword, or as an attribute of an input; None if there is none."""
+    if isinstance(name, int):
+        return values[name] if -len(values) <= name < len(values) else None
+    if names and name in names:
+        return values[names.index(name)]
+    return next((found for v in values if _is_plain(v) and (found := getattr(v, name, None)) is not None), None)
 
 
 def _per_input(batch_dim: Any, names: list[str] | None, count: int) -> list[Any]:
@@ -184,13 +233,29 @@ def map_leaves(value: Any, kind: type, fn: Callable[[Any], Any], memo: dict[int,
     return new
 
 
+def objects_in(value: Any) -> list[Any]:
+    """The plain objects of a structure, whose members are values of the call."""
+    found: dict[int, Any] = {}
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        leaves = pytree.tree_leaves(value)
+        if not _is_leaf(value, leaves):
+            stack += leaves
+        elif _is_plain(value) and id(value) not in found:
+            found[id(value)] = value
+            stack += vars(value).values()
+    return list(found.values())
+
+
 def _is_leaf(value: Any, leaves: list[Any]) -> bool:
     return len(leaves) == 1 and leaves[0] is value
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a leaf is an object that tensors may be members of."""
-    return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, Enum)
+    """Whether a leaf is an object that tensors may be members of (PyTorch Geometric's, which have stores, can be called)."""
+    called = callable(value) and (isinstance(value, type) or not hasattr(value, "stores"))
+    return hasattr(value, "__dict__") and not called and not isinstance(value, Enum)
 
 
 def _holds(value: Any, kind: type, seen: set[int]) -> bool:
@@ -213,6 +278,8 @@ def _structure(template: Any, what: str, outer: tuple[int, ...] = ()) -> Any:
         return str(spec), tuple(_structure(leaf, what, outer) for leaf in leaves)
     if id(template) in outer:
         return "itself"
+    if isinstance(template, weakref.ref):
+        return "reference"  # to an object that holds this one
     if _is_plain(template):
         outer = (*outer, id(template))
         return type(template), tuple((k, _structure(v, what, outer)) for k, v in vars(template).items())

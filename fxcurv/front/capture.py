@@ -6,20 +6,26 @@ What export would lose silently is kept or refused here: the leaves that the los
 
 from __future__ import annotations
 
+import contextlib
+import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from fxcurv.errors import FxcurvError
+from fxcurv.errors import CaptureError, FxcurvError
 from fxcurv.front.arguments import Arguments
 from fxcurv.front.custom_functions import kept_functions
 from fxcurv.front.guards import Followed, fixed_sizes, no_branches, quiet, user_frames
 from fxcurv.front.lift import detach_no_grad_regions, lift
+from fxcurv.front.packed import padded_sequences
 from fxcurv.front.python_state import Path, Reads
 from fxcurv.front.side_effects import no_side_effects
+from fxcurv.front.transforms import traced_transforms
 from fxcurv.front.wrapped import Captured, not_traced
+from fxcurv.ir.private import UnsupportedOperatorException
 from fxcurv.ir.program import Program
 
 
@@ -50,6 +56,7 @@ def capture(
             raise not_traced(error, wrapped) from error
         reads.check()
         program = lift(model, wrapped, exported, arguments)
+        program.notes = [*wrapped.record.notes]
         program.python = reads.state(program.constants, [*wrapped.parameters(), *wrapped.buffers()])
         return program
 
@@ -60,15 +67,33 @@ def _export(wrapped: Captured, arguments: Arguments) -> ExportedProgram:
     shapes = tuple([{d: Dim.AUTO} if d is not None else None for d in part] for part in dims)
     # autograd saves nothing of tensors made under inference_mode, nor does it like to be asked for the gradient of what is no
     # leaf; export marks its inputs' dynamic dimensions, and unmarks those that the user marked
-    inputs, targets = (
-        [t.clone() if t.is_inference() else t.detach().requires_grad_(t.requires_grad and t.is_leaf) for t in tensors]
-        for tensors in (arguments.inputs, arguments.split_targets())
-    )
+    def fresh() -> tuple:
+        given = (arguments.inputs, arguments.split_targets())
+        alone = lambda t: t.clone() if t.is_inference() else t.detach().requires_grad_(t.requires_grad and t.is_leaf)  # noqa: E731
+        return *([alone(t) for t in tensors] for tensors in given), numbers
+
+    try:
+        return _traced(wrapped, fresh(), shapes)
+    except CaptureError as error:
+        if not isinstance(error.__cause__, UnsupportedOperatorException):
+            raise
+        # an op whose sizes PyTorch only knows by running it, which takes numbers
+        trace = "".join(traceback.format_tb(error.__cause__.__traceback__))
+        wrapped.record.fixed_by = {"op": str(error.__cause__.func), "module": "", "stack_trace": trace}
+        return _traced(wrapped, fresh(), None)
+
+
+def _traced(wrapped: Captured, args: tuple, shapes: Any) -> ExportedProgram:
     was_training = [(m, m.training) for m in wrapped.model.modules()]
     wrapped.training = wrapped.model.training
     try:
-        with torch.enable_grad(), kept_functions(), no_branches(), user_frames(), Followed(wrapped):
-            return torch.export.export(wrapped, (inputs, targets, numbers), dynamic_shapes=shapes, strict=False)
+        seen_through = (
+            kept_functions(), no_branches(), padded_sequences(), traced_transforms(wrapped), user_frames(), Followed(wrapped),
+        )  # fmt: skip
+        with contextlib.ExitStack() as stack:
+            for context in (torch.enable_grad(), *seen_through):
+                stack.enter_context(context)
+            return torch.export.export(wrapped, args, dynamic_shapes=shapes, strict=False)
     finally:
         for module, training in was_training:
             module.training = training

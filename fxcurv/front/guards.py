@@ -10,14 +10,17 @@ import traceback
 import warnings
 
 import torch
+from torch.autograd import forward_ad
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
-from fxcurv.errors import LossError
+from fxcurv.errors import CaptureError, LossError
 from fxcurv.front import wrapped
+from fxcurv.front.derivatives import gradients
+from fxcurv.front.numbers import read, reads
 from fxcurv.front.wrapped import Captured
 from fxcurv.ir.origin import is_user_file, running_line
-from fxcurv.ir.private import OpOverload, original, patched, trace_logs
+from fxcurv.ir.private import OpOverload, in_function_transform, original, patched, pytree, trace_logs
 
 # where the model is called from while it is traced
 _CALLER = wrapped.__file__
@@ -53,10 +56,42 @@ def _no_complaints():
 @contextlib.contextmanager
 def no_branches():
     """What of PyTorch branches on values: said without the branch, or refused."""
-    gaussian = patched("torch.nn.functional.gaussian_nll_loss", _gaussian_nll)
-    distributions = patched("torch.distributions.Distribution.__init__", _unvalidated(Distribution.__init__))
-    with gaussian, distributions, patched("torch.ctc_loss", _no_ctc):
+    with contextlib.ExitStack() as stack:
+        for name, new in _UNBRANCHED.items():
+            stack.enter_context(patched(name, new))
         yield
+
+
+def _both(pred, true_fn, false_fn, operands=()):
+    """`torch.cond` with both branches in the graph.
+
+    The one that is not taken computes of other operands, where a logarithm or root, say, has derivatives: zero of NaN is NaN.
+    """
+    if isinstance(pred, bool):
+        return (true_fn if pred else false_fn)(*operands)
+
+    def gated(t, taken):
+        return torch.where(taken, t, 0.5) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+
+    pred = pred.reshape(())
+    yes = true_fn(*pytree.tree_map(lambda t: gated(t, pred), tuple(operands)))
+    no = false_fn(*pytree.tree_map(lambda t: gated(t, ~pred), tuple(operands)))
+    return pytree.tree_map(lambda a, b: torch.where(pred, a, b), yes, no)
+
+
+_make_dual = forward_ad.make_dual
+
+
+def _no_dual(tensor, tangent, *, level=None):
+    """Refuse dual numbers but those of `torch.func.jvp`."""
+    if in_function_transform():
+        return _make_dual(tensor, tangent, level=level)
+    raise CaptureError(f"the model or loss makes a dual number, which a trace does not follow\n{running_line()}{_GRAD}")
+
+
+def _as_given(mask, is_causal=None, size=None):
+    """Whether to take a mask for a causal one: only if that is said, else it is used as it is."""
+    return is_causal is True
 
 
 def _unvalidated(init):
@@ -70,21 +105,32 @@ def _unvalidated(init):
 
 
 class Followed(TorchFunctionMode):
-    """`x.data` as `x.detach()`, which a trace can follow; where a derivative is taken, which it cannot, is noted."""
+    """What a trace cannot follow, said so that it can: `x.data`, derivatives, numbers and sizes of values."""
 
     def __init__(self, wrapped: Captured) -> None:
         super().__init__()
-        self.record = wrapped.record
+        self.record, self.values = wrapped.record, wrapped.values
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: D105
         if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
-        if func in _DERIVATIVES:
-            self.record.derivative = self.record.derivative or running_line()
+        if func is torch.autograd.grad and not in_function_transform():
+            args = pytree.tree_map_only(torch.Tensor, self._unmarked, args)
+            self.record.notes[f"torch.autograd.grad is said in the graph: {running_line().strip()}"] = None
+            return gradients(*args, **(kwargs or {}))
+        if reads(func, args) and not in_function_transform():
+            return read(self.values, func, args, kwargs or {})
+        if func in (torch.autograd.backward, torch.Tensor.backward):
+            raise CaptureError(f"the model or loss calls backward(), which writes to tensors' grad\n{running_line()}{_GRAD}")
         return func(*args, **(kwargs or {}))
 
 
-_DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
+    def _unmarked(self, t: torch.Tensor) -> torch.Tensor:
+        """A leaf of the model's output as the model has it: what else the loss reads is computed from that."""
+        return self.record.marks.get(id(t), (t, t))[1]
+
+
+_GRAD = "Way out: torch.autograd.grad(y, x, create_graph=True), or torch.func.grad, vjp, jvp."
 
 
 def _no_ctc(*args, **kwargs):
@@ -107,6 +153,17 @@ def _gaussian_nll(input, target, var, full=False, eps=1e-6, reduction="mean"):  
     loss = 0.5 * (clamped.log() + (input - target) ** 2 / clamped)
     loss = loss + 0.5 * math.log(2 * math.pi) if full else loss
     return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+
+
+_UNBRANCHED = {
+    "torch.autograd.forward_ad.make_dual": _no_dual,
+    "torch.cond": _both,
+    "torch._higher_order_ops.cond": _both,
+    "torch.ctc_loss": _no_ctc,
+    "torch.distributions.Distribution.__init__": _unvalidated(Distribution.__init__),
+    "torch.nn.functional.gaussian_nll_loss": _gaussian_nll,
+    "torch.nn.modules.transformer._detect_is_causal_mask": _as_given,
+}
 
 
 @contextlib.contextmanager

@@ -11,11 +11,13 @@ from torch.export import ExportedProgram
 
 from fxcurv.errors import CaptureError
 from fxcurv.front.arguments import Arguments
+from fxcurv.front.derivatives import expand
 from fxcurv.front.wrapped import Captured
 from fxcurv.ir.batch import Batch
+from fxcurv.ir.graph import pruned
 from fxcurv.ir.origin import locate, source_line
 from fxcurv.ir.private import captured_size, schema_of
-from fxcurv.ir.program import Input, Program
+from fxcurv.ir.program import Input, Numbers, Program
 from fxcurv.rules.custom import functions_as_targets
 
 
@@ -150,7 +152,7 @@ def lift(model: nn.Module, wrapped: Captured, exported: ExportedProgram, argumen
         if bound.kind == "param" and bound.name in trainable:
             params[bound.name] = node
     outputs = list(gm.graph.output_node().args[0])
-    mutations, loss, leaves, heads = _outputs(signature, outputs, wrapped)
+    mutations, loss, leaves, heads, numbers = _outputs(signature, outputs, wrapped)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     batch = _batch(placeholders, inputs, arguments)
     program = Program(
@@ -162,8 +164,19 @@ def lift(model: nn.Module, wrapped: Captured, exported: ExportedProgram, argumen
     )
     if program.fixed and wrapped.record.fixed_by is not None:
         program.fixed_by = wrapped.record.fixed_by
+    program.reads = _reads(program, numbers, [value for _, value in wrapped.values.read])
     program.refresh_output()
+    expand(program)
     return program
+
+
+def _reads(program: Program, nodes: list[fx.Node], values: list[Any]) -> Numbers | None:
+    """What computes the values that became numbers."""
+    if not nodes:
+        return None
+    program.output.args = (tuple(nodes),)
+    lines = [source_line(node.meta.get("stack_trace") or "") for node in nodes]
+    return Numbers(fx.GraphModule(program.gm, pruned(program.graph)), tuple(values), tuple(lines))
 
 
 def _bind(node, signature, exported, model, wrapped, names, constants, counts, arguments) -> Input:
@@ -209,7 +222,7 @@ def _resolve(module: nn.Module, path: str) -> Tensor:
 
 
 def _outputs(signature, outputs, wrapped):
-    """(mutations, loss, output leaves, heads) from the exported graph's flat outputs."""
+    """(mutations, loss, output leaves, heads, values that became numbers) from the exported graph's flat outputs."""
     mutations = {}
     user = []
     for spec, node in zip(signature.output_specs, outputs, strict=True):
@@ -230,8 +243,8 @@ def _outputs(signature, outputs, wrapped):
                 f"{locate(node)}\nis what the model or loss writes to {what} '{name}' in place. Way out: clone it first."
             )
     loss, *rest = user
-    leaves = wrapped.record.leaves
-    return mutations, loss, rest[:leaves], rest[leaves:]
+    leaves, numbers = wrapped.record.leaves, len(rest) - len(wrapped.values.read)
+    return mutations, loss, rest[:leaves], rest[leaves:numbers], rest[numbers:]
 
 
 def _batch(placeholders: list[fx.Node], inputs: list[Input], arguments: Arguments) -> Batch:

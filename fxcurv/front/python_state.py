@@ -344,6 +344,10 @@ class Reads:
 
     # -- recording --
 
+    def born(self, objects: Iterable[Any]) -> None:
+        """What was made for this trace, so that nothing of it stays."""
+        self._born |= {id(new): new for new in objects}
+
     def __enter__(self) -> Reads:
         def read(module: nn.Module, name: str) -> Any:
             try:
@@ -499,7 +503,7 @@ class Reads:
                 path, value, at = path.step("attr", after.argval), getattr(value, after.argval, _MISSING), at + 1
                 continue
             if isinstance(value, type) and after is not None and after.opname.startswith("LOAD_ATTR"):
-                inner = inspect.getattr_static(value, after.argval, None)
+                inner = inspect.getattr_static(value, after.argval, _MISSING)
                 if not hasattr(type(inner), "__get__"):  # a class as a namespace
                     path, value, at = path.step("attr", after.argval), inner, at + 1
                     continue

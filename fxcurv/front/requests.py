@@ -42,6 +42,12 @@ class Subject:
         """All modules of the roots, in order."""
         return all_modules(self.model, self.loss)
 
+    def left_out(self) -> tuple[str, ...]:
+        """Names of trainable parameters of a loss module that are not the model's."""
+        own = {id(p) for p in self.model.parameters()}
+        named = self.loss.named_parameters() if isinstance(self.loss, nn.Module) else ()
+        return tuple(name for name, p in named if p.requires_grad and id(p) not in own)
+
     def device(self) -> torch.device:
         """Where the model's parameters are."""
         return next(self.model.parameters()).device

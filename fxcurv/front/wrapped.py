@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxcurv.errors import ArgumentError, CaptureError, FxcurvError, LossError
-from fxcurv.front.arguments import Arguments, described, filled, map_leaves, templated
+from fxcurv.front.arguments import Arguments, described, filled, map_leaves, objects_in, templated
+from fxcurv.front.numbers import Values
 from fxcurv.front.python_state import Number, Reads
 from fxcurv.ir.origin import is_user_file, line_of, line_of_function, source_line
 from fxcurv.ir.private import GuardOnDataDependentSymNode
@@ -28,13 +29,17 @@ def _(x):
     return torch.empty_like(x)
 
 
+head.register_autograd(lambda ctx, g: g)  # so that a loss that asks for a derivative of the output sees what is before it
+
+
 class _Record:
     """What a trace leaves behind besides its graph (no pytree: export restores those)."""
 
     template: Any = None
     leaves: int = 0
     fixed_by: Any = None
-    derivative: str = ""
+    marks: dict[int, tuple[Tensor, Tensor]]
+    notes: dict[str, None]
     look: Callable[[], None] = staticmethod(lambda: None)
 
 
@@ -49,11 +54,16 @@ class Captured(nn.Module):
         self.arguments = arguments
         self.split = split
         self.record = _Record()
+        self.values = Values()
+        self.own = dict([*self.named_parameters(), *self.named_buffers()])
 
     def forward(self, inputs, targets, numbers):
         try:
+            args, kwargs = filled(self.arguments.input_template, inputs)  # copies of objects, which are not the model's
+            self.reads.born(objects_in((args, kwargs)))
+            self.values.begin(self._given(inputs, targets, numbers))
             with self.reads.numbers(numbers), self.reads:
-                out = self._run(inputs, targets)
+                out = self._run(args, kwargs, targets)
             self.record.look()
             return out
         except FxcurvError:
@@ -61,14 +71,23 @@ class Captured(nn.Module):
         except Exception as error:  # here, since export prints the graph so far and more about an error that it knows
             raise not_traced(error, self) from error
 
-    def _run(self, inputs, targets):
-        args, kwargs = filled(self.arguments.input_template, inputs)
+    def _given(self, inputs, targets, numbers) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """What comes in: (as it is traced, its value, whether it is trained)."""
+        own = [*self.named_parameters(), *self.named_buffers()]
+        yield from ((t, self.own[name], self.own[name].requires_grad) for name, t in own)
+        device = next(self.model.parameters()).device
+        real = [*self.arguments.inputs, *self.arguments.split_targets(), *self.reads.tensors(device)]
+        yield from ((t, value, False) for t, value in zip([*inputs, *targets, *numbers], real, strict=True))
+
+    def _run(self, args, kwargs, targets):
         marked: list[Tensor] = []
+        self.record.marks, self.record.notes = {}, {}
 
         def mark(t: Tensor) -> Tensor:
             if not t.is_floating_point():
                 return t
             marked.append(head(t))
+            self.record.marks[id(marked[-1])] = marked[-1], t
             return marked[-1]
 
         with self._split_at(self.split, mark) if self.split else contextlib.nullcontext():
@@ -81,7 +100,7 @@ class Captured(nn.Module):
         loss = None
         if self.loss is not None:
             loss = _scalar(self._loss_of(self.loss, output, self.arguments.join_targets(targets)), line_of_function(self.loss))
-        return loss, leaves, marked
+        return loss, leaves, marked, [t for t, _ in self.values.read]
 
     def _loss_of(self, loss: Callable, output: Any, targets: tuple) -> Any:
         try:
@@ -123,7 +142,7 @@ def _scalar(loss: Any, where: str) -> Tensor:
 
 def not_traced(error: Exception, wrapped: Captured) -> CaptureError:
     """What a trace has failed with, as an error that says where and what helps."""
-    where = where_raised(error, wrapped) or wrapped.record.derivative  # of a derivative, what fails is its result later on
+    where = where_raised(error, wrapped)
     return CaptureError(
         f"torch.export cannot trace the model or its loss:\n"
         f"{where}{type(error).__name__}: {reason(error)}\n"

@@ -17,9 +17,9 @@ NO_STATISTICS = torch.ops.aten._native_batch_norm_legit.no_stats
 def mixing(program: Program) -> str | None:
     """Where samples interact, as the message for quantities per sample, `{asked}`; None where they do not."""
     targets = [program.loss] if program.loss is not None else program.heads
-    for node in ancestors(targets):
+    for node in _differentiated(targets):
         place = node.meta.get("place")
-        if node.meta.get("active") and any(p == MIXED for p in (place if isinstance(place, list) else [place])):
+        if any(p == MIXED for p in (place if isinstance(place, list) else [place])):
             if of_reduced_loss(program, node):
                 return (
                     f"{_literal(locate(node))}\nis a non-linear function of the reduced loss, for which {{asked}} is not "
@@ -42,6 +42,18 @@ def mixing(program: Program) -> str | None:
     if program.loss is not None and program.loss.meta["place"] != PARTIAL:
         return f"{_literal(locate(program.loss))}\nis no sum over samples, so {{asked}} does not exist for it."
     return None
+
+
+def _differentiated(targets: list[fx.Node]) -> list[fx.Node]:
+    """What a derivative of `targets` passes: not what was detached since, a maximum over the batch say."""
+    found: set[fx.Node] = set()
+    stack = [t for t in targets if t.meta.get("active")]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(i for i in node.all_input_nodes if i.meta.get("active"))
+    return [n for n in targets[0].graph.nodes if n in found]
 
 
 def of_reduced_loss(program: Program, node: fx.Node) -> bool:

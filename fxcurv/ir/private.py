@@ -8,6 +8,7 @@ rules that are about them, and have a row here. A test reads the whole tree for 
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import logging
 import warnings
@@ -26,9 +27,14 @@ SEEN: dict[str, Sequence[str]] = {
     "torch._dispatch.python.enable_python_dispatcher": TRIED,
     "torch._subclasses.fake_tensor.FakeTensor": TRIED,
     "torch._subclasses.fake_tensor.FakeTensorMode": TRIED,
+    "torch._subclasses.fake_tensor.UnsupportedOperatorException": TRIED,
     "torch._subclasses.fake_tensor.disable_fake_tensor_cache": TRIED,
+    "torch._subclasses.fake_tensor.unset_fake_temporarily": TRIED,
     "torch._subclasses.functional_tensor.FunctionalTensor": TRIED,
     "torch._subclasses.functional_tensor.dispatch_functionalize": TRIED,
+    "torch.fx.experimental.proxy_tensor.disable_proxy_modes_tracing": TRIED,
+    "torch.fx.experimental.proxy_tensor.get_proxy_mode": TRIED,
+    "torch.fx.experimental.proxy_tensor.get_proxy_slot": TRIED,
     "torch.fx.experimental.proxy_tensor.make_fx": TRIED,
     "torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode": TRIED,
     "torch.fx.experimental.symbolic_shapes.ShapeEnv": TRIED,
@@ -60,21 +66,40 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.nn.Module._forward_pre_hooks": TRIED,
     "torch.nn.Module._parameters": TRIED,
     "torch.nn.modules.loss._Loss": TRIED,
+    "torch.distributed.ProcessGroup._get_sequence_number_for_group": TRIED,
+    "torch.distributed.device_mesh.DeviceMesh._flatten": TRIED,
+    "torch.distributed.fsdp.FSDPModule._get_fsdp_state": TRIED,
     # patched while a model is captured
+    "torch._functorch.apis.vmap_impl": TRIED,
+    "torch._functorch.eager_transforms._jvp_with_argnums": TRIED,
+    "torch._functorch.eager_transforms._vjp_with_argnums": TRIED,
+    "torch._functorch.eager_transforms.grad_and_value_impl": TRIED,
+    "torch._functorch.eager_transforms.grad_impl": TRIED,
     "torch.Tensor.register_hook": TRIED,
     "torch.autograd.function.FunctionMeta.__init__": TRIED,
+    "torch._higher_order_ops.cond": TRIED,
+    "torch.autograd.forward_ad.make_dual": TRIED,
+    "torch.cond": TRIED,
     "torch.ctc_loss": TRIED,
+    "torch.nn.GRU.forward": TRIED,
+    "torch.nn.LSTM.forward": TRIED,
+    "torch.nn.RNN.forward": TRIED,
+    "torch.nn.utils.rnn.pack_padded_sequence": TRIED,
+    "torch.nn.utils.rnn.pad_packed_sequence": TRIED,
     "torch.distributions.Distribution.__init__": TRIED,
     "torch.fx.experimental.symbolic_shapes.ShapeEnv._set_replacement": TRIED,
     "torch.fx.proxy.TracerBase._filter_traceback_frames": TRIED,
     "torch.nn.functional.gaussian_nll_loss": TRIED,
+    "torch.nn.modules.transformer._detect_is_causal_mask": TRIED,
     "torch.utils.checkpoint.CheckpointFunction": TRIED,
     # operators that captured graphs hold
+    "torch.ops._c10d_functional": TRIED,
     "torch.ops.aten._adaptive_avg_pool2d": TRIED,
     "torch.ops.aten._adaptive_avg_pool2d_backward": TRIED,
     "torch.ops.aten._adaptive_avg_pool3d": TRIED,
     "torch.ops.aten._cdist_forward": TRIED,
     "torch.ops.aten._efficientzerotensor": TRIED,
+    "torch.ops.aten._fused_sdp_choice": TRIED,
     "torch.ops.aten._linalg_eigh": TRIED,
     "torch.ops.aten._local_scalar_dense": TRIED,
     "torch.ops.aten._log_softmax": TRIED,
@@ -83,6 +108,8 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.ops.aten._native_batch_norm_legit_functional": TRIED,
     "torch.ops.aten._native_batch_norm_legit_no_training": TRIED,
     "torch.ops.aten._safe_softmax": TRIED,
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu": TRIED,
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": TRIED,
     "torch.ops.aten._softmax": TRIED,
     "torch.ops.aten._softmax_backward_data": TRIED,
     "torch.ops.aten._to_copy": TRIED,
@@ -154,9 +181,16 @@ from torch._dynamo import assume_constant_result as constant_result
 from torch._dynamo import maybe_mark_dynamic
 from torch._guards import tracing
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+    disable_fake_tensor_cache,
+)
+from torch._subclasses.fake_tensor import unset_fake_temporarily as without_fake_mode
 from torch._subclasses.functional_tensor import FunctionalTensor, dispatch_functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_slot, make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode as proxy_mode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv, free_unbacked_symbols
 from torch.nn.modules.loss import _Loss as Loss
 from torch.utils import _pytree as pytree
@@ -164,12 +198,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "FakeTensor", "FakeTensorMode", "FunctionalTensor", "GuardOnDataDependentSymNode", "Loss", "OpOverload", "SEEN",
-    "ShapeEnv", "TRIED", "TorchDispatchMode", "base_of", "captured_size", "check", "constant_result", "decomposes",
-    "decomposition_table", "disable_fake_tensor_cache", "dispatch_functionalize", "enable_python_dispatcher",
-    "find", "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform",
-    "is_view", "make_fx", "maybe_mark_dynamic", "no_hooks", "no_torch_functions", "original", "own_buffers", "own_parameters",
-    "patched", "pytree", "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing", "uses_of_storage",
-    "version_of",
+    "ShapeEnv", "TRIED", "TorchDispatchMode", "UnsupportedOperatorException", "base_of", "captured_size", "check",
+    "collectives_of", "constant_result", "decomposes", "decomposition_table", "disable_fake_tensor_cache",
+    "disable_proxy_modes_tracing", "dispatch_functionalize", "enable_python_dispatcher", "find", "flattened_mesh",
+    "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform", "is_view", "make_fx",
+    "maybe_mark_dynamic", "memory_of", "no_hooks", "no_torch_functions", "node_of", "original", "own_buffers",
+    "own_forward_hooks", "own_parameters", "patched", "precision_of_fsdp", "proxy_mode", "pytree", "rerouted",
+    "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing", "uses_of_storage", "version_of",
+    "without_fake_mode", "without_forward_hooks",
 ]  # fmt: skip
 
 # they log what a trace raises, and more about it
@@ -182,6 +218,31 @@ def patched(name: str, new: Any) -> Any:
     if name not in SEEN:
         raise LookupError(f"{name} is patched without a row in {__name__}")
     return mock.patch.object(*find(name), new)
+
+
+def _instead(*args: Any, **kwargs: Any) -> Any:
+    return __fxcurv__(*args, **kwargs)  # type: ignore[name-defined]  # noqa: F821
+
+
+@contextlib.contextmanager
+def rerouted(name: str, new: Any) -> Iterator[None]:
+    """`new` in place of a Python function of PyTorch's that has a row here, also for those who imported it by name.
+
+    The function stays the object that it is; its code calls `new`.
+    """
+    if name not in SEEN:
+        raise LookupError(f"{name} is patched without a row in {__name__}")
+    owner, last = find(name)
+    function = getattr(owner, last)
+    own, defaults, entry = function.__code__, function.__defaults__, f"__fxcurv_{last}"
+    function.__globals__[entry] = new
+    names = tuple(entry if n == "__fxcurv__" else n for n in _instead.__code__.co_names)
+    function.__code__, function.__defaults__ = _instead.__code__.replace(co_names=names), None
+    try:
+        yield
+    finally:
+        function.__code__, function.__defaults__ = own, defaults
+        del function.__globals__[entry]
 
 
 def original(name: str) -> Any:
@@ -210,6 +271,17 @@ def uses_of_storage(tensor: torch.Tensor) -> int:
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
+def memory_of(tensor: torch.Tensor) -> int:
+    """A number for the storage of a tensor, as long as that lives."""
+    return tensor.untyped_storage()._cdata
+
+
+def node_of(tensor: torch.Tensor, tracer: Any) -> torch.fx.Node | None:
+    """The node that a tensor of a running trace has."""
+    slot: Any = get_proxy_slot(tensor, tracer, None)
+    return None if slot is None else slot.proxy.node
+
+
 def running_backward() -> int:
     """A number for the backward pass that is running."""
     return torch._C._current_graph_task_id()
@@ -230,6 +302,13 @@ def version_of(tensor: torch.Tensor) -> int:
     return tensor._version
 
 
+def without_forward_hooks(module: torch.nn.Module) -> torch.nn.Module:
+    """The same layer, its parameters shared, without forward hooks."""
+    twin = copy.copy(module)
+    twin._forward_hooks = OrderedDict()
+    return twin
+
+
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether anything runs before or after a module's forward pass."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
@@ -244,6 +323,16 @@ def no_hooks(module: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         module._forward_pre_hooks, module._forward_hooks = before, after
+
+
+def own_forward_hooks(module: torch.nn.Module) -> list[dict[int, Any]]:
+    """The tables of what runs before and after a module's forward pass."""
+    return [module._forward_pre_hooks, module._forward_hooks]
+
+
+def precision_of_fsdp(module: Any) -> Any:
+    """The mixed precision policy of an `FSDPModule`."""
+    return module._get_fsdp_state()._mp_policy
 
 
 def own_parameters(module: torch.nn.Module) -> dict[str, Any]:
@@ -264,6 +353,16 @@ def hooks_of_tensor(tensor: torch.Tensor) -> Any:
 def set_hooks_of_tensor(tensor: torch.Tensor, hooks: Any) -> None:
     """Put hooks back that `hooks_of_tensor` gave, or take them away by None."""
     tensor._backward_hooks = hooks
+
+
+def collectives_of(group: Any) -> int:
+    """How many collectives a process group has begun."""
+    return group._get_sequence_number_for_group()
+
+
+def flattened_mesh(mesh: Any) -> Any:
+    """A device mesh of several dimensions as one of one dimension."""
+    return mesh._flatten()
 
 
 def no_torch_functions() -> Any:

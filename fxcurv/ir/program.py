@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from fxcurv.ir.graph import is_tensor, layout, pruned
 from fxcurv.ir.origin import source_line
 from fxcurv.ir.placement import REPLICATE, Placement, Shard
 from fxcurv.ir.private import pytree
-from fxcurv.ir.state import Analysis, Options, Walked
+from fxcurv.ir.state import Analysis, Options, Spread, Walked
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Input:
 
     kind: "param", "buffer", "constant" (by `name`), "input", "target" (by `index` among the tensor leaves), "seed",
         "number" (a float that Python holds, by `index` among `python_state.State.numbers`),
-        "memory" (by `index` among the program's buffers).
+        "memory" (by `index` among the program's buffers), "samples" (how many all ranks have), "first" (the number of this
+        rank's first one).
     """
 
     kind: str
@@ -60,6 +61,22 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Numbers:
+    """The numbers that tracing made of values of the data: what computes them, what they were, the user's lines."""
+
+    module: fx.GraphModule
+    values: tuple[Any, ...]
+    lines: tuple[str, ...]
+
+    def differences(self, flat: Sequence[Any]) -> list[str]:
+        """In words, what is another number for these arguments, those of the program's graph."""
+        with torch.no_grad():
+            now = [t.item() for t in self.module(*flat)]
+        rows = zip(now, self.values, self.lines, strict=True)
+        return [f"a value is {new} instead of {old} ({line})" for new, old, line in rows if new != old]
+
+
+@dataclass(frozen=True)
 class Memory:
     """A buffer that large results are written to: its fake value, and the (field, parameter name) of those results."""
 
@@ -86,7 +103,10 @@ class Program:
         fake_mode: the mode that all values of the graph belong to.
         fixed_by: the op, module and line that made a number of the batch size.
         pieces: traced functions by their kinds of arguments (see `ir.emit`).
-        options: what was asked for; `analysis`: what the passes before the walk found; `walked`: what the walk left.
+        options: what was asked for; `analysis`: what the passes before the walk found; `walked`: what the walk left;
+            `spread`: the collectives.
+        notes: how what a trace cannot follow was captured, for a report.
+        reads: the values of the data that tracing made numbers of, if there are any.
         python: the values of attributes, closures and globals that tracing read.
         checks: conditions on values, verified at the first call; `finish` moves them to `check_module`, which computes
             them, and `verdicts`, the errors that go with them.
@@ -123,6 +143,9 @@ class Program:
     options: Options = field(default_factory=Options)
     analysis: Analysis = field(default_factory=Analysis)
     walked: Walked = field(default_factory=Walked)
+    notes: list[str] = field(default_factory=list)
+    reads: Numbers | None = None
+    spread: Spread = field(default_factory=Spread)
     python: Any = None
     timings: dict[str, float] = field(default_factory=dict)
     buffers: list[Memory] = field(default_factory=list)
@@ -234,7 +257,8 @@ class Program:
         if self.batch.size == 1:
             return "fixed at 1: one sample runs as a program of its own"
         if self.batch.whole:
-            return f"fixed at {self.batch.size}: samples interact, so all of it is one sample"
+            why = "interact" if self.options.sample_index is None else "are merged"
+            return f"fixed at {self.batch.size}: samples {why}, so all of it is one sample"
         origin = self.fixed_by or {}
         where = f" in module '{origin['module']}'" if origin.get("module") else ""
         line = source_line(origin.get("stack_trace") or "")

@@ -22,12 +22,15 @@ class Options:
         debug: verify the program between passes and check values at every call.
         params: which parameters the gradient and all quantities are of, as the user says it.
         sample: "sequence" or "token".
+        sample_index: the input that says which sample an entry belongs to, as the user names it.
         as_written: no op of the model may be said in others.
         schedules: a float that changes at every call may become an input of the program.
         create_graph: of one program: results can be differentiated again, so only algorithms that autograd can follow are
             chosen.
         batch_dims: of one program: the samples' dimension of every input, None for one without samples.
         alone: of one program: the batch is one sample, wherever the model keeps it.
+        index, edges: of one program: which input says the sample of every entry, and which are pairs of entries.
+        ranks: the name of a process group whose ranks have a part of the batch each; empty: this process has all of it.
     """
 
     batch_dim: Any = 0
@@ -39,11 +42,30 @@ class Options:
     debug: bool = False
     params: Any = None
     sample: str = "sequence"
+    sample_index: int | str | None = None
     as_written: bool = False
     schedules: bool = True
     create_graph: bool = False
     batch_dims: tuple[int | None, ...] = ()
     alone: bool = False
+    index: int | None = None
+    edges: tuple[int, ...] = ()
+    ranks: str = ""
+
+
+@dataclass
+class Spread:
+    """What `passes.distribute` made of a program.
+
+    Attributes:
+        ops: the captured ops, in words.
+        buckets: what travels together, a label for each value.
+        places: where the parts of results are: "output" (a list), "results" and "extras", by field.
+    """
+
+    ops: list[str] = field(default_factory=list)
+    buckets: list[list[str]] = field(default_factory=list)
+    places: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -53,13 +75,19 @@ class Analysis:
     Attributes:
         terms: the sources of curvature in the loss (`walks.loss`), where an extension needs them.
         positions: (T, axis of classes), where every position of the output is a sample.
+        rows: the positions are the rows of the output, as many as there are samples, and the batch is one sample.
         ends: what f is, where it is not the model's output; `hidden`: why it is not known, with room for `{asked}`.
+        left_out: trainable parameters of a loss module, which are not the model's.
+        said: (op, module path, "" for one of PyTorch's kernels or why it is said in mathematics), of the ops that have kernels.
         mixing: where samples interact, as a message with room for `{asked}`; empty where they do not.
     """
 
     terms: list[Any] = field(default_factory=list)
     positions: tuple[int, int | None] | None = None
+    rows: bool = False
+    said: list[tuple[str, str, str]] = field(default_factory=list)
     mixing: str = ""
+    left_out: tuple[str, ...] = ()
     ends: str = ""
     hidden: str = ""
 

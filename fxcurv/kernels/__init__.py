@@ -2,6 +2,7 @@
 
 from fxcurv.kernels import (
     embedding_square_sum,
+    longest,
     max_pool_columns,
     outer_batch_conv,
     outer_moments,
@@ -14,6 +15,7 @@ from fxcurv.kernels import (
 
 __all__ = [
     "embedding_square_sum",
+    "longest",
     "max_pool_columns",
     "outer_batch_conv",
     "outer_moments",

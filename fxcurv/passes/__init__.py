@@ -6,11 +6,15 @@ import time
 from collections.abc import Callable
 
 from fxcurv.ir.program import Program
+from fxcurv.ir.state import Options
 from fxcurv.passes.average import average
 from fxcurv.passes.channels_last import channels_last
+from fxcurv.passes.counts import counts
+from fxcurv.passes.distribute import distribute
 from fxcurv.passes.ends import ends
 from fxcurv.passes.extract import extract
 from fxcurv.passes.finish import finish
+from fxcurv.passes.fuse import fuse
 from fxcurv.passes.independence import independence
 from fxcurv.passes.normalize import normalize
 from fxcurv.passes.objective import objective
@@ -27,8 +31,17 @@ from fxcurv.passes.tokens import tokens
 from fxcurv.passes.verify import verify
 from fxcurv.passes.whole_batch import whole_batch
 
-ANALYSIS = [normalize, pool_first, channels_last, independence, ends, whole_batch, objective, tokens]
+ANALYSIS = [normalize, pool_first, channels_last, independence, fuse, ends, whole_batch, objective, tokens]
 PIPELINE = [propagate, average, products, extract, placements, simplify, select, simplify, sum_first, schedule, finish, recycle]
+
+
+SPREAD = [p for step in PIPELINE for p in ((counts, simplify, step, distribute) if step is placements else (step,))]
+"""For a batch whose parts are on several ranks; equal values are united before, so that each travels once."""
+
+
+def pipeline(options: Options) -> list:
+    """What makes the emitted program of an analysed one."""
+    return SPREAD if options.ranks else PIPELINE
 
 
 def run(program: Program, passes: list, debug: bool = False, tell: Callable[[str], None] = lambda stage: None) -> Program:
@@ -46,6 +59,6 @@ def run(program: Program, passes: list, debug: bool = False, tell: Callable[[str
 
 def until(program: Program, stage: str) -> Program:
     """Run the whole pipeline on a captured program up to the first pass called `stage`."""
-    steps = [*ANALYSIS, *PIPELINE]
+    steps = [*ANALYSIS, *pipeline(program.options)]
     names = [step.__name__ for step in steps]
     return run(program, steps[: names.index(stage) + 1])

@@ -101,6 +101,7 @@ class _Counts:
     def __init__(self, program: Program):
         self.program, self.made = program, {}  # type: ignore[var-annotated]
         self.node = samples(program)
+        self.node.meta["of_all"] = True  # a part's own size is the same expression
 
     def replace(self, node: fx.Node) -> None:
         """Let an op on tensors read them."""
@@ -134,4 +135,5 @@ class _Counts:
                 new = self.node if per == 1 else self.program.graph.call_function(operator.mul, (self.node, per))
         if new is not self.node:
             new.meta = {**value.meta}
+        new.meta["of_all"] = True
         return new

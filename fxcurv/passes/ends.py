@@ -4,6 +4,12 @@ A language model that is called with labels returns its loss, and `loss = lambda
 that the loss reads is a number then, which is no f: of it the loss is linear, and the Gauss-Newton of a linear function is
 zero. So f is what the loss op inside the model reads, where the output is a linear function of such ops alone. A mean of a
 layer's output (a critic's) ends at that layer. What else a number hides is not known: the Gauss-Newton is refused.
+
+An output that is a sum over samples (the divergence that a variational autoencoder returns beside its reconstruction) has the
+samples before it is summed up: those values are f in its place, where the loss is linear in it. A regulariser is of no f.
+
+Where the loss reads parameters for every sample (a conditional random field's transitions), and of the curvature only the
+Hessian is asked for, f is each sample's term of the loss: the Hessian does not depend on where the model ends.
 """
 
 from __future__ import annotations
@@ -13,13 +19,14 @@ import operator
 from torch import Tensor, fx
 
 from fxcurv.errors import LossError
-from fxcurv.ir.graph import canonical_args, is_tensor
+from fxcurv.ir.graph import canonical_args, descendants, is_tensor
 from fxcurv.ir.origin import locate
-from fxcurv.ir.placement import REPLICATE, Shard
+from fxcurv.ir.placement import PARTIAL, REPLICATE, Shard
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program, is_active, is_sharded, place
 from fxcurv.rules.base import rule_of
 from fxcurv.rules.traits import named_loss
+from fxcurv.walks.loss import past
 
 
 def ends(program: Program) -> Program:
@@ -30,9 +37,24 @@ def ends(program: Program) -> Program:
     heads: dict[fx.Node, None] = {}
     for head in program.heads:
         found = _inside(program, head, head in linearly) if is_active(head) else None
-        heads.update(dict.fromkeys(found or [head]))
-    program.heads = list(heads)
+        heads.update(dict.fromkeys([head] if found is None else found))
+    program.heads = list(heads) or program.heads  # of a regulariser alone
+    if _of_ops_alone(program) and _reads_beside(program):
+        program.heads = _summands(program, program.loss) or program.heads
     return program
+
+
+def _of_ops_alone(program: Program) -> bool:
+    """Whether second derivatives are asked for, and none that depends on where the model ends."""
+    asked = [e.requires for e in program.extensions]
+    return any(r.of_ops for r in asked) and not any(r.of_loss and not r.of_ops or not r.needs_loss for r in asked)
+
+
+def _reads_beside(program: Program) -> bool:
+    """Whether the loss reads a parameter for every sample beside f, or no f at all: all of it is the model's then."""
+    reads = [n for n in past(program) if is_sharded(n) and is_active(n)]
+    of_f = program.loss in descendants(program.heads)
+    return not of_f or any(is_active(i) and not is_sharded(i) for n in reads for i in n.all_input_nodes)
 
 
 def check_ends(program: Program, asked: str) -> None:
@@ -46,22 +68,43 @@ def _inside(program: Program, head: fx.Node, linearly: bool) -> list[fx.Node] | 
     stops = [n for n in _stops(program, head) if place(n) != REPLICATE]  # others are regularisers
     losses = [n for n in stops if _is_loss(program, n)]
     others = [n for n in stops if n not in losses]
-    number = is_tensor(head) and not head.meta["val"].ndim and place(head) != REPLICATE
+    number = is_tensor(head) and (not head.meta["val"].ndim or place(head) == PARTIAL) and place(head) != REPLICATE
     read = list(dict.fromkeys(leaf for n in losses for leaf in _predictions(program, n)))
     if losses and linearly and not others and all(is_sharded(n) for n in read):
         program.analysis.ends = f"what the model's own loss reads, {_named(losses)}"
         return list(dict.fromkeys(_returned(program, n) for n in read))
-    if number and linearly and not losses and all(map(_is_layer, others)):
+    if number and linearly and not losses and others and all(map(_is_layer, others)):
         program.analysis.ends = f"what the model sums up itself, of {_named(others)}"
         return list(dict.fromkeys(_returned(program, n) for n in others))
-    if linearly and (number or losses) or number and losses:
+    if stops and (linearly and (number or losses) or number and losses):
         at = (others or losses)[0]
         program.analysis.hidden = (
             f"{_literal(locate(at))}\nis inside a loss that the model computes itself, so it is not known where it ends and "
             "the loss begins, and {asked} (of the Gauss-Newton) does not exist.\nWay out: split='path of the submodule whose "
             "output is f'; or return that output from the model, and compute the loss in the loss function."
         )
-    return None
+    return _summands(program, head) if linearly else None
+
+
+def _summands(program: Program, head: fx.Node) -> list[fx.Node] | None:
+    """The values per sample that an output is a linear function of; None where it has samples, or mixes them."""
+    found: dict[fx.Node, None] = {}
+    seen, stack = set(), [head]
+    while stack:
+        node = stack.pop()
+        if node in seen or is_active(node) and place(node) == REPLICATE:
+            continue
+        seen.add(node)
+        if is_sharded(node):
+            found[node] = None
+        elif node.op != "call_function" or not _is_linear(program, node):
+            return None
+        else:
+            stack.extend(filter(is_active, node.all_input_nodes))
+    if head in found:
+        return None
+    program.analysis.ends = f"what the model sums up itself, {_named([*found] or [head])}"
+    return list(found)
 
 
 def _named(nodes: list[fx.Node]) -> str:

@@ -48,7 +48,7 @@ def _placed(program: Program) -> Program:
         elif node.op == "get_attr":
             node.meta["active"], node.meta["place"] = False, REPLICATE
         elif node.op == "call_function":
-            _visit(program, node)
+            visit(program, node)
     return program
 
 
@@ -63,7 +63,8 @@ def _of_input(program: Program, node: fx.Node, what) -> Placement:
     return structural(program, val)
 
 
-def _visit(program: Program, node: fx.Node) -> None:
+def visit(program: Program, node: fx.Node) -> None:
+    """Set both on a call, whose arguments have them."""
     if node.target is operator.getitem:
         source = node.args[0]
         place, index = source.meta["place"], node.args[1]

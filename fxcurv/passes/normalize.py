@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from fxcurv.ir.private import OpOverload, decomposes, free_unbacked_symbols
 from fxcurv.ir.program import Program
 from fxcurv.ir.specialise import propagate_values
 from fxcurv.rules import REWRITES, RULES
+from fxcurv.rules.base import SUMS
 from fxcurv.rules.idioms import IDIOMS
 from fxcurv.rules.logits import logits
 from fxcurv.rules.traits import ITEMS
@@ -35,8 +37,15 @@ def normalize(program: Program) -> Program:
     _refuse_counts_of_values(program)
     logits(program)
     _say_idioms(program)
+    say_in_others(program)
+    _select_heads(program)
+    return program
+
+
+def say_in_others(program: Program) -> None:
+    """Ops that have no rule in those that have one, as far as a rewrite or PyTorch says them."""
     for _ in range(10):  # a rewrite may give ops that have a rewrite themselves
-        if not _rewrite_once(program):
+        if not rewritten(program, program.graph.nodes):
             break
     for node in program.graph.nodes:
         to_reshape(node)
@@ -44,8 +53,6 @@ def normalize(program: Program) -> Program:
     propagate_values(program)
     program.refresh_output()
     program.graph.eliminate_dead_code()
-    _select_heads(program)
-    return program
 
 
 def _drop_markers(program: Program) -> None:
@@ -81,25 +88,28 @@ def _say_idioms(program: Program) -> None:
     for node in list(program.graph.nodes):
         new = IDIOMS[node.target](program, node) if node.target in IDIOMS else None
         if new is not None:
-            _substitute(program, node, new)
+            substitute(program, node, new)
 
 
-def _rewrite_once(program: Program) -> bool:
+def rewritten(program: Program, nodes: Iterable[fx.Node]) -> bool:
+    """Whether any of these was a composite op; it is said in others now."""
     changed = False
-    for node in list(program.graph.nodes):
+    for node in list(nodes):
         fn = _equation(node, program)
         if fn is None:
             continue
         args = canonical_args(node)
         fn = functools.partial(invoke, node.target, fn=fn)
         new = emit(program, fn, args, origin=origin_of(node, "forward"), before=node)
-        _substitute(program, node, new)
+        substitute(program, node, new)
         changed = True
     return changed
 
 
 def _equation(node: fx.Node, program: Program):
     """The function that says `node`'s op in other ops, or None."""
+    if program.options.ranks and node.target in SUMS and node.target not in program.rules:
+        return SUMS[node.target]
     if node.op != "call_function" or node.target in program.rules or node.target in RULES:
         return None
     if node.target in REWRITES:
@@ -115,7 +125,8 @@ def _is_float(node: fx.Node) -> bool:
     return any(isinstance(v, Tensor) and v.is_floating_point() for v in vals)
 
 
-def _substitute(program: Program, node: fx.Node, new: Any) -> None:
+def substitute(program: Program, node: fx.Node, new: Any) -> None:
+    """Let `new`, a tuple for an op of several outputs, stand for a call."""
     if isinstance(new, tuple | list):
         for user in list(node.users):
             if user.target is not operator.getitem:

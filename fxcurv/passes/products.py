@@ -7,15 +7,18 @@ import operator
 
 from torch import fx
 
-from fxcurv.errors import ExtensionError
-from fxcurv.ir.emit import constant
-from fxcurv.ir.graph import ancestors, closure, copied
+from fxcurv.errors import ExtensionError, MixedSamplesError
+from fxcurv.ir.emit import constant, samples
+from fxcurv.ir.graph import ancestors, closure, copied, dependent
 from fxcurv.ir.origin import locate
-from fxcurv.ir.placement import PARTIAL, Shard
+from fxcurv.ir.placement import MIXED, PARTIAL, Shard
 from fxcurv.ir.private import pytree
-from fxcurv.ir.program import Program
+from fxcurv.ir.program import Input, Program
 from fxcurv.operators import Code, Lazy, Operator, Parts, Products, Whole
+from fxcurv.passes.counts import counts
+from fxcurv.passes.distribute import given
 from fxcurv.passes.ends import check_ends
+from fxcurv.passes.placements import placements
 from fxcurv.passes.simplify import simplify
 from fxcurv.quantity import Product as Wanted
 from fxcurv.walks.columns import births
@@ -59,10 +62,42 @@ def _whole(program: Program, kind: str, names: tuple[str, ...]) -> tuple[list[fx
     joint = base.copy()
     vectors, found = Product(joint, kind, list(names)).run()
     results = _simplified(joint.program, found)
+    summed: list[str] = []
+    if program.options.ranks:
+        results = _across(program, joint.program, where, results)
+        summed = [name for name, node in results.items() if node.meta["across"] == PARTIAL]
     saved = saved_values(joint.program, vectors.values(), list(results.values()))
     gm = split(joint.program, saved, list(vectors.values()), list(results.values()))
     labels = [_label(program, n, where) for n in saved]
-    return _returned(program, saved, where), Whole(program, labels, names, gm, list(vectors), list(results))
+    return _returned(program, saved, where), Whole(program, labels, names, gm, list(vectors), list(results), summed)
+
+
+def _across(program: Program, child: Program, where: dict[int, fx.Node], results: dict[str, fx.Node]) -> dict[str, fx.Node]:
+    """The results where the samples are on several ranks: sums over them, each to be added up by who calls the product.
+
+    Raises:
+        MixedSamplesError: where a product needs sums on its way.
+    """
+    bound = dict(zip(program.graph.find_nodes(op="placeholder"), program.inputs, strict=True))
+    placeholders = child.graph.find_nodes(op="placeholder")
+    child.inputs = [bound[where[n.meta["key"]]] if "key" in n.meta else Input("vector") for n in placeholders]
+    counts(child)
+    simplify(child)
+    given(child)
+    for node in [n for n in child.graph.find_nodes(op="placeholder") if n not in placeholders]:
+        node.meta["key"] = 1 + max(n.meta.get("key", 0) for n in child.graph.nodes)
+        where[node.meta["key"]] = samples(program)
+    placements(child)
+    results = {name: child.extras[f"result {name}"] for name in results}
+    moving = dependent(child.graph.nodes, [n for n in placeholders if "key" not in n.meta])
+    for node in ancestors(list(results.values())):
+        if node in moving and (node.meta["across"] == MIXED or any(n in moving for n in node.meta["complete"])):
+            raise MixedSamplesError(
+                f"{locate(node)}\nmixes samples of several ranks on the way of a product's vectors, which is not supported with "
+                "mesh=. Way out: eval() or GroupNorm in place of batch norm in training mode; weight decay outside of the "
+                "loss; or the product without mesh=, of each rank's own batch."
+            )
+    return results
 
 
 def _positive(program: Program, modify: str, names: tuple[str, ...]) -> tuple[list[fx.Node], Code]:
@@ -75,6 +110,8 @@ def _positive(program: Program, modify: str, names: tuple[str, ...]) -> tuple[li
             "create_graph=True with PCHMP: the derivative of the eigendecompositions in it is not defined at repeated "
             "eigenvalues. Way out: HMP or GGNMP, or PCHMP in a call without create_graph."
         )
+    if program.options.ranks:
+        raise ExtensionError("PCHMP with mesh= is not supported: ask for HMP or GGNMP, or for PCHMP of each rank's own batch")
     base, where = joint_of(program, "pch")
     find_terms(base.program)
     _mark_living(program, base, where)
@@ -162,6 +199,8 @@ def _label(program: Program, node: fx.Node, where: dict[int, fx.Node]) -> str:
     if node.op != "placeholder":
         return f"a value kept of {locate(node)}"
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    if where[node.meta["key"]] not in placeholders:
+        return "the number of samples"
     bound = program.inputs[placeholders.index(where[node.meta["key"]])]
     named = {"param": "parameter", "buffer": "buffer", "constant": "constant"}
     return (

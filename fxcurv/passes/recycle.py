@@ -16,6 +16,7 @@ from torch import fx
 from fxcurv.contractions.sizes import size
 from fxcurv.ir.program import Input, Memory, Program
 from fxcurv.kernels.register import INTO
+from fxcurv.passes.distribute import alone
 from fxcurv.rules.traits import REARRANGED
 
 # Smaller results come from memory that the allocator keeps anyway.
@@ -51,7 +52,7 @@ def recycle(program: Program) -> Program:
 
 
 def functional(program: Program) -> fx.GraphModule:
-    """The graph as it was before this pass: all results in new memory."""
+    """The graph as it was before this pass, all results in new memory, and as one process runs it."""
     values: dict[fx.Node, fx.Node] = {}
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph, values))
@@ -61,7 +62,8 @@ def functional(program: Program) -> fx.GraphModule:
             node.target, node.kwargs = plain[node.target], {k: v for k, v in node.kwargs.items() if k != "out"}
     for node in [n for n in graph.nodes if n.op == "placeholder" and n.meta.get("origin", {}).get("stage") == "recycle"]:
         graph.erase_node(node)
-    return fx.GraphModule(program.gm, graph)
+    gm = fx.GraphModule(program.gm, graph)
+    return alone(gm) if program.options.ranks else gm
 
 
 def _maker(node: fx.Node) -> fx.Node:

@@ -109,7 +109,7 @@ def _layout(node: fx.Node) -> tuple:
 
 def _key(node: fx.Node) -> Any:
     if isinstance(node.meta.get("val"), torch.SymInt):
-        return ("size", str(node.meta["val"]))  # wherever it is read, a size is a size
+        return ("size", str(node.meta["val"]), "of_all" in node.meta)  # wherever it is read, a size is a size
     return (node.op, node.target, _freeze(node.args), _freeze(node.kwargs))
 
 

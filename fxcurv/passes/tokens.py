@@ -3,6 +3,9 @@
 It can where the loss is a sum over positions as well as over samples. Past the output, a position is followed by the
 algebra that follows a sample (`placement`), one axis of positions at a time. A function that is such a sum along each of
 several axes is one over all of them together, since no mixed difference is left.
+
+Under `sample_index=` the batch is one sample, and its positions are the rows of the output: a row is what the user calls a
+sample. Its individual gradient is that of its term of the loss, whatever entries it depends on.
 """
 
 from __future__ import annotations
@@ -29,25 +32,52 @@ WAY_OUT = 'Way out: sample="sequence"; or a loss that is a sum or mean of one te
 
 def tokens(program: Program) -> Program:
     """Set `analysis.positions`, (number of positions, axis of classes or None), where gradients are wanted by token."""
-    if program.options.sample == "token":
+    if program.options.sample == "token" or program.options.sample_index is not None:
         _find(program)
     return program
 
 
 def _find(program: Program) -> None:
+    merged = program.options.sample_index is not None
+    how, other = ("with sample_index=", "samples along a dimension") if merged else ('for sample="token"', 'sample="sequence"')
     for e in program.extensions:
         if not e.requires.of_gradients and not e.any_sample:
             raise ExtensionError(
-                f'{type(e).__name__} is not defined for sample="token". Way out: sample="sequence", or a quantity of individual '
+                f"{type(e).__name__} is not defined {how}. Way out: {other}, or a quantity of individual "
                 "gradients, or one that is a sum over samples (DiagGGNExact, DiagGGNMC, DiagHessian, products)."
             )
     asked = ", ".join(type(e).__name__ for e in program.extensions if e.requires.of_gradients)
     if not asked:
         return
+    unit = "row" if merged else "token"
     if len(program.heads) != 1:
-        raise LossError(f"{asked} per token needs one output that the loss reads, not {len(program.heads)}.\n{WAY_OUT}")
+        raise LossError(f"{asked} per {unit} needs one output that the loss reads, not {len(program.heads)}.\n{WAY_OUT}")
     (head,) = program.heads
     _check_parameters(program, head, asked)
+    if merged:
+        _find_rows(program, head, asked)
+    else:
+        _find_positions(program, head, asked)
+
+
+def _find_rows(program: Program, head: fx.Node, asked: str) -> None:
+    """The rows of the output as samples."""
+    shape, n = program.batch.shape(head.meta["val"], program.batch.size), program.batch.size
+    if not shape or shape[0] != n:
+        raise LossError(
+            f"{locate(head)}\nis the model's output, {list(shape)}, and the targets are of {n} samples, so {asked} does not "
+            "exist. Way out: an output with one row per sample, and targets with as many."
+        )
+    node, _ = _first_mixing(program, head, Shard(0), n)
+    if node is not None:
+        raise LossError(
+            f"{locate(node)}\njoins rows of the model's output other than in a sum, or is not known to keep them apart, so "
+            f"{asked} does not exist.\nWay out: a loss that is a sum or mean of one term per row."
+        )
+    program.analysis.positions, program.analysis.rows = (n, None), True
+
+
+def _find_positions(program: Program, head: fx.Node, asked: str) -> None:
     axes = _axes(program, head)
     found = [(dim, *_first_mixing(program, head, at, size)) for dim, at, size in axes]
     others = [d for d in range(head.meta["val"].ndim) if d != head.meta["place"].dim]

@@ -6,8 +6,6 @@ is traced at the first batch and kept for the next. For a last layer, that layer
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Iterable, MutableMapping
 from math import prod
 from typing import Any
@@ -34,6 +32,7 @@ from fxcurv.extensions import (
     SqrtGGNMC,
     SumGradSquared,
 )
+from fxcurv.ir.private import without_forward_hooks
 from fxcurv.kronecker import Kronecker
 from fxcurv.result import Result
 
@@ -74,7 +73,7 @@ class FxcurvInterface(CurvatureInterface):
         programs = self.__dict__.setdefault("_compiled", {})
         key = (extensions, y is None, mapped, id(self._model), self.model.training)
         if key not in programs:
-            model = _without_hooks(self._model) if self.last_layer else Mapped(self.model) if mapped else self.model
+            model = without_forward_hooks(self._model) if self.last_layer else Mapped(self.model) if mapped else self.model
             loss = None if y is None else Flat(self.lossfunc, self.likelihood == "classification")
             programs[key] = compile_model(model, loss, extensions, batch_dim=0)
         compiled: Compiled = programs[key]
@@ -128,7 +127,7 @@ class FxcurvGGN(FxcurvInterface, GGNInterface):
         self, x: Any, y: Tensor, N: int, mc_samples: int | None = None, kfac_approx: str = "expand", **kwargs: Any  # noqa: N803
     ) -> tuple[Tensor, Kron]:  # fmt: skip
         """(loss, factors)."""
-        known = {"weight_sharing": kfac_approx, "blocks": "exact"}
+        known = {"weight_sharing": kfac_approx, "others": "exact"}
         sampled = KFAC(mc_samples or self.num_samples, **known)
         return self._kron(x, y, N, sampled if self.stochastic else KFLR(**known))
 
@@ -142,7 +141,7 @@ class FxcurvEF(FxcurvInterface, EFInterface):
 
     def kron(self, x: Any, y: Tensor, N: int, kfac_approx: str = "expand", **kwargs: Any) -> tuple[Tensor, Kron]:  # noqa: N803
         """(loss, factors)."""
-        return self._kron(x, y, N, KFAC(weight_sharing=kfac_approx, fisher="empirical", blocks="exact"))
+        return self._kron(x, y, N, KFAC(weight_sharing=kfac_approx, fisher="empirical", others="exact"))
 
 
 class FxcurvHessian(FxcurvInterface):
@@ -159,13 +158,6 @@ class FxcurvHessian(FxcurvInterface):
     def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """(loss, [D])."""
         return self._diag(x, y, DiagHessian())
-
-
-def _without_hooks(module: nn.Module) -> nn.Module:
-    """The same layer, its parameters shared, without the hook by which laplace-torch reads its input."""
-    twin = copy.copy(module)
-    twin._forward_hooks = OrderedDict()
-    return twin
 
 
 def _as_laplace(name: str, factors: Kronecker, share: float) -> list[Tensor]:

@@ -182,7 +182,13 @@ FALLBACK = Rule()
 
 RULES: dict[Callable, Rule] = {}
 
+AGAIN: dict[Callable, Rule] = {}
+"""Rules of plain ops, for those whose registered rule is a kernel that has no derivative, or none by all that it reads."""
+
 REWRITES: dict[Callable, Callable] = {}
+
+# How ops that reduce over samples inside are said in sums over samples, where these are on several ranks.
+SUMS: dict[Callable, Callable] = {}
 
 
 def register(*ops: Callable, rule: Rule | None = None):

@@ -9,7 +9,7 @@ import torch
 from fxcurv.contractions.factors import Factor, Jacobian
 from fxcurv.ir import placement
 from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Shard, samples_first
-from fxcurv.rules.base import Rule, register, rewrite
+from fxcurv.rules.base import AGAIN, SUMS, Rule, register, rewrite
 from fxcurv.rules.call import Call
 
 aten = torch.ops.aten
@@ -83,6 +83,32 @@ def _batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn=True)
     return aten._native_batch_norm_legit_no_training.default(x, weight, bias, mean, var, momentum, eps)[0]
 
 
+def _statistics(x):
+    """(mean, variance) of every channel."""
+    dims = [d for d in range(x.ndim) if d != 1]
+    mean = x.mean(dims, keepdim=True)
+    return mean, (x - mean).square().mean(dims, keepdim=True)
+
+
+def _batch_norm_in_sums(x, weight, bias, running_mean, running_var, training, momentum, eps):
+    mean, var = _statistics(x)
+    rstd = torch.rsqrt(var + eps)
+    count = x.numel() // x.shape[1]
+    new = mean.flatten().detach(), var.flatten().detach() * (count / (count - 1))
+    running = [old * (1 - momentum) + momentum * t for old, t in zip((running_mean, running_var), new, strict=True)]
+    return _affine((x - mean) * rstd, weight, bias), mean.flatten(), rstd.flatten(), *running
+
+
+def _batch_norm_in_sums_without_running(x, weight, bias, training, momentum, eps):
+    mean, var = _statistics(x)
+    rstd = torch.rsqrt(var + eps)
+    return _affine((x - mean) * rstd, weight, bias), mean.flatten(), rstd.flatten()
+
+
+SUMS[aten._native_batch_norm_legit_functional.default] = _batch_norm_in_sums
+SUMS[aten._native_batch_norm_legit.no_stats] = _batch_norm_in_sums_without_running
+
+
 @register(aten.layer_norm.default)
 class LayerNorm(Rule):
     """y = xhat w + b, xhat normalised over the last axes."""
@@ -110,6 +136,10 @@ class LayerNorm(Rule):
         rstd = torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)
         return dims, centred * rstd, rstd
 
+    def _of_call(self, call: Call):
+        """xhat."""
+        return self._normalised(call.args)[1]
+
     def transpose(self, call: Call, wrt, g):
         if tuple(wrt) != (self._flat(call, 0),):
             return super().transpose(call, wrt, g)
@@ -126,14 +156,13 @@ class LayerNorm(Rule):
 
     def factors(self, call: Call, position: int, g) -> Factor:
         keep = len(call.args[1])
-        t = g * self._normalised(call.args)[1] if position == self._flat(call, 2) else g
+        t = g * self._of_call(call) if position == self._flat(call, 2) else g
         t = samples_first(t, call.place, lead=1)
         shared = list(range(2, t.ndim - keep))
         return Jacobian(t.sum(shared) if shared else t)
 
 
-@register(aten.native_layer_norm.default)
-class NativeLayerNorm(LayerNorm):
+class StatisticsBeside(LayerNorm):
     """The same, with the statistics beside y, which nothing differentiable reads."""
 
     def formula(self, op, args):
@@ -147,6 +176,30 @@ class NativeLayerNorm(LayerNorm):
 
     def factors(self, call: Call, position: int, g) -> Factor:
         return super().factors(call, position, g[0])
+
+
+@register(aten.native_layer_norm.default)
+class NativeLayerNorm(StatisticsBeside):
+    """The same by PyTorch's kernels, from the statistics."""
+
+    def transpose(self, call: Call, wrt, g):
+        if tuple(wrt) != (self._flat(call, 0),):
+            return super().transpose(call, wrt, g)
+        x, shape, weight, bias, _ = call.args
+        g, statistics = g[0], call.y[1:]
+        if g.shape[0] == 1:
+            rows = g.squeeze(0), x, shape, *statistics
+        else:  # the kernel reads its statistics as if they were contiguous, whatever their strides say
+            rows = g, x.expand_as(g), shape, *(t.expand(g.shape[0], *t.shape).contiguous() for t in statistics)
+        gx = aten.native_layer_norm_backward.default(*rows, weight, bias, [True, False, False])[0]
+        return [gx.unsqueeze(0) if g.shape[0] == 1 else gx]
+
+    def _of_call(self, call: Call):
+        _, mean, rstd = call.y
+        return ((call.args[0] - mean) * rstd).to(call.args[0].dtype)
+
+
+AGAIN[aten.native_layer_norm.default] = StatisticsBeside()
 
 
 @rewrite(aten.group_norm.default)
@@ -197,9 +250,9 @@ class Softmax(Rule):
         x, dim = call.args[:2]
         if not x.ndim:
             return [torch.zeros_like(g)]
-        dim, y = dim % max(1, x.ndim) + 1, call.y.to(g.dtype)
-        gx = g - y.exp() * g.sum(dim, keepdim=True) if self.log else y * (g - (g * y).sum(dim, keepdim=True))
-        return [gx.to(x.dtype)]
+        dim, y = dim % x.ndim + 1, call.y.to(g.dtype)
+        backward = aten._log_softmax_backward_data if self.log else aten._softmax_backward_data
+        return [backward.default(g, y.expand_as(g), dim, g.dtype).to(x.dtype)]
 
 
 for _log, _ops in {

@@ -11,7 +11,7 @@ from torch import Tensor
 from fxcurv.contractions.factors import Factor, Jacobian
 from fxcurv.ir import placement
 from fxcurv.ir.placement import Shard, samples_first
-from fxcurv.rules.base import Rule, register, rewrite
+from fxcurv.rules.base import AGAIN, Rule, register, rewrite
 from fxcurv.rules.call import Call
 
 aten = torch.ops.aten
@@ -50,6 +50,19 @@ class Relu(Pointwise):
 
     def pull(self, g, x, y):
         return aten.threshold_backward.default(g, y.expand_as(g), 0)
+
+
+class Smooth(Pointwise):
+    """Its transpose is one op of PyTorch's, `backward(g, x, y, *constants)`: of one column; of several, it gives the slope."""
+
+    def __init__(self, backward: Callable, d1: Callable, d2: Callable | None = None):
+        super().__init__(d1, d2)
+        self.backward = backward
+
+    def pull(self, g, x, y, *constants):
+        if _is_one(g.shape[0]):
+            return self.backward(g, x.unsqueeze(0), y.unsqueeze(0), *constants)
+        return g * self.backward(torch.ones_like(x), x, y, *constants)
 
 
 def numbers(slope: Tensor, dtype: torch.dtype) -> Tensor:
@@ -140,6 +153,12 @@ SMOOTH: dict[Callable, tuple[Callable, Callable | None]] = {
         lambda x, y: -4 / math.sqrt(math.pi) * x * torch.exp(-x * x),
     ),
 }
+BACKWARD: dict[Callable, Callable] = {
+    aten.gelu.default: lambda g, x, y, approximate="none": aten.gelu_backward.default(g, x, approximate=approximate),
+    aten.silu.default: lambda g, x, y: aten.silu_backward.default(g, x),
+    aten.tanh.default: lambda g, x, y: aten.tanh_backward.default(g, y),
+    aten.sigmoid.default: lambda g, x, y: aten.sigmoid_backward.default(g, y),
+}
 PIECEWISE_LINEAR: dict[Callable, Callable] = {
     aten.relu6.default: lambda x, y: (x > 0) & (x < 6),
     aten.leaky_relu.default: lambda x, y, slope=0.01: torch.where(x > 0, x.new_ones(()), slope),
@@ -151,7 +170,8 @@ PIECEWISE_LINEAR: dict[Callable, Callable] = {
 
 register(aten.relu.default, rule=Relu(lambda x, y: y > 0, piecewise_linear=True))
 for _op, (_d1, _d2) in SMOOTH.items():
-    register(_op, rule=Pointwise(_d1, _d2))
+    register(_op, rule=Smooth(BACKWARD[_op], _d1, _d2) if _op in BACKWARD else Pointwise(_d1, _d2))
+AGAIN |= {op: Pointwise(*SMOOTH[op]) for op in BACKWARD}
 for _op, _slope in PIECEWISE_LINEAR.items():
     register(_op, rule=Pointwise(_slope, piecewise_linear=True))
 

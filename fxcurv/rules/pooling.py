@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fxcurv.ir.placement import MIXED, PARTIAL, Shard
+from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Shard
 from fxcurv.kernels.max_pool_columns import max_pool_columns
 from fxcurv.rules.base import Rule, register, rewrite
 from fxcurv.rules.call import Call
@@ -55,6 +55,23 @@ class MaxPool(Pool):
         index = index.flatten(flat).unsqueeze(0).expand(g.shape[0], *[-1] * (flat + 1))
         zeros = g.new_zeros(g.shape[0], *x.shape[:flat], x.shape[flat:].numel())
         return [zeros.scatter_add(flat + 1, index, g.flatten(flat + 1)).reshape(g.shape[0], *x.shape)]
+
+
+@register(aten.max_pool2d_with_indices_backward.default)
+class MaxPoolBack(Rule):
+    """The transpose of max-pooling, of which a model may take a derivative: it reads only the shape of its argument 1."""
+
+    name = "pooling"
+
+    def linear(self, active):
+        return True
+
+    def place(self, sites, args, shape, n):
+        g, index = sites[0].place, sites[-1].place
+        if g == REPLICATE:
+            g = index
+        kept = g == index or index == REPLICATE
+        return g if kept and not (isinstance(g, Shard) and g.dim >= len(shape) - 2) else MIXED
 
 
 def _indexed(dims: int):

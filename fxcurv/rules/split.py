@@ -421,6 +421,15 @@ def _normalised_backward(sites: Sites, args: tuple, outs: list) -> Found:
     return [g.place, PARTIAL, PARTIAL] if same else MIXED
 
 
+def _attention(sites: Sites, args: tuple, outs: list) -> Found:
+    """Of the batch or of heads: every tensor with these axes has the samples there, a mask perhaps none."""
+    places = {s.place for s in sites if s}
+    place = next(iter(places - {REPLICATE}))
+    inputs = [s for s in sites if s and len(s.shape) == 4 and s.shape[0] > 1]
+    sound = len(places - {REPLICATE}) == 1 and isinstance(place, Shard) and place.dim < 2
+    return [place] * len(outs) if sound and all(s.place == place for s in inputs) else MIXED
+
+
 PLACES: dict[Any, Callable[[Sites, tuple, list], Found]] = {
     **dict.fromkeys(
         (aten._log_softmax.default, aten._softmax.default, aten.softmax.int, aten.log_softmax.int, aten._safe_softmax.default,
@@ -455,5 +464,7 @@ PLACES: dict[Any, Callable[[Sites, tuple, list], Found]] = {
     **dict.fromkeys((aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default), _pieces),
     aten._linalg_eigh.default: _matrices,
     aten.native_layer_norm_backward.default: _normalised_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention,
 }  # fmt: skip
 """Where the output of an op lies whose arguments are `Shard` or `Replicate`: (sites, arguments, shapes) -> placement."""

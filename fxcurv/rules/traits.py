@@ -45,6 +45,7 @@ BIASES: dict[Any, tuple[int, int]] = {
     aten.linear.default: (2, -1),
     aten.convolution.default: (2, 1),
     aten.layer_norm.default: (3, -1),
+    aten.native_layer_norm.default: (3, -1),
     aten._native_batch_norm_legit_no_training.default: (2, 1),
 }
 
@@ -153,7 +154,12 @@ CUTS = {
 }  # fmt: skip
 
 # These read nothing but the shape.
-CUTS |= {aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
+OF_SHAPE = {
+    aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
+    aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default,
+    aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, aten.sym_storage_offset.default,
+}  # fmt: skip
+CUTS |= OF_SHAPE
 
 # What is drawn has no derivative, neither where only the shape is read nor where the parameters of a distribution are.
 CUTS |= {
@@ -163,12 +169,13 @@ CUTS |= {
     aten.exponential.default, aten.cauchy.default, aten.log_normal.default, aten.geometric.default,
 }  # fmt: skip
 
-CUTS |= {aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
-
 # ---- numbers ------------------------------
 
 # The value of a tensor of one entry, as a number.
 ITEMS = {aten.item.default, aten._local_scalar_dense.default}
+
+# What a tensor that is written out, `torch.tensor(3)`, goes through.
+LITERALS = {aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.lift.default}
 
 # ---- memory ------------------------------
 
@@ -293,3 +300,9 @@ MEANS = {aten.mean.default, aten.mean.dim}
 
 # (loss, sum of weights): the mean is weighed
 WEIGHED = {aten.nll_loss_forward.default, aten.nll_loss2d_forward.default}
+
+
+def over_ranks(node: fx.Node) -> str:
+    """What a node does between the ranks of a process group: "sum", "wait" for one, or nothing, ""."""
+    ops = torch.ops._c10d_functional
+    return {ops.all_reduce.default: "sum", ops.wait_tensor.default: "wait"}.get(node.target, "")

@@ -21,8 +21,15 @@ def bind(
     seed: int | Tensor | None,
     generator: torch.Generator | None,
     values: Mapping[str, Tensor] | None = None,
+    part: tuple[int, int] | None = None,
 ) -> list[Any]:
-    """What the placeholders are bound to, but memory for results; `values`: in place of the model's parameters, by name."""
+    """What the placeholders are bound to, but memory for results.
+
+    Args:
+        values: in place of the model's parameters, by name.
+        part: (the samples of all ranks, the first one's number).
+    """
+    total, first = part or (arguments.batch_size, 0)
     params = {**dict(subject.model.named_parameters()), **(values or {})}
     buffers = dict(subject.model.named_buffers(remove_duplicate=False))
     of_loss = dict(tensors_in(subject.loss)) if isinstance(subject.loss, nn.Module) else {}
@@ -39,6 +46,10 @@ def bind(
             flat.append(of_loss.get(bound.name.removeprefix("loss."), constants[bound.name]))
         elif bound.kind == "number":
             flat.append(python.number(bound.index, modules, device))
+        elif bound.kind == "samples":
+            flat.append(total)
+        elif bound.kind == "first":
+            flat.append(torch.tensor(first, device=device))
         elif bound.kind == "seed":
             flat.append(seed_tensor(seed, generator, device))
         else:

@@ -44,7 +44,7 @@ def call(
         values: in place of the model's parameters.
     """
     request = programs.request(subject, inputs, targets, subject.autocast(), create_graph)
-    kept = None if out is None else _kept(out, create_graph, backend)
+    kept = None if out is None else keep(out, create_graph, backend)
     if not request.arguments.batch_size:
         with request.apart():
             return of_no_sample(programs.like(request).program, request, values or {}), None
@@ -52,7 +52,7 @@ def call(
         ready = programs.find(request)
         program = ready.program
         flat = bind(program, subject, request.arguments, seed, generator, values)
-        memory = _memory(ready, backend, request.arguments.batch_size, flat, kept)
+        memory = take_memory(ready, backend, request.arguments.batch_size, flat, kept)
         try:
             check_values(ready, flat)
             if values:
@@ -68,7 +68,7 @@ def call(
         except (RuntimeError, IndexError) as error:
             raise run_error(program, request.arguments, flat, error) from error
         with torch.set_grad_enabled(create_graph):
-            result = _result(ready, subject, backend, flat, found)
+            result = result_of(ready, subject, backend, flat, found)
         program.python.run_effects(subject.modules())
         if out is not None:
             out._memory = None
@@ -80,7 +80,7 @@ def call(
 # ---- memory ------------------------------
 
 
-def _kept(out: Any, create_graph: bool, backend: Backend) -> Kept:
+def keep(out: Any, create_graph: bool, backend: Backend) -> Kept:
     """The memory of an earlier result, if this call may write to it."""
     if not isinstance(out, Result):
         raise ArgumentError(f"out= is a {type(out).__name__}: pass a result of an earlier call")
@@ -96,7 +96,7 @@ def _kept(out: Any, create_graph: bool, backend: Backend) -> Kept:
     return out._memory
 
 
-def _memory(ready: Ready, backend: Backend, n: int, flat: list[Any], kept: Kept | None) -> list[Tensor]:
+def take_memory(ready: Ready, backend: Backend, n: int, flat: list[Any], kept: Kept | None) -> list[Tensor]:
     """What the eager graph writes large results to, its last arguments."""
     if backend.name != "eager":
         return []
@@ -116,10 +116,15 @@ def check_values(ready: Ready, flat: list[Any]) -> None:
             ready.probe.run(flat, program.batch.size)
     with torch.random.fork_rng(cuda_devices(flat)):  # dropout is drawn once, by the program
         holds = program.check_module(*flat) if program.check_module is not None else ()
+    refuse_values(program, holds)
+    ready.checked = True
+
+
+def refuse_values(program: Program, holds: Any) -> None:
+    """Raise for the first condition on values that does not hold."""
     for held, error in zip(holds, program.verdicts, strict=True):
         if not bool(held):
             raise error()
-    ready.checked = True
 
 
 def begin_selfcheck(ready: Ready, request: Request, flat: list[Any]) -> Check | None:
@@ -135,7 +140,7 @@ def _check_own(ready: Ready, request: Request, backend: Backend) -> None:
     selfcheck = begin_selfcheck(ready, request, flat)
     if selfcheck is not None:
         with torch.set_grad_enabled(request.create_graph), torch.random.fork_rng(cuda_devices(flat)):
-            memory = _memory(ready, backend, request.arguments.batch_size, flat, None)
+            memory = take_memory(ready, backend, request.arguments.batch_size, flat, None)
             selfcheck.finish(_run(ready, backend, flat, memory))
         ready.verified = True
 
@@ -151,7 +156,8 @@ def _run(ready: Ready, backend: Backend, flat: list[Any], memory: list[Tensor]) 
     return ready.runner(flat)
 
 
-def _result(ready: Ready, subject: Subject, backend: Backend, flat: list[Any], values: tuple) -> Result:
+def result_of(ready: Ready, subject: Subject, backend: Backend, flat: list[Any], values: tuple) -> Result:
+    """The result, of what the program returned; buffers get their new values."""
     program = ready.program
     loss, leaves, mutations, results, extras = program.unpack(values, owner(flat))
     fields: dict[str, Any] = {} if loss is None else {"loss": loss}

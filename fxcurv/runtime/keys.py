@@ -34,12 +34,12 @@ class Key(NamedTuple):
     hooks: tuple = ()
 
 
-def key_of(subject: Subject, arguments: Arguments) -> Key:
-    """What a program for these arguments depends on, but for the batch size."""
+def key_of(subject: Subject, arguments: Arguments, any_size: bool = False) -> Key:
+    """What a program for these arguments depends on, but for the batch size; `any_size`: also one of one or no sample."""
     n = arguments.batch_size
 
     def describe(t: Tensor, batch_dim: int | None) -> tuple:
-        shape = tuple(("n", s // n) if d == batch_dim else s for d, s in enumerate(t.shape))
+        shape = tuple(("n", s // n if n else 1) if d == batch_dim else s for d, s in enumerate(t.shape))
         return shape, t.dtype, t.device
 
     inputs = tuple(describe(t, d) for t, d in zip(arguments.inputs, arguments.batch_dims, strict=True))
@@ -48,7 +48,7 @@ def key_of(subject: Subject, arguments: Arguments) -> Key:
     flags = tuple((type(m), m.training) for root in roots for m in root.modules())
     tensors = [pair for root in roots for pair in tensors_in(root)]
     state = tuple((name, t.requires_grad, t.dtype, t.device, t.shape) for name, t in tensors)
-    return Key(inputs, targets, arguments.structure, flags, state, n == 1, hooks_of(roots))
+    return Key(inputs, targets, arguments.structure, flags, state, n == 1 and not any_size, hooks_of(roots))
 
 
 def why(key: tuple, programs: Mapping[tuple, Sequence[Program]], n: int, subject: Subject) -> str:

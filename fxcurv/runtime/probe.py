@@ -124,20 +124,21 @@ class _InStep(fx.Interpreter):
                 size[list(samples)] = 0
                 if size.max() > limit * scale:
                     moved = int(size.argmax())
-                    return f"exchanging {_listed(samples)} moves sample {moved} by {size.max().item():.2g}"
+                    return f"exchanging {listed(samples)} moves sample {moved} by {size.max().item():.2g}"
         elif place == PARTIAL and not all(bool(v.isfinite().all()) for v in values):
             return ""  # NaN and infinity do not add up
         elif place == PARTIAL:
             for one, other, samples in zip(halves_[::2], halves_[1::2], self.exchanged[2::2], strict=True):
                 error = (every - one - other + base).abs().max().item()
                 if error > limit * scale:
-                    return f"the changes of {_listed(samples)} and of the others do not add up, by {error:.2g}"
+                    return f"the changes of {listed(samples)} and of the others do not add up, by {error:.2g}"
         elif place != MIXED and any((v - base).abs().max() > limit * scale for v in (every, *halves_)):
             return "it is said to be the same for all samples, and moves with one"
         return ""
 
 
-def _listed(samples: tuple[int, ...]) -> str:
+def listed(samples: tuple[int, ...]) -> str:
+    """Samples in words."""
     numbers = ", ".join(map(str, samples[:3])) + (", ..." if len(samples) > 3 else "")
     return f"sample{'s' if len(samples) > 1 else ''} {numbers}"
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fxcurv import passes
-from fxcurv.errors import ArgumentError, ExtensionError, FxcurvError, LossError, UnsupportedOpError
+from fxcurv.errors import ArgumentError, CaptureError, ExtensionError, FxcurvError, LossError, UnsupportedOpError
 from fxcurv.extensions import Extension
 from fxcurv.extensions.parameters import Choice, chosen
 from fxcurv.front.arguments import Arguments, flatten_arguments
@@ -25,8 +25,10 @@ from fxcurv.ir.program import Program
 from fxcurv.ir.specialise import specialise
 from fxcurv.ir.state import Options
 from fxcurv.runtime import forward
+from fxcurv.runtime.bind import bind
 from fxcurv.runtime.keys import Key, key_of, shortened, why
 from fxcurv.runtime.memory import Pool
+from fxcurv.runtime.merged import Merged
 from fxcurv.runtime.probe import Probe
 from fxcurv.runtime.progress import progress, silent
 from fxcurv.runtime.selfcheck import SelfCheck
@@ -60,17 +62,19 @@ class Ready:
         runner: under another backend than "eager": what computes the program.
         stateless: the program as calls inside `torch.compile` need it.
         size: the batch size of the last call that went the long way.
+        digest: of what travels between ranks, where these have a part of the batch each.
     """
 
     program: Program
     pool: Pool
-    probe: Probe | None = None
+    probe: Probe | Merged | None = None
     selfcheck: SelfCheck | None = None
     checked: bool = False
     verified: bool = False
     runner: Callable[[list[Any]], tuple] | None = None
     stateless: Stateless | None = None
     size: int | None = None
+    digest: int = 0
 
     @property
     def note(self) -> str:
@@ -80,9 +84,10 @@ class Ready:
 
 def emitted(program: Program, tell: Tell) -> Ready:
     """Run the pipeline on an analysed program, whose forward graph stays for the checks."""
-    probe = Probe(program) if program.options.check else None
+    kind = Probe if program.options.sample_index is None else Merged
+    probe = kind(program) if program.options.check else None
     selfcheck = SelfCheck(program, probe.needed) if probe is not None and program.options.check != "probe" else None
-    program = passes.run(program, passes.PIPELINE, program.options.debug, tell)
+    program = passes.run(program, passes.pipeline(program.options), program.options.debug, tell)
     return Ready(program, Pool(program), probe, selfcheck)
 
 
@@ -124,13 +129,35 @@ class Programs(Generic[M]):
         if subject.loss is None and targets:
             raise ArgumentError("there is no loss, so nothing reads the targets: call compiled(inputs)")
         check_trainable(subject.model)
-        arguments = flatten_arguments(inputs, targets, self.options.batch_dim)
+        arguments = flatten_arguments(inputs, targets, self.options.batch_dim, self.options.sample_index)
         n = arguments.batch_size
         for e in self.extensions:
             indices = getattr(e, "subsampling", None) or ()
             if any(i >= n for i in indices):
                 raise ArgumentError(f"{e}: sample {max(indices)} of a batch of {n}, use indices below {n}")
         return Request(subject, arguments, mode, create_graph)
+
+    def held(self, request: Request) -> M | None:
+        """The program for these arguments and what Python holds, if it is made; for parts of a batch, of any size."""
+        n, modules = max(request.arguments.batch_size, 2), request.subject.modules()
+        serving = [made for made in self._made.get(self._key(request), []) if made.program.serves(n)]
+        return next((made for made in serving if made.program.python.holds(modules)), None)
+
+    def spread(self, request: Request, n: int) -> M:
+        """A new program for arguments of this kind, for parts of a batch; captured at `n` samples, on every rank."""
+        new = self._lowered(dataclasses.replace(request, arguments=resized(request.arguments, n)))
+        if new.program.reads is not None:
+            raise CaptureError(
+                f"numbers are made of values of the data ({new.program.reads.lines[0]}), which are others on every rank.\n"
+                "Way out: leave them tensors, as in x.max() for x.max().item(); or call without mesh=."
+            )
+        self._made.setdefault(self._key(request), []).insert(0, new)
+        setattr(self.named, f"program_{len(vars(self.named))}", new)
+        return new
+
+    def _key(self, request: Request) -> tuple[Key, Autocast, bool]:
+        key = key_of(request.subject, request.arguments, any_size=bool(self.options.ranks))
+        return key, request.mode, request.create_graph
 
     def find(self, request: Request, schedules: bool = True) -> M:
         """The program for these arguments and what Python holds; `schedules`: whether floats may be inputs of it.
@@ -141,22 +168,31 @@ class Programs(Generic[M]):
         if not request.arguments.batch_size:
             raise ArgumentError("the batch is empty, so there is no program: pass at least one sample")
         n, modules = request.arguments.batch_size, request.subject.modules()
-        key = key_of(request.subject, request.arguments), request.mode, request.create_graph
+        key = self._key(request)
         serving = [made for made in self._made.get(key, []) if made.program.serves(n)]
         serving = [made for made in serving if schedules or not made.program.python.numbers]
+        numbers: list[str] = []
         for made in serving:
             if made.program.python.holds(modules):
-                return made
+                other = numbers_differ(made.program, request)
+                if not other:
+                    return made
+                numbers = other
         if key[0].single and schedules:
             for made in self._made.get((key[0]._replace(single=False), *key[1:]), []):
-                if made.program.python.holds(modules) and self.one(made, request):
+                held = made.program.python.holds(modules) and not numbers_differ(made.program, request)
+                if held and self.one(made, request):
                     self._made.setdefault(key, []).append(made)
                     return made
         changed: list[Any] = min((made.program.python.differences(modules) for made in serving), key=len, default=[])
         known = {key: [made.program for made in some] for key, some in self._made.items()}
-        reason = shortened(reasons(changed)) if changed else why(key, known, n, request.subject)
+        found = reasons(changed) or numbers
+        reason = shortened(found) if found else why(key, known, n, request.subject)
         new = self._scheduled(request, changed) if schedules and self.options.schedules else None
         new = new or self._lowered(request)
+        unlike = numbers_differ(new.program, request)
+        if unlike:  # what the trace computed of the data is not what its graph does
+            raise CaptureError(f"{unlike[0]}: it is another number each time. Way out: compute it outside of the model.")
         again = f" again, because {reason}" if reason else ""
         log.info("compiled%s; batch size: %s", again, new.program.batch_note)
         self.recompiles += [reason] if reason else []
@@ -176,8 +212,8 @@ class Programs(Generic[M]):
 
     def holds(self, made: M, request: Request) -> bool:
         """Whether `made`, which was found for these arguments, still is what `find` would give."""
-        key = key_of(request.subject, request.arguments), request.mode, request.create_graph
-        return made in self._made.get(key, []) and made.program.python.holds(request.subject.modules())
+        python = made.program.python.holds(request.subject.modules())
+        return made in self._made.get(self._key(request), []) and python and not numbers_differ(made.program, request)
 
     def name_of(self, made: M) -> str:
         """The name of what was found among `named`."""
@@ -192,8 +228,12 @@ class Programs(Generic[M]):
         names, program.covers = covered(request.subject.model, self.options.params, self.extensions)
         program.params = {name: node for name, node in program.params.items() if name in names}
         program.shapes = {name: shape for name, shape in program.shapes.items() if name in names}
+        program.analysis.left_out = request.subject.left_out()
         batch_dims = tuple(request.arguments.batch_dims)
-        program.options = dataclasses.replace(self.options, batch_dims=batch_dims, create_graph=request.create_graph)
+        program.options = dataclasses.replace(
+            self.options, batch_dims=batch_dims, create_graph=request.create_graph, index=request.arguments.index,
+            edges=request.arguments.edges,
+        )  # fmt: skip
         return program
 
     def _trace(self, request: Request, numbers: tuple[Path, ...]) -> Program:
@@ -213,7 +253,10 @@ class Programs(Generic[M]):
         n = request.arguments.batch_size
         with progress(f"compiling {type(request.subject.model).__name__}") as tell:
             again = lambda: self._analysed(request, numbers, tell)  # noqa: E731
-            program = self._of_one(request, numbers, tell) if n == 1 else again()
+            if self.options.sample_index is not None:
+                again = lambda: self._analysed_alone(self.captured(request, numbers), tell)  # noqa: E731
+            one = n == 1 and self.options.sample_index is None
+            program = self._of_one(request, numbers, tell) if one else again()
             return at_numbers_if_need_be(lambda p: self.finish(p, tell), program, again, n)
 
     def _of_one(self, request: Request, numbers: tuple[Path, ...], tell: Tell) -> Program:
@@ -223,7 +266,7 @@ class Programs(Generic[M]):
             two = self.captured(dataclasses.replace(request, arguments=doubled(request.arguments)), numbers)
         except FxcurvError:  # targets that only fit an output that was squeezed at one sample, say
             return self._analysed_alone(self.captured(request, numbers), tell)
-        if two.fixed:  # by the model, so the graph is of two samples only
+        if two.fixed or two.reads is not None:  # by the model, or by the values of two samples: so the graph is of these only
             return self._analysed_alone(self.captured(request, numbers), tell)
         try:
             one = self.captured(request, numbers)
@@ -257,6 +300,14 @@ class Programs(Generic[M]):
     def _same_forward(self, request: Request, numbers: tuple[Path, ...]) -> bool:
         """Whether the forward pass with these floats as inputs computes what it does with their values in it."""
         return forward.same(self._trace(request, ()), self._trace(request, numbers), request)
+
+
+def numbers_differ(program: Program, request: Request) -> list[str]:
+    """What of the numbers that tracing made of values is another for these arguments, in words."""
+    if program.reads is None:
+        return []
+    with request.apart():
+        return program.reads.differences(bind(program, request.subject, request.arguments, 0, None))
 
 
 def covered(
@@ -316,4 +367,24 @@ def doubled(arguments: Arguments) -> Arguments:
 
     inputs = twice(arguments.inputs, arguments.batch_dims)
     targets = twice(arguments.targets, arguments.target_dims())
+    return dataclasses.replace(arguments, inputs=inputs, targets=targets)
+
+
+def resized(arguments: Arguments, n: int) -> Arguments:
+    """A batch of `n` samples: those that are there, over and over; zeros if there is none."""
+    have, inner = arguments.batch_size, 0 not in arguments.batch_dims
+    index = torch.arange(n) % max(have, 1)
+
+    def again(t: torch.Tensor, d: int | None) -> torch.Tensor:
+        if d is None:
+            return t
+        if not have:
+            return t.new_zeros([n if k == d else s for k, s in enumerate(t.shape)])
+        if t.shape[d] == have:
+            return t.index_select(d, index.to(t.device))
+        split = t.unflatten(d, (-1, have) if inner else (have, -1)).index_select(d + inner, index.to(t.device))
+        return split.flatten(d, d + 1)
+
+    inputs = [again(t, d) for t, d in zip(arguments.inputs, arguments.batch_dims, strict=True)]
+    targets = [again(t, d) for t, d in zip(arguments.targets, arguments.target_dims(), strict=True)]
     return dataclasses.replace(arguments, inputs=inputs, targets=targets)

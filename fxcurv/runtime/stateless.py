@@ -35,6 +35,11 @@ class Stateless(nn.Module):
 
     def __init__(self, program: Program, arguments: Arguments):
         super().__init__()
+        if program.reads is not None:
+            raise ArgumentError(
+                f"the model or loss makes a number of the data's values, which every call compares\n  {program.reads.lines[0]}\n"
+                "and which neither torch.compile nor an exported program does. Way out: call it outside of the compiled function."
+            )
         self.gm = functional(program)
         self.bound = [(i.kind, i.name, i.index) for i in program.inputs if i.kind != "memory"]
         self.constants = dict(program.constants)

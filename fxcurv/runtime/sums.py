@@ -170,9 +170,9 @@ def sums(
 class _Sums:
     def __init__(self, program: Program, results: dict[str, Any], n: int):
         self.extensions, self.results = program.extensions, results
-        positions = program.analysis.positions[0] if program.analysis.positions is not None else 1
-        self.axes = (0, 1) if program.analysis.positions is not None else (0,)
-        self.count = n * positions
+        tokens = program.analysis.positions is not None and not program.analysis.rows
+        self.axes = (0, 1) if tokens else (0,)
+        self.count = n * (program.analysis.positions[0] if tokens and program.analysis.positions else 1)
 
     def asked(self, kind: type) -> Iterator[tuple[Any, dict[str, Tensor]]]:
         """(extension of this kind that is of all samples, its field)."""

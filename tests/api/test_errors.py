@@ -392,13 +392,13 @@ BAD = {
     ),
     "keeps an activation": Bad(errors.CaptureError, ["'kept'", "side effect", "Way out"], model=lambda: Keeping()),
     "changes what it reads": Bad(errors.CaptureError, ["'scale'", "changes it", "Way out"], model=lambda: Growing()),
-    "a number by item()": Bad(
-        errors.UnsupportedOpError,
-        ["item", "number of Python's", __file__, "layer(x).max().item()", "Way out"],
-        model=lambda: Net(lambda layer, x: layer(x) * layer(x).max().item()),
+    "a number by float()": Bad(
+        errors.CaptureError,
+        ["op float", "number of Python's", __file__, "float(layer(x).max())", "Way out"],
+        model=lambda: Net(lambda layer, x: layer(x) * float(layer(x).max())),
     ),
     "a size that depends on values": Bad(
-        errors.UnsupportedOpError,
+        errors.CaptureError,
         ["size depends on values", __file__, "h[h > 0]", "torch.where"],
         model=lambda: Net(lambda layer, x: layer(x) + (lambda h: h[h > 0].sum())(layer(x))),
     ),
@@ -414,9 +414,9 @@ BAD = {
     ),
     "an output without samples": Bad(
         errors.MixedSamplesError,
-        ["without a sample axis", __file__, "layer(x).sum(0)", "Return one slice per sample"],
-        model=lambda: Net(lambda layer, x: layer(x).sum(0)),
-        loss=lambda f, y: f.sum(),
+        ["without a sample axis", __file__, "layer.weight.exp()", "Return one slice per sample"],
+        model=lambda: Net(lambda layer, x: layer.weight.exp()),
+        loss=lambda f, y: f.square().sum(),
     ),
     "one sample and its batch norm": Bad(
         errors.FxcurvError,
@@ -436,9 +436,9 @@ BAD = {
     ),
     "factors of a norm": Bad(
         errors.ExtensionError,
-        ["KFLR", "'1.weight'", "layer_norm", "module '1'", 'blocks="exact"'],
+        ["KFLR", "'1.weight'", "layer_norm", "module '1'", 'others="exact"'],
         model=lambda: nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)),
-        extensions=[KFLR()],
+        extensions=[KFLR(others="error")],
     ),
     "averages of a branch": Bad(
         errors.ExtensionError,

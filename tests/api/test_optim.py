@@ -54,7 +54,7 @@ def test_kfac_solves_with_the_averaged_factors():
     model, x, y = case()
     twin, _, _ = case()
     optimizer = KFAC(model, nn.CrossEntropyLoss(), lr=0.3, momentum=0, damping=0.1, decay=0.5, mc_samples=None, check=None)
-    exact = fxcurv.extensions.KFLR(weight_sharing="expand", blocks="exact")
+    exact = fxcurv.extensions.KFLR(weight_sharing="expand", others="exact")
     compiled = fxcurv.compile(twin, nn.CrossEntropyLoss(), [exact], check=None)
     average = {}
     for step in range(2):

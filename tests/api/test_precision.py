@@ -163,7 +163,7 @@ def test_autocast(name):
     case = CASES[name]
     model, loss, x, y = case.build(torch.float32)
     oracle = Oracle(*case.build(), **case.oracle)
-    compiled = fxcurv.compile(model, loss, [*GIVEN, *ACCUMULATED, KFLR(blocks="exact")])
+    compiled = fxcurv.compile(model, loss, [*GIVEN, *ACCUMULATED, KFLR(others="exact")])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = compiled(x, y)
     plain = compiled(x, y)

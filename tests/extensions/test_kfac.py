@@ -230,11 +230,11 @@ def test_attention_projections():
 def test_a_norm_has_its_exact_block_or_an_error():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)).double(), torch.randn(5, 3).double()
-    with pytest.raises(ExtensionError, match=r"(?s)'1\.weight'.*blocks=\"exact\""):
-        factors_of(model, x, KFLR())
-    kflr, kfac = KFLR(blocks="exact"), KFAC(mc_samples=3, blocks="exact")
+    with pytest.raises(ExtensionError, match=r"(?s)'1\.weight'.*others=\"exact\""):
+        factors_of(model, x, KFLR(others="error"))
+    kflr, kfac = KFLR(others="exact"), KFAC(mc_samples=3, others="exact")
     roots = SqrtGGNExact(), SqrtGGNMC(mc_samples=3)
-    result = factors_of(model, x, kflr, kfac, EKFAC(mc_samples=3, blocks="exact"), *roots)
+    result = factors_of(model, x, kflr, kfac, EKFAC(mc_samples=3, others="exact"), *roots)
     for field, root in ((result.kflr, result.sqrt_ggn_exact), (result.kfac, result.sqrt_ggn_mc)):
         for name in ("1.weight", "1.bias"):
             (b,) = field[name]
@@ -249,9 +249,9 @@ def test_refused_by_name(name):
     """A prefix that is no index map, and uses of different kinds."""
     model, loss, inputs, targets = CASES[name].build()
     with pytest.raises(ExtensionError, match="parameter '"):
-        fxcurv.compile(model, loss, [KFAC()])(inputs, targets)
-    alone = fxcurv.compile(model, loss, [KFLR(blocks="exact")])(inputs, targets)
-    result = fxcurv.compile(model, loss, [KFLR(blocks="exact"), SqrtGGNExact()])(inputs, targets)
+        fxcurv.compile(model, loss, [KFAC(others="error")])(inputs, targets)
+    alone = fxcurv.compile(model, loss, [KFLR(others="exact")])(inputs, targets)
+    result = fxcurv.compile(model, loss, [KFLR(others="exact"), SqrtGGNExact()])(inputs, targets)
     loss(model(inputs), targets).backward()
     for param, p in result.sqrt_ggn_exact.items():
         close(alone.grad[param], model.get_parameter(param).grad)
@@ -264,7 +264,7 @@ def test_refused_by_name(name):
 def test_arguments():
     for wrong in (
         lambda: KFAC(mc_samples=0), lambda: KFLR(weight_sharing="sum"), lambda: KFAC(fisher="exact"),
-        lambda: KFAC(blocks="all"),
+        lambda: KFAC(others="all"),
         lambda: KFAC(mc_samples=2, fisher="empirical"), lambda: EKFAC(weight_sharing="none"),
     ):  # fmt: skip
         with pytest.raises(ExtensionError):

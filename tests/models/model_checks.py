@@ -49,7 +49,7 @@ GROUPS: dict[str, list[Any]] = {
     "sampled": [DiagGGNMC(mc_samples=SAMPLES), BatchDiagGGNMC(mc_samples=SAMPLES), SqrtGGNMC(mc_samples=SAMPLES)],
     "Jacobian": [Jacobian()],
     "Kronecker": [
-        KFAC(mc_samples=SAMPLES, blocks="exact"), KFLR(blocks="exact"), EKFAC(mc_samples=SAMPLES, blocks="exact"),
+        KFAC(mc_samples=SAMPLES, others="exact"), KFLR(others="exact"), EKFAC(mc_samples=SAMPLES, others="exact"),
     ],
     "Hessian": [DiagHessian(), BatchDiagHessian()],
     "products": [GGNMP(), HMP()],

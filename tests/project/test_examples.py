@@ -17,7 +17,10 @@ from matplotlib import pyplot as plt
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODULES = {"data"}  # that scripts import
-SCRIPTS = {"demo", "batched_jacobians", "all_extensions", "gradient_of_variance", "diag_ggn_optimizer", "train_compiled"}
+SCRIPTS = {
+    "demo", "batched_jacobians", "all_extensions", "gradient_of_variance", "diag_ggn_optimizer", "train_compiled",
+    "train_distributed",
+}  # fmt: skip
 PICTURES = {"gradient_noise", "laplace_regression", "kfac_factors", "pruning", "spectrum", "token_gradients"}
 PNG = b"\x89PNG"
 

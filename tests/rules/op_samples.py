@@ -173,6 +173,15 @@ def by_hand() -> dict[Any, list[tuple]]:
             for w, b in ((t(4), t(4)), (None, None))
         ],
         aten.layer_norm.default: [(t(3, 2, 4), [4], t(4), t(4)), (t(3, 2, 4), [2, 4], t(2, 4), None), (t(4), [4])],
+        aten.native_layer_norm.default: [
+            (t(3, 2, 4), [4], t(4), t(4), 1e-5), (t(3, 2, 4), [2, 4], t(2, 4), None, 1e-5), (t(3, 4), [4], None, None, 1e-5),
+        ],
+        aten._scaled_dot_product_flash_attention_for_cpu.default: [
+            (t(3, 2, 3, 4), t(3, 2, 5, 4), t(3, 2, 5, 4)),
+            (t(2, 4, 3, 2), t(2, 2, 3, 2), t(2, 2, 3, 2), 0.0, True, None, 0.3),
+            (t(3, 2, 2, 4), t(3, 2, 2, 4), t(3, 2, 2, 4), 0.0, False, t(3, 1, 2, 2)),
+            (t(2, 2, 3, 4), t(2, 2, 3, 4), t(2, 2, 3, 4), 0.0, False, hidden[:, :3]),
+        ],
         aten.convolution.default: [
             (t(3, 2, 5), t(4, 2, 3), t(4), [2], [1], [1], False, [0], 1),
             (t(3, 2, 6, 5), t(4, 1, 3, 2), None, [2, 1], [1, 0], [1, 2], False, [0, 0], 2),

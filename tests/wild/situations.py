@@ -28,7 +28,7 @@ ASKED = {
     "hessian": [DiagHessian()],
     "products": [GGNMP(), HMP()],
     "hessian_batch": [BatchDiagHessian()],
-    "kron": [KFLR(blocks="exact")],
+    "kron": [KFLR(others="exact")],
     "grad": [],
 }
 
@@ -44,7 +44,10 @@ class Refused:
 
 @dataclass(frozen=True)
 class Situation:
-    """One row. `x`, `y`: what draws inputs and targets of n samples; `trains`: whether training mode is another model."""
+    """One row. `x`, `y`: what draws inputs and targets of n samples; `trains`: whether training mode is another model.
+
+    source: the thread; empty where a situation has no single one.
+    """
 
     source: str
     model: Callable[[], nn.Module]
@@ -59,7 +62,7 @@ class Situation:
     oracle: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w-]+/[\w-]+#\d+", self.source):
+        if self.source and not re.fullmatch(r"[\w-]+/[\w-]+#\d+", self.source):
             raise ValueError(f"{self.source}: a thread is owner/repository#number")
 
     def built(self, n: int, training: bool = False) -> tuple[nn.Module, Any, Any]:

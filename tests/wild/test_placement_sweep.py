@@ -21,7 +21,7 @@ from fxcurv.errors import UnsupportedOpError
 from fxcurv.ir.batch import Batch
 from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Shard
 from fxcurv.ir.state import Options
-from fxcurv.passes.independence import _visit
+from fxcurv.passes.independence import visit
 from fxcurv.rules.base import REWRITES, RULES
 
 aten = torch.ops.aten
@@ -117,7 +117,7 @@ def placed(op, args, n, where, active):
     node.meta["val"] = run(op, args)
     extensions = (types.SimpleNamespace(per_sample=True),)
     program = types.SimpleNamespace(batch=Batch(frozenset(), n), rules={}, extensions=extensions, options=Options())
-    _visit(program, node)
+    visit(program, node)
     return node.meta["place"] if isinstance(node.meta["place"], list) else [node.meta["place"]]
 
 

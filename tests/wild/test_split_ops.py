@@ -192,6 +192,16 @@ CASES = {
     "layer norm backward": (
         aten.native_layer_norm_backward.default,
         lambda: (t(S0, N, 3), t(S0, N, 3), [3], t(S0, N, 1), t(S0, N, 1), t(R, 3), t(R, 3), [True, True, True]), [S0, P, P]),
+    "attention": (
+        aten._scaled_dot_product_flash_attention_for_cpu.default, lambda: tuple(t(S0, N, 2, 3, 4) for _ in range(3)), [S0, S0]),
+    "attention of heads": (
+        aten._scaled_dot_product_flash_attention_for_cpu.default, lambda: tuple(t(S1, 2, N, 3, 4) for _ in range(3)), [S1, S1]),
+    "attention to what all parts have": (
+        aten._scaled_dot_product_flash_attention_for_cpu.default, lambda: (t(S2, 2, 1, N, 4), t(R, 2, 1, 3, 4), t(R, 2, 1, 3, 4)),
+        [MIXED, MIXED]),
+    "attention backward": (
+        aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+        lambda: (*(t(S0, N, 2, 3, 4) for _ in range(5)), t(S0, N, 2, 3), 0.0, True), [S0, S0, S0]),
     "zeros": (aten.zeros_like.default, lambda: (t(P, 3),), R),
     "where": (aten.where.self, lambda: (t(R, 3, integer=2), t(P, 3), t(R, 3)), R),
 }  # fmt: skip

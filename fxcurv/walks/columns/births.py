@@ -204,12 +204,22 @@ def _by_position(walk: Walk, group: Group) -> None:
     walk.cotangents[head] = [stack]
     start = sum(stack.columns[: stack.groups.index(GRADIENT)])
     origin, (_, classes) = origin_of(head, "columns"), walk.program.analysis.positions or (0, None)
-    columns = emit(walk.program, _apart, stack.node, start, head.meta["place"], classes, origin=origin)
+    if walk.program.analysis.rows:
+        columns = emit(walk.program, _by_row, stack.node, start, origin=origin)
+    else:
+        columns = emit(walk.program, _apart, stack.node, start, head.meta["place"], classes, origin=origin)
     carry(walk, group, [head], [columns], None, origin)
 
 
 def _apart(g: Tensor, start: int, place: Shard, classes: int | None) -> Tensor:
     return separate(g[start : start + 1], place, classes)
+
+
+def _by_row(g: Tensor, start: int) -> Tensor:
+    """A column per row of f [N, *]: the gradient there, and zero elsewhere, [N, N, *]."""
+    rows = g.shape[1]
+    eye = torch.eye(rows, dtype=g.dtype, device=g.device)
+    return g[start : start + 1] * eye.reshape(rows, rows, *[1] * (g.ndim - 2))
 
 
 def _eye(f: Tensor, place: Shard) -> Tensor:

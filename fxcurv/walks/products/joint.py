@@ -95,7 +95,7 @@ def _copied(program: Program, nodes: list[fx.Node]) -> tuple[Program, dict[fx.No
     params = {name: env[n] for name, n in program.params.items() if n in env}
     child = Program(
         fx.GraphModule(attributes, graph), [], program.batch, params, program.shapes, [], [], env[program.loss], {},
-        extensions=program.extensions, rules=program.rules,
+        extensions=program.extensions, rules=program.rules, options=program.options,
         fake_mode=program.fake_mode, pieces=program.pieces,
     )  # fmt: skip
     copies = dict(zip(graph.nodes, child.graph.nodes, strict=True))

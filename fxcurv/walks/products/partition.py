@@ -16,6 +16,7 @@ from torch import SymInt, Tensor, fx
 
 from fxcurv.errors import InternalError
 from fxcurv.ir.graph import ancestors, closure, copied, dependent, is_view
+from fxcurv.ir.placement import PARTIAL
 from fxcurv.ir.program import Program
 from fxcurv.rules.traits import CHEAP, plain_sum, pointwise, random
 
@@ -54,7 +55,7 @@ def saved_values(program: Program, vectors: Iterable[fx.Node], results: list[fx.
             continue
         size = size_of(program, node)
         flow.add_edge((node, "in"), (node, "out"), **({} if size is None else {"capacity": size}))
-        if node.op == "placeholder" or not repeatable(node):
+        if node.op == "placeholder" or not repeatable(node) or node.meta.get("across") == PARTIAL:  # it is added up, once
             flow.add_edge("source", (node, "in"))
     for node in needed:
         for source in node.all_input_nodes:

@@ -1,0 +1,238 @@
+"""Values that a model turns into Python's numbers, or into sizes: `.item()`, `x[mask]`, `nonzero`, `repeat_interleave(counts)`.
+
+One that depends on inputs, targets, buffers and frozen parameters alone is computed while the model is traced, and the
+program is one for this value: it is an output of the traced graph, which every call computes anew and compares
+(`Program.reads`). One that depends on trained parameters is a detached tensor where it is calculated with, and is refused
+where a size or a branch needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxcurv.errors import CaptureError
+from fxcurv.front.python_state import Number
+from fxcurv.ir.origin import running_line
+from fxcurv.ir.private import (
+    disable_proxy_modes_tracing,
+    memory_of,
+    no_torch_functions,
+    node_of,
+    proxy_mode,
+    pytree,
+    schema_of,
+    without_fake_mode,
+)
+from fxcurv.rules.traits import LITERALS, OF_SHAPE, random
+
+_NUMBER = (
+    "makes a number of Python's of a value that depends on trained parameters, which is not known while tracing. Way out: leave "
+    "it a tensor, as in x.abs().max().detach() for float(x.abs().max()), and torch.where(c, a, b) for a branch."
+)
+
+_SIZE = (
+    "makes a tensor whose size depends on values that trained parameters enter. Way out: keep all entries, as in "
+    "torch.where(mask, f(x), x) for x[mask] = f(x[mask]), or (loss * mask).sum() / mask.sum() for loss[mask].mean()."
+)
+
+
+class Unknown(Exception):
+    """A value that data alone do not give."""
+
+
+# What a value depends on: on nothing, on what may differ between calls, or on what is trained or drawn.
+_FIXED, _DATA, _UNKNOWN = 0, 1, 2
+
+
+class Values:
+    """What a trace has computed so far, on the values of the call.
+
+    Attributes:
+        read: (tensor of the trace, the number that it holds), of all that became numbers and may be others.
+    """
+
+    def __init__(self) -> None:
+        self.read: list[tuple[Tensor, Any]] = []
+        self._given: list[tuple[Tensor, Tensor, bool]] = []
+        self._env: dict[fx.Node, Any] = {}
+        self._level: dict[fx.Node, int] = {}
+        self._memory: dict[int, int] = {}  # a write changes what its views hold
+        self._seen = 0
+
+    def begin(self, given: Iterable[tuple[Tensor, Tensor, bool]]) -> None:
+        """A trace begins: (a tensor of the trace, its value, whether it is trained) of all that comes in."""
+        self.__init__()  # type: ignore[misc]
+        self._given = list(given)
+
+    def sized(self) -> list[Tensor]:
+        """What came in with a size that is a symbol."""
+        return [fake for fake, _, _ in self._given if any(isinstance(size, torch.SymInt) for size in fake.shape)]
+
+    def number(self, t: Tensor) -> Any:
+        """The number that a tensor of one entry holds.
+
+        Raises:
+            Unknown: if it depends on more than data.
+        """
+        mode = proxy_mode()
+        node = node_of(t, mode.tracer) if mode is not None else None
+        gpus = sorted({real.device.index for _, real, _ in self._given if real.is_cuda})
+        apart = disable_proxy_modes_tracing(), without_fake_mode(), no_torch_functions(), torch.no_grad()
+        with contextlib.ExitStack() as stack:
+            for context in (*apart, torch.random.fork_rng(gpus)):
+                stack.enter_context(context)
+            if node is not None:
+                self._catch_up(mode.tracer)
+            if node not in self._env or self._of(node) == _UNKNOWN:
+                raise Unknown
+            value = self._env[node].item()
+        if self._of(node) == _DATA:
+            self.read.append((t.detach().clone(), value))
+        return value
+
+    def _catch_up(self, tracer: Any) -> None:
+        """Run what has been traced since the last time."""
+        if not self._seen:
+            for fake, real, trained in self._given:
+                node = node_of(fake, tracer)
+                if node is not None:
+                    self._set(node, real.detach().clone(), _UNKNOWN if trained else _DATA)
+        for node in list(tracer.graph.nodes)[self._seen :]:
+            self._seen += 1
+            if node.op == "get_attr":
+                literal = bool(node.users) and all(user.target in LITERALS for user in node.users)
+                self._set(node, getattr(tracer.root, node.target, None), _FIXED if literal else _DATA)
+            elif node.op == "call_function":
+                self._run(node)
+
+    def _run(self, node: fx.Node) -> None:
+        level = max((self._of(i) for i in node.all_input_nodes), default=_FIXED)
+        level = _UNKNOWN if random(node.target) else min(level, _DATA) if node.target in OF_SHAPE else level
+        if any(i not in self._env for i in node.all_input_nodes):
+            self._level[node] = _UNKNOWN
+            return
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._env.get)
+        try:
+            value = node.target(*args, **kwargs)
+        except Exception:  # what only a trace can run, a derivative say
+            self._level[node] = _UNKNOWN
+            return
+        self._set(node, value, level)
+        for argument, given in zip(getattr(schema_of(node.target), "arguments", ()), args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self._raise(given, level)
+
+    def _of(self, node: fx.Node) -> int:
+        tensors = [t for t in pytree.tree_leaves(self._env.get(node)) if isinstance(t, Tensor)]
+        return max([self._level.get(node, _UNKNOWN), *(self._memory.get(memory_of(t), _FIXED) for t in tensors)])
+
+    def _set(self, node: fx.Node, value: Any, level: int) -> None:
+        self._env[node], self._level[node] = value, level
+        self._raise(value, level)
+
+    def _raise(self, value: Any, level: int) -> None:
+        """What is in this memory depends on that much now."""
+        for t in pytree.tree_leaves(value):
+            if isinstance(t, Tensor):
+                self._memory[memory_of(t)] = max(level, self._memory.get(memory_of(t), _FIXED))
+
+
+# ---- what stands in the place of PyTorch's functions ------------------------------
+
+
+def read(values: Values, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What `func` gives, with numbers and sizes from the data.
+
+    Raises:
+        CaptureError: if they depend on parameters.
+    """
+    name = _READS.get(func, "")
+    try:
+        return getattr(_Read(values), name)(func, *args, **kwargs)
+    except Unknown:
+        x = args[0]
+        if name == "item" and x.is_floating_point():
+            return Number(x.detach().double())
+        why = _SIZE if name in _SIZES else _NUMBER
+        raise CaptureError(f"op {func.__name__.strip('_').replace('getitem', 'index')}\n{running_line()}{why}") from None
+
+
+def reads(func: Callable, args: tuple) -> bool:
+    """Whether a call makes numbers or sizes of values."""
+    name = _READS.get(func)
+    if name is None or not args or not isinstance(args[0], Tensor):
+        return False
+    if name == "written" and not (isinstance(args[2], Tensor) and args[2].ndim):
+        return False  # a number goes where the mask is, whatever it counts
+    if name in ("index", "written"):
+        return any(_is_mask(i) for i in (args[1] if isinstance(args[1], tuple) else (args[1],)))
+    return True
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype == torch.bool and index.ndim > 0
+
+
+class _Read:
+    def __init__(self, values: Values):
+        self.values = values
+
+    def item(self, func, x):
+        return self.values.number(x)
+
+    def cast(self, func, x):
+        return {"__bool__": bool, "__float__": float}.get(func.__name__, int)(self.values.number(x))
+
+    def positions(self, mask: Tensor) -> Tensor:
+        """Where a mask is true, [K, mask.ndim]."""
+        return torch.ops.aten.nonzero_static(mask, size=self.values.number((mask != 0).sum()))
+
+    def nonzero(self, func, x, as_tuple=False):
+        found = self.positions(x)
+        return found.unbind(1) if as_tuple else found
+
+    def where(self, func, condition, *rest, **named):
+        if rest or named:
+            return func(condition, *rest, **named)
+        return self.positions(condition).unbind(1)
+
+    def selected(self, func, x, mask):
+        shape = torch.broadcast_shapes(x.shape, mask.shape)
+        return x.expand(shape)[self.positions(mask.expand(shape)).unbind(1)]
+
+    def index(self, func, x, index):
+        return x[self._without_masks(index)]
+
+    def written(self, func, x, index, value):
+        x[self._without_masks(index)] = value
+
+    def _without_masks(self, index: Any) -> tuple:
+        parts: list[Any] = []
+        for i in index if isinstance(index, tuple) else (index,):
+            parts += self.positions(i).unbind(1) if _is_mask(i) else [i]
+        return tuple(parts)
+
+    def repeated(self, func, *args, **named):
+        counts = named["repeats"] if "repeats" in named else args[min(1, len(args) - 1)]
+        if not isinstance(counts, Tensor) or named.get("output_size") is not None:
+            return func(*args, **named)
+        if counts is args[0] or counts.numel() != 1:
+            return func(*args, **{**named, "output_size": int(self.values.number(counts.sum()))})
+        named.pop("repeats", None)
+        return func(args[0], int(self.values.number(counts)), *args[2:], **named)
+
+
+_READS: dict[Any, str] = {
+    Tensor.item: "item", Tensor.__bool__: "cast", Tensor.__int__: "cast", Tensor.__index__: "cast", Tensor.__float__: "cast",
+    Tensor.nonzero: "nonzero", torch.nonzero: "nonzero", torch.argwhere: "nonzero", Tensor.argwhere: "nonzero",
+    torch.where: "where", Tensor.masked_select: "selected", torch.masked_select: "selected",
+    Tensor.__getitem__: "index", Tensor.__setitem__: "written",
+    Tensor.repeat_interleave: "repeated", torch.repeat_interleave: "repeated",
+}  # fmt: skip
+
+_SIZES = {"nonzero", "where", "selected", "index", "written", "repeated"}

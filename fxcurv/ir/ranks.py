@@ -1,0 +1,46 @@
+"""Sums over the ranks of a process group, in plain ops and functional collectives, which graphs can hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def summed(triangles: Sequence[bool], group: str, values: Sequence[Tensor]) -> list[Tensor]:
+    """The values' sums over the ranks of a group, by one collective; `triangles`: which of them are symmetric matrices."""
+    if len(values) == 1 and not triangles[0]:
+        return [_all_reduce(values[0].contiguous(), group)]
+    flat = [_triangle(v) if t else v.reshape(-1) for v, t in zip(values, triangles, strict=True)]
+    joined = _all_reduce(torch.cat(flat) if len(flat) > 1 else flat[0], group)
+    parts = joined.split([f.numel() for f in flat])
+    return [_square(p, v) if t else p.view(v.shape) for p, v, t in zip(parts, values, triangles, strict=True)]
+
+
+def _all_reduce(t: Tensor, group: str) -> Tensor:
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor.default(ops.all_reduce.default(t, "sum", group))
+
+
+def _triangle(t: Tensor) -> Tensor:
+    rows, columns = _lower(t)
+    return t[rows, columns]
+
+
+def _lower(t: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = torch.tril_indices(t.shape[0], t.shape[0], device=t.device)
+    return rows, columns
+
+
+def _square(flat: Tensor, like: Tensor) -> Tensor:
+    """A symmetric matrix from its lower triangle, row by row."""
+    k = torch.arange(like.shape[0], device=flat.device)
+    high, low = torch.maximum(k[:, None], k), torch.minimum(k[:, None], k)
+    return flat[high * (high + 1) // 2 + low]
+
+
+def plain_text(text: str) -> str:
+    """What a value is printed as, without its address, which is another one in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)

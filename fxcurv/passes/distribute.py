@@ -1,0 +1,271 @@
+"""distribute: the program of a batch whose parts are on the ranks of a process group (`compile(mesh=)`).
+
+A `Partial` value is added up over the ranks where an op reads it complete, or where it is a result; what is linear in values
+that are added up anyway is computed from their sums. Values that need no other sums are of stage 0, those that read sums
+of stage k - 1 are of stage k. The values of a stage travel together, in buckets of one dtype, and of a symmetric matrix only
+a triangle does. The number of samples, and that of the first one, become inputs of the program.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from fxcurv.errors import MixedSamplesError
+from fxcurv.ir.emit import emit, number_of_samples
+from fxcurv.ir.graph import ancestors, is_tensor
+from fxcurv.ir.origin import locate, stage_of
+from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Placement
+from fxcurv.ir.private import pytree
+from fxcurv.ir.program import Input, Program
+from fxcurv.ir.ranks import plain_text, summed
+from fxcurv.ir.state import Spread
+from fxcurv.rules.traits import over_ranks
+
+# One collective takes at most so many bytes, but for a value that is larger.
+BUCKET = 25 << 20
+
+
+def distribute(program: Program) -> Program:
+    """See the module.
+
+    Raises:
+        MixedSamplesError: where a result needs the samples of other ranks in another way than by a sum, or the batch size is
+            a number.
+    """
+    if program.fixed:
+        raise MixedSamplesError(
+            f"the batch size is {program.batch_note}, so the batch cannot be split over the ranks of mesh=. Way out: a model "
+            "that takes batches of any size; where samples interact (batch norm in training mode), ask for the gradient "
+            "alone, or eval(); or no mesh=, for quantities of each rank's own batch."
+        )
+    _check(program)
+    given(program)
+    _Sums(program).add_up()
+    _sort(program)
+    program.spread.places = {
+        "output": [_place(n) for n in program.output_leaves],
+        **{kind: _places(program, getattr(program, kind)) for kind in ("results", "extras")},
+    }
+    program.refresh_output()
+    return program
+
+
+def _places(program: Program, fields: dict[str, Any]) -> dict[str, Any]:
+    """By field, but for values that are kept to compute with."""
+    return {field: pytree.tree_map(_place, value) for field, value in fields.items() if field not in program.borrowing}
+
+
+def _place(node: Any) -> Placement:
+    return node.meta["across"] if isinstance(node, fx.Node) else REPLICATE
+
+
+def _check(program: Program) -> None:
+    checks = {c.node for c in program.checks}  # every rank sees to its own samples
+    for root in program.roots():
+        if root in checks or root in program.heads and root not in program.output_leaves:
+            continue
+        if root.meta["across"] == MIXED:
+            first = next(n for n in ancestors([root]) if MIXED in _listed(n.meta["across"]))
+            fields = {**program.results, **program.extras}
+            field = next((f for f, nodes in fields.items() if root in pytree.tree_leaves(nodes)), "the model's output")
+            raise MixedSamplesError(
+                f"{locate(first)}\nfor {field}, {first.target} of stage {stage_of(first)} needs samples of other ranks in "
+                "another way than by a sum over them, or its placement is not known, so the batch cannot be split over the ranks "
+                "of mesh=. Way out: where samples interact (a contrastive loss), ask for it without mesh=, on one device."
+            )
+
+
+def _listed(place: Any) -> list:
+    return place if isinstance(place, list) else [place]
+
+
+# ---- inputs ------------------------------
+
+
+def given(program: Program) -> None:
+    """The number of all samples and that of the rank's first one come from outside."""
+    named = {"samples": [n for n in program.graph.nodes if n.target is number_of_samples]}
+    named["first"] = [n for n in program.graph.nodes if "first" in n.meta]
+    for kind, (node,) in [(k, found) for k, found in named.items() if found]:
+        last = [n for n in program.graph.nodes if n.op == "placeholder"][-1]
+        with program.graph.inserting_after(last):
+            new = program.graph.placeholder(kind)
+        new.meta = {**node.meta, "across": REPLICATE, "complete": ()}
+        program.inputs.append(Input(kind))
+        program.replace(node, new)
+        program.graph.erase_node(node)
+
+
+# ---- sums ------------------------------
+
+
+class _Sums:
+    """The collectives of one program.
+
+    Attributes:
+        wanted: the values whose sum over the ranks something reads; `reduced`: those that travel.
+        complete: value -> its sum.
+    """
+
+    def __init__(self, program: Program):
+        self.program, self.graph = program, program.graph
+        read = {a for n in self.graph.nodes for a in n.meta.get("complete", ())}
+        results = {n for n in program.roots() if n.meta["across"] == PARTIAL}
+        self.wanted = [n for n in self.graph.nodes if n in read or n in results]
+        known: set[fx.Node] = set()
+        self.reduced = []
+        for node in self.wanted:
+            if not self._follows(node, known):
+                self.reduced.append(node)
+            known.add(node)
+        self.complete: dict[fx.Node, fx.Node] = {}
+
+    def _follows(self, node: fx.Node, known: set[fx.Node]) -> bool:
+        """Whether a value is computed, by ops that are linear, from sums that are there."""
+        parts = self._parts(node)
+        return is_tensor(node) and bool(parts) and all(p in known or self._follows(p, known) for p in parts)
+
+    def _parts(self, node: fx.Node) -> list[fx.Node]:
+        """The arguments that an op reads as this rank's terms."""
+        return [i for i in node.all_input_nodes if i.meta["across"] == PARTIAL and i not in node.meta["complete"]]
+
+    def add_up(self) -> None:
+        """Emit the collectives, and let everything read the sums that has to."""
+        stages, found = self._stages(), []
+        for stage in sorted(set(stages.values())):
+            for bucket in _buckets([n for n in self.reduced if stages[n] == stage]):
+                found.append(bucket)
+                self._reduce(bucket, f"stage {stage}")
+        for node in self.wanted:
+            self._sum_of(node)
+        for node in list(self.graph.nodes):
+            for value in node.meta.get("complete", ()):
+                node.replace_input_with(value, self.complete[value])
+        self.program.rename({n: self.complete[n] for n in self.program.roots() if n.meta["across"] == PARTIAL})
+        self.program.spread = Spread(_said(self.graph), [[_label(n) for n in bucket] for bucket in found])
+
+    def _stages(self) -> dict[fx.Node, int]:
+        """For each value that travels, how many collectives before it are needed for it."""
+        stage: dict[fx.Node, int] = {}
+        after: dict[fx.Node, int] = {}  # the same of a value's sum, if all of what it is computed from has one
+        reduced = set(self.reduced)
+        for node in self.graph.nodes:
+            read = node.meta.get("complete", ())
+            stage[node] = max((after[i] if i in read else stage[i] for i in node.all_input_nodes), default=0)
+            if node in reduced:
+                after[node] = stage[node] + 1
+            elif node.meta.get("across") == PARTIAL:
+                parts = (*read, *self._parts(node))
+                after[node] = max((after[i] if i in parts else stage[i] for i in node.all_input_nodes), default=0)
+        return {n: stage[n] for n in self.reduced}
+
+    def _reduce(self, bucket: list[fx.Node], title: str) -> None:
+        triangles = tuple(bool(n.meta.get("symmetric")) for n in bucket)
+        group = self.program.options.ranks
+        sums = emit(
+            self.program,
+            functools.partial(summed, triangles, group),
+            bucket,
+            origin={"stage": "distribute", "op": title},
+        )
+        for node, total in zip(bucket, sums, strict=True):
+            self._finish(node, total)
+
+    def _sum_of(self, node: fx.Node) -> fx.Node:
+        """The sum of a value: one that travelled, or the op itself on sums."""
+        if node not in self.complete:
+            sums = {a: self._sum_of(a) for a in self._parts(node)}
+            with self.graph.inserting_before(self.program.output):
+                new = self.graph.node_copy(node, lambda a: sums.get(a, a))
+            self._finish(node, new)
+        return self.complete[node]
+
+    def _finish(self, node: fx.Node, total: fx.Node) -> None:
+        total.meta = {**node.meta, "across": REPLICATE, "val": total.meta["val"]}
+        total.meta["complete"] = node.meta["complete"] if total.target == node.target else ()
+        self.complete[node] = total
+
+
+def _label(node: fx.Node) -> str:
+    origin, val = node.meta.get("origin") or {}, node.meta["val"]
+    names = [str(origin.get(k, "")) for k in ("stage", "op", "module", "extension", "param")]
+    return f"{' '.join(filter(None, names))} {str(val.dtype).removeprefix('torch.')}{list(val.shape)}"
+
+
+def _said(graph: fx.Graph) -> list[str]:
+    """The captured ops, in words that are the same in every process."""
+    return [plain_text(f"{n.target}{n.args}") for n in graph.nodes if n.op == "call_function" and stage_of(n) == "forward"]
+
+
+def _buckets(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
+    """Values that travel together: of one dtype, up to `BUCKET` bytes."""
+    out: list[list[fx.Node]] = []
+    for dtype in dict.fromkeys(n.meta["val"].dtype for n in nodes):
+        size = BUCKET + 1
+        for node in [n for n in nodes if n.meta["val"].dtype == dtype]:
+            val = node.meta["val"]
+            size += val.numel() * val.element_size()
+            if size > BUCKET:
+                out.append([])
+                size = val.numel() * val.element_size()
+            out[-1].append(node)
+    return out
+
+
+# ---- order ------------------------------
+
+
+def _sort(program: Program) -> None:
+    """Every node behind what it reads, otherwise in the order that was: collectives came last."""
+    done: set[fx.Node] = set()
+    order: list[fx.Node] = []
+    for root in program.graph.nodes:
+        stack = [root]
+        while stack:
+            node = stack[-1]
+            waiting = [i for i in node.all_input_nodes if i not in done]
+            if waiting:
+                stack.extend(waiting)
+                continue
+            stack.pop()
+            if node not in done:
+                done.add(node)
+                order.append(node)
+    last = None
+    for node in order:
+        if last is not None:
+            last.append(node)
+        last = node
+    program.graph.lint()
+
+
+# ---- without other ranks ------------------------------
+
+
+def _itself(t: Tensor, *_: Any) -> Tensor:
+    return t
+
+
+def alone(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph as one process runs it: a sum over ranks is the value itself."""
+    copy = fx.GraphModule(gm, _copied(gm.graph))
+    for node in copy.graph.nodes:
+        if over_ranks(node):
+            node.target = _itself
+    copy.recompile()
+    return copy
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    new = fx.Graph()
+    new.output(new.graph_copy(graph, {}))
+    return new
+
+
+def collectives(gm: fx.GraphModule) -> list[Tensor]:
+    """What a graph's collectives add up, in order: fake values."""
+    return [n.args[0].meta["val"] for n in gm.graph.nodes if over_ranks(n) == "sum"]

@@ -1,0 +1,67 @@
+"""fuse: ops that PyTorch has as one kernel forward and one backward stay that, and are said in mathematics where that is needed.
+
+Needed it is where something looks inside an op: its second derivative, its tangent, the derivative of its derivative. An
+op is asked for by itself, and `analysis.said` keeps what became of it, and why.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+from torch import fx
+
+from fxcurv.ir.emit import emit
+from fxcurv.ir.graph import canonical_args, descendants, invoke
+from fxcurv.ir.origin import module_path, origin_of
+from fxcurv.ir.placement import MIXED
+from fxcurv.ir.program import Program
+from fxcurv.passes.independence import independence, visit
+from fxcurv.passes.normalize import say_in_others, substitute
+from fxcurv.rules.base import AGAIN, REWRITES
+from fxcurv.rules.fused import FUSED
+
+
+def fuse(program: Program) -> Program:
+    """Say the ops of `FUSED` by kernels, or by their rewrites; those that have none keep their rule."""
+    looked_into, mixed = _looked_into(program), False
+    for node in [n for n in program.graph.nodes if n.target in FUSED and n.target not in program.rules]:
+        found = looked_into.get(node) or FUSED[node.target](node)
+        why, fn = (found, REWRITES.get(node.target)) if isinstance(found, str) else ("", found)
+        name = str(node.target).removeprefix("aten.").removesuffix(".default")
+        program.analysis.said.append((name, module_path(node), why))
+        if fn is None:
+            continue
+        mixed = mixed or bool(why) and node.meta["place"] == MIXED
+        said = functools.partial(invoke, node.target, fn=fn)
+        new = emit(program, said, canonical_args(node), origin=origin_of(node, "forward"), before=node)
+        substitute(program, node, new)
+    if any(why for *_, why in program.analysis.said):
+        say_in_others(program)
+    if program.options.create_graph or any(e.requires.inside for e in program.extensions):
+        program.rules = AGAIN | program.rules
+    if mixed:
+        return independence(program)  # the mathematics may show where the samples are
+    for node in program.graph.nodes:
+        if "place" not in node.meta and node.op == "call_function":
+            visit(program, node)
+    return program
+
+
+def _looked_into(program: Program) -> dict[fx.Node, str]:
+    """Nodes whose inside is needed, and what needs it."""
+    if program.options.create_graph:
+        return dict.fromkeys(program.graph.nodes, "create_graph differentiates its derivative")
+    found: dict[fx.Node, str] = {}
+
+    def needed(nodes: Iterable[fx.Node], by: object, what: str) -> None:
+        for node in nodes:
+            found.setdefault(node, f"{type(by).__name__} needs {what}")
+
+    for e in program.extensions:
+        if e.requires.inside:
+            reached = descendants([program.params[name] for name in program.names_of(e)])
+            needed(reached, e, e.requires.inside)
+        elif e.requires.of_loss:
+            needed(descendants(program.heads) - set(program.heads), e, "the loss's second derivative")
+    return found

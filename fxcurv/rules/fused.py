@@ -1,0 +1,81 @@
+"""Ops as PyTorch's own pair of kernels, forward and backward, where nothing looks inside them.
+
+What needs more of an op than its transpose (a second derivative, a tangent) gets the op's mathematics, as a rewrite or as
+the formula of its rule. A fusion is a function of the node, whose arguments have their placements: it gives the function of
+the op's arguments that says the op by kernels, or why there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+from torch.nn.attention import SDPBackend
+
+from fxcurv.contractions.sizes import size
+from fxcurv.ir.graph import canonical_args
+from fxcurv.ir.placement import MIXED, REPLICATE
+from fxcurv.ir.program import is_active
+
+aten = torch.ops.aten
+
+FUSED: dict[Callable, Callable[[fx.Node], Callable | str]] = {}
+
+
+def fused(op: Callable):
+    """Decorator: the function says whether, and how, the op is one of PyTorch's kernels."""
+
+    def add(fn):
+        FUSED[op] = fn
+        return fn
+
+    return add
+
+
+@fused(aten.layer_norm.default)
+def _layer_norm(node: fx.Node) -> Callable | str:
+    return _native_layer_norm
+
+
+def _native_layer_norm(x, shape, weight=None, bias=None, eps=1e-5, cudnn=True):
+    return aten.native_layer_norm.default(x, shape, weight, bias, eps)[0]
+
+
+@fused(aten.scaled_dot_product_attention.default)
+def _attention(node: fx.Node) -> Callable | str:
+    q, k, v, mask, dropout, *_ = canonical_args(node)
+    if dropout > 0:
+        return "its dropout is one mask, for the gradient and all columns"
+    if is_active(mask):
+        return "its mask depends on parameters"
+    if node.meta["place"] != REPLICATE and any(is_active(n) and n.meta["place"] == REPLICATE for n in (q, k, v)):
+        return "parameters enter it beside samples"
+    if node.meta["place"] == MIXED and all(n.meta["place"] != MIXED for n in (q, k, v)):
+        return "its samples are not along its batch or its heads"
+    if q.meta["val"].device.type != "cpu":
+        return f"the kernels of '{q.meta['val'].device.type}' have no rule"
+    if q.meta["val"].ndim != 4 or _choice(node) != SDPBackend.FLASH_ATTENTION.value:
+        return "PyTorch has no kernel for these arguments"
+    return _flash_on_cpu
+
+
+def _choice(node: fx.Node) -> int:
+    """Which of PyTorch's backends runs this call, by tensors that are never written: a symbolic size would become a number."""
+    q, k, v, mask, dropout, causal, scale, gqa = canonical_args(node)
+    inputs = [_like(n.meta["val"]).requires_grad_() for n in (q, k, v)]
+    mask = None if mask is None else _like(mask.meta["val"])
+    return aten._fused_sdp_choice.default(*inputs, mask, dropout, causal, scale=scale, enable_gqa=gqa)
+
+
+def _like(val: Tensor) -> Tensor:
+    stride = [s.node.hint if isinstance(s, torch.SymInt) else s for s in val.stride()]
+    return torch.empty_strided(size(val), stride, dtype=val.dtype, device=val.device)
+
+
+def _flash_on_cpu(q, k, v, mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    return aten._scaled_dot_product_flash_attention_for_cpu.default(
+        q, k, v, dropout_p, is_causal, attn_mask=mask, scale=scale
+    )[0]

@@ -1,0 +1,164 @@
+"""The processes of a device mesh that have a part of the batch each: what they tell each other around a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fxcurv.errors import ArgumentError, ExtensionError, RankError
+from fxcurv.extensions import Extension
+from fxcurv.ir.placement import Placement, Shard, samples_back, samples_first
+from fxcurv.ir.private import collectives_of, flattened_mesh, pytree
+from fxcurv.passes.distribute import collectives
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """A process group whose ranks have a part of the batch each, in the order of their numbers.
+
+    Attributes:
+        name: of the group, as collectives in a graph have it.
+    """
+
+    def __init__(self, mesh: Any):
+        if not isinstance(mesh, DeviceMesh):
+            raise ArgumentError(
+                f"mesh= is a {type(mesh).__name__}: pass a DeviceMesh, of torch.distributed.device_mesh.init_device_mesh"
+            )
+        if mesh.get_coordinate() is None:
+            raise ArgumentError("this process is no part of mesh=: compile only where the mesh has a rank")
+        self.mesh = mesh
+        self.group = (mesh if mesh.ndim == 1 else flattened_mesh(mesh)).get_group()
+        self.name, self.rank, self.size = (
+            self.group.group_name,
+            dist.get_rank(self.group),
+            dist.get_world_size(self.group),
+        )
+        self._device = torch.device(mesh.device_type)
+
+    # ---- messages ----
+
+    def numbers(self, mine: Sequence[int]) -> list[list[int]]:
+        """What every rank says, in a row each."""
+        row = torch.tensor(mine, dtype=torch.long, device=self._device)
+        rows = [torch.empty_like(row) for _ in range(self.size)]
+        dist.all_gather(rows, row, self.group)
+        return torch.stack(rows).tolist()
+
+    def objects(self, mine: T) -> list[T]:
+        """What every rank says, whatever can be pickled."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, mine, self.group)
+        return found
+
+    def together(
+        self, fn: Callable[[], T], say: Callable[[T], Sequence[int]] = lambda value: ()
+    ) -> tuple[T, list[list[int]]]:
+        """`fn()`, which talks to no other rank but by `run`, and what every rank says of its own.
+
+        Raises:
+            RankError: where `fn` raised on another rank; the rank itself raises what it has.
+        """
+        error: Exception | None = None
+        value: Any = None
+        try:
+            value = fn()
+            said = [1, *say(value)]
+        except Exception as raised:  # whatever it is, the others wait
+            error, said = raised, [0]
+        width = _WIDTH
+        rows = self.numbers([*said, *[0] * (width - len(said))])
+        if not all(row[0] for row in rows):
+            self._raise(error)
+        return value, [row[1:] for row in rows]
+
+    def _raise(self, error: Exception | None) -> NoReturn:
+        texts = self.objects(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        rank = next(k for k, text in enumerate(texts) if text is not None)
+        raise RankError(f"rank {rank} of the mesh raised, so no rank has a result. There it is\n{texts[rank]}")
+
+    # ---- values ----
+
+    def run(self, gm: fx.GraphModule, arguments: Callable[[], Sequence[Any]]) -> tuple:
+        """Run a graph with collectives; if it breaks off here, the ones that others wait for are still done."""
+        before = collectives_of(self.group)
+        try:
+            return gm(*arguments())
+        except Exception:
+            for like in collectives(gm)[collectives_of(self.group) - before :]:
+                dist.all_reduce(torch.zeros(like.shape, dtype=like.dtype, device=like.device), group=self.group)
+            raise
+
+    def rows(self, t: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The rows of all ranks, one after the other; this one's are those of `t`."""
+        if t.dtype == torch.bool:  # which gloo does not gather
+            return self.rows(t.view(torch.uint8), sizes).view(torch.bool)
+        padded = t.new_zeros(max(sizes), *t.shape[1:])
+        padded[: t.shape[0]] = t
+        found = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(found, padded, self.group)
+        return torch.cat([part[:n] for part, n in zip(found, sizes, strict=True)])
+
+    def whole(self, values: Any, places: Any, sizes: Sequence[int]) -> Any:
+        """A pytree of values, each of the whole batch; `places`: where the samples are on them."""
+        leaves, spec = pytree.tree_flatten(values)
+        return pytree.tree_unflatten(
+            [self._whole(v, p, sizes) for v, p in zip(leaves, pytree.tree_leaves(places), strict=True)], spec
+        )
+
+    def _whole(self, value: Any, place: Placement, sizes: Sequence[int]) -> Any:
+        if isinstance(value, DTensor):
+            return value.full_tensor()
+        if not isinstance(value, Tensor) or not isinstance(place, Shard):
+            return value
+        return samples_back(self.rows(samples_first(value.detach(), place).contiguous(), sizes), place)
+
+
+_WIDTH = 6  # how many numbers a message has
+
+
+# ---- what compile() is given ------------------------------
+
+
+def ranks_of(mesh: Any, model: nn.Module, extensions: Sequence[Extension], backend: Any) -> Ranks | None:
+    """The ranks of `mesh=`, None without one.
+
+    Raises:
+        ArgumentError: for what is no mesh, or is not of the ranks that the model is wrapped for; other backends than "eager".
+        ExtensionError: for samples by their numbers.
+    """
+    if mesh is None:
+        if isinstance(model, DistributedDataParallel):
+            raise ArgumentError(
+                "the model is a DistributedDataParallel: pass mesh=, for quantities of the batch of all ranks, or model.module, "
+                "for those of this rank's own"
+            )
+        return None
+    ranks = Ranks(mesh)
+    if isinstance(model, DistributedDataParallel):
+        theirs = dist.get_process_group_ranks(model.process_group)
+        if theirs != dist.get_process_group_ranks(ranks.group):
+            raise ArgumentError(
+                f"the model is a DistributedDataParallel on ranks {theirs}, and mesh= is on others: use one mesh"
+            )
+    if backend != "eager":
+        raise ArgumentError(f"mesh= with backend={backend!r} is not supported: use 'eager'")
+    for e in extensions:
+        if getattr(e, "subsampling", None) is not None:
+            raise ExtensionError(f"{e} with mesh=: ranks have different samples. Way out: index the result instead")
+    return ranks
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model in a `DistributedDataParallel`, whose gradients are not to be averaged again."""
+    return model.module if isinstance(model, DistributedDataParallel) else model

@@ -1,0 +1,292 @@
+"""One call on the ranks of a mesh: agree on the program, check it, run it, own, return. Where a rank raises, all do.
+
+At the first call for a kind of input every rank says what it compiles, and then which collectives its program has; where these
+differ, all raise with the difference. Before every call the ranks tell each other how many samples they have and which
+program they take, after it that it went well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from fxcurv.errors import ArgumentError, RankError
+from fxcurv.front.arguments import Arguments
+from fxcurv.front.requests import Request, Subject
+from fxcurv.ir.private import pytree
+from fxcurv.ir.ranks import plain_text
+from fxcurv.passes.recycle import functional
+from fxcurv.result import Result
+from fxcurv.runtime.backend import Backend
+from fxcurv.runtime.bind import bind, cuda_devices, seed_tensor
+from fxcurv.runtime.call import keep, refuse_values, result_of, run_error, take_memory
+from fxcurv.runtime.keys import key_of
+from fxcurv.runtime.programs import Programs, Ready
+from fxcurv.runtime.ranks import Ranks
+from fxcurv.runtime.sharded import shard_results, whole_parameters
+
+# A check of so many samples costs nothing, and less of them may have nothing to compare (all may be ignored).
+FEW = 16
+
+# (program, seed, whether the caller gave it) of a program, for a message
+Drawn: TypeAlias = Callable[[Ready | None], Sequence[int]]
+
+
+@torch.compiler.disable
+def call_on_ranks(
+    ranks: Ranks,
+    programs: Programs[Ready],
+    subject: Subject,
+    backend: Backend,
+    inputs: Any,
+    targets: tuple,
+    *,
+    seed: int | Tensor | None,
+    generator: torch.Generator | None,
+    out: Result | None,
+) -> Result:
+    """`Compiled.__call__` under `mesh=`."""
+
+    def drawn(ready: Ready | None) -> Sequence[int]:
+        """(program, seed, whether the caller gave it); no seed where nothing is sampled."""
+        if ready is None or all(i.kind != "seed" for i in ready.program.inputs):
+            return (ready.digest if ready is not None else 0), 0, 0
+        return ready.digest, int(seed_tensor(seed, generator, torch.device("cpu"))), seed is not None
+
+    def prepared() -> tuple[Request, Ready | None, Any]:
+        if any(isinstance(t, DTensor) for t in pytree.tree_leaves((inputs, targets))):
+            raise ArgumentError("an input or target is a DTensor: pass this rank's own samples, x.to_local()")
+        request = programs.request(subject, inputs, targets, subject.autocast())
+        return request, programs.held(request), None if out is None else keep(out, False, backend)
+
+    with whole_parameters(subject.model, ranks) as sharded:
+        (request, ready, kept), rows = ranks.together(
+            prepared, lambda found: (found[0].arguments.batch_size, *drawn(found[1]))
+        )
+        sizes = [row[0] for row in rows]
+        if not sum(sizes):
+            raise ArgumentError("the batch is empty on every rank: pass at least one sample to one of them")
+        with request.apart():
+            made, seed = _agreed(ranks, programs, request, ready, rows, drawn)
+            call = _Call(ranks, made, request, sizes, seed)
+            call.check()
+            result = call.run(backend, kept, out)
+    shard_results(result, sharded)
+    return result
+
+
+def _agreed(
+    ranks: Ranks, programs: Programs[Ready], request: Request, ready: Ready | None, rows: list[list[int]], drawn: Drawn
+) -> tuple[Ready, int]:
+    """The program that all ranks have for this call, made now if one of them has none, and the seed.
+
+    Raises:
+        RankError: on all ranks, where they have different ones.
+        ArgumentError: on all ranks, for different seeds.
+    """
+    if ready is None or not all(row[1] for row in rows):
+        asked, largest = what_is_asked(programs, request), max(2, *(row[0] for row in rows))
+        _agree(ranks, asked)
+        made, rows = ranks.together(lambda: named(programs.spread(request, largest), asked), lambda r: (0, *drawn(r)))
+    else:
+        made = ready
+    if len({row[1] for row in rows}) > 1:
+        _agree(ranks, what_is_asked(programs, request))
+        _agree(ranks, {"the captured ops": made.program.spread.ops, "what travels": _travelling(made)})
+        raise RankError("ranks have different programs for this call: change attributes of the model on all ranks alike")
+    seeds = {row[2] for row in rows if row[3]}
+    if len(seeds) > 1 or seeds and not all(row[3] for row in rows):
+        raise ArgumentError("seed= is not the same on all ranks: pass one seed to all of them, or none to any")
+    return made, rows[0][2]
+
+
+def named(ready: Ready, asked: dict[str, list[str]]) -> Ready:
+    """With a number that ranks compare: of what was asked for, and what travels between them, in order."""
+    text = "\n".join([*ready.program.spread.ops, *_travelling(ready), *(line for lines in asked.values() for line in lines)])
+    ready.digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") + 1
+    return ready
+
+
+def _travelling(ready: Ready) -> list[str]:
+    return [f"{label}, in collective {k}" for k, bucket in enumerate(ready.program.spread.buckets) for label in bucket]
+
+
+class _Call:
+    """A call whose program all ranks have."""
+
+    def __init__(self, ranks: Ranks, ready: Ready, request: Request, sizes: list[int], seed: int):
+        self.ranks, self.ready, self.request, self.sizes, self.seed = ranks, ready, request, sizes, seed
+        self.program, self.subject = ready.program, request.subject
+
+    def bound(self, arguments: Arguments, sizes: Sequence[int] | None = None) -> list[Any]:
+        """The program's arguments; without `sizes`, of a batch that is all here."""
+        part = None if sizes is None else (sum(sizes), sum(sizes[: self.ranks.rank]))
+        return bind(self.program, self.subject, arguments, self.seed, None, part=part)
+
+    def run(self, backend: Backend, kept: Any, out: Result | None) -> Result:
+        """Compute the result."""
+        flat = self.bound(self.request.arguments, self.sizes)
+        n = self.request.arguments.batch_size
+        memory = functools.partial(take_memory, self.ready, backend, n, flat, kept)
+        values, _ = self.ranks.together(lambda: self._values(self.request.arguments, flat, memory))
+        result = result_of(self.ready, self.subject, backend, flat, values)
+        self.program.python.run_effects(self.subject.modules())
+        if out is not None:
+            out._memory = None
+        result.spread_over(
+            self.sizes, functools.partial(self.ranks.whole, sizes=self.sizes), self.program.spread.places
+        )
+        return result
+
+    def _values(self, arguments: Arguments, flat: list[Any], memory: Callable[[], list[Tensor]]) -> tuple:
+        try:
+            return self.ranks.run(self.program.gm, lambda: [*flat, *memory()])
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError) as error:
+            raise run_error(self.program, arguments, flat, error) from error
+
+    # ---- checks ----
+
+    def check(self) -> None:
+        """What `check=` and `debug=` ask for: conditions on every rank's values, numbers on some samples of each."""
+        ready, options = self.ready, self.program.options
+        if not ready.checked or options.debug:
+            self._conditions()
+        wanted = ready.selfcheck is not None and (not ready.verified or options.check == "always")
+        if wanted or ready.probe is not None and not ready.checked:
+            self._numbers(wanted)
+        ready.checked, ready.verified = True, ready.verified or wanted
+
+    def _conditions(self) -> None:
+        module = self.program.check_module
+        if module is None:
+            return
+        flat = self.bound(self.request.arguments, self.sizes)
+
+        def held() -> None:
+            with torch.random.fork_rng(cuda_devices(flat)):
+                refuse_values(self.program, self.ranks.run(module, lambda: flat))
+
+        self.ranks.together(held)
+
+    def _numbers(self, compare: bool) -> None:
+        """Compare with plain PyTorch on samples of all ranks, together as many as the largest rank has, or `FEW`."""
+        sizes = shares(self.sizes)
+        mine = first_samples(self.request.arguments, sizes[self.ranks.rank])
+        whole = self._gathered(mine, sizes)
+        request, flat = dataclasses.replace(self.request, arguments=whole), self.bound(whole)
+        memory, part = functools.partial(self.ready.pool.take, sizes[self.ranks.rank]), self.bound(mine, sizes)
+        with torch.random.fork_rng(cuda_devices(flat)):
+            values, _ = self.ranks.together(lambda: self._values(mine, part, memory))
+        loss, leaves, mutations, results, extras = self.program.unpack(values, lambda t: t)
+        places, together = self.program.spread.places, functools.partial(self.ranks.whole, sizes=sizes)
+        leaves = together(leaves, places["output"])
+        results, extras = (
+            {field: together(fields[field], known) for field, known in places[kind].items()}
+            for kind, fields in (("results", results), ("extras", extras))
+        )
+        unpacked = loss, leaves, mutations, results, extras
+
+        def here() -> None:
+            with torch.random.fork_rng(cuda_devices(flat)):
+                if self.ready.probe is not None and not self.ready.checked:
+                    self.ready.probe.run(flat, whole.batch_size)
+                if compare and self.ready.selfcheck is not None:
+                    check = self.ready.selfcheck.begin(self.program, request, flat)
+                    alone = self.ready.selfcheck.random  # every rank draws its own, so not those of one process
+                    check.compare(
+                        self.program.unpack(functional(self.program)(*flat), lambda t: t) if alone else unpacked
+                    )
+
+        self.ranks.together(here)
+
+    def _gathered(self, arguments: Arguments, sizes: Sequence[int]) -> Arguments:
+        """The samples of all ranks."""
+
+        def rows(t: Tensor, d: int | None, inner: bool = False) -> Tensor:
+            if d is None:
+                return t
+            n = arguments.batch_size
+            if not n or t.shape[d] == n:
+                return self.ranks.rows(t.detach().movedim(d, 0).contiguous(), sizes).movedim(0, d)
+            split = t.detach().unflatten(d, (-1, n) if inner else (n, -1))
+            found = self.ranks.rows(split.movedim(d + inner, 0).contiguous(), sizes).movedim(0, d + inner)
+            return found.flatten(d, d + 1)
+
+        inner = 0 not in arguments.batch_dims
+        inputs = [rows(t, d) for t, d in zip(arguments.inputs, arguments.batch_dims, strict=True)]
+        targets = [rows(t, d, inner) for t, d in zip(arguments.targets, arguments.target_dims(), strict=True)]
+        return dataclasses.replace(arguments, inputs=inputs, targets=targets)
+
+
+def shares(sizes: Sequence[int]) -> list[int]:
+    """How many samples each rank gives, in turns, so that all together are as many as the largest has, or `FEW`."""
+    out, left = [0] * len(sizes), min(max(FEW, *sizes), sum(sizes))
+    while left:
+        for k, n in enumerate(sizes):
+            if left and out[k] < n:
+                out[k] += 1
+                left -= 1
+    return out
+
+
+def first_samples(arguments: Arguments, n: int) -> Arguments:
+    """The first `n` samples."""
+    have, inner = arguments.batch_size, 0 not in arguments.batch_dims
+
+    def cut(t: Tensor, d: int | None) -> Tensor:
+        if d is None or have == n:
+            return t
+        if t.shape[d] == have:
+            return t.narrow(d, 0, n)
+        return t.unflatten(d, (-1, have) if inner else (have, -1)).narrow(d + inner, 0, n).flatten(d, d + 1)
+
+    inputs = [cut(t, d) for t, d in zip(arguments.inputs, arguments.batch_dims, strict=True)]
+    targets = [cut(t, d) for t, d in zip(arguments.targets, arguments.target_dims(), strict=True)]
+    return dataclasses.replace(arguments, inputs=inputs, targets=targets)
+
+
+# ---- agreement ------------------------------
+
+
+def what_is_asked(programs: Programs[Ready], request: Request) -> dict[str, list[str]]:
+    """What a program is made of, in words that are the same in every process."""
+    key = key_of(request.subject, request.arguments, any_size=True)
+    options = dataclasses.asdict(dataclasses.replace(programs.options, rules={}))
+    return {
+        "the extensions": [plain_text(str(e)) for e in programs.extensions],
+        "the options": [plain_text(f"{name}={value!r}") for name, value in options.items()],
+        "the modules": [f"{kind.__qualname__} in {'training' if on else 'eval'} mode" for kind, on in key.modules],
+        "the parameters": [
+            f"{name} {tuple(shape)} {dtype} requires_grad={on}" for name, on, dtype, _, shape in key.tensors
+        ],
+        "the inputs": [f"{shape} {dtype}" for shape, dtype, _ in key.inputs],
+        "the targets": [f"{shape} {dtype}" for shape, dtype, _ in key.targets],
+        "autocast": [str(request.mode.dtype)],
+    }
+
+
+def _agree(ranks: Ranks, mine: dict[str, list[str]]) -> None:
+    """Refuse, on all ranks, what is not the same on all."""
+    found = ranks.objects(mine)
+    for rank, other in enumerate(found):
+        for what, here in found[0].items():
+            for a, b in zip(_padded(here, other[what]), _padded(other[what], here), strict=True):
+                if a != b:
+                    raise RankError(
+                        f"ranks compile different programs: of {what}, rank 0 has {a}, and rank {rank} has {b}. Way out: the "
+                        "same model, loss, extensions and kinds of arguments on every rank of the mesh; only the number of "
+                        "samples may differ."
+                    )
+
+
+def _padded(some: list[str], others: list[str]) -> list[str]:
+    return [*some, *["nothing"] * (len(others) - len(some))]

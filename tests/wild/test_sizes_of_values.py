@@ -1,0 +1,240 @@
+"""Values of the data that become numbers or sizes: masks, counts, `.item()`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from case_tools import Net
+from situations import classes, numbers, parametrized, together
+from test_derivatives_inside import Inside
+from torch import Tensor, nn
+
+import fxcurv
+from fxcurv.errors import ArgumentError, CaptureError, MixedSamplesError
+from fxcurv.extensions import BatchGrad
+
+MSE = nn.MSELoss()
+WHOLE = "ggn hessian"
+
+
+def kept(m: Any, x: Tensor) -> Tensor:
+    return m.head(torch.tanh(m.body(x))[x[:, 0] > -0.7]).sum(0, keepdim=True).sin()
+
+
+def masked_loss(f: Tensor, y: Tensor) -> Tensor:
+    loss = (f - y).square().sum(1)
+    return loss[y[:, 0] > -0.5].mean()
+
+
+def selected(m: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(m.body(x))
+    return m.head(torch.masked_select(h, x[:, :1] < 1).view(-1, 3)).square()
+
+
+def nonzero(m: Any, x: Tensor) -> Tensor:
+    rows = (x[:, 0] > -1).nonzero().squeeze(1)
+    (columns,) = torch.where(m.mask)
+    return m.head(torch.tanh(m.body(x))[rows][:, columns])
+
+
+def assigned(m: Any, x: Tensor) -> Tensor:
+    h, rows = torch.tanh(m.body(x)).clone(), x[:, 0] > -0.5
+    h[rows] = torch.sin(h[rows])
+    h[x[:, 1] > 0] = 0.3
+    return m.head(h) + h[rows].sum()  # what was written to elsewhere is still a mask of the data
+
+
+def repeated(m: Any, x: Tensor, counts: Tensor) -> Tensor:
+    return m.head(torch.tanh(m.body(x)).repeat_interleave(counts, 0))
+
+
+def scaled(m: Any, x: Tensor) -> Tensor:
+    """A scale as in quantisation, a number, of the parameters: no derivative passes."""
+    w = m.body.weight
+    scale = w.abs().max().item() / 127
+    h = torch.tanh(F.linear(x, w / (1 + scale), m.body.bias))
+    return m.head(h * (1 + h.abs().max().item())) * x.abs().max().item()
+
+
+def branch(m: Any, x: Tensor) -> Tensor:
+    h = m.body(x)
+    return m.head(torch.tanh(h) if x.sum() > 0 else torch.sin(h))
+
+
+def counted(m: Any, x: Tensor, length: Tensor) -> Tensor:
+    """The longest length of the batch, as packed sequences have it."""
+    h = torch.tanh(m.body(x[:, : int(length.max())]))
+    return m.head(h.mean(1))
+
+
+def hashed(m: Any, x: Tensor, which: Tensor) -> Tensor:
+    """A mixture of experts by the token's number, with `index_add`."""
+    out = torch.zeros_like(x)
+    for k, expert in enumerate(m.experts):
+        (rows,) = torch.where(which == k)
+        out = out.index_add(0, rows, torch.tanh(expert(x[rows])))
+    return m.head(out)
+
+
+def routed(m: Any, x: Tensor) -> Tensor:
+    """A mixture of experts by its own router."""
+    weight, which = m.router(x).softmax(-1).max(-1)
+    out = torch.zeros_like(x)
+    for k, expert in enumerate(m.experts):
+        rows = torch.where(which == k)[0]
+        out = out.index_add(0, rows, expert(x[rows]) * weight[rows, None])
+    return m.head(out)
+
+
+def parts() -> dict[str, nn.Module]:
+    return {"body": nn.Linear(2, 3), "head": nn.Linear(3, 2)}
+
+
+def experts() -> dict[str, nn.Module]:
+    return {"experts": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), "head": nn.Linear(2, 2)}
+
+
+def lengths(n: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, 5, 2), torch.arange(n) % 3 + 2
+
+
+ROWS = {
+    "a mask of the data": Inside(
+        "", lambda: Net(kept, **parts()), lambda f: f.square().sum(), numbers(2), None, WHOLE,
+    ),
+    "a masked loss": Inside(
+        "", lambda: Net(lambda m, x: m.head(m.body(x).tanh()), **parts()), masked_loss, numbers(2), numbers(2),
+        "first ggn hessian",
+    ),
+    "masked_select": Inside("", lambda: Net(selected, **parts()), lambda f: f.mean(), numbers(2), None, WHOLE),
+    "nonzero": Inside(
+        "", lambda: Net(nonzero, body=nn.Linear(2, 3), head=nn.Linear(2, 2), mask=torch.tensor([True, False, True])),
+        lambda f: f.square().mean(), numbers(2), None, WHOLE,
+    ),
+    "assigned": Inside("", lambda: Net(assigned, **parts()), MSE, numbers(2), numbers(2), WHOLE),
+    "repeat_interleave": Inside(
+        "", lambda: Net(repeated, **parts()), lambda f: f.square().mean(), together(numbers(2), classes(of=3)), None, WHOLE
+    ),
+    "numbers of parameters": Inside("", lambda: Net(scaled, **parts()), MSE, numbers(2), numbers(2), "grad"),
+    "a branch on the data": Inside(
+        "", lambda: Net(branch, **parts()), MSE, numbers(2), numbers(2), "first ggn hessian",
+    ),
+    "the longest": Inside("", lambda: Net(counted, **parts()), MSE, lengths, numbers(2), "first ggn hessian"),
+    "experts by number": Inside(
+        "", lambda: Net(hashed, **experts()), MSE, together(numbers(2), classes(of=2)), numbers(2), WHOLE,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", parametrized(ROWS))
+def test_value(name: str) -> None:
+    ROWS[name].check((4, 1), ROWS[name].trains)
+
+
+def grads(model: nn.Module, loss: Any, x: Any, *y: Tensor) -> dict[str, Tensor]:
+    inputs = x if isinstance(x, tuple) else (x,)
+    found = torch.autograd.grad(loss(model(*inputs), *y), list(model.parameters()))
+    return dict(zip([name for name, _ in model.named_parameters()], found, strict=True))
+
+
+def test_another_value_is_another_program() -> None:
+    """The program is one for the values that it was made for: each call compares them, with the check of the numbers off."""
+    torch.manual_seed(0)
+    model, loss = Net(kept, **parts()).double(), lambda f: f.square().sum()
+    compiled = fxcurv.compile(model, loss, [], check=None)
+    three = torch.tensor([[1.0, 0.3], [-2, 0.2], [0.1, 1], [2, -1]]).double()
+    again = torch.tensor([[-2.0, 0.3], [1, 0.5], [0.4, 0], [3, 1]]).double()  # three others
+    two = torch.tensor([[1.0, 0.3], [-2, 0.2], [-1, 1], [2, -1]]).double()
+    for x, programs in ((three, 0), (again, 0), (two, 1), (three, 1), (two, 1), (two[:2], 2)):
+        result = compiled(x)
+        for name, g in grads(model, loss, x).items():
+            torch.testing.assert_close(result.grad[name], g)
+        assert len(compiled.recompiles) == programs
+    assert compiled.explain(three).notes[0].startswith("3 is a value of the data, which every call compares")
+    assert "is 2 instead of 3" in compiled.recompiles[0] and "x[:, 0] > -0.7" in compiled.recompiles[0]
+
+
+@pytest.mark.slow
+def test_a_buffer_that_changes() -> None:
+    """A size may come from a buffer, which is data as well."""
+    torch.manual_seed(0)
+    columns = torch.tensor([True, False, True])
+    model, loss = Net(nonzero, body=nn.Linear(2, 3), head=nn.Linear(2, 2), mask=columns).double(), lambda f: f.square().mean()
+    compiled, x = fxcurv.compile(model, loss, [], check=None), torch.rand(4, 2).double()
+    for mask in ([True, False, True], [True, True, False]):
+        model.mask.copy_(torch.tensor(mask))
+        result = compiled(x)
+        for name, g in grads(model, loss, x).items():
+            torch.testing.assert_close(result.grad[name], g)
+
+
+@pytest.mark.slow
+def test_a_number_of_parameters_follows_them() -> None:
+    """`w.abs().max().item()` is what it is at each call."""
+    torch.manual_seed(0)
+    model = Net(scaled, **parts()).double()
+    compiled, x, y = fxcurv.compile(model, MSE, [BatchGrad()], check=None), torch.randn(3, 2).double(), torch.randn(3, 2).double()
+    for _ in range(2):
+        result = compiled(x, y)
+        for name, g in grads(model, MSE, x, y).items():
+            torch.testing.assert_close(result.grad[name], g)
+        with torch.no_grad():
+            model.body.weight.mul_(1.7)
+    assert compiled.recompiles == []
+
+
+def test_what_a_mask_leaves_is_no_sample() -> None:
+    with pytest.raises(MixedSamplesError) as caught:
+        fxcurv.compile(Net(kept, **parts()), lambda f: f.square().sum(), [BatchGrad()])(torch.randn(4, 2))
+    assert "[x[:, 0] > -0.7]" in str(caught.value)
+
+
+@pytest.mark.slow
+def test_individual_gradients_beside_a_number() -> None:
+    """A number of the batch is a constant: the gradient of each sample's own term."""
+    torch.manual_seed(0)
+    model = Net(scaled, **parts()).double()
+    x, y = torch.randn(3, 2).double(), torch.randn(3, 2).double()
+    result = fxcurv.compile(model, MSE, [BatchGrad()])(x, y)
+    each = (model(x) - y).square().mean(1) / 3
+    for k in range(3):
+        alone = torch.autograd.grad(each[k], list(model.parameters()), retain_graph=True)
+        for (name, _), g in zip(model.named_parameters(), alone, strict=True):
+            torch.testing.assert_close(result.grad_batch[name][k], g)
+
+
+COUNTED = fxcurv.compile(Net(kept, **parts()), lambda f: f.square().sum(), [])
+
+
+@pytest.mark.slow
+def test_neither_inside_torch_compile_nor_exported() -> None:
+    """There nothing compares the values."""
+    with pytest.raises(Exception, match="ArgumentError: the model or loss makes a number"):
+        torch.compile(lambda x: COUNTED(x).loss, backend="eager")(torch.ones(4, 2))
+    with pytest.raises(ArgumentError, match="makes a number of the data's values"):
+        COUNTED.export(torch.ones(4, 2))
+
+
+REFUSED: dict[str, tuple[Any, str, str]] = {
+    "a mask": (lambda m, x: (lambda h: h[h[:, 0] > 0])(m.body(x)), "h[h[:, 0] > 0]", "(loss * mask).sum() / mask.sum()"),
+    "nonzero": (lambda m, x: x[m.body(x)[:, 0].nonzero()], ".nonzero()", "Keep all entries".lower()),
+    "a count": (lambda m, x: m.body(x).repeat_interleave(m.body(x)[:, 0].long().abs(), 0), "repeat_interleave(", "whose size"),
+    "a branch": (lambda m, x: m.body(x) if m.body(x).sum() > 0 else x, "if m.body(x).sum() > 0", "torch.where(c, a, b)"),
+    "an index": (lambda m, x: m.body(x)[:, int(m.body(x).argmax())], "int(m.body(x).argmax())", "number of Python's"),
+    "random": (lambda m, x: m.body(x)[torch.rand(4) > 0.5], "torch.rand(4) > 0.5", "whose size"),
+    "its router": (routed, "torch.where(which == k)", "torch.where(mask, f(x), x)"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str, capfd: pytest.CaptureFixture) -> None:
+    run, line, says = REFUSED[name]
+    model = Net(run, **parts(), **{"router": nn.Linear(2, 2), "experts": experts()["experts"]})
+    with pytest.raises(CaptureError) as caught:
+        fxcurv.compile(model, lambda f: f.square().mean(), [])(torch.randn(4, 2))
+    for words in (__file__, line, says):
+        assert words in str(caught.value), caught.value
+    assert capfd.readouterr() == ("", "")
