@@ -188,7 +188,7 @@ class KFAC(_Curved):
         damping: float = 1e-2, weight_decay: float = 0.0, decay: float = 0.95, interval: int = 1,
         mc_samples: int | None = 1, weight_sharing: str = "expand", **options: Any,
     ):  # fmt: skip
-        known: Any = {"weight_sharing": weight_sharing, "blocks": "exact"}
+        known: Any = {"weight_sharing": weight_sharing, "others": "exact"}
         extension: Extension = KFLR(**known) if mc_samples is None else KFACExtension(mc_samples, **known)
         super().__init__(
             model, loss, extension, params, lr=lr, momentum=momentum, damping=damping, weight_decay=weight_decay, decay=decay,
