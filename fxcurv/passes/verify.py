@@ -40,7 +40,7 @@ def _check_placements(program: Program) -> None:
     for field in [f for f in axes if f in program.results and f not in program.borrowing]:
         axis = axes[field]
         allowed: tuple = (PARTIAL, REPLICATE) if axis is None else (Shard(axis), Alike(axis))
-        allowed += (REPLICATE,) if field in some else ()
+        allowed += (REPLICATE,) if field in some or program.fixed else ()  # of a batch that is not split
         for node in pytree.tree_leaves(program.results[field]):
             if node.meta["across"] not in (*allowed, MIXED):
                 raise InternalError(f"after placements: {field} is {node.meta['across']}, not {allowed}")
