@@ -1,4 +1,6 @@
-"""Optimizers that divide the gradient by a running average of the curvature::
+"""Optimizers that divide the gradient by a running average of the curvature.
+
+::
 
     optimizer = fxcurv.optim.KFAC(model, loss, lr=0.05, damping=1e-2)
     for x, y in loader:

@@ -1,4 +1,6 @@
-"""fxcurv in front of Opacus' optimizers: individual gradients where they look for them::
+"""fxcurv in front of Opacus' optimizers: individual gradients where they look for them.
+
+::
 
     engine = opacus.PrivacyEngine()
     samples, optimizer, loader = make_private(engine, model, loss, optimizer, loader, noise_multiplier=1.0, max_grad_norm=1.0)
