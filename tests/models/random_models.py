@@ -304,8 +304,9 @@ def run(example: Example) -> list[str]:
 def served(made: Made, sizes: tuple[int, ...]) -> list[Any]:
     """Batches of the sizes at which PyTorch itself runs model and loss."""
     found = []
-    for x, y in [made.batch(n) for n in sizes]:
-        with contextlib.suppress(IndexError, RuntimeError, ValueError):
+    for n in sizes:
+        with contextlib.suppress(IndexError, RuntimeError, TypeError, ValueError):
+            x, y = made.batch(n)
             made.loss(made.model(x), y)
             found.append((x, y))
     return found
