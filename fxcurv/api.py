@@ -21,7 +21,6 @@ from fxcurv.front.requests import Request, Subject, check_trainable, checked
 from fxcurv.front.values import given_values, member
 from fxcurv.ir.private import pytree
 from fxcurv.ir.state import Options
-from fxcurv.quantity import Product
 from fxcurv.result import Result
 from fxcurv.runtime.again import Again
 from fxcurv.runtime.backend import Backend
@@ -256,7 +255,7 @@ class Compiled:
         """A call for each of several models' values, and their results as one; all draw the same columns."""
         if out is not None:
             raise ArgumentError("out= with stacks in params=: drop it, every model's result is new")
-        products = [type(e).__name__ for e in self.extensions if isinstance(e.requires, Product)]
+        products = [type(e).__name__ for e in self.extensions if e.requires.of_vectors]
         if products:
             raise ArgumentError(f"{products[0]} with stacks in params=: products are of one model each, call once for each")
         seed = seed_tensor(seed, generator, self._subject.device())

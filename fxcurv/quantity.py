@@ -84,6 +84,7 @@ class Quantity:
         of_gradients: whether it is of individual gradients, which exist by token as well.
         of_loss: whether it has the curvature of the loss in f.
         of_ops: whether it has the curvature of the ops.
+        of_vectors: whether it is a function of vectors, a product.
         inside: what it needs of the ops besides their transposes, as words; "" for nothing.
         mc: number of sampled columns, None for none.
         empirical: whether the target stands for the sample.
@@ -94,6 +95,7 @@ class Quantity:
     of_gradients: ClassVar[bool] = False
     of_loss: ClassVar[bool] = False
     of_ops: ClassVar[bool] = False
+    of_vectors: ClassVar[bool] = False
     inside: ClassVar[str] = ""
 
     def groups(self, analysis: Analysis) -> list[Group]:
@@ -161,6 +163,7 @@ class Product(Quantity):
 
     kind: str = ""
     modify: str = ""
+    of_vectors = True
     inside = "its tangent"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -594,11 +595,16 @@ def test_vectors() -> None:
             assert words in str(caught.value)
 
 
+# Where their rows are.
+OF_SEVERAL_PROCESSES = {errors.RankError: Path(__file__).parents[1] / "distributed" / "test_ranks.py"}
+
+
 def test_every_error_has_a_row() -> None:
     """A class of `fxcurv.errors` that no row reaches, or a row for the base class only, is no promise."""
     classes = {e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.FxcurvError)}
     reached = {bad.error for bad in BAD.values()} | {error for error, *_ in CALLS.values()}
-    assert classes - {errors.FxcurvError} <= reached
+    assert classes - {errors.FxcurvError, *OF_SEVERAL_PROCESSES} <= reached
+    assert all(e.__name__ in path.read_text() for e, path in OF_SEVERAL_PROCESSES.items())
 
 
 @pytest.mark.parametrize("name", ["data-dependent branch", "custom function", "input width", "samples centred"])

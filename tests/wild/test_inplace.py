@@ -11,7 +11,7 @@ from oracle import Oracle
 from torch import nn
 
 import fxcurv
-from fxcurv.errors import ExtensionError, MixedSamplesError, UnsupportedOpError
+from fxcurv.errors import CaptureError, ExtensionError, MixedSamplesError
 from fxcurv.extensions import KFRA, BatchGrad, DiagGGNExact, DiagHessian
 
 SPELLINGS = {}
@@ -296,5 +296,5 @@ def test_sizes_that_count_values_are_refused_by_line():
         h[h < 0] *= 0.1
         return h
 
-    with pytest.raises(UnsupportedOpError, match=r"h\[h < 0\] \*= 0.1\n.*size depends on values"):
+    with pytest.raises(CaptureError, match=r"h\[h < 0\] \*= 0.1\n.*size depends on values"):
         fxcurv.compile(between(run), nn.CrossEntropyLoss(), [BatchGrad()])(*batch())
