@@ -85,7 +85,7 @@ class Matrix:
             self.samples += n
             z = None
             if not single:
-                z = weights.of(plain(inputs, *targets), inputs, targets, plain.arguments(inputs, *targets))
+                z = weights.of(plain(inputs, *targets), inputs, targets, plain.arguments(inputs, *targets), plain)
                 weights.count(z)
             self._factors.append(1.0 if z is None else z)
         total = None if single else weights.total()

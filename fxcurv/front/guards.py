@@ -21,7 +21,15 @@ from fxcurv.front.derivatives import gradients
 from fxcurv.front.numbers import read, reads
 from fxcurv.front.wrapped import Captured
 from fxcurv.ir.origin import is_user_file, running_line
-from fxcurv.ir.private import OpOverload, decomposition_table, in_function_transform, original, patched, pytree, trace_logs
+from fxcurv.ir.private import (
+    OpOverload,
+    decomposition_table,
+    in_function_transform,
+    original,
+    patched,
+    pytree,
+    trace_logs,
+)
 
 # where the model is called from while it is traced
 _CALLER = wrapped.__file__

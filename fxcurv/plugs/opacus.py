@@ -67,7 +67,8 @@ class GradSamples:
 
     def _factor(self, result: Result, inputs: Any, targets: tuple, n: int) -> float:
         if self._weights.mean is None:
-            z = self._weights.of(result, inputs, targets, self.compiled.arguments(inputs, *targets))
+            arguments = self.compiled.arguments(inputs, *targets)
+            z = self._weights.of(result, inputs, targets, arguments, self.compiled)
             if z is not None and abs(z - n) > 1e-3 * n:
                 raise LossError(
                     "the loss is a mean in which samples have weights of their own, so a sample's gradient is not its own. Way "
