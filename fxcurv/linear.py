@@ -49,6 +49,7 @@ class Matrix:
         self, compiled: Compiled, data: Any, *, params: Choice = None, unpack: Callable[[Any], tuple] | None = None,
         reduction: Any = None,
     ):  # fmt: skip
+        compiled.alone(f"fxcurv.linear.{type(self).__name__}")
         if not isinstance(data, tuple) and iter(data) is data:
             raise ArgumentError("data is an iterator, which every product would begin anew: pass a list or a DataLoader")
         among = compiled.covered()[0]

@@ -104,6 +104,7 @@ class Totals:
         decay: float | None = None,
         to: str | Path | None = None,
     ):
+        compiled.alone("fxcurv.over")
         if decay is not None and not 0 <= decay < 1:
             raise ArgumentError(f"decay={decay!r}: use a number from 0 (the last batch alone) to below 1")
         self.compiled, self._unpack, self._seed, self._decay = compiled, unpack, seed, decay

@@ -41,6 +41,7 @@ class GradSamples:
     def __init__(self, model: nn.Module, loss: Callable[..., Tensor], **options: Any):
         self.model = model
         self.compiled = compile_model(model, loss, [BatchGrad()], **options)
+        self.compiled.alone("GradSamples")
         self._weights = Weights(model, loss, None)
 
     @property
