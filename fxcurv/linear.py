@@ -66,13 +66,14 @@ class Matrix:
     # ---- data ------------------------------
 
     def _batches(self) -> Iterator[tuple[Any, tuple]]:
-        """(inputs, targets)."""
+        """(inputs, targets); of a loader those that have samples."""
         if isinstance(self._data, tuple):
             yield self._data[0], self._data[1:]
             return
         for batch in self._data:
             inputs, *targets = self._unpack(batch) if self._unpack is not None else batch
-            yield inputs, tuple(targets)
+            if self._plain.arguments(inputs, *targets).batch_size:
+                yield inputs, tuple(targets)
 
     def _count(self) -> None:
         """Go over the data once, for the weights of batches and the number of outputs."""
