@@ -29,7 +29,7 @@ from fxcurv.runtime.call import call, run_error
 from fxcurv.runtime.export import export
 from fxcurv.runtime.one import serves_one
 from fxcurv.runtime.programs import Programs, Ready, covered, emitted
-from fxcurv.runtime.ranks import Ranks, ranks_of, unwrapped
+from fxcurv.runtime.ranks import Ranks, no_numbers, ranks_of, unwrapped
 from fxcurv.runtime.spread import call_on_ranks
 from fxcurv.runtime.step import Steps, call_in_step
 
@@ -329,8 +329,22 @@ class Compiled:
     def asking(self, extensions: Iterable[Extension]) -> Compiled:
         """The same model, loss and options with other extensions."""
         found = checked(extensions)
+        if self._ranks is not None:
+            no_numbers(found)
         options = dataclasses.replace(self._options, as_written=any(e.by_op for e in found))
-        return Compiled(self.model, self.loss, found, options, self._backend)
+        return Compiled(self.model, self.loss, found, options, self._backend, self._ranks)
+
+    def alone(self, asked: str) -> None:
+        """Refuse what is not of several ranks.
+
+        Raises:
+            ArgumentError: with `mesh=`.
+        """
+        if self._ranks is not None:
+            raise ArgumentError(
+                f"{asked} of a model compiled with mesh= is not supported, as every rank has batches of its own: compile without"
+                " it, and go over all of the data on one rank"
+            )
 
     @property
     def subject(self) -> Subject:

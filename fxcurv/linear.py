@@ -49,6 +49,7 @@ class Matrix:
         self, compiled: Compiled, data: Any, *, params: Choice = None, unpack: Callable[[Any], tuple] | None = None,
         reduction: Any = None,
     ):  # fmt: skip
+        compiled.alone(f"fxcurv.linear.{type(self).__name__}")
         if not isinstance(data, tuple) and iter(data) is data:
             raise ArgumentError("data is an iterator, which every product would begin anew: pass a list or a DataLoader")
         among = compiled.covered()[0]
@@ -65,13 +66,14 @@ class Matrix:
     # ---- data ------------------------------
 
     def _batches(self) -> Iterator[tuple[Any, tuple]]:
-        """(inputs, targets)."""
+        """(inputs, targets); of a loader those that have samples."""
         if isinstance(self._data, tuple):
             yield self._data[0], self._data[1:]
             return
         for batch in self._data:
             inputs, *targets = self._unpack(batch) if self._unpack is not None else batch
-            yield inputs, tuple(targets)
+            if self._plain.arguments(inputs, *targets).batch_size:
+                yield inputs, tuple(targets)
 
     def _count(self) -> None:
         """Go over the data once, for the weights of batches and the number of outputs."""
@@ -85,7 +87,7 @@ class Matrix:
             self.samples += n
             z = None
             if not single:
-                z = weights.of(plain(inputs, *targets), inputs, targets, plain.arguments(inputs, *targets))
+                z = weights.of(plain(inputs, *targets), inputs, targets, plain.arguments(inputs, *targets), plain)
                 weights.count(z)
             self._factors.append(1.0 if z is None else z)
         total = None if single else weights.total()

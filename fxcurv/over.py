@@ -104,6 +104,7 @@ class Totals:
         decay: float | None = None,
         to: str | Path | None = None,
     ):
+        compiled.alone("fxcurv.over")
         if decay is not None and not 0 <= decay < 1:
             raise ArgumentError(f"decay={decay!r}: use a number from 0 (the last batch alone) to below 1")
         self.compiled, self._unpack, self._seed, self._decay = compiled, unpack, seed, decay
@@ -117,7 +118,7 @@ class Totals:
 
     def _start(self) -> None:
         """Nothing is counted."""
-        self.samples = self.batches = 0
+        self.samples = self.batches = self._averaged = 0
         self._marks: list[int] = []
         self._weights = Weights(self.compiled.model, self.compiled.loss, self._reduction)
         self._sums: dict[str, dict[str, Any]] = {}
@@ -130,6 +131,12 @@ class Totals:
         asked: list[Extension] = []
         known: dict[str, Any] = {}
         for e in self.compiled.extensions:
+            if self._averages(e):
+                if self._earlier:
+                    known[e.savefield] = self._earlier[0][e.savefield]
+                else:
+                    asked.append(e)
+                continue
             steps = e.gather()
             wanted = next(steps)
             try:
@@ -143,6 +150,10 @@ class Totals:
             if rows and self._decay is not None:
                 raise ArgumentError(f"{type(e).__name__} is per sample, which decay= does not average: drop one")
         return asked, known
+
+    def _averages(self, e: Extension) -> bool:
+        """Whether a running average is of the extension's own values, that are no sum over all batches (a variance)."""
+        return self._decay is not None and type(e).gather is not Extension.gather and not e.combine and e.data_passes == 1
 
     def run(
         self, loader: Iterable[Any], *, checkpoint: Path | None = None, every: int = 100, progress: bool = True
@@ -226,14 +237,17 @@ class Totals:
             result = compiled(inputs, *targets, seed=seed_of(self._seed, self.samples))
             values = dict(self._values(asked, result))
             self._check_finite(values, arguments)
-            z = self._weights.of(result, inputs, targets, arguments)
+            z = self._weights.of(result, inputs, targets, arguments, compiled)
             self._check_degrees(asked)
-            if z == 0 and ("loss", "") in values:  # a mean over nothing
+            if z == 0 and self._decay is not None:  # a mean over nothing has no part in a running average
+                values = {}
+            elif z == 0 and ("loss", "") in values:
                 del values["loss", ""]
             elif ("loss", "") in values and not bool(result.loss.isfinite()):
                 self._raise_not_finite(["loss"], arguments)
             self._accumulate(values, n, z)
             self._weights.count(z)
+            self._averaged += bool(values)
         self.samples += n
         self.batches += 1
         self._marks.append(_mark(batch))
@@ -247,7 +261,8 @@ class Totals:
             yield ("grad", name), (value, (LOSS,), 0)
         for e in asked:
             for name, value in fields[e.savefield].items():
-                yield (e.savefield, name), (value, e.combine, e.sample_axis or 0)
+                hows = (LOSS,) * len(pytree.tree_leaves(value)) if self._averages(e) else e.combine
+                yield (e.savefield, name), (value, hows, e.sample_axis or 0)
             for extra, how in e.extras.items():
                 field = next(f for f in (f"{extra}_{e.savefield}", extra) if f in fields)
                 yield (field, ""), (fields[field], (how,), 0)
@@ -287,7 +302,7 @@ class Totals:
 
         def scaled(value: Any, how: tuple[Combine, ...]) -> Any:
             leaves, spec = pytree.tree_flatten(value)
-            out = [t / self._divisor(h, total) for t, h in zip(leaves, how, strict=False)]
+            out = [t / self._divisor(h, total) for t, h in zip(leaves, how or (LOSS,) * len(leaves), strict=False)]
             return pytree.tree_unflatten(out, spec)
 
         found: dict[str, Any] = {}
@@ -302,7 +317,7 @@ class Totals:
 
     def _divisor(self, how: Combine, total: Any) -> Any:
         if self._decay is not None:
-            return 1 - self._decay**self.batches
+            return 1 - self._decay**self._averaged
         if how.how == "mean":
             return self.samples
         return 1 if total is None or not how.degree else total**how.degree
@@ -386,8 +401,10 @@ class Totals:
             "extensions": [repr(e) for e in self.compiled.extensions],
             "model": dict(self._model),
             "seed": self._seed,
+            "options": self._options(),
             "samples": self.samples,
             "batches": self.batches,
+            "averaged": self._averaged,
             "marks": list(self._marks),
             "weights": self._weights.state_dict(),
             "sums": _packed(self._sums),
@@ -395,17 +412,25 @@ class Totals:
             "earlier": _packed(self._earlier),
         }
 
+    def _options(self) -> str:
+        """What a pass that goes on has to have alike, beside the extensions and the seed."""
+        reduction = "a function" if callable(self._reduction) else repr(self._reduction)
+        return f"decay={self._decay}, reduction={reduction}"
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state of an equal object.
 
         Raises:
-            ArgumentError: if it is of other extensions, another seed or another folder.
+            ArgumentError: if it is of other extensions, another seed, decay, reduction or folder.
         """
         mine = [repr(e) for e in self.compiled.extensions]
         if state["extensions"] != mine or state["seed"] != self._seed:
             theirs = f"{state['extensions']} with seed {state['seed']}"
             raise ArgumentError(f"the state is of {theirs}, this is of {mine} with {self._seed}")
+        if state["options"] != self._options():
+            raise ArgumentError(f"the state is of a pass with {state['options']}, this is one with {self._options()}")
         self._model, self.samples, self.batches = dict(state["model"]), state["samples"], state["batches"]
+        self._averaged = state["averaged"]
         self._marks, self._sums = list(state["marks"]), _unpacked(state["sums"])
         self._weights.load_state_dict(state["weights"])
         self._rows = {f: {n: Rows.of(r, self._to) for n, r in rows.items()} for f, rows in state["rows"].items()}

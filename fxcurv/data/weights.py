@@ -16,14 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxcurv.api import Compiled
 from fxcurv.errors import ArgumentError, LossError
 from fxcurv.front.arguments import Arguments, filled, templated
+from fxcurv.ir.placement import Shard
 
 WAY_OUT = (
     'Way out: reduction="sum" or "mean" (over samples), or a function (inputs, *targets) -> Z, the weight of a batch in the '
     "mean, as its number of tokens."
 )
 Parts = tuple[list[Tensor], list[Tensor]]  # tensors of the output, of the targets
+Dims = tuple[list[int | None], list[int | None]]  # of the samples in them
 
 
 class Weights:
@@ -47,8 +50,10 @@ class Weights:
         self._reference: Parts | None = None
         self._wide = True
 
-    def of(self, result: Any, inputs: Any, targets: tuple, arguments: Arguments) -> float | None:
-        """The weight of a batch; None where the loss is a sum.
+    def of(
+        self, result: Any, inputs: Any, targets: tuple, arguments: Arguments, compiled: Compiled | None = None
+    ) -> float | None:
+        """The weight of a batch, of which `compiled` gave the result; None where the loss is a sum.
 
         Raises:
             LossError: for a loss that is neither, or that does not say.
@@ -59,8 +64,11 @@ class Weights:
             return float(self._reduction(inputs, *targets))
         if self._reduction == "mean":
             return float(arguments.batch_size)
+        outputs: list[Tensor] = []
+        templated(result.output, outputs)
+        dims = _sample_dims(outputs, inputs, targets, arguments, compiled)
         try:
-            return self._asked(result, arguments)
+            return self._asked(result, arguments, dims)
         except (RuntimeError, IndexError, TypeError) as error:
             raise LossError(f"the loss of two batches together cannot be had: {error}\n{WAY_OUT}") from error
 
@@ -76,11 +84,10 @@ class Weights:
             raise LossError("the mean is over nothing: every sample is ignored")
         return self._total
 
-    def _asked(self, result: Any, arguments: Arguments) -> float | None:
+    def _asked(self, result: Any, arguments: Arguments, dims: Dims) -> float | None:
         outputs: list[Tensor] = []
         template = templated(result.output, outputs)
-        n, first = arguments.batch_size, [d for d in arguments.batch_dims if d is not None]
-        dims = [_samples_at(t, n, first) for t in outputs], arguments.target_dims()
+        n = arguments.batch_size
         batch = [t.detach() for t in outputs], list(arguments.targets)
 
         def slopes(parts: Parts) -> tuple[list[Tensor | None], bool]:
@@ -189,8 +196,30 @@ def _moved(batch: Parts) -> Parts:
     return [t + e for t, e in zip(batch[0], noise, strict=True)], batch[1]
 
 
+def _sample_dims(
+    outputs: list[Tensor], inputs: Any, targets: tuple, arguments: Arguments, compiled: Compiled | None
+) -> Dims:
+    """The dimension of the samples, or of all their positions, in the model's outputs and in the targets.
+
+    Sizes say so, and the program where several dimensions are as long as the samples.
+    """
+    n, first = arguments.batch_size, [d for d in arguments.batch_dims if d is not None]
+    values = [*outputs, *arguments.targets]
+    equal = [[d for d, size in enumerate(t.shape) if size == n] for t in values]
+    dims = [*(_samples_at(t, n, first) for t in outputs), *arguments.target_dims()]
+    if compiled is not None and any(len(at) > 1 for at in equal):
+        program = compiled.lower(inputs, *targets).program
+        held = zip(program.inputs, program.graph.find_nodes(op="placeholder"), strict=False)
+        of_targets = {bound.index: node for bound, node in held if bound.kind == "target"}
+        nodes = [*program.output_leaves, *(of_targets.get(k) for k in range(len(arguments.targets)))]
+        places = [node.meta.get("place") if node is not None else None for node in nodes]
+        known = zip(places, equal, dims, strict=True)
+        dims = [p.dim if isinstance(p, Shard) and len(at) > 1 and p.dim in at else d for p, at, d in known]
+    return dims[: len(outputs)], dims[len(outputs) :]
+
+
 def _samples_at(t: Tensor, n: int, first: Sequence[int]) -> int | None:
-    """The dimension of an output's samples, or of all their positions."""
+    """The dimension of an output's samples by its sizes, or of all their positions."""
     order = list(dict.fromkeys([*(d for d in first if d < t.ndim), *range(t.ndim)]))
     equal = [d for d in order if t.shape[d] == n]
     return next(iter([*equal, *(d for d in order if t.shape[d] and t.shape[d] % n == 0)]), None)

@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 from fxcurv.errors import CaptureError, FxcurvError
 from fxcurv.front.arguments import Arguments
 from fxcurv.front.custom_functions import kept_functions
-from fxcurv.front.guards import Followed, fixed_sizes, no_branches, quiet, user_frames
+from fxcurv.front.guards import Followed, fixed_sizes, no_branches, numbered_reductions, quiet, user_frames
 from fxcurv.front.lift import detach_no_grad_regions, lift
 from fxcurv.front.packed import padded_sequences
 from fxcurv.front.python_state import Path, Reads
@@ -46,7 +46,7 @@ def capture(
     with quiet():
         try:
             modules = [m for m in (model, loss) if isinstance(m, nn.Module)]
-            with fixed_sizes(wrapped), no_side_effects(modules) as wrapped.record.look:
+            with numbered_reductions(), fixed_sizes(wrapped), no_side_effects(modules) as wrapped.record.look:
                 exported = _export(wrapped, arguments)
                 detach_no_grad_regions(exported)
                 exported = exported.run_decompositions({})

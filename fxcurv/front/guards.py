@@ -8,6 +8,7 @@ import logging
 import math
 import traceback
 import warnings
+from unittest import mock
 
 import torch
 from torch.autograd import forward_ad
@@ -20,7 +21,15 @@ from fxcurv.front.derivatives import gradients
 from fxcurv.front.numbers import read, reads
 from fxcurv.front.wrapped import Captured
 from fxcurv.ir.origin import is_user_file, running_line
-from fxcurv.ir.private import OpOverload, in_function_transform, original, patched, pytree, trace_logs
+from fxcurv.ir.private import (
+    OpOverload,
+    decomposition_table,
+    in_function_transform,
+    original,
+    patched,
+    pytree,
+    trace_logs,
+)
 
 # where the model is called from while it is traced
 _CALLER = wrapped.__file__
@@ -51,6 +60,20 @@ def _no_complaints():
     finally:
         for log in trace_logs:
             log.removeFilter(harmless)
+
+
+@contextlib.contextmanager
+def numbered_reductions():
+    """Without those decompositions of PyTorch's that take the name of a reduction, and are given its number.
+
+    For a symbolic batch they say the shape of a loss that export keeps as one op: that of `nll_loss` without a reduction is a
+    scalar's then (0 is taken for `size_average=False`), and others raise.
+    """
+    aten = torch.ops.aten
+    with mock.patch.dict(decomposition_table):
+        for op in (aten.nll_loss, aten.margin_ranking_loss, aten.hinge_embedding_loss):
+            decomposition_table.pop(op.default, None)
+        yield
 
 
 @contextlib.contextmanager

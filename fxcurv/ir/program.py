@@ -237,9 +237,13 @@ class Program:
         return self.served[n]
 
     def guards_hold(self, n: int) -> bool:
-        """Whether the batch size is symbolic, and what was assumed of it while tracing holds of `n`."""
+        """Whether the batch size is symbolic, and what was assumed of it while tracing holds of `n`.
+
+        What was assumed of an input's strides, as of a slice, is not asked: the program is one for all strides.
+        """
         values = {s: n for s in self.batch.symbols}
-        return not self.fixed and all(bool(g.expr.subs(values)) for g in self.fake_mode.shape_env.guards)
+        assumed = [g.expr.subs(values) for g in self.fake_mode.shape_env.guards]
+        return not self.fixed and all(bool(e) for e in assumed if not e.free_symbols)
 
     @property
     def fixed(self) -> bool:

@@ -43,6 +43,7 @@ class GradSamples:
     def __init__(self, model: nn.Module, loss: Callable[..., Tensor], **options: Any):
         self.model = model
         self.compiled = compile_model(model, loss, [BatchGrad()], **options)
+        self.compiled.alone("GradSamples")
         self._weights = Weights(model, loss, None)
 
     @property
@@ -69,7 +70,8 @@ class GradSamples:
 
     def _factor(self, result: Result, inputs: Any, targets: tuple, n: int) -> float:
         if self._weights.mean is None:
-            z = self._weights.of(result, inputs, targets, self.compiled.arguments(inputs, *targets))
+            arguments = self.compiled.arguments(inputs, *targets)
+            z = self._weights.of(result, inputs, targets, arguments, self.compiled)
             if z is not None and abs(z - n) > 1e-3 * n:
                 raise LossError(
                     "the loss is a mean in which samples have weights of their own, so a sample's gradient is not its own. Way "

@@ -153,10 +153,19 @@ def ranks_of(mesh: Any, model: nn.Module, extensions: Sequence[Extension], backe
             )
     if backend != "eager":
         raise ArgumentError(f"mesh= with backend={backend!r} is not supported: use 'eager'")
+    no_numbers(extensions)
+    return ranks
+
+
+def no_numbers(extensions: Sequence[Extension]) -> None:
+    """Refuse samples by their numbers.
+
+    Raises:
+        ExtensionError: for `subsampling=`.
+    """
     for e in extensions:
         if getattr(e, "subsampling", None) is not None:
             raise ExtensionError(f"{e} with mesh=: ranks have different samples. Way out: index the result instead")
-    return ranks
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -98,3 +98,21 @@ def test_parts_dicts_and_scipy(case):
         part @ torch.ones(5)
     with pytest.raises(ArgumentError, match="an iterator"):
         linear.NTK(compiled, iter(batches))
+
+
+def test_a_loader_with_an_empty_batch_and_one_in_which_nothing_counts():
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3).double(), torch.randn(9, 4).double()
+    y = torch.tensor([0, 1, 2, 1, -100, -100, -100, 0, 2])
+    loader = [(x[a:b], y[a:b]) for a, b in ((0, 4), (4, 7), (7, 7), (7, 9))]
+    v = torch.randn(15).double()
+
+    def loss(p):
+        return nn.functional.cross_entropy(x @ p[:12].reshape(3, 4).T + p[12:], y)
+
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    hessian = torch.autograd.functional.hessian(loss, flat)  # of a linear model the Gauss-Newton is the same
+    compiled = fxcurv.compile(model, nn.CrossEntropyLoss(), [])
+    for matrix in (linear.GGN(compiled, loader), linear.Hessian(compiled, loader)):
+        torch.testing.assert_close(matrix @ v, hessian @ v)
+        torch.testing.assert_close(matrix.diag(), hessian.diagonal())

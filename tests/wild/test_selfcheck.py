@@ -513,3 +513,35 @@ def test_a_model_that_fails_by_itself():
 def test_other_checks_are_refused():
     with pytest.raises(ArgumentError, match="'first', 'always', 'probe' or None"):
         fxcurv.compile(mlp(), CE, check="twice")
+
+
+class Masked(nn.Module):
+    """Attention that is not to see padding, before a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.norm, self.head = nn.Embedding(11, 8), nn.LayerNorm(8), nn.Linear(8, 11)
+
+    def forward(self, x):
+        h = self.tokens(x)
+        mask = torch.zeros(x.shape).masked_fill(x == 0, -torch.inf)
+        weights = (h @ h.mT + mask.unsqueeze(1)).softmax(-1)
+        return self.head(self.norm(h + weights @ h)).flatten(0, 1)
+
+
+def test_rounding_is_measured_behind_an_infinite_mask():
+    """What rounding may move the loss by is more than nothing where a mask holds minus infinity."""
+    torch.manual_seed(0)
+    model, x = Masked(), torch.randint(1, 11, (4, 5))
+    x[:, 3:] = 0
+    compiled, seen, finish = fxcurv.compile(model, nn.CrossEntropyLoss(), []), [], selfcheck.Check.finish
+
+    def finished(check, values):
+        seen.append(check.noise())
+        finish(check, values)
+
+    with mock.patch.object(selfcheck.Check, "finish", finished), torch.autocast("cpu", torch.bfloat16):
+        compiled(x, x.flatten(), create_graph=True)
+    (moved,) = seen
+    assert set(moved) > {"the loss", "the output", "the gradient of 'head.weight'"}
+    assert all(float(t) > 0 for t in moved.values())

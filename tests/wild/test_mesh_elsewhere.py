@@ -1,0 +1,34 @@
+"""A model that was compiled for a mesh, handed to what makes programs of its own."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import fxcurv
+from fxcurv.errors import ArgumentError, ExtensionError
+from fxcurv.extensions import BatchGrad, Variance
+from fxcurv.linear import GGN
+from fxcurv.optim import DiagGGN
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_other_programs_are_of_all_ranks_too(mesh):
+    torch.manual_seed(0)
+    model, batch = nn.Linear(4, 3), (torch.randn(6, 4), torch.randint(3, (6,)))
+    compiled = fxcurv.compile(model, nn.CrossEntropyLoss(), [], mesh=mesh)
+    assert compiled.asking([Variance()])(*batch).sizes == (6,)
+    with pytest.raises(ExtensionError, match="different samples"):
+        compiled.asking([BatchGrad(subsampling=[0])])
+    for refused in (lambda: fxcurv.over(compiled, [batch]), lambda: GGN(compiled, batch)):
+        with pytest.raises(ArgumentError, match="mesh="):
+            refused()
+    optimizer = DiagGGN(model, nn.CrossEntropyLoss(), interval=2, mesh=mesh)
+    assert [optimizer.step(batch, seed=k).sizes for k in range(2)] == [(6,), (6,)]
