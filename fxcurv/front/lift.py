@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from fxcurv.errors import CaptureError
+from fxcurv.extensions.parameters import Named
 from fxcurv.front.arguments import Arguments
 from fxcurv.front.derivatives import expand
 from fxcurv.front.wrapped import Captured
@@ -121,11 +122,11 @@ def _drop_effects(graph: fx.Graph, tokens: set[str]) -> None:
         graph.erase_node(node)
 
 
-def _names(model: nn.Module) -> dict[int, str]:
+def _names(model: Named) -> dict[int, str]:
     return {id(p): name for name, p in model.named_parameters()}
 
 
-def lift(model: nn.Module, wrapped: Captured, exported: ExportedProgram, arguments: Arguments) -> Program:
+def lift(model: Named, wrapped: Captured, exported: ExportedProgram, arguments: Arguments) -> Program:
     """The exported graph as a `Program`, its placeholders bound to what a call passes."""
     gm = fx.GraphModule(exported.graph_module, copy.deepcopy(exported.graph))
     for old, new in zip(exported.graph.nodes, gm.graph.nodes, strict=True):

@@ -228,7 +228,7 @@ class Check:
             plain.missing.append(f"the gradient, which plain autograd refuses ({_first_line(error)})")
 
     def _backward(self, plain: Plain, loss, leaves, template, targets, autocast) -> None:
-        named = dict(self.model.named_parameters())
+        named = dict(self.request.subject.named_parameters())
         params = {name: named[name] for name in self.program.params}
         asked = {type(e).__name__ for e in self.program.extensions}
         if self.known.jacobian is not None and "Jacobian" in asked:
