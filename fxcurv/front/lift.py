@@ -91,11 +91,18 @@ def _read_after(order: dict[fx.Node, int], value: fx.Node, write: fx.Node) -> bo
     return False
 
 
+WAYS_OUT = {
+    torch.ops.aten.embedding_renorm_.default: "an embedding without max_norm=, and its rows made shorter before each call: "
+    "with torch.no_grad(): e.weight.copy_(e.weight.renorm(norm_type, 0, max_norm))"
+}
+
+
 def _written_past_gradient(node: fx.Node, how: str) -> CaptureError:
     line = source_line(node.meta.get("stack_trace") or "")
+    way_out = WAYS_OUT.get(node.target, "x = x + (x.clamp(min=eps) - x).detach(), say, in place of x.clamp_(min=eps)")
     return CaptureError(
         f"op {node.target} writes {how} to a value that depends on parameters, which torch.export cannot keep apart from its "
-        f"gradient\n  {line}\nWay out: x = x + (x.clamp(min=eps) - x).detach(), say, in place of x.clamp_(min=eps)."
+        f"gradient\n  {line}\nWay out: {way_out}."
     )
 
 

@@ -43,7 +43,7 @@ def of_no_sample(program: Program, request: Request, values: dict[str, Tensor]) 
     if loss is not None:
         wanted = [held[name] for name in results["grad"]]
         found = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
-        grads = [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, found, strict=True)]
+        grads = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(wanted, found, strict=True)]
         asked = [type(e).__name__ for e in program.extensions if e.requires.of_ops]
         if asked and any(bool(g.any()) for g in grads):
             raise ArgumentError(

@@ -369,7 +369,8 @@ def _grads(outputs: Sequence[Tensor], params: dict[str, Tensor], gs: Any, retain
     found = torch.autograd.grad(
         outs, list(params.values()), None if gs is None else cotangents, allow_unused=True, retain_graph=retain_graph
     )
-    return {n: torch.zeros_like(p) if g is None else g.detach() for (n, p), g in zip(params.items(), found, strict=True)}
+    grads = zip(params.items(), found, strict=True)  # those of Embedding(sparse=True) are sparse
+    return {n: torch.zeros_like(p) if g is None else g.detach().to_dense() for (n, p), g in grads}
 
 
 def _own(t: Tensor) -> Tensor:
