@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PINS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 INSTALL := $(BIN)/python -m pip install --quiet --constraint $(PINS)
 DEFINITION := pyproject.toml constraints.txt
-FIGURES := demo.png batched_jacobians.png diag_ggn_optimizer.png train_compiled.png
+FIGURES := demo.png batched_jacobians.png diag_ggn_optimizer.png train_compiled.png train_distributed.png
 
 .PHONY: help venv test test-all smoke demo examples docs dist bench bench-kernels bench-scaling bench-selection lint clean
 

@@ -1,11 +1,13 @@
 """Optimizers that divide the gradient by a running average of the curvature.
 
+::
+
     optimizer = fxcurv.optim.KFAC(model, loss, lr=0.05, damping=1e-2)
     for x, y in loader:
         optimizer.step((x, y))  # in place of forward, backward and step; returns the result of the batch
 
 A step computes the loss and the gradient, and every `interval` steps the curvature, in one program. For a mean over samples, so
-that curvature and damping do not depend on the batch size.
+that curvature and damping do not depend on the batch size::
 
     C <- decay C + (1 - decay) C_batch        (C + damping)^-1 (gradient + weight_decay p)
 

@@ -3,6 +3,8 @@
     PYTHONPATH=tests python -m pytest -p choose_fast -n 2          # notes them in .fast/ (or with -m '' for all)
     python tests/choose_fast.py --seconds 850                      # writes tests/fast.json
 
+What fast.json leaves out and the run did not measure stays out.
+
 The first test of each function is worth most, whatever it takes; the k-th of its parameters is worth 1 / k of that. So they are
 taken in the order of cost times k until the time is spent, of a function's parameters first those that other functions have not
 taken.
@@ -78,11 +80,14 @@ def main() -> None:
     cost = dict(json.loads(line) for path in NOTES.glob("*.jsonl") for line in path.read_text().splitlines())
     kept = chosen(cost, seconds)
     whole = collections.Counter(test.partition("[")[0] for test in cost)
+    before = json.loads((HERE / "fast.json").read_text())
     fast: dict[str, dict[str, list[str]]] = collections.defaultdict(dict)
     for function, tests in sorted(kept.items()):
-        if len(tests) < whole[function]:
-            path, _, name = function.partition("::")
+        path, _, name = function.partition("::")
+        if len(tests) < whole[function] or name in before.get(path, {}):
             fast[path][name] = sorted(map(parameters, tests))
+    for path, functions in before.items():
+        fast[path] = {name: [] for name in functions if f"{path}::{name}" not in kept} | fast[path]
     (HERE / "fast.json").write_text(json.dumps(fast, indent=1, ensure_ascii=False) + "\n")
     taken = [test for tests in kept.values() for test in tests]
     print(f"{len(taken)} of {len(cost)} tests, {sum(cost[test] for test in taken):.0f} of {sum(cost.values()):.0f} seconds")

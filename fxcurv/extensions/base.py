@@ -61,6 +61,7 @@ class Extension:
         shows_columns: whether the result depends on which root of the loss Hessian the columns are.
         by_op: whether the result depends on which ops the model is written in, so that none may be said in others.
         sample_axis: the axis of the result that the samples are on, None where it is one of all of them.
+        leaves_out: whether the result may be of some of its parameters only.
         holds_samples: whether the result is a sum over columns for every sample, which each part of them would write anew.
         combine: how each tensor of a parameter's value is made of those of several batches; () where it is not.
         extras: the same of the extra results, by field.
@@ -76,6 +77,7 @@ class Extension:
     any_sample: ClassVar[bool] = False
     shows_columns: ClassVar[Any] = False
     holds_samples: ClassVar[bool] = False
+    leaves_out: ClassVar[Any] = False
     by_op: ClassVar[bool] = False
     sample_axis: ClassVar[int | None] = None
     combine: ClassVar[tuple[Combine, ...]] = ()

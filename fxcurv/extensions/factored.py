@@ -51,6 +51,11 @@ class Factored(Extension):
     weight_sharing: str
     others: str
 
+    @property
+    def leaves_out(self) -> bool:
+        """What is no layer may be skipped."""
+        return self.others == "skip"
+
     def check(self) -> None:
         for argument, allowed in CHOICES.items():
             value = getattr(self, argument, allowed[0])

@@ -22,8 +22,10 @@ def verify(program: Program, after: str) -> None:
         if node.op == "call_function":
             _check_node(node, after)
     wanted = {e.savefield: program.names_of(e) for e in program.extensions}
+    fewer = {e.savefield for e in program.extensions if e.leaves_out}
     for field, results in program.results.items():
-        if set(results) != set(wanted.get(field, program.params)):
+        names, missing = set(wanted.get(field, program.params)), field in fewer
+        if not (names >= set(results) if missing else names == set(results)):
             raise InternalError(f"after {after}: {field} covers {sorted(results)}, not every parameter")
     if after == "placements":
         _check_placements(program)
@@ -40,7 +42,7 @@ def _check_placements(program: Program) -> None:
     for field in [f for f in axes if f in program.results and f not in program.borrowing]:
         axis = axes[field]
         allowed: tuple = (PARTIAL, REPLICATE) if axis is None else (Shard(axis), Alike(axis))
-        allowed += (REPLICATE,) if field in some else ()
+        allowed += (REPLICATE,) if field in some or program.fixed else ()  # of a batch that is not split
         for node in pytree.tree_leaves(program.results[field]):
             if node.meta["across"] not in (*allowed, MIXED):
                 raise InternalError(f"after placements: {field} is {node.meta['across']}, not {allowed}")

@@ -1,5 +1,7 @@
 """fxcurv in front of Opacus' optimizers: individual gradients where they look for them.
 
+::
+
     engine = opacus.PrivacyEngine()
     samples, optimizer, loader = make_private(engine, model, loss, optimizer, loader, noise_multiplier=1.0, max_grad_norm=1.0)
     for x, y in loader:

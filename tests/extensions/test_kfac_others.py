@@ -39,7 +39,7 @@ def build():
 def test_a_transformer_by_default():
     model, x, y = build()
     asked = [KFLR(), KFAC(mc_samples=2), EKFAC(mc_samples=2), SqrtGGNExact(), SqrtGGNMC(mc_samples=2)]
-    compiled = fxcurv.compile(model, F.cross_entropy, asked)
+    compiled = fxcurv.compile(model, F.cross_entropy, asked, debug=True)
     result = compiled(x, y, seed=0)
     for field, root in ((result.kflr, result.sqrt_ggn_exact), (result.kfac, result.sqrt_ggn_mc)):
         assert set(field) == {name for name, _ in model.named_parameters()}
@@ -63,7 +63,7 @@ def test_a_transformer_by_default():
 @pytest.mark.slow
 def test_left_out():
     model, x, y = build()
-    compiled = fxcurv.compile(model, F.cross_entropy, [KFLR(others="skip"), DiagGGNMC()])
+    compiled = fxcurv.compile(model, F.cross_entropy, [KFLR(others="skip"), DiagGGNMC()], debug=True)
     assert set(compiled(x, y).kflr) == {"q.weight", "k.weight", "v.weight", "norm.bias"}
     left = {row.param for row in compiled.explain(x, y).rows if row.algorithm == "left out"}
     assert left == {"tokens.weight", "positions", "norm.weight", "last.weight"}

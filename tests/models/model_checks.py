@@ -178,10 +178,19 @@ def drawn_columns(c: Checked, roots: Named) -> Tensor:
     return columns
 
 
+def determined(jacobians: Named) -> bool:
+    """Whether columns can be told from the root that they give: every sample's Jacobian has full rank."""
+    rows = torch.cat([j.flatten(2) for j in jacobians.values()], 2)
+    values = torch.linalg.svdvals(rows)
+    return rows.shape[2] >= rows.shape[1] and bool((values[:, -1] > 1e-6 * values[:, 0]).all())
+
+
 def kronecker(c: Checked) -> list[str]:
     """Factors by the definition: those of layers, of biases, exact blocks; returns weights that are no layer's."""
     roots = {"kflr": c.oracle.sqrt_ggn_exact(), "kfac": {k: v.double() for k, v in c.result.sqrt_ggn_mc.items()}}
     columns = {"kflr": c.oracle.columns, "kfac": drawn_columns(c, roots["kfac"])}
+    if c.oracle.kind != "ce" and not determined(c.oracle.jac):
+        del roots["kfac"]  # several columns give the same root
     # rounding that float32 leaves in all cotangents is large for those of a parameter that hardly matters
     noise = 0.0 if c.tolerance < 1e-6 else max(v.max().item() for v in c.oracle.diag_ggn_exact().values())
     left = []
@@ -195,7 +204,8 @@ def kronecker(c: Checked) -> list[str]:
                 wanted = wanted.diagonal() if found.ndim == 1 else wanted
                 c.close(found, wanted, f"{field} of {name}", max(noise, wanted.abs().max().item()))
         else:
-            eigenbasis(c, name, roots["kfac"][name])
+            if "kfac" in roots:
+                eigenbasis(c, name, roots["kfac"][name])
     return left
 
 
