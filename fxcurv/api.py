@@ -17,7 +17,7 @@ from fxcurv.explain.report import Report
 from fxcurv.extensions import Extension
 from fxcurv.extensions.parameters import Choice, hashable
 from fxcurv.front.arguments import Arguments, flatten_arguments
-from fxcurv.front.requests import Request, Subject, check_trainable, checked
+from fxcurv.front.requests import Request, Subject, check_loss_params, check_trainable, checked
 from fxcurv.front.values import given_values, member
 from fxcurv.ir.private import pytree
 from fxcurv.ir.state import Options
@@ -47,6 +47,7 @@ def compile(  # noqa: A001
     check: str | None = "first",
     debug: bool = False,
     params: Choice = None,
+    loss_params: bool = False,
     sample: str = "sequence",
     sample_index: int | str | None = None,
     backend: str | Callable = "eager",
@@ -80,6 +81,8 @@ def compile(  # noqa: A001
         params: the parameters that the gradient and all quantities are of (default: all that are trainable); all others
             are treated as frozen. A name, a prefix ("encoder.layer.1") or pattern ("head.*"), a list of these, or a
             predicate (name, parameter) -> bool, asked once per program. Extensions take `params=` of their own.
+        loss_params: the parameters of a loss that is a module (a temperature, a field's transitions) are among them, named
+            "loss.<name>"; otherwise they are constants, which `explain()` says. One that is also the model's has its name.
         sample: "sequence" (one per entry of the batch), or "token": every position of the model's output [N, T, C] has a
             loss of its own, so individual gradients are [N, T, *P], and what is made of them is of all N T. For a loss
             that is a sum over positions; they all count as samples, also those that a mask or `ignore_index` leaves out,
@@ -106,7 +109,8 @@ def compile(  # noqa: A001
 
     Raises:
         ExtensionError: for a class instead of an instance, an unknown extension, or one asked for twice.
-        ArgumentError: if `model` is no module or has no trainable parameter, or `params` matches none.
+        ArgumentError: if `model` is no module or has no trainable parameter, or `params` matches none; for
+            `loss_params` without a loss that is a module, or where the model has a parameter of such a name.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}, not an nn.Module: wrap it in one")
@@ -118,7 +122,9 @@ def compile(  # noqa: A001
         raise ArgumentError(f"memory_budget={memory_budget!r}: pass a number of bytes")
     if check not in (None, "first", "always", "probe"):
         raise ArgumentError(f"check={check!r}: pass 'first', 'always', 'probe' or None")
-    check_trainable(model)
+    subject = Subject(model, loss, bool(loss_params))
+    check_loss_params(subject)
+    check_trainable(subject)
     found = checked(extensions)
     if loss is None:
         names = ", ".join(type(e).__name__ for e in found if e.requires.needs_loss)
@@ -129,6 +135,8 @@ def compile(  # noqa: A001
     if sample_index is not None and (batch_dim != 0 or sample != "sequence"):
         raise ArgumentError("sample_index= says where the samples are: drop batch_dim= and sample=")
     ranks = ranks_of(mesh, model, found, backend)
+    if ranks is not None and loss_params:
+        raise ArgumentError("mesh= and loss_params=True: let one module hold model and loss, and pass its method as the loss")
     if ranks is not None and sample_index is not None:
         raise ArgumentError("mesh= and sample_index=: merged samples are of one process, drop one")
     options = Options(
@@ -140,6 +148,7 @@ def compile(  # noqa: A001
         check=check,
         debug=debug,
         params=hashable(params, ArgumentError, "compile"),
+        loss_params=subject.loss_params,
         sample=sample,
         sample_index=sample_index,
         as_written=any(e.by_op for e in found),
@@ -169,7 +178,8 @@ class Compiled:
         ranks: Ranks | None = None,
     ):
         self.model, self.loss, self.extensions, self.params = model, loss, extensions, options.params
-        self._subject, self._options, self._backend, self._ranks = Subject(model, loss), options, backend, ranks
+        self._subject = Subject(model, loss, options.loss_params)
+        self._options, self._backend, self._ranks = options, backend, ranks
         self._forget()
 
     def _forget(self) -> None:
@@ -231,7 +241,7 @@ class Compiled:
                 self._ranks, self._programs, self._subject, self._backend, inputs, targets,
                 seed=seed, generator=generator, out=out,
             )  # fmt: skip
-        values, models = given_values(self.model, params) if params is not None else ({}, None)
+        values, models = given_values(self._subject, params) if params is not None else ({}, None)
         if models is not None:
             return self._of_models(values, models, inputs, targets, seed, generator, create_graph, out)
         if torch.compiler.is_dynamo_compiling():
@@ -260,11 +270,11 @@ class Compiled:
             raise ArgumentError(f"{products[0]} with stacks in params=: products are of one model each, call once for each")
         seed = seed_tensor(seed, generator, self._subject.device())
         each = [
-            self(inputs, *targets, seed=seed, create_graph=create_graph, params=member(self.model, values, k))
+            self(inputs, *targets, seed=seed, create_graph=create_graph, params=member(self._subject, values, k))
             for k in range(models)
         ]
         fields = pytree.tree_map(lambda *ts: torch.stack(ts) if isinstance(ts[0], Tensor) else ts[0], *[r._fields for r in each])
-        return Result(fields, self.extensions, self.model)
+        return Result(fields, self.extensions, self._subject.holder)
 
     def lower(self, inputs: Any, *targets: Any, after: str | None = None) -> Lowered:
         """The program for this kind of input, to be looked at: `.graph_module`, `.print_readable()`, `.draw("graph.svg")`.
@@ -357,7 +367,7 @@ class Compiled:
 
     def covered(self) -> tuple[list[str], dict[Extension, list[str]]]:
         """(the parameters of all quantities, those of each extension that chose its own), by name."""
-        return covered(self.model, self.params, self.extensions)
+        return covered(self._subject, self.params, self.extensions)
 
     def _request(self, inputs: Any, targets: tuple) -> Request:
         if self._ranks is not None and any(isinstance(p, DTensor) for p in self.model.parameters()):

@@ -54,8 +54,8 @@ class Matrix:
             raise ArgumentError("data is an iterator, which every product would begin anew: pass a list or a DataLoader")
         among = compiled.covered()[0]
         self.params = hashable(params, ArgumentError, type(self).__name__)
-        self.names = chosen(self.params, compiled.model, ArgumentError, type(self).__name__, among)
-        held = dict(compiled.model.named_parameters())
+        self.names = chosen(self.params, compiled.subject, ArgumentError, type(self).__name__, among)
+        held = dict(compiled.subject.named_parameters())
         self._shapes = {name: tuple(held[name].shape) for name in self.names}
         self._like = held[self.names[0]].detach()
         self._compiled, self._data, self._unpack, self._reduction = compiled, data, unpack, reduction

@@ -191,7 +191,7 @@ class Totals:
         fields = {name: first[name] for name in ("loss", "grad", *self._extra_fields(first)) if name in first}
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
-        return Result({**fields, **known}, self.compiled.extensions, self.compiled.model)
+        return Result({**fields, **known}, self.compiled.extensions, self.compiled.subject.holder)
 
     def _extra_fields(self, totals: dict[str, Any]) -> Iterator[str]:
         for e in self.compiled.extensions:

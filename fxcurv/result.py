@@ -10,6 +10,7 @@ from torch import nn
 
 from fxcurv.errors import ArgumentError, ExtensionError
 from fxcurv.extensions import Extension
+from fxcurv.extensions.parameters import Named
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Kept
 
@@ -30,7 +31,7 @@ class Result:
         self,
         fields: dict[str, Any],
         extensions: tuple[Extension, ...],
-        model: nn.Module | None,
+        model: Named | None,
         memory: Kept | None = None,
     ):
         self._fields, self._extensions, self._model, self._memory = fields, extensions, model, memory
@@ -80,7 +81,7 @@ class Result:
         getattr(self, field)
         return self._gather(field)
 
-    def attach(self, model: nn.Module | None = None) -> Result:
+    def attach(self, model: nn.Module | None = None, loss: nn.Module | None = None) -> Result:
         """Put the results on the parameters.
 
         `p.grad` accumulates as `backward()` does: in place, in memory of its own, so that a later `zero_grad`
@@ -88,11 +89,13 @@ class Result:
 
         Args:
             model: whose parameters (default: the compiled model; a copied or loaded result has none).
+            loss: the same of a loss whose parameters are among the result's (default: the compiled one, without `model`).
         """
-        model = model or self._model
-        if model is None:
+        holder = self._model if model is None else model
+        if holder is None:
             raise ArgumentError("a copied result knows no model: pass one, result.attach(model)")
-        named = dict(model.named_parameters())
+        named = dict(holder.named_parameters())
+        named |= {f"loss.{name}": p for name, p in loss.named_parameters()} if loss is not None else {}
         grads = self._fields.get("grad", {})
         values = {e.savefield: self._fields[e.savefield] for e in self._extensions}
         missing = {name for field in (grads, *values.values()) for name in field} - set(named)

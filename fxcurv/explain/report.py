@@ -107,7 +107,7 @@ class Report:
             parts.append(Text(f"f: {self.output}"))
         parts.append(Text(f"batch size: {self.batch}"))
         if self.left_out:
-            said = "held constant: trainable parameters of the loss (a module that holds both as the model has them all)"
+            said = "held constant: trainable parameters of the loss (loss_params=True has them among the parameters)"
             parts.append(Text(f"{said}: {', '.join(self.left_out)}"))
         if self.python:
             more = f", and {len(self.python) - 6} more" if len(self.python) > 6 else ""

@@ -12,7 +12,7 @@ from fxcurv.extensions.base import Combine, Extension, Param
 from fxcurv.ir.graph import Subgraph, ancestors, canonical_args
 from fxcurv.ir.origin import locate
 from fxcurv.ir.private import pytree
-from fxcurv.ir.program import Program, is_active
+from fxcurv.ir.program import Program, is_active, is_sharded
 from fxcurv.quantity import HessianFactors
 from fxcurv.rules.base import rule_of
 
@@ -31,10 +31,12 @@ class DiagHessian(Extension):
     requires = HessianFactors()
 
     def extract(self, param: Param) -> fx.Node:
-        total = param.contract(power=2, reduce="vn")
         if not _read_past_the_heads(param):
-            return total
-        return param.emit(torch.add, total, _of_regulariser(param))
+            return param.contract(power=2, reduce="vn")
+        if param.node not in ancestors(param.program.heads):  # with f held constant, it is all; the walk has parts of it
+            return _of_regulariser(param)
+        _check_apart(param)
+        return param.emit(torch.add, param.contract(power=2, reduce="vn"), _of_regulariser(param))
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class BatchDiagHessian(Extension):
     requires = HessianFactors()
 
     def extract(self, param: Param) -> fx.Node:
-        if _read_past_the_heads(param) and param.name not in param.program.walked.direct:
+        direct = param.name in param.program.walked.direct
+        if _read_past_the_heads(param) and not direct or _read_by_samples(param):
             raise ExtensionError(
                 f"{param.label}: the loss reads parameter '{param.name}' for every sample beside the model's output, which is "
                 "of no sample's curvature here. Way out: make it part of the model, or DiagHessian or HMP."
@@ -56,8 +59,25 @@ class BatchDiagHessian(Extension):
         return param.contract(power=2, reduce="v")
 
 
-def _read_past_the_heads(param: Param) -> bool:
-    return any(param.node in node.all_input_nodes for node in _past_the_heads(param.program))
+def _read_past_the_heads(param: Param, end: fx.Node | None = None) -> bool:
+    """Whether the loss, or a part of it, reads a parameter beside the model's output."""
+    return any(param.node in node.all_input_nodes for node in _past_the_heads(param.program, end))
+
+
+def _read_by_samples(param: Param) -> bool:
+    """Whether what the loss computes for every sample beside the model's output depends on a parameter."""
+    return any(is_sharded(n) and _read_past_the_heads(param, n) for n in _past_the_heads(param.program))
+
+
+def _check_apart(param: Param) -> None:
+    """Refuse a parameter of f that a loss op in closed form also depends on beside f: the walk would count it twice."""
+    terms = [t.node for t in param.program.analysis.terms if t.node is not None]
+    at = next((node for node in terms if _read_past_the_heads(param, node)), None)
+    if at is not None:
+        raise ExtensionError(
+            f"{locate(at)}\n{param.label}: it reads parameter '{param.name}' through the model's output and beside it. Way out: "
+            "make what the loss does with the parameter part of the model."
+        )
 
 
 def _of_regulariser(param: Param) -> fx.Node:
@@ -82,8 +102,9 @@ def _of_regulariser(param: Param) -> fx.Node:
     return param.emit(_diagonal, r, separable, param.node, outside)
 
 
-def _past_the_heads(program: Program) -> list[fx.Node]:
-    found, stack = set(), [program.loss]
+def _past_the_heads(program: Program, end: fx.Node | None = None) -> list[fx.Node]:
+    """What computes the loss, or a part of it, from f."""
+    found, stack = set(), [end or program.loss]
     while stack:
         node = stack.pop()
         if node not in found and node not in program.heads and node.op == "call_function":
@@ -137,4 +158,4 @@ def _diagonal(r: Subgraph, separable: bool, param: Tensor, outside: list[Tensor]
         return pull(torch.ones_like(param))[0]
     eye = torch.eye(param.numel(), dtype=param.dtype, device=param.device)
     rows = torch.vmap(pull)(eye.reshape(-1, *param.shape))[0]
-    return rows.flatten(1).diagonal().reshape(param.shape)
+    return rows.reshape(eye.shape).diagonal().reshape(param.shape)

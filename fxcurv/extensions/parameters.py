@@ -5,11 +5,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
 Choice = str | Iterable[str] | Callable[[str, nn.Parameter], bool] | None
+
+
+class Named(Protocol):
+    """What has parameters by name: a module, or a model with its loss."""
+
+    def named_parameters(self, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter), every parameter once, or by all of its names."""
+        ...
 
 
 def hashable(choice: Choice, error: type[Exception], whose: str) -> Any:
@@ -29,7 +37,7 @@ def hashable(choice: Choice, error: type[Exception], whose: str) -> Any:
 
 
 def chosen(
-    choice: Any, model: nn.Module, error: type[Exception], whose: str, among: Collection[str] | None = None
+    choice: Any, model: Named, error: type[Exception], whose: str, among: Collection[str] | None = None
 ) -> list[str]:
     """The trainable parameters that `choice` means, as `model.named_parameters()` names and orders them.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from fxcurv.front.guards import Followed, fixed_sizes, no_branches, numbered_red
 from fxcurv.front.lift import detach_no_grad_regions, lift
 from fxcurv.front.packed import padded_sequences
 from fxcurv.front.python_state import Path, Reads
+from fxcurv.front.requests import Subject
 from fxcurv.front.side_effects import no_side_effects
 from fxcurv.front.transforms import traced_transforms
 from fxcurv.front.wrapped import Captured, not_traced
@@ -30,9 +31,9 @@ from fxcurv.ir.program import Program
 
 
 def capture(
-    model: nn.Module, loss: Callable | None, arguments: Arguments, split: str | None = None, numbers: Sequence[Path] = ()
+    subject: Subject, arguments: Arguments, split: str | None = None, numbers: Sequence[Path] = ()
 ) -> Program:
-    """Trace `model` and `loss` into a functional graph.
+    """Trace model and loss into a functional graph.
 
     Args:
         numbers: where floats are that become inputs of the graph.
@@ -41,6 +42,7 @@ def capture(
         CaptureError: if `torch.export` cannot trace them; carries its reason and what usually helps.
         LossError: if the loss is not a scalar tensor.
     """
+    model, loss = subject.model, subject.loss
     reads = Reads(model, loss, numbers)
     wrapped = Captured(model, loss, arguments, split, reads)
     with quiet():
@@ -55,7 +57,7 @@ def capture(
         except Exception as error:
             raise not_traced(error, wrapped) from error
         reads.check()
-        program = lift(model, wrapped, exported, arguments)
+        program = lift(subject, wrapped, exported, arguments)
         program.notes = [*wrapped.record.notes]
         program.python = reads.state(program.constants, [*wrapped.parameters(), *wrapped.buffers()])
         return program

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from fxcurv.errors import CaptureError
+from fxcurv.extensions.parameters import Named
 from fxcurv.front.arguments import Arguments
 from fxcurv.front.derivatives import expand
 from fxcurv.front.wrapped import Captured
@@ -90,11 +91,18 @@ def _read_after(order: dict[fx.Node, int], value: fx.Node, write: fx.Node) -> bo
     return False
 
 
+WAYS_OUT = {
+    torch.ops.aten.embedding_renorm_.default: "an embedding without max_norm=, and its rows made shorter before each call: "
+    "with torch.no_grad(): e.weight.copy_(e.weight.renorm(norm_type, 0, max_norm))"
+}
+
+
 def _written_past_gradient(node: fx.Node, how: str) -> CaptureError:
     line = source_line(node.meta.get("stack_trace") or "")
+    way_out = WAYS_OUT.get(node.target, "x = x + (x.clamp(min=eps) - x).detach(), say, in place of x.clamp_(min=eps)")
     return CaptureError(
         f"op {node.target} writes {how} to a value that depends on parameters, which torch.export cannot keep apart from its "
-        f"gradient\n  {line}\nWay out: x = x + (x.clamp(min=eps) - x).detach(), say, in place of x.clamp_(min=eps)."
+        f"gradient\n  {line}\nWay out: {way_out}."
     )
 
 
@@ -121,11 +129,11 @@ def _drop_effects(graph: fx.Graph, tokens: set[str]) -> None:
         graph.erase_node(node)
 
 
-def _names(model: nn.Module) -> dict[int, str]:
+def _names(model: Named) -> dict[int, str]:
     return {id(p): name for name, p in model.named_parameters()}
 
 
-def lift(model: nn.Module, wrapped: Captured, exported: ExportedProgram, arguments: Arguments) -> Program:
+def lift(model: Named, wrapped: Captured, exported: ExportedProgram, arguments: Arguments) -> Program:
     """The exported graph as a `Program`, its placeholders bound to what a call passes."""
     gm = fx.GraphModule(exported.graph_module, copy.deepcopy(exported.graph))
     for old, new in zip(exported.graph.nodes, gm.graph.nodes, strict=True):

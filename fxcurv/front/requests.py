@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from fxcurv.errors import ArgumentError, ExtensionError
 from fxcurv.extensions import Extension
+from fxcurv.extensions.parameters import Named
 from fxcurv.front.arguments import Arguments
 from fxcurv.front.python_state import all_modules
 from fxcurv.result import Result
@@ -29,10 +30,26 @@ class Subject:
     """What is compiled: a model, and the loss of its output (a module or a function; None for the output alone).
 
     (No dataclass: Dynamo would take a frozen one apart, and guard all that the model holds.)
+
+    Args:
+        loss_params: the parameters of the loss, a module, are among those that derivatives are of, as "loss.<name>".
     """
 
-    def __init__(self, model: nn.Module, loss: Callable[..., Tensor] | None):
-        self.model, self.loss = model, loss
+    def __init__(self, model: nn.Module, loss: Callable[..., Tensor] | None, loss_params: bool = False):
+        self.model, self.loss, self.loss_params = model, loss, loss_params
+
+    def named_parameters(self, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of all that derivatives may be of, as a module gives its own."""
+        yield from self.model.named_parameters(remove_duplicate=remove_duplicate)
+        if self.loss_params and isinstance(self.loss, nn.Module):
+            held = {id(p) for p in self.model.parameters()} if remove_duplicate else set()
+            named = self.loss.named_parameters(remove_duplicate=remove_duplicate)
+            yield from ((f"loss.{name}", p) for name, p in named if id(p) not in held)
+
+    @property
+    def holder(self) -> Any:
+        """Whose parameters results are put on."""
+        return self if self.loss_params else self.model
 
     def roots(self) -> list[nn.Module]:
         """The model, and the loss if it is a module."""
@@ -43,8 +60,8 @@ class Subject:
         return all_modules(self.model, self.loss)
 
     def left_out(self) -> tuple[str, ...]:
-        """Names of trainable parameters of a loss module that are not the model's."""
-        own = {id(p) for p in self.model.parameters()}
+        """Names of trainable parameters of a loss module that no derivative is of."""
+        own = {id(p) for _, p in self.named_parameters()}
         named = self.loss.named_parameters() if isinstance(self.loss, nn.Module) else ()
         return tuple(name for name, p in named if p.requires_grad and id(p) not in own)
 
@@ -89,7 +106,21 @@ def tensors_in(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
     yield from module.named_buffers(remove_duplicate=False)
 
 
-def check_trainable(model: nn.Module) -> None:
+def check_loss_params(subject: Subject) -> None:
+    """Refuse a loss whose parameters cannot be named."""
+    if not subject.loss_params:
+        return
+    if not isinstance(subject.loss, nn.Module):
+        raise ArgumentError("loss_params=True, and the loss is no module: pass an nn.Module that holds its parameters")
+    held = dict(subject.model.named_parameters(remove_duplicate=False))
+    for name, p in subject.loss.named_parameters(remove_duplicate=False):
+        if held.get(f"loss.{name}", p) is not p:
+            raise ArgumentError(
+                f"loss_params=True, and the model has a parameter 'loss.{name}' of its own: give its submodule another name"
+            )
+
+
+def check_trainable(model: Named) -> None:
     """Refuse a model without a parameter that a derivative could be taken of."""
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
@@ -100,7 +131,7 @@ def check_trainable(model: nn.Module) -> None:
             f"parameter '{complex_[0]}' is complex, which is not supported: split it into real and imaginary parts, or "
             "freeze it by requires_grad_(False)"
         )
-    if not any(p.requires_grad for p in model.parameters()):
+    if not any(p.requires_grad for _, p in model.named_parameters()):
         raise ArgumentError("the model has no trainable parameter: set requires_grad on some")
 
 

@@ -6,12 +6,13 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxcurv.errors import ArgumentError
+from fxcurv.extensions.parameters import Named
 
 
-def given_values(model: nn.Module, params: Any) -> tuple[dict[str, Tensor], int | None]:
+def given_values(model: Named, params: Any) -> tuple[dict[str, Tensor], int | None]:
     """(tensors by the names of `named_parameters()`, E if some are stacks [E, *P] of several models' values).
 
     Raises:
@@ -47,7 +48,7 @@ def given_values(model: nn.Module, params: Any) -> tuple[dict[str, Tensor], int 
     return found, next(iter(stacks.values()), None)
 
 
-def member(model: nn.Module, values: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+def member(model: Named, values: dict[str, Tensor], index: int) -> dict[str, Tensor]:
     """The values of one model of a stack; those that are not stacked are shared."""
     held = dict(model.named_parameters())
     return {name: t[index] if t.ndim > held[name].ndim else t for name, t in values.items()}

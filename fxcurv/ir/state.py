@@ -41,6 +41,7 @@ class Options:
     check: str | None = None
     debug: bool = False
     params: Any = None
+    loss_params: bool = False
     sample: str = "sequence"
     sample_index: int | str | None = None
     as_written: bool = False
@@ -77,7 +78,7 @@ class Analysis:
         positions: (T, axis of classes), where every position of the output is a sample.
         rows: the positions are the rows of the output, as many as there are samples, and the batch is one sample.
         ends: what f is, where it is not the model's output; `hidden`: why it is not known, with room for `{asked}`.
-        left_out: trainable parameters of a loss module, which are not the model's.
+        left_out: trainable parameters of a loss module, which no derivative is of.
         said: (op, module path, "" for one of PyTorch's kernels or why it is said in mathematics), of the ops that have kernels.
         mixing: where samples interact, as a message with room for `{asked}`; empty where they do not.
     """

@@ -36,7 +36,7 @@ class Again:
 
     def __init__(self, ready: Ready, request: Request, inputs: Any, targets: tuple):
         subject, program = request.subject, ready.program
-        self.ready, self.model, self.device = ready, subject.model, subject.device()
+        self.ready, self.holder, self.device = ready, subject.holder, subject.device()
         self.n, self.names = request.arguments.batch_size, tuple(inputs) if type(inputs) is dict else None
         self.described = [_of_argument(t) for t in (*_values(inputs), *targets)]
         self.modules = subject.modules()
@@ -83,7 +83,7 @@ class Again:
         except (RuntimeError, IndexError):
             return None  # the long way names the op
         fields = self._unpack(values, flat)
-        return Result(fields, self.ready.program.extensions, self.model, self.ready.pool.kept(fields))
+        return Result(fields, self.ready.program.extensions, self.holder, self.ready.pool.kept(fields))
 
     def _holds(self, inputs: Any, arguments: tuple) -> bool:
         """Whether nothing has changed but values of tensors."""
@@ -106,7 +106,7 @@ class Again:
     def _bind(self, program: Program, request: Request) -> None:
         """`flat`: what stays; and where what does not goes: arguments, tensors that a place in Python holds, the seed."""
         subject, arguments = request.subject, request.arguments
-        params, buffers = dict(subject.model.named_parameters()), dict(subject.model.named_buffers(remove_duplicate=False))
+        params, buffers = dict(subject.named_parameters()), dict(subject.model.named_buffers(remove_duplicate=False))
         fixed = {"param": params, "buffer": buffers}
         of_loss = {f"loss.{name}": t for name, t in _tensors_of(subject.loss)}
         targets = zip(arguments.targets, arguments.split_targets(), strict=True)

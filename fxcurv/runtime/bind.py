@@ -26,11 +26,11 @@ def bind(
     """What the placeholders are bound to, but memory for results.
 
     Args:
-        values: in place of the model's parameters, by name.
+        values: in place of the parameters, by name.
         part: (the samples of all ranks, the first one's number).
     """
     total, first = part or (arguments.batch_size, 0)
-    params = {**dict(subject.model.named_parameters()), **(values or {})}
+    params = {**dict(subject.named_parameters()), **(values or {})}
     buffers = dict(subject.model.named_buffers(remove_duplicate=False))
     of_loss = dict(tensors_in(subject.loss)) if isinstance(subject.loss, nn.Module) else {}
     targets = arguments.split_targets()

@@ -171,7 +171,7 @@ def result_of(ready: Ready, subject: Subject, backend: Backend, flat: list[Any],
         for name, value in mutations.items():
             buffers[name].copy_(value.detach())
     own = backend.name == "eager" and not program.options.create_graph
-    return Result(fields, program.extensions, subject.model, ready.pool.kept(fields) if own else None)
+    return Result(fields, program.extensions, subject.holder, ready.pool.kept(fields) if own else None)
 
 
 def owner(flat: list[Any]) -> Callable[[Any], Any]:

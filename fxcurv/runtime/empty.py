@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from fxcurv.errors import ArgumentError
 from fxcurv.front.arguments import filled
-from fxcurv.front.requests import Request
+from fxcurv.front.requests import Request, Subject
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
 from fxcurv.kronecker import Eigenbasis
@@ -21,7 +21,7 @@ def of_no_sample(program: Program, request: Request, values: dict[str, Tensor]) 
 
     Args:
         program: for samples of the same kind.
-        values: in place of the model's parameters.
+        values: in place of the parameters.
 
     Raises:
         ArgumentError: for products, a call that is to be differentiated, or a regulariser whose curvature is asked for.
@@ -32,16 +32,18 @@ def of_no_sample(program: Program, request: Request, values: dict[str, Tensor]) 
     subject, arguments = request.subject, request.arguments
     model = subject.model
     args, kwargs = filled(arguments.input_template, arguments.inputs)
-    held = {**dict(model.named_parameters()), **{name: t.detach().requires_grad_() for name, t in values.items()}}
+    held = {**dict(subject.named_parameters()), **{name: t.detach().requires_grad_() for name, t in values.items()}}
     with torch.enable_grad(), request.as_called():
-        output = torch.func.functional_call(model, held, args, kwargs) if values else model(*args, **kwargs)
-        loss = subject.loss(output, *filled(arguments.target_template, arguments.targets)) if subject.loss else None
+        output = _run(model, {n: held[n] for n in values if not _of_loss(subject, n)}, args, kwargs)
+        ends = {n.removeprefix("loss."): held[n] for n in values if _of_loss(subject, n)}
+        targets = filled(arguments.target_template, arguments.targets)
+        loss = _run(subject.loss, ends, (output, *targets), {}) if subject.loss else None
     fields: dict[str, Any] = {}
     results = dict(program.results)
     if loss is not None:
         wanted = [held[name] for name in results["grad"]]
         found = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
-        grads = [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, found, strict=True)]
+        grads = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(wanted, found, strict=True)]
         asked = [type(e).__name__ for e in program.extensions if e.requires.of_ops]
         if asked and any(bool(g.any()) for g in grads):
             raise ArgumentError(
@@ -57,7 +59,15 @@ def of_no_sample(program: Program, request: Request, values: dict[str, Tensor]) 
     if not program.options.update_buffers:
         buffers = dict(model.named_buffers(remove_duplicate=False))
         fields["buffers"] = {name: buffers[name].clone() for name in program.mutations}
-    return Result(fields, program.extensions, model)
+    return Result(fields, program.extensions, subject.holder)
+
+
+def _of_loss(subject: Subject, name: str) -> bool:
+    return subject.loss_params and name not in dict(subject.model.named_parameters())
+
+
+def _run(function: Any, values: dict[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
+    return torch.func.functional_call(function, values, args, kwargs) if values else function(*args, **kwargs)
 
 
 def _empty(program: Program, value: Any, axis: int | None) -> Any:

@@ -11,12 +11,11 @@ from types import SimpleNamespace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import nn
 
 from fxcurv import passes
 from fxcurv.errors import ArgumentError, CaptureError, ExtensionError, FxcurvError, LossError, UnsupportedOpError
 from fxcurv.extensions import Extension
-from fxcurv.extensions.parameters import Choice, chosen
+from fxcurv.extensions.parameters import Choice, Named, chosen
 from fxcurv.front.arguments import Arguments, flatten_arguments
 from fxcurv.front.capture import capture
 from fxcurv.front.python_state import Path, Schedule, reasons
@@ -128,7 +127,7 @@ class Programs(Generic[M]):
         """
         if subject.loss is None and targets:
             raise ArgumentError("there is no loss, so nothing reads the targets: call compiled(inputs)")
-        check_trainable(subject.model)
+        check_trainable(subject)
         arguments = flatten_arguments(inputs, targets, self.options.batch_dim, self.options.sample_index)
         n = arguments.batch_size
         for e in self.extensions:
@@ -225,7 +224,7 @@ class Programs(Generic[M]):
         program = self._trace(request, numbers)
         program.timings["capture"] = time.perf_counter() - start
         program.extensions, program.rules = self.extensions, self.options.rules
-        names, program.covers = covered(request.subject.model, self.options.params, self.extensions)
+        names, program.covers = covered(request.subject, self.options.params, self.extensions)
         program.params = {name: node for name, node in program.params.items() if name in names}
         program.shapes = {name: shape for name, shape in program.shapes.items() if name in names}
         program.analysis.left_out = request.subject.left_out()
@@ -238,7 +237,7 @@ class Programs(Generic[M]):
 
     def _trace(self, request: Request, numbers: tuple[Path, ...]) -> Program:
         with request.as_called():
-            return capture(request.subject.model, request.subject.loss, request.arguments, self.options.split, numbers)
+            return capture(request.subject, request.arguments, self.options.split, numbers)
 
     def _analysed(self, request: Request, numbers: tuple[Path, ...], tell: Tell = silent) -> Program:
         tell("capture")
@@ -311,7 +310,7 @@ def numbers_differ(program: Program, request: Request) -> list[str]:
 
 
 def covered(
-    model: nn.Module, params: Choice, extensions: Iterable[Extension]
+    model: Named, params: Choice, extensions: Iterable[Extension]
 ) -> tuple[list[str], dict[Extension, list[str]]]:
     """(the parameters of all quantities, those of each extension that chose its own), by name."""
     names = chosen(params, model, ArgumentError, "compile")

@@ -228,7 +228,7 @@ class Check:
             plain.missing.append(f"the gradient, which plain autograd refuses ({_first_line(error)})")
 
     def _backward(self, plain: Plain, loss, leaves, template, targets, autocast) -> None:
-        named = dict(self.model.named_parameters())
+        named = dict(self.request.subject.named_parameters())
         params = {name: named[name] for name in self.program.params}
         asked = {type(e).__name__ for e in self.program.extensions}
         if self.known.jacobian is not None and "Jacobian" in asked:
@@ -369,7 +369,8 @@ def _grads(outputs: Sequence[Tensor], params: dict[str, Tensor], gs: Any, retain
     found = torch.autograd.grad(
         outs, list(params.values()), None if gs is None else cotangents, allow_unused=True, retain_graph=retain_graph
     )
-    return {n: torch.zeros_like(p) if g is None else g.detach() for (n, p), g in zip(params.items(), found, strict=True)}
+    grads = zip(params.items(), found, strict=True)  # those of Embedding(sparse=True) are sparse
+    return {n: torch.zeros_like(p) if g is None else g.detach().to_dense() for (n, p), g in grads}
 
 
 def _own(t: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def call_in_step(
                 named[name].copy_(values[k])
     else:
         fields["buffers"] = {name: values[k] for name, k in step.writes.items()}
-    return Result(fields, programs.extensions, subject.model)
+    return Result(fields, programs.extensions, subject.holder)
 
 
 @constant_result

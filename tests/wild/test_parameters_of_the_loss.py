@@ -9,7 +9,7 @@ from against_oracle import close
 from torch import Tensor, nn
 
 import fxcurv
-from fxcurv.errors import LossError
+from fxcurv.errors import ExtensionError, LossError
 from fxcurv.extensions import HMP, BatchDiagHessian, BatchGrad, DiagGGNExact, DiagHessian
 
 TAGS, STEPS = 2, 3
@@ -77,6 +77,35 @@ def test_the_gauss_newton_is_refused() -> None:
     model, x, y = built(3)
     with pytest.raises(LossError, match="Gauss-Newton"):
         fxcurv.compile(model, model.loss, [DiagGGNExact()])(x, y)
+
+
+class Tempered(nn.Module):
+    """The loss multiplies the logits with a temperature of the model's, which f does not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.log_temperature = nn.Linear(2, 3), nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).tanh()
+
+    def loss(self, f: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(f * self.log_temperature.exp(), y)
+
+    def regularised(self, f: Tensor, y: Tensor) -> Tensor:
+        return self.loss(f, y) + self.log_temperature**2
+
+
+@pytest.mark.parametrize("title", [pytest.param("loss", marks=pytest.mark.slow), "regularised"])
+def test_a_temperature_in_a_loss_in_closed_form(title: str) -> None:
+    torch.manual_seed(0)
+    model, x, y = Tempered().double(), torch.randn(4, 2).double(), torch.tensor([0, 2, 1, 2])
+    loss = getattr(model, title)
+    compiled = fxcurv.compile(model, loss, [DiagHessian()])
+    for n in (4, 3):
+        close(compiled(x[:n], y[:n]).diag_h, diagonals(model, lambda n=n: loss(model(x[:n]), y[:n])), "diag_h")
+    with pytest.raises(ExtensionError, match="of no sample's curvature"):
+        fxcurv.compile(model, model.regularised, [BatchDiagHessian()])(x, y)
 
 
 class OfEmissions(nn.Module):
