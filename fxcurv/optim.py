@@ -83,7 +83,7 @@ class _Curved(Optimizer):
 
     @torch.no_grad()
     def step(self, batch: Iterable[Any], seed: int | Tensor | None = None) -> Result:  # type: ignore[override]
-        """One step on a batch (inputs, *targets).
+        """One step on a batch (inputs, *targets); none on a batch without samples, which says nothing of the curvature.
 
         Args:
             batch: what the compiled model is called with.
@@ -95,6 +95,9 @@ class _Curved(Optimizer):
         inputs, *targets = batch
         update = self._steps % self.interval == 0
         result = (self._curved if update else self._plain)(inputs, *targets, seed=seed)
+        samples = self._plain.arguments(inputs, *targets).batch_size
+        if not sum(getattr(result, "sizes", (samples,))):
+            return result
         if update:
             self._average(result[self._extension])
         self._steps += 1

@@ -49,6 +49,16 @@ def test_steps_are_those_of_the_formula():
         torch.testing.assert_close(p, want, msg=lambda m, n=n: f"{n}: {m}")
 
 
+def test_a_batch_without_samples_is_no_step():
+    """Poisson sampling draws some: neither momentum nor the average moves."""
+    model, x, y = case()
+    optimizer = DiagGGN(model, nn.CrossEntropyLoss(), lr=0.1, momentum=0.9, decay=0.5, mc_samples=None, check=None)
+    optimizer.step((x, y))
+    before, state = [p.clone() for p in model.parameters()], optimizer.state_dict()["updates"]
+    optimizer.step((x[:0], y[:0]))
+    assert all(map(torch.equal, before, model.parameters())) and optimizer.state_dict()["updates"] == state
+
+
 @pytest.mark.slow
 def test_kfac_solves_with_the_averaged_factors():
     model, x, y = case()
