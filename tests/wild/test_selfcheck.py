@@ -65,14 +65,11 @@ def captured_with(**attributes):
     """Capture sees other attributes than the model has: whatever tracing loses or remembers wrongly."""
     real = programs.capture
 
-    def capture(model, loss, *args):
+    def capture(subject, *args):
         with contextlib.ExitStack() as stack:
             for name, value in attributes.items():
-                if name == "loss":
-                    loss = value
-                else:
-                    stack.enter_context(mock.patch.object(model, name, value))
-            return real(model, loss, *args)
+                stack.enter_context(mock.patch.object(subject if name == "loss" else subject.model, name, value))
+            return real(subject, *args)
 
     with mock.patch.object(programs, "capture", capture):
         yield
