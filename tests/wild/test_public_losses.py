@@ -30,7 +30,9 @@ from torch.distributions import (
     kl_divergence,
 )
 
-from fxcurv.errors import CaptureError, MixedSamplesError, UnsupportedOpError
+import fxcurv
+from fxcurv.errors import MixedSamplesError, UnsupportedOpError
+from fxcurv.extensions import BatchGrad
 
 CE, MSE, BCE = nn.CrossEntropyLoss(), nn.MSELoss(), nn.BCEWithLogitsLoss()
 
@@ -308,7 +310,7 @@ LOSSES = {
     ),
     "the residual of an equation": Situation(
         "pytorch/functorch#328", lambda: Net(residual_of_equation, body=mlp(1, 4, 1)), lambda f: f.square().mean(), numbers(1),
-        None, "first", refused=Refused(CaptureError, "torch.autograd.grad(u.sum(), x", ()),
+        None, "first",
     ),
     "the likelihood of a distribution": Situation(
         "pytorch/functorch#928", lambda: mlp(4, 5, 3), likelihood, numbers(4), numbers(3),
@@ -337,7 +339,7 @@ LOSSES = {
     # ---- transformers
     "the words that count, by a mask": Situation(
         "huggingface/transformers#251", lambda: mlp(4, 5, 3), active, numbers(2, 4), together(classes(2), shares(2)), "first",
-        refused=Refused(CaptureError, "f.reshape(-1, 3)[rows]", ("(x * mask).sum()",)),
+        refused=Refused(MixedSamplesError, "f.reshape(-1, 3)[rows]", ("cross_entropy",)),
     ),
     "the words that count, by labels": Situation(
         "huggingface/transformers#251", lambda: mlp(4, 5, 3), active_by_where, numbers(2, 4),
@@ -376,12 +378,14 @@ def test_loss_of_one_sample_and_more(name: str) -> None:
     row.check((1, 4) if row.refused is None else (4,), row.trains)
 
 
-def test_a_gradient_penalty_is_refused_by_name() -> None:
-    """Source: meta-pytorch/opacus#31, where the penalty's derivative is taken in the loss."""
+def test_a_gradient_penalty() -> None:
+    """Source: meta-pytorch/opacus#31, where the penalty's derivative is taken in the loss: it counts sample by sample."""
     torch.manual_seed(0)
-    model = mlp(4, 5, 1).double()
-    row = Situation(
-        "meta-pytorch/opacus#31", lambda: model, penalised(model), numbers(4), numbers(4), "first",
-        refused=Refused(CaptureError, "torch.autograd.grad(model(z).sum(), z"),
-    )  # fmt: skip
-    row.check((3,))
+    model, x, z = mlp(4, 5, 1).double(), torch.randn(3, 4).double(), torch.randn(3, 4).double()
+    loss = penalised(model)
+    result = fxcurv.compile(model, loss, [BatchGrad()])(x, z)
+    for n in range(3):
+        one = loss(model(x[n : n + 1]), z[n : n + 1].clone()) / 3
+        grads = torch.autograd.grad(one, list(model.parameters()))
+        for (name, _), g in zip(model.named_parameters(), grads, strict=True):
+            torch.testing.assert_close(result.grad_batch[name][n], g, rtol=1e-10, atol=1e-12)
