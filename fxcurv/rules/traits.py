@@ -2,7 +2,7 @@
 
 These are facts of an op's forward; a rule that a user passes for the op changes none. What an op's derivative is like
 (linear, elementwise, in order, ...) its rule says (`Rule`). A claim is about canonical arguments and the first output.
-`tests/test_traits.py` tries every entry on random values.
+`tests/rules/test_traits.py` tries every entry on random values.
 """
 
 from __future__ import annotations
