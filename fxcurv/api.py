@@ -160,6 +160,10 @@ def compile(  # noqa: A001
     return compiled
 
 
+# How many kinds of calls are recognised: training and evaluation, say, of two sizes each.
+KINDS = 4
+
+
 class Compiled:
     """A model and loss, compiled for a set of quantities; programs are made per kind of input and cached.
 
@@ -186,7 +190,7 @@ class Compiled:
         """Have no programs, nor anything that is known of them."""
         self._programs: Programs[Ready] = Programs(self.extensions, self._options, emitted, serves_one)
         self._steps = Steps(self._programs, self._subject)
-        self._again: Again | None = None
+        self._again: list[Again] = []  # the kinds of the last calls, the latest first
         self.recompiles = self._programs.recompiles
 
     def __getstate__(self) -> dict[str, Any]:
@@ -248,14 +252,17 @@ class Compiled:
             if out is not None:
                 raise ArgumentError("out= inside torch.compile: drop it, the compiled step plans its own memory")
             return call_in_step(self._steps, inputs, targets, seed, generator, create_graph, values)
-        if self._again is not None and out is None and not create_graph and not values:
-            result = self._again.call(inputs, targets, seed, generator)
-            if result is not None:
-                return result
-        result, self._again = call(
+        if out is None and not create_graph and not values:
+            for again in self._again:
+                result = again.call(inputs, targets, seed, generator)
+                if result is not None:
+                    return result
+        result, new = call(
             self._programs, self._subject, self._backend, inputs, targets,
             seed=seed, generator=generator, create_graph=create_graph, out=out, values=values,
         )  # fmt: skip
+        if new is not None:
+            self._again = [new, *(again for again in self._again if again.ready is not new.ready)][:KINDS]
         return result
 
     def _of_models(

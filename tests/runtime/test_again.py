@@ -57,7 +57,7 @@ def repeated(model, loss, x, y, *extensions):
     """A compiled object that takes the short way for arguments like these."""
     compiled = fxcurv.compile(model, loss, extensions or [BatchL2Grad()], check=None)
     compiled(x, y, seed=0), compiled(x, y, seed=0)
-    assert compiled._again is not None
+    assert compiled._again
     return compiled
 
 
@@ -111,10 +111,10 @@ QUICK = ("nothing", "values", "a parameter", "a number", "eval mode")
 def test_what_changed_between_calls(change):
     model, loss, x, y = made()
     compiled = repeated(model, loss, x, y)
-    short = compiled._again
+    (short,) = compiled._again
     CHANGES[change](model, loss)
+    assert (short.call(x, (y,), None, None) is not None) == (change in ("nothing", "values", "data"))
     result = compiled(x, y)
-    assert (compiled._again is short) == (change in ("nothing", "values", "data"))
     same(result, model, loss, x, y)
 
 
@@ -133,6 +133,19 @@ def test_other_arguments():
         result = compiled(x, y)
     assert not result.loss.is_inference()
     same(result, model, loss, x, y)
+
+
+def test_kinds_that_take_turns():
+    """Training and evaluation: each is recognised, and none takes the other's numbers."""
+    model, loss, x, y = made()
+    compiled = repeated(model, loss, x, y)
+    model.eval()
+    compiled(x, y), compiled(x, y)
+    assert len(compiled._again) == 2
+    for training in (True, False, True):
+        model.train(training)
+        assert sum(again.call(x, (y,), None, None) is not None for again in compiled._again) == 1
+        same(compiled(x, y), model, loss, x, y)
 
 
 @pytest.mark.slow
@@ -170,16 +183,16 @@ def test_only_plain_calls():
     model, x, y = nn.Sequential(nn.Linear(3, 30), nn.Dropout(0.5)), torch.randn(4, 3), torch.randint(30, (4,))
     compiled = fxcurv.compile(model, nn.CrossEntropyLoss(), [BatchL2Grad()])
     losses = {float(compiled(x, y).loss) for _ in range(4)}
-    assert compiled._again is not None and len(losses) == 4
+    assert compiled._again and len(losses) == 4
 
     tokens = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5)).double()
     words = torch.randint(5, (4, 6))
     flat = fxcurv.compile(tokens, lambda f, t: F.cross_entropy(f.flatten(0, 1), t), [BatchL2Grad()])
     calls = [flat(words, words.flatten()).batch_l2["1.weight"] for _ in range(3)]
-    assert flat._again is not None and torch.equal(calls[0], calls[2])
+    assert flat._again and torch.equal(calls[0], calls[2])
 
     norm = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     trained = fxcurv.compile(norm, nn.MSELoss(), [])
     for _ in range(3):
         trained(x, torch.randn(4, 4))
-    assert trained._again is None and int(norm[1].num_batches_tracked) == 3
+    assert not trained._again and int(norm[1].num_batches_tracked) == 3
