@@ -23,7 +23,7 @@ from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
 from fxcurv.result import Result
 from fxcurv.rules.traits import borrows
-from fxcurv.runtime.bind import seed_tensor
+from fxcurv.runtime.bind import bind, seed_tensor
 from fxcurv.runtime.programs import Ready
 
 _of_module = operator.attrgetter("training", "_parameters", "_buffers", "_modules", *HOOKS)
@@ -105,30 +105,21 @@ class Again:
 
     def _bind(self, program: Program, request: Request) -> None:
         """`flat`: what stays; and where what does not goes: arguments, tensors that a place in Python holds, the seed."""
-        subject, arguments = request.subject, request.arguments
-        params, buffers = dict(subject.named_parameters()), dict(subject.model.named_buffers(remove_duplicate=False))
-        fixed = {"param": params, "buffer": buffers}
-        of_loss = {f"loss.{name}": t for name, t in _tensors_of(subject.loss)}
+        arguments, sources = request.arguments, program.python.sources
         targets = zip(arguments.targets, arguments.split_targets(), strict=True)
         splits = [None] * len(arguments.inputs) + [_split(given, split) for given, split in targets]
-        self.flat: list[Any] = []
+        self.flat = bind(program, request.subject, arguments, 0, None)
+        of_loss = dict(tensors_in(request.subject.loss)) if isinstance(request.subject.loss, nn.Module) else {}
         self.given, self.places, self.seeds = [], [], []
-        for position, bound in enumerate(program.inputs[: len(program.inputs) - len(program.buffers)]):
-            value = None
-            if bound.kind in fixed:
-                value = fixed[bound.kind][bound.name]
-            elif bound.kind == "seed":
+        for position, what in enumerate(program.inputs[: len(self.flat)]):
+            if what.kind == "seed":
                 self.seeds.append(position)
-            elif bound.kind == "constant" and bound.name in of_loss:
-                value = of_loss[bound.name]
-            elif bound.kind == "constant" and bound.name in program.python.sources:
-                self.places.append((position, program.python.sources[bound.name]))
-            elif bound.kind == "constant":
-                value = program.constants[bound.name]
-            else:
-                index = bound.index + (len(arguments.inputs) if bound.kind == "target" else 0)
+            elif what.kind == "constant" and what.name in sources and what.name.removeprefix("loss.") not in of_loss:
+                self.places.append((position, sources[what.name]))
+            elif what.kind in ("input", "target"):
+                index = what.index + (len(arguments.inputs) if what.kind == "target" else 0)
                 self.given.append((position, index, splits[index]))
-            self.flat.append(value)
+                self.flat[position] = None  # this call's batch is not held
 
 
 def _values(inputs: Any) -> tuple:
@@ -143,10 +134,6 @@ def _values(inputs: Any) -> tuple:
 
 def _members(dicts: Iterable[dict]) -> Iterable[Any]:
     return chain.from_iterable(map(dict.values, dicts))
-
-
-def _tensors_of(loss: Any) -> Iterable[tuple[str, Tensor]]:
-    return tensors_in(loss) if isinstance(loss, nn.Module) else ()
 
 
 def _split(given: Tensor, split: Tensor) -> tuple[int, tuple[int, ...]] | None:
