@@ -96,6 +96,24 @@ class Arguments:
         inner = 0 not in self.batch_dims
         return [d if d is None or t.shape[d] == self.batch_size else d + inner for t, d in pairs]
 
+    def along_samples(self, fn: Callable[[Tensor, int], Tensor]) -> Arguments:
+        """Other arguments, with `fn(tensor, dimension)` in place of each that has samples; they are alone on that dimension.
+
+        Positions of all samples that are flattened together come apart for it, and are flattened again.
+        """
+        n, inner = self.batch_size, 0 not in self.batch_dims
+
+        def changed(t: Tensor, d: int | None) -> Tensor:
+            if d is None:
+                return t
+            if not n or t.shape[d] == n:
+                return fn(t, d)
+            return fn(t.unflatten(d, (-1, n) if inner else (n, -1)), d + inner).flatten(d, d + 1)
+
+        inputs = [changed(t, d) for t, d in zip(self.inputs, self.batch_dims, strict=True)]
+        targets = [changed(t, d) for t, d in zip(self.targets, self.target_dims(), strict=True)]
+        return dataclasses.replace(self, inputs=inputs, targets=targets)
+
     def join_targets(self, split: Sequence[Tensor]) -> Any:
         """What the loss gets, from split targets."""
         triples = zip(split, self.targets, self.target_dims(), strict=True)

@@ -371,19 +371,10 @@ def doubled(arguments: Arguments) -> Arguments:
 
 def resized(arguments: Arguments, n: int) -> Arguments:
     """A batch of `n` samples: those that are there, over and over; zeros if there is none."""
-    have, inner = arguments.batch_size, 0 not in arguments.batch_dims
+    have = arguments.batch_size
     index = torch.arange(n) % max(have, 1)
 
-    def again(t: torch.Tensor, d: int | None) -> torch.Tensor:
-        if d is None:
-            return t
-        if not have:
-            return t.new_zeros([n if k == d else s for k, s in enumerate(t.shape)])
-        if t.shape[d] == have:
-            return t.index_select(d, index.to(t.device))
-        split = t.unflatten(d, (-1, have) if inner else (have, -1)).index_select(d + inner, index.to(t.device))
-        return split.flatten(d, d + 1)
+    def again(t: torch.Tensor, d: int) -> torch.Tensor:
+        return t.index_select(d, index.to(t.device)) if have else t.new_zeros(*t.shape[:d], n, *t.shape[d + 1 :])
 
-    inputs = [again(t, d) for t, d in zip(arguments.inputs, arguments.batch_dims, strict=True)]
-    targets = [again(t, d) for t, d in zip(arguments.targets, arguments.target_dims(), strict=True)]
-    return dataclasses.replace(arguments, inputs=inputs, targets=targets)
+    return arguments.along_samples(again)

@@ -211,20 +211,10 @@ class _Call:
     def _gathered(self, arguments: Arguments, sizes: Sequence[int]) -> Arguments:
         """The samples of all ranks."""
 
-        def rows(t: Tensor, d: int | None, inner: bool = False) -> Tensor:
-            if d is None:
-                return t
-            n = arguments.batch_size
-            if not n or t.shape[d] == n:
-                return self.ranks.rows(t.detach().movedim(d, 0).contiguous(), sizes).movedim(0, d)
-            split = t.detach().unflatten(d, (-1, n) if inner else (n, -1))
-            found = self.ranks.rows(split.movedim(d + inner, 0).contiguous(), sizes).movedim(0, d + inner)
-            return found.flatten(d, d + 1)
+        def rows(t: Tensor, d: int) -> Tensor:
+            return self.ranks.rows(t.detach().movedim(d, 0).contiguous(), sizes).movedim(0, d)
 
-        inner = 0 not in arguments.batch_dims
-        inputs = [rows(t, d) for t, d in zip(arguments.inputs, arguments.batch_dims, strict=True)]
-        targets = [rows(t, d, inner) for t, d in zip(arguments.targets, arguments.target_dims(), strict=True)]
-        return dataclasses.replace(arguments, inputs=inputs, targets=targets)
+        return arguments.along_samples(rows)
 
 
 def shares(sizes: Sequence[int]) -> list[int]:
@@ -240,18 +230,7 @@ def shares(sizes: Sequence[int]) -> list[int]:
 
 def first_samples(arguments: Arguments, n: int) -> Arguments:
     """The first `n` samples."""
-    have, inner = arguments.batch_size, 0 not in arguments.batch_dims
-
-    def cut(t: Tensor, d: int | None) -> Tensor:
-        if d is None or have == n:
-            return t
-        if t.shape[d] == have:
-            return t.narrow(d, 0, n)
-        return t.unflatten(d, (-1, have) if inner else (have, -1)).narrow(d + inner, 0, n).flatten(d, d + 1)
-
-    inputs = [cut(t, d) for t, d in zip(arguments.inputs, arguments.batch_dims, strict=True)]
-    targets = [cut(t, d) for t, d in zip(arguments.targets, arguments.target_dims(), strict=True)]
-    return dataclasses.replace(arguments, inputs=inputs, targets=targets)
+    return arguments.along_samples(lambda t, d: t.narrow(d, 0, n)) if n != arguments.batch_size else arguments
 
 
 # ---- agreement ------------------------------
