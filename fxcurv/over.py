@@ -65,7 +65,7 @@ def over(
             batch has in a mean, as the number of its tokens.
         seed: of sampled columns; every batch has a seed of its own, made of this one and the number of its first sample.
         decay: the result is the running average of the batches' values, as each batch gives them, with weights decay**age
-            that add up to 1. Not for what is per sample.
+            that add up to 1. Not for what is per sample: the norms beside `ClippedGrad`'s sums are left out.
         to: a folder for what is per sample: a file `<field>.<parameter>.npy` each (`numpy.memmap`), of which the result
             holds tensors that read from the file. Another pass with this folder writes over them.
         checkpoint: a file for the state of the pass, written every `every` batches and where the pass is interrupted. If
@@ -141,12 +141,12 @@ class Totals:
             wanted = next(steps)
             try:
                 for totals in self._earlier:
-                    wanted = steps.send([totals[w.savefield] for w in wanted])
+                    wanted = steps.send([totals.get(w.savefield, {}) for w in wanted])
                 asked += wanted
             except StopIteration as end:
                 known[e.savefield] = end.value
         for e in asked:
-            rows = [c for c in (*e.combine, *e.extras.values()) if c.how == "rows"]
+            rows = [c for c in e.combine if c.how == "rows"]
             if rows and self._decay is not None:
                 raise ArgumentError(f"{type(e).__name__} is per sample, which decay= does not average: drop one")
         return asked, known
@@ -264,6 +264,8 @@ class Totals:
                 hows = (LOSS,) * len(pytree.tree_leaves(value)) if self._averages(e) else e.combine
                 yield (e.savefield, name), (value, hows, e.sample_axis or 0)
             for extra, how in e.extras.items():
+                if self._decay is not None and how.how == "rows":
+                    continue
                 field = next(f for f in (f"{extra}_{e.savefield}", extra) if f in fields)
                 yield (field, ""), (fields[field], (how,), 0)
 
@@ -330,7 +332,7 @@ class Totals:
             raise MixedSamplesError(reason.format(asked="a quantity of several batches"))
 
     def _check_degrees(self, asked: list[Extension]) -> None:
-        if self._weights.mean:
+        if self._weights.mean and self._decay is None:
             for e in asked:
                 if any(c.degree is None for c in e.combine):
                     raise ArgumentError(

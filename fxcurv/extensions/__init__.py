@@ -14,11 +14,13 @@ from fxcurv.extensions.ggn import (
 from fxcurv.extensions.hessian import BatchDiagHessian, DiagHessian
 from fxcurv.extensions.kfac import EKFAC, KFAC, KFLR
 from fxcurv.extensions.kfra import KFRA
-from fxcurv.extensions.pairs import Dots, GramGrad
+from fxcurv.extensions.pairs import NTK, Dots, EighGGN, GramGGN, GramGrad
 from fxcurv.extensions.products import GGNMP, HMP, PCHMP
+from fxcurv.extensions.projected import Projected
 
 __all__ = [
     "BatchDiagGGNExact", "BatchDiagGGNMC", "BatchDiagHessian", "BatchGrad", "BatchL2Grad", "ClippedGrad",
-    "DiagGGNExact", "DiagGGNMC", "DiagHessian", "Dots", "EKFAC", "Extension", "GGNMP", "GramGrad", "HMP", "Jacobian",
-    "KFAC", "KFLR", "KFRA", "PCHMP", "Param", "SqrtGGNExact", "SqrtGGNMC", "SumGradSquared", "Variance",
+    "DiagGGNExact", "DiagGGNMC", "DiagHessian", "Dots", "EKFAC", "EighGGN", "Extension", "GGNMP", "GramGGN", "GramGrad", "HMP",
+    "Jacobian", "KFAC", "KFLR", "KFRA", "NTK", "PCHMP", "Param", "Projected", "SqrtGGNExact", "SqrtGGNMC", "SumGradSquared",
+    "Variance",
 ]  # fmt: skip

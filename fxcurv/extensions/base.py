@@ -81,7 +81,7 @@ class Extension:
     by_op: ClassVar[bool] = False
     sample_axis: ClassVar[int | None] = None
     combine: ClassVar[tuple[Combine, ...]] = ()
-    extras: ClassVar[dict[str, Combine]] = {}
+    extras: ClassVar[Any] = {}
     data_passes: ClassVar[int] = 1
 
     def __post_init__(self):
@@ -231,12 +231,12 @@ class Param:
 
     def _zeros(self, spec: Spec, group: Group, precise: bool) -> fx.Node:
         """The loss does not reach this parameter: zeros."""
-        columns = self._columns(group)
+        columns = self.columns(group)
         head = self.program.heads[0]
         dtype = self.node.meta["val"].dtype
         return self.emit(_zeros, spec, columns, self.node, head, head.meta["place"], wide(dtype) if precise else dtype)
 
-    def _columns(self, group: Group) -> int:
+    def columns(self, group: Group) -> int:
         """How many columns a group has: of a loss without curvature as many as the model's output has numbers."""
         if not KINDS[group.kind].carried:
             return group.draws or sum(self.program.batch.per_sample(h.meta["val"]) for h in self.program.heads)

@@ -1,33 +1,30 @@
-"""Inner products of individual gradients: with each other, and with given vectors."""
+"""Inner products of columns: of individual gradients, with vectors, of the Gauss-Newton's roots, of the outputs' derivatives."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxcurv.contractions.factors import Dense, Factor
-from fxcurv.contractions.sizes import dims
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.base import Combine, Extension, Param
+from fxcurv.extensions.columns import WHOLE, combined, dots, pair, record
 from fxcurv.ir.emit import constant
-from fxcurv.ir.precision import HALF, widened
-from fxcurv.ir.private import pytree
-from fxcurv.ir.program import Decision
-from fxcurv.quantity import GRADIENT
-from fxcurv.walks.uses import select_group
+from fxcurv.ir.placement import samples_first
+from fxcurv.quantity import GRADIENT, Gradient, Identity, Quantity, SqrtGGN
+from fxcurv.walks.groups import groups_of
 
 
 @dataclass(frozen=True)
 class GramGrad(Extension):
-    """The Gram matrix of the individual gradients of one parameter, <g_n, g_m>, [N, N].
+    """The Gram matrix of the individual gradients of one parameter, <g_n, g_m>, [N, N]; by token [N, T, N, T].
 
-    Of a matrix product with S positions it is sum_{s,t} <a_{n,s}, a_{m,t}> <b_{n,s}, b_{m,t}>, where that is cheaper than forming
-    [N, *P]: the report says which. Summed over parameters it is that of the whole gradients, the empirical tangent kernel
+    Of a matrix product with S positions it is sum_{s,t} <a_{n,s}, a_{m,t}> <b_{n,s}, b_{m,t}>, where that is cheaper than blocks
+    of P: the report says which. Summed over parameters it is that of the whole gradients, the empirical tangent kernel
     (Dangel et al. 2022, ViViT).
     """
 
@@ -35,14 +32,105 @@ class GramGrad(Extension):
     sample_axis = 0
 
     def extract(self, param: Param) -> fx.Node:
-        found = _dense(param)
-        if found is not None:
-            d = _sizes(found)
-            if d.s**2 * (d.i + d.o) < d.i * d.o:
-                _record(param, "Gram products of factors")
-                return param.emit(_gram_of_factors, found)
-        _record(param, "materialise")
-        return param.emit(_gram, param.contract(power=1, reduce="v", precise=True))
+        groups = groups_of(param.program, Gradient())
+        rows = None if param.positions is None else param.program.analysis.rows
+        return param.emit(_of_gradients, pair(param, groups, groups), rows)
+
+
+@dataclass(frozen=True)
+class _OfRoots(Extension):
+    """Shared by what is made of the inner products of a root's columns.
+
+    Args:
+        mc_samples: number of sampled columns; None for the exact ones.
+    """
+
+    mc_samples: int | None = field(default=None, kw_only=True)
+    needs_convex = True
+    sample_axis = 1
+
+    @property
+    def requires(self) -> Quantity:
+        return SqrtGGN(mc=self.mc_samples)
+
+    def check(self) -> None:
+        if self.mc_samples is not None and (not isinstance(self.mc_samples, int) or self.mc_samples < 1):
+            raise ExtensionError(f"{type(self).__name__}(mc_samples={self.mc_samples!r}): use a positive integer, or None")
+
+
+@dataclass(frozen=True)
+class GramGGN(_OfRoots):
+    """The Gram matrix of the columns of `SqrtGGNExact` (or `SqrtGGNMC`), of one parameter, [V, N, V, N].
+
+    Summed over the parameters of a group and seen as [V N, V N], its eigenvalues are those of the group's block of the
+    Gauss-Newton, but for zeros (Dangel et al. 2022, ViViT, section 2).
+
+    Args:
+        mc_samples: number of sampled columns; None for the exact ones.
+    """
+
+    savefield = "gram_ggn"
+    shows_columns = True
+
+    def extract(self, param: Param) -> fx.Node:
+        groups = groups_of(param.program, self.requires)
+        return pair(param, groups, groups)
+
+
+@dataclass(frozen=True)
+class EighGGN(_OfRoots):
+    """The largest eigenvalues of the Gauss-Newton, its eigenvectors e_k, [K, *P], and derivatives along them.
+
+    By the Gram matrix of the root's columns, which is small where samples times outputs are few. It is one matrix over all
+    parameters of the extension, so `params=` says of which block; e_k are unit vectors over these together, each up to its
+    sign. Where fewer than K eigenvalues are above rounding, the rest are zero, and so are their e_k.
+
+    Also sets `result.<savefield>_values` [K], descending; `_first` [N, K], <g_n, e_k>; `_second` [N, K], e_k^T G_n e_k of the
+    sample's own Gauss-Newton. Summed over samples, these are <grad, e_k> and the eigenvalues (ViViT, eq. 6 and 7, has N times
+    them for a mean).
+
+    Args:
+        top: K.
+        mc_samples: number of sampled columns, whose Gauss-Newton it then is; None for the exact one.
+    """
+
+    top: int = 10
+    savefield = "eigh_ggn"
+    sample_axis = None
+
+    def check(self) -> None:
+        super().check()
+        if not isinstance(self.top, int) or self.top < 1:
+            raise ExtensionError(f"EighGGN(top={self.top!r}): use a positive integer")
+
+    def extract_all(self, params: list[Param]) -> tuple[dict[str, Any], dict[str, fx.Node]]:
+        first = params[0]
+        groups = groups_of(first.program, self.requires)
+        gram = first.emit(_total, [pair(p, groups, groups) for p in params])
+        values, weights, second = first.emit(_eigenpairs, gram, self.top)
+        slopes = first.emit(_total, [pair(p, [GRADIENT], groups) for p in params])
+        vectors = {p.name: p.emit(_as_param, combined(p, groups, weights), p.node) for p in params}
+        name = self.savefield
+        along = first.emit(_along, slopes, weights)
+        return vectors, {f"{name}_values": values, f"{name}_first": along, f"{name}_second": second}
+
+
+@dataclass(frozen=True)
+class NTK(Extension):
+    """The Gram matrix of the outputs' derivatives in one parameter, [N, *f.shape[1:], N, *f.shape[1:]]. Needs no loss.
+
+    Summed over parameters it is the empirical neural tangent kernel (Jacot et al. 2018). [N, C, *P] is not formed for what has
+    factors. For two batches, and without the kernel as a whole, see `fxcurv.linear.NTK`.
+    """
+
+    savefield = "ntk"
+    sample_axis = 0
+    requires = Identity()
+
+    def extract(self, param: Param) -> fx.Node:
+        groups = groups_of(param.program, self.requires)
+        head = param.program.heads[0]
+        return param.emit(_by_outputs, pair(param, groups, groups), head, head.meta["place"])
 
 
 class Vectors(Mapping):
@@ -70,21 +158,47 @@ class Vectors(Mapping):
 
 
 @dataclass(frozen=True)
-class Dots(Extension):
-    """Inner products of the individual gradients with vectors, <g_n, v_q> of one parameter, [N, Q].
+class PerSample(Extension):
+    """Rows per sample that add up over parameters.
 
-    [N, *P] is not formed for a matrix product without shared positions, nor for many samples by `fxcurv.over`, where these are
-    influence scores of a data set. Sum over parameters for those of whole gradients.
+    Args:
+        total: the sum over the parameters alone, as `result.<savefield>_total`; the field is empty then.
+    """
+
+    total: bool = field(default=False, kw_only=True)
+    sample_axis = 0
+    combine = (Combine("rows"),)
+
+    @property
+    def leaves_out(self) -> bool:
+        return self.total
+
+    @property
+    def extras(self) -> dict[str, Combine]:
+        return {f"{self.savefield}_total": self.combine[0]} if self.total else {}
+
+    def extract_all(self, params: list[Param]) -> tuple[dict[str, Any], dict[str, fx.Node]]:
+        found = {p.name: self.extract(p) for p in params}
+        if not self.total:
+            return found, {}
+        return {}, {f"{self.savefield}_total": params[0].emit(_total, list(found.values()))}
+
+
+@dataclass(frozen=True)
+class Dots(PerSample):
+    """Inner products of the individual gradients with vectors, <g_n, v_q> of one parameter, [N, Q]; by token [N, T, Q].
+
+    [N, *P] is not formed for matrix products, nor for many samples by `fxcurv.over`, where these are influence scores of a
+    data set. Sum over parameters for those of whole gradients (`total=True`).
 
     Args:
         vectors: parameter name -> [Q, *P], for every parameter that the quantity is of (`params=` says others). They are part of
-            the program: for other vectors make another extension.
+            the program, which reads them at every call: others may be written into the same tensors (`copy_`), if these are on
+            the model's device and in its dtype.
     """
 
     vectors: Any = None
     savefield = "dots"
-    sample_axis = 0
-    combine = (Combine("rows"),)
 
     def check(self) -> None:
         if not isinstance(self.vectors, Mapping) or not all(isinstance(v, Tensor) for v in self.vectors.values()):
@@ -102,59 +216,63 @@ class Dots(Extension):
             raise ExtensionError(f"Dots: the vectors of '{param.name}' are {list(given.shape)}: pass {wanted}")
         with param.program.graph.inserting_before(param.program.output):
             vectors = constant(param.program, given.detach().to(val.device, val.dtype).contiguous())
-        found = _dense(param)
-        if found is not None and _sizes(found).s == 1:
-            _record(param, "products with factors")
-            return param.emit(_dots_of_factors, found, vectors)
-        _record(param, "materialise")
+        found = dots(param, GRADIENT, vectors) if param.positions is None else None
+        if found is not None:
+            return param.emit(_first, found)
+        record(param, WHOLE)
         return param.emit(_dots, param.contract(power=1, reduce="v"), vectors)
-
-
-def _dense(param: Param) -> Factor | None:
-    """The factors of a parameter that is used once, as it is, in a matrix product."""
-    uses = [u for u in param.program.walked.uses[param.name] if GRADIENT in u.groups]
-    if param.positions is not None or len(uses) != 1 or uses[0].path or not isinstance(uses[0].factor, Dense):
-        return None
-    found = select_group(param.program, uses[0], GRADIENT, param.origin())
-    if _sizes(found).k != 1:
-        return None
-    return param.emit(widened, found) if found.g.meta["val"].dtype in HALF else found
-
-
-def _sizes(factor: Factor) -> Any:
-    return dims(pytree.tree_map(lambda n: n.meta["val"] if isinstance(n, fx.Node) else n, factor))
-
-
-def _record(param: Param, algorithm: str) -> None:
-    """What is computed goes into the report."""
-    field = param.origin()["savefield"]
-    param.program.decisions.append(Decision(param.name, param.label, "", algorithm, 0, 0, 0.0, (), field, "extract"))
 
 
 # traced ------------------------------------------------------------------------------------------------------------
 
 
-def _gram(p: Tensor) -> Tensor:
-    rows = p.reshape(p.shape[0], prod(p.shape[1:]))
-    return rows @ rows.t()
+def _first(t: Tensor) -> Tensor:
+    return t[0]
 
 
-def _gram_of_factors(f: Dense) -> Tensor:
-    a, g = f.a.squeeze(2), f.g[0].squeeze(2)  # [N, S, I], [N, S, O]
-    if a.shape[1] == 1:
-        a, g = a.squeeze(1), g.squeeze(1)
-        return (a @ a.t()) * (g @ g.t())
-    return (torch.einsum("nsi,mti->nmst", a, a) * torch.einsum("nso,mto->nmst", g, g)).sum((2, 3))
+def _total(parts: list[Tensor]) -> Tensor:
+    return sum(parts[1:], parts[0])
+
+
+def _of_gradients(gram: Tensor, rows: bool | None) -> Tensor:
+    """[1, N, 1, N] -> [N, N]; of a column per position [T, N, T, N] -> [N, T, N, T], or [T, T] of one sample's rows."""
+    if rows is None:
+        return gram[0, :, 0]
+    return gram[:, 0, :, 0] if rows else gram.permute(1, 0, 3, 2)
+
+
+def _eigenpairs(gram: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(eigenvalues [K], weights [K, V, N] of the columns that make unit eigenvectors, second derivatives [N, K])."""
+    v, n = gram.shape[:2]
+    matrix = gram.reshape(v * n, v * n)
+    values, vectors = torch.linalg.eigh((matrix + matrix.t()) / 2)
+    last = v * n - 1 - torch.arange(top, device=gram.device)  # below zero where there are fewer than `top`
+    there = last.clamp(min=0)
+    values, vectors = values[there], vectors[:, there].t().reshape(top, v, n)
+    known = (last >= 0) & (values > values[:1] * torch.finfo(gram.dtype).eps * (v * n))
+    values = torch.where(known, values, 0)
+    second = (values.reshape(-1, 1) * vectors.square().sum(1)).t()
+    scale = torch.where(known, values, 1).rsqrt() * known
+    return values, vectors * scale.reshape(-1, 1, 1), second
+
+
+def _along(slopes: Tensor, weights: Tensor) -> Tensor:
+    return torch.einsum("nwm,kwm->nk", slopes[0], weights)
+
+
+def _as_param(vectors: Tensor, param: Tensor) -> Tensor:
+    return vectors.reshape(vectors.shape[0], *param.shape)
+
+
+def _by_outputs(gram: Tensor, head: Tensor, place: Any) -> Tensor:
+    axes = list(samples_first(head, place).shape[1:])
+    if place.outer * place.inner == 1:
+        del axes[place.dim]
+    n, m = gram.shape[1], gram.shape[3]
+    return gram.permute(1, 0, 3, 2).reshape((n, *axes, m, *axes))
 
 
 def _dots(p: Tensor, vectors: Tensor) -> Tensor:
-    size = prod(p.shape[1:])
-    return p.reshape(p.shape[0], size) @ vectors.reshape(vectors.shape[0], size).t()
-
-
-def _dots_of_factors(f: Dense, vectors: Tensor) -> Tensor:
-    a, g = f.a.squeeze(2).squeeze(1), f.g[0].squeeze(2).squeeze(1)  # [N, I], [N, O]
-    core = vectors.to(a.dtype).reshape(vectors.shape[0], *[f.arrange.sizes[d] for d in f.arrange.order])
-    back = [f.arrange.order.index(d) for d in range(len(f.arrange.order))]
-    core = core.permute(0, *(1 + d for d in back)).reshape(vectors.shape[0], g.shape[1], a.shape[1])
-    return torch.einsum("qoi,ni,no->nq", core, a, g)
+    lead = p.shape[: p.ndim - vectors.ndim + 1]
+    size = prod(vectors.shape[1:])
+    return p.reshape(*lead, size) @ vectors.reshape(vectors.shape[0], size).t()

@@ -54,3 +54,14 @@ def normal(seed: Seed, stream: int, columns: int, like: Tensor, place: Shard) ->
     u = uniform(seed, stream, columns, like, place)
     v = uniform(seed, stream + 0x10000, columns, like, place)
     return torch.sqrt(-2 * torch.log(u)) * torch.cos(2 * math.pi * v)
+
+
+def signs(entries: Tensor, columns: int, key: int, dtype: torch.dtype) -> Tensor:
+    """Independent +1 and -1 for each of `entries`, numbers below 2**32, [E, columns]: a function of key, entry and column."""
+    low, high = key & _MASK, (key >> 32) & _MASK
+    own = _mix((entries * 0x2545F491 + low) & _MASK, high)
+    words = torch.arange(-(-columns // 32), device=entries.device)  # of 32 columns each
+    words = _mix(_mix((words * 0x9E3779B1 + high) & _MASK, low), high)
+    bits = _mix(_mix(own.unsqueeze(1), words), low)
+    bits = (bits.unsqueeze(2) >> torch.arange(32, device=entries.device)) & 1
+    return (1 - 2 * bits.flatten(1)[:, :columns]).to(dtype)

@@ -19,6 +19,7 @@ from fxcurv.extensions import (
     KFAC,
     KFLR,
     KFRA,
+    NTK,
     PCHMP,
     BatchGrad,
     ClippedGrad,
@@ -26,9 +27,12 @@ from fxcurv.extensions import (
     DiagGGNMC,
     DiagHessian,
     Dots,
+    EighGGN,
     Extension,
+    GramGGN,
     GramGrad,
     Jacobian,
+    Projected,
     SqrtGGNExact,
     SqrtGGNMC,
     SumGradSquared,
@@ -695,7 +699,7 @@ def test_nan_passes_through() -> None:
 
 def all_extensions() -> list[Extension]:
     found = [getattr(fxcurv.extensions, name) for name in fxcurv.extensions.__all__]
-    pairs = (Dots, GramGrad)  # with a test of their own
+    pairs = (Dots, EighGGN, GramGGN, GramGrad, NTK, Projected)  # with a test of their own
     found = [e for e in found if isinstance(e, type) and issubclass(e, Extension) and e not in (Extension, *pairs)]
     return [e(1.0) if e is ClippedGrad else e() for e in found]
 

@@ -192,6 +192,12 @@ def test_running_averages():
     weights = np.array([0.75**2, 0.75, 1]) / (0.75**2 + 0.75 + 1)
     for name, value in found.sum_grad_squared.items():
         torch.testing.assert_close(value, sum(w * r.sum_grad_squared[name] for w, r in zip(weights, each, strict=True)))
+    clipped = compiled(extensions=[ClippedGrad(0.1)])  # each batch clips what its own mean has
+    found = fxcurv.over(clipped, batches(), decay=0.75)
+    for name, value in found.grad_clipped.items():
+        own = [clipped(x, y).grad_clipped[name] for x, y in batches()]
+        torch.testing.assert_close(value, sum(w * t for w, t in zip(weights, own, strict=True)))
+    assert not hasattr(found, "sample_norms")
     with pytest.raises(ArgumentError, match="BatchGrad is per sample"):
         fxcurv.over(compiled(extensions=[BatchGrad()]), batches(), decay=0.75)
 

@@ -41,8 +41,8 @@ def test_pairs(case):
         torch.testing.assert_close(result.dots[name], rows @ vectors[name].flatten(1).t())
     program = compiled.lower(x, y).program
     chosen = {(d.param, d.extension): d.algorithm for d in program.decisions if d.extension in ("GramGrad", "Dots")}
-    assert chosen["conv.weight", "GramGrad"] == "materialise" and chosen["token.weight", "GramGrad"] == "Gram products of factors"
-    assert chosen["b", "Dots"] == "products with factors" and chosen["token.weight", "Dots"] == "materialise"
+    assert chosen["conv.weight", "GramGrad"] == "blocks of P" and chosen["token.weight", "GramGrad"] == "products of factors"
+    assert chosen["b", "Dots"] == "products of factors" and chosen["token.weight", "Dots"] == "blocks of P"
     empty = compiled(x[:0], y[:0])
     assert empty.gram_grad["b"].shape == (0, 0) and empty.dots["b"].shape == (0, 4)
 
