@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from fxcurv.api import Compiled
+from fxcurv.data.batches import mark, unpacked
 from fxcurv.data.blame import bad_sample
 from fxcurv.data.rows import Rows
 from fxcurv.data.weights import Weights
 from fxcurv.errors import ArgumentError, MixedSamplesError
 from fxcurv.extensions import Extension
 from fxcurv.extensions.base import Combine
-from fxcurv.front.arguments import map_leaves
 from fxcurv.ir.private import pytree
 from fxcurv.kronecker import Arrangement, Kronecker
 from fxcurv.result import Result
@@ -92,6 +91,8 @@ class Totals:
 
     Attributes:
         samples: the number of samples that are counted in the present pass; `batches`: that of batches.
+        counted: that of the last pass that was finished.
+        weight: the denominator of a mean over all its samples, in units of one of them; None where the loss is a sum.
     """
 
     def __init__(
@@ -112,6 +113,8 @@ class Totals:
         self._reduction = reduction
         self._compiled: dict[int, Compiled] = {}
         self._earlier: list[dict[str, Any]] = []  # the totals of finished passes
+        self.counted = 0
+        self.weight: float | None = None
         self._model: dict[str, str] = {}
         self._start()
         self._plan()  # refuses what cannot be combined before anything is computed
@@ -207,24 +210,7 @@ class Totals:
     # ---- a batch ------------------------------
 
     def _unpacked(self, batch: Any) -> tuple[Any, tuple]:
-        alone = self.compiled.loss is None
-        if self._unpack is not None:
-            given: Any = self._unpack(batch)
-        elif isinstance(batch, tuple | list) and len(batch) >= 1 + (not alone):
-            given = batch
-        elif alone and isinstance(batch, Tensor):
-            given = (batch,)
-        else:
-            keys = f" with {', '.join(map(str, batch))}" if isinstance(batch, dict) else ""
-            raise ArgumentError(
-                f"the loader yields a {type(batch).__name__}{keys}, not (inputs, targets): pass "
-                "unpack=lambda batch: (inputs, targets), where inputs are a tensor, or a tuple or dict of them"
-            )
-        if not isinstance(given, tuple | list) or not given:
-            raise ArgumentError(f"unpack= gave a {type(given).__name__}: return (inputs, *targets)")
-        device = next(self.compiled.model.parameters()).device
-        inputs, *targets = map_leaves(tuple(given), Tensor, lambda t: t.to(device))
-        return inputs, () if alone and self._unpack is None else tuple(targets)
+        return unpacked(self.compiled, batch, self._unpack)
 
     def _add(self, compiled: Compiled, asked: list[Extension], batch: Any) -> None:
         """Count one batch; if anything fails, nothing of it is counted."""
@@ -250,7 +236,7 @@ class Totals:
             self._averaged += bool(values)
         self.samples += n
         self.batches += 1
-        self._marks.append(_mark(batch))
+        self._marks.append(mark(batch))
 
     def _values(self, asked: list[Extension], result: Result) -> Iterator[tuple[tuple[str, str], tuple[Any, tuple, int]]]:
         """((field, parameter name), (value, how each of its tensors combines, the samples' axis))."""
@@ -301,6 +287,7 @@ class Totals:
             raise ArgumentError("the loader yields no sample: pass one with at least one batch")
         hows = {"loss": (LOSS,), "grad": (LOSS,), **{e.savefield: e.combine for e in asked}}
         total = self._weights.total()
+        self.counted, self.weight = self.samples, total
 
         def scaled(value: Any, how: tuple[Combine, ...]) -> Any:
             leaves, spec = pytree.tree_flatten(value)
@@ -365,7 +352,7 @@ class Totals:
         self._model = now
 
     def _check_mark(self, index: int, batch: Any) -> None:
-        if self._marks[index] != _mark(batch):
+        if self._marks[index] != mark(batch):
             raise ArgumentError(
                 f"batch {index} is not the one that was counted before: the loader has another order, or other data. Way out: "
                 "the same order (no shuffling, or a seeded generator), or begin anew."
@@ -453,17 +440,6 @@ def digests(model: nn.Module) -> dict[str, str]:
 def _digest(t: Tensor) -> str:
     data = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _mark(batch: Any) -> int:
-    """What tells a batch from another: shapes, and the first and last numbers."""
-    found = 0
-    for leaf in pytree.tree_leaves(batch):
-        if isinstance(leaf, Tensor):
-            flat = leaf.detach().reshape(-1)
-            ends = torch.cat([flat[:64], flat[-64:]]).cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            found = zlib.crc32(str(tuple(leaf.shape)).encode() + ends, found)
-    return found
 
 
 def _wide(t: Tensor) -> Tensor:

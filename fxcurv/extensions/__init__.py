@@ -17,10 +17,11 @@ from fxcurv.extensions.kfra import KFRA
 from fxcurv.extensions.pairs import NTK, Dots, EighGGN, GramGGN, GramGrad
 from fxcurv.extensions.products import GGNMP, HMP, PCHMP
 from fxcurv.extensions.projected import Projected
+from fxcurv.extensions.quadratic import Quadratic
 
 __all__ = [
     "BatchDiagGGNExact", "BatchDiagGGNMC", "BatchDiagHessian", "BatchGrad", "BatchL2Grad", "ClippedGrad",
     "DiagGGNExact", "DiagGGNMC", "DiagHessian", "Dots", "EKFAC", "EighGGN", "Extension", "GGNMP", "GramGGN", "GramGrad", "HMP",
-    "Jacobian", "KFAC", "KFLR", "KFRA", "NTK", "PCHMP", "Param", "Projected", "SqrtGGNExact", "SqrtGGNMC", "SumGradSquared",
-    "Variance",
+    "Jacobian", "KFAC", "KFLR", "KFRA", "NTK", "PCHMP", "Param", "Projected", "Quadratic", "SqrtGGNExact", "SqrtGGNMC",
+    "SumGradSquared", "Variance",
 ]  # fmt: skip

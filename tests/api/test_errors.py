@@ -33,6 +33,7 @@ from fxcurv.extensions import (
     GramGrad,
     Jacobian,
     Projected,
+    Quadratic,
     SqrtGGNExact,
     SqrtGGNMC,
     SumGradSquared,
@@ -699,7 +700,7 @@ def test_nan_passes_through() -> None:
 
 def all_extensions() -> list[Extension]:
     found = [getattr(fxcurv.extensions, name) for name in fxcurv.extensions.__all__]
-    pairs = (Dots, EighGGN, GramGGN, GramGrad, NTK, Projected)  # with a test of their own
+    pairs = (Dots, EighGGN, GramGGN, GramGrad, NTK, Projected, Quadratic)  # with a test of their own
     found = [e for e in found if isinstance(e, type) and issubclass(e, Extension) and e not in (Extension, *pairs)]
     return [e(1.0) if e is ClippedGrad else e() for e in found]
 

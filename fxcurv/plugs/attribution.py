@@ -1,0 +1,302 @@
+"""Which training samples a prediction owes to: influence functions, TracIn, TRAK.
+
+::
+
+    attribution = Attribution(model, nn.CrossEntropyLoss(), train_loader)
+    curvature = attribution.curvature()  # EKFAC of the training data
+    scores = attribution.influence(query_loader, curvature, damping=1e-3)  # [Q, N]
+
+Gradients are those of each sample's own loss, whether the loss is a sum or a mean over samples, and the curvature is of the
+mean of these losses. A score is large where training on the sample lowers the query's loss. Queries go in blocks, the batches of
+their loader: there is one pass over the training data for each, which holds the block's gradients, [block, *P], and no
+gradients of training samples beyond those of a batch. With `to=` a folder, scores go to a file, block after block, and
+the same call goes on behind the blocks that are there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxcurv.api import Compiled
+from fxcurv.api import compile as compile_model
+from fxcurv.data.batches import mark, unpacked
+from fxcurv.data.rows import Rows
+from fxcurv.data.weights import Weights
+from fxcurv.errors import ArgumentError, LossError
+from fxcurv.extensions import EKFAC, BatchGrad, Dots, Extension, Projected, Quadratic
+from fxcurv.kronecker import Blocks, Eigenbasis, eigenbasis
+from fxcurv.over import Totals, digests
+from fxcurv.result import Result
+
+__all__ = ["Attribution", "margin"]
+
+Data = Iterable[Any]
+ROWS = 64  # of several files that are added up at a time
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """sum_n log p_n / (1 - p_n) of the labels' probabilities, what TRAK explains of a classifier, [N, C] and [N]."""
+    own = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+    others = logits.masked_fill(nn.functional.one_hot(labels, logits.shape[1]).bool(), -torch.inf)
+    return (own - others.logsumexp(1)).sum()
+
+
+class Attribution:
+    """A model, the loss that it was trained with, and its training data.
+
+    Args:
+        model, loss: as for `fxcurv.compile`; the loss is a sum, or a mean over samples.
+        train: a loader of batches (inputs, *targets) that can be gone over again, in the same order.
+        params: the parameters that count, as for `fxcurv.compile`.
+        unpack: batch -> (inputs, *targets), of all loaders.
+        progress: whether passes over the training data show a bar.
+        options: those of `fxcurv.compile`.
+
+    Raises:
+        ArgumentError: for an iterator, which could be gone over once.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Callable[..., Tensor], train: Data, *, params: Any = None,
+        unpack: Callable[[Any], tuple] | None = None, progress: bool = True, **options: Any,
+    ):  # fmt: skip
+        if iter(train) is train:
+            raise ArgumentError("train is an iterator, which every pass would begin anew: pass a list or a DataLoader")
+        self.model, self.loss, self._train = model, loss, train
+        self._unpack, self._progress = unpack, progress
+        self._options = {**options, "params": params}
+        self._compiled = self._of(loss)
+        self._programs: dict[Any, Compiled] = {}  # of queries, by measure and parameters
+        self._weights: dict[Any, Weights] = {}
+
+    # ---- scores ------------------------------
+
+    def curvature(self, extension: Extension | None = None, seed: int = 0) -> Blocks:
+        """The curvature of the mean of the training losses, by Kronecker factors.
+
+        Args:
+            extension: `EKFAC(fisher="empirical")` by default, or another one, or `KFAC`, `KFLR`.
+            seed: of sampled columns.
+        """
+        extension = extension or EKFAC(fisher="empirical")
+        result, n, factor = self._pass(self._compiled.asking([extension]), seed=seed)
+        blocks = {name: eigenbasis(f) for name, f in result[extension].items()}
+        if factor == 1:
+            blocks = {name: Eigenbasis([*b[:-1], b[-1] / n], b.arrangement) for name, b in blocks.items()}
+        return Blocks(blocks)
+
+    def influence(
+        self, queries: Data, curvature: Blocks | None = None, damping: float = 0.0, *, measure: Any = None, to: Any = None
+    ) -> Tensor:  # fmt: skip
+        """<v_q, g_n>, [Q, N], where v_q = (curvature + damping I)^-1 times the gradient of query q.
+
+        Args:
+            queries: a loader, whose batches are the blocks.
+            curvature: from `curvature()`, or any other `Blocks`, whose parameters alone count then; None: the identity.
+            damping: added to its eigenvalues.
+            measure: what of the queries is explained, as a loss; by default the loss.
+            to: a folder for `scores.npy`, which the result reads from (`numpy.memmap`), and the state of an interrupted call.
+
+        Raises:
+            ArgumentError: where the curvature is singular without damping; for a folder with the state of another call.
+            LossError: for a loss that is neither a sum nor a mean over samples.
+        """
+        inverse = curvature.inverse(damping) if curvature is not None else None
+        names = list(curvature) if curvature is not None else None
+        vectors = _Held(self._compiled, names)
+
+        def scores(inputs: Any, targets: tuple) -> Tensor:
+            grads = self._gradients(inputs, targets, measure, names)
+            held, count = vectors.of(inverse @ grads if inverse is not None else grads)
+            result, _, factor = self._pass(held)
+            return result.dots_total[:, :count].t() * factor
+
+        asked = f"influence, damping {damping}, {_digest(curvature)}, {getattr(measure, '__qualname__', type(measure).__name__)}"
+        return self._in_blocks(queries, scores, to, asked)
+
+    def self_influence(self, curvature: Blocks, damping: float = 0.0, *, to: Any = None, every: int = 100) -> Tensor:
+        """<(curvature + damping I)^-1 g_n, g_n> of every training sample, [N]; `to`, `every`: as for `features`."""
+        form = Quadratic(curvature.inverse(damping), params=list(curvature), total=True)
+        result, _, factor = self._pass(self._compiled.asking([form]), to=to, every=every)
+        return result.quadratic_total * factor**2
+
+    def tracin(
+        self, queries: Data, checkpoints: Iterable[Any], rates: Sequence[float], *, measure: Any = None, to: Any = None
+    ) -> Tensor:  # fmt: skip
+        """sum_t rates[t] <g_q, g_n> at the parameters of each checkpoint, [Q, N] (Pruthi et al. 2020, TracInCP).
+
+        Args:
+            queries, measure, to: as for `influence`; a folder has one of these for each checkpoint.
+            checkpoints: state dicts of the model, or files with them. The model has its own values back in the end.
+            rates: the learning rate there.
+        """
+        states, kept = list(checkpoints), {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        if len(states) != len(rates) or not states:
+            raise ArgumentError(f"{len(states)} checkpoints and {len(rates)} rates: give one rate for each")
+        parts: list[tuple[float, Tensor]] = []
+        try:
+            for k, (state, rate) in enumerate(zip(states, rates, strict=True)):
+                self.model.load_state_dict(torch.load(state, weights_only=True) if isinstance(state, str | Path) else state)
+                folder = Path(to) / f"checkpoint_{k}" if to is not None else None
+                parts.append((rate, self.influence(queries, measure=measure, to=folder)))
+        finally:
+            self.model.load_state_dict(kept)
+        rows = Rows(Path(to) / "scores.npy" if to is not None else None, 0)
+        for start in range(0, len(parts[0][1]), ROWS):
+            some = [rate * scores[start : start + ROWS] for rate, scores in parts]
+            rows.add(torch.stack(some).sum(0), None, start)
+        return rows.finish(1, len(parts[0][1]))
+
+    # ---- features ------------------------------
+
+    def features(
+        self, dim: int, seed: int = 0, *, data: Data | None = None, measure: Any = None, to: Any = None, every: int = 100
+    ) -> Tensor:  # fmt: skip
+        """The samples' gradients by a random projection, [N, dim]; see `fxcurv.extensions.Projected`.
+
+        Args:
+            dim, seed: of the projection.
+            data: a loader; by default the training data.
+            measure: as for `influence`.
+            to: a folder for `projected_total.npy` and for the state of the pass, which the same call goes on from; rows in the
+                file are of the loss as it is reduced.
+            every: how many batches lie between two states.
+        """
+        compiled = self._compiled if measure is None else self._of(measure)
+        result, _, factor = self._pass(compiled.asking([Projected(dim, seed, total=True)]), data, to=to, every=every)
+        return result.projected_total * factor
+
+    def trak(self, queries: Data, dim: int, seed: int = 0, *, measure: Any = margin, damping: float = 0.0) -> Tensor:
+        """TRAK's scores of one model, [Q, N] (Park et al. 2023, eq. 13-15): phi_q (Phi^T Phi + damping I)^-1 Phi^T R.
+
+        Phi are the projected gradients of `measure`. R are the losses' derivatives in it, which for cross-entropy and the margin
+        are 1 - p_n: so Phi^T R is the projected gradients of the losses themselves, with another sign. Average the scores of
+        several models, trained alike, for TRAK's of an ensemble.
+
+        Args:
+            queries: a loader.
+            dim, seed: of the projection.
+            measure: a sum over samples, as a loss, that the loss is a function of.
+            damping: see above.
+        """
+        phi, rows = self.features(dim, seed, measure=measure), -self.features(dim, seed)
+        of_queries = self.features(dim, seed, data=queries, measure=measure)
+        kernel = phi.t() @ phi + damping * torch.eye(dim, dtype=phi.dtype, device=phi.device)
+        return torch.linalg.solve(kernel, of_queries.t()).t() @ rows.t()
+
+    # ---- what they share ------------------------------
+
+    def _of(self, loss: Any) -> Compiled:
+        compiled = compile_model(self.model, loss, [], **self._options)
+        compiled.alone("Attribution")
+        return compiled
+
+    def _pass(
+        self, compiled: Compiled, data: Data | None = None, *, to: Any = None, every: int = 100, seed: int = 0
+    ) -> tuple[Result, int, int]:
+        """(the result over the data, their number N, the factor from its gradients to those of samples' own losses)."""
+        totals = Totals(compiled, unpack=self._unpack, seed=seed, to=to)
+        file = Path(to) / "pass.pt" if to is not None else None
+        if file is not None and file.exists():
+            totals.load_state_dict(torch.load(file, weights_only=True))
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        result = totals.run(self._train if data is None else data, checkpoint=file, every=every, progress=self._progress)
+        n, weight = totals.counted, totals.weight
+        _check_even(weight, n)
+        return result, n, 1 if weight is None else n
+
+    def _batches(self, data: Data) -> Iterator[tuple[Any, tuple, int]]:
+        """(inputs, targets, mark) of those with samples."""
+        for batch in data:
+            inputs, targets = unpacked(self._compiled, batch, self._unpack)
+            if self._compiled.arguments(inputs, *targets).batch_size:
+                yield inputs, targets, mark(batch)
+
+    def _gradients(self, inputs: Any, targets: tuple, measure: Any, names: list[str] | None) -> dict[str, Tensor]:
+        """The gradients of queries, [q, *P] by name."""
+        key = measure, tuple(names or ())
+        if key not in self._programs:
+            of = self._compiled if measure is None else self._of(measure)
+            self._programs[key] = of.asking([BatchGrad(params=names)])
+        compiled = self._programs[key]
+        result, arguments = compiled(inputs, *targets), compiled.arguments(inputs, *targets)
+        weights = self._weights.setdefault(key, Weights(self.model, compiled.loss, None))
+        z = weights.of(result, inputs, targets, arguments, compiled)
+        _check_even(z, arguments.batch_size)
+        factor = 1 if z is None else arguments.batch_size
+        return {name: g * factor for name, g in result.grad_batch.items()}
+
+    def _in_blocks(self, queries: Data, scores: Callable[..., Tensor], to: Any, asked: str) -> Tensor:
+        """The scores of all blocks one below the other, in memory or in a file."""
+        rows = Rows(Path(to) / "scores.npy" if to is not None else None, 0)
+        state: dict[str, Any] = {"asked": asked, "model": digests(self.model), "marks": [], "done": 0}
+        file = Path(to) / "state.pt" if to is not None else None
+        if file is not None and file.exists():
+            rows, state = _resumed(file, state)
+        for k, (inputs, targets, own) in enumerate(self._batches(queries)):
+            if k < len(state["marks"]):
+                if state["marks"][k] != own:
+                    raise ArgumentError(f"block {k} of the queries is another than {file} has: begin anew, in another folder")
+                continue
+            block = scores(inputs, targets)
+            rows.add(block, None, state["done"])
+            state["done"] += len(block)
+            state["marks"].append(own)
+            if file is not None:
+                torch.save({**state, "rows": rows.state_dict()}, file.with_suffix(".new"))
+                os.replace(file.with_suffix(".new"), file)
+        if not state["done"]:
+            raise ArgumentError("there are no queries: pass a loader with at least one")
+        found = rows.finish(1, state["done"])
+        if file is not None:
+            file.unlink()
+        return found
+
+
+def _check_even(weight: float | None, n: int) -> None:
+    """Refuse a mean whose samples do not count alike; `weight`: its denominator over n samples, None of a sum."""
+    if weight is not None and abs(weight - n) > 1e-3 * n:
+        raise LossError(
+            "the loss is a mean in which samples have weights of their own, so a sample's gradient is not its own. Way out: a "
+            "sum, or a mean over samples."
+        )
+
+
+class _Held:
+    """Memory for the vectors of a block, which the program for it reads: other blocks are written into it."""
+
+    def __init__(self, compiled: Compiled, names: list[str] | None):
+        self._compiled, self._names = compiled, names
+        self._memory: dict[str, Tensor] = {}
+        self._program: Compiled | None = None
+
+    def of(self, vectors: dict[str, Tensor]) -> tuple[Compiled, int]:
+        """(the program of these vectors' inner products, their number); behind them it may have others."""
+        count = len(next(iter(vectors.values())))
+        if self._program is None or count > len(next(iter(self._memory.values()))):
+            self._memory = {name: v.detach().clone().contiguous() for name, v in vectors.items()}
+            self._program = self._compiled.asking([Dots(self._memory, params=self._names, total=True)])
+        for name, v in vectors.items():
+            self._memory[name].zero_()[:count] = v.detach()
+        return self._program, count
+
+
+def _resumed(file: Path, state: dict[str, Any]) -> tuple[Rows, dict[str, Any]]:
+    found = torch.load(file, weights_only=True)
+    if any(found[key] != state[key] for key in ("asked", "model")):
+        raise ArgumentError(f"{file} is of another model, curvature or measure: begin anew, in another folder")
+    rows = Rows.of(found.pop("rows"), file.parent)
+    return rows, found
+
+
+def _digest(curvature: Blocks | None) -> str:
+    if curvature is None:
+        return "none"
+    return ", ".join(f"{name} {float(eigenbasis(f)[-1].double().sum()):.17g}" for name, f in curvature.items())
