@@ -315,17 +315,36 @@ class _Transposed(Matrix):
 
 
 class NTK(_OfRows):
-    """The Gram matrix of the outputs' derivatives, J J^T, [R, R]: the neural tangent kernel."""
+    """The Gram matrix of the outputs' derivatives, J J^T, [R, R]: the neural tangent kernel.
+
+    Args:
+        other: a second batch or loader, of which the right side is: J(data) J(other)^T, [R, R'].
+    """
+
+    def __init__(self, compiled: Compiled, data: Any, *, other: Any = None, **options: Any):
+        super().__init__(compiled, data, **options)
+        self._options = options
+        self._right: _OfRows = self if other is None else _OfRows(compiled, other, **options)
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.rows, self.rows
+        return self.rows, self._right.rows
+
+    @property
+    def T(self) -> NTK:  # noqa: N802
+        return self if self._right is self else NTK(self._compiled, self._right._data, other=self._data, **self._options)
 
     def __matmul__(self, u: Any) -> Tensor:
-        return self._columnwise(u, self.rows, lambda x: self._j(self._parted(self._jt(x))))
+        return self._columnwise(u, self._right.rows, lambda x: self._j(self._parted(self._right._jt(x))))
 
     def diag(self) -> Tensor:
-        """[R], the squared norms of the outputs' derivatives."""
+        """[R], the squared norms of the outputs' derivatives.
+
+        Raises:
+            ArgumentError: with `other`.
+        """
+        if self._right is not self:
+            raise ArgumentError("the kernel of two batches has no diagonal: NTK(...) of one of them has")
         norms = self._diagonal(JacobianNorms(**self._given))
         return torch.stack(list(norms.values())).sum(0).flatten()
 

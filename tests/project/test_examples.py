@@ -21,7 +21,7 @@ SCRIPTS = {
     "demo", "batched_jacobians", "all_extensions", "gradient_of_variance", "diag_ggn_optimizer", "train_compiled",
     "train_distributed",
 }  # fmt: skip
-PICTURES = {"gradient_noise", "laplace_regression", "kfac_factors", "pruning", "spectrum", "token_gradients"}
+PICTURES = {"gradient_noise", "influence", "laplace_regression", "kfac_factors", "pruning", "spectrum", "token_gradients"}
 PNG = b"\x89PNG"
 
 
@@ -85,6 +85,13 @@ def test_laplace_regression(shown):
     out, (axes,) = shown("laplace_regression")
     near, far = numbers(out, r"(\d\.\d+)")
     assert 0.02 < near < 0.2 < 3 * near < far
+
+
+@pytest.mark.slow
+def test_influence(shown):
+    out, axes = shown("influence")
+    (accuracy,), (found,), (same,) = (numbers(out, rf"{said}: ([\d.]+)") for said in ("digits", "largest", "label"))
+    assert accuracy > 0.85 and found >= 20 and same >= 6 and len(axes) == 28
 
 
 @pytest.mark.slow

@@ -116,3 +116,16 @@ def test_a_loader_with_an_empty_batch_and_one_in_which_nothing_counts():
     for matrix in (linear.GGN(compiled, loader), linear.Hessian(compiled, loader)):
         torch.testing.assert_close(matrix @ v, hessian @ v)
         torch.testing.assert_close(matrix.diag(), hessian.diagonal())
+
+
+def test_kernel_of_two_batches(case):
+    """J J^T of the first five samples with all; and the other way round."""
+    compiled, (x, y), batches, oracle = case
+    kernel = linear.NTK(compiled, (x[:5], y[:5]), other=batches)
+    j = dense("Jacobian", oracle, compiled, x, y)
+    eye = torch.eye(24).double()
+    assert kernel.shape == (15, 24) and kernel.T.shape == (24, 15)
+    torch.testing.assert_close(kernel @ eye, j[:15] @ j.t())
+    torch.testing.assert_close(kernel.T @ eye[:15, 0], j @ j[:15].t() @ eye[:15, 0])
+    with pytest.raises(ArgumentError, match="no diagonal"):
+        kernel.diag()
