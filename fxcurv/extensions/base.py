@@ -113,7 +113,7 @@ class Extension:
         return total
 
     def field_of(self, part: str) -> str:
-        """The field of what is summed for this extension."""
+        """The field of a part of this quantity."""
         return f"{self.savefield}_{part}"
 
     def extract(self, param: Param) -> Any:

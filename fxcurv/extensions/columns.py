@@ -106,7 +106,7 @@ def _block(param: Param, left: Group, right: Group) -> fx.Node:
         p, q = (param.contract(power=1, groups=[g], precise=True) for g in (left, right))
         return param.emit(_inner, p, q)
     d, e = _sizes(f), _sizes(h)
-    by_rows, by_positions = costs(d.v, d.n, d.s, e.v, e.n, e.s, d.o, d.i, left == right)
+    by_rows, by_positions = costs((d.v, d.n, d.s), (e.v, e.n, e.s), d.o, d.i, left == right)
     record(param, FACTORS if by_positions < by_rows else BLOCKS)
     if d.s == e.s == 1 or param.program.options.create_graph:
         return param.emit(_of_factors if by_positions < by_rows else _of_rows, f, h)

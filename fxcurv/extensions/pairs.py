@@ -47,7 +47,6 @@ class _OfRoots(Extension):
 
     mc_samples: int | None = field(default=None, kw_only=True)
     needs_convex = True
-    sample_axis = 1
 
     @property
     def requires(self) -> Quantity:
@@ -70,6 +69,7 @@ class GramGGN(_OfRoots):
     """
 
     savefield = "gram_ggn"
+    sample_axis = 1
     shows_columns = True
 
     def extract(self, param: Param) -> fx.Node:
@@ -96,7 +96,6 @@ class EighGGN(_OfRoots):
 
     top: int = 10
     savefield = "eigh_ggn"
-    sample_axis = None
 
     def check(self) -> None:
         super().check()
@@ -110,9 +109,8 @@ class EighGGN(_OfRoots):
         values, weights, second = first.emit(_eigenpairs, gram, self.top)
         slopes = first.emit(_total, [pair(p, [GRADIENT], groups) for p in params])
         vectors = {p.name: p.emit(_as_param, combined(p, groups, weights), p.node) for p in params}
-        name = self.savefield
-        along = first.emit(_along, slopes, weights)
-        return vectors, {f"{name}_values": values, f"{name}_first": along, f"{name}_second": second}
+        along = {"values": values, "first": first.emit(_along, slopes, weights), "second": second}
+        return vectors, {self.field_of(part): node for part, node in along.items()}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ outer_dots: those of P with matrices that are given, a [N, S, I], g [V, N, S, O]
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -29,8 +31,9 @@ def reference(a: Tensor, g: Tensor, b: Tensor | None = None, h: Tensor | None = 
     return torch.einsum("vnoi,wmoi->vnwm", p, q)
 
 
-def costs(v: int, n: int, s: int, w: int, m: int, t: int, o: int, i: int, same: bool) -> tuple[int, int]:
-    """Operations (by rows of P, by positions)."""
+def costs(left: Sequence[int], right: Sequence[int], o: int, i: int, same: bool) -> tuple[int, int]:
+    """Operations (by rows of P, by positions); `left`: (V, N, S), `right`: (W, M, T)."""
+    (v, n, s), (w, m, t) = left, right
     made = 2 * o * i * (v * n * s + (0 if same else w * m * t))
     return made + 2 * v * n * w * m * o * i, 2 * n * s * m * t * (i + v * w * (o + 1))
 
@@ -43,7 +46,7 @@ def outer_gram(a: Tensor, g: Tensor, b: Tensor | None = None, h: Tensor | None =
     out = g.new_zeros(*g.shape[:2], *h.shape[:2], dtype=wide(g.dtype))
     if not out.numel():
         return out
-    by_rows, by_positions = costs(*g.shape[:3], *h.shape[:3], g.shape[3], a.shape[2], same)
+    by_rows, by_positions = costs(g.shape[:3], h.shape[:3], g.shape[3], a.shape[2], same)
     return _by_positions(a, g, b, h, out) if by_positions < by_rows else _by_rows(a, g, b, h, out, same)
 
 
@@ -85,7 +88,7 @@ def _(a, g, b=None, h=None):
 
 @register_flop_formula(torch.ops.fxcurv.outer_gram)
 def _(a, g, b=None, h=None, *rest, out_shape=None, **kwargs):
-    return min(costs(*g[:3], *(g if h is None else h)[:3], g[3], a[2], h is None))
+    return min(costs(g[:3], (g if h is None else h)[:3], g[3], a[2], h is None))
 
 
 @torch.library.custom_op("fxcurv::outer_dots", mutates_args=())
