@@ -160,6 +160,7 @@ HESSIAN = (("DiagHessian", {}), ("BatchDiagHessian", {}))
 ROOTS = (("SqrtGGNExact", {}), ("SqrtGGNMC", MC))
 
 QUANTITIES = {
+    "Gradient": Quantity(()),
     "BatchGrad": Quantity((("BatchGrad", {}),), func="grad", save_memory=True),
     "BatchL2Grad": Quantity((("BatchL2Grad", {}),), func="l2"),
     "SumGradSquared": Quantity((("SumGradSquared", {}),), func="sgs"),

@@ -208,6 +208,33 @@ def slower(rows: list[Row]) -> list[str]:
     return found
 
 
+def short(rows: list[Row], goals: list[Row]) -> list[str]:
+    """What fxcurv's rows lack of the goals, as sentences: figures above them, and no figure where there should be one.
+
+    Only goals of quantities that were measured count. `goal` is of the default allocator's ratio, `goal_keep` of the
+    other's; `goal_peak` of fxcurv's peak to the plain gradient's beside it.
+    """
+    found = []
+    named = {(_place(row), row["allocator"], row["implementation"]): row for row in rows}
+    wanted = {_place(goal): goal for goal in goals}
+    for unit in (row for row in rows if row["implementation"] == "plain" and _place(row) in wanted):
+        kind, goal, where = unit["allocator"], wanted[_place(unit)], " ".join(_place(unit))
+        limit, peak = goal["goal" if kind == "default" else "goal_keep"], goal["goal_peak"]
+        row = named.get((_place(unit), kind, "fxcurv"), {"ratio": "", "note": "not offered"})
+        if not row["ratio"]:
+            found += [f"{where}: no figure ({row['note']})"] if limit else []
+            continue
+        if limit and float(row["ratio"]) > float(limit):
+            found.append(f"{where}: {row['ratio']}× the plain gradient, goal {limit}×")
+        if peak and float(row["peak_mib"]) > float(peak) * float(unit["peak_mib"]):
+            found.append(f"{where}: peak {row['peak_mib']} MiB, goal {peak}× the plain gradient's {unit['peak_mib']} MiB")
+    return found
+
+
+def _place(row: Row) -> tuple[str, str]:
+    return row["problem"], row["quantity"]
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -229,6 +256,7 @@ def arguments() -> argparse.Namespace:
     add("--markdown", action="store_true", help="print the tables of docs/benchmark.md")
     add("--write", action="store_true", help="write them into it")
     add("--check", action="store_true", help="exit with 1 if fxcurv fails, differs or is slower")
+    add("--check-goals", action="store_true", help="print what is short of goals.csv, exit with 1 if something is")
     args = parser.parse_args()
     args.rounds = min(args.rounds, 3) if args.quick else args.rounds
     return args
@@ -270,9 +298,10 @@ def main() -> int:
         print(markdown(rows))
     else:
         print_rows(rows, (*KEY, *NUMBERS, "note"), NUMBERS)
-    failures = slower(rows) if args.check else []
-    for failure in failures:
-        print("CHECK", failure)
+    failures = [f"CHECK {found}" for found in slower(rows)] if args.check else []
+    if args.check_goals:
+        failures += [f"SHORT {found}" for found in short(rows, read(HERE / "goals.csv"))]
+    print(*failures, sep="\n", end="\n" if failures else "")
     return 1 if failures else 0
 
 

@@ -2,14 +2,15 @@
 
 from fxcurv import errors, extensions, linear, optim
 from fxcurv.api import Compiled, compile  # noqa: A004
+from fxcurv.front.arguments import Rows
 from fxcurv.ir.program import Program
-from fxcurv.over import Totals, over
+from fxcurv.over import Totals, accumulate, over
 from fxcurv.result import Result
 from fxcurv.rules import Contraction, Pointwise, Rule, register, rewrite
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Compiled", "Contraction", "Pointwise", "Program", "Result", "Rule", "Totals", "compile", "errors", "extensions",
-    "linear", "optim", "over", "register", "rewrite",
+    "Compiled", "Contraction", "Pointwise", "Program", "Result", "Rows", "Rule", "Totals", "accumulate", "compile", "errors",
+    "extensions", "linear", "optim", "over", "register", "rewrite",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from fxcurv.front.arguments import Arguments, flatten_arguments
 from fxcurv.front.requests import Request, Subject, check_loss_params, check_trainable, checked
 from fxcurv.front.values import given_values, member
 from fxcurv.ir.private import pytree
+from fxcurv.ir.program import Program
 from fxcurv.ir.state import Options
 from fxcurv.result import Result
 from fxcurv.runtime.again import Again
@@ -62,7 +63,7 @@ def compile(  # noqa: A001
         loss: `loss(output, *targets) -> scalar`, a module or a callable; None for `Jacobian` alone.
         extensions: instances of classes in `fxcurv.extensions`.
         batch_dim: the samples' dimension in the inputs: an int, or one per input (tuple, or dict by keyword),
-            None for an input without samples.
+            None for an input without samples, `Rows(k)` for one with k rows per sample, next to each other.
         split: path of the submodule whose output is f (default: the model's output).
         rules: {op: Rule}, which override registered ones.
         update_buffers: write what training mode updates (running statistics) to the model, as a forward pass
@@ -136,7 +137,9 @@ def compile(  # noqa: A001
         raise ArgumentError("sample_index= says where the samples are: drop batch_dim= and sample=")
     ranks = ranks_of(mesh, model, found, backend)
     if ranks is not None and loss_params:
-        raise ArgumentError("mesh= and loss_params=True: let one module hold model and loss, and pass its method as the loss")
+        raise ArgumentError(
+            "mesh= and loss_params=True: let one module hold model and loss, and pass its method as the loss"
+        )
     if ranks is not None and sample_index is not None:
         raise ArgumentError("mesh= and sample_index=: merged samples are of one process, drop one")
     options = Options(
@@ -191,11 +194,12 @@ class Compiled:
         self._programs: Programs[Ready] = Programs(self.extensions, self._options, emitted, serves_one)
         self._steps = Steps(self._programs, self._subject)
         self._again: list[Again] = []  # the kinds of the last calls, the latest first
+        self._counting: Compiled | None = None
         self.recompiles = self._programs.recompiles
 
     def __getstate__(self) -> dict[str, Any]:
         """What it was made of: a copy, also one by `pickle`, makes its own programs."""
-        made = ("recompiles", "_programs", "_steps", "_again")
+        made = ("recompiles", "_programs", "_steps", "_again", "_counting")
         return {name: value for name, value in vars(self).items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -240,7 +244,9 @@ class Compiled:
             if params is not None:
                 raise ArgumentError("params= with mesh=: set the parameters of the model on every rank")
             if torch.compiler.is_dynamo_compiling() or create_graph:
-                raise ArgumentError("mesh= inside torch.compile, or with create_graph=True, is not supported: call it outside")
+                raise ArgumentError(
+                    "mesh= inside torch.compile, or with create_graph=True, is not supported: call it outside"
+                )
             return call_on_ranks(
                 self._ranks, self._programs, self._subject, self._backend, inputs, targets,
                 seed=seed, generator=generator, out=out,
@@ -274,14 +280,52 @@ class Compiled:
             raise ArgumentError("out= with stacks in params=: drop it, every model's result is new")
         products = [type(e).__name__ for e in self.extensions if e.requires.of_vectors]
         if products:
-            raise ArgumentError(f"{products[0]} with stacks in params=: products are of one model each, call once for each")
+            raise ArgumentError(
+                f"{products[0]} with stacks in params=: products are of one model each, call once for each"
+            )
         seed = seed_tensor(seed, generator, self._subject.device())
         each = [
             self(inputs, *targets, seed=seed, create_graph=create_graph, params=member(self._subject, values, k))
             for k in range(models)
         ]
-        fields = pytree.tree_map(lambda *ts: torch.stack(ts) if isinstance(ts[0], Tensor) else ts[0], *[r._fields for r in each])
+        fields = pytree.tree_map(
+            lambda *ts: torch.stack(ts) if isinstance(ts[0], Tensor) else ts[0], *[r._fields for r in each]
+        )
         return Result(fields, self.extensions, self._subject.holder)
+
+    def part(self, inputs: Any, *targets: Any, seed: int, first: int | None) -> Result:
+        """The call for a batch that is one of several (`fxcurv.over`) or a part of one (`fxcurv.accumulate`).
+
+        Args:
+            inputs, targets, seed: as in a call.
+            first: the number of this part's first sample in the whole, which sampled columns are drawn by (under `mesh=`, of
+                this rank's first one; see `counting`). None: they count from zero.
+
+        Raises:
+            MixedSamplesError: under `mesh=`, where samples interact; otherwise `over` has seen to that.
+        """
+        if self._ranks is not None:
+            return call_on_ranks(
+                self._ranks, self._programs, self._subject, self._backend, inputs, targets,
+                seed=seed, generator=None, out=None, part=True, first=first,
+            )  # fmt: skip
+        if not self._options.counted:  # so nothing is drawn
+            return self(inputs, *targets, seed=seed)
+        result, _ = call(
+            self._programs, self._subject, self._backend, inputs, targets,
+            seed=seed, generator=None, create_graph=False, out=None, first=first,
+        )  # fmt: skip
+        return result
+
+    def counting(self) -> Compiled:
+        """What serves `part` with any `first`: this object, or where columns are sampled one whose programs take that number."""
+        drawn = any(getattr(e.requires, "mc", None) for e in self.extensions)
+        if not drawn or self._ranks is not None or self._options.counted:
+            return self
+        if self._counting is None:
+            options = dataclasses.replace(self._options, counted=True)
+            self._counting = Compiled(self.model, self.loss, self.extensions, options, self._backend)
+        return self._counting
 
     def lower(self, inputs: Any, *targets: Any, after: str | None = None) -> Lowered:
         """The program for this kind of input, to be looked at: `.graph_module`, `.print_readable()`, `.draw("graph.svg")`.
@@ -364,6 +408,16 @@ class Compiled:
             )
 
     @property
+    def ranks(self) -> Ranks | None:
+        """The ranks of `mesh=`."""
+        return self._ranks
+
+    def program_of(self, inputs: Any, *targets: Any) -> Program:
+        """The program that a call with these arguments has just run."""
+        latest = self._programs.latest  # of several ranks: to find it again, parameters would have to be gathered
+        return self.lower(inputs, *targets).program if latest is None else latest.program
+
+    @property
     def subject(self) -> Subject:
         """The model and the loss."""
         return self._subject
@@ -378,5 +432,7 @@ class Compiled:
 
     def _request(self, inputs: Any, targets: tuple) -> Request:
         if self._ranks is not None and any(isinstance(p, DTensor) for p in self.model.parameters()):
-            raise ArgumentError("the parameters are sharded, and only a call gathers them: look at the model before fully_shard")
+            raise ArgumentError(
+                "the parameters are sharded, and only a call gathers them: look at the model before fully_shard"
+            )
         return self._programs.request(self._subject, inputs, targets, self._subject.autocast())

@@ -6,6 +6,9 @@
 [Q_B, Q_A, lambda]. A factor that is diagonal (A of an embedding, B of which only the diagonal is known) is a vector of its
 entries. Both know how the parameter is arranged (`.arrangement`), so everything here takes and gives vectors in the
 parameter's own shape.
+
+Under `joint=True` the entry of a layer's weight is the block of weight and bias together, [out, in + 1] with the bias as the last
+column: its arrangement is a `Joint`, its vectors are pairs (of the weight, of the bias). The bias' own entry is `Within(weight)`.
 `Blocks` is the block-diagonal matrix of all parameters: products, inverses, roots, determinants, samples.
 """
 
@@ -22,7 +25,11 @@ from torch import Tensor
 from fxcurv.errors import ArgumentError
 from fxcurv.ir.private import pytree
 
-__all__ = ["Arrangement", "Blocks", "Eigenbasis", "Kronecker", "dense", "eigenbasis", "matmul", "solve"]
+__all__ = [
+    "Arrangement", "Blocks", "Eigenbasis", "Joint", "Kronecker", "Within", "dense", "eigenbasis", "matmul", "solve",
+]  # fmt: skip
+
+Vectors = Any  # a tensor [*lead, *P]; of a joint block a pair of these, of the weight and of the bias
 
 
 @dataclass(frozen=True)
@@ -49,14 +56,37 @@ class Arrangement:
         """The size of A, 1 for a bias."""
         return prod(self.sizes[d] for d in self.inputs)
 
-    def matrix(self, vectors: Tensor) -> Tensor:
-        """[*lead, *shape] -> [*lead, rows, columns]."""
+    @property
+    def numel(self) -> int:
+        """The size of the block."""
+        return prod(self.shape)
+
+    def named(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> shape, of the parameters that the block of `name` is of."""
+        return {name: self.shape}
+
+    def flat(self, vectors: Vectors) -> Tensor:
+        """[*lead, *shape] -> [*lead, numel]."""
+        return vectors.reshape(*vectors.shape[: vectors.ndim - len(self.shape)], self.numel)
+
+    def shaped(self, flat: Tensor) -> Vectors:
+        """[*lead, numel] -> [*lead, *shape]."""
+        return flat.reshape(*flat.shape[:-1], *self.shape)
+
+    def matrix(self, vectors: Vectors) -> Tensor:
+        """[*lead, *shape] -> [*lead, rows, columns].
+
+        Raises:
+            ValueError: for another shape.
+        """
         k = vectors.ndim - len(self.shape)
+        if tuple(vectors.shape[max(k, 0) :]) != self.shape:
+            raise ValueError(f"vectors of shape {tuple(vectors.shape)} do not end in the parameter's shape {self.shape}")
         lead = vectors.shape[:k]
         order = [*range(k), *(k + d for d in (*self.outputs, *self.inputs))]
         return vectors.reshape(*lead, *self.sizes).permute(order).reshape(*lead, self.rows, self.columns)
 
-    def vector(self, matrices: Tensor) -> Tensor:
+    def vector(self, matrices: Tensor) -> Vectors:
         """[*lead, rows, columns] -> [*lead, *shape]."""
         k = matrices.ndim - 2
         lead, order = matrices.shape[:k], (*self.outputs, *self.inputs)
@@ -64,10 +94,74 @@ class Arrangement:
         return t.permute(*range(k), *(k + order.index(d) for d in range(len(order)))).reshape(*lead, *self.shape)
 
 
+@dataclass(frozen=True)
+class Joint:
+    """A layer's weight and bias as one matrix [out, in + 1], of which the bias is the last column; vectors are pairs.
+
+    Attributes:
+        weight, bias: their arrangements, of equal rows.
+        bias_name: the name of the bias among the parameters.
+    """
+
+    weight: Arrangement
+    bias: Arrangement
+    bias_name: str
+
+    @property
+    def rows(self) -> int:
+        """The size of B."""
+        return self.weight.rows
+
+    @property
+    def columns(self) -> int:
+        """The size of A."""
+        return self.weight.columns + 1
+
+    @property
+    def numel(self) -> int:
+        """The size of the block."""
+        return self.weight.numel + self.bias.numel
+
+    def named(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> shape, of the parameters that the block of `name` is of."""
+        return {name: self.weight.shape, self.bias_name: self.bias.shape}
+
+    def flat(self, vectors: Vectors) -> Tensor:
+        """A pair -> [*lead, numel]."""
+        return torch.cat([self.weight.flat(vectors[0]), self.bias.flat(vectors[1])], -1)
+
+    def shaped(self, flat: Tensor) -> Vectors:
+        """[*lead, numel] -> a pair."""
+        weight, bias = flat.split([self.weight.numel, self.bias.numel], -1)
+        return self.weight.shaped(weight), self.bias.shaped(bias)
+
+    def matrix(self, vectors: Vectors) -> Tensor:
+        """A pair -> [*lead, rows, columns]."""
+        if not isinstance(vectors, tuple | list) or len(vectors) != 2:
+            raise ValueError("the block is of a weight and its bias together: pass a pair of vectors, (weight, bias)")
+        return torch.cat([self.weight.matrix(vectors[0]), self.bias.matrix(vectors[1])], -1)
+
+    def vector(self, matrices: Tensor) -> Vectors:
+        """[*lead, rows, columns] -> a pair."""
+        weight, bias = matrices.split([self.weight.columns, 1], -1)
+        return self.weight.vector(weight), self.bias.vector(bias)
+
+
+@dataclass(frozen=True)
+class Within:
+    """In place of a bias' factors: its block is that of the layer's weight, together (`joint=True`).
+
+    Attributes:
+        weight: the name of that parameter.
+    """
+
+    weight: str
+
+
 class Kronecker(list):
     """[B, A] or [B], with the `arrangement` of the parameter that they belong to."""
 
-    def __init__(self, factors: Iterable[Any], arrangement: Arrangement):
+    def __init__(self, factors: Iterable[Any], arrangement: Arrangement | Joint):
         super().__init__(factors)
         self.arrangement = arrangement
 
@@ -78,85 +172,132 @@ class Eigenbasis(list):
     lambda: [out, in], or [out] without inputs. A vector of ones stands for the eigenvectors of a diagonal factor.
     """
 
-    def __init__(self, factors: Iterable[Any], arrangement: Arrangement):
+    def __init__(self, factors: Iterable[Any], arrangement: Arrangement | Joint):
         super().__init__(factors)
         self.arrangement = arrangement
 
 
 for _cls in (Kronecker, Eigenbasis):
     pytree.register_pytree_node(_cls, lambda x: (list(x), x.arrangement), _cls)
+pytree.register_pytree_node(Within, lambda x: ([], x.weight), lambda _, weight: Within(weight))
 
 
-def matmul(factors: Kronecker | Eigenbasis, vectors: Tensor) -> Tensor:
+def plain(arrangement: Arrangement | Joint) -> list[Any]:
+    """As lists of numbers and names, for a state that is saved; `arranged` is the way back."""
+    if isinstance(arrangement, Joint):
+        return [plain(arrangement.weight), plain(arrangement.bias), arrangement.bias_name]
+    return [list(x) for x in (arrangement.shape, arrangement.sizes, arrangement.outputs, arrangement.inputs)]
+
+
+def arranged(saved: list[Any]) -> Arrangement | Joint:
+    """The arrangement that `plain` has made lists of."""
+    if len(saved) == 3:
+        return Joint(arranged(saved[0]), arranged(saved[1]), saved[2])  # type: ignore[arg-type]
+    return Arrangement(*map(tuple, saved))
+
+
+def matmul(factors: Kronecker | Eigenbasis, vectors: Vectors) -> Vectors:
     """The block times each vector.
 
     Args:
         factors: of one parameter.
-        vectors: [*lead, *P], any number of leading axes.
+        vectors: [*lead, *P], any number of leading axes; of a joint block a pair of these, (weight, bias).
 
     Returns:
-        [*lead, *P].
+        The same.
     """
-    m = _matrix(factors, vectors)
+    m = factors.arrangement.matrix(vectors)
     if isinstance(factors, Eigenbasis):
         return _scaled(factors, m, factors[-1])
     b, a = _both(factors)
     return factors.arrangement.vector(_right(_left(b, m), a))
 
 
-def solve(factors: Kronecker | Eigenbasis, vectors: Tensor, damping: float | tuple[float, float]) -> Tensor:
-    """The inverse of the damped block times each vector.
+def solve(factors: Kronecker | Eigenbasis, vectors: Vectors, damping: float | tuple[float, float]) -> Vectors:
+    """The inverse of the damped block times each vector, by eigendecompositions of the factors.
 
     Args:
         factors: of one parameter.
-        vectors: [*lead, *P].
-        damping: a number d for (B (x) A + d I)^-1, by eigendecompositions of the factors; or a pair for
-            (B + d_B I)^-1 (x) (A + d_A I)^-1, by solving with each (of a `Kronecker` only; d_A does nothing for [B]).
+        vectors: [*lead, *P]; of a joint block a pair of these.
+        damping: a number d for (B (x) A + d I)^-1; or a pair for (B + d_B I)^-1 (x) (A + d_A I)^-1 (of a `Kronecker` only; d_A
+            does nothing for [B]).
 
     Returns:
-        [*lead, *P].
+        The same.
+
+    Raises:
+        ValueError: for a pair of an eigenbasis.
+        ArgumentError: for damping 0 of a singular block.
     """
-    m = _matrix(factors, vectors)
-    if isinstance(factors, Eigenbasis):
-        if isinstance(damping, tuple):
-            raise ValueError("damping is a pair, and an eigenbasis has no two factors to damp: pass a number")
-        return _scaled(factors, m, factors[-1], damping)
-    b, a = _both(factors)
-    if isinstance(damping, tuple):
-        m = m / (b + damping[0]).unsqueeze(-1) if b.ndim == 1 else torch.linalg.solve(_shifted(b, damping[0]), m)
-        if len(factors) == 2:
-            m = m / (a + damping[1]) if a.ndim == 1 else torch.linalg.solve(_shifted(a, damping[1]), m, left=False)
-        return factors.arrangement.vector(m)
-    basis = eigenbasis(factors)
-    return _scaled(basis, m, basis[-1], damping)
+    m = factors.arrangement.matrix(vectors)
+    if not isinstance(damping, tuple):
+        basis = eigenbasis(factors)
+        values = basis[-1] + damping
+    elif isinstance(factors, Eigenbasis):
+        raise ValueError("damping is a pair, and an eigenbasis has no two factors to damp: pass a number")
+    else:
+        basis, sides = _decomposed(factors)
+        values = _product([side + d for side, d in zip(sides, damping, strict=False)])
+    if not all(damping if isinstance(damping, tuple) else (damping,)) and not bool((values > 0).all()):
+        raise ArgumentError("the block is singular: pass a damping above zero")
+    return _scaled(basis, m, 1 / values)
 
 
-def eigenbasis(factors: Kronecker | Eigenbasis) -> Eigenbasis:
-    """The block by eigenvectors and eigenvalues, which are not negative: what rounding has made so is zero."""
+def eigenbasis(factors: Kronecker | Eigenbasis, start: Eigenbasis | None = None, steps: int = 1) -> Eigenbasis:
+    """The block by eigenvectors and eigenvalues, which are not negative: what rounding has made so is zero.
+
+    Args:
+        factors: of one parameter.
+        start: the basis of factors that were much the same, to go on from in place of a decomposition: `steps` orthogonal
+            iterations, Q <- qr(F Q), with Rayleigh quotients for eigenvalues (Vyas et al. 2024, SOAP). What comes of it is
+            orthogonal, has the trace of the block, and tends to its eigenvectors.
+        steps: see `start`.
+
+    Raises:
+        ArgumentError: for a start of another arrangement.
+    """
     if isinstance(factors, Eigenbasis):
         return Eigenbasis([*factors[:-1], factors[-1].clamp(min=0)], factors.arrangement)
-    found = [(f.clamp(min=0), torch.ones_like(f)) if f.ndim == 1 else _eigh(f) for f in factors]
-    values = found[0][0] if len(found) == 1 else found[0][0].unsqueeze(1) * found[1][0]
-    return Eigenbasis([*(vectors for _, vectors in found), values], factors.arrangement)
+    if start is not None and start.arrangement != factors.arrangement:
+        raise ArgumentError(f"start is of {start.arrangement}, the factors of {factors.arrangement}: pass the same parameter's")
+    return _decomposed(factors, start, steps)[0]
 
 
-def _eigh(t: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh((t + t.mT) / 2)
-    return values.clamp(min=0), vectors
+def _decomposed(factors: Kronecker, start: Eigenbasis | None = None, steps: int = 1) -> tuple[Eigenbasis, list[Tensor]]:
+    """(the block's basis, the eigenvalues of each factor)."""
+    known = start[:-1] if start is not None else [None] * len(factors)
+    found = [_eigh(f, q, steps) for f, q in zip(factors, known, strict=True)]
+    values = [v for v, _ in found]
+    return Eigenbasis([*(q for _, q in found), _product(values)], factors.arrangement), values
+
+
+def _product(sides: list[Tensor]) -> Tensor:
+    """The eigenvalues [out, in], or [out], from those of each factor."""
+    return sides[0] if len(sides) == 1 else sides[0].unsqueeze(1) * sides[1]
+
+
+def _eigh(t: Tensor, start: Tensor | None = None, steps: int = 1) -> tuple[Tensor, Tensor]:
+    """(eigenvalues, eigenvectors) of a factor, a matrix or a vector."""
+    if t.ndim == 1:
+        return t.clamp(min=0), torch.ones_like(t)
+    t = (t + t.mT) / 2
+    if start is None:
+        values, vectors = torch.linalg.eigh(t)
+        return values.clamp(min=0), vectors
+    vectors = start
+    for _ in range(steps):  # the largest first, which converge first
+        vectors = torch.linalg.qr(t @ vectors[:, _quotients(t, vectors).argsort(descending=True)])[0]
+    return _quotients(t, vectors).clamp(min=0), vectors
+
+
+def _quotients(t: Tensor, vectors: Tensor) -> Tensor:
+    return (vectors * (t @ vectors)).sum(0)
 
 
 def dense(factors: Kronecker | Eigenbasis) -> Tensor:
-    """The block as a matrix [numel, numel], in the order of the parameter flattened."""
-    n = prod(factors.arrangement.shape)
-    eye = torch.eye(n, dtype=factors[0].dtype, device=factors[0].device)
-    return matmul(factors, eye.reshape(n, *factors.arrangement.shape)).reshape(n, n)
-
-
-def _matrix(factors: Kronecker | Eigenbasis, vectors: Tensor) -> Tensor:
-    shape = factors.arrangement.shape
-    if tuple(vectors.shape[vectors.ndim - len(shape) :]) != shape:
-        raise ValueError(f"vectors of shape {tuple(vectors.shape)} do not end in the parameter's shape {shape}")
-    return factors.arrangement.matrix(vectors)
+    """The block as a matrix [numel, numel], in the order of the parameter flattened (of a weight, then its bias)."""
+    eye = torch.eye(factors.arrangement.numel, dtype=factors[0].dtype, device=factors[0].device)
+    return factors.arrangement.flat(matmul(factors, factors.arrangement.shaped(eye)))
 
 
 def _both(factors: list) -> tuple[Tensor, Tensor]:
@@ -175,16 +316,11 @@ def _left(b: Tensor, m: Tensor) -> Tensor:
     return b.unsqueeze(-1) * m if b.ndim == 1 else b @ m
 
 
-def _shifted(t: Tensor, damping: float) -> Tensor:
-    return t + damping * torch.eye(len(t), dtype=t.dtype, device=t.device)
-
-
-def _scaled(basis: Eigenbasis, m: Tensor, values: Tensor, damping: float | None = None) -> Tensor:
-    """m in the eigenbasis, times the eigenvalues or divided by the damped ones, and back."""
+def _scaled(basis: Eigenbasis, m: Tensor, values: Tensor) -> Vectors:
+    """m in the eigenbasis, times the eigenvalues, and back."""
     q_b, q_a = basis[0], basis[1] if len(basis) == 3 else basis[0].new_ones(1)
     values = values.reshape(basis.arrangement.rows, basis.arrangement.columns)
-    inside = _right(_left(q_b.mT if q_b.ndim == 2 else q_b, m), q_a)
-    inside = inside * values if damping is None else inside / (values + damping)
+    inside = _right(_left(q_b.mT if q_b.ndim == 2 else q_b, m), q_a) * values
     return basis.arrangement.vector(_left(q_b, _right(inside, q_a.mT if q_a.ndim == 2 else q_a)))
 
 
@@ -199,31 +335,54 @@ class Blocks(Mapping):
     Vectors are dicts of tensors [*lead, *P] by name, or flat: [D], or columns [D, K], in the order of the names. Eigenvalues
     are clamped at zero, so factors that are indefinite by rounding give no NaN.
 
+    Args:
+        factors: a field of `KFAC`, `KFLR`, `KFRA` or `EKFAC`. Where a block is of a weight and its bias (`joint=True`), both are
+            names of the matrix.
+        start: blocks of factors that were much the same, whose eigenvectors to go on from, see `eigenbasis`.
+        steps: see `start`.
+
     Attributes:
         shape: (D, D), D the number of entries of these parameters.
     """
 
-    def __init__(self, factors: Mapping[str, Kronecker | Eigenbasis]):
-        wrong = [name for name, f in factors.items() if not isinstance(f, Kronecker | Eigenbasis)]
+    def __init__(
+        self, factors: Mapping[str, Kronecker | Eigenbasis | Within], *, start: Blocks | None = None, steps: int = 1
+    ):
+        wrong = [name for name, f in factors.items() if not isinstance(f, Kronecker | Eigenbasis | Within)]
         if wrong or not factors:
             raise ArgumentError(f"{wrong or 'nothing'}: pass the field of KFAC, KFLR, KFRA or EKFAC, parameter name -> factors")
-        self._factors = dict(factors)
-        self._bases: dict[str, Eigenbasis] = {}
+        self._given = dict(factors)
+        self._factors = {name: f for name, f in factors.items() if not isinstance(f, Within)}
+        self._shapes = self._ordered()
+        self._start, self._steps = start, steps
+        self._bases: dict[str, tuple[Eigenbasis, list[Tensor]]] = {}
 
-    def __getitem__(self, name: str) -> Kronecker | Eigenbasis:
-        return self._factors[name]
+    def _ordered(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> shape, in the order of the names; a bias whose name is not given comes behind its weight."""
+        shapes = {n: shape for name, f in self._factors.items() for n, shape in f.arrangement.named(name).items()}
+        order: list[str] = []
+        for name, f in self._given.items():
+            own = [name] if isinstance(f, Within) else f.arrangement.named(name)
+            order += [n for n in own if n == name or n not in self._given]
+        lost = [name for name in order if name not in shapes]
+        if lost:
+            raise ArgumentError(f"{lost} is in the block of a weight that is not given: pass both")
+        return {name: shapes[name] for name in order}
+
+    def __getitem__(self, name: str) -> Kronecker | Eigenbasis | Within:
+        return self._given[name]
 
     def __iter__(self):
-        return iter(self._factors)
+        return iter(self._given)
 
     def __len__(self) -> int:
-        return len(self._factors)
+        return len(self._given)
 
     __hash__ = None  # type: ignore[assignment]
 
     @property
     def shape(self) -> tuple[int, int]:
-        total = sum(self._sizes())
+        total = sum(map(prod, self._shapes.values()))
         return total, total
 
     @property
@@ -240,8 +399,34 @@ class Blocks(Mapping):
         return self
 
     def __matmul__(self, v: Vector) -> Vector:
-        """The product with a vector; see the class."""
-        return self._each(v, lambda name, t: matmul(self._factors[name], t))
+        """The product with a vector; see the class.
+
+        Raises:
+            ArgumentError: for a vector of another structure.
+        """
+        if isinstance(v, Mapping):
+            if set(v) != set(self._shapes):
+                raise ArgumentError(f"the vector has {sorted(v)}, the matrix {sorted(self._shapes)}: give one tensor for each")
+            return self._times(v)
+        total = self.shape[0]
+        if not isinstance(v, Tensor) or v.ndim not in (1, 2) or v.shape[0] != total:
+            got = list(v.shape) if isinstance(v, Tensor) else type(v).__name__
+            raise ArgumentError(f"the matrix is {[total, total]}: multiply a dict, [{total}] or [{total}, K], not {got}")
+        columns = v if v.ndim == 2 else v.unsqueeze(1)
+        parts = columns.mT.split([prod(shape) for shape in self._shapes.values()], 1)
+        named = {n: t.reshape(len(t), *s) for (n, s), t in zip(self._shapes.items(), parts, strict=True)}
+        found = torch.cat([t.flatten(1) for t in self._times(named).values()], 1).mT
+        return found if v.ndim == 2 else found.squeeze(1)
+
+    def _times(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, f in self._factors.items():
+            own = list(f.arrangement.named(name))
+            if len(own) == 1:
+                found[name] = matmul(f, v[name])
+            else:
+                found |= zip(own, matmul(f, tuple(v[n] for n in own)), strict=True)
+        return {name: found[name] for name in self._shapes}
 
     def solve(self, v: Vector, damping: float = 0.0, pi: bool = False) -> Vector:
         """(self + damping I)^-1 v; with `pi` damped per factor, see `damped`."""
@@ -260,7 +445,7 @@ class Blocks(Mapping):
         """
         if not damping >= 0:
             raise ArgumentError(f"damping={damping!r}: pass a number that is not negative")
-        return Blocks({name: self._damped(name, damping, pi) for name in self})
+        return self._of_values(lambda name, values: self._damped(name, values, damping, pi))
 
     def inverse(self, damping: float = 0.0, pi: bool = False) -> Blocks:
         """(self + damping I)^-1, as such a matrix; see `damped`.
@@ -277,7 +462,7 @@ class Blocks(Mapping):
     def logdet(self, damping: float = 0.0, pi: bool = False) -> Tensor:
         """log det(self + damping I), 0-dim; minus infinity where it is singular."""
         damped = self.damped(damping, pi)
-        return torch.stack([damped._basis(name)[-1].log().sum() for name in self]).sum()
+        return torch.stack([f[-1].log().sum() for f in damped._factors.values()]).sum()
 
     def trace(self) -> Tensor:
         """The sum of its eigenvalues, 0-dim."""
@@ -285,56 +470,72 @@ class Blocks(Mapping):
 
     def diag(self) -> dict[str, Tensor]:
         """Parameter name -> the diagonal, [*P]."""
-        return {name: _diagonal(f) for name, f in self._factors.items()}
+        found: dict[str, Tensor] = {}
+        for name, f in self._factors.items():
+            own, diagonal = f.arrangement.named(name), _diagonal(f)
+            found |= zip(own, diagonal if len(own) > 1 else (diagonal,), strict=True)
+        return {name: found[name] for name in self._shapes}
 
     def quadratic(self, v: Vector) -> Tensor:
         """v^T self v: 0-dim, or one for each of several vectors."""
-        w, flat = self @ v, isinstance(v, Tensor)
-        if flat:
+        w = self @ v
+        if isinstance(v, Tensor):
             return (v * w).sum(0)
-        dims = {name: len(f.arrangement.shape) for name, f in self._factors.items()}
-        return sum((v[n] * w[n]).flatten(t.ndim - dims[n]).sum(-1) for n, t in v.items())
+        return sum((t * w[n]).flatten(t.ndim - len(self._shapes[n])).sum(-1) for n, t in v.items())
 
     def sample(self, count: int = 1, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Draws from N(0, self), [count, *P] by name: `blocks.inverse(damping).sample()` is of the Laplace posterior."""
-        root = self.sqrt()
         where = generator.device if generator is not None else self.device
-        noise = {
-            name: torch.randn(count, *f.arrangement.shape, dtype=f[0].dtype, device=where, generator=generator).to(f[0].device)
-            for name, f in self._factors.items()
-        }
-        return root @ noise
+        noise: dict[str, Tensor] = {}
+        for name, f in self._factors.items():
+            for own, shape in f.arrangement.named(name).items():
+                drawn = torch.randn(count, *shape, dtype=f[0].dtype, device=where, generator=generator)
+                noise[own] = drawn.to(f[0].device)
+        return self.sqrt() @ noise
+
+    def basis(self) -> Blocks:
+        """The same by eigenvectors and eigenvalues, as which it can be kept, and be a `start` of others."""
+        return self._of_values(lambda name, values: values)
 
     def dense(self) -> Tensor:
         """[D, D]."""
-        return torch.block_diag(*(dense(f) for f in self._factors.values()))
+        found = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        places = dict(zip(
+            self._shapes, torch.arange(self.shape[0]).split([prod(s) for s in self._shapes.values()]), strict=True
+        ))  # fmt: skip
+        for name, f in self._factors.items():
+            at = torch.cat([places[n] for n in f.arrangement.named(name)]).to(self.device)
+            found[at.unsqueeze(1), at] = dense(f)
+        return found
 
     def __repr__(self) -> str:
-        return f"Blocks({', '.join(self._factors)}: {self.shape[0]} x {self.shape[1]})"
+        return f"Blocks({', '.join(self._shapes)}: {self.shape[0]} x {self.shape[1]})"
 
-    def _sizes(self) -> list[int]:
-        return [prod(f.arrangement.shape) for f in self._factors.values()]
-
-    def _basis(self, name: str) -> Eigenbasis:
+    def _basis(self, name: str) -> tuple[Eigenbasis, list[Tensor]]:
+        """(the basis of a block, the eigenvalues of each of its factors: none of an `Eigenbasis`)."""
         if name not in self._bases:
-            self._bases[name] = eigenbasis(self._factors[name])
+            f = self._factors[name]
+            start: Any = self._start[name] if self._start is not None else None
+            known = start if isinstance(start, Eigenbasis) else eigenbasis(start) if start is not None else None
+            self._bases[name] = (eigenbasis(f), []) if isinstance(f, Eigenbasis) else _decomposed(f, known, self._steps)
         return self._bases[name]
 
-    def _damped(self, name: str, damping: float, pi: bool) -> Eigenbasis:
-        basis, factors = self._basis(name), self._factors[name]
-        if not pi or len(factors) == 1:
-            return Eigenbasis([*basis[:-1], basis[-1] + damping], basis.arrangement)
-        if isinstance(factors, Eigenbasis):
+    def _damped(self, name: str, values: Tensor, damping: float, pi: bool) -> Tensor:
+        """The eigenvalues of a block, damped."""
+        if not pi or len(self._factors[name]) == 1:
+            return values + damping
+        if isinstance(self._factors[name], Eigenbasis):
             raise ArgumentError(f"pi=True of '{name}', an eigenbasis, which has no two factors to damp: drop it")
-        b, a = (f.clamp(min=0) if f.ndim == 1 else torch.linalg.eigvalsh((f + f.mT) / 2).clamp(min=0) for f in factors)
+        b, a = self._basis(name)[1]
         ratio = (a.mean() / b.mean()).sqrt()
         ratio = torch.where((ratio > 0) & ratio.isfinite(), ratio, torch.ones_like(ratio))
         root = damping**0.5
-        return Eigenbasis([*basis[:-1], (b + root / ratio).unsqueeze(1) * (a + root * ratio)], basis.arrangement)
+        return _product([b + root / ratio, a + root * ratio])
 
     def _of_values(self, fn: Callable[[str, Tensor], Tensor]) -> Blocks:
-        bases = {name: self._basis(name) for name in self}
-        return Blocks({name: Eigenbasis([*b[:-1], fn(name, b[-1])], b.arrangement) for name, b in bases.items()})
+        bases = {name: self._basis(name)[0] for name in self._factors}
+        new = {name: Eigenbasis([*b[:-1], fn(name, b[-1])], b.arrangement) for name, b in bases.items()}
+        return Blocks({name: new.get(name, given) for name, given in self._given.items()})
 
     @staticmethod
     def _trace(f: Kronecker | Eigenbasis) -> Tensor:
@@ -343,21 +544,6 @@ class Blocks(Mapping):
         traces = [t.sum() if t.ndim == 1 else t.trace() for t in f]
         return traces[0] if len(traces) == 1 else traces[0] * traces[1]
 
-    def _each(self, v: Vector, fn: Callable[[str, Tensor], Tensor]) -> Vector:
-        if isinstance(v, Mapping):
-            if set(v) != set(self):
-                raise ArgumentError(f"the vector has {sorted(v)}, the matrix {sorted(self)}: give one tensor for each")
-            return {name: fn(name, v[name]) for name in self}
-        total = self.shape[0]
-        if not isinstance(v, Tensor) or v.ndim not in (1, 2) or v.shape[0] != total:
-            got = list(v.shape) if isinstance(v, Tensor) else type(v).__name__
-            raise ArgumentError(f"the matrix is {[total, total]}: multiply a dict, [{total}] or [{total}, K], not {got}")
-        found = []
-        for (name, f), part in zip(self._factors.items(), v.split(self._sizes()), strict=True):
-            own = fn(name, part.t().reshape(*part.shape[1:], *f.arrangement.shape))
-            found.append(own.reshape(*part.shape[1:], -1).t() if v.ndim == 2 else own.flatten())
-        return torch.cat(found)
-
 
 def _inverted(name: str, values: Tensor) -> Tensor:
     if not bool((values > 0).all()):
@@ -365,7 +551,7 @@ def _inverted(name: str, values: Tensor) -> Tensor:
     return 1 / values
 
 
-def _diagonal(factors: Kronecker | Eigenbasis) -> Tensor:
+def _diagonal(factors: Kronecker | Eigenbasis) -> Vectors:
     if isinstance(factors, Eigenbasis):
         q_b, q_a = factors[0], factors[1] if len(factors) == 3 else factors[0].new_ones(1)
         values = factors[-1].reshape(factors.arrangement.rows, factors.arrangement.columns)

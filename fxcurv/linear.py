@@ -21,7 +21,7 @@ from fxcurv.errors import ArgumentError, ExtensionError
 from fxcurv.extensions import GGNMP, HMP, DiagGGNExact, DiagGGNMC, DiagHessian, Extension, SqrtGGNMC
 from fxcurv.extensions.ggn import DiagEmpirical, JacobianNorms, SqrtEmpirical
 from fxcurv.extensions.parameters import Choice, chosen, hashable
-from fxcurv.over import over, seed_of
+from fxcurv.over import over
 
 __all__ = ["GGN", "NTK", "EmpiricalFisher", "Hessian", "Jacobian", "MCFisher"]
 
@@ -353,15 +353,13 @@ class _Fisher(_OfRows):
     """J^T (sum_v s s^T) J."""
 
     root: Any
-
-    def _seed(self, first: int) -> int:
-        return 0
+    seed = 0
 
     def _times(self, v: dict[str, Tensor]) -> dict[str, Tensor]:
         total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         first = 0
         for factor, halves, flat in self._parts():
-            s = halves.columns(flat, self.root, self._seed(first))
+            s = halves.columns(flat, self.root, self.seed, first)
             jv = halves.times(flat, [v[n] for n in halves.names])
             weights = torch.einsum("vnc,nc->vn", s, jv) * factor
             rows = torch.einsum("vnc,vn->nc", s, weights)
@@ -390,9 +388,6 @@ class MCFisher(_Fisher):
     def __init__(self, compiled: Compiled, data: Any, *, mc_samples: int = 1, seed: int = 0, **options: Any):
         self.seed, self.root = seed, SqrtGGNMC(mc_samples)
         super().__init__(compiled, data, **options)
-
-    def _seed(self, first: int) -> int:
-        return seed_of(self.seed, first)
 
     def diag(self) -> Tensor:
         return self._joined(self._diagonal(DiagGGNMC(self.root.mc_samples, **self._given), self.seed))

@@ -2,12 +2,14 @@
 
 Over the samples of all batches the loss is a sum (`reduction="sum"`), or a mean whose denominator Z adds up. So with w = 1,
 or w = Z_b / sum Z_b, the loss of batch b enters with the factor w, and a value of degree d in the loss (`Combine`) with w**d.
-Nothing is kept of a batch but sums and rows.
+Nothing is kept of a batch but sums and rows. Under `mesh=` every rank goes over a loader of its own, and a batch is that of all
+ranks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -23,13 +25,17 @@ from fxcurv.api import Compiled
 from fxcurv.data.batches import mark, unpacked
 from fxcurv.data.blame import bad_sample
 from fxcurv.data.rows import Rows
+from fxcurv.data.together import Empty, Together, emptied, local, sample_place
 from fxcurv.data.weights import Weights
 from fxcurv.errors import ArgumentError, MixedSamplesError
 from fxcurv.extensions import Extension
 from fxcurv.extensions.base import Combine
+from fxcurv.front.arguments import Arguments
 from fxcurv.ir.private import pytree
-from fxcurv.kronecker import Arrangement, Kronecker
+from fxcurv.kronecker import Kronecker, Within, arranged, plain
 from fxcurv.result import Result
+from fxcurv.runtime.bind import seed_tensor
+from fxcurv.runtime.ranks import Ranks
 
 LOSS = Combine("sum")
 GOLDEN = 0x9E3779B97F4A7C15
@@ -51,7 +57,8 @@ def over(
     """All quantities of `compiled` over all samples of a loader, in one pass (two for `EKFAC`).
 
     Sums and means over samples are those of one call on the whole data set; what is per sample is concatenated in order.
-    The result has no `output`.
+    The result has no `output`. Under `mesh=` every rank has a loader of its own part of the data, the data set is these parts one
+    after the other, and the result is as that of a call: sums of all, what is per sample of the rank's own.
 
     Args:
         compiled: from `fxcurv.compile`. Samples must not interact (eval mode, with batch norm).
@@ -62,7 +69,8 @@ def over(
             a sum, or a mean over any weights (samples, counted positions, class weights). "sum" and "mean" (over samples)
             say so, for a loss that the model computes itself; a function (inputs, *targets) -> Z gives the weight that a
             batch has in a mean, as the number of its tokens.
-        seed: of sampled columns; every batch has a seed of its own, made of this one and the number of its first sample.
+        seed: of sampled columns, which are those of one call with this seed; under `mesh=` every batch has a seed of its own, made
+            of this one and the number of samples before it.
         decay: the result is the running average of the batches' values, as each batch gives them, with weights decay**age
             that add up to 1. Not for what is per sample: the norms beside `ClippedGrad`'s sums are left out.
         to: a folder for what is per sample: a file `<field>.<parameter>.npy` each (`numpy.memmap`), of which the result
@@ -74,7 +82,8 @@ def over(
 
     Raises:
         ArgumentError: for a batch of another form; for a sample of which something is not finite, by its number; if the
-            model has changed since the pass began; if a checkpoint is of other batches.
+            model has changed since the pass began; if a checkpoint is of other batches; for `to=` or `checkpoint=` under
+            `mesh=`; on all ranks, for one without any batch.
         ExtensionError: for an extension that batches do not say (`KFRA`, products), or `subsampling=`.
         LossError: for a loss that is no sum or mean over samples, or (a sum) one with a regulariser.
         MixedSamplesError: where samples interact in the model.
@@ -84,6 +93,41 @@ def over(
     if file is not None and file.exists():
         totals.load_state_dict(torch.load(file, weights_only=True))
     return totals.run(loader, checkpoint=file, every=every, progress=progress)
+
+
+def accumulate(
+    compiled: Compiled,
+    micro_batches: Iterable[Any],
+    *,
+    unpack: Callable[[Any], tuple] | None = None,
+    reduction: str | Callable[..., float] | None = None,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Result:
+    """One call on the micro-batches together, of which only one at a time is computed: for a batch that is too large.
+
+    The result is that of `compiled(inputs, *targets, seed=seed)` on their concatenation, to rounding, sampled columns included;
+    it has no `output`. Under `mesh=` every rank has micro-batches of its own, any number of them: the batch is those of rank 0,
+    then those of rank 1, and so on, as in a call.
+
+    Args:
+        compiled: from `fxcurv.compile`. Samples must not interact (eval mode, with batch norm).
+        micro_batches: batches (inputs, *targets), or inputs alone if there is no loss; all are held in a list.
+        unpack, reduction: see `over`. By default the loss is asked for the weight of every micro-batch in its mean, which takes
+            a few evaluations of it on the output; "sum" or "mean" (over samples) spares that.
+        seed, generator: as in a call.
+
+    Raises:
+        ArgumentError: for micro-batches of another form, or without a sample; for `ClippedGrad` of a mean, whose bound is of
+            gradients over the number of all samples.
+        ExtensionError: for an extension that batches do not say (`KFRA`, products), or `subsampling=`.
+        LossError: for a loss that is no sum or mean over samples, or (a sum) one with a regulariser.
+        MixedSamplesError: where samples interact in the model.
+    """
+    batches = list(micro_batches)
+    totals = Totals(compiled, unpack=unpack, reduction=reduction)
+    totals.count_on(batches, seed, generator)
+    return totals.run(batches, progress=False)
 
 
 class Totals:
@@ -105,13 +149,17 @@ class Totals:
         decay: float | None = None,
         to: str | Path | None = None,
     ):
-        compiled.alone("fxcurv.over")
+        if compiled.ranks is not None and to is not None:
+            raise ArgumentError("to= with mesh=: leave it out, and write what the result of each rank holds")
         if decay is not None and not 0 <= decay < 1:
             raise ArgumentError(f"decay={decay!r}: use a number from 0 (the last batch alone) to below 1")
+        compiled = compiled.counting()
         self.compiled, self._unpack, self._seed, self._decay = compiled, unpack, seed, decay
         self._to = Path(to) if to is not None else None
         self._reduction = reduction
         self._compiled: dict[int, Compiled] = {}
+        self._all = Together(compiled.ranks, lambda batch: emptied(self._read(compiled, batch)[2]))
+        self._first: int | None = None  # of one call in parts: the number of the first sample here
         self._earlier: list[dict[str, Any]] = []  # the totals of finished passes
         self.counted = 0
         self.weight: float | None = None
@@ -122,10 +170,23 @@ class Totals:
     def _start(self) -> None:
         """Nothing is counted."""
         self.samples = self.batches = self._averaged = 0
+        self._sizes = [0] * (1 if self._all.ranks is None else self._all.ranks.size)  # the samples of every rank
         self._marks: list[int] = []
         self._weights = Weights(self.compiled.model, self.compiled.loss, self._reduction)
         self._sums: dict[str, dict[str, Any]] = {}
         self._rows: dict[str, dict[str, Rows]] = {}
+
+    def count_on(self, batches: list[Any], seed: Any, generator: torch.Generator | None) -> None:
+        """Draw the columns of one call on all of these batches, the only ones that are gone over."""
+        ranks = self._all.ranks
+
+        def read() -> tuple[int, int]:
+            drawn = int(seed_tensor(seed, generator, torch.device("cpu")))
+            return sum(self._read(self.compiled, b)[2].batch_size for b in batches if ranks is not None), drawn
+
+        (_, drawn), rows = self._all.do(read, lambda known: known)
+        self._seed = drawn if seed is not None else rows[0][1]  # a call refuses seeds that are not the same
+        self._first = sum(row[0] for row in rows[: ranks.rank]) if ranks is not None else 0
 
     # ---- passes ------------------------------
 
@@ -156,7 +217,9 @@ class Totals:
 
     def _averages(self, e: Extension) -> bool:
         """Whether a running average is of the extension's own values, that are no sum over all batches (a variance)."""
-        return self._decay is not None and type(e).gather is not Extension.gather and not e.combine and e.data_passes == 1
+        return (
+            self._decay is not None and type(e).gather is not Extension.gather and not e.combine and e.data_passes == 1
+        )
 
     def run(
         self, loader: Iterable[Any], *, checkpoint: Path | None = None, every: int = 100, progress: bool = True
@@ -167,6 +230,8 @@ class Totals:
             FxcurvError: see `over`. What is counted stays, so that another `run` goes on behind it.
         """
         passes = max((e.data_passes for e in self.compiled.extensions), default=1)
+        if checkpoint is not None and self._all.ranks is not None:
+            raise ArgumentError("checkpoint= with mesh=: leave it out, state_dict() is of this rank's part")
         if passes > 1 and iter(loader) is loader:
             names = ", ".join(type(e).__name__ for e in self.compiled.extensions if e.data_passes > 1)
             raise ArgumentError(
@@ -175,26 +240,49 @@ class Totals:
         asked, known = self._plan()
         while asked or not self._earlier:
             compiled = self._compiled_for(asked)
-            self._check_model()
+            self._all.do(self._check_model)
             with self._kept(checkpoint), _bar(loader, progress, len(self._earlier), passes) as tell:
-                for done, batch in enumerate(loader):
+                for done, batch in enumerate(self._all.batches(loader)):
                     tell()
                     if done < self.batches:
-                        self._check_mark(done, batch)
+                        self._all.do(lambda: self._check_mark(done, batch))  # noqa: B023
                     else:
                         self._add(compiled, asked, batch)
                         if checkpoint is not None and self.batches % every == 0:
                             self._save(checkpoint)
                 self._check_length()
-                self._check_model()
+                self._all.do(self._check_model)
             self._earlier.append(self._finished(asked))
             self._start()
             asked, known = self._plan()
         first = self._earlier[0]
         fields = {name: first[name] for name in ("loss", "grad", *self._extra_fields(first)) if name in first}
+        if self._first is not None and self.compiled.loss is not None and "loss" not in first:
+            fields["loss"] = next(iter(first["grad"].values())).new_full((), torch.nan)  # the mean over nothing
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
-        return Result({**fields, **known}, self.compiled.extensions, self.compiled.subject.holder)
+        result = Result({**fields, **known}, self.compiled.extensions, self.compiled.subject.holder)
+        if self._all.ranks is not None:
+            self._spread(result, self._all.ranks, first["sizes"])
+        return result
+
+    def _spread(self, result: Result, ranks: Ranks, sizes: list[int]) -> None:
+        """Note that what is per sample is of this rank's own."""
+        hows = {e.savefield: (e.combine or (LOSS,), e.sample_axis or 0) for e in self.compiled.extensions}
+        extras = {
+            n: ((how,), 0)
+            for e in self.compiled.extensions
+            for x, how in e.extras.items()
+            for n in (x, f"{x}_{e.savefield}")
+        }
+        places = {
+            field: pytree.tree_map(lambda _, how=how, axis=axis: sample_place(how[0].how, axis), result._fields[field])
+            for field, (how, axis) in {**hows, **extras}.items()
+            if field in result._fields
+        }
+        result.spread_over(
+            sizes, functools.partial(ranks.whole, sizes=sizes), {"results": places, "extras": {}, "output": []}
+        )
 
     def _extra_fields(self, totals: dict[str, Any]) -> Iterator[str]:
         for e in self.compiled.extensions:
@@ -209,36 +297,56 @@ class Totals:
 
     # ---- a batch ------------------------------
 
+    def _read(self, compiled: Compiled, batch: Any) -> tuple[Any, tuple, Arguments]:
+        """(inputs, targets, both flat)."""
+        inputs, targets = (batch.inputs, batch.targets) if isinstance(batch, Empty) else self._unpacked(batch)
+        return inputs, targets, compiled.arguments(inputs, *targets)
+
     def _unpacked(self, batch: Any) -> tuple[Any, tuple]:
         return unpacked(self.compiled, batch, self._unpack)
 
     def _add(self, compiled: Compiled, asked: list[Extension], batch: Any) -> None:
         """Count one batch; if anything fails, nothing of it is counted."""
-        inputs, targets = self._unpacked(batch)
-        arguments = compiled.arguments(inputs, *targets)
-        n = arguments.batch_size  # of an empty batch nothing is computed
+        read = lambda: self._read(compiled, batch)  # noqa: E731
+        (inputs, targets, arguments), rows = self._all.do(read, lambda found: (found[2].batch_size,))
+        n = sum(row[0] for row in rows)  # of an empty batch nothing is computed
         if n:
-            if not self.samples:
-                self._check_apart(compiled, inputs, targets)
-            result = compiled(inputs, *targets, seed=seed_of(self._seed, self.samples))
+            result = self._called(compiled, inputs, targets)
             values = dict(self._values(asked, result))
-            self._check_finite(values, arguments)
-            z = self._weights.of(result, inputs, targets, arguments, compiled)
+            self._all.do(lambda: self._check_finite(values, arguments))
+            z = self._weights.of(result, inputs, targets, arguments, compiled, self._all)
             self._check_degrees(asked)
             if z == 0 and self._decay is not None:  # a mean over nothing has no part in a running average
                 values = {}
             elif z == 0 and ("loss", "") in values:
                 del values["loss", ""]
-            elif ("loss", "") in values and not bool(result.loss.isfinite()):
+            elif ("loss", "") in values and not bool(result.loss.isfinite()) and self._first is None:
                 self._raise_not_finite(["loss"], arguments)
             self._accumulate(values, n, z)
             self._weights.count(z)
             self._averaged += bool(values)
         self.samples += n
+        self._sizes = [size + row[0] for size, row in zip(self._sizes, rows, strict=True)]
         self.batches += 1
         self._marks.append(mark(batch))
 
-    def _values(self, asked: list[Extension], result: Result) -> Iterator[tuple[tuple[str, str], tuple[Any, tuple, int]]]:
+    @property
+    def _own(self) -> int:
+        """How many of the samples are this rank's."""
+        return self._sizes[self._all.ranks.rank if self._all.ranks is not None else 0]
+
+    def _called(self, compiled: Compiled, inputs: Any, targets: tuple) -> Result:
+        if self._all.ranks is None and not self.samples:
+            self._check_apart(compiled, inputs, targets)
+        if self._first is not None:
+            return compiled.part(inputs, *targets, seed=self._seed, first=self._first + self._own)
+        if self._all.ranks is None:
+            return compiled.part(inputs, *targets, seed=self._seed, first=self.samples)
+        return compiled.part(inputs, *targets, seed=seed_of(self._seed, self.samples), first=None)
+
+    def _values(
+        self, asked: list[Extension], result: Result
+    ) -> Iterator[tuple[tuple[str, str], tuple[Any, tuple, int]]]:
         """((field, parameter name), (value, how each of its tensors combines, the samples' axis))."""
         fields = result._fields
         if "loss" in fields:
@@ -262,7 +370,7 @@ class Totals:
                 rows = self._rows.setdefault(field, {})
                 if name not in rows:
                     rows[name] = Rows(self._to and self._to / f"{field}{f'.{name}' if name else ''}.npy", axis)
-                rows[name].add(value, z ** hows[0].degree if z is not None and hows[0].degree else None, self.samples)
+                rows[name].add(value, z ** hows[0].degree if z is not None and hows[0].degree else None, self._own)
         for (field, name), (value, hows, _) in values.items():
             if hows[0].how != "rows":
                 sums = self._sums.setdefault(field, {})
@@ -274,7 +382,9 @@ class Totals:
         if self._decay is not None:
             factors = [1 - self._decay] * len(new)
         else:
-            factors = [n if h.how == "mean" else 1 if z is None or not h.degree else z**h.degree for h in hows[: len(new)]]
+            factors = [
+                n if h.how == "mean" else 1 if z is None or not h.degree else z**h.degree for h in hows[: len(new)]
+            ]
         terms = [_wide(t.detach()) * f for t, f in zip(new, factors, strict=True)]
         keep = 1 if self._decay is None else self._decay
         return pytree.tree_unflatten([t if o is None else o * keep + t for o, t in zip(old, terms, strict=True)], spec)
@@ -300,9 +410,9 @@ class Totals:
         extras = {f: h for e in asked for x, h in e.extras.items() for f in (x, f"{x}_{e.savefield}")}
         for field, rows in self._rows.items():
             how = extras[field] if field in extras else hows[field][0]
-            found[field] = {name: r.finish(self._divisor(how, total), self.samples) for name, r in rows.items()}
+            found[field] = {name: r.finish(self._divisor(how, total), self._own) for name, r in rows.items()}
         found = {field: values.get("", values) for field, values in found.items()}
-        return {**found, "samples": self.samples}
+        return {**found, "samples": self.samples, "sizes": self._sizes}
 
     def _divisor(self, how: Combine, total: Any) -> Any:
         if self._decay is not None:
@@ -328,20 +438,28 @@ class Totals:
                     )
 
     def _check_finite(self, values: dict, arguments: Any) -> None:
-        leaves = {key: pytree.tree_leaves(value) for key, (value, *_) in values.items() if key[0] != "loss"}
+        if self._first is not None:  # a call returns what is not finite
+            return
+        leaves = {
+            k: [local(t) for t in pytree.tree_leaves(value)] for k, (value, *_) in values.items() if k[0] != "loss"
+        }
         ends = [torch.stack(torch.aminmax(t.detach())).double() for ts in leaves.values() for t in ts if t.numel()]
         if ends and not bool(torch.stack(ends).isfinite().all()):
             bad = [f"{f} {n}".strip() for (f, n), ts in leaves.items() if not all(bool(t.isfinite().all()) for t in ts)]
             self._raise_not_finite(bad, arguments)
 
     def _raise_not_finite(self, bad: list[str], arguments: Any) -> None:
-        said = bad_sample(self.compiled.model, self.compiled.loss, arguments, self.samples, self.batches)
+        said = f"something of batch {self.batches} is not finite"  # a sharded model runs on all ranks alone
+        if self._all.ranks is None:
+            said = bad_sample(self.compiled.model, self.compiled.loss, arguments, self.samples, self.batches)
         raise ArgumentError(
             f"{said}, so {', '.join(bad[:3])} is not finite. Way out: leave the sample out, or mend it; another run goes on at "
             "this batch."
         )
 
     def _check_model(self) -> None:
+        if self._first is not None:  # one call
+            return
         now = digests(self.compiled.model)
         changed = [name for name in now if self._model and self._model.get(name) != now[name]]
         if changed or self._model and len(now) != len(self._model):
@@ -392,6 +510,7 @@ class Totals:
             "seed": self._seed,
             "options": self._options(),
             "samples": self.samples,
+            "sizes": list(self._sizes),
             "batches": self.batches,
             "averaged": self._averaged,
             "marks": list(self._marks),
@@ -419,7 +538,7 @@ class Totals:
         if state["options"] != self._options():
             raise ArgumentError(f"the state is of a pass with {state['options']}, this is one with {self._options()}")
         self._model, self.samples, self.batches = dict(state["model"]), state["samples"], state["batches"]
-        self._averaged = state["averaged"]
+        self._averaged, self._sizes = state["averaged"], list(state["sizes"])
         self._marks, self._sums = list(state["marks"]), _unpacked(state["sums"])
         self._weights.load_state_dict(state["weights"])
         self._rows = {f: {n: Rows.of(r, self._to) for n, r in rows.items()} for f, rows in state["rows"].items()}
@@ -438,7 +557,7 @@ def digests(model: nn.Module) -> dict[str, str]:
 
 
 def _digest(t: Tensor) -> str:
-    data = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    data = local(t.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
@@ -449,8 +568,9 @@ def _wide(t: Tensor) -> Tensor:
 def _packed(value: Any) -> Any:
     """Factors as plain lists beside their arrangement."""
     if isinstance(value, Kronecker):
-        a = value.arrangement
-        return {"kronecker": list(value), "arrangement": [list(x) for x in (a.shape, a.sizes, a.outputs, a.inputs)]}
+        return {"kronecker": list(value), "arrangement": plain(value.arrangement)}
+    if isinstance(value, Within):
+        return {"within": value.weight}
     if isinstance(value, dict):
         return {k: _packed(v) for k, v in value.items()}
     return [_packed(v) for v in value] if isinstance(value, list) else value
@@ -458,7 +578,9 @@ def _packed(value: Any) -> Any:
 
 def _unpacked(value: Any) -> Any:
     if isinstance(value, dict) and set(value) == {"kronecker", "arrangement"}:
-        return Kronecker(value["kronecker"], Arrangement(*map(tuple, value["arrangement"])))
+        return Kronecker(value["kronecker"], arranged(value["arrangement"]))
+    if isinstance(value, dict) and set(value) == {"within"} and isinstance(value["within"], str):
+        return Within(value["within"])
     if isinstance(value, dict):
         return {k: _unpacked(v) for k, v in value.items()}
     return [_unpacked(v) for v in value] if isinstance(value, list) else value
@@ -476,7 +598,11 @@ def _bar(loader: Iterable[Any], progress: bool, stage: int, stages: int) -> Iter
     except TypeError:
         length = None
     title = "batches" if stages == 1 else f"batches, pass {stage + 1} of {stages}"
-    known = [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()] if length is not None else [TextColumn("{task.completed}")]
+    known = (
+        [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+        if length is not None
+        else [TextColumn("{task.completed}")]
+    )
     with Progress(TextColumn(title), *known, TimeElapsedColumn(), console=console, transient=True) as shown:
         task = shown.add_task(title, total=length)
         yield lambda: shown.advance(task)

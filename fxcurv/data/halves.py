@@ -98,14 +98,14 @@ class Halves:
         rest = _filled(torch.autograd.grad(loss, direct, allow_unused=True), direct)
         return [g + r for g, r in zip(_filled(_grad(heads, held, us), held), rest, strict=True)]
 
-    def columns(self, flat: list[Any], extension: Any, seed: int) -> Tensor:
-        """The columns at f, [V, N, C], that `extension` (a root, of individual parameters) is made of."""
+    def columns(self, flat: list[Any], extension: Any, seed: int, first: int) -> Tensor:
+        """The columns at f, [V, N, C], that `extension` (a root, of individual parameters) is made of; `first`: see `part`."""
         heads = [h.detach() for h in self.outputs(flat)[0]]
         self._places()
         if extension not in self._columns:
             self._columns[extension] = self._shifted(flat, heads, extension)
         compiled, used = self._columns[extension]
-        found = compiled(tuple(heads), *[flat[k] for k in used], seed=seed)[extension]
+        found = compiled.counting().part(tuple(heads), *[flat[k] for k in used], seed=seed, first=first)[extension]
         return torch.cat([found[f"shift.{k}"].flatten(2) for k in range(len(heads))], 2)
 
     def _shifted(self, flat: list[Any], heads: list[Tensor], extension: Any) -> tuple[Compiled, list[int]]:

@@ -10,13 +10,15 @@ ignored, weights of classes. So Z_B = 1/r - 1, in units of Z_A, to rounding.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fxcurv.api import Compiled
+from fxcurv.data.together import ALONE, Together
 from fxcurv.errors import ArgumentError, LossError
 from fxcurv.front.arguments import Arguments, filled, templated
 from fxcurv.ir.placement import Shard
@@ -27,6 +29,28 @@ WAY_OUT = (
 )
 Parts = tuple[list[Tensor], list[Tensor]]  # tensors of the output, of the targets
 Dims = tuple[list[int | None], list[int | None]]  # of the samples in them
+
+
+class Question(NamedTuple):
+    """What a loss is asked with: a batch, where its samples are, how many there are, and the loss' slopes at such."""
+
+    batch: Parts
+    dims: Dims
+    n: int
+    slopes: Callable[[Parts], tuple[list[Tensor | None], bool]]
+
+
+def _of_loss(method: Callable) -> Callable:
+    """A method that calls the loss on batches of its own."""
+
+    @functools.wraps(method)
+    def asked(*args: Any) -> Any:
+        try:
+            return method(*args)
+        except (RuntimeError, IndexError, TypeError) as error:
+            raise LossError(f"the loss of two batches together cannot be had: {error}\n{WAY_OUT}") from error
+
+    return asked
 
 
 class Weights:
@@ -51,26 +75,41 @@ class Weights:
         self._wide = True
 
     def of(
-        self, result: Any, inputs: Any, targets: tuple, arguments: Arguments, compiled: Compiled | None = None
-    ) -> float | None:
+        self, result: Any, inputs: Any, targets: tuple, arguments: Arguments, compiled: Compiled | None = None,
+        together: Together = ALONE,
+    ) -> float | None:  # fmt: skip
         """The weight of a batch, of which `compiled` gave the result; None where the loss is a sum.
+
+        Args:
+            together: the ranks whose batch it is; the result and the arguments are this rank's part.
 
         Raises:
             LossError: for a loss that is neither, or that does not say.
         """
         if self.mean is False:
             return None
-        if callable(self._reduction):
-            return float(self._reduction(inputs, *targets))
-        if self._reduction == "mean":
+        if callable(self._reduction) or self._reduction == "mean":
+            return sum(together.values(lambda: self._said(inputs, targets, arguments)))
+        asked = self._question(result, inputs, targets, arguments, compiled)
+        if self._reference is None:  # one for all ranks, as weights are in units of its own
+            found = together.values(lambda: self._found(asked()))
+            self._reference = next((one for one in found if one is not None), None)
+        if self._reference is None:
+            return 0.0  # no sample of it counts
+        return self._agreed(together.values(lambda: self._asked(asked())))
+
+    def _said(self, inputs: Any, targets: tuple, arguments: Arguments) -> float:
+        if not callable(self._reduction):
             return float(arguments.batch_size)
-        outputs: list[Tensor] = []
-        templated(result.output, outputs)
-        dims = _sample_dims(outputs, inputs, targets, arguments, compiled)
-        try:
-            return self._asked(result, arguments, dims)
-        except (RuntimeError, IndexError, TypeError) as error:
-            raise LossError(f"the loss of two batches together cannot be had: {error}\n{WAY_OUT}") from error
+        return float(self._reduction(inputs, *targets)) if arguments.batch_size else 0.0
+
+    def _agreed(self, found: list[tuple[bool | None, float]]) -> float | None:
+        """The weight of a batch, from (whether the loss is a mean, the weight) of its parts on ranks."""
+        known = {mean for mean, _ in found if mean is not None}
+        if len(known) > 1:
+            raise LossError(f"the loss is a mean of some samples, and a sum of others.\n{WAY_OUT}")
+        self.mean = known.pop() if known else None
+        return None if self.mean is False else sum(z for _, z in found)
 
     def count(self, z: float | None) -> None:
         """A batch is counted."""
@@ -84,23 +123,33 @@ class Weights:
             raise LossError("the mean is over nothing: every sample is ignored")
         return self._total
 
-    def _asked(self, result: Any, arguments: Arguments, dims: Dims) -> float | None:
-        outputs: list[Tensor] = []
-        template = templated(result.output, outputs)
-        n = arguments.batch_size
-        batch = [t.detach() for t in outputs], list(arguments.targets)
+    def _question(
+        self, result: Any, inputs: Any, targets: tuple, arguments: Arguments, compiled: Compiled | None
+    ) -> Callable[[], Question]:
+        @functools.cache
+        def asked() -> Question:
+            outputs: list[Tensor] = []
+            template = templated(result.output, outputs)
+            dims = _sample_dims(outputs, inputs, targets, arguments, compiled) if arguments.batch_size else ([], [])
 
-        def slopes(parts: Parts) -> tuple[list[Tensor | None], bool]:
-            def loss(outs: list[Tensor], goals: list[Tensor]) -> Any:
-                return self._loss(filled(template, outs), *filled(arguments.target_template, goals))  # type: ignore[misc]
+            def slopes(parts: Parts) -> tuple[list[Tensor | None], bool]:
+                def loss(outs: list[Tensor], goals: list[Tensor]) -> Any:
+                    return self._loss(filled(template, outs), *filled(arguments.target_template, goals))  # type: ignore[misc]
 
-            return self._slopes(parts, loss)
+                return self._slopes(parts, loss)
 
-        if self._reference is None:
-            self._reference = self._found(batch, dims, n, slopes)
-        if self._reference is None:
-            return 0.0  # no sample of it counts
-        one = self._reference
+            batch = [t.detach() for t in outputs], list(arguments.targets)
+            return Question(batch, dims, arguments.batch_size, slopes)
+
+        return asked
+
+    @_of_loss
+    def _asked(self, question: Question) -> tuple[bool | None, float]:
+        """(whether the loss is a mean, if this batch says so; its weight)."""
+        batch, dims, slopes = question.batch, question.dims, question.slopes
+        if not question.n:
+            return self.mean, 0.0
+        one: Parts = tuple([t.to(batch[0][0].device) for t in ts] for ts in self._reference or ())  # type: ignore[assignment]
 
         def beside(batch: Parts) -> Any:
             """The reference and a batch in one."""
@@ -112,36 +161,42 @@ class Weights:
             batch = _moved(batch)
             of_batch, (of_both, regular) = slopes(batch)[0], slopes(beside(batch))
         if any(g is not None and d is None for g, d in zip(of_both, dims[0], strict=True)):
-            raise LossError(f"the loss reads an output that has no samples (it is computed in the model, perhaps).\n{WAY_OUT}")
+            raise LossError(
+                f"the loss reads an output that has no samples (it is computed in the model, perhaps).\n{WAY_OUT}"
+            )
         sizes = [a.shape[d] if d is not None else 0 for a, d in zip(one[0], dims[0], strict=True)]
         known = [(g, d, k) for g, d, k in zip(of_both, dims[0], sizes, strict=True) if g is not None]
         r = _ratio([g.narrow(d, 0, k) for g, d, k in known], of_one)
         s = _ratio([g.narrow(d, k, g.shape[d] - k) for g, d, k in known], of_batch)
         return self._weight(r, s, regular)
 
-    def _weight(self, r: float | None, s: float | None, regular: bool) -> float | None:
-        """The weight that r and s say; s is None where the batch has no slope."""
+    def _weight(self, r: float | None, s: float | None, regular: bool) -> tuple[bool | None, float]:
+        """What r and s say, as `_asked`; s is None where the batch has no slope."""
         near = 1e-6 if self._wide else 1e-2
         if r is None:
-            raise LossError(f"the loss has no derivative in the model's output, so it does not say how it is reduced.\n{WAY_OUT}")
+            raise LossError(
+                f"the loss has no derivative in the model's output, so it does not say how it is reduced.\n{WAY_OUT}"
+            )
         if self.mean is None and s is not None and abs(r - 1) < near and abs(s - 1) < near:
             if regular:
                 raise LossError(
                     "the loss is a sum over samples and a term that reads parameters, which every batch would count anew. "
                     "Way out: a mean over samples; or leave that term out, and add its own gradient and curvature."
                 )
-            self.mean = False
-            return None
+            return False, 0.0
         if self.mean is None and s is None:
-            return 0.0  # nothing of the batch counts, which does not say whether the loss is a mean
+            return None, 0.0  # nothing of the batch counts, which does not say whether the loss is a mean
         if not 0 < r < 1 + near or s is not None and abs(r + s - 1) > near:
-            raise LossError(f"the loss is neither a sum nor a mean over samples, so batches do not add up to it.\n{WAY_OUT}")
-        self.mean = True
+            raise LossError(
+                f"the loss is neither a sum nor a mean over samples, so batches do not add up to it.\n{WAY_OUT}"
+            )
         z = 1 / r - 1
-        return z if z > 1e-12 else 0.0
+        return True, z if z > 1e-12 else 0.0
 
-    def _found(self, batch: Parts, dims: tuple, n: int, slopes: Callable) -> Parts | None:
+    @_of_loss
+    def _found(self, question: Question) -> Parts | None:
         """A sample of the batch at which the loss has a slope; at other outputs, where it has none at these."""
+        batch, dims, n, slopes = question.batch, question.dims, question.n, question.slopes
         for parts in (batch, _moved(batch)):
             for i in range(n):
                 cut = lambda t, d, i=i: t if d is None else t.narrow(d, i * (t.shape[d] // n), t.shape[d] // n).clone()  # noqa: E731
@@ -155,7 +210,13 @@ class Weights:
         for wide in (True, False) if self._wide else (False,):
             outs, goals = ([t.double() if wide and t.is_floating_point() else t for t in ts] for ts in parts)
             leaves = [t.detach().clone().requires_grad_() if t.is_floating_point() else t for t in outs]
-            held = [p for m in (self._model, self._loss) if isinstance(m, nn.Module) for p in m.parameters() if p.requires_grad]
+            held = [
+                p
+                for m in (self._model, self._loss)
+                if isinstance(m, nn.Module)
+                for p in m.parameters()
+                if p.requires_grad
+            ]
             try:
                 with torch.enable_grad():
                     value = loss(leaves, goals)
@@ -208,7 +269,7 @@ def _sample_dims(
     equal = [[d for d, size in enumerate(t.shape) if size == n] for t in values]
     dims = [*(_samples_at(t, n, first) for t in outputs), *arguments.target_dims()]
     if compiled is not None and any(len(at) > 1 for at in equal):
-        program = compiled.lower(inputs, *targets).program
+        program = compiled.program_of(inputs, *targets)
         held = zip(program.inputs, program.graph.find_nodes(op="placeholder"), strict=False)
         of_targets = {bound.index: node for bound, node in held if bound.kind == "target"}
         nodes = [*program.output_leaves, *(of_targets.get(k) for k in range(len(arguments.targets)))]
@@ -239,5 +300,7 @@ def _ratio(got: Sequence[Tensor], of: Sequence[Tensor | None]) -> float | None:
     size = torch.cat([t.double().flatten() for t in own]).norm()
     r = a @ b
     if float((a - r * b).norm()) > (1e-6 if own[0].dtype == torch.float64 else 1e-2) * float(r.abs()):
-        raise LossError(f"the loss is not a sum over samples: other samples change the direction of a sample's slope.\n{WAY_OUT}")
+        raise LossError(
+            f"the loss is not a sum over samples: other samples change the direction of a sample's slope.\n{WAY_OUT}"
+        )
     return float(r / size)

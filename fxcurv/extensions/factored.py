@@ -14,6 +14,7 @@ from fxcurv.contractions.sizes import dims
 from fxcurv.cost import Cost
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.base import Extension, Param
+from fxcurv.extensions.joint import partners
 from fxcurv.extensions.layers import (
     Embed,
     Layer,
@@ -21,6 +22,7 @@ from fxcurv.extensions.layers import (
     NoLayer,
     averaged,
     features,
+    first_moment,
     gram,
     inputs,
     read,
@@ -31,7 +33,7 @@ from fxcurv.ir.placement import Shard
 from fxcurv.ir.precision import wide, widely
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Decision, Program
-from fxcurv.kronecker import Arrangement, Eigenbasis, Kronecker
+from fxcurv.kronecker import Arrangement, Eigenbasis, Joint, Kronecker, Within
 from fxcurv.quantity import GRADIENT, KINDS, Group
 from fxcurv.rules.base import rule_of
 from fxcurv.walks.groups import groups_of
@@ -41,6 +43,7 @@ CHOICES = {
     "weight_sharing": ("backpack", "expand", "reduce"),
     "fisher": ("mc", "empirical"),
     "others": ("auto", "exact", "skip", "error"),
+    "joint": (False, True),
 }
 
 
@@ -64,15 +67,40 @@ class Factored(Extension):
                 raise ExtensionError(f"{type(self).__name__}({argument}={value!r}): use one of {choices}")
 
     def extract_all(self, params: list[Param]) -> tuple[dict[str, Any], dict[str, fx.Node]]:
-        found = {p.name: self.extract(p) for p in params}
+        biases = self._partners(params)
+        weights = {bias: weight for weight, bias in biases.items()}
+        found: dict[str, Any] = {}
+        for p in params:
+            if p.name in weights:
+                _note(p, f"in the block of '{weights[p.name]}'")
+                found[p.name] = Within(weights[p.name])
+            else:
+                found[p.name] = self._factors(p, biases[p.name]) if p.name in biases else self.extract(p)
         return {name: factors for name, factors in found.items() if factors is not None}, {}
 
-    def extract(self, param: Param) -> Kronecker | Eigenbasis | None:
-        groups = groups_of(param.program, self.requires)
-        reached = param.program.walked.uses[param.name]
+    def _partners(self, params: list[Param]) -> dict[str, str]:
+        """Weight -> bias, whose block is one."""
+        if not getattr(self, "joint", False) or not params:
+            return {}
+        group, layers = groups_of(params[0].program, self.requires)[0], dict[str, Layer]()
+        for p in params:
+            uses = self._uses(p)
+            layer = self._layer(p, _distinct(uses, group)) if uses else None
+            layers |= {p.name: layer} if layer is not None else {}
+        return partners(params[0].program, layers)
+
+    def _uses(self, param: Param) -> list[Use]:
+        groups, reached = groups_of(param.program, self.requires), param.program.walked.uses[param.name]
         uses = [u for u in reached if any(g in u.groups for g in groups)]
         # a loss that is linear in f has no columns, but its layers have inputs
-        uses = uses or [u for u in reached if GRADIENT in u.groups]
+        return uses or [u for u in reached if GRADIENT in u.groups]
+
+    def extract(self, param: Param) -> Kronecker | Eigenbasis | None:
+        return self._factors(param, None)
+
+    def _factors(self, param: Param, bias: str | None) -> Kronecker | Eigenbasis | None:
+        """The factors of a parameter; with `bias` those of a weight and its bias as one matrix."""
+        groups, uses = groups_of(param.program, self.requires), self._uses(param)
         if not uses:
             return self._unreached(param)
         found = {g: self._layer(param, _distinct(uses, g)) for g in groups}
@@ -85,11 +113,18 @@ class Factored(Extension):
         factors = [param.emit(sum_of, [_outputs(param, layers[g], g, sharing) for g in groups])]
         if not layer.bias:
             given = [(u.use.factor, u.columns) for u in layer.uses]
-            factors.append(param.emit(widely, input_factor, given, sharing, dtype_of(param)))
-        _record(param, layer, sharing)
+            factors.append(param.emit(widely, input_factor, given, sharing, dtype_of(param), bias is not None))
+        _record(param, layer, f"{sharing}, with '{bias}'" if bias is not None else sharing)
         for factor in factors:
             factor.meta["symmetric"] = factor.meta["val"].ndim == 2
-        return self._of_layer(param, layers, Kronecker(factors, layer.arrangement))
+        arrangement = layer.arrangement if bias is None else self._joined(param, layer.arrangement, bias)
+        return self._of_layer(param, layers, Kronecker(factors, arrangement))
+
+    def _joined(self, param: Param, weight: Arrangement, bias: str) -> Joint:
+        other = Param(param.program, bias, self)
+        uses = _distinct(self._uses(other), groups_of(param.program, self.requires)[0])
+        layer = self._layer(other, uses)
+        return Joint(weight, layer.arrangement, bias)  # type: ignore[union-attr]
 
     def _layer(self, param: Param, uses: list[Use]) -> Layer | None:
         """The layer that a parameter is, None for one that has its exact block."""
@@ -199,7 +234,7 @@ def _record(param: Param, layer: Layer, sharing: str) -> None:
     cost = Cost(0, 0)
     for u in layer.uses:
         d = dims(pytree.tree_map(lambda n: n.meta["val"] if isinstance(n, fx.Node) else n, u.use.factor))
-        pairs = d.v * d.n * (d.s if sharing == "expand" else 1)
+        pairs = d.v * d.n * (d.s if sharing.startswith("expand") else 1)
         squares = 2 * pairs * d.o**2 * d.k + (0 if layer.bias else 2 * d.n * d.s * d.i**2)
         cost = cost + Cost(squares, d.inputs + d.item * (d.unfold + d.o**2 + d.i**2), 0, 4)
     param.program.decisions.append(
@@ -229,8 +264,10 @@ def _samples_and_positions(f: Any) -> tuple[int, int]:
     return (f.index if isinstance(f, Gather) else f.a).shape[:2]
 
 
-def input_factor(given: Sequence[tuple[Any, Embed | None]], sharing: str, dtype: torch.dtype) -> Tensor:
-    """A, [in, in], or [in] for lookups."""
+def input_factor(
+    given: Sequence[tuple[Any, Embed | None]], sharing: str, dtype: torch.dtype, joint: bool = False
+) -> Tensor:
+    """A, [in, in], or [in] for lookups; `joint`: of the inputs and a one, [in + 1, in + 1]."""
     factors = [f for f, _ in given]
     n = _samples_and_positions(factors[0])[0]
     s = sum(_samples_and_positions(f)[1] for f in factors)
@@ -239,9 +276,25 @@ def input_factor(given: Sequence[tuple[Any, Embed | None]], sharing: str, dtype:
         return (counts / s).square().sum(0) / n if sharing == "reduce" else counts.sum(0) / (n * s)
     if sharing == "reduce":
         mean = sum_of([embedded(averaged(inputs(f)).to(dtype).sum(1), e, 1) for f, e in given]) / s
+        mean = with_ones(mean) if joint else mean
         return mean.t() @ mean / n
-    total = sum_of([embedded(embedded(second_moment(f).to(dtype), e, 0), e, 1) for f, e in given])
+    total = sum_of([_moment_of_inputs(f, e, dtype, joint) for f, e in given])
     return total / n if sharing == "convolution" else total / (n * s)
+
+
+def _moment_of_inputs(f: Any, embed: Embed | None, dtype: torch.dtype, joint: bool) -> Tensor:
+    moment = embedded(embedded(second_moment(f).to(dtype), embed, 0), embed, 1)
+    if not joint:
+        return moment
+    first, count = first_moment(f)
+    first = embedded(first.to(dtype), embed, 0).unsqueeze(1)
+    last = torch.cat([first, count.to(dtype).reshape(1, 1)])
+    return torch.cat([torch.cat([moment, first.t()]), last], 1)
+
+
+def with_ones(a: Tensor) -> Tensor:
+    """[*, in] -> [*, in + 1]: what a bias multiplies, beside what its weight does."""
+    return torch.nn.functional.pad(a, (0, 1), value=1.0)
 
 
 def _counts(f: Gather, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,8 @@ P[v,n] = sum_s b a^T. With S positions of all uses together, the block B (x) A i
     "expand"        1/(N S) sum_{n,s} a a^T                    sum_{v,n,s} b b^T
     "reduce"        1/N     sum_n (mean_s a)(mean_s a)^T       sum_{v,n} (sum_s b)(sum_s b)^T
 
-which are one and the same where S = 1; over several batches B is a sum, and A a mean. `weight_sharing="backpack"` is
+which are one and the same where S = 1; over several batches B is a sum, and A a mean. With `joint` a weight and its bias are one
+matrix [out, in + 1], and a is [a, 1] everywhere. `weight_sharing="backpack"` is
 "convolution" for a convolution that is used once and has no groups, and "expand" for everything else. Inputs are averaged
 over groups.
 """
@@ -26,11 +27,11 @@ from fxcurv.contractions.contract import Spec
 from fxcurv.contractions.factors import Arrange, Dense, Factor, Gather, Jacobian
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.base import Combine, Extension, Param, Steps
-from fxcurv.extensions.factored import Factored, dtype_of, embedded, flat, source_of, sum_of
+from fxcurv.extensions.factored import Factored, dtype_of, embedded, flat, source_of, sum_of, with_ones
 from fxcurv.extensions.layers import Layer, features, inputs
 from fxcurv.ir.emit import constant
 from fxcurv.ir.precision import widely
-from fxcurv.kronecker import Arrangement, Eigenbasis, Kronecker
+from fxcurv.kronecker import Arrangement, Eigenbasis, Joint, Kronecker, Within
 from fxcurv.quantity import Group, Quantity, SqrtGGN
 
 
@@ -60,12 +61,17 @@ class KFAC(Factored):
             parameter, B [numel, numel]; "auto" (default), that where it has one axis (a norm's scale, which costs what a
             factor A beside it costs), else the diagonal of its block, a vector [B], B [numel] (a tied embedding, a table of
             positions); "skip", nothing, the result leaves it out; "error", it is refused by name. The report says which.
+        joint: one block for a layer's weight and bias, B (x) A with A [in + 1, in + 1] of the inputs and a one. It is the
+            weight's entry, whose arrangement is a `kronecker.Joint`; the bias' entry is `kronecker.Within(weight)`. A bias belongs
+            to a weight where the same op, or a sum right behind it, adds it at every use (and both are among `params`); any
+            other has its own block, as have the weights of embeddings. The report says which.
     """
 
     mc_samples: int = 1
     weight_sharing: str = "backpack"
     fisher: str = "mc"
     others: str = "auto"
+    joint: bool = False
     savefield = "kfac"
     combine = (Combine("sum"), Combine("mean", 0))
 
@@ -88,10 +94,12 @@ class KFLR(Factored):
     Args:
         weight_sharing: as for `KFAC`.
         others: as for `KFAC`.
+        joint: as for `KFAC`.
     """
 
     weight_sharing: str = "backpack"
     others: str = "auto"
+    joint: bool = False
     savefield = "kflr"
     combine = (Combine("sum"), Combine("mean", 0))
     requires = SqrtGGN()
@@ -114,12 +122,14 @@ class EKFAC(Factored):
         weight_sharing: as for `KFAC`.
         fisher: as for `KFAC`.
         others: as for `KFAC`.
+        joint: as for `KFAC`; lambda is [out, in + 1] then.
     """
 
     mc_samples: int = 1
     weight_sharing: str = "backpack"
     fisher: str = "mc"
     others: str = "auto"
+    joint: bool = False
     savefield = "ekfac"
     data_passes = 2
 
@@ -134,9 +144,12 @@ class EKFAC(Factored):
     def gather(self) -> Steps:
         known = {f.name: getattr(self, f.name) for f in fields(KFAC) if f.name != "savefield"}
         (found,) = yield (KFAC(**known, savefield=self.field_of("factors")),)
-        bases = {name: Kronecker(map(_eigenvectors, k), k.arrangement) for name, k in found.items()}
+        bases = {name: vectors_of(k) for name, k in found.items()}
         (moments,) = yield (MomentsIn(**known, savefield=self.field_of("moments"), bases=Bases(bases)),)
-        return {name: Eigenbasis([*basis, moments[name]], basis.arrangement) for name, basis in bases.items()}
+        return {
+            name: basis if isinstance(basis, Within) else Eigenbasis([*basis, moments[name]], basis.arrangement)
+            for name, basis in bases.items()
+        }
 
     def _of_layer(self, param: Param, layers: dict[Group, Layer], factors: Kronecker) -> Any:
         basis = self._basis(param, factors)
@@ -146,7 +159,8 @@ class EKFAC(Factored):
         for group, layer in layers.items():
             given = [(*source_of(param, u, group), u.rows, u.columns) for u in layer.uses if group in u.use.groups]
             if given:
-                rotated = param.emit(widely, rotate, given, basis, dtype_of(param))
+                more = (isinstance(factors.arrangement, Joint),) if rotate is _rotated else ()
+                rotated = param.emit(widely, rotate, given, basis, dtype_of(param), *more)
                 parts.append(param.contract_factors(Spec(2, "vn"), rotated, layer.uses[0].use.rule))
         if not parts:
             return self._in_basis(basis, param.emit(_zero_moments, factors), factors.arrangement)
@@ -169,14 +183,19 @@ class EKFAC(Factored):
     def _basis(self, param: Param, factors: Sequence[fx.Node]) -> list[fx.Node]:
         return [param.emit(_eigenvectors, f) for f in factors]
 
-    def _in_basis(self, basis: list[fx.Node], moments: fx.Node, arrangement: Arrangement) -> Any:
+    def _in_basis(self, basis: list[fx.Node], moments: fx.Node, arrangement: Arrangement | Joint) -> Any:
         return Eigenbasis([*basis, moments], arrangement)
+
+
+def vectors_of(factors: Kronecker | Within) -> Kronecker | Within:
+    """The eigenvectors of each factor; of a bias that is part of another block the same."""
+    return factors if isinstance(factors, Within) else Kronecker(map(_eigenvectors, factors), factors.arrangement)
 
 
 class Bases:
     """Parameter name -> its eigenvectors [Q_B, Q_A]; equal to itself alone."""
 
-    def __init__(self, of: dict[str, Kronecker]):
+    def __init__(self, of: dict[str, Any]):
         self.of = of
 
 
@@ -197,7 +216,7 @@ class MomentsIn(EKFAC):
         with param.program.graph.inserting_before(param.program.output):
             return [constant(param.program, q) for q in self.bases.of[param.name]]
 
-    def _in_basis(self, basis: list[fx.Node], moments: fx.Node, arrangement: Arrangement) -> Any:
+    def _in_basis(self, basis: list[fx.Node], moments: fx.Node, arrangement: Arrangement | Joint) -> Any:
         return moments
 
 
@@ -205,8 +224,8 @@ def _eigenvectors(factor: Tensor) -> Tensor:
     return torch.ones_like(factor) if factor.ndim == 1 else torch.linalg.eigh(factor)[1]
 
 
-def _rotated(given: Sequence[tuple], basis: Sequence[Tensor], dtype: torch.dtype) -> list[Factor]:
-    """The factors of Q_B^T P Q_A, [out, in]."""
+def _rotated(given: Sequence[tuple], basis: Sequence[Tensor], dtype: torch.dtype, joint: bool) -> list[Factor]:
+    """The factors of Q_B^T P Q_A, [out, in], or [out, in + 1] of weight and bias."""
     out: list[Factor] = []
     for factor, source, at, rows, columns in given:
         a = inputs(factor).to(dtype)  # [N, S, K, I]
@@ -215,7 +234,8 @@ def _rotated(given: Sequence[tuple], basis: Sequence[Tensor], dtype: torch.dtype
             k = a.shape[2]
             eye = torch.eye(k, dtype=dtype, device=b.device).unsqueeze(-1)
             b = (b.unflatten(3, (k, -1)).unsqueeze(3) * eye).flatten(4).flatten(2, 3)
-        a = embedded(a.flatten(1, 2), columns, 2) @ basis[1]
+        a = embedded(a.flatten(1, 2), columns, 2)
+        a = (with_ones(a) if joint else a) @ basis[1]
         g = embedded(b, rows, 3) @ basis[0]
         size = (g.shape[3], a.shape[2])
         out.append(Dense(a.unsqueeze(2), g.unsqueeze(3), Arrange(size, (0, 1), size)))

@@ -258,6 +258,20 @@ def second_moment(factor: Dense | Conv) -> Tensor:
     return gram(averaged(inputs(factor)).flatten(0, 1))
 
 
+def first_moment(factor: Dense | Conv) -> tuple[Tensor, Tensor]:
+    """(sum_{n,s} a with a averaged over groups, [I]; the number of positions of all samples, 0-dim)."""
+    samples = factor.a[(slice(None), *[0] * (factor.a.ndim - 1))]
+    if isinstance(factor, Conv):
+        out, f = list(factor.g.shape[3:]), factor
+        count = torch.ones_like(samples).sum() * prod(out)
+        if not f.transposed and f.groups == 1:
+            patches = windows(f.a, out, list(f.kernel), list(f.stride), list(f.padding), list(f.dilation))
+            return patches.sum([0, *range(2, 2 + len(out))]).flatten(), count
+    else:
+        count = torch.ones_like(samples).sum() * factor.a.shape[1]
+    return averaged(inputs(factor)).sum((0, 1)), count
+
+
 def _moment_of_patches(x: Tensor, out: Sequence[int], window: Sequence[Sequence[int]]) -> Tensor:
     """The same of a convolution's input, its patches written at once, in the order that copies the longest runs."""
     dims, kernel, channels = len(out), prod(window[0]), x.shape[1]

@@ -18,10 +18,38 @@ from fxcurv.ir.private import pytree
 
 
 @dataclasses.dataclass(frozen=True)
+class Rows:
+    """Where the samples of an input are, if each has several rows: next to each other along one dimension.
+
+    As an entry of `batch_dim=`: `Rows(points)` for an input [rays * points, 3] beside targets [rays, 2].
+
+    Args:
+        per_sample: how many rows a sample has.
+        dim: the dimension that they are along.
+
+    Raises:
+        ArgumentError: if `per_sample` is no positive int, or `dim` no int.
+    """
+
+    per_sample: int
+    dim: int = 0
+
+    def __post_init__(self) -> None:
+        if type(self.per_sample) is not int or self.per_sample < 1 or type(self.dim) is not int:
+            raise ArgumentError(f"{self}: pass how many rows a sample has (a positive int), and the dimension (an int)")
+
+
+@dataclasses.dataclass(frozen=True)
 class Slot:
-    """Stands for the tensor with this index in a structure."""
+    """Stands for the tensor with this index in a structure; `joined`: with this dimension and the next as one."""
 
     index: int
+    joined: int | None = None
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The tensor."""
+        t = tensors[self.index]
+        return t if self.joined is None else t.flatten(self.joined, self.joined + 1)
 
 
 @dataclasses.dataclass
@@ -30,6 +58,7 @@ class Arguments:
 
     `inputs` and `targets` are flat lists of tensors; the templates, ((positional), {keyword}) and a tuple,
     hold a `Slot` for each and everything else as it is. `structure` is equal where templates are.
+    Rows of an input that are several per sample (`Rows`) have come apart, [N, k] for [N * k].
     """
 
     inputs: list[Tensor]
@@ -42,6 +71,13 @@ class Arguments:
     """Which of the inputs says the sample of every entry, where samples are merged."""
     edges: tuple[int, ...] = ()
     """Which of the inputs are pairs of entries, [2, E]."""
+    rows: tuple[int | None, ...] = ()
+    """How many rows a sample has in each of the inputs, where these have come apart."""
+
+    def given(self) -> list[Tensor]:
+        """The inputs as the user has them."""
+        triples = zip(self.inputs, self.batch_dims, self.rows, strict=True)
+        return [t if k is None else Slot(0, d).of([t]) for t, d, k in triples]
 
     @functools.cached_property
     def batch_size(self) -> int:
@@ -135,18 +171,27 @@ def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any, sample_index:
     values = list(inputs.values() if named else inputs if isinstance(inputs, tuple | list) else [inputs])
     tensors: list[Tensor] = []
     dims: list[int | None] = []
+    rows: list[int | None] = []
     templates = []
     wanted = _per_input(batch_dim, names, len(values)) if sample_index is None else [None] * len(values)
-    for value, d in zip(values, wanted, strict=True):
-        before = len(tensors)
-        templates.append(templated(value, tensors))
+    for k, (value, where) in enumerate(zip(values, wanted, strict=True)):
+        before, d, per = len(tensors), where, None
+        if isinstance(where, Rows):
+            d, per = where.dim, where.per_sample if where.per_sample > 1 else None
+        template = templated(value, tensors)
         dims += [_in_range(t, d) for t in tensors[before:]]
+        rows += [per] * (len(tensors) - before)
+        if per is not None:
+            name = repr(names[k]) if names else str(k)
+            tensors[before:] = [_apart(t, at, per, name) for t, at in zip(tensors[before:], dims[before:], strict=True)]
+            template = map_leaves(template, Slot, lambda slot: Slot(slot.index, dims[slot.index]))
+        templates.append(template)
     if not tensors:
         raise ArgumentError("the inputs hold no tensor: pass a tensor, or a tuple or dict of tensors")
     input_template = ((), dict(zip(names, templates, strict=True))) if names else (tuple(templates), {})
     target_tensors: list[Tensor] = []
     target_template = templated(tuple(targets), target_tensors)
-    arguments = Arguments(tensors, target_tensors, input_template, target_template, dims)
+    arguments = Arguments(tensors, target_tensors, input_template, target_template, dims, rows=tuple(rows))
     if sample_index is not None:
         found = _named(values, names, sample_index)
         if not isinstance(found, Tensor) or found.ndim != 1 or found.dtype != torch.int64 or not len(found):
@@ -203,9 +248,20 @@ def _per_input(batch_dim: Any, names: list[str] | None, count: int) -> list[Any]
     else:
         wanted = [batch_dim] * count
     for d in wanted:
-        if d is not None and type(d) is not int:
-            raise ArgumentError(f"batch_dim has {d!r}: use an int, or None for an input without a batch")
+        if d is not None and type(d) is not int and not isinstance(d, Rows):
+            raise ArgumentError(f"batch_dim has {d!r}: use an int, fxcurv.Rows, or None for an input without a batch")
     return wanted
+
+
+def _apart(t: Tensor, d: int | None, per: int, name: str) -> Tensor:
+    """`t` with the rows of a sample along a dimension of their own."""
+    at = d or 0
+    if t.shape[at] % per:
+        raise ArgumentError(
+            f"input {name} has {t.shape[at]} rows along dimension {at}, and batch_dim= says {per} per sample, which {t.shape[at]} "
+            "is no multiple of: pass Rows(k) with the k of this input, and whole samples"
+        )
+    return t.unflatten(at, (t.shape[at] // per, per))
 
 
 def _in_range(t: Tensor, d: int | None) -> int | None:
@@ -230,7 +286,7 @@ def templated(value: Any, tensors: list[Tensor]) -> Any:
 
 def filled(template: Any, tensors: Sequence[Tensor]) -> Any:
     """The structure that `template` was made of, with these tensors."""
-    return map_leaves(template, Slot, lambda slot: tensors[slot.index])
+    return map_leaves(template, Slot, lambda slot: slot.of(tensors))
 
 
 def map_leaves(value: Any, kind: type, fn: Callable[[Any], Any], memo: dict[int, Any] | None = None) -> Any:

@@ -24,7 +24,7 @@ from fxcurv.ir.private import (
     pytree,
     schema_of,
 )
-from fxcurv.ir.program import Program
+from fxcurv.ir.program import Input, Program
 
 # Derivatives that are zero everywhere are tensors without memory, which nobody can keep.
 MATERIALISED = {torch.ops.aten._efficientzerotensor.default: torch.zeros}
@@ -86,12 +86,19 @@ def samples(program: Program) -> Any:
 
 
 def first_sample(program: Program) -> fx.Node:
-    """The number of the first sample of this batch, which noise counts from: zero, in one node."""
+    """The number of the first sample of this batch, which noise counts from: zero, or what a call says, in one node."""
     found = [n for n in program.graph.nodes if "first" in n.meta]
     if found:
         return found[0]
     device = next(iter(program.params.values())).meta["val"].device
     node = _at_front(program, torch.ops.aten.full.default, [], 0, dtype=torch.long, device=device)
+    if program.options.counted:
+        with program.graph.inserting_before(node):
+            given = program.graph.placeholder("first")
+        given.meta = dict(node.meta)
+        program.inputs.append(Input("first"))
+        program.graph.erase_node(node)
+        node = given
     node.meta["first"] = True
     return node
 

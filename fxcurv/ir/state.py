@@ -30,6 +30,7 @@ class Options:
         batch_dims: of one program: the samples' dimension of every input, None for one without samples.
         alone: of one program: the batch is one sample, wherever the model keeps it.
         index, edges: of one program: which input says the sample of every entry, and which are pairs of entries.
+        counted: the number of the first sample is an input of the program, for batches that are parts of one.
         ranks: the name of a process group whose ranks have a part of the batch each; empty: this process has all of it.
     """
 
@@ -51,6 +52,7 @@ class Options:
     alone: bool = False
     index: int | None = None
     edges: tuple[int, ...] = ()
+    counted: bool = False
     ranks: str = ""
 
 

@@ -127,7 +127,7 @@ class FxcurvGGN(FxcurvInterface, GGNInterface):
         self, x: Any, y: Tensor, N: int, mc_samples: int | None = None, kfac_approx: str = "expand", **kwargs: Any  # noqa: N803
     ) -> tuple[Tensor, Kron]:  # fmt: skip
         """(loss, factors)."""
-        known = {"weight_sharing": kfac_approx, "others": "exact"}
+        known: Any = {"weight_sharing": kfac_approx, "others": "exact"}
         sampled = KFAC(mc_samples or self.num_samples, **known)
         return self._kron(x, y, N, sampled if self.stochastic else KFLR(**known))
 
@@ -168,9 +168,10 @@ def _as_laplace(name: str, factors: Kronecker, share: float) -> list[Tensor]:
     a = torch.diag(a) if a.ndim == 1 else a
     if b.numel() == a.numel() == 1:
         return [b * a]
-    order: Iterable[int] = [*factors.arrangement.outputs, *factors.arrangement.inputs]
-    wide = [d for d in order if factors.arrangement.sizes[d] > 1]
-    outputs = [d for d in factors.arrangement.outputs if factors.arrangement.sizes[d] > 1]
+    arrangement: Any = factors.arrangement  # of one parameter
+    order: Iterable[int] = [*arrangement.outputs, *arrangement.inputs]
+    wide = [d for d in order if arrangement.sizes[d] > 1]
+    outputs = [d for d in arrangement.outputs if arrangement.sizes[d] > 1]
     if wide == sorted(wide):
         return [b, a]
     if wide[len(outputs) :] + outputs == sorted(wide):

@@ -106,8 +106,10 @@ class Again:
     def _bind(self, program: Program, request: Request) -> None:
         """`flat`: what stays; and where what does not goes: arguments, tensors that a place in Python holds, the seed."""
         arguments, sources = request.arguments, program.python.sources
-        targets = zip(arguments.targets, arguments.split_targets(), strict=True)
-        splits = [None] * len(arguments.inputs) + [_split(given, split) for given, split in targets]
+        pairs = zip(
+            [*arguments.given(), *arguments.targets], [*arguments.inputs, *arguments.split_targets()], strict=True
+        )
+        splits = [_split(given, split) for given, split in pairs]
         self.flat = bind(program, request.subject, arguments, 0, None)
         of_loss = dict(tensors_in(request.subject.loss)) if isinstance(request.subject.loss, nn.Module) else {}
         self.given, self.places, self.seeds = [], [], []
@@ -137,7 +139,7 @@ def _members(dicts: Iterable[dict]) -> Iterable[Any]:
 
 
 def _split(given: Tensor, split: Tensor) -> tuple[int, tuple[int, ...]] | None:
-    """(dimension, sizes) by which a target comes apart, as `Arguments.split_targets` does."""
+    """(dimension, sizes) by which a value comes apart, as `Arguments` does it."""
     if given.ndim == split.ndim:
         return None
     d = next((k for k, (a, b) in enumerate(zip(given.shape, split.shape, strict=False)) if a != b), given.ndim - 1)

@@ -37,11 +37,13 @@ def call(
     create_graph: bool,
     out: Result | None,
     values: dict[str, Tensor] | None = None,
+    first: int | None = None,
 ) -> tuple[Result, Again | None]:
     """`Compiled.__call__` outside of `torch.compile`: (the result, how to do it again if the last call was like this one).
 
     Args:
         values: in place of the model's parameters.
+        first: of a part of a batch, the number of its first sample.
     """
     request = programs.request(subject, inputs, targets, subject.autocast(), create_graph)
     kept = None if out is None else keep(out, create_graph, backend)
@@ -51,7 +53,8 @@ def call(
     with request.apart():
         ready = programs.find(request)
         program = ready.program
-        flat = bind(program, subject, request.arguments, seed, generator, values)
+        part = None if first is None else (request.arguments.batch_size, first)
+        flat = bind(program, subject, request.arguments, seed, generator, values, part)
         memory = take_memory(ready, backend, request.arguments.batch_size, flat, kept)
         try:
             check_values(ready, flat)

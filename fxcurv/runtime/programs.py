@@ -101,6 +101,7 @@ class Programs(Generic[M]):
 
     Attributes:
         recompiles: for every program after the first, why it was needed (see `Compiled`).
+        latest: what the last call on several ranks took.
         named: what was made, as attributes: Dynamo guards the length of a list or dict that it reads.
     """
 
@@ -114,6 +115,7 @@ class Programs(Generic[M]):
         self.extensions, self.options, self.finish, self.one = extensions, options, finish, one
         self.recompiles: list[str] = []
         self.named = SimpleNamespace()
+        self.latest: M | None = None
         self._made: dict[tuple[Key, Autocast, bool], list[M]] = {}
         self._schedule = Schedule()
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fxcurv.errors import ArgumentError, RankError
+from fxcurv.errors import ArgumentError, MixedSamplesError, RankError
 from fxcurv.front.arguments import Arguments
 from fxcurv.front.requests import Request, Subject
 from fxcurv.ir.private import pytree
@@ -51,8 +51,17 @@ def call_on_ranks(
     seed: int | Tensor | None,
     generator: torch.Generator | None,
     out: Result | None,
+    part: bool = False,
+    first: int | None = None,
 ) -> Result:
-    """`Compiled.__call__` under `mesh=`."""
+    """`Compiled.__call__` under `mesh=`.
+
+    Args:
+        part: the batch is one of several; `first`: the number of this rank's first sample among those of all of them.
+
+    Raises:
+        MixedSamplesError: for a part whose samples interact.
+    """
 
     def drawn(ready: Ready | None) -> Sequence[int]:
         """(program, seed, whether the caller gave it); no seed where nothing is sampled."""
@@ -75,9 +84,12 @@ def call_on_ranks(
             raise ArgumentError("the batch is empty on every rank: pass at least one sample to one of them")
         with request.apart():
             made, seed = _agreed(ranks, programs, request, ready, rows, drawn)
-            call = _Call(ranks, made, request, sizes, seed)
+            if part and made.program.analysis.mixing:
+                raise MixedSamplesError(made.program.analysis.mixing.format(asked="a quantity of several batches"))
+            call = _Call(ranks, made, request, sizes, seed, first)
             call.check()
             result = call.run(backend, kept, out)
+    programs.latest = made
     shard_results(result, sharded)
     return result
 
@@ -100,7 +112,9 @@ def _agreed(
     if len({row[1] for row in rows}) > 1:
         _agree(ranks, what_is_asked(programs, request))
         _agree(ranks, {"the captured ops": made.program.spread.ops, "what travels": _travelling(made)})
-        raise RankError("ranks have different programs for this call: change attributes of the model on all ranks alike")
+        raise RankError(
+            "ranks have different programs for this call: change attributes of the model on all ranks alike"
+        )
     seeds = {row[2] for row in rows if row[3]}
     if len(seeds) > 1 or seeds and not all(row[3] for row in rows):
         raise ArgumentError("seed= is not the same on all ranks: pass one seed to all of them, or none to any")
@@ -109,7 +123,9 @@ def _agreed(
 
 def named(ready: Ready, asked: dict[str, list[str]]) -> Ready:
     """With a number that ranks compare: of what was asked for, and what travels between them, in order."""
-    text = "\n".join([*ready.program.spread.ops, *_travelling(ready), *(line for lines in asked.values() for line in lines)])
+    text = "\n".join(
+        [*ready.program.spread.ops, *_travelling(ready), *(line for lines in asked.values() for line in lines)]
+    )
     ready.digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") + 1
     return ready
 
@@ -121,18 +137,18 @@ def _travelling(ready: Ready) -> list[str]:
 class _Call:
     """A call whose program all ranks have."""
 
-    def __init__(self, ranks: Ranks, ready: Ready, request: Request, sizes: list[int], seed: int):
+    def __init__(self, ranks: Ranks, ready: Ready, request: Request, sizes: list[int], seed: int, first: int | None):
         self.ranks, self.ready, self.request, self.sizes, self.seed = ranks, ready, request, sizes, seed
+        self.part = sum(sizes), sum(sizes[: ranks.rank]) if first is None else first
         self.program, self.subject = ready.program, request.subject
 
-    def bound(self, arguments: Arguments, sizes: Sequence[int] | None = None) -> list[Any]:
-        """The program's arguments; without `sizes`, of a batch that is all here."""
-        part = None if sizes is None else (sum(sizes), sum(sizes[: self.ranks.rank]))
+    def bound(self, arguments: Arguments, part: tuple[int, int] | None = None) -> list[Any]:
+        """The program's arguments; `part`: (how many samples all ranks have, this one's first), else the batch is all here."""
         return bind(self.program, self.subject, arguments, self.seed, None, part=part)
 
     def run(self, backend: Backend, kept: Any, out: Result | None) -> Result:
         """Compute the result."""
-        flat = self.bound(self.request.arguments, self.sizes)
+        flat = self.bound(self.request.arguments, self.part)
         n = self.request.arguments.batch_size
         memory = functools.partial(take_memory, self.ready, backend, n, flat, kept)
         values, _ = self.ranks.together(lambda: self._values(self.request.arguments, flat, memory))
@@ -169,7 +185,7 @@ class _Call:
         module = self.program.check_module
         if module is None:
             return
-        flat = self.bound(self.request.arguments, self.sizes)
+        flat = self.bound(self.request.arguments, self.part)
 
         def held() -> None:
             with torch.random.fork_rng(cuda_devices(flat)):
@@ -183,7 +199,10 @@ class _Call:
         mine = first_samples(self.request.arguments, sizes[self.ranks.rank])
         whole = self._gathered(mine, sizes)
         request, flat = dataclasses.replace(self.request, arguments=whole), self.bound(whole)
-        memory, part = functools.partial(self.ready.pool.take, sizes[self.ranks.rank]), self.bound(mine, sizes)
+        memory, part = (
+            functools.partial(self.ready.pool.take, sizes[self.ranks.rank]),
+            self.bound(mine, (sum(sizes), sum(sizes[: self.ranks.rank]))),
+        )
         with torch.random.fork_rng(cuda_devices(flat)):
             values, _ = self.ranks.together(lambda: self._values(mine, part, memory))
         loss, leaves, mutations, results, extras = self.program.unpack(values, lambda t: t)

@@ -61,14 +61,16 @@ class Stateless(nn.Module):
         self.fixed, self.largest = program.fixed, program.largest
         self.size = arguments.batch_size
         count = len(arguments.inputs)
-        self.samples = next((k, d) for k, d in enumerate(arguments.batch_dims) if d is not None)
-        self.inner = 0 not in arguments.batch_dims
-        tensors = [*arguments.inputs, *arguments.targets]
+        which = next(k for k, d in enumerate(arguments.batch_dims) if d is not None)
+        self.samples = which, arguments.batch_dims[which], arguments.rows[which] or 1
+        tensors = [*arguments.given(), *arguments.targets]
         dims = [*arguments.batch_dims, *arguments.target_dims()]
         self.count = count
+        inner = 0 not in arguments.batch_dims
+        come_apart = [*(k is not None for k in arguments.rows), *(d is not None for d in dims[count:])]
         self.split = [
-            d if k >= count and d is not None and t.shape[d] != self.size else None
-            for k, (t, d) in enumerate(zip(tensors, dims, strict=True))
+            (d, inner and k >= count) if apart and t.shape[d] != self.size else None
+            for k, (t, d, apart) in enumerate(zip(tensors, dims, come_apart, strict=True))
         ]
         self.shapes = [
             [(k, s) for k, s in enumerate(t.shape) if k != d] for t, d in zip(tensors, dims, strict=True)
@@ -76,8 +78,8 @@ class Stateless(nn.Module):
 
     def accepts(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the program is for tensors of these sizes; read while tracing, this leaves guards."""
-        which, dim = self.samples
-        n = tensors[which].shape[dim]
+        which, dim, rows = self.samples
+        n = tensors[which].shape[dim] // rows
         if self.fixed and n != self.size or not self.fixed and (n < 2 or self.largest is not None and n > self.largest):
             return False
         return all(t.shape[k] == s for t, sizes in zip(tensors, self.shapes, strict=True) for k, s in sizes)
@@ -89,10 +91,12 @@ class Stateless(nn.Module):
             named: parameters and buffers, those of the loss under "loss.<name>".
             tensors: inputs, then targets.
         """
-        which, dim = self.samples
-        n = tensors[which].shape[dim]
-        order = (-1, n) if self.inner else (n, -1)
-        given = [t if d is None else t.unflatten(d, order) for t, d in zip(tensors, self.split, strict=True)]
+        which, dim, rows = self.samples
+        n = tensors[which].shape[dim] // rows
+        given = [
+            t if how is None else t.unflatten(how[0], (-1, n) if how[1] else (n, -1))
+            for t, how in zip(tensors, self.split, strict=True)
+        ]
         flat = []
         for kind, name, index in self.bound:
             if kind == "seed":

@@ -109,6 +109,12 @@ def test_sampled_columns_are_scaled_as_exact_ones():
         torch.testing.assert_close(found.diag_ggn_mc[name], want, rtol=0.1, atol=0.03 * float(want.max()))
 
 
+def test_sampled_columns_are_those_of_one_call():
+    """Drawn by the sample's number in the data set, over two passes too."""
+    both = compiled(extensions=[DiagGGNMC(2), EKFAC(mc_samples=2)])
+    same(fxcurv.over(both, batches(), seed=3), both(*data(), seed=3), ["diag_ggn_mc", "ekfac"])
+
+
 @pytest.mark.slow
 def test_clipping_wants_a_sum():
     wanted = [ClippedGrad(0.5)]

@@ -38,6 +38,7 @@ ASKED = {
     "first": [BatchGrad(), SumGradSquared(), Variance(), BatchL2Grad(), DiagGGNExact(), DiagGGNMC(), KFAC(), KFLR()],
     "hessian": [DiagHessian()],
     "more": [BatchDiagGGNExact(), SqrtGGNExact(), BatchDiagGGNMC(2), ClippedGrad(0.1), KFRA()],
+    "joint": [KFLR(joint=True, weight_sharing=s, savefield=f"kflr_{s}") for s in ("backpack", "expand", "reduce")],
 }
 
 
@@ -155,6 +156,7 @@ def asked_of(name, which):
 
 QUICK = [("mlp", "first"), ("weighted", "first"), ("tied", "hessian")]
 SLOW = [(m, a) for m in MODELS for a in ("first", "hessian") if (m, a) not in QUICK] + [("mlp", "more"), ("cnn", "more")]
+SLOW += [("cnn", "joint")]
 
 
 @pytest.mark.parametrize(("name", "which"), [*QUICK, *(pytest.param(*p, marks=pytest.mark.slow) for p in SLOW)])
@@ -168,7 +170,8 @@ def test_parts_of_a_batch_give_the_whole(name, which):
         assert set(found) == {"grad", *(e.savefield for e in asked)}
         for field, values in found.items():
             for param, value in values.items():
-                torch.testing.assert_close(value, getattr(whole, field)[param], rtol=1e-9, atol=1e-12)
+                got, want = pytree.tree_leaves(value), pytree.tree_leaves(getattr(whole, field)[param])
+                torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
 def test_noise_counts_from_the_first_sample():
