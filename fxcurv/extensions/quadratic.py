@@ -14,7 +14,7 @@ from fxcurv.extensions.base import Combine, Param
 from fxcurv.extensions.columns import FACTORS, WHOLE, dense, record
 from fxcurv.extensions.pairs import PerSample
 from fxcurv.ir.emit import constant
-from fxcurv.kronecker import Arrangement, Blocks, Eigenbasis, eigenbasis
+from fxcurv.kronecker import Arrangement, Blocks, Joint, Within, eigenbasis
 from fxcurv.quantity import GRADIENT
 
 
@@ -26,7 +26,8 @@ class Metric:
 
     def __repr__(self) -> str:
         """By value, so that the state of a pass over data knows it again."""
-        return f"Metric({', '.join(f'{n} {float(eigenbasis(f)[-1].double().norm()):.17g}' for n, f in self.of.items())})"
+        own = {n: eigenbasis(f)[-1] for n, f in self.of.items() if not isinstance(f, Within)}
+        return f"Metric({', '.join(f'{n} {float(values.double().norm()):.17g}' for n, values in own.items())})"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Quadratic(PerSample):
 
     Args:
         metric: a `fxcurv.kronecker.Blocks` with a block for every parameter that the quantity is of (`params=` says others), such
-            as `Blocks(result.ekfac).inverse(damping)`.
+            as `Blocks(result.ekfac).inverse(damping)`. Blocks of weight and bias together need `total=True`.
     """
 
     metric: Any = None
@@ -51,14 +52,32 @@ class Quadratic(PerSample):
         if not isinstance(self.metric, Metric):
             raise ExtensionError(f"Quadratic({type(self.metric).__name__}): pass a fxcurv.kronecker.Blocks")
 
+    def extract_all(self, params: list[Param]) -> tuple[dict[str, Any], dict[str, fx.Node]]:
+        names = {p.name for p in params}
+        there = [p for p in params if p.name in self.metric.of]
+        missing = names - {p.name for p in there}
+        for p in there:
+            block = self.metric.of[p.name]
+            missing |= set([block.weight] if isinstance(block, Within) else block.arrangement.named(p.name)) - names
+        if missing:
+            raise ExtensionError(
+                f"Quadratic: {sorted(missing)} are not both among the blocks and the parameters: pass blocks for them, or params="
+            )
+        blocks = [p for p in there if not isinstance(self.metric.of[p.name], Within)]
+        if len(blocks) < len(there) and not self.total:
+            raise ExtensionError("Quadratic of blocks of weight and bias together has no value for each: pass total=True")
+        return super().extract_all(blocks)
+
     def extract(self, param: Param) -> fx.Node:
-        if param.name not in self.metric.of:
-            known = f"no block for parameter '{param.name}': pass one, or Quadratic(params=...) without it"
-            raise ExtensionError(f"Quadratic: {known}")
         basis = eigenbasis(self.metric.of[param.name])
         val = param.node.meta["val"]
         with param.program.graph.inserting_before(param.program.output):
             parts = [constant(param.program, t.to(val.device, val.dtype).contiguous()) for t in basis]
+        if isinstance(basis.arrangement, Joint):
+            record(param, WHOLE)
+            bias = Param(param.program, basis.arrangement.bias_name, self)
+            rows = [p.contract(power=1, reduce="v") for p in (param, bias)]
+            return param.emit(_of_rows, rows, parts, basis.arrangement)
         found = dense(param, GRADIENT) if param.positions is None else None
         if found is not None and _in_order(found, basis.arrangement) and found.g.meta["val"].shape[2] == 1:
             record(param, FACTORS)
@@ -84,10 +103,9 @@ def _of_factors(f: Dense, parts: list[Tensor]) -> Tensor:
     return torch.einsum("no,oi,ni->n", g.square(), values, a.square())
 
 
-def _of_rows(p: Tensor, parts: list[Tensor], arrangement: Arrangement) -> Tensor:
-    basis = Eigenbasis(parts, arrangement)
+def _of_rows(p: Any, parts: list[Tensor], arrangement: Arrangement | Joint) -> Tensor:
     m = arrangement.matrix(p)
-    q_b, q_a = basis[0], basis[1] if len(basis) == 3 else basis[0].new_ones(1)
+    q_b, q_a, values = parts[0], parts[1] if len(parts) == 3 else parts[0].new_ones(1), parts[-1]
     m = q_b.mT @ m if q_b.ndim == 2 else q_b.unsqueeze(-1) * m
     m = m @ q_a if q_a.ndim == 2 else m * q_a
-    return (m.square() * basis[-1].reshape(arrangement.rows, arrangement.columns)).sum((-2, -1))
+    return (m.square() * values.reshape(arrangement.rows, arrangement.columns)).sum((-2, -1))

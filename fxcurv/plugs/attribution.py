@@ -30,7 +30,7 @@ from fxcurv.data.rows import Rows
 from fxcurv.data.weights import Weights
 from fxcurv.errors import ArgumentError, LossError
 from fxcurv.extensions import EKFAC, BatchGrad, Dots, Extension, Projected, Quadratic
-from fxcurv.kronecker import Blocks, Eigenbasis, eigenbasis
+from fxcurv.kronecker import Blocks, Eigenbasis, Within, eigenbasis
 from fxcurv.over import Totals, digests
 from fxcurv.result import Result
 
@@ -81,15 +81,21 @@ class Attribution:
         """The curvature of the mean of the training losses, by Kronecker factors.
 
         Args:
-            extension: `EKFAC(fisher="empirical")` by default, or another one, or `KFAC`, `KFLR`.
+            extension: `EKFAC(fisher="empirical")` by default, or another one (`joint=True`: one block for weight and bias), or
+                `KFAC`, `KFLR`.
             seed: of sampled columns.
         """
         extension = extension or EKFAC(fisher="empirical")
         result, n, factor = self._pass(self._compiled.asking([extension]), seed=seed)
-        blocks = {name: eigenbasis(f) for name, f in result[extension].items()}
-        if factor == 1:
-            blocks = {name: Eigenbasis([*b[:-1], b[-1] / n], b.arrangement) for name, b in blocks.items()}
-        return Blocks(blocks)
+        share = n if factor == 1 else 1
+
+        def of_mean(f: Any) -> Any:
+            if isinstance(f, Within):
+                return f
+            *basis, values = eigenbasis(f)
+            return Eigenbasis([*basis, values / share], f.arrangement)
+
+        return Blocks({name: of_mean(f) for name, f in result[extension].items()})
 
     def influence(
         self, queries: Data, curvature: Blocks | None = None, damping: float = 0.0, *, measure: Any = None, to: Any = None
@@ -299,4 +305,5 @@ def _resumed(file: Path, state: dict[str, Any]) -> tuple[Rows, dict[str, Any]]:
 def _digest(curvature: Blocks | None) -> str:
     if curvature is None:
         return "none"
-    return ", ".join(f"{name} {float(eigenbasis(f)[-1].double().sum()):.17g}" for name, f in curvature.items())
+    own = {name: eigenbasis(f)[-1] for name, f in curvature.items() if not isinstance(f, Within)}
+    return ", ".join(f"{name} {float(values.double().sum()):.17g}" for name, values in own.items())

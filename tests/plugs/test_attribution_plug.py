@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from fxcurv.errors import ArgumentError, LossError
-from fxcurv.extensions import KFAC, Projected
+import fxcurv
+from fxcurv.errors import ArgumentError, ExtensionError, LossError
+from fxcurv.extensions import EKFAC, KFAC, Projected, Quadratic
 from fxcurv.plugs.attribution import Attribution, margin
 
 DAMPING = 0.03
@@ -121,6 +122,27 @@ def test_trak(case):
     r = 1 - torch.softmax(model(x), 1).detach()[torch.arange(9), y]
     wanted = of_queries @ torch.linalg.inv(phi.t() @ phi + 0.1 * torch.eye(dim).double()) @ phi.t() * r
     torch.testing.assert_close(attribution.trak(batches(*QUERIES), dim, 4, measure=margin, damping=0.1), wanted)
+
+
+@pytest.mark.slow
+def test_blocks_of_weight_and_bias_together(case):
+    model, attribution, _ = case
+    curvature = attribution.curvature(EKFAC(fisher="empirical", joint=True))
+    each, queries = gradients(model, TRAIN), gradients(model, QUERIES)
+    x = data(TRAIN[0], TRAIN[2])[0]
+    wanted = own = 0
+    for layer, a in {"0": x, "2": torch.tanh(model[0](x)).detach()}.items():
+        g, v = (torch.cat([t[f"{layer}.weight"], t[f"{layer}.bias"].unsqueeze(2)], 2).flatten(1) for t in (each, queries))
+        a, b = torch.cat([a, torch.ones(len(a), 1)], 1), each[f"{layer}.bias"]
+        q = torch.kron(torch.linalg.eigh(b.t() @ b)[1], torch.linalg.eigh(a.t() @ a)[1])
+        solve = inverse(q * (g @ q).square().mean(0) @ q.t())
+        wanted, own = wanted + v @ solve @ g.t(), own + (g @ solve * g).sum(1)
+    torch.testing.assert_close(attribution.influence(batches(*QUERIES), curvature, DAMPING), wanted)
+    torch.testing.assert_close(attribution.self_influence(curvature, DAMPING), own)
+    with pytest.raises(ExtensionError, match="pass total=True"):
+        fxcurv.compile(model, nn.CrossEntropyLoss(), [Quadratic(metric=curvature)])(*data(3, 0))
+    with pytest.raises(ExtensionError, match="0.bias"):
+        fxcurv.compile(model, nn.CrossEntropyLoss(), [Quadratic(metric=curvature, params="0.weight")])(*data(3, 0))
 
 
 @pytest.mark.slow
