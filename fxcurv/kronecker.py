@@ -398,6 +398,25 @@ class Blocks(Mapping):
         """The same: it is symmetric."""
         return self
 
+    def adjoint(self) -> Blocks:
+        """The same."""
+        return self
+
+    def to_scipy(self):
+        """As a `scipy.sparse.linalg.LinearOperator` (needs scipy)."""
+        from scipy.sparse.linalg import LinearOperator
+
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+
+        def times(x):
+            return (self @ torch.as_tensor(x).to(like)).cpu().numpy()
+
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return LinearOperator(
+            self.shape, matvec=lambda x: times(x.reshape(-1)), rmatvec=lambda x: times(x.reshape(-1)), matmat=times,
+            rmatmat=times, dtype=dtype,
+        )  # fmt: skip
+
     def __matmul__(self, v: Vector) -> Vector:
         """The product with a vector; see the class.
 

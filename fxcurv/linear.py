@@ -129,6 +129,10 @@ class Matrix:
     def T(self) -> Any:  # noqa: N802
         return self
 
+    def adjoint(self) -> Any:
+        """Its transpose, `.T`, as it is real."""
+        return self.T
+
     def _times(self, v: dict[str, Tensor]) -> dict[str, Tensor]:
         raise NotImplementedError
 

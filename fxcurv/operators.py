@@ -298,9 +298,27 @@ class Operator(Saved):
 
     Attributes:
         shape: (D, D), D the number of entries of these parameters.
+        dtype, device: of the first of them, as which flat vectors are given.
+        T: itself, as it is symmetric.
     """
 
     _code: Whole
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self._code.dtypes.values()))
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self._code.devices.values()))
+
+    @property
+    def T(self) -> Operator:  # noqa: N802
+        return self
+
+    def adjoint(self) -> Operator:
+        """Itself."""
+        return self
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -358,8 +376,7 @@ class Operator(Saved):
         """This matrix as a `scipy.sparse.linalg.LinearOperator` (needs scipy)."""
         from scipy.sparse.linalg import LinearOperator
 
-        name = next(iter(self._code.shapes))
-        like = torch.empty(0, dtype=self._code.dtypes[name], device=self._code.devices[name])
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
 
         def times(x):
             return (self @ torch.as_tensor(x).to(like)).cpu().numpy()

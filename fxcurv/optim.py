@@ -1,4 +1,4 @@
-"""Optimizers that divide the gradient by a running average of the curvature.
+"""Optimizers that divide the gradient by the curvature: by a running average of it, or by that of the batch, matrix-free.
 
 ::
 
@@ -11,12 +11,13 @@ that curvature and damping do not depend on the batch size::
 
     C <- decay C + (1 - decay) C_batch        (C + damping)^-1 (gradient + weight_decay p)
 
-with the bias of a short average undone, as in Adam (Kingma & Ba 2015). Momentum is PyTorch's SGD's.
+with the bias of a short average undone, as in Adam (Kingma & Ba 2015). Momentum is PyTorch's SGD's. What a group holds (`lr`,
+`momentum`, `damping`, `weight_decay`) is read at every step, so schedulers, and loops that lower a group's damping, take effect.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,17 +27,22 @@ from torch.optim import Optimizer
 from fxcurv.api import Compiled
 from fxcurv.api import compile as compile_model
 from fxcurv.errors import ArgumentError
+from fxcurv.extensions import GGNMP, KFLR, DiagGGNExact, DiagGGNMC, Extension
 from fxcurv.extensions import KFAC as KFACExtension
-from fxcurv.extensions import KFLR, DiagGGNExact, DiagGGNMC, Extension
+from fxcurv.extensions.kfac import Bases, MomentsIn
 from fxcurv.ir.private import pytree
-from fxcurv.kronecker import Arrangement, Blocks, Kronecker, matmul
+from fxcurv.kronecker import Blocks, Eigenbasis, Joint, Kronecker, Within, arranged, eigenbasis, plain
 from fxcurv.result import Result
 
-__all__ = ["KFAC", "DiagGGN"]
+__all__ = ["EKFAC", "KFAC", "DiagGGN", "NaturalGradientCG"]
+
+Named = dict[str, Tensor]
+# of a parameter's state: tensors that keep their dtype, whatever the parameter's, and what is no tensor
+AVERAGES, NOTES = ("curvature", "basis", "moments"), ("arrangement", "within")
 
 
 class _Curved(Optimizer):
-    """What both share; see the module.
+    """What all share; see the module.
 
     Args:
         model, loss: as for `fxcurv.compile`.
@@ -67,11 +73,9 @@ class _Curved(Optimizer):
         self._names = {id(p): name for name, p in model.named_parameters()}
         for group in self.param_groups:
             self._check(group)
-        names = tuple(self._names[id(p)] for group in self.param_groups for p in group["params"])
-        self._plain: Compiled = compile_model(model, loss, [], params=names, **options)
+        self._plain: Compiled = compile_model(model, loss, [], params=tuple(n for n, *_ in self._held()), **options)
         self._curved = self._plain.asking([extension])
         self._steps = self._updates = 0
-        self._bases: dict[str, Any] = {}
 
     def _check(self, group: dict[str, Any]) -> None:
         for key, most in (("lr", None), ("damping", None), ("weight_decay", None), ("momentum", 1)):
@@ -80,6 +84,20 @@ class _Curved(Optimizer):
         for p in group["params"]:
             if id(p) not in self._names:
                 raise ArgumentError(f"a parameter of shape {list(p.shape)} is none of the model's: pass those of the model")
+
+    def _held(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+        """(name, parameter, group) of each parameter."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                yield self._names[id(p)], p, group
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What `torch.amp.GradScaler.step` asks first of an optimizer."""
+        raise ArgumentError(
+            f"GradScaler scales a loss and reads p.grad, and {type(self).__name__}.step computes both itself. Way out: call "
+            "optimizer.step(batch) without the scaler, under torch.autocast(dtype=torch.bfloat16), which needs none"
+        )
 
     @torch.no_grad()
     def step(self, batch: Iterable[Any], seed: int | Tensor | None = None) -> Result:  # type: ignore[override]
@@ -93,57 +111,83 @@ class _Curved(Optimizer):
             its result, from before the step: loss, output and gradient.
         """
         inputs, *targets = batch
+
+        def call(compiled: Compiled) -> Result:
+            return compiled(inputs, *targets, seed=seed)
+
         update = self._steps % self.interval == 0
-        result = (self._curved if update else self._plain)(inputs, *targets, seed=seed)
+        result = call(self._due() if update else self._plain)
         samples = self._plain.arguments(inputs, *targets).batch_size
         if not sum(getattr(result, "sizes", (samples,))):
             return result
         if update:
-            self._average(result[self._extension])
+            self._updates += 1
+            self._update(result, call)
         self._steps += 1
-        for group in self.param_groups:
-            for p in group["params"]:
-                g = result.grad[self._names[id(p)]]
-                g = g.add(p, alpha=group["weight_decay"]) if group["weight_decay"] else g
-                direction = self._direction(p, g, group["damping"])
-                if group["momentum"]:
-                    before = self.state[p].get("momentum")
-                    direction = direction if before is None else before.mul_(group["momentum"]).add_(direction)
-                    self.state[p]["momentum"] = direction if before is not None else direction.clone()
-                p.add_(direction, alpha=-group["lr"])
+        gradients: Named = {}
+        for name, p, group in self._held():
+            g = result.grad[name]
+            gradients[name] = g.add(p, alpha=group["weight_decay"]) if group["weight_decay"] else g
+        self._apply(gradients, self._moves(self._directions(gradients)), call, result)
         return result
 
-    def _average(self, field: dict[str, Any]) -> None:
-        self._updates += 1
-        self._bases = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                new = field[self._names[id(p)]]
-                old = self.state[p].get("curvature")
-                leaves = pytree.tree_leaves(new)
-                before = old if old is not None else [torch.zeros_like(t) for t in leaves]
-                self.state[p]["curvature"] = [torch.lerp(a, b, 1 - self.decay) for a, b in zip(before, leaves, strict=True)]
-                self._keep(p, new)
+    def _due(self) -> Compiled:
+        """The program of a step with curvature."""
+        return self._curved
 
-    def _averaged(self, p: Tensor) -> list[Tensor]:
-        """The running average, its bias undone."""
-        scale = 1 - self.decay**self._updates
-        return [t / scale for t in self.state[p]["curvature"]]
+    def _update(self, result: Result, call: Callable[[Compiled], Result]) -> None:
+        """Take up a batch's curvature."""
+        field = result[self._extension]
+        for name, p, _ in self._held():
+            self.state[p]["curvature"] = self._mixed(self.state[p].get("curvature"), pytree.tree_leaves(field[name]))
 
-    def _keep(self, p: Tensor, value: Any) -> None:
-        """Note what of a value is no tensor."""
+    def _mixed(self, before: list[Tensor] | None, new: list[Tensor]) -> list[Tensor]:
+        """The running average, which starts from zero."""
+        old = before if before is not None else [torch.zeros_like(t) for t in new]
+        return [torch.lerp(a, b, 1 - self.decay) for a, b in zip(old, new, strict=True)]
 
-    def _direction(self, p: Tensor, g: Tensor, damping: float) -> Tensor:
+    def _unbiased(self, averages: list[Tensor], updates: int) -> list[Tensor]:
+        scale = 1 - self.decay**updates
+        return [t / scale for t in averages]
+
+    def _directions(self, gradients: Named) -> Named:
         raise NotImplementedError
+
+    def _moves(self, directions: Named) -> Named:
+        """What is added to each parameter."""
+        moves: Named = {}
+        for name, p, group in self._held():
+            direction = directions[name].to(p.dtype)
+            if group["momentum"]:
+                before = self.state[p].get("momentum")
+                direction = direction.clone() if before is None else before.mul_(group["momentum"]).add_(direction)
+                self.state[p]["momentum"] = direction
+            moves[name] = direction.mul(-group["lr"])
+        return moves
+
+    def _apply(self, gradients: Named, moves: Named, call: Callable[[Compiled], Result], result: Result) -> None:
+        for name, p, _ in self._held():
+            p.add_(moves[name])
+
+    def _counts(self) -> dict[str, int]:
+        return {"steps": self._steps, "updates": self._updates}
+
+    def _count(self, counts: dict[str, int]) -> None:
+        self._steps, self._updates = counts["steps"], counts["updates"]
 
     def state_dict(self) -> dict[str, Any]:
         """That of any optimizer, and the counts of steps."""
-        return {**super().state_dict(), "steps": self._steps, "updates": self._updates}
+        return {**super().state_dict(), **self._counts()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        known = {k: v for k, v in state_dict.items() if k not in ("steps", "updates")}
-        super().load_state_dict(known)
-        self._steps, self._updates, self._bases = state_dict["steps"], state_dict["updates"], {}
+        counts = self._counts()
+        super().load_state_dict({k: v for k, v in state_dict.items() if k not in counts})
+        saved = [state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"]]
+        for (_, p, _), own in zip(self._held(), saved, strict=True):
+            for key in set(own).intersection(AVERAGES):
+                self.state[p][key] = [t.detach().to(p.device, copy=True) for t in own[key]]
+            self.state[p].update({key: own[key] for key in NOTES if key in own})  # PyTorch casts the letters of a name
+        self._count(state_dict)  # type: ignore[arg-type]
 
 
 class DiagGGN(_Curved):
@@ -165,12 +209,68 @@ class DiagGGN(_Curved):
             interval=interval, options=options,
         )  # fmt: skip
 
-    def _direction(self, p: Tensor, g: Tensor, damping: float) -> Tensor:
-        (diagonal,) = self._averaged(p)
-        return (g / (diagonal + damping)).to(p.dtype)
+    def _directions(self, gradients: Named) -> Named:
+        found: Named = {}
+        for name, p, group in self._held():
+            (diagonal,) = self._unbiased(self.state[p]["curvature"], self._updates)
+            found[name] = gradients[name] / (diagonal + group["damping"])
+        return found
 
 
-class KFAC(_Curved):
+class _Factored(_Curved):
+    """What those with Kronecker factors share: a matrix of blocks per group, inverted once and used until it changes."""
+
+    def __init__(self, *args: Any, **known: Any):
+        super().__init__(*args, **known)
+        self._inverses: dict[int, tuple[float, Blocks]] = {}
+
+    def _update(self, result: Result, call: Callable[[Compiled], Result]) -> None:
+        super()._update(result, call)
+        self._inverses = {}
+        field = result[self._extension]
+        together = {name: group for name, _, group in self._held()}
+        for name, p, group in self._held():
+            value = field[name]
+            if isinstance(value, Within):
+                self.state[p]["within"] = value.weight
+                continue
+            self.state[p]["arrangement"] = plain(value.arrangement)
+            if isinstance(value.arrangement, Joint) and together[value.arrangement.bias_name] is not group:
+                raise ArgumentError(
+                    f"'{name}' and '{value.arrangement.bias_name}' have one block, and are in two groups: put both into one"
+                )
+
+    def _factors(self, p: Tensor) -> Kronecker | Within:
+        """The running averages of a parameter's factors."""
+        own = self.state[p]
+        if "within" in own:
+            return Within(own["within"])
+        return Kronecker(self._unbiased(own["curvature"], self._turns()), arranged(own["arrangement"]))
+
+    def _turns(self) -> int:
+        """How many batches the averages of factors are of."""
+        return self._updates
+
+    def _inverse(self, named: dict[str, Tensor], damping: float) -> Blocks:
+        raise NotImplementedError
+
+    def _directions(self, gradients: Named) -> Named:
+        found: Named = {}
+        for k, group in enumerate(self.param_groups):
+            named = {self._names[id(p)]: p for p in group["params"]}
+            known, inverse = self._inverses.get(k, (None, None))
+            if known != group["damping"] or inverse is None:
+                inverse = self._inverse(named, group["damping"])
+                self._inverses[k] = group["damping"], inverse
+            found |= inverse @ {name: gradients[name].to(inverse.dtype) for name in named}
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._inverses = {}
+
+
+class KFAC(_Factored):
     """Steps by Kronecker factors (Martens & Grosse 2015), damped by their pi; see the module.
 
     Args:
@@ -185,31 +285,227 @@ class KFAC(_Curved):
         interval: steps from one curvature to the next; factors are decomposed then, and used in between.
         mc_samples: sampled columns; None for the exact ones.
         weight_sharing: "backpack", "expand" or "reduce", as for the extension.
+        joint: one block for a layer's weight and bias, as for the extension; both have to be in one group.
         options: those of `fxcurv.compile`.
     """
 
     def __init__(
         self, model: nn.Module, loss: Callable[..., Tensor], params: Any = None, *, lr: float = 0.05, momentum: float = 0.9,
         damping: float = 1e-2, weight_decay: float = 0.0, decay: float = 0.95, interval: int = 1,
-        mc_samples: int | None = 1, weight_sharing: str = "expand", **options: Any,
+        mc_samples: int | None = 1, weight_sharing: str = "expand", joint: bool = False, **options: Any,
     ):  # fmt: skip
-        known: Any = {"weight_sharing": weight_sharing, "others": "exact"}
+        known: Any = {"weight_sharing": weight_sharing, "others": "exact", "joint": joint}
         extension: Extension = KFLR(**known) if mc_samples is None else KFACExtension(mc_samples, **known)
         super().__init__(
             model, loss, extension, params, lr=lr, momentum=momentum, damping=damping, weight_decay=weight_decay, decay=decay,
             interval=interval, options=options,
         )  # fmt: skip
 
-    def _keep(self, p: Tensor, value: Any) -> None:
-        a = value.arrangement
-        self.state[p]["arrangement"] = [list(x) for x in (a.shape, a.sizes, a.outputs, a.inputs)]
+    def _inverse(self, named: dict[str, Tensor], damping: float) -> Blocks:
+        return Blocks({name: self._factors(p) for name, p in named.items()}).inverse(damping, pi=True)
 
-    def _direction(self, p: Tensor, g: Tensor, damping: float) -> Tensor:
-        name = self._names[id(p)]
-        known, inverse = self._bases.get(name, (None, None))
-        if known != damping:
-            arrangement = Arrangement(*map(tuple, self.state[p]["arrangement"]))
-            blocks = Blocks({name: Kronecker(self._averaged(p), arrangement)})
-            inverse = blocks.inverse(damping, pi=True)[name]
-            self._bases[name] = damping, inverse
-        return matmul(inverse, g.to(inverse[0].dtype)).to(p.dtype)
+
+class EKFAC(_Factored):
+    """Steps by second moments in the eigenbasis of Kronecker factors (George et al. 2018); see the module.
+
+    Every `interval` steps the moments of the batch enter their average, in the basis of the factors' averages, to which every
+    `basis_interval`-th time the batch's factors are added first: that step calls a second program on the batch. Where the basis
+    turns, the average goes along: what its matrix has on the diagonal in the new basis.
+
+    Args:
+        model, loss, params, lr, momentum, weight_decay, weight_sharing, joint, options: see `KFAC`.
+        damping: what is added to the moments.
+        decay: of the running averages of factors and moments.
+        interval: steps from one update of the moments to the next.
+        basis_interval: these updates from one basis to the next.
+        iterations: None for eigendecompositions; a number for as many orthogonal iterations from the basis before
+            (`fxcurv.kronecker.eigenbasis`), which cost less and follow slowly.
+        mc_samples: sampled columns.
+        fisher: "mc" or "empirical", as for the extension.
+        others: as for the extension.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Callable[..., Tensor], params: Any = None, *, lr: float = 0.05, momentum: float = 0.9,
+        damping: float = 1e-2, weight_decay: float = 0.0, decay: float = 0.95, interval: int = 1, basis_interval: int = 10,
+        iterations: int | None = None, mc_samples: int = 1, fisher: str = "mc", weight_sharing: str = "expand",
+        others: str = "auto", joint: bool = False, **options: Any,
+    ):  # fmt: skip
+        for key, value in (("basis_interval", basis_interval), ("iterations", iterations)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ArgumentError(f"{key}={value!r}: use a positive integer")
+        self.basis_interval, self.iterations = basis_interval, iterations
+        self._asked: Any = {
+            "mc_samples": mc_samples, "fisher": fisher, "weight_sharing": weight_sharing, "others": others, "joint": joint
+        }  # fmt: skip
+        self._bases: dict[str, Any] = {}
+        self._moments: tuple[MomentsIn, Compiled] | None = None
+        super().__init__(
+            model, loss, KFACExtension(**self._asked), params, lr=lr, momentum=momentum, damping=damping,
+            weight_decay=weight_decay, decay=decay, interval=interval, options=options,
+        )  # fmt: skip
+
+    def _due(self) -> Compiled:
+        return self._curved if self._updates % self.basis_interval == 0 or self._moments is None else self._moments[1]
+
+    def _turns(self) -> int:
+        return 1 + (self._updates - 1) // self.basis_interval
+
+    def _update(self, result: Result, call: Callable[[Compiled], Result]) -> None:
+        if self._extension in result.extensions:
+            super()._update(result, call)
+            self._turn()
+            result = call(self._moments[1])  # type: ignore[index]
+        self._inverses = {}
+        moments = result[self._moments[0]]  # type: ignore[index]
+        for name, p, _ in self._held():
+            if name in self._bases:
+                self.state[p]["moments"] = self._mixed(self.state[p].get("moments"), [moments[name]])
+
+    def _turn(self) -> None:
+        """To the basis of the factors as they are now. Its tensors stay, since the program of the moments reads them."""
+        for name, p, _ in self._held():
+            factors = self._factors(p)
+            if isinstance(factors, Within):
+                continue
+            old = self._bases.get(name)
+            start = Eigenbasis([*old, old[0]], old.arrangement) if old is not None and self.iterations else None
+            new = eigenbasis(factors, start, self.iterations or 1)[:-1]
+            if old is None:
+                self._bases[name] = Kronecker(new, factors.arrangement)
+            else:
+                self.state[p]["moments"] = [_turned(m, old, new) for m in self.state[p]["moments"]]
+                for q, fresh in zip(old, new, strict=True):
+                    q.copy_(fresh)
+            self.state[p]["basis"] = list(self._bases[name])
+        self._moments = self._moments or self._program_of_moments()
+
+    def _program_of_moments(self) -> tuple[MomentsIn, Compiled]:
+        known: dict[str, Any] = {name: self._factors(p) for name, p, _ in self._held() if "within" in self.state[p]}
+        extension = MomentsIn(**self._asked, bases=Bases(known | self._bases))
+        return extension, self._plain.asking([extension])
+
+    def _inverse(self, named: dict[str, Tensor], damping: float) -> Blocks:
+        blocks: dict[str, Any] = {}
+        for name, p in named.items():
+            if name in self._bases:
+                moments = self._unbiased(self.state[p]["moments"], self._updates)
+                blocks[name] = Eigenbasis([*self._bases[name], *moments], self._bases[name].arrangement)
+            else:
+                blocks[name] = self._factors(p)
+        return Blocks(blocks).inverse(damping)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._bases = {
+            name: Kronecker(self.state[p]["basis"], arranged(self.state[p]["arrangement"]))
+            for name, p, _ in self._held() if "basis" in self.state[p]
+        }  # fmt: skip
+        self._moments = self._program_of_moments() if self._bases else None
+
+
+def _turned(moments: Tensor, old: list[Tensor], new: list[Tensor]) -> Tensor:
+    """The diagonal, in another basis, of the matrix that has these moments on the diagonal in the old one."""
+    turns = [None if q.ndim == 1 else (fresh.mT @ q).square() for q, fresh in zip(old, new, strict=True)]
+    found = moments if turns[0] is None else turns[0] @ moments
+    return found if len(turns) == 1 or turns[1] is None else found @ turns[1].mT
+
+
+class NaturalGradientCG(_Curved):
+    """Steps by conjugate gradients with the batch's Gauss-Newton, matrix-free (Martens 2010): (G + damping I) d = gradient.
+
+    For the losses that are logarithms of likelihoods G is the Fisher matrix, and this the natural gradient. A step costs a
+    product per iteration beside the gradient, and no memory of the size of factors. Where the batch is small, G has few
+    eigenvalues above zero, and the damping decides how far a step goes.
+
+    Args:
+        model, loss, params, lr, momentum, weight_decay, options: see `KFAC`.
+        damping: what is added to G's eigenvalues, a number per group.
+        iterations: most of conjugate gradients in a step.
+        tol: where they end: at a residual of this times the gradient's norm.
+        warm: they start from the last direction times this.
+        adaptive: change all dampings after every step as Levenberg and Marquardt do: times 3/2 where the loss falls by less than
+            1/4 of what the quadratic model says, times 2/3 where by more than 3/4. It costs a forward pass on the same batch, and
+            means something for models without dropout.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Callable[..., Tensor], params: Any = None, *, lr: float = 1.0, momentum: float = 0.0,
+        damping: float = 1e-2, weight_decay: float = 0.0, iterations: int = 10, tol: float = 1e-3, warm: float = 0.95,
+        adaptive: bool = False, **options: Any,
+    ):  # fmt: skip
+        if not isinstance(iterations, int) or iterations < 1 or not tol >= 0 or not 0 <= warm <= 1:
+            raise ArgumentError(
+                f"iterations={iterations}, tol={tol}, warm={warm}: use a positive integer, a number that is not negative, and "
+                "one in [0, 1]"
+            )
+        self.iterations, self.tol, self.warm = iterations, tol, warm
+        super().__init__(
+            model, loss, GGNMP(), params, lr=lr, momentum=momentum, damping=damping, weight_decay=weight_decay, decay=0.0,
+            interval=1, options=options,
+        )  # fmt: skip
+        names = tuple(n for n, *_ in self._held())
+        trial = {**options, "update_buffers": False}
+        self._trial: Compiled | None = compile_model(model, loss, [], params=names, **trial) if adaptive else None
+        self._matrix: Any = None
+
+    def _update(self, result: Result, call: Callable[[Compiled], Result]) -> None:
+        self._matrix = result.ggn
+
+    def _directions(self, gradients: Named) -> Named:
+        damping = {name: group["damping"] for name, _, group in self._held()}
+        start = {name: self.state[p].get("direction") for name, p, _ in self._held()}
+        x = {name: torch.zeros_like(gradients[name]) if d is None else d * self.warm for name, d in start.items()}
+
+        def times(v: Named) -> Named:
+            return {name: t + damping[name] * v[name] for name, t in (self._matrix @ v).items()}
+
+        found = conjugate_gradients(times, gradients, x, self.iterations, self.tol)
+        for name, p, _ in self._held():
+            self.state[p]["direction"] = found[name]
+        return found
+
+    def _apply(self, gradients: Named, moves: Named, call: Callable[[Compiled], Result], result: Result) -> None:
+        if self._trial is None:
+            self._matrix = None
+            super()._apply(gradients, moves, call, result)
+            return
+        penalty = sum((g["weight_decay"] * (p * moves[n]).sum() for n, p, g in self._held()), torch.zeros(()))
+        square = sum((g["weight_decay"] * moves[n].square().sum() / 2 for n, _, g in self._held()), torch.zeros(()))
+        expected = _dot(gradients, moves) + _dot(moves, self._matrix @ moves) / 2 + square
+        self._matrix = None
+        super()._apply(gradients, moves, call, result)
+        found = call(self._trial).loss - result.loss + penalty + square
+        ratio = float(found / expected) if float(expected) < 0 else 0.0
+        for group in self.param_groups:
+            group["damping"] *= 1.5 if not ratio >= 0.25 else 2 / 3 if ratio > 0.75 else 1
+
+
+def conjugate_gradients(times: Callable[[Named], Named], b: Named, x: Named, iterations: int, tol: float) -> Named:
+    """x with A x = b, for a positive definite A (Hestenes & Stiefel 1952).
+
+    Args:
+        times: the product with A.
+        x: where to start.
+        iterations: at most so many products, beside the first one.
+        tol: the norm of the residual over that of b, at which to stop.
+    """
+    r = {n: b[n] - t for n, t in times(x).items()}
+    p, squared, enough = r, _dot(r, r), tol**2 * _dot(b, b)
+    for _ in range(iterations):
+        if not bool(squared > enough):
+            break
+        ap = times(p)
+        curvature = _dot(p, ap)
+        if not bool(curvature > 0):  # by rounding
+            break
+        step = squared / curvature
+        x = {n: t + step * p[n] for n, t in x.items()}
+        r = {n: t - step * ap[n] for n, t in r.items()}
+        before, squared = squared, _dot(r, r)
+        p = {n: t + squared / before * p[n] for n, t in r.items()}
+    return x
+
+
+def _dot(a: Named, b: Named) -> Tensor:
+    return torch.stack([(t * b[n]).sum() for n, t in a.items()]).sum()

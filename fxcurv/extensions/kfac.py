@@ -62,8 +62,8 @@ class KFAC(Factored):
             factor A beside it costs), else the diagonal of its block, a vector [B], B [numel] (a tied embedding, a table of
             positions); "skip", nothing, the result leaves it out; "error", it is refused by name. The report says which.
         joint: one block for a layer's weight and bias, B (x) A with A [in + 1, in + 1] of the inputs and a one. It is the
-            weight's entry, whose arrangement is a `kronecker.Joint`; the bias' entry is `kronecker.Within(weight)`. A bias belongs
-            to a weight where the same op, or a sum right behind it, adds it at every use (and both are among `params`); any
+            weight's entry, whose arrangement is a `kronecker.Joint`; the bias' entry is `kronecker.Within(weight)`. A bias goes
+            with a weight where the same op, or a sum right behind it, adds it at every use (and both are among `params`); any
             other has its own block, as have the weights of embeddings. The report says which.
     """
 

@@ -184,7 +184,7 @@ def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any, sample_index:
         if per is not None:
             name = repr(names[k]) if names else str(k)
             tensors[before:] = [_apart(t, at, per, name) for t, at in zip(tensors[before:], dims[before:], strict=True)]
-            template = map_leaves(template, Slot, lambda slot: Slot(slot.index, dims[slot.index]))
+            template = map_leaves(template, Slot, lambda slot, at=dims: Slot(slot.index, at[slot.index]))
         templates.append(template)
     if not tensors:
         raise ArgumentError("the inputs hold no tensor: pass a tensor, or a tuple or dict of tensors")
@@ -258,8 +258,8 @@ def _apart(t: Tensor, d: int | None, per: int, name: str) -> Tensor:
     at = d or 0
     if t.shape[at] % per:
         raise ArgumentError(
-            f"input {name} has {t.shape[at]} rows along dimension {at}, and batch_dim= says {per} per sample, which {t.shape[at]} "
-            "is no multiple of: pass Rows(k) with the k of this input, and whole samples"
+            f"input {name} has {t.shape[at]} rows along dimension {at}, and batch_dim= says {per} per sample, which "
+            f"{t.shape[at]} is no multiple of: pass Rows(k) with the k of this input, and whole samples"
         )
     return t.unflatten(at, (t.shape[at] // per, per))
 

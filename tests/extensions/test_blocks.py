@@ -7,7 +7,7 @@ from torch import nn
 import fxcurv
 from fxcurv.errors import ArgumentError
 from fxcurv.extensions import EKFAC, KFLR
-from fxcurv.kronecker import Arrangement, Blocks, Eigenbasis, Kronecker, dense
+from fxcurv.kronecker import Arrangement, Blocks, Eigenbasis, Kronecker, dense, eigenbasis, solve
 
 
 class Net(nn.Module):
@@ -94,6 +94,46 @@ def test_factors_that_are_indefinite_by_rounding_give_no_nan(scale):
         found += [blocks.solve(v, 1e-6, pi=True), blocks.logdet(1e-6, pi=True)] if isinstance(factors, Kronecker) else []
         assert all(t.isfinite().all() for t in found)
         assert blocks.logdet() == -torch.inf
+
+
+@pytest.mark.parametrize("damping", [(1e-9, 1e-9), 1e-12])
+def test_solving_with_factors_that_are_indefinite_by_rounding(damping):
+    """Damping far below the rounding: the solution is finite, and no direction is turned round."""
+    torch.manual_seed(0)
+    rows = torch.randn(3, 40)
+    factors = Kronecker([rows[:, :8].t() @ rows[:, :8], rows.t() @ rows], Arrangement((8, 40), (8, 40), (0,), (1,)))
+    for _ in range(4):
+        v = torch.randn(8, 40)
+        found = solve(factors, v, damping)
+        assert found.isfinite().all() and (v * found).sum() > 0
+    with pytest.raises(ArgumentError, match="singular"):
+        solve(factors, v, 0.0)
+
+
+def test_a_basis_goes_on_from_an_earlier_one(result):
+    """Nothing changes where the factors have not; where they have, steps tend to the new eigenvectors, orthogonal throughout."""
+    factors = result.kflr["head.weight"]
+    first = eigenbasis(factors)
+    close(dense(eigenbasis(factors, first)), dense(factors))
+    gen = torch.Generator().manual_seed(3)
+    values = [torch.linspace(1, 3, len(f)).double() ** 2 for f in factors]
+    near = [torch.eye(len(f)).double() + 0.05 * torch.randn(len(f), len(f), generator=gen).double() for f in factors]
+    turns = [torch.linalg.qr(t)[0] for t in near]
+    moved = [q @ q1 @ v.diag() @ q1.T @ q.T for q, q1, v in zip(first[:2], turns, values, strict=True)]
+    moved = Kronecker(moved, factors.arrangement)
+    off = []
+    for steps in (1, 5, 200):
+        basis = eigenbasis(moved, first, steps)
+        off.append(float((dense(basis) - dense(moved)).norm()))
+        close(basis[-1].sum(), dense(moved).trace())
+        for q in basis[:2]:
+            close(q.T @ q, torch.eye(len(q)).double())
+    assert off[0] > off[1] > 1e3 * off[2]
+    starts = Blocks({"w": moved}, start=Blocks({"w": factors}), steps=200)
+    close(starts.inverse(0.1).dense(), torch.linalg.inv(dense(moved) + 0.1 * torch.eye(len(dense(moved))).double()))
+    close(starts.damped(0.1, pi=True).dense(), Blocks({"w": moved}).damped(0.1, pi=True).dense())
+    with pytest.raises(ArgumentError, match="start is of"):
+        eigenbasis(result.kflr["head.bias"], first)
 
 
 def test_what_blocks_refuse(result):

@@ -19,9 +19,10 @@ from fxcurv.kronecker import Blocks, Joint, Within
 from fxcurv.over import Totals
 
 SHARING = ("backpack", "expand", "reduce")
-QUICK = ["mlp_sequence", "conv_transpose2d_groups"]
+QUICK = ["mlp_sequence"]
 NAMES = [
-    *QUICK, "mlp_relu", "layer_called_twice", "conv2d", "conv1d_groups_stride", "conv2d_groups", "dense_prediction", "residual_net",
+    *QUICK, "mlp_relu", "conv_transpose2d_groups", "layer_called_twice", "conv2d", "conv1d_groups_stride", "conv2d_groups", 
+    "dense_prediction", "residual_net",
 ]  # fmt: skip
 
 
@@ -177,6 +178,7 @@ def test_blocks_of_both_together(behind, field):
     assert set(Blocks({"w": factors["w"]}) @ {"w": named["w"], "c": named["c"]}) == {"w", "c"}
 
 
+@pytest.mark.slow
 def test_a_data_set_has_the_factors_of_all_samples(behind, tmp_path):
     """Sums over batches, on from a state that was saved in between, and the second pass of EKFAC."""
     model, compiled, x, y, result = behind
@@ -202,6 +204,7 @@ class Stops(list):
         raise InterruptedError
 
 
+@pytest.mark.slow
 def test_what_is_no_pair():
     """A bias of two layers, one behind something else, one that is not among `params`; and an embedding's."""
     torch.manual_seed(0)

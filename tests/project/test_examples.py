@@ -21,7 +21,10 @@ SCRIPTS = {
     "demo", "batched_jacobians", "all_extensions", "gradient_of_variance", "diag_ggn_optimizer", "train_compiled",
     "train_distributed",
 }  # fmt: skip
-PICTURES = {"gradient_noise", "influence", "laplace_regression", "kfac_factors", "pruning", "spectrum", "token_gradients"}
+PICTURES = {
+    "elastic_weights", "gradient_noise", "influence", "laplace_regression", "kfac_factors", "optimizers", "pruning",
+    "spectrum", "token_gradients",
+}  # fmt: skip
 PNG = b"\x89PNG"
 
 
@@ -79,6 +82,23 @@ def test_gradient_noise(shown):
     assert len(measured) == 12 and len(axes.lines) == 4
     ratios = torch.tensor(measured) / torch.tensor(predicted)
     assert ratios.min() > 0.5 and ratios.max() < 2  # over a range of 32
+
+
+@pytest.mark.slow
+def test_elastic_weights(shown):
+    """Held by Kronecker factors, both tasks are known; the worse of them less so by a diagonal, or by distance."""
+    out, (axes,) = shown("elastic_weights")
+    worse = [min(pair) for pair in re.findall(r": first task ([\d.]+), second ([\d.]+)", out)]
+    distance, diagonal, kronecker, nothing = map(float, worse)
+    assert nothing < distance < diagonal < kronecker and len(axes.lines) == 4
+
+
+@pytest.mark.slow
+def test_optimizers(shown):
+    out, (axes,) = shown("optimizers")
+    losses = {name: float(value) for name, value in re.findall(r"(\w+): loss ([\d.]+)", out)}
+    assert losses["DiagGGN"] < losses["SGD"] and len(axes.lines) == 6
+    assert max(losses[name] for name in ("KFAC", "EKFAC", "NaturalGradientCG")) < min(losses["SGD"], losses["Adam"])
 
 
 def test_laplace_regression(shown):

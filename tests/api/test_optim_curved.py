@@ -1,0 +1,263 @@
+"""Steps of EKFAC, of KFAC with joint blocks and of conjugate gradients by dense algebra; states; training on digits."""
+
+import io
+
+import pytest
+import torch
+from oracle import Oracle
+from sklearn.datasets import load_digits
+from torch import nn
+
+import fxcurv
+from fxcurv import kronecker
+from fxcurv.errors import ArgumentError
+from fxcurv.kronecker import Within
+from fxcurv.optim import EKFAC, KFAC, NaturalGradientCG, conjugate_gradients
+
+LOSS = nn.CrossEntropyLoss()
+
+
+def case(n=12):
+    """More classes than features, so that no block has a null space of which any basis is as good."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 7)).double()
+    x = torch.randn(n, 4).double()
+    return model, x, (x @ torch.randn(4, 7).double()).argmax(1)
+
+
+def basis_of(factors):
+    """(the eigenvectors of a block, dense; a function that puts vectors of its parameters into its order)."""
+    q = kronecker.eigenbasis(factors)
+    turn = torch.kron(q[0], q[1]) if len(q) == 3 else q[0]
+    return turn, factors.arrangement.matrix
+
+
+def averaged(before, new, decay):
+    return [decay * (before[k] if before else 0) + (1 - decay) * t for k, t in enumerate(new)]
+
+
+@pytest.mark.parametrize("joint", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_ekfac_steps_are_those_of_the_formula(joint):
+    """Two bases, the average of the moments going from one to the other."""
+    model, x, y = case()
+    twin, _, _ = case()
+    known = {"lr": 0.2, "momentum": 0.5, "damping": 0.1, "weight_decay": 0.01, "decay": 0.7, "basis_interval": 2}
+    optimizer = EKFAC(model, LOSS, **known, fisher="empirical", joint=joint, check=None)
+    extension = fxcurv.extensions.KFAC(fisher="empirical", weight_sharing="expand", joint=joint)
+    compiled = fxcurv.compile(twin, LOSS, [extension], check=None)
+    named, factors, turns, moments, momentum = dict(twin.named_parameters()), {}, {}, {}, {}
+    for step in range(4):
+        optimizer.step((x, y))
+        oracle = Oracle(twin, LOSS, x, y, kind="ce")
+        batch, grads = oracle.grad_batch(), oracle.grad()
+        for name, new in compiled(x, y).kfac.items():
+            if isinstance(new, Within):
+                continue
+            own = list(new.arrangement.named(name))
+            pick = lambda of, own=own: tuple(of[n] for n in own) if len(own) > 1 else of[own[0]]  # noqa: E731
+            if step % 2 == 0:
+                factors[name] = averaged(factors.get(name), new, 0.7)
+                unbiased = [f / (1 - 0.7 ** (step // 2 + 1)) for f in factors[name]]
+                turn, _ = basis_of(kronecker.Kronecker(unbiased, new.arrangement))
+                if name in turns:
+                    moments[name] = ((turn.T @ turns[name]) @ moments[name].diag() @ (turns[name].T @ turn)).diagonal()
+                turns[name] = turn
+            rows = new.arrangement.matrix(pick(batch)).flatten(1) * len(x) ** 0.5  # the empirical columns: c = 1/N
+            moments[name] = 0.7 * moments.get(name, 0) + 0.3 * (rows @ turns[name]).square().sum(0)
+            g = new.arrangement.matrix(pick({n: grads[n] + 0.01 * p.detach() for n, p in named.items()}))
+            inside = (turns[name].T @ g.flatten()) / (moments[name] / (1 - 0.7 ** (step + 1)) + 0.1)
+            found = new.arrangement.vector((turns[name] @ inside).reshape(g.shape))
+            for n, direction in zip(own, found if len(own) > 1 else (found,), strict=True):
+                momentum[n] = direction if n not in momentum else 0.5 * momentum[n] + direction
+                with torch.no_grad():
+                    named[n] -= 0.2 * momentum[n]
+    torch.testing.assert_close(list(model.parameters()), list(twin.parameters()), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_kfac_steps_with_joint_blocks():
+    model, x, y = case()
+    twin, _, _ = case()
+    optimizer = KFAC(model, LOSS, lr=0.3, momentum=0, damping=0.1, decay=0.5, mc_samples=None, joint=True, check=None)
+    result = fxcurv.compile(twin, LOSS, [fxcurv.extensions.KFLR(weight_sharing="expand", joint=True)], check=None)(x, y)
+    optimizer.step((x, y))
+    for name, factors in result.kflr.items():
+        if isinstance(factors, Within):
+            continue
+        own = list(factors.arrangement.named(name))
+        if len(factors) == 2:
+            b, a = factors
+            pi = ((a.trace() / len(a)) / (b.trace() / len(b))).sqrt()
+            b, a = b + 0.1**0.5 / pi * torch.eye(len(b)).double(), a + 0.1**0.5 * pi * torch.eye(len(a)).double()
+            g = torch.cat([result.grad[own[0]], result.grad[own[1]].unsqueeze(1)], 1)
+            d = torch.linalg.solve(b, torch.linalg.solve(a, g, left=False))
+            found = {own[0]: d[:, :-1], own[1]: d[:, -1]}
+        else:
+            found = {name: torch.linalg.solve(factors[0] + 0.1 * torch.eye(len(factors[0])).double(), result.grad[name])}
+        for n, d in found.items():
+            torch.testing.assert_close(model.get_parameter(n), twin.get_parameter(n) - 0.3 * d)
+
+
+def test_steps_of_conjugate_gradients_are_those_of_the_dense_matrix():
+    """Two groups with dampings of their own, and these as Levenberg and Marquardt change them."""
+    model, x, y = case()
+    twin, _, _ = case()
+    groups = [{"params": model[0].parameters(), "damping": 0.2}, {"params": [*model[2].parameters(), *model[3].parameters()]}]
+    known = {"lr": 1.0, "damping": 0.05, "weight_decay": 0.01, "iterations": 200, "tol": 1e-12, "adaptive": True}
+    optimizer = NaturalGradientCG(model, LOSS, groups, **known, check=None)
+    sizes = [p.numel() for p in twin.parameters()]
+    dampings = torch.cat([torch.full((n,), 0.2 if k < 2 else 0.05, dtype=torch.float64) for k, n in enumerate(sizes)])
+    for _ in range(3):
+        before = optimizer.step((x, y)).loss
+        oracle = Oracle(twin, LOSS, x, y, kind="ce")
+        theta = torch.cat([p.detach().flatten() for p in twin.parameters()])
+        g = torch.cat([t.flatten() for t in oracle.grad().values()]) + 0.01 * theta
+        matrix = oracle.ggn_matrix()
+        move = -torch.linalg.solve(matrix + dampings.diag(), g)
+        for p, part in zip(twin.parameters(), move.split(sizes), strict=True):
+            p.data += part.reshape(p.shape)
+        torch.testing.assert_close(list(model.parameters()), list(twin.parameters()), rtol=1e-7, atol=1e-9)
+        model_says = g @ move + move @ (matrix @ move) / 2 + 0.01 * move @ move / 2
+        now = LOSS(twin(x), y) - before + 0.01 * ((theta + move).square().sum() - theta.square().sum()) / 2
+        ratio = float(now.detach() / model_says)
+        dampings *= 1.5 if ratio < 0.25 else 2 / 3 if ratio > 0.75 else 1
+        torch.testing.assert_close(optimizer.param_groups[1]["damping"], float(dampings[-1]))
+        torch.testing.assert_close(optimizer.param_groups[0]["damping"], float(dampings[0]))
+
+
+def test_few_iterations_from_a_start():
+    """As many products as are asked for; from the solution none is wanted; the residual falls."""
+    torch.manual_seed(0)
+    root, b = torch.randn(9, 9).double(), {"a": torch.randn(4).double(), "c": torch.randn(5).double()}
+    matrix, calls = root @ root.T + torch.eye(9).double(), []
+
+    def times(v):
+        calls.append(1)
+        a, c = (matrix @ torch.cat([v["a"], v["c"]])).split([4, 5])
+        return {"a": a, "c": c}
+
+    zero, flat = {n: torch.zeros_like(t) for n, t in b.items()}, torch.cat([*b.values()])
+    off = []
+    for k in (1, 3, 30):
+        calls.clear()
+        x = conjugate_gradients(times, b, zero, k, 1e-12)
+        off.append(float((torch.cat([*x.values()]) - torch.linalg.solve(matrix, flat)).norm()))
+        assert len(calls) <= k + 1
+    assert off[0] > off[1] > 1e3 * off[2] and off[2] < 1e-9
+    calls.clear()
+    conjugate_gradients(times, b, x, 10, 1e-6)
+    assert len(calls) == 1
+
+
+KINDS = {
+    "kfac": lambda m: KFAC(m, LOSS, joint=True, interval=2, check=None),
+    "ekfac": lambda m: EKFAC(m, LOSS, joint=True, basis_interval=2, iterations=1, check=None),
+    "cg": lambda m: NaturalGradientCG(m, LOSS, iterations=3, adaptive=True, check=None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_goes_on_where_it_was(kind):
+    """To the last bit, through a file that holds no code; a scheduler and a damping that falls reach the steps."""
+    model, x, y = case(40)
+    optimizer = KINDS[kind](model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+    losses = []
+    for step in range(5):
+        losses.append(float(optimizer.step((x, y), seed=step).loss))
+        scheduler.step()
+        for group in optimizer.param_groups:
+            group["damping"] *= 0.9
+    assert losses[-1] < 0.9 * losses[0]
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    other, _, _ = case()
+    other.load_state_dict(state["model"])
+    again = KINDS[kind](other)
+    again.load_state_dict(state["optimizer"])
+    for step in range(5, 8):
+        optimizer.step((x, y), seed=step)
+        again.step((x, y), seed=step)
+    assert all(map(torch.equal, other.parameters(), model.parameters()))
+
+
+@pytest.mark.slow
+def test_averages_keep_their_precision():
+    """A state's factors of a model in half precision are in float32, and stay so when they are loaded."""
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(4, 3)).bfloat16(), torch.randn(9, 4).bfloat16(), torch.randint(3, (9,))
+    optimizer = EKFAC(model, LOSS, check=None)
+    optimizer.step((x, y))
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    for p, saved in zip(model.parameters(), state["state"].values(), strict=True):
+        for key in ("curvature", "basis", "moments"):
+            assert all(t.dtype == torch.float32 for t in optimizer.state[p][key])
+            assert all(map(torch.equal, optimizer.state[p][key], saved[key]))
+
+
+@pytest.mark.slow
+def test_they_train_digits_further_than_sgd_in_as_many_steps():
+    x, y = (torch.as_tensor(t) for t in load_digits(return_X_y=True))
+    x = x.float() / 16
+
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 10))
+
+    def trained(model, step, steps=30):
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(steps):
+            picked = torch.randperm(len(x), generator=generator)[:256]
+            step(x[picked], y[picked])
+        with torch.no_grad():
+            return float(LOSS(model(x), y))
+
+    def plainly(lr):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+
+        def step(a, b):
+            optimizer.zero_grad()
+            LOSS(model(a), b).backward()
+            optimizer.step()
+
+        return trained(model, step)
+
+    sgd = min(plainly(lr) for lr in (0.03, 0.1, 0.3, 1.0))
+    curved = {
+        "kfac": lambda m: KFAC(m, LOSS, lr=0.2, joint=True, damping=1e-2, check=None),
+        "ekfac": lambda m: EKFAC(m, LOSS, lr=0.05, joint=True, damping=1e-2, basis_interval=5, check=None),
+        "cg": lambda m: NaturalGradientCG(m, LOSS, lr=0.5, damping=1e-2, iterations=10, check=None),
+    }
+    for name, make in curved.items():
+        model = net()
+        optimizer = make(model)
+        found = trained(model, lambda a, b, o=optimizer: o.step((a, b)))
+        assert found < sgd, (name, found, sgd)
+
+
+def test_what_is_refused():
+    model, x, y = case()
+    for kind, wrong in (
+        (EKFAC, {"basis_interval": 0}), (EKFAC, {"iterations": 0}), (NaturalGradientCG, {"iterations": 0}),
+        (NaturalGradientCG, {"warm": 2}),
+    ):  # fmt: skip
+        with pytest.raises(ArgumentError, match=next(iter(wrong))):
+            kind(model, LOSS, **wrong)
+    optimizer = KFAC(model, LOSS)
+    with pytest.raises(ArgumentError, match="GradScaler"):
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(torch.ones(()))
+        scaler.step(optimizer, (x, y))
+
+
+@pytest.mark.slow
+def test_weight_and_bias_in_two_groups_are_refused():
+    model, x, y = case()
+    groups = [{"params": [p for p in model.parameters() if p.ndim == d], "lr": 0.1 * d} for d in (1, 2)]
+    with pytest.raises(ArgumentError, match="two groups"):
+        KFAC(model, LOSS, groups, joint=True).step((x, y))
