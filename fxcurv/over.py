@@ -69,8 +69,8 @@ def over(
             a sum, or a mean over any weights (samples, counted positions, class weights). "sum" and "mean" (over samples)
             say so, for a loss that the model computes itself; a function (inputs, *targets) -> Z gives the weight that a
             batch has in a mean, as the number of its tokens.
-        seed: of sampled columns, which are those of one call with this seed; under `mesh=` every batch has a seed of its own, made
-            of this one and the number of samples before it.
+        seed: of sampled columns, which are those of one call with this seed; under `mesh=` every batch has a seed of its own,
+            made of this one and the number of samples before it.
         decay: the result is the running average of the batches' values, as each batch gives them, with weights decay**age
             that add up to 1. Not for what is per sample: the norms beside `ClippedGrad`'s sums are left out.
         to: a folder for what is per sample: a file `<field>.<parameter>.npy` each (`numpy.memmap`), of which the result

@@ -28,6 +28,7 @@ def step(like: Tensor, dim: int) -> int:
 
 def project(rows: Tensor, dim: int, key: int) -> Tensor:
     """Vectors [K, P] times R, [K, dim], in plain PyTorch, which autograd follows."""
+    rows = rows.to(wide(rows.dtype))
     parts = [
         rows[:, some] @ signs(torch.arange(some.start, some.stop, device=rows.device), dim, key, rows.dtype)
         for some in cpu.spans(rows.shape[1], step(rows, dim))
