@@ -25,12 +25,16 @@ from fxcurv.extensions import (
     DiagGGNExact,
     DiagGGNMC,
     DiagHessian,
+    Dots,
+    Projected,
+    Quadratic,
     SqrtGGNExact,
     SumGradSquared,
     Variance,
 )
 from fxcurv.ir.emit import number_of_samples
 from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Shard, samples_back, samples_first
+from fxcurv.kronecker import Blocks
 from fxcurv.passes.counts import counts
 from fxcurv.passes.placements import placements
 
@@ -219,3 +223,29 @@ def test_a_batch_of_one_size_is_not_split():
     places = {n.meta["across"] for r in program.results.values() for n in r.values()}
     assert places == {MIXED}
     assert program.params["0.weight"].meta["across"] == REPLICATE
+
+
+class Tokens(nn.Module):
+    """A table, a layer at shared positions, a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.conv, self.layer = nn.Embedding(6, 4), nn.Conv1d(4, 5, 2), nn.Linear(5, 3)
+
+    def forward(self, words):
+        return torch.tanh(self.layer(self.conv(self.table(words).mT).mT)).mean(1)
+
+
+@pytest.mark.slow
+def test_inner_products_and_projections():
+    """Rows per sample that custom ops make, whose places are declared."""
+    torch.manual_seed(0)
+    model, loss, x, y = Tokens().double(), nn.CrossEntropyLoss(), torch.randint(6, (7, 4)), torch.randint(3, (7,))
+    vectors = {name: torch.randn(2, *p.shape).double() for name, p in model.named_parameters()}
+    blocks = fxcurv.compile(model, loss, [KFLR(params=["conv", "layer"])], check=None)(x, y).kflr
+    asked = [Projected(8), Dots(vectors), Quadratic(metric=Blocks(blocks), params=list(blocks))]
+    found = run_split(lowered(model, loss, asked, x, y), model, x, y, [3, 4])
+    wanted = fxcurv.compile(model, loss, asked, check=None)(x, y)
+    for e in asked:
+        for name, value in wanted[e].items():
+            torch.testing.assert_close(found[e.savefield][name], value)
