@@ -46,12 +46,24 @@ def tied(n=4):
     return Tied().double(), torch.randint(5, (n, 3)), torch.randint(5, (n,))
 
 
+class Twice(nn.Linear):
+    """One weight used twice."""
+
+    def forward(self, x):
+        return super().forward(torch.tanh(super().forward(x)))
+
+
+def twice():
+    torch.manual_seed(0)
+    return Twice(3, 3).double(), torch.randn(4, 3).double(), torch.randint(3, (4,))
+
+
 def flat(named, names, lead=1):
     """The chosen parameters side by side."""
     return torch.cat([named[n].flatten(lead) for n in names], lead)
 
 
-@pytest.mark.parametrize("case", [net, pytest.param(tied, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", [tied, pytest.param(net, marks=pytest.mark.slow)])
 def test_gram_matrices(case):
     model, x, y = case()
     compiled = fxcurv.compile(model, CE, [GramGGN(), NTK(), GramGrad()], debug=True)
@@ -89,7 +101,8 @@ def of_samples(oracle, names):
 
 
 @pytest.mark.parametrize("case, group", [
-    (net, ["a.weight", "a.bias"]), pytest.param(tied, ["table.weight"], marks=pytest.mark.slow),
+    (twice, ["weight"]), pytest.param(net, ["a.weight", "a.bias"], marks=pytest.mark.slow),
+    pytest.param(tied, ["table.weight"], marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_eigenpairs(case, group):
     """Of all parameters (more are asked for than there are), and of a group."""
@@ -126,6 +139,7 @@ def test_columns_in_parts():
         torch.testing.assert_close(found.eigh_ggn[name].abs(), wanted.eigh_ggn[name].abs())
 
 
+@pytest.mark.slow
 def test_by_token():
     torch.manual_seed(0)
     model, words = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5)).double(), torch.randint(5, (3, 2))

@@ -98,6 +98,7 @@ def test_influence_by_other_factors_parameters_and_measures(case):
     torch.testing.assert_close(found, queries @ inverse(block) @ train.t())
 
 
+@pytest.mark.slow
 def test_tracin(case, tmp_path):
     model, attribution, _ = case
     before, states, wanted = {k: v.clone() for k, v in model.state_dict().items()}, [], 0
@@ -112,6 +113,7 @@ def test_tracin(case, tmp_path):
         attribution.tracin(batches(*QUERIES), states, (0.5,))
 
 
+@pytest.mark.slow
 def test_trak(case):
     """With the kernel of all parameters for the projection, and R written out."""
     model, attribution, _ = case
@@ -170,6 +172,7 @@ class Stops:
             yield batch
 
 
+@pytest.mark.slow
 def test_goes_on_where_it_was(case, tmp_path):
     model, attribution, curvature = case
     queries = batches(*QUERIES)
