@@ -35,12 +35,16 @@ model = nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 10))
 named = dict(model.named_parameters())
 
 
-def fit(inputs: Tensor, penalty: Callable[[], Tensor | float], steps: int = 200) -> None:
+def nothing() -> Tensor:
+    return torch.zeros(())
+
+
+def fit(inputs: Tensor, penalty: Callable[[], Tensor] = nothing, strength: float = 0.0, steps: int = 200) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(steps):
         optimizer.zero_grad()
         batch = train[torch.randint(len(train), (128,))]
-        (loss(model(inputs[batch]), y[batch]) + penalty()).backward()
+        (loss(model(inputs[batch]), y[batch]) + strength / 2 * penalty()).backward()
         optimizer.step()
 
 
@@ -52,7 +56,7 @@ def accuracy(inputs: Tensor) -> float:
 # %%
 # The first task, and the curvature there, of all its images: `fxcurv.over` goes over a loader.
 
-fit(first, lambda: 0.0)
+fit(first)
 print(f"first task {accuracy(first):.2f}, second {accuracy(second):.2f}: before the second is learned")
 learned = {name: p.detach().clone() for name, p in named.items()}
 compiled = fxcurv.compile(model, loss, [DiagGGNExact(), KFLR(joint=True)])
@@ -67,12 +71,12 @@ def moved() -> dict[str, Tensor]:
 
 
 blocks = Blocks(found.kflr)
-PENALTIES = {
-    "distance": lambda: sum(d.square().sum() for d in moved().values()),
-    "diagonal": lambda: sum((found.diag_ggn_exact[name] * d.square()).sum() for name, d in moved().items()),
+PENALTIES: dict[str, Callable[[], Tensor]] = {
+    "distance": lambda: torch.stack([d.square().sum() for d in moved().values()]).sum(),
+    "diagonal": lambda: torch.stack([(found.diag_ggn_exact[name] * d.square()).sum() for name, d in moved().items()]).sum(),
     "Kronecker factors": lambda: blocks.quadratic(moved()),
 }
-STRENGTHS = {
+STRENGTHS: dict[str, list[float]] = {
     "distance": [0.003, 0.01, 0.03, 0.1], "diagonal": [1, 10, 100, 1000], "Kronecker factors": [1, 10, 100, 1000],
 }  # fmt: skip
 
@@ -82,14 +86,14 @@ for title, penalty in PENALTIES.items():
     for strength in STRENGTHS[title]:
         model.load_state_dict(learned)
         torch.manual_seed(1)
-        fit(second, lambda penalty=penalty, strength=strength: strength / 2 * penalty())
+        fit(second, penalty, strength)
         points.append((accuracy(second), accuracy(first)))
     axes.plot(*zip(*points, strict=True), "o-", label=title)
     best = max(points, key=min)
     print(f"{title}: first task {best[1]:.2f}, second {best[0]:.2f}")
 model.load_state_dict(learned)
 torch.manual_seed(1)
-fit(second, lambda: 0.0)
+fit(second)
 axes.plot(accuracy(second), accuracy(first), "kx", label="no penalty")
 print(f"no penalty: first task {accuracy(first):.2f}, second {accuracy(second):.2f}")
 axes.set(title="Accuracy on two tasks, learned one after the other", xlabel="second task", ylabel="first task")

@@ -12,6 +12,7 @@ moments in the factors' eigenbasis (`EKFAC`), or by the batch's Gauss-Newton its
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -80,7 +81,11 @@ CURVED = {
 for name, make in CURVED.items():
     model = network()
     optimizer = make(model)
-    curves[name] = trained(model, lambda inputs, targets, optimizer=optimizer: optimizer.step((inputs, targets)))
+
+    def step(inputs: Tensor, targets: Tensor, optimizer: Any = optimizer) -> None:
+        optimizer.step((inputs, targets))
+
+    curves[name] = trained(model, step)
 
 figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
 for name, curve in curves.items():

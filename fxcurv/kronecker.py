@@ -381,6 +381,11 @@ class Blocks(Mapping):
     __hash__ = None  # type: ignore[assignment]
 
     @property
+    def factors(self) -> dict[str, Kronecker | Eigenbasis]:
+        """Parameter name -> factors, without those that are `Within` another's block."""
+        return dict(self._factors)
+
+    @property
     def shape(self) -> tuple[int, int]:
         total = sum(map(prod, self._shapes.values()))
         return total, total
@@ -511,6 +516,10 @@ class Blocks(Mapping):
                 drawn = torch.randn(count, *shape, dtype=f[0].dtype, device=where, generator=generator)
                 noise[own] = drawn.to(f[0].device)
         return self.sqrt() @ noise
+
+    def scaled(self, factor: float) -> Blocks:
+        """Times a number that is not negative."""
+        return self._of_values(lambda name, values: values * factor)
 
     def basis(self) -> Blocks:
         """The same by eigenvectors and eigenvalues, as which it can be kept, and be a `start` of others."""

@@ -26,8 +26,8 @@ class Metric:
 
     def __repr__(self) -> str:
         """By value, so that the state of a pass over data knows it again."""
-        own = {n: eigenbasis(f)[-1] for n, f in self.of.items() if not isinstance(f, Within)}
-        return f"Metric({', '.join(f'{n} {float(values.double().norm()):.17g}' for n, values in own.items())})"
+        known = self.of.factors
+        return f"Metric({', '.join(f'{n} {float(eigenbasis(f)[-1].double().norm()):.17g}' for n, f in known.items())})"
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from fxcurv.data.rows import Rows
 from fxcurv.data.weights import Weights
 from fxcurv.errors import ArgumentError, LossError
 from fxcurv.extensions import EKFAC, BatchGrad, Dots, Extension, Projected, Quadratic
-from fxcurv.kronecker import Blocks, Eigenbasis, Within, eigenbasis
+from fxcurv.kronecker import Blocks, eigenbasis
 from fxcurv.over import Totals, digests
 from fxcurv.result import Result
 
@@ -87,15 +87,8 @@ class Attribution:
         """
         extension = extension or EKFAC(fisher="empirical")
         result, n, factor = self._pass(self._compiled.asking([extension]), seed=seed)
-        share = n if factor == 1 else 1
-
-        def of_mean(f: Any) -> Any:
-            if isinstance(f, Within):
-                return f
-            *basis, values = eigenbasis(f)
-            return Eigenbasis([*basis, values / share], f.arrangement)
-
-        return Blocks({name: of_mean(f) for name, f in result[extension].items()})
+        blocks = Blocks(result[extension]).basis()
+        return blocks.scaled(1 / n) if factor == 1 else blocks
 
     def influence(
         self, queries: Data, curvature: Blocks | None = None, damping: float = 0.0, *, measure: Any = None, to: Any = None
@@ -305,5 +298,4 @@ def _resumed(file: Path, state: dict[str, Any]) -> tuple[Rows, dict[str, Any]]:
 def _digest(curvature: Blocks | None) -> str:
     if curvature is None:
         return "none"
-    own = {name: eigenbasis(f)[-1] for name, f in curvature.items() if not isinstance(f, Within)}
-    return ", ".join(f"{name} {float(values.double().sum()):.17g}" for name, values in own.items())
+    return ", ".join(f"{name} {float(eigenbasis(f)[-1].double().sum()):.17g}" for name, f in curvature.factors.items())

@@ -14,7 +14,7 @@ from torch import nn
 import fxcurv
 from fxcurv import kronecker
 from fxcurv.errors import ArgumentError, ExtensionError
-from fxcurv.extensions import EKFAC, KFAC, KFLR, SqrtGGNExact, SqrtGGNMC
+from fxcurv.extensions import EKFAC, KFAC, KFLR, Quadratic, SqrtGGNExact, SqrtGGNMC
 from fxcurv.kronecker import Blocks, Joint, Within
 from fxcurv.over import Totals
 
@@ -228,6 +228,14 @@ def test_what_is_no_pair():
     assert [len(f) for f in alone.values()] == [2, 2, 2, 2]
     with pytest.raises(ExtensionError, match="joint"):
         KFAC(joint="yes")
+
+
+def test_a_form_of_one_parameter_is_refused(behind):
+    model, compiled, x, y, result = behind
+    for name in ("w", "c"):
+        with pytest.raises(ExtensionError, match=f"'{name}' is that of a weight and its bias together"):
+            compiled.asking([Quadratic(Blocks(result.kflr), params=name)])(x, y)
+    close(Blocks(result.kflr).scaled(0.5).dense(), Blocks(result.kflr).dense() / 2)
 
 
 def test_an_empty_batch_and_attached_results(behind):

@@ -88,8 +88,8 @@ def test_gradient_noise(shown):
 def test_elastic_weights(shown):
     """Held by Kronecker factors, both tasks are known; the worse of them less so by a diagonal, or by distance."""
     out, (axes,) = shown("elastic_weights")
-    worse = [min(pair) for pair in re.findall(r": first task ([\d.]+), second ([\d.]+)", out)]
-    distance, diagonal, kronecker, nothing = map(float, worse)
+    pairs = re.findall(r": first task ([\d.]+), second ([\d.]+)", out)
+    distance, diagonal, kronecker, nothing = (min(map(float, pair)) for pair in pairs)
     assert nothing < distance < diagonal < kronecker and len(axes.lines) == 4
 
 
