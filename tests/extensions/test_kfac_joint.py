@@ -233,8 +233,10 @@ def test_what_is_no_pair():
 def test_a_form_of_one_parameter_is_refused(behind):
     model, compiled, x, y, result = behind
     for name in ("w", "c"):
-        with pytest.raises(ExtensionError, match=f"'{name}' is that of a weight and its bias together"):
-            compiled.asking([Quadratic(Blocks(result.kflr), params=name)])(x, y)
+        with pytest.raises(ExtensionError, match="are not both among the blocks and the parameters"):
+            compiled.asking([Quadratic(Blocks(result.kflr), params=name, total=True)])(x, y)
+    with pytest.raises(ExtensionError, match="pass total=True"):
+        compiled.asking([Quadratic(Blocks(result.kflr))])(x, y)
     close(Blocks(result.kflr).scaled(0.5).dense(), Blocks(result.kflr).dense() / 2)
 
 
