@@ -191,7 +191,7 @@ class Compiled:
 
     def _forget(self) -> None:
         """Have no programs, nor anything that is known of them."""
-        self._programs: Programs[Ready] = Programs(self.extensions, self._options, emitted, serves_one)
+        self._programs: Programs[Ready] = Programs(self.extensions, self._options, emitted, serves_one, Ready)
         self._steps = Steps(self._programs, self._subject)
         self._again: list[Again] = []  # the kinds of the last calls, the latest first
         self._counting: Compiled | None = None

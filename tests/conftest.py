@@ -5,6 +5,7 @@ A function that it does not name is run whole. What chose them is in README.md b
 """
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,12 @@ import torch
 torch.set_num_threads(1)
 HERE = Path(__file__).parent
 FAST = json.loads((HERE / "fast.json").read_text())
+
+
+def pytest_runtest_setup(item):
+    """No test gets the program of another one: it may have changed a pass, or a rule."""
+    if "fxcurv.runtime.shared" in sys.modules:
+        sys.modules["fxcurv.runtime.shared"].forget()
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest takes the marked ones out

@@ -34,12 +34,13 @@ from fxcurv.passes.products import products
 from fxcurv.passes.propagate import propagate
 from fxcurv.passes.schedule import schedule
 from fxcurv.passes.select import select
+from fxcurv.passes.shorten import shorten
 from fxcurv.passes.simplify import simplify
 from fxcurv.passes.sum_first import sum_first
 from fxcurv.rules.loss import LossRule
 
 BACKWARD = [propagate, average, products, extract]
-FINISH = [simplify, select, simplify, sum_first, schedule, finish]
+FINISH = [simplify, select, simplify, sum_first, shorten, schedule, finish]
 
 
 @torch.library.custom_op("fxcurv::seam", mutates_args=())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxcurv.contractions.contract import Spec, combine, reduce_p
-from fxcurv.contractions.factors import Conv, Dense, Factor, Gather, Jacobian, summed, weighted
+from fxcurv.contractions.factors import Conv, Dense, Factor, Gather, Jacobian, is_one, summed, weighted
 from fxcurv.contractions.sizes import Dims, dims
 from fxcurv.cost import Cost
 from fxcurv.ir.placement import Shard
@@ -77,6 +77,9 @@ def _block_cost(factor: Factor) -> Cost:
 
 # What a pass over a block in the cache takes, of a pass over memory.
 IN_CACHE = 0.6
+
+# Of a vector whose norm is added up without a tree, in as many sums as a vector register has lanes.
+LONGEST = 1 << 13
 
 
 def _unfold_cost(d: Dims) -> Cost:
@@ -164,16 +167,19 @@ class Squared(Candidate):
         f = factors[0].lean()
         a, g = f.a.squeeze(1), f.g.squeeze(2)
         if g.shape[2] == 1:  # without groups, in the shape that a bias of the same layer has
-            a, g = a.squeeze(1).square(), g.squeeze(2).square()
-            g = summed(weighted(g, weights), 0)
-            if spec.reduce == "vn":
-                return f.arrange(torch.mm(g.t(), a).unsqueeze(0))
-            a, g = a.unsqueeze(1), g.unsqueeze(1)
+            a, g = a.squeeze(1), g.squeeze(2)
+        if weights is None and is_one(g.shape[0]):
+            a, g = a.square(), g.squeeze(0).square()
         else:
             a, g = a.square(), summed(weighted(g.square(), weights), 0)
+        if a.ndim == 2 and "n" in spec.reduce and "p" not in spec.reduce:
+            return f.arrange(torch.mm(g.t(), a).unsqueeze(0))
         if "p" in spec.reduce:
-            each = (a.sum(2) * g.sum(2)).sum(1)
+            each = a.sum(-1) * g.sum(-1)
+            each = each if each.ndim == 1 else each.sum(1)
             return each.sum() if "n" in spec.reduce else each
+        if a.ndim == 2:
+            a, g = a.unsqueeze(1), g.unsqueeze(1)
         if "n" not in spec.reduce:
             return f.arrange(g.unsqueeze(-1) * a.unsqueeze(-2))
         return f.arrange(torch.einsum("nko,nki->koi", g, a))
@@ -184,6 +190,46 @@ class Squared(Candidate):
         out = d.item * d.n if "p" in spec.reduce else out
         flops = 2 * d.n * d.p if "p" not in spec.reduce else 0
         return Cost(flops, 3 * d.inputs + out, d.inputs + out, 5)
+
+
+@candidate
+class NormsOfFactors(Candidate):
+    """The norm of a product without shared positions is the product of norms, that of P itself one pass over it.
+
+    A norm is as precise as a sum of squares while its vectors are not too long (`LONGEST`), and writes no squares.
+    Its second derivative at zero is not that of the square.
+    """
+
+    name = "norms of factors"
+    differentiable = False
+
+    def applies(self, spec, factors):
+        if spec.power != 2 or spec.reduce not in ("vp", "p") or spec.samples is not None or len(factors) > 1:
+            return False
+        f, d = factors[0], dims(factors[0])
+        if isinstance(f, Jacobian):
+            return f.g.ndim > 2 and d.p <= LONGEST
+        return isinstance(f, Dense | Conv) and d.s == 1 and max(d.o, d.i) <= LONGEST
+
+    def run(self, spec, factors, weights):
+        f = factors[0]
+        if isinstance(f, Jacobian):
+            vectors = [f.g.flatten(2)]
+        else:
+            f = f.lean()
+            vectors = [f.g.squeeze(2), f.a.squeeze(1)]  # [V, N, K, O], [N, K, I]
+            if is_one(f.g.shape[3]):
+                vectors = [t.squeeze(-2) for t in vectors]
+        alone = "v" in spec.reduce and weights is None and is_one(f.g.shape[0])
+        vectors[0] = vectors[0].squeeze(0) if alone else vectors[0]
+        squares = [torch.linalg.vector_norm(t, dim=-1).square() for t in vectors]
+        each = squares[0] if len(squares) == 1 else squares[0] * squares[1]
+        each = each if each.ndim == (1 if alone else 2) else each.sum(-1)  # groups
+        return each if alone else summed(weighted(each, weights), 0) if "v" in spec.reduce else weighted(each, weights)
+
+    def cost(self, spec, factors):
+        d, factored = dims(factors[0]), not isinstance(factors[0], Jacobian)
+        return Cost(0, d.inputs, 0, 5 if factored else 2)
 
 
 def _is_norm(spec, factors):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fxcurv.contractions.factors import Dense, Factor, Gather, Jacobian, summed, weighted
+from fxcurv.contractions.factors import Dense, Factor, Gather, Jacobian, is_one, summed, weighted
 from fxcurv.ir.private import pytree
 
 
@@ -56,16 +56,16 @@ def _joined(factors: list[Any]) -> list[Any]:
 
 def reduce_p(spec: Spec, p: Tensor, weights: Tensor | None) -> Tensor:
     """The reduction of a materialised P, [V, N, *param]."""
-    t = weighted(p.square() if spec.power == 2 else p, weights)
-    axes = {"v": [0], "n": [1], "p": list(range(2, t.ndim))}
-    dims = [d for axis in spec.reduce for d in axes[axis]]
-    if 0 in dims:  # columns by themselves, which is where several reductions of one P begin
-        t, dims = summed(t, 0), [d - 1 for d in dims if d > 0]
-    single = [d for d in dims if isinstance(t.shape[d], int) and t.shape[d] == 1]
-    t = t.sum([d for d in dims if d not in single], keepdim=True) if len(dims) > len(single) else t
-    for d in sorted(dims, reverse=True):
-        t = t.squeeze(d)
-    return t
+    no_columns = "v" in spec.reduce and weights is None and is_one(p.shape[0])
+    t = p.squeeze(0) if no_columns else p
+    t = weighted(t.square() if spec.power == 2 else t, weights)
+    if "v" in spec.reduce and not no_columns:  # by themselves, which is where several reductions of one P begin
+        t = summed(t, 0)
+    n = 0 if "v" in spec.reduce else 1
+    dims = [*([n] if "n" in spec.reduce else []), *(range(n + 1, t.ndim) if "p" in spec.reduce else [])]
+    for d in [d for d in reversed(dims) if is_one(t.shape[d])]:
+        t, dims = t.squeeze(d), [k - (k > d) for k in dims if k != d]
+    return t.sum(dims) if dims else t
 
 
 def contract(spec: Spec, factors: list[Factor], weights: Tensor | None = None) -> Tensor:

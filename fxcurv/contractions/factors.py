@@ -57,7 +57,7 @@ class Factor:
 
     def summed(self, weights: Tensor | None = None) -> Tensor:
         """sum_{v,n} weights[v, n] P[v, n], [*param]. Weights broadcast to [V, N]."""
-        return weighted(self.materialise(), weights).sum((0, 1))
+        return summed(weighted(self.materialise(), weights), 0).sum(0)
 
     def size(self) -> Tensor:
         """How large P is, of the axes of `g` that P has, too, and one for those along which P is a sum."""
@@ -144,6 +144,8 @@ class Dense(Factor):
     def core(self) -> Tensor:
         """[V, N, K, O, I]."""
         v, n, s, k, o = self.g.shape
+        if s == 1 and v == 1:
+            return (self.g.squeeze(2).squeeze(0).unsqueeze(-1) * self.a.squeeze(1).unsqueeze(-2)).unsqueeze(0)
         if s == 1:
             return self.g.squeeze(2).unsqueeze(-1) * self.a.squeeze(1).unsqueeze(-2)
         if k > 1:
@@ -320,7 +322,12 @@ def positions(t: Tensor, place: Shard, lead: int, groups: int) -> Tensor:
 
 def summed(t: Tensor, d: int) -> Tensor:
     """The sum over an axis, a view where its size is one."""
-    return t.squeeze(d) if isinstance(t.shape[d], int) and t.shape[d] == 1 else t.sum(d)
+    return t.squeeze(d) if is_one(t.shape[d]) else t.sum(d)
+
+
+def is_one(s: Any) -> bool:
+    """Whether a size is one for all batches."""
+    return isinstance(s, int) and s == 1
 
 
 def declare_factor(factor: Factor, sources: Any) -> None:

@@ -78,7 +78,8 @@ class Variance(Extension):
 
 def _variance(squares: Tensor, total: Tensor, samples: int, positions: int) -> Tensor:
     n = samples * positions
-    return squares / n - (total / n).square()
+    mean = total / n
+    return torch.addcmul(squares / n, mean, mean, value=-1)
 
 
 @dataclass(frozen=True)

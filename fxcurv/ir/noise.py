@@ -14,16 +14,16 @@ from torch import Tensor
 
 from fxcurv.ir.placement import Shard, samples_back
 
-_MASK = 0xFFFFFFFF
+_MASK, _STEP = 0xFFFFFFFF, 0x2545F491
 
 # a 0-dim integer tensor; or this and the number of the batch's first sample
 Seed: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 
-def _mix(x: Tensor, key: Tensor | int) -> Tensor:
+def _mix(x: Tensor, key: Tensor) -> Tensor:
     """A keyed bijection of 32-bit words in int64 ("lowbias32"; constants below 2**31, so that no product overflows)."""
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
-    x = ((x ^ (x >> 15)) * 0x735A2D97 + key) & _MASK
+    x = torch.add(key, x ^ (x >> 15), alpha=0x735A2D97) & _MASK
     return x ^ (x >> 15)
 
 
@@ -40,12 +40,13 @@ def uniform(seed: Seed, stream: int, columns: int, like: Tensor, place: Shard) -
     n = like.shape[place.dim] // (outer * inner) if outer * inner > 1 else like.shape[place.dim]
     size = math.prod(slice_shape[: place.dim]) * outer * inner * math.prod(slice_shape[place.dim + 1 :])
     key, first = seed if isinstance(seed, tuple) else (seed, 0)
-    # the counter of (sample, position, column) does not depend on how many samples there are
-    counter = torch.arange(n * size * columns, device=like.device).reshape(n, *slice_shape, columns)
-    counter = counter + first * (size * columns)
+    # the counter of (sample, position, column) does not depend on how many samples there are; it counts in steps
+    each = size * columns
+    counter = torch.arange(0, n * each * _STEP, _STEP, device=like.device).reshape(n, *slice_shape, columns)
+    counter = counter + first * (each * _STEP)
     counter = samples_back(counter, place).movedim(-1, 0)
-    low, high = (key + stream * 0x9E3779B1) & _MASK, (key >> 31) & _MASK
-    bits = _mix(_mix((counter * 0x2545F491 + low) & _MASK, high), low)
+    low, high = (key + stream * 0x9E3779B1 if stream else key) & _MASK, (key >> 31) & _MASK
+    bits = _mix(_mix((counter + low) & _MASK, high), low)
     return ((bits.to(torch.float64) + 0.5) * 2.0**-32).to(like.dtype)
 
 

@@ -25,6 +25,7 @@ from fxcurv.passes.propagate import propagate
 from fxcurv.passes.recycle import recycle
 from fxcurv.passes.schedule import schedule
 from fxcurv.passes.select import select
+from fxcurv.passes.shorten import shorten
 from fxcurv.passes.simplify import simplify
 from fxcurv.passes.sum_first import sum_first
 from fxcurv.passes.tokens import tokens
@@ -32,7 +33,10 @@ from fxcurv.passes.verify import verify
 from fxcurv.passes.whole_batch import whole_batch
 
 ANALYSIS = [normalize, pool_first, channels_last, independence, fuse, ends, whole_batch, objective, tokens]
-PIPELINE = [propagate, average, products, extract, placements, simplify, select, simplify, sum_first, schedule, finish, recycle]
+PIPELINE = [
+    *(propagate, average, products, extract, placements, simplify, select, simplify, sum_first, shorten),
+    *(schedule, finish, recycle),
+]
 
 
 SPREAD = [p for step in PIPELINE for p in ((counts, simplify, step, distribute) if step is placements else (step,))]

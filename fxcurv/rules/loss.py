@@ -102,6 +102,11 @@ class CrossEntropy(LossRule):
         z, target, weight, mode, ignore, smoothing = call.args
         axis = self.class_axis(z.ndim)
         classes = z.shape[axis]
+        if weight is None and not target.is_floating_point():
+            counted = (target != ignore).to(z.dtype)
+            scale = c * counted
+            scale = scale / counted.sum().clamp(min=1) if mode == MEAN else scale
+            return F.log_softmax(z, axis), axis, scale.sqrt().unsqueeze(axis)
         if target.is_floating_point():
             soft = target * (1 - smoothing) + smoothing / classes
             omega = (soft if weight is None else (soft.movedim(axis, -1) * weight).movedim(-1, axis)).sum(axis)
@@ -124,33 +129,39 @@ class CrossEntropy(LossRule):
     def exact(self, call: Call, c: Tensor, few: bool = False) -> Tensor:
         logp, axis, scale = self._curvature(call, c)
         if few and logp.shape[axis] > 1:
-            return separate(self._reflected(logp, axis) * scale, call.places[0], axis)
+            return separate(self._reflected(logp, axis, scale), call.places[0], axis)
         eye = torch.eye(logp.shape[axis], dtype=logp.dtype, device=logp.device)
         eye = eye.reshape(*[logp.shape[axis] if d in (0, axis + 1) else 1 for d in range(logp.ndim + 1)])
         root = (0.5 * logp).exp().movedim(axis, 0).unsqueeze(axis + 1)
         return separate((eye - logp.exp()) * (root * scale), call.places[0], axis)
 
     @staticmethod
-    def _reflected(logp: Tensor, axis: int) -> Tensor:
-        """The root with C - 1 columns, [C - 1, *z].
+    def _reflected(logp: Tensor, axis: int, scale: Tensor) -> Tensor:
+        """The root with C - 1 columns, times `scale`, [C - 1, *z].
 
         With q = sqrt(p), diag p - p p^T = Q (I - q q^T) Q, Q = diag q, and the reflection that takes e_0 to -q has columns
-        u_k = e_k - q_k w / (1 + q_0), w = q + e_0, that complete q to an orthonormal basis. The columns are Q u_k, k > 0.
+        u_k = e_k - q_k w / (1 + q_0), w = q + e_0, that complete q to an orthonormal basis. The columns are, for k > 0,
+        Q u_k = q_k (e_k - r), r = Q w / (1 + q_0).
         """
-        q = (0.5 * logp).exp().movedim(axis, -1)
+        q, scale = (t.movedim(axis, -1) for t in ((0.5 * logp).exp(), scale))
         eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-        w = (q + eye[0]) / (1 + q[..., :1])
-        columns = q.unsqueeze(-2) * (eye[1:] - q[..., 1:].unsqueeze(-1) * w.unsqueeze(-2))
-        return columns.movedim(-2, 0).movedim(-1, axis + 1)
+        r = q * (q + eye[0]) / (1 + q[..., :1])
+        size = (q[..., 1:] * scale).movedim(-1, 0).unsqueeze(-1)
+        columns = (eye[1:].reshape(-1, *[1] * (q.ndim - 1), q.shape[-1]) - r) * size
+        return columns.movedim(-1, axis + 1)
 
     def sampled(self, call: Call, c: Tensor, seed: noise.Seed, draw: Draw) -> Tensor:
         logp, axis, scale = self._curvature(call, c)
         p = logp.exp()
         like = p.narrow(axis, 0, 1)
         u = noise.uniform(seed, draw.stream, draw.columns, like, call.places[0])
-        below = p.cumsum(axis) < u
-        drawn = below.sum(axis + 1, keepdim=True).clamp(max=p.shape[axis] - 1)
-        onehot = torch.zeros_like(below, dtype=p.dtype).scatter(axis + 1, drawn, 1.0)
+        # how many classes end below u: the values that one sample draws are its last axis
+        ends = p.movedim(axis, -1).cumsum(-1).contiguous()
+        drawn = torch.searchsorted(ends, u.squeeze(axis + 1).movedim(0, -1).contiguous()).clamp(max=p.shape[axis] - 1)
+        if draw.columns == 1:
+            return ((p - torch.zeros_like(p).scatter(axis, drawn.movedim(-1, axis), 1.0)) * scale).unsqueeze(0)
+        drawn = drawn.movedim(-1, 0).unsqueeze(axis + 1)
+        onehot = p.new_zeros(draw.columns, *p.shape).scatter(axis + 1, drawn, 1.0)
         return (p - onehot) * (scale * draw.columns**-0.5)
 
 

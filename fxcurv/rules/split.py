@@ -411,6 +411,13 @@ def _matrices(sites: Sites, args: tuple, outs: list) -> Found:
     return [place] * len(outs) if place.dim < len(site.shape) - 2 else MIXED
 
 
+def _searched(sites: Sites, args: tuple, outs: list) -> Found:
+    """Values in sorted rows: a row beside each row."""
+    here = {s.place for s in sites if s}
+    place = here.pop()
+    return place if not here and isinstance(place, Shard) and place.dim < len(outs[0]) - 1 else MIXED
+
+
 def _normalised_backward(sites: Sites, args: tuple, outs: list) -> Found:
     """native_layer_norm_backward(g, x, shape, mean, rstd, weight, bias, mask)."""
     g = sites[0]
@@ -464,6 +471,7 @@ PLACES: dict[Any, Callable[[Sites, tuple, list], Found]] = {
     **dict.fromkeys((aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default), _pieces),
     aten._linalg_eigh.default: _matrices,
     aten.native_layer_norm_backward.default: _normalised_backward,
+    aten.searchsorted.Tensor: _searched,
     aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention,
 }  # fmt: skip

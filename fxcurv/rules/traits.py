@@ -103,6 +103,13 @@ def makes_zeros(node: fx.Node) -> bool:
     return node.target in ZEROS or (node.target is aten.full.default and node.args[1] == 0)
 
 
+# Ones, whatever they read; and ones for ones in their first argument, in any dtype that has them.
+ONES = {aten.ones_like.default, aten.ones.default, aten.new_ones.default}
+KEEP_ONES = {
+    aten.abs.default, aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default, aten.sign.default,
+    aten._to_copy.default, aten.clone.default,
+}  # fmt: skip
+
 # Sums over the axes in their second argument.
 SUMS = {aten.sum.dim_IntList}
 

@@ -24,6 +24,7 @@ from fxcurv.ir.program import Program
 from fxcurv.result import Result
 from fxcurv.rules.traits import borrows
 from fxcurv.runtime.bind import bind, seed_tensor
+from fxcurv.runtime.direct import direct
 from fxcurv.runtime.programs import Ready
 
 _of_module = operator.attrgetter("training", "_parameters", "_buffers", "_modules", *HOOKS)
@@ -46,7 +47,7 @@ class Again:
         self.ids = list(map(id, self.members))
         self.tensors = [t for t in self.members if isinstance(t, Tensor)]
         self.states = list(map(_of_tensor, self.tensors))
-        self.run = program.gm.forward  # no hooks are on it
+        self.run = direct(program.gm)
         self._bind(program, request)
         self._unpack = unpacked(program)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Generic, Protocol, TypeVar
@@ -31,6 +32,7 @@ from fxcurv.runtime.merged import Merged
 from fxcurv.runtime.probe import Probe
 from fxcurv.runtime.progress import progress, silent
 from fxcurv.runtime.selfcheck import SelfCheck
+from fxcurv.runtime.shared import Finished, find, graph_key, keep
 from fxcurv.runtime.stateless import Stateless
 
 log = logging.getLogger("fxcurv")
@@ -62,6 +64,7 @@ class Ready:
         stateless: the program as calls inside `torch.compile` need it.
         size: the batch size of the last call that went the long way.
         digest: of what travels between ranks, where these have a part of the batch each.
+        finished: what other models with an equal graph may have of this.
     """
 
     program: Program
@@ -74,6 +77,18 @@ class Ready:
     stateless: Stateless | None = None
     size: int | None = None
     digest: int = 0
+    finished: Finished | None = None
+
+    @classmethod
+    def adopted(cls, finished: Finished, captured: Program) -> Ready:
+        """For another model, of what was finished for an equal one."""
+        program, probe, selfcheck = finished.adopted(captured)
+        return cls(program, Pool(program), probe, selfcheck, finished=finished)
+
+    def shared(self, key: Hashable | None) -> Ready:
+        """This, before its first call, to be found by `key`."""
+        self.finished = keep(key, Finished.of(self.program, self.probe, copy.copy(self.selfcheck)))
+        return self
 
     @property
     def note(self) -> str:
@@ -98,6 +113,7 @@ class Programs(Generic[M]):
     Args:
         finish: makes of an analysed program what a call needs.
         one: says whether what was made for more samples serves a single one.
+        shares: makes what a call needs of what was finished for an equal model (`Ready`), if programs are shared.
 
     Attributes:
         recompiles: for every program after the first, why it was needed (see `Compiled`).
@@ -111,8 +127,9 @@ class Programs(Generic[M]):
         options: Options,
         finish: Callable[[Program, Tell], M],
         one: Callable[[M, Request], bool] = lambda made, request: False,
+        shares: Any = None,
     ):
-        self.extensions, self.options, self.finish, self.one = extensions, options, finish, one
+        self.extensions, self.options, self.finish, self.one, self.shares = extensions, options, finish, one, shares
         self.recompiles: list[str] = []
         self.named = SimpleNamespace()
         self.latest: M | None = None
@@ -243,7 +260,10 @@ class Programs(Generic[M]):
 
     def _analysed(self, request: Request, numbers: tuple[Path, ...], tell: Tell = silent) -> Program:
         tell("capture")
-        return passes.run(self.captured(request, numbers), passes.ANALYSIS, self.options.debug, tell)
+        return self._analyse(self.captured(request, numbers), tell)
+
+    def _analyse(self, program: Program, tell: Tell) -> Program:
+        return passes.run(program, passes.ANALYSIS, self.options.debug, tell)
 
     def _analysed_alone(self, program: Program, tell: Tell) -> Program:
         """A captured program of one sample, which is the batch."""
@@ -256,9 +276,20 @@ class Programs(Generic[M]):
             again = lambda: self._analysed(request, numbers, tell)  # noqa: E731
             if self.options.sample_index is not None:
                 again = lambda: self._analysed_alone(self.captured(request, numbers), tell)  # noqa: E731
-            one = n == 1 and self.options.sample_index is None
-            program = self._of_one(request, numbers, tell) if one else again()
-            return at_numbers_if_need_be(lambda p: self.finish(p, tell), program, again, n)
+            finish = lambda p: self.finish(p, tell)  # noqa: E731
+            if n == 1 and self.options.sample_index is None:
+                return at_numbers_if_need_be(finish, self._of_one(request, numbers, tell), again, n)
+            if self.shares is None or self.options.sample_index is not None:
+                return at_numbers_if_need_be(finish, again(), again, n)
+            tell("capture")
+            program = self.captured(request, numbers)
+            key = graph_key(program, request.mode)
+            found = find(key)
+            if found is not None:
+                log.info("an equal model's program serves")
+                return self.shares.adopted(found, program)
+            made: Any = at_numbers_if_need_be(finish, self._analyse(program, tell), again, n)
+            return made.shared(key)
 
     def _of_one(self, request: Request, numbers: tuple[Path, ...], tell: Tell) -> Program:
         """The program of one sample: that of two says where the samples are, if at one it computes what the model does."""

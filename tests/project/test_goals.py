@@ -56,7 +56,9 @@ def test_the_exit_status(tmp_path):
     (results,) = (ROOT / "bench" / "results").glob("*-2c.csv")
     head, *lines = results.read_text(encoding="utf-8").splitlines()
     for ratio, status in ((99, 1), (0.01, 0)):
-        plain, line = (next(line for line in lines if line.startswith(f"c,KFAC,{name},")) for name in ("plain", "fxcurv"))
+        plain, line = (
+            next(line for line in lines if line.startswith(f"c,KFAC,{name},")) for name in ("plain", "fxcurv")
+        )
         line = line.split(",")
         line[head.split(",").index("ratio")] = str(ratio)
         path = tmp_path / f"{ratio}.csv"

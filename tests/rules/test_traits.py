@@ -343,6 +343,18 @@ def test_zero_factor(op):
             assert not first(op, with_leaves(args, {i: torch.zeros_like(tensors(args)[i])})).any()
 
 
+@each(traits.ONES)
+def test_ones(op):
+    for args in calls(op):
+        assert run(op, args).eq(1).all()
+
+
+@each(traits.KEEP_ONES)
+def test_keep_ones(op):
+    for args in calls(op):
+        assert first(op, with_leaves(args, {0: torch.ones_like(tensors(args)[0])})).eq(1).all()
+
+
 @each(traits.SUMS)
 def test_sums(op):
     for args in calls(op):

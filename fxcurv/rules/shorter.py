@@ -1,0 +1,243 @@
+"""Shorter: what an op computes, by less, because of what it reads. The numbers stay the same to the last bit.
+
+A short form is a function (make, node) -> the node that stands for `node`, or None where there is nothing to gain.
+`make(op, *args, **kwargs)` gives a new node in front of it, of the sizes and dtype of `like=` where that is known. It is
+registered by op, or is of all elementwise ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxcurv.ir.graph import is_tensor, layout
+from fxcurv.ir.private import schema_of
+from fxcurv.rules.traits import (
+    KEEP_ONES,
+    KEEP_ZERO,
+    ONES,
+    REARRANGED,
+    ZERO_FACTOR,
+    makes_zeros,
+    pointwise,
+    random,
+    sliced,
+)
+
+aten = torch.ops.aten
+
+Make = Callable[..., fx.Node]
+Short = Callable[[Make, fx.Node], "fx.Node | None"]
+
+SHORT: dict[Callable, Short] = {}
+
+
+def short(*ops: Callable):
+    """Decorator: the function serves these ops."""
+
+    def add(fn: Short) -> Short:
+        for op in ops:
+            SHORT[op] = fn
+        return fn
+
+    return add
+
+
+def shorter(make: Make, node: fx.Node) -> fx.Node | None:
+    """What stands for `node`, or None."""
+    found = SHORT[node.target](make, node) if node.target in SHORT else None
+    if found is None and (pointwise(node.target) or node.target is aten._to_copy.default) and not random(node.target):
+        return _elementwise(make, node)
+    return found
+
+
+def same_kind(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two values are of one dtype, with equal sizes."""
+    x, y = a.meta["val"], b.meta["val"]
+    return x.dtype == y.dtype and layout(x)[0] == layout(y)[0]
+
+
+# ---- ones and zeros ------------------------------
+
+
+def is_one(node: Any) -> bool:
+    """Whether all of a value is one, whatever it is computed from."""
+    if not isinstance(node, fx.Node):
+        return isinstance(node, int | float) and node == 1
+    return node.target in ONES or (node.target in KEEP_ONES | REARRANGED and is_one(node.args[0]))
+
+
+def is_zero(node: Any) -> bool:
+    """The same of zero."""
+    if not isinstance(node, fx.Node):
+        return isinstance(node, int | float) and node == 0
+    if node.target in KEEP_ZERO:
+        return is_zero(node.args[0])
+    return makes_zeros(node) or (
+        node.target in ZERO_FACTOR and any(isinstance(a, fx.Node) and is_zero(a) for a in node.args)
+    )
+
+
+@short(aten.mul.Tensor)
+def _times_one(make: Make, node: fx.Node) -> fx.Node | None:
+    x, z = node.args
+    for a, b in ((x, z), (z, x)):
+        if is_tensor(a) and same_kind(a, node) and is_one(b):  # type: ignore[arg-type]
+            return a  # type: ignore[return-value]
+    return None
+
+
+@short(aten.add.Tensor)
+def _plus_zero(make: Make, node: fx.Node) -> fx.Node | None:
+    """Of integers alone: in floating point the sum of -0.0 and 0 is another number."""
+    if node.kwargs or node.meta["val"].is_floating_point():
+        return None
+    x, z = node.args
+    for a, b in ((x, z), (z, x)):
+        if is_tensor(a) and same_kind(a, node) and is_zero(b):  # type: ignore[arg-type]
+            return a  # type: ignore[return-value]
+    return None
+
+
+# ---- columns ------------------------------
+
+
+@short(aten.select.int)
+def _only_entry(make: Make, node: fx.Node) -> fx.Node | None:
+    """The entry of an axis of size one."""
+    x, d, _ = node.args
+    return make(aten.squeeze.dim, x, d, like=node) if _of_one(x, d) else None
+
+
+def _of_one(x: Any, d: int) -> bool:
+    """Whether an axis has the size one, for all batches."""
+    size = x.meta["val"].shape[d]
+    return isinstance(size, int) and size == 1
+
+
+@short(aten.slice.Tensor)
+def _part(make: Make, node: fx.Node) -> fx.Node | None:
+    """A part of values that were put together to be taken apart again, as nothing reads them whole."""
+    cut = sliced(node)
+    joined = cut.x if cut else None
+    if joined is None or joined.target is not aten.cat.default or cut is None or cut.step != 1:
+        return None
+    parts, dim = joined.args[0], joined.args[1] if len(joined.args) > 1 else 0
+    if any(not (s := sliced(user)) or s.x is not joined or s.dim != dim for user in joined.users):
+        return None
+    start = 0
+    for part in parts:
+        size = part.meta["val"].shape[dim] if part.meta["val"].ndim == joined.meta["val"].ndim else None
+        if not isinstance(size, int):
+            return None
+        if (start, start + size) == (cut.start, cut.end) and part.meta["val"].dtype == node.meta["val"].dtype:
+            return part
+        start += size
+    return None
+
+
+def _elementwise(make: Make, node: fx.Node) -> fx.Node | None:
+    """An op on values that all have one column acts on them without that axis; what it broadcasts need not be expanded."""
+    schema = schema_of(node.target)
+    if schema is None or schema.is_mutable or not is_tensor(node):
+        return None
+    if any(isinstance(a, list | tuple) for a in node.args) or any(isinstance(a, fx.Node) for a in node.kwargs.values()):
+        return None
+    sizes, ndim = layout(node.meta["val"])[0], node.meta["val"].ndim
+    beside = [a for a in node.args if is_tensor(a) and ndim == a.meta["val"].ndim]  # type: ignore[union-attr]
+    if beside and all(a.target is aten.unsqueeze.default and a.args[1] in (0, -ndim) for a in beside):  # type: ignore[union-attr]
+        plain = [a.args[0] if a in beside else a for a in node.args]  # type: ignore[union-attr]
+        return make(aten.unsqueeze.default, make(node.target, *plain, **node.kwargs), 0, like=node)
+    wide = [a for a in beside if a.target is aten.expand.default]  # type: ignore[union-attr]
+    if wide and any(layout(a.meta["val"])[0] == sizes for a in beside if a not in wide):  # type: ignore[union-attr]
+        plain = [a.args[0] if a in wide else a for a in node.args]  # type: ignore[union-attr]
+        return make(node.target, *plain, like=node, **node.kwargs)
+    return None
+
+
+# ---- views ------------------------------
+
+BY_SIZES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+BY_ONES = (aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default)
+
+
+@short(*REARRANGED, aten._unsafe_view.default)
+def _merged(make: Make, node: fx.Node) -> fx.Node | None:
+    """A chain of views as one of its members, as that with axes of size one added or dropped, or as one view.
+
+    One entry of an axis without the axis is a selection.
+    """
+    cut = sliced(node.args[0]) if node.target is aten.squeeze.dim else None  # type: ignore[arg-type]
+    if (
+        cut
+        and cut.dim == node.args[1]
+        and isinstance(cut.start, int)
+        and cut.start >= 0
+        and _of_one(node.args[0], cut.dim)
+    ):
+        return make(aten.select.int, cut.x, cut.dim, cut.start, like=node)
+    chain, source = [node], node.args[0]
+    found, count = None, 0
+    while is_tensor(source) and _views(chain[-1]):
+        edits = _edits(source, node)  # type: ignore[arg-type]
+        if edits is not None:
+            found, count = (source, *edits), len(chain)
+        if source.target not in SHORT or SHORT[source.target] is not _merged:  # type: ignore[union-attr]
+            break
+        chain.append(source)  # type: ignore[arg-type]
+        source = source.args[0]  # type: ignore[union-attr]
+    if found is not None and _fewer(found, count, node):
+        value, dropped, added = found
+        column = 0 in added  # comes last, so that what reads the view can do without
+        steps: list[tuple] = [(aten.unsqueeze.default, d) for d in [d - column for d in added if d] + [0] * column]
+        if dropped:
+            steps.insert(0, (aten.squeeze.dim, dropped[0]) if len(dropped) == 1 else (aten.squeeze.dims, dropped))
+        for k, (op, where) in enumerate(steps, 1):
+            value = make(op, value, where, like=node if k == len(steps) else None)
+        return value
+    first = _by_sizes(node)
+    return make(aten.reshape.default, first, *node.args[1:], like=node) if first is not node.args[0] else None
+
+
+def _views(node: fx.Node) -> bool:
+    """Whether a node shares its argument's memory: a reshape may copy, unless it only adds or drops axes of size one."""
+    return node.target is not aten.reshape.default or _edits(node.args[0], node) is not None  # type: ignore[arg-type]
+
+
+def _edits(source: fx.Node, node: fx.Node) -> tuple[list[int], list[int]] | None:
+    """(axes of size one to drop from `source`, then those to add, in order) that make `node` of it; None if more is needed."""
+    if source.meta["val"].dtype != node.meta["val"].dtype:
+        return None
+    (before, strides), (after, wanted) = layout(source.meta["val"]), layout(node.meta["val"])
+    dropped, added, i, k = [], [], 0, 0
+    while i < len(before) or k < len(after):
+        old, new = before[i] if i < len(before) else None, after[k] if k < len(after) else None
+        if old == new and (old == 1 or strides[i] == wanted[k]):
+            i, k = i + 1, k + 1
+        elif old == 1:
+            dropped.append(i)
+            i += 1
+        elif new == 1:
+            added.append(k)
+            k += 1
+        else:
+            return None
+    return dropped, added
+
+
+def _fewer(found: tuple, count: int, node: fx.Node) -> bool:
+    """Whether the axes of size one are dropped and added in fewer ops than the chain has, or in one that asks for no size."""
+    _, dropped, added = found
+    ops = bool(dropped) + len(added)
+    return ops < count or (ops == count == 1 and node.target not in BY_ONES)
+
+
+def _by_sizes(node: fx.Node) -> Any:
+    """Of a view by sizes: the value whose entries it has in the same order, behind other views."""
+    source: Any = node.args[0]
+    while node.target in BY_SIZES and source.target in (*BY_SIZES, *BY_ONES):
+        source = source.args[0]
+    return source

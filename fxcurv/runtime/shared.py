@@ -1,0 +1,215 @@
+"""Equal models share programs: what was captured anew and is, node by node, what was finished before is not emitted again.
+
+What is compared is all that the pipeline reads: the captured graph with sizes, strides, dtypes, devices and provenance of every
+value, what its placeholders are bound to, what was asked for, the compiler's own passes and tables, to which users may add, and
+the state of PyTorch that decides between kernels. The capture itself runs, for what it depends on in Python belongs to each
+model. So do the checks of the first call: they compare with the model at hand. What is not known to be compared wholly (a
+custom function, a constant in the graph, a user's rule, numbers that were made of data) is not shared.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import weakref
+from collections import deque
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor, fx
+
+from fxcurv import passes
+from fxcurv.contractions.candidates import CANDIDATES
+from fxcurv.ir.graph import layout
+from fxcurv.ir.private import OpOverload, pytree
+from fxcurv.ir.program import Program
+from fxcurv.quantity import KINDS
+from fxcurv.rules.base import RULES
+from fxcurv.rules.fused import FUSED
+from fxcurv.rules.idioms import IDIOMS
+from fxcurv.rules.shorter import SHORT
+from fxcurv.walks.columns.births import BIRTHS
+
+# What makes another trace of the same ops another graph, and says nothing of it.
+UNREAD = {"val", "tensor_meta", "desc", "from_node", "torch_fn", "original_aten", "seq_nr", "eager_input_vals"}
+PLAIN = (bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+FUNCTIONS = {"_operator", "math"}
+# Programs whose owners are gone and that are kept all the same: of the folds of a cross-validation, one model at a time.
+KEPT = 8
+
+
+class _Unknown(Exception):
+    """Something is read that is not compared."""
+
+
+@dataclasses.dataclass(eq=False)
+class Finished:
+    """What was made of a captured graph, without anything of the model that it was captured from.
+
+    program: with all of the pipeline's work; `probe`, `selfcheck`: as they were before any call.
+    """
+
+    program: Program
+    probe: Any
+    selfcheck: Any
+
+    @classmethod
+    def of(cls, program: Program, probe: Any, selfcheck: Any) -> Finished:
+        """See the class."""
+        return cls(
+            dataclasses.replace(program, python=None, constants={}, output_template=None, served={}), probe, selfcheck
+        )
+
+    def adopted(self, captured: Program) -> tuple[Program, Any, Any]:
+        """(program, probe, self-check) for another model, of which `captured` is the captured program."""
+        program = dataclasses.replace(
+            self.program, python=captured.python, constants=captured.constants, output_template=captured.output_template,
+            timings=dict(captured.timings), served={},
+        )  # fmt: skip
+        return program, self.probe, copy.copy(self.selfcheck)
+
+
+_FINISHED: weakref.WeakValueDictionary[Hashable, Finished] = weakref.WeakValueDictionary()
+_LATEST: deque[Finished] = deque(maxlen=KEPT)
+
+
+def find(key: Hashable | None) -> Finished | None:
+    """What was finished under this key."""
+    return _FINISHED.get(key) if key is not None else None
+
+
+def keep(key: Hashable | None, finished: Finished) -> Finished:
+    """Have it found, while its owners live and a little longer."""
+    if key is not None:
+        _FINISHED[key] = finished
+        _LATEST.append(finished)
+    return finished
+
+
+def forget() -> None:
+    """Share nothing of what was finished so far."""
+    _FINISHED.clear()
+    _LATEST.clear()
+
+
+def graph_key(program: Program, *also: Hashable) -> Hashable | None:
+    """What the finished program of a captured one depends on; None if that is not known."""
+    options = program.options
+    if program.reads is not None or program.python.numbers or program.python.effects or options.rules or options.ranks:
+        return None
+    try:
+        key = (_graph(program), _fields(program), _state_of_torch(), _compiler(), also)
+        hash(key)
+    except (_Unknown, TypeError):
+        return None
+    return key
+
+
+# ---- the captured program ------------------------------
+
+
+def _graph(program: Program) -> tuple:
+    index = {node: k for k, node in enumerate(program.graph.nodes)}
+    return tuple((*_call(node, index), _value(node.meta.get("val")), _origin(node)) for node in program.graph.nodes)
+
+
+def _call(node: fx.Node, index: dict[fx.Node, int]) -> tuple:
+    target: Any = node.target
+    known = (
+        isinstance(target, str)
+        if node.op in ("placeholder", "output")
+        else node.op == "call_function" and _known(target)
+    )
+    if not known:
+        raise _Unknown(node)
+    return node.op, node.name, target, _frozen(node.args, index), _frozen(node.kwargs, index)
+
+
+def _known(target: Any) -> bool:
+    """Whether an op is the same for all models: PyTorch's, a library's, or the mark at the model's output."""
+    if isinstance(target, OpOverload):
+        return target.namespace != "fxcurv" or target is torch.ops.fxcurv.head.default
+    return getattr(target, "__module__", None) in FUNCTIONS
+
+
+def _frozen(value: Any, index: dict[fx.Node, int]) -> Hashable:
+    if isinstance(value, fx.Node):
+        return ("node", index[value])
+    if isinstance(value, float | complex):
+        return (type(value), repr(value))  # zeros of both signs differ, and what is no number is itself
+    if isinstance(value, PLAIN):
+        return (type(value), value)
+    if isinstance(value, slice):
+        return ("slice", _frozen((value.start, value.stop, value.step), index))
+    if isinstance(value, list | tuple):
+        return (isinstance(value, list), tuple(_frozen(v, index) for v in value))
+    if isinstance(value, dict):
+        return ("dict", tuple((k, _frozen(v, index)) for k, v in value.items()))
+    raise _Unknown(value)
+
+
+def _value(val: Any) -> Hashable:
+    if isinstance(val, Tensor):
+        plain = type(val).__name__, val.dtype, val.device, val.layout, val.requires_grad, val.storage_offset()
+        return (*plain, str(layout(val)), str([s.node.hint if isinstance(s, SymInt) else s for s in val.shape]))
+    if isinstance(val, SymInt):
+        return ("size", str(val.node.expr), val.node.hint)
+    if isinstance(val, list | tuple):
+        return tuple(map(_value, val))
+    if isinstance(val, PLAIN):
+        return val
+    raise _Unknown(val)
+
+
+def _origin(node: fx.Node) -> Hashable:
+    """What messages and reports say of a node, and whatever else is written on it."""
+    modules = tuple((path, str(kind)) for path, kind in (node.meta.get("nn_module_stack") or {}).values())
+    rest = {k: str(v) for k, v in node.meta.items() if k not in UNREAD and k != "nn_module_stack"}
+    return modules, tuple(sorted(rest.items()))
+
+
+def _fields(program: Program) -> Hashable:
+    index = {node: k for k, node in enumerate(program.graph.nodes)}
+    batch, shapes = program.batch, program.fake_mode.shape_env
+    options = [getattr(program.options, f.name) for f in dataclasses.fields(program.options) if f.name != "rules"]
+    leaves = pytree.tree_leaves((program.results, program.extras, program.pieces, program.spread.ops))
+    if leaves or program.checks or program.decisions or program.walked.uses:
+        raise _Unknown("a program that passes have worked on")
+    return (
+        tuple(program.inputs),
+        (str(sorted(map(str, batch.symbols))), batch.size, batch.whole, program.fixed, str(program.fixed_by)),
+        tuple(sorted(str(g.expr) for g in shapes.guards)),
+        str(sorted((str(old), str(new)) for old, new in shapes.replacements.items())),
+        tuple((name, index[node]) for name, node in program.params.items()),
+        tuple((name, tuple(shape)) for name, shape in program.shapes.items()),
+        tuple(index[n] for n in program.output_leaves),
+        tuple(index[n] for n in program.heads),
+        index[program.loss] if program.loss is not None else None,
+        tuple((name, index[node]) for name, node in program.mutations.items()),
+        tuple(sorted((name, _value(t)) for name, t in program.constants.items())),
+        program.extensions,
+        tuple((e, tuple(names)) for e, names in program.covers.items()),
+        tuple(program.borrowing),
+        tuple(program.notes),
+        (program.analysis.left_out, program.analysis.mixing, program.analysis.ends, program.analysis.hidden),
+        tuple(options),
+        program.machine,
+    )
+
+
+def _state_of_torch() -> Hashable:
+    """What the choice of ops and kernels depends on, besides the program."""
+    cuda, mkldnn = torch.backends.cuda, torch.backends.mkldnn
+    return (
+        torch.get_default_dtype(), str(torch.get_default_device()), torch.are_deterministic_algorithms_enabled(),
+        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+        (mkldnn.is_available(), mkldnn.enabled),
+    )  # fmt: skip
+
+
+def _compiler() -> Hashable:
+    """The passes, and all that a user adds to the compiler: rules, candidates, kinds of columns."""
+    tables: list[dict] = [RULES, KINDS, BIRTHS, FUSED, IDIOMS, SHORT]
+    known = [(name, id(value)) for table in tables for name, value in table.items()]
+    return tuple(passes.ANALYSIS), tuple(passes.PIPELINE), tuple(passes.SPREAD), tuple(map(id, CANDIDATES)), tuple(known)
