@@ -157,6 +157,8 @@ def compile(  # noqa: A001
         as_written=any(e.by_op for e in found),
         schedules=ranks is None,
         ranks=ranks.name if ranks is not None else "",
+        rank=ranks.rank if ranks is not None else 0,
+        size=ranks.size if ranks is not None else 1,
     )
     compiled = Compiled(unwrapped(model), loss, found, options, Backend(backend, mode, dynamic), ranks)
     compiled.covered()

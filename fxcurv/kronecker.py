@@ -10,6 +10,10 @@ parameter's own shape.
 Under `joint=True` the entry of a layer's weight is the block of weight and bias together, [out, in + 1] with the bias as the last
 column: its arrangement is a `Joint`, its vectors are pairs (of the weight, of the bias). The bias' own entry is `Within(weight)`.
 `Blocks` is the block-diagonal matrix of all parameters: products, inverses, roots, determinants, samples.
+
+Under `mesh=`, `KFAC(assign="layers")` leaves each layer's factors at one rank, its `owner`: that rank alone multiplies, inverts
+and solves, and `Blocks` broadcasts what comes of it (a step [*P] per parameter: MEM-OPT of Pauloski et al. 2021, "KAISA").
+`Blocks.everywhere` broadcasts the eigendecompositions themselves (COMM-OPT there), after which nothing travels.
 """
 
 from __future__ import annotations
@@ -20,13 +24,14 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fxcurv.errors import ArgumentError
-from fxcurv.ir.private import pytree
+from fxcurv.ir.private import group_named, pytree
 
 __all__ = [
-    "Arrangement", "Blocks", "Eigenbasis", "Joint", "Kronecker", "Within", "dense", "eigenbasis", "matmul", "solve",
+    "Arrangement", "Blocks", "Eigenbasis", "Joint", "Kronecker", "Owner", "Within", "dense", "eigenbasis", "matmul", "solve",
 ]  # fmt: skip
 
 Vectors = Any  # a tensor [*lead, *P]; of a joint block a pair of these, of the weight and of the bias
@@ -158,12 +163,34 @@ class Within:
     weight: str
 
 
-class Kronecker(list):
-    """[B, A] or [B], with the `arrangement` of the parameter that they belong to."""
+@dataclass(frozen=True)
+class Owner:
+    """The rank that has a parameter's factors; elsewhere these are tensors without values, of the "meta" device.
 
-    def __init__(self, factors: Iterable[Any], arrangement: Arrangement | Joint):
+    Attributes:
+        rank: in the group of all ranks of the mesh; `here`: whether it is this one.
+        group: the name of that group.
+        device: of the parameters.
+    """
+
+    rank: int
+    here: bool
+    group: str
+    device: torch.device
+
+    def send(self, t: Tensor) -> Tensor:
+        """The owner's `t` on all ranks, which all call this; elsewhere `t` says the shape."""
+        out = t.contiguous() if self.here else torch.empty(t.shape, dtype=t.dtype, device=self.device)
+        dist.broadcast(out, group=group_named(self.group), group_src=self.rank)
+        return out
+
+
+class Kronecker(list):
+    """[B, A] or [B], with the `arrangement` of the parameter that they belong to, and the `owner` if one rank has them."""
+
+    def __init__(self, factors: Iterable[Any], arrangement: Arrangement | Joint, owner: Owner | None = None):
         super().__init__(factors)
-        self.arrangement = arrangement
+        self.arrangement, self.owner = arrangement, owner
 
 
 class Eigenbasis(list):
@@ -172,13 +199,15 @@ class Eigenbasis(list):
     lambda: [out, in], or [out] without inputs. A vector of ones stands for the eigenvectors of a diagonal factor.
     """
 
-    def __init__(self, factors: Iterable[Any], arrangement: Arrangement | Joint):
+    def __init__(self, factors: Iterable[Any], arrangement: Arrangement | Joint, owner: Owner | None = None):
         super().__init__(factors)
-        self.arrangement = arrangement
+        self.arrangement, self.owner = arrangement, owner
 
 
 for _cls in (Kronecker, Eigenbasis):
-    pytree.register_pytree_node(_cls, lambda x: (list(x), x.arrangement), _cls)
+    pytree.register_pytree_node(
+        _cls, lambda x: (list(x), (x.arrangement, x.owner)), lambda values, known, cls=_cls: cls(values, *known)
+    )
 pytree.register_pytree_node(Within, lambda x: ([], x.weight), lambda _, weight: Within(weight))
 
 
@@ -257,7 +286,7 @@ def eigenbasis(factors: Kronecker | Eigenbasis, start: Eigenbasis | None = None,
         ArgumentError: for a start of another arrangement.
     """
     if isinstance(factors, Eigenbasis):
-        return Eigenbasis([*factors[:-1], factors[-1].clamp(min=0)], factors.arrangement)
+        return Eigenbasis([*factors[:-1], factors[-1].clamp(min=0)], factors.arrangement, factors.owner)
     if start is not None and start.arrangement != factors.arrangement:
         raise ArgumentError(f"start is of {start.arrangement}, the factors of {factors.arrangement}: pass the same parameter's")
     return _decomposed(factors, start, steps)[0]
@@ -268,7 +297,7 @@ def _decomposed(factors: Kronecker, start: Eigenbasis | None = None, steps: int 
     known = start[:-1] if start is not None else [None] * len(factors)
     found = [_eigh(f, q, steps) for f, q in zip(factors, known, strict=True)]
     values = [v for v, _ in found]
-    return Eigenbasis([*(q for _, q in found), _product(values)], factors.arrangement), values
+    return Eigenbasis([*(q for _, q in found), _product(values)], factors.arrangement, factors.owner), values
 
 
 def _product(sides: list[Tensor]) -> Tensor:
@@ -396,7 +425,7 @@ class Blocks(Mapping):
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self._factors.values()))[0].device
+        return _device_of(next(iter(self._factors.values())))
 
     @property
     def T(self) -> Blocks:  # noqa: N802
@@ -447,10 +476,18 @@ class Blocks(Mapping):
         for name, f in self._factors.items():
             own = list(f.arrangement.named(name))
             if len(own) == 1:
-                found[name] = matmul(f, v[name])
+                found[name] = _at_owner(f, v[name])
             else:
-                found |= zip(own, matmul(f, tuple(v[n] for n in own)), strict=True)
+                found |= zip(own, _at_owner(f, tuple(v[n] for n in own)), strict=True)
         return {name: found[name] for name in self._shapes}
+
+    def everywhere(self) -> Blocks:
+        """The same on all ranks, by eigendecompositions, each of which its owner takes; all ranks have to call this."""
+        new: dict[str, Any] = dict(self._given)
+        for name, f in self._factors.items():
+            if f.owner is not None:
+                new[name] = Eigenbasis(map(f.owner.send, self._basis(name)[0]), f.arrangement)
+        return Blocks(new)
 
     def solve(self, v: Vector, damping: float = 0.0, pi: bool = False) -> Vector:
         """(self + damping I)^-1 v; with `pi` damped per factor, see `damped`."""
@@ -485,17 +522,17 @@ class Blocks(Mapping):
 
     def logdet(self, damping: float = 0.0, pi: bool = False) -> Tensor:
         """log det(self + damping I), 0-dim; minus infinity where it is singular."""
-        damped = self.damped(damping, pi)
+        damped = self._here("logdet").damped(damping, pi)
         return torch.stack([f[-1].log().sum() for f in damped._factors.values()]).sum()
 
     def trace(self) -> Tensor:
         """The sum of its eigenvalues, 0-dim."""
-        return torch.stack([self._trace(f) for f in self._factors.values()]).sum()
+        return torch.stack([self._trace(f) for f in self._here("trace")._factors.values()]).sum()
 
     def diag(self) -> dict[str, Tensor]:
         """Parameter name -> the diagonal, [*P]."""
         found: dict[str, Tensor] = {}
-        for name, f in self._factors.items():
+        for name, f in self._here("diag")._factors.items():
             own, diagonal = f.arrangement.named(name), _diagonal(f)
             found |= zip(own, diagonal if len(own) > 1 else (diagonal,), strict=True)
         return {name: found[name] for name in self._shapes}
@@ -514,7 +551,7 @@ class Blocks(Mapping):
         for name, f in self._factors.items():
             for own, shape in f.arrangement.named(name).items():
                 drawn = torch.randn(count, *shape, dtype=f[0].dtype, device=where, generator=generator)
-                noise[own] = drawn.to(f[0].device)
+                noise[own] = drawn.to(_device_of(f))
         return self.sqrt() @ noise
 
     def scaled(self, factor: float) -> Blocks:
@@ -527,6 +564,7 @@ class Blocks(Mapping):
 
     def dense(self) -> Tensor:
         """[D, D]."""
+        self._here("dense")
         found = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         places = dict(zip(
             self._shapes, torch.arange(self.shape[0]).split([prod(s) for s in self._shapes.values()]), strict=True
@@ -535,6 +573,19 @@ class Blocks(Mapping):
             at = torch.cat([places[n] for n in f.arrangement.named(name)]).to(self.device)
             found[at.unsqueeze(1), at] = dense(f)
         return found
+
+    def _here(self, asked: str) -> Blocks:
+        """This matrix, all of whose blocks are on this rank.
+
+        Raises:
+            ArgumentError: where they are not.
+        """
+        away = [(name, f.owner.rank) for name, f in self._factors.items() if f.owner is not None]
+        if away:
+            raise ArgumentError(
+                f"{asked} of blocks that one rank has each ('{away[0][0]}': rank {away[0][1]}): everywhere() first, on all ranks"
+            )
+        return self
 
     def __repr__(self) -> str:
         return f"Blocks({', '.join(self._shapes)}: {self.shape[0]} x {self.shape[1]})"
@@ -562,7 +613,7 @@ class Blocks(Mapping):
 
     def _of_values(self, fn: Callable[[str, Tensor], Tensor]) -> Blocks:
         bases = {name: self._basis(name)[0] for name in self._factors}
-        new = {name: Eigenbasis([*b[:-1], fn(name, b[-1])], b.arrangement) for name, b in bases.items()}
+        new = {name: Eigenbasis([*b[:-1], fn(name, b[-1])], b.arrangement, b.owner) for name, b in bases.items()}
         return Blocks({name: new.get(name, given) for name, given in self._given.items()})
 
     @staticmethod
@@ -573,8 +624,21 @@ class Blocks(Mapping):
         return traces[0] if len(traces) == 1 else traces[0] * traces[1]
 
 
+def _device_of(factors: Kronecker | Eigenbasis) -> torch.device:
+    return factors[0].device if factors.owner is None else factors.owner.device
+
+
+def _at_owner(factors: Kronecker | Eigenbasis, vectors: Vectors) -> Vectors:
+    """The block times vectors, which its owner computes for all ranks."""
+    owner = factors.owner
+    if owner is None:
+        return matmul(factors, vectors)
+    given = vectors if owner.here else pytree.tree_map(lambda t: t.to("meta"), vectors)
+    return pytree.tree_map(owner.send, matmul(factors, given))
+
+
 def _inverted(name: str, values: Tensor) -> Tensor:
-    if not bool((values > 0).all()):
+    if not values.is_meta and not bool((values > 0).all()):
         raise ArgumentError(f"the block of '{name}' is singular: pass damping=")
     return 1 / values
 

@@ -440,9 +440,8 @@ class Totals:
     def _check_finite(self, values: dict, arguments: Any) -> None:
         if self._first is not None:  # a call returns what is not finite
             return
-        leaves = {
-            k: [local(t) for t in pytree.tree_leaves(value)] for k, (value, *_) in values.items() if k[0] != "loss"
-        }
+        known = {k: pytree.tree_leaves(value) for k, (value, *_) in values.items() if k[0] != "loss"}
+        leaves = {k: [local(t) for t in ts if not t.is_meta] for k, ts in known.items()}  # some are another rank's
         ends = [torch.stack(torch.aminmax(t.detach())).double() for ts in leaves.values() for t in ts if t.numel()]
         if ends and not bool(torch.stack(ends).isfinite().all()):
             bad = [f"{f} {n}".strip() for (f, n), ts in leaves.items() if not all(bool(t.isfinite().all()) for t in ts)]

@@ -40,6 +40,7 @@ from fxcurv.walks.groups import groups_of
 from fxcurv.walks.uses import Use, columns_of
 
 CHOICES = {
+    "assign": ("all", "layers"),
     "weight_sharing": ("backpack", "expand", "reduce"),
     "fisher": ("mc", "empirical"),
     "others": ("auto", "exact", "skip", "error"),

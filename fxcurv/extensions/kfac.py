@@ -61,6 +61,8 @@ class KFAC(Factored):
             parameter, B [numel, numel]; "auto" (default), that where it has one axis (a norm's scale, which costs what a
             factor A beside it costs), else the diagonal of its block, a vector [B], B [numel] (a tied embedding, a table of
             positions); "skip", nothing, the result leaves it out; "error", it is refused by name. The report says which.
+        assign: under `mesh=`, who has the sums over all ranks: "all" ranks, or of each of the "layers" one rank, with tensors
+            without values elsewhere (`kronecker.Owner`); `kronecker.Blocks` takes each inverse there. No effect without a mesh.
         joint: one block for a layer's weight and bias, B (x) A with A [in + 1, in + 1] of the inputs and a one. It is the
             weight's entry, whose arrangement is a `kronecker.Joint`; the bias' entry is `kronecker.Within(weight)`. A bias goes
             with a weight where the same op, or a sum right behind it, adds it at every use (and both are among `params`); any
@@ -71,6 +73,7 @@ class KFAC(Factored):
     weight_sharing: str = "backpack"
     fisher: str = "mc"
     others: str = "auto"
+    assign: str = "all"
     joint: bool = False
     savefield = "kfac"
     combine = (Combine("sum"), Combine("mean", 0))
@@ -142,7 +145,7 @@ class EKFAC(Factored):
         _check_sampled(self)
 
     def gather(self) -> Steps:
-        known = {f.name: getattr(self, f.name) for f in fields(KFAC) if f.name != "savefield"}
+        known = {f.name: getattr(self, f.name) for f in fields(KFAC) if f.name not in ("savefield", "assign")}
         (found,) = yield (KFAC(**known, savefield=self.field_of("factors")),)
         bases = {name: vectors_of(k) for name, k in found.items()}
         (moments,) = yield (MomentsIn(**known, savefield=self.field_of("moments"), bases=Bases(bases)),)

@@ -83,6 +83,8 @@ class Request:
     arguments: Arguments
     mode: Autocast
     create_graph: bool = False
+    sharded: tuple[Any, ...] = ()
+    """Buckets of parameters of which this process holds a shard (`ir.shards.Bucket`)."""
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:

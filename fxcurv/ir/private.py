@@ -68,6 +68,7 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.nn.modules.loss._Loss": TRIED,
     "torch.distributed.ProcessGroup._get_sequence_number_for_group": TRIED,
     "torch.distributed.device_mesh.DeviceMesh._flatten": TRIED,
+    "torch.distributed.distributed_c10d._resolve_process_group": ("2.13",),
     "torch.distributed.fsdp.FSDPModule._get_fsdp_state": TRIED,
     # patched while a model is captured
     "torch._functorch.apis.vmap_impl": TRIED,
@@ -189,6 +190,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch._subclasses.fake_tensor import unset_fake_temporarily as without_fake_mode
 from torch._subclasses.functional_tensor import FunctionalTensor, dispatch_functionalize
+from torch.distributed.distributed_c10d import _resolve_process_group as group_named
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_slot, make_fx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode as proxy_mode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv, free_unbacked_symbols
@@ -200,12 +202,12 @@ __all__ = [
     "FakeTensor", "FakeTensorMode", "FunctionalTensor", "GuardOnDataDependentSymNode", "Loss", "OpOverload", "SEEN",
     "ShapeEnv", "TRIED", "TorchDispatchMode", "UnsupportedOperatorException", "base_of", "captured_size", "check",
     "collectives_of", "constant_result", "decomposes", "decomposition_table", "disable_fake_tensor_cache",
-    "disable_proxy_modes_tracing", "dispatch_functionalize", "enable_python_dispatcher", "find", "flattened_mesh",
+    "disable_proxy_modes_tracing", "dispatch_functionalize", "enable_python_dispatcher", "find", "flattened_mesh", "group_named",
     "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform", "is_view", "make_fx",
     "maybe_mark_dynamic", "memory_of", "no_hooks", "no_torch_functions", "node_of", "original", "own_buffers",
     "own_forward_hooks", "own_parameters", "patched", "precision_of_fsdp", "proxy_mode", "pytree", "rerouted",
-    "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing", "uses_of_storage", "version_of",
-    "without_fake_mode", "without_forward_hooks",
+    "reshards_after_forward", "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing",
+    "uses_of_storage", "version_of", "without_fake_mode", "without_forward_hooks",
 ]  # fmt: skip
 
 # they log what a trace raises, and more about it
@@ -333,6 +335,18 @@ def own_forward_hooks(module: torch.nn.Module) -> list[dict[int, Any]]:
 def precision_of_fsdp(module: Any) -> Any:
     """The mixed precision policy of an `FSDPModule`."""
     return module._get_fsdp_state()._mp_policy
+
+
+def reshards_after_forward(module: Any, outermost: bool) -> bool:
+    """Whether an `FSDPModule` drops its parameters between its forward and its backward pass.
+
+    Where the user has not said so the outermost one does not, which it finds out in its first forward pass.
+    """
+    state = module._get_fsdp_state()
+    if outermost and state._auto_reshard_after_forward:
+        return False
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # 2.11 has one of them
+    return all(group._reshard_after_forward for group in groups)
 
 
 def own_parameters(module: torch.nn.Module) -> dict[str, Any]:

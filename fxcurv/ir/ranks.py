@@ -13,10 +13,19 @@ def summed(triangles: Sequence[bool], group: str, values: Sequence[Tensor]) -> l
     """The values' sums over the ranks of a group, by one collective; `triangles`: which of them are symmetric matrices."""
     if len(values) == 1 and not triangles[0]:
         return [_all_reduce(values[0].contiguous(), group)]
-    flat = [_triangle(v) if t else v.reshape(-1) for v, t in zip(values, triangles, strict=True)]
-    joined = _all_reduce(torch.cat(flat) if len(flat) > 1 else flat[0], group)
-    parts = joined.split([f.numel() for f in flat])
-    return [_square(p, v) if t else p.view(v.shape) for p, v, t in zip(parts, values, triangles, strict=True)]
+    flat = packed(triangles, values)
+    return unpacked(triangles, _all_reduce(torch.cat(flat) if len(flat) > 1 else flat[0], group), values)
+
+
+def packed(triangles: Sequence[bool], values: Sequence[Tensor]) -> list[Tensor]:
+    """Values as they travel: flat, of symmetric matrices a triangle."""
+    return [_triangle(v) if t else v.reshape(-1) for v, t in zip(values, triangles, strict=True)]
+
+
+def unpacked(triangles: Sequence[bool], joined: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """What `packed` gave, one behind the other, in the shapes of `like`."""
+    parts = joined.split([len(v) * (len(v) + 1) // 2 if t else v.numel() for v, t in zip(like, triangles, strict=True)])
+    return [_square(p, v) if t else p.view(v.shape) for p, v, t in zip(parts, like, triangles, strict=True)]
 
 
 def _all_reduce(t: Tensor, group: str) -> Tensor:

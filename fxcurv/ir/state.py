@@ -31,6 +31,8 @@ class Options:
         alone: of one program: the batch is one sample, wherever the model keeps it.
         index, edges: of one program: which input says the sample of every entry, and which are pairs of entries.
         counted: the number of the first sample is an input of the program, for batches that are parts of one.
+        rank, size: the number of this rank, and how many there are.
+        sharded: of one program: buckets of parameters (`ir.shards`) of which every rank holds a shard.
         ranks: the name of a process group whose ranks have a part of the batch each; empty: this process has all of it.
     """
 
@@ -53,6 +55,9 @@ class Options:
     index: int | None = None
     edges: tuple[int, ...] = ()
     counted: bool = False
+    rank: int = 0
+    size: int = 1
+    sharded: tuple[Any, ...] = ()
     ranks: str = ""
 
 
@@ -64,11 +69,17 @@ class Spread:
         ops: the captured ops, in words.
         buckets: what travels together, a label for each value.
         places: where the parts of results are: "output" (a list), "results" and "extras", by field.
+        owners: field -> parameter name -> the rank that has the sums, where one has them alone.
+        summed: fields of the sums over samples, with a value for each parameter.
+        shards: (field, parameter name) of results of which every rank has its shard.
     """
 
     ops: list[str] = field(default_factory=list)
     buckets: list[list[str]] = field(default_factory=list)
     places: dict[str, Any] = field(default_factory=dict)
+    owners: dict[str, dict[str, int]] = field(default_factory=dict)
+    summed: set[str] = field(default_factory=set)
+    shards: set[tuple[str, str]] = field(default_factory=set)
 
 
 @dataclass

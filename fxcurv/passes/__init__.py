@@ -15,6 +15,7 @@ from fxcurv.passes.ends import ends
 from fxcurv.passes.extract import extract
 from fxcurv.passes.finish import finish
 from fxcurv.passes.fuse import fuse
+from fxcurv.passes.gathers import gathers
 from fxcurv.passes.independence import independence
 from fxcurv.passes.normalize import normalize
 from fxcurv.passes.objective import objective
@@ -39,7 +40,8 @@ PIPELINE = [
 ]
 
 
-SPREAD = [p for step in PIPELINE for p in ((counts, simplify, step, distribute) if step is placements else (step,))]
+_FOR_RANKS = {placements: [counts, simplify, placements, distribute], schedule: [schedule, gathers]}
+SPREAD = [p for step in PIPELINE for p in _FOR_RANKS.get(step, [step])]
 """For a batch whose parts are on several ranks; equal values are united before, so that each travels once."""
 
 

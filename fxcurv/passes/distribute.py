@@ -3,15 +3,18 @@
 A `Partial` value is added up over the ranks where an op reads it complete, or where it is a result; what is linear in values
 that are added up anyway is computed from their sums. Values that need no other sums are of stage 0, those that read sums
 of stage k - 1 are of stage k. The values of a stage travel together, in buckets of one dtype, and of a symmetric matrix only
-a triangle does. The number of samples, and that of the first one, become inputs of the program.
+a triangle does. Results of sharded parameters are left in shards (`passes.scatters`). The number of samples, and that of the
+first one, become inputs of the program.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from fxcurv.errors import MixedSamplesError
@@ -22,7 +25,10 @@ from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Placement
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Input, Program
 from fxcurv.ir.ranks import plain_text, summed
+from fxcurv.ir.shards import Reduce, Scatter
 from fxcurv.ir.state import Spread
+from fxcurv.passes.owners import at_one_rank, owners
+from fxcurv.passes.scatters import in_shards
 from fxcurv.rules.traits import over_ranks
 
 # One collective takes at most so many bytes, but for a value that is larger.
@@ -46,6 +52,7 @@ def distribute(program: Program) -> Program:
     given(program)
     _Sums(program).add_up()
     _sort(program)
+    program.spread.summed = {"grad", *(e.savefield for e in program.extensions if e.sample_axis is None)}
     program.spread.places = {
         "output": [_place(n) for n in program.output_leaves],
         **{kind: _places(program, getattr(program, kind)) for kind in ("results", "extras")},
@@ -123,6 +130,10 @@ class _Sums:
                 self.reduced.append(node)
             known.add(node)
         self.complete: dict[fx.Node, fx.Node] = {}
+        self.layouts = in_shards(program, self.reduced, self._parts) if program.options.sharded else {}
+        self.shards: dict[fx.Node, fx.Node] = {}
+        self.owners = owners(program, program.options.size)
+        self.owner = at_one_rank(program, self.reduced, self._parts, self.owners)
 
     def _follows(self, node: fx.Node, known: set[fx.Node]) -> bool:
         """Whether a value is computed, by ops that are linear, from sums that are there."""
@@ -137,16 +148,83 @@ class _Sums:
         """Emit the collectives, and let everything read the sums that has to."""
         stages, found = self._stages(), []
         for stage in sorted(set(stages.values())):
-            for bucket in _buckets([n for n in self.reduced if stages[n] == stage]):
+            nodes = [n for n in self.reduced if stages[n] == stage]
+            for bucket in _buckets([n for n in nodes if n not in self.layouts and n not in self.owner]):
                 found.append(bucket)
                 self._reduce(bucket, f"stage {stage}")
+            for rank in sorted({self.owner[n] for n in nodes if n in self.owner}):
+                for bucket in _buckets([n for n in nodes if self.owner.get(n) == rank]):
+                    found.append(bucket)
+                    self._reduce_to(rank, bucket, f"stage {stage}")
+            for places in dict.fromkeys(self.layouts[n][1:] for n in nodes if n in self.layouts):
+                for bucket in _buckets([n for n in nodes if n in self.layouts and self.layouts[n][1:] == places]):
+                    found.append(bucket)
+                    self._scatter(bucket, places, f"stage {stage}")
         for node in self.wanted:
-            self._sum_of(node)
+            if node not in self.layouts:
+                self._sum_of(node)
+        kept = self._shards_of_results()
         for node in list(self.graph.nodes):
             for value in node.meta.get("complete", ()):
-                node.replace_input_with(value, self.complete[value])
+                if node not in self.layouts or node in self.reduced:  # what is computed in shards is not computed whole
+                    node.replace_input_with(value, self.complete[value])
         self.program.rename({n: self.complete[n] for n in self.program.roots() if n.meta["across"] == PARTIAL})
-        self.program.spread = Spread(_said(self.graph), [[_label(n) for n in bucket] for bucket in found])
+        buckets = [[_label(n) for n in bucket] for bucket in found]
+        self.program.spread = Spread(_said(self.graph), buckets, shards=kept, owners=self.owners)
+
+    def _reduce_to(self, rank: int, bucket: list[fx.Node], title: str) -> None:
+        """Sums over ranks that one of them gets."""
+        options = self.program.options
+        triangles = tuple(bool(n.meta.get("symmetric")) for n in bucket)
+        target = Reduce(triangles, rank, rank == options.rank, options.ranks)
+        vals = [n.meta["val"] for n in bucket]
+        for node, total in zip(bucket, self._several(target, bucket, vals, title), strict=True):
+            self._finish(node, total)
+
+    def _several(self, target: Any, bucket: list[fx.Node], vals: list[Any], title: str) -> list[fx.Node]:
+        """The values of a node of several."""
+        known = {"origin": {"stage": "distribute", "op": title, "module": ""}, "across": REPLICATE, "complete": ()}
+        with self.graph.inserting_before(self.program.output):
+            node = self.graph.call_function(target, (bucket,))
+            found = [self.graph.call_function(operator.getitem, (node, k)) for k in range(len(bucket))]
+        node.meta = {**known, "val": vals}
+        for part, val in zip(found, vals, strict=True):
+            part.meta = {**known, "val": val}
+        return found
+
+    def _scatter(self, bucket: list[fx.Node], places: tuple[str, str], title: str) -> None:
+        """Sums over ranks of which every rank gets its shard."""
+        target = Scatter(tuple(self.layouts[n][0] for n in bucket), *places)
+        with self.program.fake_mode:
+            vals = [n.meta["val"].new_empty(self.layouts[n][0].local()) for n in bucket]
+        self.shards |= dict(zip(bucket, self._several(target, bucket, vals, title), strict=True))
+
+    def _shards_of_results(self) -> set[tuple[str, str]]:
+        """Let results be shards where they may; returns (field, parameter name) of these."""
+        kept = {
+            (field, name)
+            for field, table in self.program.results.items()
+            for name, node in table.items()
+            if isinstance(node, fx.Node) and node in self.layouts
+        }
+        ends = {self.program.results[field][name] for field, name in kept}
+        self.program.rename({node: self._shard_of(node) for node in ends})
+        self.program.refresh_output()
+        return kept
+
+    def _shard_of(self, node: fx.Node) -> fx.Node:
+        """The shard of a value (of the sum of a term): one that travelled, or the op itself on shards."""
+        if node not in self.shards:
+            known = {a: self._shard_of(a) for a in node.all_input_nodes if a in self.layouts}
+            for a in [a for a in node.all_input_nodes if a not in known]:
+                known[a] = self._sum_of(a) if a in node.meta["complete"] or a in self._parts(node) else a
+            with self.graph.inserting_before(self.program.output):
+                new = self.graph.node_copy(node, lambda a: known.get(a, a))
+            args, kwargs = fx.node.map_arg((new.args, new.kwargs), lambda a: a.meta["val"])
+            with self.program.fake_mode:
+                new.meta = {**node.meta, "across": REPLICATE, "complete": (), "val": new.target(*args, **kwargs)}
+            self.shards[node] = new
+        return self.shards[node]
 
     def _stages(self) -> dict[fx.Node, int]:
         """For each value that travels, how many collectives before it are needed for it."""
@@ -243,6 +321,10 @@ def _sort(program: Program) -> None:
     program.graph.lint()
 
 
+def _zeros_like(t: Tensor) -> Tensor:
+    return torch.zeros(t.shape, dtype=t.dtype, device=t.device)
+
+
 # ---- without other ranks ------------------------------
 
 
@@ -255,7 +337,7 @@ def alone(gm: fx.GraphModule) -> fx.GraphModule:
     copy = fx.GraphModule(gm, _copied(gm.graph))
     for node in copy.graph.nodes:
         if over_ranks(node):
-            node.target = _itself
+            node.target = node.target.alone() if hasattr(node.target, "alone") else _itself
     copy.recompile()
     return copy
 
@@ -268,4 +350,19 @@ def _copied(graph: fx.Graph) -> fx.Graph:
 
 def collectives(gm: fx.GraphModule) -> list[Tensor]:
     """What a graph's collectives add up, in order: fake values."""
-    return [n.args[0].meta["val"] for n in gm.graph.nodes if over_ranks(n) == "sum"]
+    found: list[Tensor] = []
+    for n in gm.graph.nodes:
+        if over_ranks(n) in ("sum", "scatter", "reduce"):
+            found += [t.meta["val"] for t in (n.args[0] if isinstance(n.args[0], list | tuple) else [n.args[0]])]
+    return found
+
+
+def rest(gm: fx.GraphModule, done: int) -> Iterator[Callable[[], Any]]:
+    """What a rank that broke off, after `done` collectives, still has to do that others wait for: the same, on zeros."""
+    for n in gm.graph.nodes:
+        if over_ranks(n) in ("sum", "gather", "scatter", "reduce"):
+            count = 1 + bool(over_ranks(n) == "scatter" and n.target.replicas)
+            if done <= 0:
+                given = fx.node.map_arg(n.args, lambda a: a.meta["val"])
+                yield functools.partial(n.target, *pytree.tree_map_only(Tensor, _zeros_like, given))
+            done -= count

@@ -201,14 +201,14 @@ class _Locate(fx.Interpreter):
         return super().run_node(n)
 
 
-def run_error(program: Program, arguments: Arguments, flat: list[Any], error: Exception) -> ArgumentError:
-    """An op refused the values that it got, which tracing did not see: say which one."""
+def run_error(program: Program, arguments: Arguments, flat: list[Any] | None, error: Exception) -> ArgumentError:
+    """An op refused the values that it got, which tracing did not see: say which one (not without `flat`, what was bound)."""
     where = ""
     finder = _Locate(functional(program))
     with contextlib.suppress(RuntimeError, IndexError):
-        finder.run(*flat)
+        finder.run(*flat or ())
         finder.at = None
-    if finder.at is not None:
+    if flat is not None and finder.at is not None:
         where = f"{locate(finder.at)}\n"
     return ArgumentError(
         f"{where}fails on the inputs, {described(arguments.inputs)}, and the targets, "

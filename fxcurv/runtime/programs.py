@@ -175,6 +175,7 @@ class Programs(Generic[M]):
 
     def _key(self, request: Request) -> tuple[Key, Autocast, bool]:
         key = key_of(request.subject, request.arguments, any_size=bool(self.options.ranks))
+        key = key._replace(hooks=(*key.hooks, *request.sharded))
         return key, request.mode, request.create_graph
 
     def find(self, request: Request, schedules: bool = True) -> M:
@@ -250,7 +251,7 @@ class Programs(Generic[M]):
         batch_dims = tuple(request.arguments.batch_dims)
         program.options = dataclasses.replace(
             self.options, batch_dims=batch_dims, create_graph=request.create_graph, index=request.arguments.index,
-            edges=request.arguments.edges,
+            edges=request.arguments.edges, sharded=request.sharded,
         )  # fmt: skip
         return program
 

@@ -16,7 +16,7 @@ from fxcurv.errors import ArgumentError, ExtensionError, RankError
 from fxcurv.extensions import Extension
 from fxcurv.ir.placement import Placement, Shard, samples_back, samples_first
 from fxcurv.ir.private import collectives_of, flattened_mesh, pytree
-from fxcurv.passes.distribute import collectives
+from fxcurv.passes.distribute import rest
 
 T = TypeVar("T")
 
@@ -26,6 +26,7 @@ class Ranks:
 
     Attributes:
         name: of the group, as collectives in a graph have it.
+        others: groups of some of its ranks that graphs have collectives over too.
     """
 
     def __init__(self, mesh: Any):
@@ -43,6 +44,7 @@ class Ranks:
             dist.get_world_size(self.group),
         )
         self._device = torch.device(mesh.device_type)
+        self.others: list[Any] = []  # groups of some of the ranks, which shards are gathered over
 
     # ---- messages ----
 
@@ -91,13 +93,19 @@ class Ranks:
 
     def run(self, gm: fx.GraphModule, arguments: Callable[[], Sequence[Any]]) -> tuple:
         """Run a graph with collectives; if it breaks off here, the ones that others wait for are still done."""
-        before = collectives_of(self.group)
+        before = self._begun()
         try:
             return gm(*arguments())
         except Exception:
-            for like in collectives(gm)[collectives_of(self.group) - before :]:
-                dist.all_reduce(torch.zeros(like.shape, dtype=like.dtype, device=like.device), group=self.group)
+            for collective in rest(gm, self._begun() - before):
+                begun = collective()
+                if isinstance(begun, Tensor):
+                    torch.ops._c10d_functional.wait_tensor(begun)
             raise
+
+    def _begun(self) -> int:
+        """How many collectives this rank has begun, in all groups that its programs use."""
+        return sum(map(collectives_of, {g.group_name: g for g in (self.group, *self.others)}.values()))
 
     def rows(self, t: Tensor, sizes: Sequence[int]) -> Tensor:
         """The rows of all ranks, one after the other; this one's are those of `t`."""

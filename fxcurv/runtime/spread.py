@@ -7,6 +7,7 @@ program they take, after it that it went well.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -22,6 +23,7 @@ from fxcurv.front.arguments import Arguments
 from fxcurv.front.requests import Request, Subject
 from fxcurv.ir.private import pytree
 from fxcurv.ir.ranks import plain_text
+from fxcurv.kronecker import Owner
 from fxcurv.passes.recycle import functional
 from fxcurv.result import Result
 from fxcurv.runtime.backend import Backend
@@ -30,7 +32,7 @@ from fxcurv.runtime.call import keep, refuse_values, result_of, run_error, take_
 from fxcurv.runtime.keys import key_of
 from fxcurv.runtime.programs import Programs, Ready
 from fxcurv.runtime.ranks import Ranks
-from fxcurv.runtime.sharded import shard_results, whole_parameters
+from fxcurv.runtime.sharded import Sharded, stand_ins
 
 # A check of so many samples costs nothing, and less of them may have nothing to compare (all may be ignored).
 FEW = 16
@@ -69,29 +71,38 @@ def call_on_ranks(
             return (ready.digest if ready is not None else 0), 0, 0
         return ready.digest, int(seed_tensor(seed, generator, torch.device("cpu"))), seed is not None
 
-    def prepared() -> tuple[Request, Ready | None, Any]:
+    def prepared() -> tuple[Request, Sharded, Ready | None, Any]:
         if any(isinstance(t, DTensor) for t in pytree.tree_leaves((inputs, targets))):
             raise ArgumentError("an input or target is a DTensor: pass this rank's own samples, x.to_local()")
+        sharded = stack.enter_context(stand_ins(subject.model, ranks))
         request = programs.request(subject, inputs, targets, subject.autocast())
-        return request, programs.held(request), None if out is None else keep(out, False, backend)
+        request = dataclasses.replace(request, sharded=sharded.buckets)
+        return request, sharded, programs.held(request), None if out is None else keep(out, False, backend)
 
-    with whole_parameters(subject.model, ranks) as sharded:
-        (request, ready, kept), rows = ranks.together(
-            prepared, lambda found: (found[0].arguments.batch_size, *drawn(found[1]))
+    with contextlib.ExitStack() as stack:
+        (request, sharded, ready, kept), rows = ranks.together(
+            prepared, lambda found: (found[0].arguments.batch_size, *drawn(found[2]), to_check(found[2]))
         )
         sizes = [row[0] for row in rows]
         if not sum(sizes):
             raise ArgumentError("the batch is empty on every rank: pass at least one sample to one of them")
-        with request.apart():
+        with request.apart(), sharded.whole(any(row[4] for row in rows)):
             made, seed = _agreed(ranks, programs, request, ready, rows, drawn)
             if part and made.program.analysis.mixing:
                 raise MixedSamplesError(made.program.analysis.mixing.format(asked="a quantity of several batches"))
-            call = _Call(ranks, made, request, sizes, seed, first)
+            call = _Call(ranks, made, request, sharded, sizes, seed, first)
             call.check()
             result = call.run(backend, kept, out)
     programs.latest = made
-    shard_results(result, sharded)
     return result
+
+
+def to_check(ready: Ready | None) -> bool:
+    """Whether there is no program yet, or its next call compares with the model as it is."""
+    if ready is None or not ready.checked:
+        return True
+    options = ready.program.options
+    return options.debug or options.check == "always" or ready.selfcheck is not None and not ready.verified
 
 
 def _agreed(
@@ -137,14 +148,18 @@ def _travelling(ready: Ready) -> list[str]:
 class _Call:
     """A call whose program all ranks have."""
 
-    def __init__(self, ranks: Ranks, ready: Ready, request: Request, sizes: list[int], seed: int, first: int | None):
+    def __init__(
+        self, ranks: Ranks, ready: Ready, request: Request, sharded: Sharded, sizes: list[int], seed: int, first: int | None
+    ):
+        self.sharded = sharded
         self.ranks, self.ready, self.request, self.sizes, self.seed = ranks, ready, request, sizes, seed
         self.part = sum(sizes), sum(sizes[: ranks.rank]) if first is None else first
         self.program, self.subject = ready.program, request.subject
 
     def bound(self, arguments: Arguments, part: tuple[int, int] | None = None) -> list[Any]:
         """The program's arguments; `part`: (how many samples all ranks have, this one's first), else the batch is all here."""
-        return bind(self.program, self.subject, arguments, self.seed, None, part=part)
+        shards = self.sharded.local() if part is not None else None
+        return bind(self.program, self.subject, arguments, self.seed, None, shards, part)
 
     def run(self, backend: Backend, kept: Any, out: Result | None) -> Result:
         """Compute the result."""
@@ -156,6 +171,11 @@ class _Call:
         self.program.python.run_effects(self.subject.modules())
         if out is not None:
             out._memory = None
+        result._fields.update(self.sharded.results(self.program, result._fields))
+        for field, table in self.program.spread.owners.items():
+            for name, rank in table.items():
+                owner = Owner(rank, rank == self.ranks.rank, self.ranks.name, self.subject.device())
+                getattr(result, field)[name].owner = owner
         result.spread_over(
             self.sizes, functools.partial(self.ranks.whole, sizes=self.sizes), self.program.spread.places
         )
@@ -167,6 +187,8 @@ class _Call:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError) as error:
+            if self.sharded.params:  # to find the op, this rank would need the whole parameters
+                raise run_error(self.program, arguments, None, error) from error
             raise run_error(self.program, arguments, flat, error) from error
 
     # ---- checks ----
@@ -206,6 +228,7 @@ class _Call:
         with torch.random.fork_rng(cuda_devices(flat)):
             values, _ = self.ranks.together(lambda: self._values(mine, part, memory))
         loss, leaves, mutations, results, extras = self.program.unpack(values, lambda t: t)
+        results = self.sharded.results(self.program, results)
         places, together = self.program.spread.places, functools.partial(self.ranks.whole, sizes=sizes)
         leaves = together(leaves, places["output"])
         results, extras = (
@@ -258,7 +281,7 @@ def first_samples(arguments: Arguments, n: int) -> Arguments:
 def what_is_asked(programs: Programs[Ready], request: Request) -> dict[str, list[str]]:
     """What a program is made of, in words that are the same in every process."""
     key = key_of(request.subject, request.arguments, any_size=True)
-    options = dataclasses.asdict(dataclasses.replace(programs.options, rules={}))
+    options = dataclasses.asdict(dataclasses.replace(programs.options, rules={}, rank=0))
     return {
         "the extensions": [plain_text(str(e)) for e in programs.extensions],
         "the options": [plain_text(f"{name}={value!r}") for name, value in options.items()],

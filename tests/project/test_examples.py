@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 MODULES = {"data"}  # that scripts import
 SCRIPTS = {
     "demo", "batched_jacobians", "all_extensions", "gradient_of_variance", "diag_ggn_optimizer", "train_compiled",
-    "train_distributed",
+    "train_distributed", "fsdp_kfac",
 }  # fmt: skip
 PICTURES = {
     "elastic_weights", "gradient_noise", "influence", "laplace_regression", "kfac_factors", "optimizers", "pruning",

@@ -1,0 +1,170 @@
+"""Parameters of which every rank holds a shard: how graphs gather them, and leave a sum over ranks in shards.
+
+A parameter is cut along one dimension as `torch.chunk` cuts it, all pieces but the last ones of `rows` rows; for a collective,
+every piece is filled up to that. Targets of nodes are objects here, with the static arguments in them, as `contract` nodes'
+are; `alone` is what one process computes in their place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fxcurv.ir.private import group_named
+from fxcurv.ir.ranks import packed, unpacked
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a parameter is cut: its shape, the dimension, the number of pieces, and which of them is this rank's."""
+
+    shape: tuple[int, ...]
+    dim: int
+    size: int
+    rank: int
+
+    @property
+    def rows(self) -> int:
+        """How long a piece is along the dimension, but for the last ones."""
+        return -(-self.shape[self.dim] // self.size)
+
+    @property
+    def own(self) -> int:
+        """How long this rank's is."""
+        return min(max(self.shape[self.dim] - self.rank * self.rows, 0), self.rows)
+
+    @property
+    def numel(self) -> int:
+        """The entries of a piece, filled up."""
+        return self.rows * math.prod(self.shape) // max(self.shape[self.dim], 1)
+
+    def local(self) -> tuple[int, ...]:
+        """The shape of this rank's piece."""
+        return (*self.shape[: self.dim], self.own, *self.shape[self.dim + 1 :])
+
+    def filled(self, t: Tensor, rows: int) -> Tensor:
+        """Flat, with so many rows, the last ones zeros."""
+        t = t.movedim(self.dim, 0)
+        missing = rows - t.shape[0]
+        return torch.cat([t, t.new_zeros(missing, *t.shape[1:])]).reshape(-1) if missing else t.reshape(-1)
+
+    def back(self, flat: Tensor, rows: int) -> Tensor:
+        """The first rows of what `filled` gave."""
+        rest = (*self.shape[: self.dim], *self.shape[self.dim + 1 :])
+        t = flat.reshape(flat.numel() // max(math.prod(rest), 1), *rest)[:rows]
+        return t.movedim(0, self.dim).contiguous()
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters that travel together: those of one module that `fully_shard` was called with, of one dtype.
+
+    Attributes:
+        names: of the parameters; `cuts`: how each is cut.
+        group: the name of the process group whose ranks hold a shard each.
+        replicas: that of the group whose ranks hold the same shard, "" if there is none.
+        again: gathered anew for the backward pass (`reshard_after_forward`).
+    """
+
+    names: tuple[str, ...]
+    cuts: tuple[Cut, ...]
+    group: str
+    replicas: str = ""
+    again: bool = True
+
+
+class _Named:
+    """Its class' name is what a graph shows."""
+
+    __qualname__: ClassVar[str] = "shards"
+
+
+@dataclass(frozen=True)
+class Begin(_Named):
+    """This rank's shards -> all ranks', [size, sum of the pieces], on their way."""
+
+    bucket: Bucket
+    __name__: ClassVar[str] = "begin_gather"
+    over_ranks: ClassVar[str] = "gather"
+
+    def __call__(self, shards: Sequence[Tensor]) -> Any:
+        cuts = self.bucket.cuts
+        flat = [c.filled(t, c.rows) for c, t in zip(cuts, shards, strict=True)]
+        mine = torch.cat(flat) if len(flat) > 1 else flat[0].contiguous()
+        return torch.ops._c10d_functional.all_gather_into_tensor(mine, cuts[0].size, self.bucket.group)
+
+    def alone(self) -> Callable:
+        return list
+
+
+@dataclass(frozen=True)
+class End(_Named):
+    """What `Begin` gave -> the parameters."""
+
+    bucket: Bucket
+    __name__: ClassVar[str] = "end_gather"
+    over_ranks: ClassVar[str] = "wait"
+
+    def __call__(self, flat: Tensor) -> list[Tensor]:
+        cuts = self.bucket.cuts
+        flat = torch.ops._c10d_functional.wait_tensor(flat).view(cuts[0].size, -1)
+        parts = flat.split([c.numel for c in cuts], 1)
+        return [c.back(p, c.shape[c.dim]) for c, p in zip(cuts, parts, strict=True)]
+
+    def alone(self) -> Callable:
+        return list
+
+
+@dataclass(frozen=True)
+class Scatter(_Named):
+    """Terms -> this rank's shards of their sums over all ranks."""
+
+    cuts: tuple[Cut, ...]
+    group: str
+    replicas: str = ""
+    __name__: ClassVar[str] = "scatter_sums"
+    over_ranks: ClassVar[str] = "scatter"
+
+    def __call__(self, terms: Sequence[Tensor]) -> list[Tensor]:
+        size, ops = self.cuts[0].size, torch.ops._c10d_functional
+        pieces = [c.filled(t, c.rows * size).view(size, -1) for c, t in zip(self.cuts, terms, strict=True)]
+        joined = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
+        own = ops.wait_tensor(ops.reduce_scatter_tensor(joined.reshape(-1), "sum", size, self.group))
+        if self.replicas:
+            own = ops.wait_tensor(ops.all_reduce(own, "sum", self.replicas))
+        parts = own.split([c.numel for c in self.cuts])
+        return [c.back(p, c.own) for c, p in zip(self.cuts, parts, strict=True)]
+
+    def alone(self) -> Callable:
+        return list
+
+
+@dataclass(frozen=True)
+class Reduce(_Named):
+    """Terms -> their sums over a group, at one of its ranks; elsewhere tensors without values, of the "meta" device.
+
+    Attributes:
+        triangles: which terms are symmetric matrices.
+        owner: the rank that has the sums; `here`: whether it is this one.
+    """
+
+    triangles: tuple[bool, ...]
+    owner: int
+    here: bool
+    group: str
+    __name__: ClassVar[str] = "reduce_to"
+    over_ranks: ClassVar[str] = "reduce"
+
+    def __call__(self, terms: Sequence[Tensor]) -> list[Tensor]:
+        joined = torch.cat(packed(self.triangles, terms))
+        dist.reduce(joined, group=group_named(self.group), group_dst=self.owner)
+        return unpacked(self.triangles, joined, terms) if self.here else [torch.empty_like(t, device="meta") for t in terms]
+
+    def alone(self) -> Callable:
+        return list

@@ -1,0 +1,121 @@
+"""gathers: parameters of `fully_shard` arrive as shards, and are gathered where they are used, a bucket at a time.
+
+A bucket is gathered for the forward pass, and again behind it, where `reshard_after_forward` says so; between and after its
+uses nobody holds it. What is computed of parameters alone (a transposed weight) and read in both halves is computed in both.
+The next bucket is on its way while one is used. This comes behind `schedule`, whose order it keeps.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+
+from torch import fx
+
+from fxcurv.ir.origin import stage_of
+from fxcurv.ir.program import Program
+from fxcurv.ir.shards import Begin, Bucket, End
+from fxcurv.rules.traits import over_ranks, random
+
+
+def gathers(program: Program) -> Program:
+    """See the module."""
+    for bucket in program.options.sharded:
+        cuts = {name: cut for name, cut in zip(bucket.names, bucket.cuts, strict=True)}
+        given = {name: node for name, node in _given(program) if name in cuts and node.users}
+        for name, node in given.items():
+            with program.fake_mode:
+                node.meta["whole"] = node.meta["val"]
+                node.meta["val"] = node.meta["val"].new_empty(cuts[name].local())
+        for half in _halves(program, list(given.values()), bucket.again):
+            _gather(program, _only(bucket, set(given)), list(given.values()), half)
+    _ahead(program)
+    program.refresh_output()
+    program.graph.lint()
+    return program
+
+
+def _given(program: Program) -> Iterator[tuple[str, fx.Node]]:
+    for what, node in zip(program.inputs, program.graph.find_nodes(op="placeholder"), strict=True):
+        if what.kind == "param":
+            yield what.name, node
+
+
+def _only(bucket: Bucket, names: set[str]) -> Bucket:
+    """Without parameters that nothing reads."""
+    kept = [(n, c) for n, c in zip(bucket.names, bucket.cuts, strict=True) if n in names]
+    return Bucket(tuple(n for n, _ in kept), tuple(c for _, c in kept), bucket.group, bucket.replicas, bucket.again)
+
+
+def _halves(program: Program, params: list[fx.Node], again: bool) -> list[list[fx.Node]]:
+    """What reads parameters, in the order of the graph: in the forward pass, and behind it.
+
+    What is computed of parameters alone in the forward pass, and is read behind it, is computed there once more.
+    """
+    alone = _of_parameters(program, params)
+    behind = [n for n in program.graph.nodes if n.op == "output" or n.op == "call_function" and stage_of(n) != "forward"]
+    if not again or not params:
+        return [[n for n in program.graph.nodes if any(p in n.all_input_nodes for p in params)]] if params else []
+    copies: dict[fx.Node, fx.Node] = {}
+    later = set(behind)
+    for node in behind:
+        for value in [i for i in node.all_input_nodes if i in alone and i not in later and i not in params]:
+            node.replace_input_with(value, _again(program, value, alone, params, copies, node))
+    renamed = {old: new for old, new in copies.items() if old in program.roots()}
+    program.rename(renamed)
+    later.update(copies.values())
+    reads = [n for n in program.graph.nodes if any(p in n.all_input_nodes for p in params)]
+    return [half for half in ([n for n in reads if n not in later], [n for n in reads if n in later]) if half]
+
+
+def _of_parameters(program: Program, params: list[fx.Node]) -> set[fx.Node]:
+    """These parameters, and what is computed of nothing else (but constants)."""
+    known = set(params)
+    for node in program.graph.nodes:
+        if node.op == "call_function" and not random(node.target) and not over_ranks(node):
+            sources = [i for i in node.all_input_nodes if i.op != "get_attr"]
+            if sources and all(i in known for i in sources):
+                known.add(node)
+    return known
+
+
+def _again(
+    program: Program, value: fx.Node, alone: set[fx.Node], params: list[fx.Node], copies: dict[fx.Node, fx.Node], before: fx.Node
+) -> fx.Node:
+    """`value` computed once more, in front of its first reader."""
+    if value in params or value not in alone:
+        return value
+    if value not in copies:
+        for source in value.all_input_nodes:
+            _again(program, source, alone, params, copies, before)
+        with program.graph.inserting_before(before):
+            copies[value] = program.graph.node_copy(value, lambda a: copies.get(a, a))
+    return copies[value]
+
+
+def _gather(program: Program, bucket: Bucket, params: list[fx.Node], reads: list[fx.Node]) -> None:
+    """Gather the bucket in front of the first of these nodes, and let all of them read it."""
+    graph, origin = program.graph, {"stage": "distribute", "op": "gather", "module": ""}
+    with graph.inserting_before(reads[0]):
+        begun = graph.call_function(Begin(bucket), (params,))
+        ended = graph.call_function(End(bucket), (begun,))
+        whole = [graph.call_function(operator.getitem, (ended, k)) for k in range(len(params))]
+    vals = [p.meta["whole"] for p in params]
+    begun.meta, ended.meta = {"val": None, "origin": origin}, {"val": vals, "origin": origin}
+    for node, param in zip(whole, params, strict=True):
+        node.meta = {**param.meta, "val": param.meta["whole"], "origin": origin}
+        for reader in reads:
+            reader.replace_input_with(param, node)
+    if any(r.op == "output" for r in reads):
+        program.rename(dict(zip(params, whole, strict=True)))
+
+
+def _ahead(program: Program) -> None:
+    """Begin every gather right behind the arrival of the one before it."""
+    begun = [n for n in program.graph.nodes if over_ranks(n) == "gather"]
+    for one, other in zip(begun, begun[1:], strict=False):
+        (ended,) = one.users
+        last = ended
+        while last.next.target is operator.getitem and last.next.args[0] is ended:
+            last = last.next
+        last.append(other)
