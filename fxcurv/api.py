@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fxcurv import passes
-from fxcurv.errors import ArgumentError
+from fxcurv.errors import ArgumentError, ExtensionError
 from fxcurv.explain.lowered import Lowered
 from fxcurv.explain.report import Report
 from fxcurv.extensions import Extension
@@ -21,6 +21,7 @@ from fxcurv.front.requests import Request, Subject, check_loss_params, check_tra
 from fxcurv.front.values import given_values, member
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
+from fxcurv.ir.ranks import IN_TURNS
 from fxcurv.ir.state import Options
 from fxcurv.result import Result
 from fxcurv.runtime.again import Again
@@ -33,6 +34,7 @@ from fxcurv.runtime.programs import Programs, Ready, covered, emitted
 from fxcurv.runtime.ranks import Ranks, no_numbers, ranks_of, unwrapped
 from fxcurv.runtime.spread import call_on_ranks
 from fxcurv.runtime.step import Steps, call_in_step
+from fxcurv.runtime.turns import call_in_turns
 
 
 def compile(  # noqa: A001
@@ -51,6 +53,8 @@ def compile(  # noqa: A001
     loss_params: bool = False,
     sample: str = "sequence",
     sample_index: int | str | None = None,
+    outputs: bool = True,
+    dynamic_shapes: Any = None,
     backend: str | Callable = "eager",
     mode: str | None = None,
     dynamic: bool | None = None,
@@ -94,6 +98,14 @@ def compile(  # noqa: A001
             output. Inputs have no `batch_dim` then. Quantities of individual gradients and sums over samples are exact; the
             walk carries a column per sample for them. At the first call for a kind of input, samples that move another's
             output (an edge between them) raise `MixedSamplesError`, and at every call edges in an input named `edge_index`.
+        outputs: False: the result has no `output`, and the batch is computed in parts, one after the other, so that what is as
+            large as logits of a large vocabulary never exists for all samples. All sums and quantities per sample are those of
+            the whole batch. Not for products, `subsampling=`, other backends, `create_graph`, `out=` and `params=`.
+        dynamic_shapes: the sizes of inputs, beside the batch's, that vary from call to call, as `torch.export` takes them: a dict
+            {dimension: name} for each input, by keyword or in order (for one tensor alone: that dict), None for an input without.
+            Sizes of the targets that are equal to those vary with them. What is not said here is found: the second call that
+            differs in sizes alone gets a program for any; `explain()` names what makes a number of one, and every size has its
+            program then. `torch._dynamo.mark_dynamic` on an argument says the same.
         backend: "eager" runs the emitted graph op by op; "inductor", or another backend of `torch.compile`, compiles it
             with `fullgraph=True`. (A call inside a `torch.compile`d function is compiled with that function.)
         mode, dynamic: passed to `torch.compile`, for such a backend. The batch size is dynamic where it is symbolic. With
@@ -142,7 +154,10 @@ def compile(  # noqa: A001
         )
     if ranks is not None and sample_index is not None:
         raise ArgumentError("mesh= and sample_index=: merged samples are of one process, drop one")
+    if not outputs:
+        _check_in_turns(loss, found, backend, plain=sample == "sequence" and sample_index is None and ranks is None)
     options = Options(
+        outputs=outputs,
         batch_dim=batch_dim,
         split=split,
         rules=dict(rules or {}),
@@ -155,14 +170,35 @@ def compile(  # noqa: A001
         sample=sample,
         sample_index=sample_index,
         as_written=any(e.by_op for e in found),
-        schedules=ranks is None,
-        ranks=ranks.name if ranks is not None else "",
+        lengths=outputs and _any_lengths(found, sample, sample_index, ranks),
+        dynamic_shapes=dynamic_shapes,
+        schedules=ranks is None and outputs,
+        ranks=ranks.name if ranks is not None else "" if outputs else IN_TURNS,
         rank=ranks.rank if ranks is not None else 0,
         size=ranks.size if ranks is not None else 1,
     )
     compiled = Compiled(unwrapped(model), loss, found, options, Backend(backend, mode, dynamic), ranks)
     compiled.covered()
     return compiled
+
+
+def _check_in_turns(loss: Any, found: Sequence[Extension], backend: Any, plain: bool) -> None:
+    """Refuse what `outputs=False` does not compute."""
+    products = [type(e).__name__ for e in found if e.requires.of_vectors]
+    numbered = [str(e) for e in found if getattr(e, "subsampling", None) is not None]
+    if products or numbered:
+        raise ExtensionError(f"{(products + numbered)[0]} with outputs=False is not supported: ask for it without")
+    if loss is None or backend != "eager" or not plain:
+        raise ArgumentError(
+            "outputs=False computes the parts of a batch with a loss one after the other: drop it, or sample=, sample_index=, "
+            "mesh= and other backends than 'eager'"
+        )
+
+
+def _any_lengths(found: Iterable[Extension], sample: str, sample_index: Any, ranks: Ranks | None) -> bool:
+    """Whether sizes beside the batch's may be symbolic: not where positions or rows are samples, nor in products."""
+    plain = sample == "sequence" and sample_index is None and ranks is None
+    return plain and not any(e.requires.of_vectors for e in found)
 
 
 # How many kinds of calls are recognised: training and evaluation, say, of two sizes each.
@@ -253,6 +289,10 @@ class Compiled:
                 self._ranks, self._programs, self._subject, self._backend, inputs, targets,
                 seed=seed, generator=generator, out=out,
             )  # fmt: skip
+        if not self._options.outputs:
+            if torch.compiler.is_dynamo_compiling() or create_graph or out is not None or params is not None:
+                raise ArgumentError("outputs=False takes no create_graph, out=, params= or torch.compile around it: drop one")
+            return call_in_turns(self._programs, self._subject, inputs, targets, seed=seed, generator=generator)
         values, models = given_values(self._subject, params) if params is not None else ({}, None)
         if models is not None:
             return self._of_models(values, models, inputs, targets, seed, generator, create_graph, out)
@@ -324,8 +364,10 @@ class Compiled:
         drawn = any(getattr(e.requires, "mc", None) for e in self.extensions)
         if not drawn or self._ranks is not None or self._options.counted:
             return self
+        if not self._options.outputs:
+            raise ArgumentError("outputs=False computes a batch in parts by itself: pass it whole, or compile without")
         if self._counting is None:
-            options = dataclasses.replace(self._options, counted=True)
+            options = dataclasses.replace(self._options, counted=True, lengths=False)
             self._counting = Compiled(self.model, self.loss, self.extensions, options, self._backend)
         return self._counting
 
@@ -361,6 +403,8 @@ class Compiled:
         Raises:
             ArgumentError: with products, which are callables.
         """
+        if not self._options.outputs:
+            raise ArgumentError("export() with outputs=False is not supported: compile with outputs=True, and export that")
         if self._ranks is not None:
             raise ArgumentError("export() with mesh= is not supported: compile without a mesh, and export that")
         request = self._request(inputs, targets)
@@ -394,7 +438,8 @@ class Compiled:
         found = checked(extensions)
         if self._ranks is not None:
             no_numbers(found)
-        options = dataclasses.replace(self._options, as_written=any(e.by_op for e in found))
+        lengths = self._options.outputs and _any_lengths(found, self._options.sample, self._options.sample_index, self._ranks)
+        options = dataclasses.replace(self._options, as_written=any(e.by_op for e in found), lengths=lengths)
         return Compiled(self.model, self.loss, found, options, self._backend, self._ranks)
 
     def alone(self, asked: str) -> None:

@@ -41,7 +41,8 @@ class Result:
         fields = self.__dict__.get("_fields", {})
         if name in fields:
             return fields[name]
-        raise AttributeError(f"the result has no '{name}': it has {', '.join(fields)}")
+        hint = " (outputs=False keeps no output: run the model for it)" if name == "output" and "loss" in fields else ""
+        raise AttributeError(f"the result has no '{name}'{hint}: it has {', '.join(fields)}")
 
     def __getitem__(self, extension: Extension) -> Any:
         """The field of an extension instance."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fxcurv.ir.emit import declare
+from fxcurv.ir.lengths import said
 from fxcurv.ir.placement import Shard, samples_first, shifted
 from fxcurv.ir.private import pytree
 from fxcurv.kernels.patches import channels_last, windows
@@ -194,7 +195,7 @@ class Conv(Factor):
     tensors: ClassVar[tuple[str, ...]] = ("a", "g")
 
     def shape(self) -> tuple[Any, ...]:
-        return (self.g.shape[0], self.a.shape[0] // (self.place.outer * self.place.inner), *self.weight_shape)
+        return (self.g.shape[0], self.a.shape[0] // said(self.place.outer * self.place.inner), *self.weight_shape)
 
     def places(self) -> tuple[Shard, ...]:
         return (self.place, shifted(self.place))

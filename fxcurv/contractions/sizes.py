@@ -8,6 +8,7 @@ from math import prod
 from torch import SymInt, Tensor
 
 from fxcurv.contractions.factors import Conv, Dense, Factor, Gather
+from fxcurv.ir.lengths import said
 
 
 def size(t: Tensor) -> tuple[int, ...]:
@@ -59,7 +60,7 @@ def dims(factor: Factor) -> Dims:
 
 def _conv_dims(f: Conv, item: int) -> Dims:
     g, a, w = size(f.g), size(f.a), f.weight_shape
-    merged = f.place.outer * f.place.inner
+    merged = said(f.place.outer * f.place.inner)
     kernel = prod(f.kernel)
     if f.transposed:
         s = prod(a[2:])

@@ -62,6 +62,7 @@ class Report:
         fallbacks: ops on the walk that have no rule of their own.
         said: which ops are PyTorch's own kernels, and which are said in mathematics, where, and why.
         batch: whether the batch size is symbolic, or what fixed it.
+        lengths: the same of other sizes, where those of calls differed.
         output: what f is and whether its loss has curvature, "" for a model's output with a loss that has.
         left_out: trainable parameters of a loss module, of which there is no gradient.
         python: the values of attributes, closures and globals that the program depends on.
@@ -87,6 +88,7 @@ class Report:
         self.fallbacks = _fallbacks(program)
         self.said = _said(program)
         self.batch = program.batch_note
+        self.lengths = program.lengths
         self.output = _output(program)
         self.python = program.python.names()
         numbers = zip(program.reads.values, program.reads.lines, strict=True) if program.reads is not None else ()
@@ -106,6 +108,8 @@ class Report:
         if self.output:
             parts.append(Text(f"f: {self.output}"))
         parts.append(Text(f"batch size: {self.batch}"))
+        if self.lengths:
+            parts.append(Text(f"other sizes: {self.lengths}"))
         if self.left_out:
             said = "held constant: trainable parameters of the loss (loss_params=True has them among the parameters)"
             parts.append(Text(f"{said}: {', '.join(self.left_out)}"))

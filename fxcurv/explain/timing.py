@@ -24,7 +24,9 @@ def measure(program: Program, flat: list[Any], samples: int) -> list[float]:
         flat: the graph's arguments, but the memory for results.
         samples: the batch size.
     """
-    memory = [torch.empty(program.batch.shape(m.val, samples), dtype=m.val.dtype) for m in program.buffers]
+    given = [[t for i, t in zip(program.inputs, flat, strict=False) if i.kind == kind] for kind in ("input", "target")]
+    lengths = program.lengths_of(*given)
+    memory = [torch.empty(program.batch.shape(m.val, samples, lengths), dtype=m.val.dtype) for m in program.buffers]
     cuda = sorted({t.device.index or 0 for t in flat if isinstance(t, Tensor) and t.is_cuda})
     runs = []
     for _ in range(1 + RUNS):

@@ -239,7 +239,7 @@ class Param:
     def columns(self, group: Group) -> int:
         """How many columns a group has: of a loss without curvature as many as the model's output has numbers."""
         if not KINDS[group.kind].carried:
-            return group.draws or sum(self.program.batch.per_sample(h.meta["val"]) for h in self.program.heads)
+            return group.draws or sum(self.program.batch.columns(h.meta["val"]) for h in self.program.heads)
         return self.program.walked.columns.get(group, 1)
 
 

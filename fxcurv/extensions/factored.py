@@ -28,6 +28,7 @@ from fxcurv.extensions.layers import (
     read,
     second_moment,
 )
+from fxcurv.ir.lengths import said
 from fxcurv.ir.origin import locate
 from fxcurv.ir.placement import Shard
 from fxcurv.ir.precision import wide, widely
@@ -227,7 +228,7 @@ def _fold(program: Program, group: Group) -> tuple[int, int] | None:
     axis = rule.class_axis(z.ndim)
     if axis is not None:
         return 1, z.shape[axis]
-    return 0, where.outer * where.inner if where.dim == z.ndim - 1 else z.shape[-1]
+    return 0, said(where.outer * where.inner) if where.dim == z.ndim - 1 else z.shape[-1]
 
 
 def _record(param: Param, layer: Layer, sharing: str) -> None:
@@ -260,7 +261,7 @@ Given = Sequence[tuple[Factor, Tensor, Any, Embed | None]]
 
 def _samples_and_positions(f: Any) -> tuple[int, int]:
     if isinstance(f, Conv):
-        merged = f.place.outer * f.place.inner
+        merged = said(f.place.outer * f.place.inner)
         return f.a.shape[0] // merged, merged * prod(f.g.shape[3:])
     return (f.index if isinstance(f, Gather) else f.a).shape[:2]
 

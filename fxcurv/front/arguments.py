@@ -71,6 +71,8 @@ class Arguments:
     """Which of the inputs says the sample of every entry, where samples are merged."""
     edges: tuple[int, ...] = ()
     """Which of the inputs are pairs of entries, [2, E]."""
+    varying: tuple[frozenset[int], ...] = ()
+    """For every input and split target, the dimensions beside the samples' that are to be symbolic."""
     rows: tuple[int | None, ...] = ()
     """How many rows a sample has in each of the inputs, where these have come apart."""
 

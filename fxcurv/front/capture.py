@@ -66,11 +66,14 @@ def capture(
 def _export(wrapped: Captured, arguments: Arguments) -> ExportedProgram:
     numbers = wrapped.reads.tensors(next(wrapped.model.parameters()).device)
     dims = arguments.batch_dims, arguments.split_dims(), [None] * len(numbers)
-    shapes = tuple([{d: Dim.AUTO} if d is not None else None for d in part] for part in dims)
+    varying = iter(arguments.varying)
+    shapes = tuple([_symbolic(d, next(varying, frozenset())) for d in part] for part in dims)
     # autograd saves nothing of tensors made under inference_mode, nor does it like to be asked for the gradient of what is no
     # leaf; export marks its inputs' dynamic dimensions, and unmarks those that the user marked
     def fresh() -> tuple:
-        given = (arguments.inputs, arguments.split_targets())
+        # positions that came apart are a view, of which export would assume that its memory is no smaller
+        pairs = zip(arguments.split_targets(), arguments.targets, strict=True)
+        given = (arguments.inputs, [t if t.ndim == whole.ndim else t.clone() for t, whole in pairs])
         alone = lambda t: t.clone() if t.is_inference() else t.detach().requires_grad_(t.requires_grad and t.is_leaf)  # noqa: E731
         return *([alone(t) for t in tensors] for tensors in given), numbers
 
@@ -83,6 +86,12 @@ def _export(wrapped: Captured, arguments: Arguments) -> ExportedProgram:
         trace = "".join(traceback.format_tb(error.__cause__.__traceback__))
         wrapped.record.fixed_by = {"op": str(error.__cause__.func), "module": "", "stack_trace": trace}
         return _traced(wrapped, fresh(), None)
+
+
+def _symbolic(samples: int | None, varying: frozenset[int]) -> dict[int, Any] | None:
+    """The dimensions of an argument that are symbolic."""
+    dims = varying if samples is None else {samples, *varying}
+    return dict.fromkeys(sorted(dims), Dim.AUTO) or None
 
 
 def _traced(wrapped: Captured, args: tuple, shapes: Any) -> ExportedProgram:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import math
+import sys
 import traceback
 import warnings
 from unittest import mock
@@ -28,6 +29,7 @@ from fxcurv.ir.private import (
     original,
     patched,
     pytree,
+    rerouted,
     trace_logs,
 )
 
@@ -82,7 +84,20 @@ def no_branches():
     with contextlib.ExitStack() as stack:
         for name, new in _UNBRANCHED.items():
             stack.enter_context(patched(name, new))
+        if _FLEX.rpartition(".")[0] in sys.modules:
+            stack.enter_context(rerouted(_FLEX, _no_flex))
         yield
+
+
+_FLEX = "torch.nn.attention.flex_attention.flex_attention"
+
+
+def _no_flex(*args, **kwargs):
+    raise CaptureError(
+        f"flex_attention is not supported: its kernels, and the functions that it is given, have no rule\n{running_line()}"
+        "Way out: torch.nn.functional.scaled_dot_product_attention, a mask_mod as a boolean attn_mask= and a score_mod that adds "
+        'as one of numbers; for a model of transformers, attn_implementation="sdpa" or "eager".'
+    )
 
 
 def _both(pred, true_fn, false_fn, operands=()):

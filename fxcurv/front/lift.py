@@ -16,6 +16,7 @@ from fxcurv.front.derivatives import expand
 from fxcurv.front.wrapped import Captured
 from fxcurv.ir.batch import Batch
 from fxcurv.ir.graph import pruned
+from fxcurv.ir.lengths import Length
 from fxcurv.ir.origin import locate, source_line
 from fxcurv.ir.private import captured_size, schema_of
 from fxcurv.ir.program import Input, Numbers, Program
@@ -170,7 +171,7 @@ def lift(model: Named, wrapped: Captured, exported: ExportedProgram, arguments: 
     program.fake_mode = next(
         n.meta["val"].fake_mode for n in placeholders if isinstance(n.meta.get("val"), Tensor)
     )
-    if program.fixed and wrapped.record.fixed_by is not None:
+    if wrapped.record.fixed_by is not None:
         program.fixed_by = wrapped.record.fixed_by
     program.reads = _reads(program, numbers, [value for _, value in wrapped.values.read])
     program.refresh_output()
@@ -256,13 +257,14 @@ def _outputs(signature, outputs, wrapped):
 
 
 def _batch(placeholders: list[fx.Node], inputs: list[Input], arguments: Arguments) -> Batch:
-    """The symbols that stand for the batch size in the captured sizes; none if the model fixed it."""
+    """The symbols that stand for the batch size in the captured sizes; none if the model fixed it. And the lengths."""
     n = arguments.batch_size
     symbols: set[Any] = set()
-    for node, bound in zip(placeholders, inputs, strict=True):
-        val = node.meta.get("val")
-        if bound.kind not in ("input", "target") or not isinstance(val, Tensor):
-            continue
+    given = [
+        (bound, node.meta["val"]) for node, bound in zip(placeholders, inputs, strict=True)
+        if bound.kind in ("input", "target") and isinstance(node.meta.get("val"), Tensor)
+    ]  # fmt: skip
+    for bound, val in given:
         dim = arguments.batch_dims[bound.index] if bound.kind == "input" else None
         if dim is not None and not (isinstance(val.shape[dim], torch.SymInt) and val.shape[dim].node.expr.free_symbols):
             return Batch(frozenset(), n)  # fixed for the inputs, though a target that nothing reads keeps its symbol
@@ -270,4 +272,20 @@ def _batch(placeholders: list[fx.Node], inputs: list[Input], arguments: Argument
             if isinstance(size, torch.SymInt) and (d == dim or size.node.hint == n):
                 symbols |= size.node.expr.free_symbols
                 symbols |= captured_size(size).free_symbols if size.node.expr.free_symbols else set()
-    return Batch(frozenset(symbols), n)
+    return Batch(frozenset(symbols), n, False, *_lengths(given, symbols))
+
+
+def _lengths(given: list[tuple[Input, Tensor]], symbols: set[Any]) -> tuple[tuple[Length, ...], dict[Any, Any]]:
+    """(symbolic sizes beside the batch's, each once, what every symbol of such sizes is in terms of these)."""
+    lengths: dict[Any, Length] = {}
+    others: dict[Any, Any] = {}
+    for bound, val in given:
+        for d, size in enumerate(val.shape):
+            if not isinstance(size, torch.SymInt) or captured_size(size).free_symbols <= symbols:
+                continue
+            expr, at = size.node.expr, Length(size.node.expr, size.node.hint, bound.kind, bound.index, d)
+            if expr.is_Symbol and expr not in symbols:
+                lengths.setdefault(expr, at)
+            others |= {s: size.node.shape_env.replace(s) for s in captured_size(size).free_symbols - symbols}
+            others |= {s: s for s in expr.free_symbols - symbols}
+    return tuple(lengths.values()), others

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, fx
 
+from fxcurv.ir import lengths
 from fxcurv.ir.graph import layout
 from fxcurv.ir.placement import Placement, Shard
 from fxcurv.ir.private import (
@@ -59,7 +60,7 @@ def emit(program: Program, fn: Callable, *args: Any, origin: dict[str, Any] | No
         if key is not None:
             pieces[key] = piece
     nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
-    return _splice(program, piece, nodes, origin or {}, before or program.output)
+    return _splice(program, piece, [*nodes, *_lengths(program, piece, len(nodes))], origin or {}, before or program.output)
 
 
 def call(program: Program, target: Any, *args: Any, origin: dict[str, Any] | None = None) -> fx.Node:
@@ -75,6 +76,26 @@ def call(program: Program, target: Any, *args: Any, origin: dict[str, Any] | Non
 def number_of_samples(x: Tensor, dim: int) -> Any:
     """The size of the samples' axis: the target of one node, whose value everything reads that counts samples."""
     return x.shape[dim]
+
+
+def length(x: Tensor, dim: int) -> Any:
+    """The size of an axis whose length is symbolic."""
+    return x.shape[dim]
+
+
+def _lengths(program: Program, piece: Piece, given: int) -> list[fx.Node | None]:
+    """A node for each length, where the traced function asked for it by a placement."""
+    asked = [p for p in piece.gm.graph.nodes if p.op == "placeholder"][given:]
+    return [_length(program, k) if p.users else None for k, p in enumerate(asked)]
+
+
+def _length(program: Program, k: int) -> fx.Node:
+    found = [n for n in program.graph.find_nodes(op="call_function", target=length) if n.meta["length"] == k]
+    if found:
+        return found[0]
+    node = _at_front(program, length, program.given(program.batch.lengths[k]), program.batch.lengths[k].dim)
+    node.meta["length"] = k
+    return node
 
 
 def samples(program: Program) -> Any:
@@ -137,7 +158,7 @@ def tracing(program: Program, origin: dict[str, Any] | None):
     The Python dispatcher takes the decompositions that keep sizes symbolic where a C++ kernel would fix them. Equal
     pieces are traced once, so the fake mode's own cache would be filled for nothing, which takes as long as tracing.
     """
-    before = program.fixed
+    before = program.fixed, program.fixed_lengths
     with (
         disable_fake_tensor_cache(program.fake_mode),
         program.fake_mode,
@@ -145,7 +166,7 @@ def tracing(program: Program, origin: dict[str, Any] | None):
         enable_python_dispatcher(),
     ):
         yield
-    if program.fixed and not before:
+    if (program.fixed, program.fixed_lengths) != before:
         program.fixed_by = origin or {}
 
 
@@ -156,14 +177,15 @@ def _trace(program: Program, fn: Callable, leaves: list[Any], spec: pytree.TreeS
         nonlocal out_spec
         it = iter(vals)
         full = [next(it) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
-        out, out_spec = pytree.tree_flatten(fn(*pytree.tree_unflatten(full, spec)))
+        with lengths.at(tuple(it)):
+            out, out_spec = pytree.tree_flatten(fn(*pytree.tree_unflatten(full, spec)))
         return out
 
     nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
     with tracing(program, origin), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # nodes of one traced piece share their values, and a trace tells its inputs apart by identity
-        vals = [_fresh(node.meta["val"]) for node in nodes]
+        vals = [*(_fresh(node.meta["val"]) for node in nodes), *program.length_values()]
         gm = make_fx(flat, MATERIALISED)(*vals)
         if any(_mutates(node) for node in gm.graph.nodes):
             gm = make_fx(dispatch_functionalize(flat), MATERIALISED)(*vals)

@@ -12,6 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from fxcurv.ir.lengths import said
 from fxcurv.ir.placement import Shard, samples_back
 
 _MASK, _STEP = 0xFFFFFFFF, 0x2545F491
@@ -35,7 +36,7 @@ def uniform(seed: Seed, stream: int, columns: int, like: Tensor, place: Shard) -
         stream: distinguishes independent draws of one program.
         place: where the samples are on `like`.
     """
-    outer, inner = place.outer, place.inner
+    outer, inner = said(place.outer), said(place.inner)
     slice_shape = [*like.shape[: place.dim], outer * inner, *like.shape[place.dim + 1 :]]
     n = like.shape[place.dim] // (outer * inner) if outer * inner > 1 else like.shape[place.dim]
     size = math.prod(slice_shape[: place.dim]) * outer * inner * math.prod(slice_shape[place.dim + 1 :])

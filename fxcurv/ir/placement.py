@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from fxcurv.ir.lengths import said
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -146,7 +148,7 @@ def samples_first(t, place: Shard, lead: int = 0):
     dim = place.dim + lead
     if place.outer == place.inner == 1:
         return t.movedim(dim, lead).unsqueeze(dim + 1)
-    t = t.unflatten(dim, (place.outer, -1, place.inner))
+    t = t.unflatten(dim, (said(place.outer), -1, said(place.inner)))
     return t.movedim(dim + 1, lead).flatten(dim + 1, dim + 2)
 
 
@@ -157,5 +159,5 @@ def samples_back(t, place: Shard, lead: int = 0):
     dim = place.dim + lead
     if place.outer == place.inner == 1:
         return t.squeeze(dim + 1).movedim(lead, dim)
-    t = t.unflatten(dim + 1, (place.outer, place.inner)).movedim(lead, dim + 1)
+    t = t.unflatten(dim + 1, (said(place.outer), said(place.inner))).movedim(lead, dim + 1)
     return t.flatten(dim, dim + 2)

@@ -90,6 +90,7 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.distributions.Distribution.__init__": TRIED,
     "torch.fx.experimental.symbolic_shapes.ShapeEnv._set_replacement": TRIED,
     "torch.fx.proxy.TracerBase._filter_traceback_frames": TRIED,
+    "torch.nn.attention.flex_attention.flex_attention": TRIED,
     "torch.nn.functional.gaussian_nll_loss": TRIED,
     "torch.nn.modules.transformer._detect_is_causal_mask": TRIED,
     "torch.utils.checkpoint.CheckpointFunction": TRIED,

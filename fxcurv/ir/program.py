@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, fx
 from fxcurv.cost import Machine, machine
 from fxcurv.ir.batch import Batch
 from fxcurv.ir.graph import is_tensor, layout, pruned
+from fxcurv.ir.lengths import Length
 from fxcurv.ir.origin import source_line
 from fxcurv.ir.placement import REPLICATE, Placement, Shard
 from fxcurv.ir.private import pytree
@@ -113,7 +115,8 @@ class Program:
         decisions: what was chosen for each contraction.
         largest: the batch size up to which the columns fit the memory budget, if more sweeps would help.
         stale: nodes that read a value of other strides than the one that they were traced with.
-        served: batch sizes that were asked for -> whether the guards allow them.
+        lengths: what became of sizes beside the batch's that should be symbolic, for a report.
+        served: batch sizes, or (batch size, lengths), that were asked for -> whether the guards allow them.
         buffers: the memory that large results are written to (see `passes.recycle`).
     """
 
@@ -150,8 +153,9 @@ class Program:
     timings: dict[str, float] = field(default_factory=dict)
     buffers: list[Memory] = field(default_factory=list)
     largest: int | None = None
+    lengths: str = ""
     stale: set[fx.Node] = field(default_factory=set)
-    served: dict[int, bool] = field(default_factory=dict)
+    served: dict[Any, bool] = field(default_factory=dict)
     check_module: fx.GraphModule | None = None
     verdicts: list[Callable[[], Exception]] = field(default_factory=list)
 
@@ -224,8 +228,43 @@ class Program:
             {f: filled(f, {f: node})[f] for f, node in self.extras.items()},
         )
 
-    def serves(self, n: int) -> bool:
-        """Whether this program computes batches of `n` samples: its size, or any that its guards allow."""
+    def given(self, length: Length) -> fx.Node:
+        """The argument that has a length."""
+        placeholders = self.graph.find_nodes(op="placeholder")
+        where = length.kind, length.index
+        return next(n for n, i in zip(placeholders, self.inputs, strict=False) if (i.kind, i.index) == where)
+
+    def length_values(self) -> list[Any]:
+        """The lengths as symbolic sizes."""
+        return [self.given(x).meta["val"].shape[x.dim] for x in self.batch.lengths]
+
+    @property
+    def fixed_lengths(self) -> tuple[Length, ...]:
+        """The lengths that became numbers."""
+        if not self.batch.lengths:
+            return ()
+        replaced = self.fake_mode.shape_env.replacements
+        return tuple(x for x in self.batch.lengths if x.symbol in replaced and not replaced[x.symbol].free_symbols)
+
+    def lengths_of(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[int, ...]:
+        """The lengths of a call, from its tensors, as the program takes them."""
+        kinds = {"input": inputs, "target": targets}
+        return tuple(kinds[x.kind][x.index].shape[x.dim] for x in self.batch.lengths)
+
+    def fits(self, n: int, lengths: tuple[int, ...], inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> bool:
+        """Whether all tensors have the sizes that these lengths make."""
+        kinds, placeholders = {"input": inputs, "target": targets}, self.graph.find_nodes(op="placeholder")
+        pairs = [(p, kinds[i.kind][i.index]) for p, i in zip(placeholders, self.inputs, strict=False) if i.kind in kinds]
+        return all(self.batch.shape(p.meta["val"], n, lengths) == tuple(t.shape) for p, t in pairs)
+
+    def serves(self, n: int, lengths: tuple[int, ...] | None = None) -> bool:
+        """Whether this program computes batches of `n` samples: its size, or any that its guards allow.
+
+        Args:
+            lengths: the call's (default: those at capture).
+        """
+        if lengths is not None and lengths != self.batch.sizes:
+            return self._serves_lengths(n, lengths)
         if n == self.batch.size:
             return True
         if not self.batch.symbols or n > (self.largest or n):
@@ -236,12 +275,23 @@ class Program:
             self.served[n] = self.guards_hold(n)
         return self.served[n]
 
-    def guards_hold(self, n: int) -> bool:
+    def _serves_lengths(self, n: int, lengths: tuple[int, ...]) -> bool:
+        """`serves` at other lengths than those at capture; sizes of one are numbers where tracing meets them."""
+        if min(n, *lengths) < 2 and not (n == 1 and self.served.get(1, False) and min(lengths) > 1):
+            return False
+        longer = prod(new / old for new, old in zip(lengths, self.batch.sizes, strict=True))
+        if self.largest is not None and n * longer > self.largest:
+            return False
+        if (n, lengths) not in self.served:
+            self.served[n, lengths] = self.guards_hold(n, lengths)
+        return self.served[n, lengths]
+
+    def guards_hold(self, n: int, lengths: Sequence[int] | None = None) -> bool:
         """Whether the batch size is symbolic, and what was assumed of it while tracing holds of `n`.
 
         What was assumed of an input's strides, as of a slice, is not asked: the program is one for all strides.
         """
-        values = {s: n for s in self.batch.symbols}
+        values = self.batch.values(n, lengths)
         assumed = [g.expr.subs(values) for g in self.fake_mode.shape_env.guards]
         return not self.fixed and all(bool(e) for e in assumed if not e.free_symbols)
 
@@ -263,10 +313,14 @@ class Program:
         if self.batch.whole:
             why = "interact" if self.options.sample_index is None else "are merged"
             return f"fixed at {self.batch.size}: samples {why}, so all of it is one sample"
+        return f"fixed at {self.batch.size} by {self.fixing()}"
+
+    def fixing(self) -> str:
+        """What made a number of a symbolic size: op, module path and the user's line."""
         origin = self.fixed_by or {}
         where = f" in module '{origin['module']}'" if origin.get("module") else ""
         line = source_line(origin.get("stack_trace") or "")
-        return f"fixed at {self.batch.size} by {origin.get('op') or 'the model'}{where}" + (f", {line}" if line else "")
+        return f"{origin.get('op') or 'the model'}{where}" + (f", {line}" if line else "")
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let `new` stand for `old` everywhere, in the graph and in this program's own fields."""

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# In place of a group's name: the parts of a batch that one process computes one after the other.
+IN_TURNS = "in turns"
+
 
 def summed(triangles: Sequence[bool], group: str, values: Sequence[Tensor]) -> list[Tensor]:
     """The values' sums over the ranks of a group, by one collective; `triangles`: which of them are symmetric matrices."""

@@ -24,6 +24,8 @@ class Options:
         sample: "sequence" or "token".
         sample_index: the input that says which sample an entry belongs to, as the user names it.
         as_written: no op of the model may be said in others.
+        outputs: the model's output is a result.
+        lengths: sizes beside the batch's may become symbolic; dynamic_shapes: those that are from the start, as the user says it.
         schedules: a float that changes at every call may become an input of the program.
         create_graph: of one program: results can be differentiated again, so only algorithms that autograd can follow are
             chosen.
@@ -48,6 +50,9 @@ class Options:
     sample: str = "sequence"
     sample_index: int | str | None = None
     as_written: bool = False
+    outputs: bool = True
+    lengths: bool = False
+    dynamic_shapes: Any = None
     schedules: bool = True
     create_graph: bool = False
     batch_dims: tuple[int | None, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from fxcurv.ir import lengths
 from fxcurv.ir.program import Program
 from fxcurv.ir.state import Options
 from fxcurv.passes.average import average
@@ -56,7 +57,8 @@ def run(program: Program, passes: list, debug: bool = False, tell: Callable[[str
         name = step.__name__
         tell(name)
         start = time.perf_counter()
-        program = step(program)
+        with lengths.at(program.batch.sizes):
+            program = step(program)
         program.timings[name] = program.timings.get(name, 0.0) + time.perf_counter() - start
         if debug:
             verify(program, name)

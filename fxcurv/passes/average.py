@@ -11,6 +11,7 @@ from torch import fx
 from fxcurv.errors import ExtensionError, UnsupportedOpError
 from fxcurv.ir.emit import emit
 from fxcurv.ir.graph import canonical_args, descendants
+from fxcurv.ir.lengths import LengthFixed
 from fxcurv.ir.origin import locate, origin_of
 from fxcurv.ir.placement import Shard
 from fxcurv.ir.precision import widely
@@ -218,6 +219,8 @@ def _op(value: fx.Node) -> tuple[fx.Node, int]:
 
 def _slice_shape(program: Program, node: fx.Node) -> tuple[int, ...]:
     """The shape of one sample's slice (`samples_first`)."""
+    if program.batch.lengths:
+        raise LengthFixed("averaged matrices, which are of one size")
     place = node.meta["place"]
     shape = list(program.batch.shape(node.meta["val"]))
     shape[place.dim] = place.outer * place.inner

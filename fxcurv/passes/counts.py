@@ -93,6 +93,24 @@ def _weighed(program: Program, node: fx.Node, args: tuple) -> None:
             program.stand_in(user, new)
             new.args = (user, total)
             program.rename({user: new})
+    _count_early(program, node, args)
+
+
+def _count_early(program: Program, node: fx.Node, args: tuple) -> None:
+    """Without weights, their sum is a count of targets: so no part waits for it with its logits in memory."""
+    _, target, weight, _, ignored = args
+    if weight is not None:
+        return
+    like = node.meta["val"][1].dtype
+    count = emit(program, _targets, target, ignored, like, origin=node.meta.get("origin"), before=node)
+    for user in list(node.users):
+        if user.target is operator.getitem and user.args[1] == 1:
+            program.replace(user, count)
+            program.graph.erase_node(user)
+
+
+def _targets(target: Tensor, ignored: int, dtype: torch.dtype) -> Tensor:
+    return (target != ignored).to(dtype).sum()
 
 
 class _Counts:

@@ -24,7 +24,7 @@ from fxcurv.ir.origin import locate, stage_of
 from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Placement
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Input, Program
-from fxcurv.ir.ranks import plain_text, summed
+from fxcurv.ir.ranks import IN_TURNS, plain_text, summed
 from fxcurv.ir.shards import Reduce, Scatter
 from fxcurv.ir.state import Spread
 from fxcurv.passes.owners import at_one_rank, owners
@@ -149,7 +149,8 @@ class _Sums:
         stages, found = self._stages(), []
         for stage in sorted(set(stages.values())):
             nodes = [n for n in self.reduced if stages[n] == stage]
-            for bucket in _buckets([n for n in nodes if n not in self.layouts and n not in self.owner]):
+            most = 0 if self.program.options.ranks == IN_TURNS else BUCKET  # nothing travels, so nothing has to wait
+            for bucket in _buckets([n for n in nodes if n not in self.layouts and n not in self.owner], most):
                 found.append(bucket)
                 self._reduce(bucket, f"stage {stage}")
             for rank in sorted({self.owner[n] for n in nodes if n in self.owner}):
@@ -279,15 +280,15 @@ def _said(graph: fx.Graph) -> list[str]:
     return [plain_text(f"{n.target}{n.args}") for n in graph.nodes if n.op == "call_function" and stage_of(n) == "forward"]
 
 
-def _buckets(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
-    """Values that travel together: of one dtype, up to `BUCKET` bytes."""
+def _buckets(nodes: Sequence[fx.Node], most: int = BUCKET) -> list[list[fx.Node]]:
+    """Values that travel together: of one dtype, up to `most` bytes."""
     out: list[list[fx.Node]] = []
     for dtype in dict.fromkeys(n.meta["val"].dtype for n in nodes):
-        size = BUCKET + 1
+        size = most + 1
         for node in [n for n in nodes if n.meta["val"].dtype == dtype]:
             val = node.meta["val"]
             size += val.numel() * val.element_size()
-            if size > BUCKET:
+            if size > most:
                 out.append([])
                 size = val.numel() * val.element_size()
             out[-1].append(node)

@@ -52,7 +52,13 @@ def recycle(program: Program) -> Program:
 
 
 def functional(program: Program) -> fx.GraphModule:
-    """The graph as it was before this pass, all results in new memory, and as one process runs it."""
+    """The graph as it was before this pass, and as one process runs it."""
+    gm = without_memory(program)
+    return alone(gm) if program.options.ranks else gm
+
+
+def without_memory(program: Program) -> fx.GraphModule:
+    """The graph as it was before this pass, all results in new memory."""
     values: dict[fx.Node, fx.Node] = {}
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph, values))
@@ -62,8 +68,7 @@ def functional(program: Program) -> fx.GraphModule:
             node.target, node.kwargs = plain[node.target], {k: v for k, v in node.kwargs.items() if k != "out"}
     for node in [n for n in graph.nodes if n.op == "placeholder" and n.meta.get("origin", {}).get("stage") == "recycle"]:
         graph.erase_node(node)
-    gm = fx.GraphModule(program.gm, graph)
-    return alone(gm) if program.options.ranks else gm
+    return fx.GraphModule(program.gm, graph)
 
 
 def _maker(node: fx.Node) -> fx.Node:

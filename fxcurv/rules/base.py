@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxcurv.contractions.factors import Factor, Jacobian
 from fxcurv.ir.graph import invoke
+from fxcurv.ir.lengths import said
 from fxcurv.ir.placement import Placement, Shard, Site, samples_first
 from fxcurv.ir.private import OpOverload, pytree
 from fxcurv.rules.call import Call
@@ -98,7 +99,7 @@ class Rule:
         leaves, spec = pytree.tree_flatten(call.args)
         sharded = [i for i, p in enumerate(call.places) if isinstance(p, Shard) and isinstance(leaves[i], Tensor)]
         slices = [samples_first(leaves[i], call.places[i]) for i in sharded]
-        fixed = [s if s is not None else leaf for s, leaf in zip(call.sizes, leaves, strict=True)]
+        fixed = [said(s) if s is not None else leaf for s, leaf in zip(call.sizes, leaves, strict=True)]
         g = g if isinstance(g, tuple) else (g,)
         g = _samples_first(call, g, lead=1)
 

@@ -76,7 +76,7 @@ def _places_of_floats(node: fx.Node) -> tuple[Placement, ...]:
 
 def _size_at_one(program: Program, leaf: Any) -> int | None:
     val = leaf.meta.get("val") if isinstance(leaf, fx.Node) else None
-    return program.batch.evaluate(val, 1) if isinstance(val, torch.SymInt) else None
+    return program.batch.evaluate(val, 1, program.batch.stand_ins) if isinstance(val, torch.SymInt) else None
 
 
 def outputs_of(program: Program, node: fx.Node) -> tuple[fx.Node | None, ...]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxcurv.ir import noise
+from fxcurv.ir.lengths import said
 from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Replicate, Shard, reduction
 from fxcurv.rules.base import Rule, register, rewrite
 from fxcurv.rules.call import Call
@@ -75,7 +76,7 @@ def separate(root: Tensor, place: Shard, classes: int | None, rows: tuple[int, i
     rows: (start, stop), to make only these columns of each of the V.
     """
     shape = list(root.shape[1:])
-    sizes = [1 if d == classes else place.outer * place.inner if d == place.dim else s for d, s in enumerate(shape)]
+    sizes = [1 if d == classes else said(place.outer * place.inner) if d == place.dim else s for d, s in enumerate(shape)]
     s = prod(sizes)
     start, stop = rows or (0, s)
     if s == 1:
@@ -84,8 +85,8 @@ def separate(root: Tensor, place: Shard, classes: int | None, rows: tuple[int, i
     eye = (column[start:stop].unsqueeze(1) == column).to(root.dtype).reshape(stop - start, *sizes)
     if place.outer * place.inner > 1:
         dim = place.dim + 1
-        n = shape[place.dim] // (place.outer * place.inner)
-        eye = eye.unflatten(dim, (place.outer, 1, place.inner))
+        n = shape[place.dim] // said(place.outer * place.inner)
+        eye = eye.unflatten(dim, (said(place.outer), 1, said(place.inner)))
         eye = eye.expand(*eye.shape[: dim + 1], n, *eye.shape[dim + 2 :]).flatten(dim, dim + 2)
     return (root.unsqueeze(1) * eye.unsqueeze(0)).flatten(0, 1)
 

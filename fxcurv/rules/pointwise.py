@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxcurv.contractions.factors import Factor, Jacobian
 from fxcurv.ir import placement
+from fxcurv.ir.lengths import said
 from fxcurv.ir.placement import Shard, samples_first
 from fxcurv.rules.base import AGAIN, Rule, register, rewrite
 from fxcurv.rules.call import Call
@@ -226,8 +227,8 @@ class Arithmetic(Rule):
 def _own_slices(p: Tensor, place: Shard) -> Tensor:
     """[V, *y] -> [V, N, *y], zero but in the sample's slices: for a parameter with entries of its own per sample."""
     size = p.shape[place.dim + 1]
-    n = size // (place.outer * place.inner)
-    owner = torch.arange(size, device=p.device).div(place.inner, rounding_mode="floor") % n
+    n = size // said(place.outer * place.inner)
+    owner = torch.arange(size, device=p.device).div(said(place.inner), rounding_mode="floor") % n
     mine = owner == torch.arange(n, device=p.device).unsqueeze(1)
     mine = mine.reshape(n, *[1] * place.dim, size, *[1] * (p.ndim - place.dim - 2))
     return torch.where(mine, p.unsqueeze(1), 0)

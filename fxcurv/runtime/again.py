@@ -25,6 +25,7 @@ from fxcurv.result import Result
 from fxcurv.rules.traits import borrows
 from fxcurv.runtime.bind import bind, seed_tensor
 from fxcurv.runtime.direct import direct
+from fxcurv.runtime.lengths import lengths_of
 from fxcurv.runtime.programs import Ready
 
 _of_module = operator.attrgetter("training", "_parameters", "_buffers", "_modules", *HOOKS)
@@ -38,6 +39,7 @@ class Again:
     def __init__(self, ready: Ready, request: Request, inputs: Any, targets: tuple):
         subject, program = request.subject, ready.program
         self.ready, self.holder, self.device = ready, subject.holder, subject.device()
+        self.lengths = lengths_of(program, request.arguments)
         self.n, self.names = request.arguments.batch_size, tuple(inputs) if type(inputs) is dict else None
         self.described = [_of_argument(t) for t in (*_values(inputs), *targets)]
         self.modules = subject.modules()
@@ -77,7 +79,7 @@ class Again:
             flat[position] = path.get(self.modules)
         for position in self.seeds:
             flat[position] = seed_tensor(seed, generator, self.device)
-        memory = self.ready.pool.take(self.n)
+        memory = self.ready.pool.take(self.n, self.lengths)
         try:
             with torch.no_grad():
                 values = self.run(*flat, *memory)

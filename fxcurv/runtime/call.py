@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from fxcurv.errors import ArgumentError
 from fxcurv.front.arguments import Arguments, described, filled
 from fxcurv.front.requests import Request, Subject
+from fxcurv.ir.lengths import at
 from fxcurv.ir.origin import locate
 from fxcurv.ir.program import Kept, Program
 from fxcurv.passes.recycle import functional
@@ -20,6 +21,7 @@ from fxcurv.runtime.again import Again
 from fxcurv.runtime.backend import Backend
 from fxcurv.runtime.bind import bind, cuda_devices
 from fxcurv.runtime.empty import of_no_sample
+from fxcurv.runtime.lengths import lengths_of
 from fxcurv.runtime.programs import Programs, Ready
 from fxcurv.runtime.selfcheck import Check
 
@@ -50,12 +52,13 @@ def call(
     if not request.arguments.batch_size:
         with request.apart():
             return of_no_sample(programs.like(request).program, request, values or {}), None
-    with request.apart():
+    with request.apart(), contextlib.ExitStack() as within:
         ready = programs.find(request)
-        program = ready.program
+        program, lengths = ready.program, lengths_of(ready.program, request.arguments)
+        within.enter_context(at(lengths))
         part = None if first is None else (request.arguments.batch_size, first)
         flat = bind(program, subject, request.arguments, seed, generator, values, part)
-        memory = take_memory(ready, backend, request.arguments.batch_size, flat, kept)
+        memory = take_memory(ready, backend, request.arguments, flat, kept)
         try:
             check_values(ready, flat)
             if values:
@@ -75,7 +78,8 @@ def call(
         program.python.run_effects(subject.modules())
         if out is not None:
             out._memory = None
-        repeated, ready.size = ready.size == request.arguments.batch_size, request.arguments.batch_size
+        size = request.arguments.batch_size, lengths
+        repeated, ready.size = ready.size == size, size
         plain = repeated and backend.name == "eager" and not values
         return result, Again.of(ready, request, inputs, targets) if plain else None
 
@@ -99,11 +103,12 @@ def keep(out: Any, create_graph: bool, backend: Backend) -> Kept:
     return out._memory
 
 
-def take_memory(ready: Ready, backend: Backend, n: int, flat: list[Any], kept: Kept | None) -> list[Tensor]:
+def take_memory(ready: Ready, backend: Backend, arguments: Arguments, flat: list[Any], kept: Kept | None) -> list[Tensor]:
     """What the eager graph writes large results to, its last arguments."""
     if backend.name != "eager":
         return []
-    return ready.pool.take(n) if kept is None else ready.pool.take_from(kept, n, flat)
+    n, lengths = arguments.batch_size, lengths_of(ready.program, arguments)
+    return ready.pool.take(n, lengths) if kept is None else ready.pool.take_from(kept, n, flat, lengths)
 
 
 # ---- checks ------------------------------
@@ -143,7 +148,7 @@ def _check_own(ready: Ready, request: Request, backend: Backend) -> None:
     selfcheck = begin_selfcheck(ready, request, flat)
     if selfcheck is not None:
         with torch.set_grad_enabled(request.create_graph), torch.random.fork_rng(cuda_devices(flat)):
-            memory = take_memory(ready, backend, request.arguments.batch_size, flat, None)
+            memory = take_memory(ready, backend, request.arguments, flat, None)
             selfcheck.finish(_run(ready, backend, flat, memory))
         ready.verified = True
 

@@ -14,6 +14,7 @@ from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
 from fxcurv.kronecker import Eigenbasis
 from fxcurv.result import Result
+from fxcurv.runtime.lengths import lengths_of
 
 
 def of_no_sample(program: Program, request: Request, values: dict[str, Tensor]) -> Result:
@@ -39,7 +40,7 @@ def of_no_sample(program: Program, request: Request, values: dict[str, Tensor]) 
         targets = filled(arguments.target_template, arguments.targets)
         loss = _run(subject.loss, ends, (output, *targets), {}) if subject.loss else None
     fields: dict[str, Any] = {}
-    results = dict(program.results)
+    results, lengths = dict(program.results), lengths_of(program, arguments)
     if loss is not None:
         wanted = [held[name] for name in results["grad"]]
         found = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
@@ -54,8 +55,8 @@ def of_no_sample(program: Program, request: Request, values: dict[str, Tensor]) 
     fields["output"] = pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, output)
     axes = {e.savefield: None if getattr(e, "subsampling", None) else e.sample_axis for e in program.extensions}
     for field, nodes in results.items():
-        fields[field] = {name: _empty(program, value, axes[field]) for name, value in nodes.items()}
-    fields |= {field: _empty(program, node, 0) for field, node in program.extras.items()}
+        fields[field] = {name: _empty(program, value, axes[field], lengths) for name, value in nodes.items()}
+    fields |= {field: _empty(program, node, 0, lengths) for field, node in program.extras.items()}
     if not program.options.update_buffers:
         buffers = dict(model.named_buffers(remove_duplicate=False))
         fields["buffers"] = {name: buffers[name].clone() for name in program.mutations}
@@ -70,13 +71,13 @@ def _run(function: Any, values: dict[str, Tensor], args: tuple, kwargs: dict[str
     return torch.func.functional_call(function, values, args, kwargs) if values else function(*args, **kwargs)
 
 
-def _empty(program: Program, value: Any, axis: int | None) -> Any:
+def _empty(program: Program, value: Any, axis: int | None, lengths: tuple[int, ...]) -> Any:
     """Zeros for the nodes in `value`, none of them along the samples' axis."""
 
     def zeros(node: fx.Node) -> Tensor:
         val = node.meta["val"]
         if program.batch.symbols:
-            return torch.zeros([program.batch.evaluate(s, 0) for s in val.shape], dtype=val.dtype, device=val.device)
+            return torch.zeros([program.batch.evaluate(s, 0, lengths) for s in val.shape], dtype=val.dtype, device=val.device)
         shape = list(val.shape)
         if axis is not None:
             shape[axis] = 0

@@ -21,13 +21,13 @@ class Pool:
         self._program = program
         self._kept: dict[int, Tensor] = {}
         # evaluating a symbolic shape takes longer than a small problem's kernels
-        self._shapes: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._shapes: dict[Any, tuple[int, ...]] = {}
 
-    def take(self, n: int) -> list[Tensor]:
+    def take(self, n: int, lengths: tuple[int, ...] = ()) -> list[Tensor]:
         """Memory for the program's buffers at batch size `n`, each kept if nobody else holds it, else new."""
-        return [self._view(index, n, free=True) for index in range(len(self._program.buffers))]
+        return [self._view(index, n, lengths, free=True) for index in range(len(self._program.buffers))]
 
-    def take_from(self, kept: Kept, n: int, flat: Sequence[Any]) -> list[Tensor]:
+    def take_from(self, kept: Kept, n: int, flat: Sequence[Any], lengths: tuple[int, ...] = ()) -> list[Tensor]:
         """The memory of an earlier result for the program's buffers at batch size `n`, whoever holds it.
 
         Args:
@@ -44,7 +44,7 @@ class Pool:
             )
         given = {t.untyped_storage().data_ptr() for t in flat if isinstance(t, Tensor)}
         for index, (tensor, memory) in enumerate(zip(kept.tensors, self._program.buffers, strict=True)):
-            where, needed = tensor.untyped_storage().data_ptr(), math.prod(self._shape(index, n))
+            where, needed = tensor.untyped_storage().data_ptr(), math.prod(self._shape(index, n, lengths))
             names = [f"{field}['{name}']" for field, name in memory.results]
             values = [kept.fields.get(field, {}).get(name) for field, name in memory.results]
             for name, value in zip(names, values, strict=True):
@@ -58,23 +58,23 @@ class Pool:
             if where in given:
                 raise ArgumentError(f"out=: an argument or parameter of this call lies in the memory of {names[0]}: clone it")
         self._kept.update(enumerate(kept.tensors))
-        return [self._view(index, n, free=False) for index in range(len(self._program.buffers))]
+        return [self._view(index, n, lengths, free=False) for index in range(len(self._program.buffers))]
 
     def kept(self, fields: dict[str, Any]) -> Kept:
         """What the last call of the program wrote to, and its fields."""
         return Kept(self._program, tuple(self._kept[index] for index in range(len(self._program.buffers))), fields)
 
-    def _view(self, index: int, n: int, free: bool) -> Tensor:
-        shape = self._shape(index, n)
+    def _view(self, index: int, n: int, lengths: tuple[int, ...], free: bool) -> Tensor:
+        shape = self._shape(index, n, lengths)
         kept, numel = self._kept.get(index), math.prod(shape)
         if kept is None or free and (kept.numel() < numel or not _ours_alone(kept)):
             kept = self._kept[index] = torch.empty(numel, dtype=self._program.buffers[index].val.dtype)
         return kept[:numel].view(shape)
 
-    def _shape(self, index: int, n: int) -> tuple[int, ...]:
-        key = index, n
+    def _shape(self, index: int, n: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
+        key = index, n, lengths
         if key not in self._shapes:
-            self._shapes[key] = self._program.batch.shape(self._program.buffers[index].val, n)
+            self._shapes[key] = self._program.batch.shape(self._program.buffers[index].val, n, lengths or None)
         return self._shapes[key]
 
 

@@ -10,19 +10,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
 
 from fxcurv.errors import FxcurvError
 from fxcurv.front.requests import Request
-from fxcurv.passes.recycle import functional
 from fxcurv.runtime.bind import bind, cuda_devices
+from fxcurv.runtime.lengths import Shaped, lengths_of
 
 
 def serves_one(ready: Any, request: Request) -> bool:
     """Whether this program gives what plain PyTorch does for this one sample; noted on the program (`Program.served`)."""
     program = ready.program
     if 1 not in program.served:
-        program.served[1] = program.guards_hold(1) and ready.selfcheck is not None and _right(ready, request)
+        lengths = lengths_of(program, request.arguments)
+        program.served[1] = program.guards_hold(1, lengths) and ready.selfcheck is not None and _right(ready, request)
     return program.served[1]
 
 
@@ -32,24 +32,10 @@ def _right(ready: Any, request: Request) -> bool:
     try:
         check = ready.selfcheck.begin(program, request, flat)
         with torch.no_grad(), torch.random.fork_rng(cuda_devices(flat)):
-            values = _Shaped(program).run(*flat)
+            values = Shaped(program, 1, lengths_of(program, request.arguments)).run(*flat)
         note = ready.selfcheck.note
         check.finish(values)
         ready.selfcheck.note = note  # the report is of the first call
     except (FxcurvError, RuntimeError, ValueError, IndexError):
         return False
     return True
-
-
-class _Shaped(fx.Interpreter):
-    """Runs a graph at one sample; a value of another shape than its node says is an error."""
-
-    def __init__(self, program: Any):
-        super().__init__(functional(program))
-        self._batch = program.batch
-
-    def run_node(self, n: fx.Node) -> Any:
-        value, known = super().run_node(n), n.meta.get("val")
-        if isinstance(value, Tensor) and isinstance(known, Tensor) and tuple(value.shape) != self._batch.shape(known, 1):
-            raise ValueError(f"{n} is of shape {tuple(value.shape)}")
-        return value

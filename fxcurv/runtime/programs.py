@@ -24,9 +24,11 @@ from fxcurv.front.requests import Autocast, Request, Subject, check_trainable
 from fxcurv.ir.program import Program
 from fxcurv.ir.specialise import specialise
 from fxcurv.ir.state import Options
+from fxcurv.rules.base import FAILURES
 from fxcurv.runtime import forward
 from fxcurv.runtime.bind import bind
 from fxcurv.runtime.keys import Key, key_of, shortened, why
+from fxcurv.runtime.lengths import Varying, asked, differing, lengths_of, not_served, serves, to_capture, union, without
 from fxcurv.runtime.memory import Pool
 from fxcurv.runtime.merged import Merged
 from fxcurv.runtime.probe import Probe
@@ -62,7 +64,7 @@ class Ready:
         checked: conditions on values and placements have held; `verified`: so has the comparison.
         runner: under another backend than "eager": what computes the program.
         stateless: the program as calls inside `torch.compile` need it.
-        size: the batch size of the last call that went the long way.
+        size: the batch size and the lengths of the last call that went the long way.
         digest: of what travels between ranks, where these have a part of the batch each.
         finished: what other models with an equal graph may have of this.
     """
@@ -75,7 +77,7 @@ class Ready:
     verified: bool = False
     runner: Callable[[list[Any]], tuple] | None = None
     stateless: Stateless | None = None
-    size: int | None = None
+    size: Any = None
     digest: int = 0
     finished: Finished | None = None
 
@@ -101,6 +103,8 @@ def emitted(program: Program, tell: Tell) -> Ready:
     kind = Probe if program.options.sample_index is None else Merged
     probe = kind(program) if program.options.check else None
     selfcheck = SelfCheck(program, probe.needed) if probe is not None and program.options.check != "probe" else None
+    if not program.options.outputs:
+        program.output_leaves, program.output_template = [], None
     program = passes.run(program, passes.pipeline(program.options), program.options.debug, tell)
     return Ready(program, Pool(program), probe, selfcheck)
 
@@ -135,6 +139,9 @@ class Programs(Generic[M]):
         self.latest: M | None = None
         self._made: dict[tuple[Key, Autocast, bool], list[M]] = {}
         self._schedule = Schedule()
+        # programs for any lengths, and the sizes that are open in them; what made numbers of lengths, "" if nothing did
+        self._any_length: list[tuple[Any, Varying, M]] = []
+        self._fixed: dict[Any, str] = {}
 
     def request(
         self, subject: Subject, inputs: Any, targets: tuple, mode: Autocast, create_graph: bool = False
@@ -158,7 +165,7 @@ class Programs(Generic[M]):
     def held(self, request: Request) -> M | None:
         """The program for these arguments and what Python holds, if it is made; for parts of a batch, of any size."""
         n, modules = max(request.arguments.batch_size, 2), request.subject.modules()
-        serving = [made for made in self._made.get(self._key(request), []) if made.program.serves(n)]
+        serving = [made for made in self._made.get(self._key(request), []) if serves(made.program, request.arguments, n)]
         return next((made for made in serving if made.program.python.holds(modules)), None)
 
     def spread(self, request: Request, n: int) -> M:
@@ -188,8 +195,8 @@ class Programs(Generic[M]):
             raise ArgumentError("the batch is empty, so there is no program: pass at least one sample")
         n, modules = request.arguments.batch_size, request.subject.modules()
         key = self._key(request)
-        serving = [made for made in self._made.get(key, []) if made.program.serves(n)]
-        serving = [made for made in serving if schedules or not made.program.python.numbers]
+        serving = [made for made in self._made.get(key, []) if serves(made.program, request.arguments)]
+        serving = [made for made in serving if schedules or not (made.program.python.numbers or made.program.batch.lengths)]
         numbers: list[str] = []
         for made in serving:
             if made.program.python.holds(modules):
@@ -203,12 +210,19 @@ class Programs(Generic[M]):
                 if held and self.one(made, request):
                     self._made.setdefault(key, []).append(made)
                     return made
+        varying = self._varying(key, request) if schedules and self.options.lengths else ()
+        for made in self._of_lengths(key, request, varying):
+            if made.program.python.holds(modules) and not numbers_differ(made.program, request):
+                self._made.setdefault(key, []).append(made)
+                return made
         changed: list[Any] = min((made.program.python.differences(modules) for made in serving), key=len, default=[])
         known = {key: [made.program for made in some] for key, some in self._made.items()}
         found = reasons(changed) or numbers
         reason = shortened(found) if found else why(key, known, n, request.subject)
-        new = self._scheduled(request, changed) if schedules and self.options.schedules else None
+        new, why_fixed = self._of_any_length(key, request, varying) if any(varying) else (None, "")
+        new = new or (self._scheduled(request, changed) if schedules and self.options.schedules else None)
         new = new or self._lowered(request)
+        new.program.lengths = why_fixed or new.program.lengths
         unlike = numbers_differ(new.program, request)
         if unlike:  # what the trace computed of the data is not what its graph does
             raise CaptureError(f"{unlike[0]}: it is another number each time. Way out: compute it outside of the model.")
@@ -218,6 +232,52 @@ class Programs(Generic[M]):
         self._made.setdefault(key, []).append(new)
         setattr(self.named, f"program_{len(vars(self.named))}", new)
         return new
+
+    def _varying(self, key: Any, request: Request) -> Varying:
+        """The sizes that are to be symbolic: those that the user says, and those that alone differ from a known kind's."""
+        said = asked(request.arguments, self.options.dynamic_shapes)
+        found = [differing(key[0], other) for other, *mode in self._made if mode == [*key[1:]]]
+        known: list[Varying] = [dims for dims in found if dims is not None and any(dims)]
+        return union((said, min(known, key=lambda dims: sum(len(d) for d in dims), default=said)))
+
+    def _of_lengths(self, key: Any, request: Request, varying: Varying) -> list[M]:
+        """What was made for any lengths and serves these arguments."""
+        if not varying:
+            return []
+        arguments, n = request.arguments, request.arguments.batch_size
+        given = arguments.inputs, arguments.split_targets()
+        found = []
+        for (loose, *mode), dims, made in self._any_length:
+            if mode == [*key[1:]] and len(dims) == len(varying) and without(key[0], dims) == loose:
+                sizes = lengths_of(made.program, arguments)
+                fits = made.program.fits(n, sizes, *given) and made.program.serves(max(n, 2), sizes)
+                if fits and not self._not_one(made, request):
+                    found.append(made)
+        return found
+
+    def _of_any_length(self, key: Any, request: Request, varying: Varying) -> tuple[M | None, str]:
+        """(a program in which these sizes are symbolic, "") or (None, what made numbers of them)."""
+        kind = (without(key[0], varying), *key[1:])
+        if kind not in self._fixed:
+            wide = to_capture(request, varying)
+            try:
+                new = self._lowered(wide)
+                self._fixed[kind] = not_served(new, wide) or self._not_one(new, request)
+                if self._fixed[kind] and not new.program.batch.lengths and serves(new.program, request.arguments):
+                    return new, f"fixed by {self._fixed[kind]}"  # what was captured is the program of this length
+                if not self._fixed[kind]:
+                    self._any_length.append((kind, varying, new))
+                    new.program.lengths = "symbolic (captured at " + ", ".join(map(str, new.program.batch.sizes)) + ")"
+            except (FxcurvError, *FAILURES) as error:
+                self._fixed[kind] = str(error).strip().splitlines()[0]
+            if not self._fixed[kind]:
+                return new, ""
+            log.info("a program for every length: fixed by %s", self._fixed[kind])
+        return None, f"fixed by {self._fixed[kind]}" if self._fixed[kind] else ""
+
+    def _not_one(self, made: M, request: Request) -> str:
+        """Why a program is none for one sample, if there is one."""
+        return "" if request.arguments.batch_size > 1 or self.one(made, request) else "a batch of one sample"
 
     def like(self, request: Request) -> M:
         """A program for a batch of other samples than these, of which there are none: one that there is, or that of two."""

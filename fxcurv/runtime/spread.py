@@ -164,8 +164,7 @@ class _Call:
     def run(self, backend: Backend, kept: Any, out: Result | None) -> Result:
         """Compute the result."""
         flat = self.bound(self.request.arguments, self.part)
-        n = self.request.arguments.batch_size
-        memory = functools.partial(take_memory, self.ready, backend, n, flat, kept)
+        memory = functools.partial(take_memory, self.ready, backend, self.request.arguments, flat, kept)
         values, _ = self.ranks.together(lambda: self._values(self.request.arguments, flat, memory))
         result = result_of(self.ready, self.subject, backend, flat, values)
         self.program.python.run_effects(self.subject.modules())

@@ -5,12 +5,15 @@ Earlier versions did so for four dimensions alone. Quantities are of its mathema
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from oracle import Oracle
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
 import fxcurv
+from fxcurv.errors import CaptureError
 from fxcurv.extensions import BatchGrad, DiagGGNExact, DiagHessian
 
 N, T, D, C = 3, 4, 5, 2
@@ -60,3 +63,26 @@ def test_the_work_of_a_plain_step_is_that_of_the_mathematics():
     attention = 2 * 3 * 2 * N * T * T * D
     layers = 2 * 2 * N * T * D * D + 3 * 2 * N * T * D * C  # nothing asks for the gradient of x
     assert fxcurv.compile(model, F.cross_entropy, [BatchGrad()]).explain(x, y).plain.flops == attention + layers
+
+
+class Flexible(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix, self.attend = nn.Linear(D, D), flex_attention
+
+    def forward(self, x):
+        h = self.mix(x).unsqueeze(1)
+        return self.attend(h, h, h).squeeze(1).mean(1)
+
+
+def test_flex_attention_is_refused():
+    model, x, code = Flexible(), torch.randn(N, T, D), flex_attention.__code__
+    with pytest.raises(CaptureError, match="flex_attention is not supported.*(\n.*)*scaled_dot_product_attention"):
+        fxcurv.compile(model, F.mse_loss, [BatchGrad()])(x, torch.randn(N, D))
+    assert flex_attention.__code__ is code
+
+
+def test_rms_norm_has_no_kernels_on_a_cpu():
+    """Where it has, it should stay them, as layer norm does (`rules.fused`)."""
+    y = F.rms_norm(torch.randn(N, D, requires_grad=True), [D], torch.randn(D, requires_grad=True))
+    assert "Rms" not in y.grad_fn.name()

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxcurv.ir.lengths import said
 from fxcurv.ir.placement import Shard, samples_back, samples_first
 from fxcurv.ir.private import pytree
 from fxcurv.rules.base import Rule
@@ -125,7 +126,7 @@ def _output(call: Call, step: Step) -> Tensor:
 def _of_sample(call: Call, step: Step, k: int) -> Call:
     """The call on sample k alone."""
     leaves, spec = pytree.tree_flatten(call.args)
-    sized = [s if s is not None else leaf for s, leaf in zip(call.sizes, leaves, strict=True)]
+    sized = [said(s) if s is not None else leaf for s, leaf in zip(call.sizes, leaves, strict=True)]
     args = [_slice(leaf, place, k) for leaf, place in zip(sized, call.places, strict=True)]
     if isinstance(call.y, Tensor):
         y: Any = _slice(call.y, step.places[0], k)

@@ -24,6 +24,7 @@ from fxcurv.contractions.factors import Jacobian
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.emit import declare, emit
 from fxcurv.ir.graph import ancestors, canonical_args
+from fxcurv.ir.lengths import said
 from fxcurv.ir.origin import origin_of
 from fxcurv.ir.placement import Shard, samples_back, samples_first, shifted
 from fxcurv.ir.precision import widened
@@ -105,7 +106,7 @@ def _elementwise(walk: Walk, node: fx.Node, stack: Stack, rule: Rule, leaves: li
     program = walk.program
     call, origin = call_of(program, node), origin_of(node, "curvature")
     g = _gradient(walk, node, stack)
-    entries = program.batch.per_sample(leaves[0].meta["val"])
+    entries = program.batch.columns(leaves[0].meta["val"])
 
     def send(part: Group, start: int, stop: int) -> None:
         columns, walk.weights[part] = emit(program, _unit_columns, rule.d2, call, g, start, stop, origin=origin)
@@ -221,7 +222,7 @@ def _residual_pairs(rule: Rule, call: Call, active: tuple, g: Any, place: Shard 
 def _residuals(rule: Rule, call: Call, inputs: dict, slices: dict, gs: tuple, place: Shard | None) -> Tensor:
     """Every sample's Hessian [N, D, D] of <g, op>, jointly in `inputs`, position -> [N, *slice]."""
     leaves, spec = pytree.tree_flatten(call.args)
-    alone = leaves if place is None else [leaf if s is None else s for s, leaf in zip(call.sizes, leaves, strict=True)]
+    alone = leaves if place is None else [leaf if s is None else said(s) for s, leaf in zip(call.sizes, leaves, strict=True)]
     constants = {i: t for i, t in slices.items() if i not in inputs}
     first = [slices[i][0] if i in slices else leaf for i, leaf in enumerate(alone)]
     whole = place is not None and not serves_alone(call, first, [t[0] for t in gs])

@@ -1,0 +1,229 @@
+"""A call that computes its batch in parts, one after the other: `compile(outputs=False)`.
+
+The program is that of a batch on several ranks (`passes.distribute`), and each part of the batch is a rank's turn: what a
+collective adds up is added up as the parts go by, and what reads such a sum runs, part by part, when all of it is there. So
+no value of all samples is ever whole but what a result has of each, and the numbers are those of the whole batch.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxcurv.errors import ArgumentError, MixedSamplesError
+from fxcurv.front.requests import Request, Subject
+from fxcurv.ir.placement import Shard, samples_back, samples_first
+from fxcurv.ir.private import pytree
+from fxcurv.ir.program import Program
+from fxcurv.passes.recycle import without_memory
+from fxcurv.result import Result
+from fxcurv.rules.traits import over_ranks
+from fxcurv.runtime.bind import bind, cuda_devices, seed_tensor
+from fxcurv.runtime.call import refuse_values
+from fxcurv.runtime.programs import Programs, Ready
+
+# A part has at least one sample and at most a quarter of them, and its widest value so many bytes in between.
+ROOM = 32 << 20
+
+
+@torch.compiler.disable
+def call_in_turns(
+    programs: Programs[Ready], subject: Subject, inputs: Any, targets: tuple, *, seed: Any, generator: torch.Generator | None
+) -> Result:
+    """`Compiled.__call__` under `outputs=False`."""
+    request = programs.request(subject, inputs, targets, subject.autocast())
+    n = request.arguments.batch_size
+    if not n:
+        raise ArgumentError("the batch is empty, which outputs=False cannot be of: pass at least one sample")
+    with request.apart():
+        ready = programs.held(request) or _made(programs, request)
+        program, drawn = ready.program, seed_tensor(seed, generator, subject.device())
+        size = part_size(program, n)
+        if not ready.checked:
+            _check(ready, request, drawn, size)
+        loss, _, mutations, results, extras = program.unpack(_values(program, _flats(program, request, drawn, size)), _own)
+        program.python.run_effects(subject.modules())
+    fields: dict[str, Any] = {"loss": loss, **results, **extras}
+    if not program.options.update_buffers:
+        fields["buffers"] = mutations
+    else:
+        buffers = dict(subject.model.named_buffers(remove_duplicate=False))
+        with torch.no_grad():
+            for name, value in mutations.items():
+                buffers[name].copy_(value)
+    return Result(fields, program.extensions, subject.holder)
+
+
+def _made(programs: Programs[Ready], request: Request) -> Ready:
+    try:
+        return programs.spread(request, max(request.arguments.batch_size, 2))
+    except MixedSamplesError as error:
+        raise MixedSamplesError(
+            f"outputs=False computes a batch in parts, as ranks of a mesh do, and this one cannot be: drop it.\n{error}"
+        ) from error
+
+
+def _own(value: Any) -> Any:
+    return value
+
+
+def part_size(program: Program, n: int) -> int:
+    """How many of `n` samples are computed at once."""
+    vals = [v for node in program.graph.nodes for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
+    batch = program.batch
+    widest = max((batch.per_sample(v) * v.element_size() for v in vals if batch.shape(v, 2) != batch.shape(v, 3)), default=1)
+    return max(1, min(n // 4, ROOM // widest))
+
+
+def _flats(program: Program, request: Request, seed: Tensor, size: int) -> list[list[Any]]:
+    """What the placeholders are bound to in each part of `size` samples."""
+    arguments, n = request.arguments, request.arguments.batch_size
+    flats = []
+    for start in range(0, n, size):
+        count = min(size, n - start)
+        part = arguments.along_samples(functools.partial(_some, start, count))
+        flats.append(bind(program, request.subject, part, seed, None, part=(n, start)))
+    return flats
+
+
+def _some(start: int, count: int, t: Tensor, d: int) -> Tensor:
+    return t.narrow(d, start, count)
+
+
+def _values(program: Program, flats: Sequence[list[Any]]) -> tuple:
+    """What the program returns for all samples."""
+    places = _places(program)
+    found = Turns(without_memory(program), [isinstance(p, Shard) for p in places]).run(flats)
+    return tuple(map(_joined, found, places))
+
+
+def _check(ready: Ready, request: Request, seed: Tensor, size: int) -> None:
+    """Conditions on all values, and what `check=` asks for, on two parts."""
+    flats = _flats(ready.program, request, seed, size)
+    if ready.program.check_module is not None:
+        module = ready.program.check_module
+        with torch.random.fork_rng(cuda_devices(flats[0])):
+            for holds in zip(*Turns(module, [True] * len(ready.program.verdicts)).run(flats), strict=True):
+                refuse_values(ready.program, holds)
+    n = min(request.arguments.batch_size, 2 * size)
+    few = dataclasses.replace(request, arguments=request.arguments.along_samples(functools.partial(_some, 0, n)))
+    flat = bind(ready.program, few.subject, few.arguments, seed, None, part=(n, 0))
+    with torch.random.fork_rng(cuda_devices(flat)), torch.no_grad():
+        if ready.probe is not None:
+            ready.probe.run(flat, n)
+        if ready.selfcheck is not None:
+            check = ready.selfcheck.begin(ready.program, few, flat)
+            check.compare(ready.program.unpack(_values(ready.program, _flats(ready.program, few, seed, size)), _own))
+    ready.checked = ready.verified = True
+
+
+class Turns:
+    """Runs a graph with collectives in one process, for one part of the batch after the other.
+
+    A collective is of level k if it is the k-th in a row; a node is of the level of what reads it first, as late as can be, so
+    that little is kept between levels. All parts run level 0, then all of them level 1, and so on.
+
+    Args:
+        every: for each output, whether it is wanted of every part, or of the first alone.
+    """
+
+    def __init__(self, gm: fx.GraphModule, every: Sequence[bool]):
+        self.gm = gm
+        self.nodes = list(self.gm.graph.nodes)
+        self.given = [n for n in self.nodes if n.op == "placeholder"]
+        self.outputs: list[fx.Node] = list(self.gm.graph.output_node().args[0])
+        self.every = dict(zip(self.outputs, every, strict=True))
+        self.level = _levels(self.nodes, self.every)
+
+    def run(self, flats: Sequence[list[Any]]) -> list[list[Any]]:
+        """For each output its values, from what the placeholders of each part are bound to."""
+        parts = [_Part(self, flat) for flat in flats]
+        totals: dict[fx.Node, Tensor] = {}
+        found: dict[fx.Node, list[Any]] = collections.defaultdict(list)
+        for level in range(max(self.level.values()) + 1):
+            here = [n for n in self.nodes if self.level[n] == level and n.op in ("call_function", "get_attr")]
+            sums = [n for n in self.nodes if self.level[n] == level + 1 and over_ranks(n) == "sum"]
+            ends = [n for n in self.outputs if self.level[n] == level]
+            for k, part in enumerate(parts):
+                part.run(here, totals)
+                for node in sums:
+                    _add(totals, node, part.take(node.args[0]))
+                for node in dict.fromkeys(ends):
+                    value = part.take(node)
+                    if not k or self.every[node]:
+                        found[node].append(value)
+        return [found[node] for node in self.outputs]
+
+
+def _levels(nodes: list[fx.Node], outputs: dict[fx.Node, bool]) -> dict[fx.Node, int]:
+    """See `Turns`; what is wanted of every part comes as early as can be, since nothing waits for it."""
+    first: dict[fx.Node, int] = {}
+    for node in nodes:
+        first[node] = max((first[i] for i in node.all_input_nodes), default=0) + (over_ranks(node) == "sum")
+    last = max(first.values())
+    level: dict[fx.Node, int] = {}
+    for node in reversed(nodes):
+        read = [level[u] - (over_ranks(u) == "sum") for u in node.users if u.op == "call_function"]
+        wanted = [first[node] if outputs[node] else last] if node in outputs else []
+        level[node] = min([*read, *wanted], default=first[node])
+    return level
+
+
+class _Part:
+    """One part's values, each kept until all of its readers have run."""
+
+    def __init__(self, turns: Turns, flat: list[Any]):
+        self.gm, self.values = turns.gm, dict(zip(turns.given, flat, strict=True))
+        self.left = {n: len(n.users) for n in turns.nodes}  # an output's reader is the end of the graph
+
+    def run(self, nodes: Sequence[fx.Node], totals: dict[fx.Node, Tensor]) -> None:
+        for node in nodes:
+            if node.op == "get_attr":
+                self.values[node] = getattr(self.gm, node.target)  # type: ignore[arg-type]
+            elif over_ranks(node) == "sum":  # its argument was taken when it was added
+                self.values[node] = totals[node]
+            else:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
+                self.values[node] = args[0] if over_ranks(node) else node.target(*args, **kwargs)  # type: ignore[operator]
+                for read in node.all_input_nodes:
+                    self._read(read)
+
+    def take(self, node: Any) -> Any:
+        """A value for a reader."""
+        value = self.values[node]
+        self._read(node)
+        return value
+
+    def _read(self, node: fx.Node) -> None:
+        self.left[node] -= 1
+        if not self.left[node]:
+            del self.values[node]
+
+
+def _add(totals: dict[fx.Node, Tensor], node: fx.Node, term: Tensor) -> None:
+    """The first term may lie in memory that something else reads."""
+    totals[node] = totals[node].add_(term) if node in totals else term.clone()
+
+
+def _places(program: Program) -> list[Any]:
+    """Where the samples are on every output of the graph."""
+    found: dict[fx.Node, Any] = {}
+    for kind in ("results", "extras"):
+        for field, places in program.spread.places[kind].items():
+            nodes = pytree.tree_leaves(getattr(program, kind)[field])
+            found |= {n: p for n, p in zip(nodes, pytree.tree_leaves(places), strict=True) if isinstance(n, fx.Node)}
+    return [found.get(n) for n in program.output.args[0]]
+
+
+def _joined(values: list[Any], place: Any) -> Any:
+    if not isinstance(place, Shard) or len(values) == 1:
+        return values[0]
+    if place.outer == place.inner == 1:
+        return torch.cat(values, place.dim)
+    return samples_back(torch.cat([samples_first(v, place) for v in values]), place)
