@@ -178,7 +178,7 @@ def _fields(program: Program) -> Hashable:
         raise _Unknown("a program that passes have worked on")
     return (
         tuple(program.inputs),
-        (str(sorted(map(str, batch.symbols))), batch.size, batch.whole, program.fixed, str(program.fixed_by)),
+        (str(sorted(map(str, batch.symbols))), str(batch.lengths), batch.size, batch.whole, program.fixed, str(program.fixed_by)),
         tuple(sorted(str(g.expr) for g in shapes.guards)),
         str(sorted((str(old), str(new)) for old, new in shapes.replacements.items())),
         tuple((name, index[node]) for name, node in program.params.items()),
