@@ -179,6 +179,9 @@ def _merged(make: Make, node: fx.Node) -> fx.Node | None:
         and _of_one(node.args[0], cut.dim)
     ):
         return make(aten.select.int, cut.x, cut.dim, cut.start, like=node)
+    sizes, ones = node.meta["val"].shape, node.args[0]
+    if ones.target is aten.ones.default and all(isinstance(s, int) for s in sizes):  # type: ignore[union-attr]
+        return make(aten.ones.default, list(sizes), like=node, **ones.kwargs)  # type: ignore[union-attr]
     chain, source = [node], node.args[0]
     found, count = None, 0
     while is_tensor(source) and _views(chain[-1]):
