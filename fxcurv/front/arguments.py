@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from fxcurv.errors import ArgumentError, MixedSamplesError
 from fxcurv.ir.private import pytree
@@ -50,6 +51,15 @@ class Slot:
         """The tensor."""
         t = tensors[self.index]
         return t if self.joined is None else t.flatten(self.joined, self.joined + 1)
+
+
+class Packed(Slot):
+    """Stands for a packed sequence, whose padded rows [N, T, *] have this index, and its lengths [N] the next."""
+
+    def of(self, tensors: Sequence[Tensor]) -> Any:
+        """The sequence, packed: while a model is captured, as `front.packed` has it."""
+        rows, lengths = tensors[self.index], tensors[self.index + 1].cpu()
+        return pack_padded_sequence(rows, lengths, batch_first=True, enforce_sorted=False)
 
 
 @dataclasses.dataclass
@@ -170,24 +180,10 @@ def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any, sample_index:
     """
     named = isinstance(inputs, Mapping)
     names = list(inputs) if named else None
-    values = list(inputs.values() if named else inputs if isinstance(inputs, tuple | list) else [inputs])
-    tensors: list[Tensor] = []
-    dims: list[int | None] = []
-    rows: list[int | None] = []
-    templates = []
+    several = isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)
+    values = list(inputs.values() if named else inputs if several else [inputs])
     wanted = _per_input(batch_dim, names, len(values)) if sample_index is None else [None] * len(values)
-    for k, (value, where) in enumerate(zip(values, wanted, strict=True)):
-        before, d, per = len(tensors), where, None
-        if isinstance(where, Rows):
-            d, per = where.dim, where.per_sample if where.per_sample > 1 else None
-        template = templated(value, tensors)
-        dims += [_in_range(t, d) for t in tensors[before:]]
-        rows += [per] * (len(tensors) - before)
-        if per is not None:
-            name = repr(names[k]) if names else str(k)
-            tensors[before:] = [_apart(t, at, per, name) for t, at in zip(tensors[before:], dims[before:], strict=True)]
-            template = map_leaves(template, Slot, lambda slot, at=dims: Slot(slot.index, at[slot.index]))
-        templates.append(template)
+    tensors, templates, dims, rows = _taken_apart(values, wanted, names)
     if not tensors:
         raise ArgumentError("the inputs hold no tensor: pass a tensor, or a tuple or dict of tensors")
     input_template = ((), dict(zip(names, templates, strict=True))) if names else (tuple(templates), {})
@@ -212,6 +208,35 @@ def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any, sample_index:
         raise ArgumentError("complex tensors are not supported: split them into real and imaginary parts")
     arguments.structure = _structure(input_template, "inputs"), _structure(target_template, "targets")
     return arguments
+
+
+def _taken_apart(
+    values: list[Any], wanted: list[Any], names: list[str] | None
+) -> tuple[list[Tensor], list[Any], list[int | None], list[int | None]]:
+    """(the tensors in the inputs, the inputs' templates, each tensor's dimension of samples, its rows per sample if several)."""
+    tensors: list[Tensor] = []
+    templates: list[Any] = []
+    dims: list[int | None] = []
+    rows: list[int | None] = []
+
+    def joined(slot: Slot) -> Slot:
+        return Slot(slot.index, dims[slot.index])
+
+    for k, (value, where) in enumerate(zip(values, wanted, strict=True)):
+        before, d, per = len(tensors), where, None
+        if isinstance(where, Rows):
+            d, per = where.dim, where.per_sample if where.per_sample > 1 else None
+        if isinstance(value, PackedSequence):
+            d, per = None if where is None else 0, None  # wherever the others have their samples
+        template = templated(value, tensors)
+        dims += [_in_range(t, d) for t in tensors[before:]]
+        rows += [per] * (len(tensors) - before)
+        if per is not None:
+            name = repr(names[k]) if names else str(k)
+            tensors[before:] = [_apart(t, at, per, name) for t, at in zip(tensors[before:], dims[before:], strict=True)]
+            template = map_leaves(template, Slot, joined)
+        templates.append(template)
+    return tensors, templates, dims, rows
 
 
 def _check_edges(arguments: Arguments) -> None:
@@ -277,13 +302,16 @@ def _in_range(t: Tensor, d: int | None) -> int | None:
 
 
 def templated(value: Any, tensors: list[Tensor]) -> Any:
-    """`value` with a `Slot` in place of each tensor, which goes to `tensors`."""
+    """`value` with a `Slot` in place of each tensor, which goes to `tensors`; of a packed sequence, its rows and lengths."""
 
-    def keep(t: Tensor) -> Slot:
+    def keep(t: Tensor | PackedSequence) -> Slot:
+        if isinstance(t, PackedSequence):
+            tensors.extend(pad_packed_sequence(t, batch_first=True))
+            return Packed(len(tensors) - 2)
         tensors.append(t)
         return Slot(len(tensors) - 1)
 
-    return map_leaves(value, Tensor, keep)
+    return map_leaves(value, (Tensor, PackedSequence), keep)
 
 
 def filled(template: Any, tensors: Sequence[Tensor]) -> Any:
@@ -291,12 +319,12 @@ def filled(template: Any, tensors: Sequence[Tensor]) -> Any:
     return map_leaves(template, Slot, lambda slot: slot.of(tensors))
 
 
-def map_leaves(value: Any, kind: type, fn: Callable[[Any], Any], memo: dict[int, Any] | None = None) -> Any:
+def map_leaves(value: Any, kind: type | tuple[type, ...], fn: Callable[[Any], Any], memo: dict[int, Any] | None = None) -> Any:
     """A structure of pytrees, dataclasses and plain objects, with `fn` applied to every `kind` in it."""
     memo = {} if memo is None else memo
     if isinstance(value, kind):
         return fn(value)
-    leaves, spec = pytree.tree_flatten(value)
+    leaves, spec = pytree.tree_flatten(value, is_leaf=_is_packed)
     if not _is_leaf(value, leaves):
         return pytree.tree_unflatten([map_leaves(leaf, kind, fn, memo) for leaf in leaves], spec)
     if id(value) in memo:
@@ -315,13 +343,22 @@ def objects_in(value: Any) -> list[Any]:
     stack = [value]
     while stack:
         value = stack.pop()
-        leaves = pytree.tree_leaves(value)
+        leaves = _leaves(value)
         if not _is_leaf(value, leaves):
             stack += leaves
         elif _is_plain(value) and id(value) not in found:
             found[id(value)] = value
             stack += vars(value).values()
     return list(found.values())
+
+
+def _is_packed(value: Any) -> bool:
+    """Whether this is a packed sequence: no structure, though it is a tuple (whose members a captured model may not read)."""
+    return isinstance(value, PackedSequence)
+
+
+def _leaves(value: Any) -> list[Any]:
+    return pytree.tree_leaves(value, is_leaf=_is_packed)
 
 
 def _is_leaf(value: Any, leaves: list[Any]) -> bool:
@@ -331,15 +368,15 @@ def _is_leaf(value: Any, leaves: list[Any]) -> bool:
 def _is_plain(value: Any) -> bool:
     """Whether a leaf is an object that tensors may be members of (PyTorch Geometric's, which have stores, can be called)."""
     called = callable(value) and (isinstance(value, type) or not hasattr(value, "stores"))
-    return hasattr(value, "__dict__") and not called and not isinstance(value, Enum)
+    return hasattr(value, "__dict__") and not called and not isinstance(value, Enum | PackedSequence)
 
 
-def _holds(value: Any, kind: type, seen: set[int]) -> bool:
+def _holds(value: Any, kind: type | tuple[type, ...], seen: set[int]) -> bool:
     """Whether there is a `kind` in a structure, which may refer to itself."""
     if isinstance(value, kind) or id(value) in seen:
         return isinstance(value, kind)
     seen.add(id(value))
-    leaves = pytree.tree_leaves(value)
+    leaves = _leaves(value)
     if not _is_leaf(value, leaves):
         return any(_holds(leaf, kind, seen) for leaf in leaves)
     return _is_plain(value) and any(_holds(member, kind, seen) for member in vars(value).values())
@@ -348,7 +385,7 @@ def _holds(value: Any, kind: type, seen: set[int]) -> bool:
 def _structure(template: Any, what: str, outer: tuple[int, ...] = ()) -> Any:
     """A hashable description of a template; equal ones may share a program."""
     if isinstance(template, Slot):
-        return "tensor"
+        return "packed" if isinstance(template, Packed) else "tensor"
     leaves, spec = pytree.tree_flatten(template)
     if not _is_leaf(template, leaves):
         return str(spec), tuple(_structure(leaf, what, outer) for leaf in leaves)

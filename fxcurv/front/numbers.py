@@ -59,6 +59,7 @@ class Values:
     def __init__(self) -> None:
         self.read: list[tuple[Tensor, Any]] = []
         self._given: list[tuple[Tensor, Tensor, bool]] = []
+        self._nodes: list[fx.Node | None] = []
         self._env: dict[fx.Node, Any] = {}
         self._level: dict[fx.Node, int] = {}
         self._memory: dict[int, int] = {}  # a write changes what its views hold
@@ -68,6 +69,8 @@ class Values:
         """A trace begins: (a tensor of the trace, its value, whether it is trained) of all that comes in."""
         self.__init__()  # type: ignore[misc]
         self._given = list(given)
+        mode = proxy_mode()  # now: `x.to(...)` may give x itself, which then has the node of that call
+        self._nodes = [node_of(fake, mode.tracer) if mode is not None else None for fake, _, _ in self._given]
 
     def sized(self) -> list[Tensor]:
         """What came in with a size that is a symbol."""
@@ -98,8 +101,8 @@ class Values:
     def _catch_up(self, tracer: Any) -> None:
         """Run what has been traced since the last time."""
         if not self._seen:
-            for fake, real, trained in self._given:
-                node = node_of(fake, tracer)
+            for (fake, real, trained), own in zip(self._given, self._nodes, strict=True):
+                node = own if own is not None else node_of(fake, tracer)
                 if node is not None:
                     self._set(node, real.detach().clone(), _UNKNOWN if trained else _DATA)
         for node in list(tracer.graph.nodes)[self._seen :]:

@@ -72,8 +72,8 @@ def _pad(
     """`pad_packed_sequence`; without a total length, the longest sequence has to be as long as the batch was."""
     if not isinstance(sequence, Padded):
         raise CaptureError(
-            f"a packed sequence that the model did not pack itself is no input that can be traced.\n{running_line()}"
-            "Way out: pass the padded tensor and the lengths, and call pack_padded_sequence in the model."
+            f"a packed sequence that is neither an input nor packed by pack_padded_sequence cannot be traced.\n{running_line()}"
+            "Way out: pass it to the compiled call, or the padded tensor and the lengths, and pack them in the model."
         )
     rows, lengths = sequence.rows, sequence.lengths
     if total_length is None:
@@ -83,6 +83,14 @@ def _pad(
         more = total_length - rows.shape[0]
         rows = torch.cat([rows, rows.new_full((more, *rows.shape[1:]), padding_value)]) if more > 0 else rows[:total_length]
     return rows.transpose(0, 1) if batch_first else rows, lengths
+
+
+def refuse_output(sequence: PackedSequence) -> None:
+    """Refuse a packed sequence that the model returns."""
+    raise CaptureError(
+        "the model returns a packed sequence, in which samples have no rows of their own. Way out: return "
+        "pad_packed_sequence(sequence, total_length=...)[0], and have the loss leave padding out."
+    )
 
 
 # ---- recurrent layers ------------------------------

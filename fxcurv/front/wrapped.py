@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fxcurv.errors import ArgumentError, CaptureError, FxcurvError, LossError
 from fxcurv.front.arguments import Arguments, described, filled, map_leaves, objects_in, templated
 from fxcurv.front.numbers import Values
+from fxcurv.front.packed import refuse_output
 from fxcurv.front.python_state import Number, Reads
 from fxcurv.ir.origin import is_user_file, line_of, line_of_function, source_line
 from fxcurv.ir.private import GuardOnDataDependentSymNode
@@ -93,6 +95,7 @@ class Captured(nn.Module):
         with self._split_at(self.split, mark) if self.split else contextlib.nullcontext():
             output = self.model(*args, **kwargs)
         map_leaves(output, Number, Number.refuse)
+        map_leaves(output, PackedSequence, refuse_output)
         output = output if self.split else map_leaves(output, Tensor, mark)
         leaves: list[Tensor] = []
         self.record.template = templated(output, leaves)

@@ -117,6 +117,7 @@ class Program:
         stale: nodes that read a value of other strides than the one that they were traced with.
         lengths: what became of sizes beside the batch's that should be symbolic, for a report.
         served: batch sizes, or (batch size, lengths), that were asked for -> whether the guards allow them.
+        conditions: what else a batch size has to fulfil, where samples are kept apart by indices made of it.
         buffers: the memory that large results are written to (see `passes.recycle`).
     """
 
@@ -156,6 +157,7 @@ class Program:
     lengths: str = ""
     stale: set[fx.Node] = field(default_factory=set)
     served: dict[Any, bool] = field(default_factory=dict)
+    conditions: list[Callable[[int], bool]] = field(default_factory=list)
     check_module: fx.GraphModule | None = None
     verdicts: list[Callable[[], Exception]] = field(default_factory=list)
 
@@ -293,7 +295,8 @@ class Program:
         """
         values = self.batch.values(n, lengths)
         assumed = [g.expr.subs(values) for g in self.fake_mode.shape_env.guards]
-        return not self.fixed and all(bool(e) for e in assumed if not e.free_symbols)
+        held = not self.fixed and all(bool(e) for e in assumed if not e.free_symbols)
+        return held and all(holds(n) for holds in self.conditions)
 
     @property
     def fixed(self) -> bool:

@@ -21,7 +21,7 @@ from fxcurv.ir.program import Program
 from fxcurv.ir.specialise import specialise
 from fxcurv.rules.base import rule_of
 from fxcurv.rules.sites import numeric_args, sites, structural
-from fxcurv.rules.traits import CUTS, pointwise, random
+from fxcurv.rules.traits import CUTS, pointwise, random, takes_sizes
 from fxcurv.rules.trial import OneSize, Uninformative, try_op
 
 
@@ -117,8 +117,10 @@ def _by_rule(program: Program, node: fx.Node, val: Tensor) -> Placement | None:
     here = [s for s in sites(program, node) if s]
     if pointwise(node.target):
         return placement.pointwise(here, val.ndim, linear=False)
-    # an op of sample-free values only is sample-free, whatever it is, or the same for every sample of a new axis
-    return structural(program, val) if here and all(s.place == REPLICATE for s in here) else None
+    if not here or any(s.place != REPLICATE for s in here):
+        return None
+    # an op of sample-free values only is sample-free, whatever it is, or where it takes sizes the same along a new axis
+    return structural(program, val) if takes_sizes(node.target) else REPLICATE
 
 
 def _probe(program: Program, node: fx.Node, vals: list[Any]) -> list[Placement]:

@@ -10,6 +10,7 @@ from fxcurv.rules import (  # noqa: F401
     normalization,
     pointwise,
     pooling,
+    quantise,
     recurrent,
     shape,
 )

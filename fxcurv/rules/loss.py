@@ -172,7 +172,7 @@ class Elementwise(LossRule):
     def normalised(self, call: Call, c: Tensor, mode: int) -> Tensor:
         """c / Z at every entry."""
         z = call.args[0]
-        return c / z.numel() if mode == MEAN else c
+        return c / prod(z.shape) if mode == MEAN else c  # Dynamo does not trace sym_numel
 
     def weight(self, call: Call, c: Tensor) -> Tensor:
         return self.normalised(call, c, call.args[-1])

@@ -132,9 +132,14 @@ class Slice(Selection):
     """y = x[..., start:end:step]."""
 
     def place(self, sites, args, shape, n):
-        (x, *_), dim = sites, args[1] % len(shape)
+        (x, *_), (_, dim, *cut) = sites, args
+        dim %= len(shape)
         if not isinstance(x.place, Shard) or x.place.dim != dim or shape[dim] == x.shape[dim]:
             return x.place
+        start, end, step = slice(*cut).indices(x.shape[dim])
+        block = n * x.place.inner  # all samples, once
+        if type(x.place) is Shard and step == 1 and start < end and start % block == end % block == 0:
+            return Shard(dim, (end - start) // block, x.place.inner)
         return MIXED
 
     def transpose(self, call: Call, wrt, g):
@@ -167,12 +172,15 @@ register(aten.select.int, rule=Select(aten.select.int))
 
 @register(aten.cat.default)
 class Cat(Movement):
-    """Concatenation along an axis that is not the samples'."""
+    """Concatenation; along the samples' axis, each sample then has its slices of all arguments."""
 
     def place(self, sites, args, shape, n):
         dim = args[1] % len(shape)
         sites = [s for s in sites if s and s.shape != (0,)]
-        place = placement.merge([s.place for s in sites])
+        places = [s.place for s in sites]
+        if len(sites) > 1 and all(type(p) is Shard and (p.dim, p.inner) == (dim, places[0].inner) for p in places):
+            return Shard(dim, sum(p.outer for p in places), places[0].inner)
+        place = placement.merge(places)
         return MIXED if isinstance(place, Shard) and place.dim == dim else place
 
     def transpose(self, call: Call, wrt, g):

@@ -33,6 +33,12 @@ def random(op: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
 
 
+def takes_sizes(op: Any) -> bool:
+    """Whether the op takes sizes, which may be those of the batch; also one that has no schema."""
+    schema = schema_of(op)
+    return schema is None or "SymInt" in str(schema)
+
+
 # ---- layers ------------------------------
 
 # (argument that is a weight, the output's axis of features): one entry of the weight moves one index of that axis

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -50,6 +51,9 @@ def try_op(program: Program, node: fx.Node, count: int) -> Found:
     if any(isinstance(p, Mixed) for p in active) or (summed and any(isinstance(p, Shard) for p in places)):
         return Found([MIXED] * count)
     _check_indices(program, node)
+    routed = _routed(program, node, count, summed)
+    if routed is not None:
+        return routed
     reason = ""
     # small is quick; the batch's own size is what a size that happens to equal it asks for
     sizes = [SMALL, (program.batch.size,)] if program.batch.symbols else [(program.batch.size,)]
@@ -67,11 +71,68 @@ def try_op(program: Program, node: fx.Node, count: int) -> Found:
     raise Uninformative(reason)
 
 
-def _at_size(program: Program, node: fx.Node, n: int, domain: Domain, summed: bool) -> Found:
-    first = Trial(program, node, n, domain, 0)
-    trials = [first, *(Trial(program, node, n, domain, seed) for seed in range(1, 4 if first.highs else 2))]
+def _at_size(program: Program, node: fx.Node, n: int, domain: Domain, summed: bool, exact: bool = False) -> Found:
+    first = Trial(program, node, n, domain, 0, exact)
+    trials = [first, *(Trial(program, node, n, domain, seed, exact) for seed in range(1, 4 if first.highs else 2))]
     places = _of_sums(trials) if summed else _of_samples(trials, program, node)
     return Found(places, first.serves_alone(places))
+
+
+# ---- indices that are functions of the batch size ------------------------------
+
+
+def _routed(program: Program, node: fx.Node, count: int, summed: bool) -> Found | None:
+    """The placements of an op whose indices are functions of the batch size, if samples keep apart by them; else None.
+
+    They are those at several batch sizes; before the program serves another one, they are found there as well. (Ranks that
+    have parts of different sizes have to agree on a program, and take none of this.)
+    """
+    per_sample = any(e.per_sample for e in program.extensions) and not program.options.ranks
+    if not program.batch.symbols or program.batch.lengths or summed or not per_sample or not _varying(program, node):
+        return None
+    alone = _copied(program, node)
+    here = SimpleNamespace(batch=program.batch)
+    sizes = dict.fromkeys((*SMALL, program.batch.size))
+    found = [_apart(here, alone, n) for n in sizes if n > 1]
+    places = found[0].places if found[0] is not None else []
+    if not places or len(places) != count or any(f is None or f.places != places for f in found):
+        return None
+    program.conditions.append(lambda n: n < 2 or n in sizes or _same(here, alone, n, places))
+    return Found(places, all(f is not None and f.alone for f in found))
+
+
+def _same(program: Any, node: fx.Node, n: int, places: list[Placement | None]) -> bool:
+    found = _apart(program, node, n)
+    return found is not None and found.places == places
+
+
+def _apart(program: Any, node: fx.Node, n: int) -> Found | None:
+    """The placements at batch size `n` with the indices that it has there, if each is a slice per sample."""
+    try:
+        found = _at_size(program, node, n, DOMAINS[0], summed=False, exact=True)
+    except (Uninformative, OneSize, RuntimeError, IndexError, ValueError):
+        return None
+    return found if all(isinstance(p, Shard) for p in found.places) else None
+
+
+def _varying(program: Program, node: fx.Node) -> bool:
+    """Whether an index among the arguments is known at every batch size, and is another at each."""
+    leaves = [a for a in pytree.tree_leaves(canonical_args(node)) if _is_index(a)]
+    return any(not _alike(program, a) and known(program, a, program.batch.size) is not None for a in leaves)
+
+
+def _copied(program: Program, node: fx.Node) -> fx.Node:
+    """A node that stays as it is when the program's graph changes, with what its known indices are computed by."""
+    graph, env = fx.Graph(), {}
+
+    def copied(n: fx.Node) -> fx.Node:
+        if n not in env:
+            inside = n is node or (_is_index(n) and known(program, n, program.batch.size) is not None)
+            env[n] = graph.node_copy(n, copied) if inside else graph.placeholder(n.name)
+            env[n].meta = dict(n.meta)
+        return env[n]
+
+    return copied(node)
 
 
 def _together(places: Sequence[Placement | None]) -> Placement | None:
@@ -83,8 +144,7 @@ def _together(places: Sequence[Placement | None]) -> Placement | None:
 
 def _check_sizes(program: Program, node: fx.Node, places: Sequence[Placement | None]) -> None:
     """Indices that differ with the batch size are known where it is a number."""
-    leaves = pytree.tree_leaves(canonical_args(node))
-    varying = any(_is_index(a) and not _alike(program, a) and known(program, a, program.batch.size) is not None for a in leaves)
+    varying = _varying(program, node)
     apart = all(isinstance(p, Shard) for p in places)
     if varying and not apart and program.batch.symbols and any(e.per_sample for e in program.extensions):
         raise OneSize
@@ -213,10 +273,11 @@ DOMAINS = (Domain(_anywhere), Domain(_positive), Domain(_positive, 1), Domain(_p
 
 
 class Trial:
-    """An op on random values in a batch of `n`."""
+    """An op on random values in a batch of `n`; `exact`: indices that are known of `n` are what they are."""
 
-    def __init__(self, program: Program, node: fx.Node, n: int, domain: Domain, seed: int):
+    def __init__(self, program: Program, node: fx.Node, n: int, domain: Domain, seed: int, exact: bool = False):
         self.program, self.node, self.n, self.domain, self.seed = program, node, n, domain, seed
+        self.exact = exact or not program.batch.symbols
         self.leaves, self.spec = pytree.tree_flatten(numeric_args(program, node, n))
         self.active = [i for i, a in enumerate(self.leaves) if _is_value(a) and a.meta["active"]]
         self.sharded = {
@@ -242,7 +303,7 @@ class Trial:
     def _draw_integers(self, generator: torch.Generator) -> None:
         """Replace integers by what is known of them, or by any from the largest range that the op takes."""
         integers = {i: v for i, v in enumerate(self.values) if isinstance(v, Tensor) and not v.is_floating_point()}
-        fixed = {} if self.program.batch.symbols else {i: known(self.program, self.leaves[i], self.n) for i in integers}
+        fixed = {i: known(self.program, self.leaves[i], self.n) for i in integers} if self.exact else {}
         for i in integers:
             if i not in fixed and _alike(self.program, self.leaves[i]):
                 fixed[i] = known(self.program, self.leaves[i], self.n)

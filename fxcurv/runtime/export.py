@@ -14,7 +14,7 @@ from fxcurv.front.requests import Subject
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
 from fxcurv.operators import Saved
-from fxcurv.runtime.stateless import Stateless, named_tensors, parted
+from fxcurv.runtime.stateless import Stateless, named_tensors, parted, refuse_packed
 
 
 class _Whole(nn.Module):
@@ -44,6 +44,7 @@ def export(
     subject: Subject, program: Program, arguments: Arguments, inputs: Any, targets: tuple, seed: Tensor
 ) -> ExportedProgram:
     """See `Compiled.export`."""
+    refuse_packed(inputs)
     held = pytree.tree_leaves((program.results, program.extras), is_leaf=lambda value: isinstance(value, Saved))
     if any(isinstance(value, Saved) for value in held):
         raise ArgumentError(

@@ -26,7 +26,7 @@ from fxcurv.ir.specialise import specialise
 from fxcurv.ir.state import Options
 from fxcurv.rules.base import FAILURES
 from fxcurv.runtime import forward
-from fxcurv.runtime.bind import bind
+from fxcurv.runtime.bind import bind, cuda_devices
 from fxcurv.runtime.keys import Key, key_of, shortened, why
 from fxcurv.runtime.lengths import Varying, asked, differing, lengths_of, not_served, serves, to_capture, union, without
 from fxcurv.runtime.memory import Pool
@@ -368,7 +368,9 @@ class Programs(Generic[M]):
         if one is not None and not forward.serves_one(two, one, request):
             return self._analysed_alone(one, tell)
         two = passes.run(two, passes.ANALYSIS, self.options.debug, tell)
-        return self._analysed_alone(one or self.captured(request, numbers), tell) if two.batch.whole else single_sample(two)
+        if two.fixed:  # the analysis is of two samples then
+            return self._analysed_alone(one or self.captured(request, numbers), tell)
+        return single_sample(two)
 
     def _scheduled(self, request: Request, changed: list[Any]) -> M | None:
         """A program in which floats that have changed twice are inputs, if the model can be traced so.
@@ -400,7 +402,9 @@ def numbers_differ(program: Program, request: Request) -> list[str]:
     if program.reads is None:
         return []
     with request.apart():
-        return program.reads.differences(bind(program, request.subject, request.arguments, 0, None))
+        flat = bind(program, request.subject, request.arguments, 0, None)
+        with torch.random.fork_rng(cuda_devices(flat)):  # the model's own draws come when it runs
+            return program.reads.differences(flat)
 
 
 def covered(

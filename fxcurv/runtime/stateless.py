@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fxcurv.errors import ArgumentError
 from fxcurv.front.arguments import Arguments, Slot, filled, map_leaves
@@ -151,6 +152,16 @@ def _is_given(node: fx.Node) -> bool:
             return False
         node = node.all_input_nodes[0]
     return node.op in ("placeholder", "get_attr")
+
+
+def refuse_packed(inputs: Any) -> None:
+    """Refuse inputs that are packed sequences, whose padding is no part of a stateless program."""
+    values = inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple | list) else ()
+    if isinstance(inputs, PackedSequence) or any(isinstance(value, PackedSequence) for value in values):
+        raise ArgumentError(
+            "a packed sequence is no argument of torch.compile or of an exported program: pass the padded tensor and the "
+            "lengths, and call pack_padded_sequence in the model"
+        )
 
 
 def named_tensors(model: nn.Module, loss: Any) -> dict[str, Tensor]:

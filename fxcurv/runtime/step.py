@@ -23,7 +23,7 @@ from fxcurv.result import Result
 from fxcurv.runtime.bind import bind, cuda_devices, seed_tensor
 from fxcurv.runtime.call import begin_selfcheck, check_values
 from fxcurv.runtime.programs import Programs, Ready
-from fxcurv.runtime.stateless import HOLE, Stateless, named_tensors, parted
+from fxcurv.runtime.stateless import HOLE, Stateless, named_tensors, parted, refuse_packed
 
 # By name: a constant of Dynamo's may be made of strings, not of any object (before PyTorch 2.13).
 STEPS: weakref.WeakValueDictionary[str, Steps] = weakref.WeakValueDictionary()
@@ -57,6 +57,7 @@ def call_in_step(
     """`Compiled.__call__` where Dynamo traces it; `given`: in place of the model's parameters."""
     if generator is not None:
         raise ArgumentError("generator= inside torch.compile: pass seed=, an int or a 0-dim integer tensor")
+    refuse_packed(inputs)
     programs, subject = steps.programs, steps.subject
     mode = subject.autocast()
     skeleton, tensors = parted((inputs, targets))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from case_tools import Net
 from situations import Situation, classes, parametrized
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import fxcurv
 from fxcurv.errors import ArgumentError, CaptureError
@@ -123,6 +124,88 @@ def test_shorter_than_the_batch_was_padded_is_refused() -> None:
     compiled((x, lengths), y)
     with pytest.raises(ArgumentError, match="total_length=3, or cut the batch"):
         compiled((x, lengths.clamp(max=2)), y)
+
+
+# ---- packed sequences as inputs ------------------------------
+
+
+class Given(Last):
+    """Its input is packed, beside a vector of each sequence."""
+
+    def forward(self, packed: PackedSequence, scale: Tensor) -> Tensor:
+        return self.head(self.rnn(packed)[1][-1]) * scale.unsqueeze(1)
+
+
+class GivenTagger(Tagger):
+    def forward(self, packed: PackedSequence) -> Tensor:
+        return self.head(pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0])
+
+
+def packed(n: int) -> PackedSequence:
+    """Sequences in any order, the longest not first."""
+    return pack_sequence([torch.randn(k, 3) for k in (2, 3, 1, 2, 3)[-n:]], enforce_sorted=False)
+
+
+INPUTS = {
+    "last state": Situation(
+        "", lambda: Given(nn.GRU), F.cross_entropy, lambda n: (packed(n), torch.rand(n) + 0.5), classes(), "first ggn",
+        quick=True,
+    ),
+    "in order of lengths, by keyword": Situation(
+        "", lambda: Given(nn.RNN), F.cross_entropy,
+        lambda n: {"packed": pack_sequence([torch.randn(k, 3) for k in (3, 2, 2, 1, 1)[:n]]), "scale": torch.rand(n) + 0.5},
+        classes(), "first ggn hessian products",
+    ),
+    "tagger": Situation(
+        "", lambda: GivenTagger(nn.LSTM, bidirectional=True), lambda f, y: F.cross_entropy(f.transpose(1, 2), y, ignore_index=2),
+        lambda n: (packed(n),), lambda n: torch.randint(3, (n, 3)), "first ggn products",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", parametrized(INPUTS))
+def test_an_input_equals_the_oracle(name: str) -> None:
+    INPUTS[name].check((5, 3, 1))
+
+
+def test_a_packed_sequence_is_refused_where_it_has_no_rows() -> None:
+    y = torch.tensor([0, 1, 2])
+    for model, says in (
+        (Net(lambda m, p: m.head(p.data[:3]), head=nn.Linear(3, 3)), "with a mask"),
+        (Net(lambda m, p: m.rnn(p)[0], rnn=nn.GRU(3, 3)), "pad_packed_sequence(sequence, total_length=...)"),
+    ):
+        with pytest.raises(CaptureError) as error:
+            fxcurv.compile(model, F.cross_entropy, [])((packed(3),), y)
+        assert says in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_packed_sequence_is_not_exported() -> None:
+    """Inside `torch.compile` the call is one outside of the graph."""
+    compiled = fxcurv.compile(Given(nn.RNN), F.cross_entropy, [])
+    given, y = (packed(3), torch.rand(3)), torch.tensor([0, 1, 2])
+    loss = compiled(given, y).loss
+    with pytest.raises(ArgumentError, match="packed sequence is no argument of torch.compile or of an exported program"):
+        compiled.export(given, y)
+    torch.testing.assert_close(torch.compile(lambda x, y: compiled(x, y).loss, backend="eager")(given, y), loss)
+
+
+class Counted(Last):
+    """Reads a number of the lengths after `.to()`, which gives the lengths themselves."""
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        h = self.rnn(pack_padded_sequence(x, lengths.to(x.device), True, enforce_sorted=False))[1][-1]
+        return self.head(h) * int(lengths.max())
+
+
+def test_a_number_of_the_lengths() -> None:
+    torch.manual_seed(0)
+    model, (x, lengths), y = Counted(nn.GRU).double(), sentences(3), torch.tensor([0, 1, 2])
+    x = x.double()
+    found = fxcurv.compile(model, F.cross_entropy, [])((x, lengths), y).grad
+    true = torch.autograd.grad(F.cross_entropy(model(x, lengths), y), list(model.parameters()))
+    for g, expected in zip(found.values(), true, strict=True):
+        torch.testing.assert_close(g, expected)
 
 
 class Flat(Last):

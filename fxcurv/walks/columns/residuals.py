@@ -248,6 +248,6 @@ def _residuals(rule: Rule, call: Call, inputs: dict, slices: dict, gs: tuple, pl
         _, pull = torch.func.vjp(torch.func.grad(value), joint)
         return torch.vmap(pull)(torch.eye(sum(widths), dtype=joint.dtype, device=joint.device))[0]
 
-    joint = torch.cat([t.reshape(len(t), -1) for t in inputs.values()], 1)
+    joint = torch.cat([t.reshape(t.shape[0], -1) for t in inputs.values()], 1)  # `len` would fix N
     samples = torch.eye(gs[0].shape[0], dtype=torch.bool, device=joint.device)
     return torch.vmap(hessian)(joint, gs, samples, constants)

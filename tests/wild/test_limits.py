@@ -1,0 +1,72 @@
+"""What docs/errors.md says is limited: each sentence that no other file tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from case_tools import Net
+from torch import Tensor, nn
+
+import fxcurv
+from fxcurv.errors import ExtensionError, FxcurvError, MixedSamplesError
+from fxcurv.extensions import KFAC, BatchGrad, DiagHessian
+
+MSE = nn.MSELoss()
+
+
+def compiled(forward: Any, extensions: Any = (), loss: Any = MSE) -> fxcurv.Compiled:
+    return fxcurv.compile(Net(forward, body=nn.Linear(3, 2)), loss, extensions)
+
+
+def recompiled(model: fxcurv.Compiled, shapes: list[tuple[int, ...]]) -> list[str]:
+    for shape in shapes:
+        x = torch.randn(shape)
+        model(x, torch.randn(*shape[:-1], 2))
+    return model.recompiles
+
+
+def test_len_fixes_the_batch_size() -> None:
+    assert len(recompiled(compiled(lambda m, x: m.body(x) / len(x)), [(4, 3), (5, 3)])) == 1
+    assert not recompiled(compiled(lambda m, x: m.body(x) / x.shape[0]), [(4, 3), (5, 3)])
+
+
+def test_a_curvature_slice_by_slice_fixes_the_batch_size() -> None:
+    (why,) = recompiled(compiled(lambda m, x: m.body(x).softmax(1), [DiagHessian()]), [(4, 3), (5, 3)])
+    assert "fixed at 4 by aten.softmax" in why
+
+
+def test_another_length_compiles_again() -> None:
+    (why,) = recompiled(compiled(lambda m, x: m.body(x)), [(4, 2, 3), (4, 5, 3)])
+    assert "[n, 5, 3] instead of float32[n, 2, 3]" in why
+
+
+def each(f: Tensor, y: Tensor) -> Tensor:
+    return torch.stack([F.mse_loss(p, q) for p, q in zip(f, y, strict=True)]).mean()
+
+
+def test_a_loop_over_the_batch_has_no_samples() -> None:
+    x, y = torch.randn(3, 3), torch.randn(3, 2)
+    found, plain = (compiled(lambda m, x: m.body(x), (), loss) for loss in (each, MSE))
+    torch.manual_seed(0)
+    found.model.load_state_dict(plain.model.state_dict())
+    torch.testing.assert_close(found(x, y).grad["body.weight"], plain(x, y).grad["body.weight"])
+    with pytest.raises(MixedSamplesError):
+        compiled(lambda m, x: m.body(x), [BatchGrad()], each)(x, y)
+
+
+@pytest.mark.parametrize("forward", [lambda m, x: m.body(x).detach().numpy(), lambda m, x: torch.from_numpy(m.body(x).numpy())])
+def test_numpy_is_refused(forward: Any) -> None:
+    with pytest.raises(FxcurvError):
+        compiled(forward)(torch.randn(4, 3), torch.randn(4, 2))
+
+
+def test_kronecker_factors_of_merged_samples_are_refused() -> None:
+    def pooled(m: Any, x: Tensor, of: Tensor, like: Tensor) -> Tensor:
+        return torch.zeros(like.shape[0], 2).index_add(0, of, m.body(x))
+
+    model = fxcurv.compile(Net(pooled, body=nn.Linear(3, 2)), MSE, [KFAC()], sample_index=1)
+    with pytest.raises(ExtensionError, match="KFAC is not defined with sample_index="):
+        model((torch.randn(3, 3), torch.tensor([0, 0, 1]), torch.zeros(2)), torch.randn(2, 2))
