@@ -11,7 +11,7 @@ Example:
 
 Quantities of the first order need no extended loss: any scalar of the model's output will do. Beside it there are
 `extensions`, `hessianfree`, `utils` and `custom_module`, with BackPACK's names and paths; what is in `hessianfree` can be had
-from here as well.
+from here as well. `install()` lets `import backpack` be all of this, for packages that are built on BackPACK.
 """
 
 from fxcurv.backpack import extensions
@@ -21,8 +21,10 @@ from fxcurv.backpack.hessianfree.ggnvp import ggn_vector_product, ggn_vector_pro
 from fxcurv.backpack.hessianfree.hvp import hessian_vector_product
 from fxcurv.backpack.hessianfree.lop import L_op, transposed_jacobian_vector_product
 from fxcurv.backpack.hessianfree.rop import R_op, jacobian_vector_product
+from fxcurv.backpack.install import install, uninstall
 
 __all__ = [
     "L_op", "R_op", "backpack", "disable", "extend", "extensions", "ggn_vector_product", "ggn_vector_product_from_plist",
-    "hessian_vector_product", "jacobian_vector_product", "memory_cleanup", "transposed_jacobian_vector_product",
+    "hessian_vector_product", "install", "jacobian_vector_product", "memory_cleanup", "transposed_jacobian_vector_product",
+    "uninstall",
 ]  # fmt: skip

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 
+from fxcurv.backpack.extensions.module_extension import BackpropExtension
 from fxcurv.errors import ArgumentError
 from fxcurv.extensions import Extension
 from fxcurv.front.requests import checked
@@ -19,9 +21,11 @@ class backpack:  # noqa: N801
     """`with backpack(DiagGGNMC(), ...): loss.backward()` puts quantities on the parameters.
 
     Args:
-        extensions: instances of the classes in `fxcurv.backpack.extensions`.
+        extensions: instances of the classes in `fxcurv.backpack.extensions`, or of your own subclasses of
+            `fxcurv.backpack.extensions.backprop_extension.BackpropExtension`.
         extension_hook: called with every submodule of the model that has parameters of its own or no children, last
-            first, when they have their quantities; before them with the extended loss.
+            first, when they have their quantities; before them with the extended loss. The module has `input0`, `input1`, …
+            and (a loss does not) `output` then, detached. What it deletes from parameters is freed.
         debug: accepted, without effect.
         retain_graph: accepted, without effect: `backward(retain_graph=True)` alone decides.
         check: "first" (default): the first time that a model's gradient and quantities are computed for a kind of input,
@@ -36,7 +40,7 @@ class backpack:  # noqa: N801
 
     def __init__(
         self,
-        *extensions: Extension,
+        *extensions: Any,
         extension_hook: Callable[[nn.Module], None] | None = None,
         debug: bool = False,
         retain_graph: bool = False,
@@ -44,7 +48,9 @@ class backpack:  # noqa: N801
     ):
         if check not in ("first", None):
             raise ArgumentError(f"check={check!r}: pass 'first' or None")
-        self.extensions, self.extension_hook, self.check = checked(extensions), extension_hook, check
+        own = [e for e in extensions if isinstance(e, BackpropExtension) and not isinstance(e, Extension)]
+        self.extensions = checked([e for e in extensions if e not in own], of_drop_in=True)
+        self.asked, self.extension_hook, self.check = extensions, extension_hook, check
 
     def __enter__(self) -> backpack:
         _active.append(self)
@@ -63,12 +69,12 @@ class CTX:
     """What of BackPACK's own context other code asks: which extensions are active."""
 
     @staticmethod
-    def get_active_exts() -> tuple[Extension, ...]:
+    def get_active_exts() -> tuple[Any, ...]:
         """The extensions of the innermost context."""
-        return current().extensions
+        return current().asked
 
     @staticmethod
-    def is_extension_active(*classes: type[Extension]) -> bool:
+    def is_extension_active(*classes: type) -> bool:
         """Whether an extension of one of these classes is active."""
         return any(isinstance(e, classes) for e in CTX.get_active_exts())
 

@@ -148,7 +148,7 @@ def results_of(backward: Backward, values: tuple) -> dict[str, Any]:
 
 def _finished(program: Program, regularised: bool = False) -> Backward:
     program = passes.run(program, BACKWARD)
-    program.loss, program.output_leaves, program.mutations = None, [], {}
+    program.loss, program.output_leaves, program.mutations, program.observed = None, [], {}, []
     program = passes.run(program, FINISH)
     check = program.check_module
     return Backward(_detached(program.gm), _detached(check) if check is not None else None, program, regularised)

@@ -9,18 +9,29 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, SupportsIndex
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from fxcurv.backpack import ledger
+from fxcurv.backpack import chained, custom, ledger
 from fxcurv.backpack.context import backpack, current, is_disabled
 from fxcurv.backpack.losses import LossCall, leaves_only, tensors_of
 from fxcurv.backpack.parts import ModelParts, Pass
 from fxcurv.errors import ArgumentError
 from fxcurv.front.arguments import filled
-from fxcurv.ir.private import Loss, is_view, own_parameters, pytree, running_backward
+from fxcurv.front.observers import run_observers
+from fxcurv.ir.private import (
+    FakeTensor,
+    FunctionalTensor,
+    Loss,
+    in_function_transform,
+    is_view,
+    pytree,
+    running_backward,
+)
 
 _parts: weakref.WeakKeyDictionary[nn.Module, ModelParts] = weakref.WeakKeyDictionary()
 
@@ -53,30 +64,44 @@ def memory_cleanup(module: nn.Module) -> None:
 
 
 @functools.cache
-def _extended_class(cls: type) -> type:
-    return type(cls.__name__, (_Extended, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+def _extended_class(cls: Any) -> type:
+    """The class put before `cls`: its forward has the signature that code around a module asks for."""
+
+    @functools.wraps(cls.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _forward(self, functools.partial(cls.forward, self), args, kwargs)
+
+    own = {"__module__": cls.__module__, "__doc__": cls.__doc__, "plain": cls, "forward": forward}
+    return type(cls.__name__, (_Extended, cls), own)
+
+
+def _forward(module: nn.Module, plain: Callable, args: tuple, kwargs: dict) -> Any:
+    """The forward of an extended module, whose own is `plain`."""
+    if is_disabled() or in_function_transform() or _is_symbolic((args, kwargs)):
+        return plain(*args, **kwargs)
+    if isinstance(module, Loss) or next(module.parameters(), None) is None:
+        return _noted(module, plain(*args, **kwargs), args, kwargs)
+    trainable = any(p.requires_grad for p in module.parameters())
+    if not torch.is_grad_enabled() or not trainable:
+        return plain(*args, **kwargs)
+    if module not in _parts:
+        _parts[module] = ModelParts(module)
+    return _run(_parts[module], args, kwargs)
 
 
 class _Extended(nn.Module):
     """Put before a module's class: the same module with another forward."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        plain = super().forward
-        if is_disabled():
-            return plain(*args, **kwargs)
-        if isinstance(self, Loss) or next(self.parameters(), None) is None:
-            return _noted(self, plain(*args, **kwargs), args, kwargs)
-        trainable = any(p.requires_grad for p in self.parameters())
-        if not torch.is_grad_enabled() or not trainable:
-            return plain(*args, **kwargs)
-        if self not in _parts:
-            _parts[self] = ModelParts(self)
-        return _run(_parts[self], args, kwargs)
+    plain: type[nn.Module]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Copies and pickles are made of the module's own class, and extended again."""
-        cls = type(self).__mro__[2]
-        return _restored, (cls, self.__dict__)
+        return _restored, (type(self).plain, self.__dict__)
+
+
+def _is_symbolic(arguments: Any) -> bool:
+    """Whether a call is part of a trace: of `fx.symbolic_trace`, or of a model around this one that is captured."""
+    return any(isinstance(leaf, fx.Proxy | FakeTensor | FunctionalTensor) for leaf in pytree.tree_leaves(arguments))
 
 
 def _restored(cls: Any, state: dict[str, Any]) -> nn.Module:
@@ -104,13 +129,13 @@ def _noted(loss: nn.Module, value: Any, args: tuple, kwargs: dict) -> Any:
 def _run(parts: ModelParts, args: tuple, kwargs: dict) -> Any:
     """The model's output, with its pass left at every tensor in it."""
     found, flat = parts.begin(args, kwargs)
+    chained.follow(found, args, kwargs)
     model, template = parts.model, found.template
     ledger.watch(model)
     trained = [dict(model.named_parameters())[name] for name in template.params]
     given = [t for t in tensors_of((args, kwargs)) if t.requires_grad]
     leaves = _Cut.apply(found, flat, len(trained), *trained, *given)
-    for index, leaf in enumerate(leaves):
-        leaf._fxcurv_pass = found, index
+    found.leaves, found.shapes = list(map(weakref.ref, leaves)), [t.shape for t in leaves]
     return filled(template.output_template, leaves)
 
 
@@ -128,6 +153,7 @@ class _Cut(torch.autograd.Function):
         # the values before this pass
         kept = [t.clone() if b.kind == "buffer" and b.name in template.mutations else t for t, b in bound]
         leaves, mutations, values = parts.run(found.forward, kept)
+        run_observers(template.observed, list(parts.model.modules()), lambda node: values[node.meta["key"]])
         buffers = dict(parts.model.named_buffers(remove_duplicate=False))
         for name, value in mutations.items():
             buffers[name].copy_(value)
@@ -152,22 +178,49 @@ class _Cut(torch.autograd.Function):
         twice = running_backward() in found.twice
         context = backpack() if twice else current()
         check = context.check is not None and not twice and not create_graph
+        customs = custom.customs(context)
         with torch.autocast(found.mode.device_type, enabled=False):
-            if create_graph or given:
+            if create_graph or given or customs:
                 again, differentiable = found.parts.again(found, flat, ledger.alias)
             of_inputs = _of_inputs(again, given, gs, create_graph) if given else []
-            values = differentiable if create_graph else values
+            saved_values, values = values, differentiable if create_graph else values
             detached = [f.detach() for f in leaves]
-            results = found.parts.backward(found, context.extensions, detached, gs, values, check)
+            results = _results(found, context, detached, gs, values, check)
         if create_graph:
             _mark(found, results)
         if twice:
             held = dict(found.parts.model.named_parameters())
             ledger.unaccounted(*(held[name] for name in found.template.params))
         _attach(found, context, results)
-        for call in found.calls:
-            call.scale = None
+        calls = [call for call in found.calls if call.scale is not None]
+        run = custom.Backward(found, again, differentiable, gs, calls).run if customs else None
+        _by_module(found, context, calls, detached, custom.Values(found, saved_values), customs, run)
+        _arrive(found, gs)
         return None, None, None, *(results["grad"][name] for name in found.template.params), *of_inputs
+
+
+def _results(
+    found: Pass, context: backpack, leaves: list[Tensor], gs: Sequence[Any], values: dict[int, Any], check: bool
+) -> dict[str, Any]:
+    """field -> parameter name -> value, of one model or, at the second order, of several in a chain."""
+    second = [e for e in context.extensions if not e.requires.first_order]
+    if not second or not found.follows:
+        return found.parts.backward(found, context.extensions, leaves, gs, values, check)
+    first = tuple(e for e in context.extensions if e not in second)
+    results = found.parts.backward(found, first, leaves, gs, values, check)
+    of_chain = chained.second_order(found, second, values, results["grad"], check)
+    if of_chain is None:
+        return found.parts.backward(found, context.extensions, leaves, gs, values, check)
+    return {**results, **of_chain}
+
+
+def _arrive(found: Pass, gs: Sequence[Any]) -> None:
+    """Leave at the pass what came by it, for models before it; every call of a loss counts once."""
+    if found.calls:
+        reached = [replace(call) for call in found.calls if call.scale is not None]
+        found.arrived, found.cotangents = (running_backward(), reached), gs
+    for call in found.calls:
+        call.scale = None
 
 
 def _of_inputs(leaves: list[Tensor], given: list[Tensor], gs: tuple, create_graph: bool) -> list[Tensor | None]:
@@ -189,11 +242,32 @@ def _mark(found: Pass, results: dict[str, Any]) -> None:
 
 
 def _attach(found: Pass, context: backpack, results: dict[str, Any]) -> None:
-    model = found.parts.model
-    params = dict(model.named_parameters())
-    ledger.write(found, model, params, results, context)
-    if context.extension_hook is not None:
-        losses = [call.loss for call in found.calls if call.scale is not None]
-        own = [m for m in model.modules() if own_parameters(m) or next(m.children(), None) is None]
-        for module in [*losses, *reversed(own)]:
-            context.extension_hook(module)
+    """Put fields on parameters, which alone hold them from then on."""
+    ledger.write(found, found.parts.model, dict(found.parts.model.named_parameters()), results, context)
+    for extension in context.extensions:
+        del results[extension.savefield]
+
+
+def _by_module(
+    found: Pass,
+    context: backpack,
+    calls: list[LossCall],
+    leaves: list[Tensor],
+    seen: custom.Values,
+    customs: list[Any],
+    run: Any,
+) -> None:
+    """What is done for every module: extensions of the user's own, and the hook."""
+    hook = context.extension_hook
+    if hook is not None:
+        for call in calls:
+            with custom.inputs_of_loss(call, leaves):
+                hook(call.loss)
+    if hook is None and run is None:
+        return
+    for module in custom.own_modules(found.parts.model):
+        with seen.on(module):
+            if run is not None:
+                run(module, customs)
+            if hook is not None:
+                hook(module)

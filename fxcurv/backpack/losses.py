@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from fxcurv.front.arguments import Slot, map_leaves
 from fxcurv.ir.private import base_of, has_hooks, pytree
@@ -49,10 +50,76 @@ def _rescaled(shape: torch.Size, n: int) -> tuple[int, ...] | None:
 
 @dataclass(frozen=True)
 class Read:
-    """Stands for a leaf of the model's output in a loss's arguments."""
+    """Stands for a leaf of the model's output f in a loss's arguments, or for entries of it.
+
+    entries: [N, K], the numbers of the entries of a sample's f that are read, in order; None for a `view`.
+    """
 
     leaf: int
     view: View
+    entries: Tensor | None = None
+
+    @staticmethod
+    def of(found: Any, edge: GradientEdge, z: Tensor) -> Read | None:
+        """How `z` is made of f, a pass's output at `edge`; None if it is not known to be f's entries, each sample's together."""
+        leaf = edge.output_nr
+        f, shape = found.leaves[leaf](), found.shapes[leaf]
+        view = View.of(f, z) if f is not None and (f is z or base_of(z) is f) else None
+        if view is not None:
+            return Read(leaf, view)
+        entries = _entries(edge, shape, z)
+        return None if entries is None else Read(leaf, View(shape=(-1, *z.shape[1:])), entries)
+
+    def out_of(self, f: Tensor) -> Tensor:
+        """The loss's input."""
+        return self.view(f if self.entries is None else f.flatten(1).gather(1, self.entries))
+
+
+# nodes of autograd's graph behind which every entry is one that was given
+_MOVING = {
+    "AliasBackward0", "AsStridedBackward0", "CloneBackward0", "PermuteBackward0", "ReshapeAliasBackward0", "SelectBackward0",
+    "SliceBackward0", "SqueezeBackward0", "SqueezeBackward1", "TBackward0", "TransposeBackward0", "UnsafeViewBackward0",
+    "UnsqueezeBackward0", "ViewBackward0",
+}  # fmt: skip
+_EXACT = 1 << 8  # numbers up to it are exact in every floating dtype
+
+
+def moved_from(z: Tensor) -> GradientEdge | None:
+    """Where in autograd's graph the entries of `z` come from, through ops that move them."""
+    if z.grad_fn is None:
+        return None
+    node, number = z.grad_fn, z.output_nr
+    while node.name() in _MOVING and len(node.next_functions) == 1 and node.next_functions[0][0] is not None:
+        ((node, number),) = node.next_functions
+    return GradientEdge(node, number)
+
+
+def pass_of(edge: GradientEdge | None) -> Any:
+    """The pass of an extended model that an edge is an output of."""
+    return getattr(edge.node, "found", None) if edge is not None else None
+
+
+def _entries(edge: GradientEdge, shape: torch.Size, z: Tensor) -> Tensor | None:
+    """[N, K]: which entries of a sample's f the tensor `z` holds; None if they do not lie sample by sample."""
+    n, per = shape[0], shape[1:].numel()
+    if not z.ndim or not z.numel() or not n or len(z) % n:
+        return None
+    count = torch.arange(z.numel(), device=z.device).reshape(z.shape)
+    where = torch.zeros(shape, dtype=torch.long, device=z.device)
+    read = torch.ones(shape, dtype=torch.bool, device=z.device)
+    for k in range(4):  # digit by digit, which are exact
+        digit = (count // _EXACT**k % _EXACT + int(k == 0)).to(z.dtype)  # from 1, so that 0 is what nothing reads
+        (found,) = torch.autograd.grad(z, edge, digit, retain_graph=True)
+        read = found > 0 if k == 0 else read
+        where += (found.long() - int(k == 0)) * _EXACT**k
+    places = torch.empty(z.numel(), dtype=torch.long, device=z.device)
+    positions = read.flatten().nonzero()[:, 0]
+    if len(positions) != z.numel():
+        return None
+    places[where.flatten()[positions]] = positions
+    places = places.reshape(n, -1)
+    same = places // per == torch.arange(n, device=z.device)[:, None]
+    return places % per if bool(same.all()) else None
 
 
 @dataclass
@@ -61,7 +128,7 @@ class LossCall:
 
     Attributes:
         args, kwargs: with a `Read` where a leaf of the model's output, or a view of one, was given.
-        known: whether every such view is one that `View` knows.
+        known: whether every such tensor is one that `Read` knows.
     """
 
     loss: nn.Module
@@ -74,16 +141,16 @@ class LossCall:
     def of(loss: nn.Module, args: tuple, kwargs: dict) -> tuple[Any, LossCall] | None:
         """(the pass that the arguments come from, the call); None if they come from none, or from several."""
         passes: list[Any] = []
-        reads: list[View | None] = []
+        reads: list[Read | None] = []
 
         def read(t: Tensor) -> Any:
-            f = t if hasattr(t, "_fxcurv_pass") else base_of(t)
-            if f is None or not hasattr(f, "_fxcurv_pass"):
+            edge = moved_from(t)
+            found = pass_of(edge)
+            if found is None:
                 return t
-            found, leaf = f._fxcurv_pass
             passes.append(found)
-            reads.append(View.of(f, t))
-            return Read(leaf, reads[-1]) if reads[-1] is not None else t
+            reads.append(Read.of(found, edge, t))
+            return reads[-1] if reads[-1] is not None else t
 
         args, kwargs = map_leaves((args, kwargs), Tensor, read)
         if not passes or any(p is not passes[0] for p in passes):
@@ -115,7 +182,7 @@ class TotalLoss(nn.Module):
     def forward(self, output: Any, scales: list[Tensor], args: list[tuple], kwargs: list[dict]) -> Tensor:
         """The loss of the model's output, in any structure."""
         leaves = tensors_of(output)
-        args, kwargs = map_leaves((args, kwargs), Read, lambda read: read.view(leaves[read.leaf]))
+        args, kwargs = map_leaves((args, kwargs), Read, lambda read: read.out_of(leaves[read.leaf]))
         calls = zip(self.losses, scales, args, kwargs, strict=True)
         values = [scale * loss(*a, **k) for loss, scale, a, k in calls]
         return sum(values[1:], values[0])

@@ -41,6 +41,7 @@ class Forward:
         random: whether it draws.
         backwards: (extensions, create_graph) -> endings of the model alone, for different batch sizes.
         with_loss: (keys of the calls of extended losses, extensions) -> parts that know the losses.
+        roots: programs for the roots of loss Hessians at the output (`backpack.custom`).
     """
 
     program: Program
@@ -48,6 +49,7 @@ class Forward:
     random: bool
     backwards: dict[tuple[tuple[Extension, ...], bool], list[Ending]] = field(default_factory=dict)
     with_loss: dict[tuple[Any, tuple[Extension, ...]], LossParts] = field(default_factory=dict)
+    roots: dict[Any, Any] = field(default_factory=dict)
 
 
 def _forward(program: Program, tell: Tell) -> Forward:
@@ -67,6 +69,9 @@ class Pass:
         rng: the state of the generators before the pass, if it draws.
         calls: of extended losses on its output.
         twice: backward passes that differentiate results of an earlier backward pass.
+        leaves: the tensors of the output, as long as someone holds them; `shapes`: theirs.
+        follows: passes of extended models that take the output.
+        arrived: the backward pass that came here last, and the extended losses that it came by; `cotangents`: what it brought.
     """
 
     parts: ModelParts
@@ -77,6 +82,11 @@ class Pass:
     rng: Any = None
     calls: list[LossCall] = field(default_factory=list)
     twice: set[int] = field(default_factory=set)
+    leaves: list[weakref.ref] = field(default_factory=list)
+    shapes: list[torch.Size] = field(default_factory=list)
+    follows: list[Any] = field(default_factory=list)
+    arrived: tuple[int, list[LossCall]] = (-1, [])
+    cotangents: Sequence[Any] = ()
 
     @property
     def template(self) -> Program:
@@ -98,8 +108,13 @@ class ModelParts:
     """The parts of one extended model, which outlives them: an entry of a dictionary by models must not keep its model alive."""
 
     def __init__(self, model: nn.Module):
-        self._model = weakref.ref(model)
+        self.of(model)
         self._programs: Programs[Forward] = Programs((), OPTIONS, _forward)
+
+    def of(self, model: nn.Module) -> ModelParts:
+        """These parts, of a model that computes the same."""
+        self._model = weakref.ref(model)
+        return self
 
     @property
     def model(self) -> nn.Module:
@@ -110,8 +125,13 @@ class ModelParts:
 
     def begin(self, args: tuple, kwargs: dict) -> tuple[Pass, list[Any]]:
         """A pass for this call, and what its program's placeholders are bound to."""
-        subject, arguments = Subject(self.model, None), flatten_arguments(self._inputs(args, kwargs), (), 0)
-        request = _request(subject, arguments, subject.autocast())
+        arguments = flatten_arguments(self._inputs(args, kwargs), (), 0)
+        return self.begin_with(arguments, Subject(self.model, None).autocast())
+
+    def begin_with(self, arguments: Arguments, mode: Autocast) -> tuple[Pass, list[Any]]:
+        """`begin`, of arguments that are flat."""
+        subject = Subject(self.model, None, watched=True)
+        request = _request(subject, arguments, mode)
         with torch.no_grad(), _inside(self.model), torch.autocast(request.mode.device_type, enabled=False):
             forward = self._programs.find(request)
             flat = bind(forward.program, subject, arguments, None, None)
@@ -123,13 +143,13 @@ class ModelParts:
             return args
         if not args:
             return kwargs
-        plain: Any = type(self.model).__mro__[2]
+        plain: Any = type(self.model).plain  # type: ignore[attr-defined]
         return dict(inspect.signature(plain.forward).bind(self.model, *args, **kwargs).arguments)
 
     def run(self, forward: Forward, flat: list[Any]) -> tuple[list[Tensor], dict[str, Tensor], dict[int, Any]]:
         """(leaves of the output, new values of buffers, every value by number)."""
         placeholders = [n.meta["key"] for n in forward.program.graph.nodes if n.op == "placeholder"]
-        leaves, mutations, made = forward.part.gm(*flat)
+        leaves, mutations, made = forward.part.gm.forward(*flat)  # no hooks are on it
         values = {**dict(zip(placeholders, flat, strict=True)), **dict(zip(forward.part.keys, made, strict=True))}
         return leaves, dict(zip(forward.program.mutations, mutations, strict=True)), values
 
@@ -191,7 +211,7 @@ class ModelParts:
         if ending.checked or found.forward.random or all(g is None for g in gs):
             return
         bound = found.bound(values)
-        request = _request(Subject(self.model, None), found.with_inputs(bound), found.mode)
+        request = _request(Subject(self.model, None, watched=True), found.with_inputs(bound), found.mode)
         with _inside(self.model):
             if not self._programs.holds(found.forward, request):
                 return
@@ -278,7 +298,7 @@ class LossParts:
             )
         if backward.check is not None:
             with torch.no_grad():
-                holds = backward.check.gm(*_arguments(backward.check, values, given))
+                holds = backward.check.gm.forward(*_arguments(backward.check, values, given))
             for held, error in zip(holds, backward.verdicts, strict=True):
                 if not bool(held):
                     raise error()
@@ -328,7 +348,7 @@ def _arguments(part: cut.Part, values: dict[int, Any], given: dict[Input, Any]) 
 
 def _run(backward: cut.Backward, values: dict[int, Any], given: dict[Input, Any], create_graph: bool) -> dict[str, Any]:
     inputs = _arguments(backward.part, values, given)
-    results = cut.results_of(backward, backward.part.gm(*inputs))
+    results = cut.results_of(backward, backward.part.gm.forward(*inputs))
     return results if create_graph else _owned(results, inputs, backward.program.borrowing)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from fxcurv.errors import CaptureError, FxcurvError
@@ -20,6 +19,7 @@ from fxcurv.front.arguments import Arguments
 from fxcurv.front.custom_functions import kept_functions
 from fxcurv.front.guards import Followed, fixed_sizes, no_branches, numbered_reductions, quiet, user_frames
 from fxcurv.front.lift import detach_no_grad_regions, lift
+from fxcurv.front.observers import Observers, Where
 from fxcurv.front.packed import padded_sequences
 from fxcurv.front.python_state import Path, Reads
 from fxcurv.front.requests import Subject
@@ -42,13 +42,32 @@ def capture(
         CaptureError: if `torch.export` cannot trace them; carries its reason and what usually helps.
         LossError: if the loss is not a scalar tensor.
     """
+    known: set[Where] = set()
+    while True:
+        observers = Observers([nm for root in subject.roots() for nm in root.named_modules()], subject.watched, known)
+        try:
+            program = _captured(subject, arguments, split, numbers, observers)
+        except FxcurvError:
+            if not observers.found:
+                raise
+        else:
+            if not observers.found:
+                return program
+        known |= observers.found
+
+
+def _captured(
+    subject: Subject, arguments: Arguments, split: str | None, numbers: Sequence[Path], observers: Observers
+) -> Program:
     model, loss = subject.model, subject.loss
     reads = Reads(model, loss, numbers)
-    wrapped = Captured(model, loss, arguments, split, reads)
+    wrapped = Captured(model, loss, arguments, split, reads, observers)
     with quiet():
         try:
-            modules = [m for m in (model, loss) if isinstance(m, nn.Module)]
-            with numbered_reductions(), fixed_sizes(wrapped), no_side_effects(modules) as wrapped.record.look:
+            with (
+                numbered_reductions(), fixed_sizes(wrapped), no_side_effects(subject.roots()) as wrapped.record.look,
+                observers.in_place(),
+            ):  # fmt: skip
                 exported = _export(wrapped, arguments)
                 detach_no_grad_regions(exported)
                 exported = exported.run_decompositions({})

@@ -161,7 +161,7 @@ def lift(model: Named, wrapped: Captured, exported: ExportedProgram, arguments: 
         if bound.kind == "param" and bound.name in trainable:
             params[bound.name] = node
     outputs = list(gm.graph.output_node().args[0])
-    mutations, loss, leaves, heads, numbers = _outputs(signature, outputs, wrapped)
+    mutations, loss, leaves, heads, numbers, looked_at = _outputs(signature, outputs, wrapped)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     batch = _batch(placeholders, inputs, arguments)
     program = Program(
@@ -174,6 +174,7 @@ def lift(model: Named, wrapped: Captured, exported: ExportedProgram, arguments: 
     if wrapped.record.fixed_by is not None:
         program.fixed_by = wrapped.record.fixed_by
     program.reads = _reads(program, numbers, [value for _, value in wrapped.values.read])
+    program.observed = wrapped.observers.observed(looked_at)
     program.refresh_output()
     expand(program)
     return program
@@ -231,7 +232,7 @@ def _resolve(module: nn.Module, path: str) -> Tensor:
 
 
 def _outputs(signature, outputs, wrapped):
-    """(mutations, loss, output leaves, heads, values that became numbers) from the exported graph's flat outputs."""
+    """(mutations, loss, output leaves, heads, values that became numbers, those of hooks) from the graph's flat outputs."""
     mutations = {}
     user = []
     for spec, node in zip(signature.output_specs, outputs, strict=True):
@@ -252,8 +253,9 @@ def _outputs(signature, outputs, wrapped):
                 f"{locate(node)}\nis what the model or loss writes to {what} '{name}' in place. Way out: clone it first."
             )
     loss, *rest = user
+    rest, looked_at = rest[: (of_hooks := len(rest) - len(wrapped.observers.tensors()))], rest[of_hooks:]
     leaves, numbers = wrapped.record.leaves, len(rest) - len(wrapped.values.read)
-    return mutations, loss, rest[:leaves], rest[leaves:numbers], rest[numbers:]
+    return mutations, loss, rest[:leaves], rest[leaves:numbers], rest[numbers:], looked_at
 
 
 def _batch(placeholders: list[fx.Node], inputs: list[Input], arguments: Arguments) -> Batch:

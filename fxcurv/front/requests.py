@@ -33,10 +33,13 @@ class Subject:
 
     Args:
         loss_params: the parameters of the loss, a module, are among those that derivatives are of, as "loss.<name>".
+        watched: programs also give what every module takes and returns.
     """
 
-    def __init__(self, model: nn.Module, loss: Callable[..., Tensor] | None, loss_params: bool = False):
-        self.model, self.loss, self.loss_params = model, loss, loss_params
+    def __init__(
+        self, model: nn.Module, loss: Callable[..., Tensor] | None, loss_params: bool = False, watched: bool = False
+    ):
+        self.model, self.loss, self.loss_params, self.watched = model, loss, loss_params, watched
 
     def named_parameters(self, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of all that derivatives may be of, as a module gives its own."""
@@ -137,8 +140,8 @@ def check_trainable(model: Named) -> None:
         raise ArgumentError("the model has no trainable parameter: set requires_grad on some")
 
 
-def checked(extensions: Iterable[Extension]) -> tuple[Extension, ...]:
-    """The extensions that were asked for, each once and with a field of its own."""
+def checked(extensions: Iterable[Extension], of_drop_in: bool = False) -> tuple[Extension, ...]:
+    """The extensions that were asked for, each once and with a field of its own; `of_drop_in`: with extensions of modules."""
     alone = isinstance(extensions, Extension | type | str) or not isinstance(extensions, Iterable)
     asked: Iterable[Any] = (extensions,) if alone else extensions
     found: list[Extension] = []
@@ -147,6 +150,8 @@ def checked(extensions: Iterable[Extension]) -> tuple[Extension, ...]:
             raise ExtensionError(f"{e.__name__} is a class: pass an instance, {e.__name__}()")
         if not isinstance(e, Extension):
             raise ExtensionError(f"{e!r} is no extension: pass instances of the classes in fxcurv.extensions")
+        if not of_drop_in and vars(e).get("module_extensions"):
+            raise ExtensionError(f"{e} has module extensions, which the drop-in alone asks: use fxcurv.backpack, or another")
         same = [f for f in found if f.savefield == e.savefield]
         if same:
             raise ExtensionError(

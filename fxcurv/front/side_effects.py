@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ _FORWARD = ("_forward_hooks", "_forward_pre_hooks")
 _BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
 HOOKS = (*_FORWARD, *_BACKWARD)
 _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
+FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type, functools.partial)
 _OWN = ("_parameters", "_buffers", "_modules", "_flat_weights", *HOOKS)
 
 WAY_OUT = (
@@ -84,7 +86,7 @@ def _refused(what: str) -> CaptureError:
     return CaptureError(f"{what} changes in the forward pass, a side effect that a compiled program does not repeat.\n{WAY_OUT}")
 
 
-def _is_pytorchs(hook: Any) -> bool:
+def is_pytorchs(hook: Any) -> bool:
     """Whether a hook is of PyTorch's own modules, such as a FLOP counter's: it watches a model and is no part of it."""
     code = getattr(getattr(hook, "__func__", hook), "__code__", None)
     return code is not None and not is_user_file(code.co_filename)
@@ -97,7 +99,7 @@ def global_hooks() -> list[dict[int, Callable]]:
 
 def _global_hooks(kind: str) -> dict[int, Callable]:
     """The hooks of all modules but for PyTorch's own."""
-    return {key: hook for key, hook in getattr(nn_module, kind).items() if not _is_pytorchs(hook)}
+    return {key: hook for key, hook in getattr(nn_module, kind).items() if not is_pytorchs(hook)}
 
 
 _register_hook = Tensor.register_hook
@@ -105,10 +107,10 @@ _register_hook = Tensor.register_hook
 
 def _no_tensor_hook(tensor: Tensor, hook: Callable) -> Any:
     """Refuse the user's; what PyTorch's own modes register (a FLOP counter's) is theirs."""
-    if _is_pytorchs(hook):
+    if is_pytorchs(hook):
         return _register_hook(tensor, hook)
     raise CaptureError(
-        f"the model registers the hook '{_name(hook)}' on a tensor in its forward pass (register_hook), which no program runs\n"
+        f"the model registers the hook '{name_of(hook)}' on a tensor in its forward pass (register_hook), which no program runs\n"
         f"{running_line()}Way out: say what it does to the gradient as a torch.autograd.Function, or drop it."
     )
 
@@ -117,27 +119,29 @@ def _check_backward(named: Iterable[tuple[str, nn.Module]]) -> None:
     for name, m in named:
         for hook in [h for kind in _BACKWARD for h in getattr(m, kind).values()]:
             raise CaptureError(
-                f"{_path(name, m)} has the backward hook '{_name(hook)}', which no program runs. Way out: remove it while fxcurv "
-                "runs, or say what it does to the gradient as a torch.autograd.Function."
+                f"{path_of(name, m)} has the backward hook '{name_of(hook)}', which no program runs.\nWay out: remove it while "
+                "fxcurv runs, or say what it does to the gradient as a torch.autograd.Function."
             )
         for title, p in m.named_parameters(recurse=False):
             for hook in (hooks_of_tensor(p) or {}).values():
                 raise CaptureError(
-                    f"the parameter '{title}' of {_path(name, m)} has the hook '{_name(hook)}', which no program runs. Way out: "
-                    "remove it while fxcurv runs, and apply it to the result's gradient."
+                    f"the parameter '{title}' of {path_of(name, m)} has the hook '{name_of(hook)}', which no program runs.\n"
+                    "Way out: remove it while fxcurv runs, and apply it to the result's gradient."
                 )
     for kind in _GLOBAL[2:]:
         for hook in getattr(nn_module, kind).values():
             raise CaptureError(
-                f"there is a global backward hook '{_name(hook)}', which no program runs. Way out: remove it while fxcurv runs."
+                f"there is a global backward hook '{name_of(hook)}', which no program runs. Way out: remove it while fxcurv runs."
             )
 
 
-def _path(name: str, m: nn.Module) -> str:
+def path_of(name: str, m: nn.Module) -> str:
+    """A module, for a message."""
     return f"module '{name}' ({type(m).__name__})" if name else f"the model or loss ({type(m).__name__})"
 
 
-def _name(hook: Callable) -> str:
+def name_of(hook: Callable) -> str:
+    """A hook, for a message."""
     return getattr(hook, "__qualname__", type(hook).__name__)
 
 
@@ -147,10 +151,10 @@ def _name(hook: Callable) -> str:
 def _attributes(named: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Any]]:
     """(what it is, a dict or list): the attributes of all modules, and the containers among them."""
     for name, m in named:
-        yield f"an attribute of {_path(name, m)}", vars(m)
+        yield f"an attribute of {path_of(name, m)}", vars(m)
         for key, value in vars(m).items():
             if key not in _OWN:
-                yield from ((f"the attribute '{key}' of {_path(name, m)}", c) for c in _containers(value))
+                yield from ((f"the attribute '{key}' of {path_of(name, m)}", c) for c in _containers(value))
 
 
 def _functions(named: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Callable]]:
@@ -158,19 +162,35 @@ def _functions(named: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Ca
     for name, m in named:
         for kind in _FORWARD:
             for hook in getattr(m, kind).values():
-                yield f"what the hook '{_name(hook)}' of {_path(name, m)} keeps", hook
+                yield f"what the hook '{name_of(hook)}' of {path_of(name, m)} keeps", hook
         code = getattr(type(m).forward, "__code__", None)
         if code is not None and is_user_file(code.co_filename):
-            yield f"what the forward of {_path(name, m)} keeps", type(m).forward
+            yield f"what the forward of {path_of(name, m)} keeps", type(m).forward
     for kind in _GLOBAL[:2]:
         for hook in _global_hooks(kind).values():
-            yield f"what the global hook '{_name(hook)}' keeps", hook
+            yield f"what the global hook '{name_of(hook)}' keeps", hook
 
 
 def _state(functions: Iterable[tuple[str, Callable]]) -> Iterator[tuple[str, Any]]:
     for what, fn in functions:
         for value in _kept(fn):
             yield from ((what, c) for c in _containers(value))
+
+
+@contextlib.contextmanager
+def undone(fn: Callable) -> Iterator[None]:
+    """Lists, dicts and attributes that a function may write to are afterwards what they were."""
+    before = [(owner, owner.copy()) for _, owner in _state([("", fn)])]
+    try:
+        yield
+    finally:
+        for owner, old in before:
+            _refill(owner, old)
+
+
+def _refill(owner: Any, old: Any) -> None:
+    owner.clear()
+    owner.update(old) if isinstance(owner, dict) else owner.extend(old)
 
 
 def _kept(fn: Any) -> Iterator[Any]:
@@ -201,7 +221,7 @@ def _containers(value: Any, depth: int = 2) -> Iterator[Any]:
     if isinstance(value, dict | list | deque):
         yield value
     elif not isinstance(value, tuple | set):
-        if isinstance(value, Tensor | nn.Module | type) or not hasattr(value, "__dict__") or callable(value):
+        if isinstance(value, (Tensor, nn.Module, *FUNCTIONS)) or not hasattr(value, "__dict__"):
             return
         if type(value).__module__.startswith(("torch", "builtins")) or type(value).__name__ == "module":
             return
@@ -268,5 +288,4 @@ def _restore(before: Iterable[tuple[str, Any, Any]]) -> None:
                     else:
                         del owner[k]
             else:
-                owner.clear()
-                owner.extend(old)
+                _refill(owner, old)

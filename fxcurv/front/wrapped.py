@@ -48,9 +48,12 @@ class _Record:
 class Captured(nn.Module):
     """What is exported: the model, its marked output leaves, and the loss on them."""
 
-    def __init__(self, model: nn.Module, loss: Callable | None, arguments: Arguments, split: str | None, reads: Reads):
+    def __init__(
+        self, model: nn.Module, loss: Callable | None, arguments: Arguments, split: str | None, reads: Reads, observers: Any
+    ):
         super().__init__()
         self.reads = reads
+        self.observers = observers  # of `front.observers`
         self.model = model
         self.loss = loss
         self.arguments = arguments
@@ -64,6 +67,7 @@ class Captured(nn.Module):
             args, kwargs = filled(self.arguments.input_template, inputs)  # copies of objects, which are not the model's
             self.reads.born(objects_in((args, kwargs)))
             self.values.begin(self._given(inputs, targets, numbers))
+            self.observers.begin()
             with self.reads.numbers(numbers), self.reads:
                 out = self._run(args, kwargs, targets)
             self.record.look()
@@ -103,7 +107,7 @@ class Captured(nn.Module):
         loss = None
         if self.loss is not None:
             loss = _scalar(self._loss_of(self.loss, output, self.arguments.join_targets(targets)), line_of_function(self.loss))
-        return loss, leaves, marked, [t for t, _ in self.values.read]
+        return loss, leaves, marked, [t for t, _ in self.values.read], self.observers.tensors()
 
     def _loss_of(self, loss: Callable, output: Any, targets: tuple) -> Any:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -79,6 +79,24 @@ class Numbers:
 
 
 @dataclass(frozen=True)
+class Observed:
+    """What a forward hook looks at in one call of its module (see `front.observers`).
+
+    Attributes:
+        module: the number of the module that was called.
+        where: of the hook; None where values are kept under none.
+        title: of the hook, for messages.
+        template: its arguments after the module, with a `Slot` for each of `nodes`.
+    """
+
+    module: int
+    where: tuple[int, str, int] | None
+    title: str
+    template: Any
+    nodes: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
 class Memory:
     """A buffer that large results are written to: its fake value, and the (field, parameter name) of those results."""
 
@@ -109,6 +127,7 @@ class Program:
             `spread`: the collectives.
         notes: how what a trace cannot follow was captured, for a report.
         reads: the values of the data that tracing made numbers of, if there are any.
+        observed: what forward hooks look at.
         python: the values of attributes, closures and globals that tracing read.
         checks: conditions on values, verified at the first call; `finish` moves them to `check_module`, which computes
             them, and `verdicts`, the errors that go with them.
@@ -149,6 +168,7 @@ class Program:
     walked: Walked = field(default_factory=Walked)
     notes: list[str] = field(default_factory=list)
     reads: Numbers | None = None
+    observed: list[Observed] = field(default_factory=list)
     spread: Spread = field(default_factory=Spread)
     python: Any = None
     timings: dict[str, float] = field(default_factory=dict)
@@ -188,8 +208,12 @@ class Program:
         nodes = [*self.output_leaves, *self.heads, *self.mutations.values()]
         nodes += [self.loss] if self.loss is not None else []
         nodes += pytree.tree_leaves(self.results)
-        nodes += [*pytree.tree_leaves(self.extras), *(c.node for c in self.checks)]
+        nodes += [*pytree.tree_leaves(self.extras), *(c.node for c in self.checks), *self.looked_at()]
         return list(dict.fromkeys(nodes))
+
+    def looked_at(self) -> list[fx.Node]:
+        """The values that forward hooks look at."""
+        return [n for look in self.observed for n in look.nodes]
 
     def refresh_output(self) -> None:
         """Make the graph's output node return `roots()`, so that dead code elimination sees what is alive."""
@@ -345,6 +369,7 @@ class Program:
         self.mutations = {name: swap(n) for name, n in self.mutations.items()}
         self.results, self.extras = (pytree.tree_map(swap, fields) for fields in (self.results, self.extras))
         self.checks = [Check(swap(c.node), c.error) for c in self.checks]
+        self.observed = [replace(look, nodes=tuple(map(swap, look.nodes))) for look in self.observed]
 
 
 @dataclass(frozen=True)

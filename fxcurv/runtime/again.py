@@ -60,7 +60,7 @@ class Again:
         unchecked = not ready.checked or ready.selfcheck is not None and not ready.verified
         asked = unchecked or options.debug or options.check == "always"
         values = program.reads is not None or options.sample_index is not None  # compared at every call
-        python = bool(program.python.numbers or program.python.effects)
+        python = bool(program.python.numbers or program.python.effects or program.observed)
         if asked or values or python or request.create_graph or program.mutations or program.borrowing or request.mode.dtype:
             return None
         if not all(type(t) is Tensor for t in (*_values(inputs), *targets)):

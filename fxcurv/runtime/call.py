@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from fxcurv.errors import ArgumentError
 from fxcurv.front.arguments import Arguments, described, filled
+from fxcurv.front.observers import run_observers, silent
 from fxcurv.front.requests import Request, Subject
 from fxcurv.ir.lengths import at
 from fxcurv.ir.origin import locate
@@ -52,10 +53,11 @@ def call(
     if not request.arguments.batch_size:
         with request.apart():
             return of_no_sample(programs.like(request).program, request, values or {}), None
-    with request.apart(), contextlib.ExitStack() as within:
+    with request.apart(), contextlib.ExitStack() as within, contextlib.ExitStack() as unseen:
         ready = programs.find(request)
         program, lengths = ready.program, lengths_of(ready.program, request.arguments)
         within.enter_context(at(lengths))
+        unseen.enter_context(silent(program.observed, subject.modules()))  # those of all modules would see the graph's own
         part = None if first is None else (request.arguments.batch_size, first)
         flat = bind(program, subject, request.arguments, seed, generator, values, part)
         memory = take_memory(ready, backend, request.arguments, flat, kept)
@@ -75,6 +77,10 @@ def call(
             raise run_error(program, request.arguments, flat, error) from error
         with torch.set_grad_enabled(create_graph):
             result = result_of(ready, subject, backend, flat, found)
+        unseen.close()
+        if program.observed:
+            given = dict(zip(program.output.args[0], found, strict=True))
+            run_observers(program.observed, subject.modules(), given.__getitem__)
         program.python.run_effects(subject.modules())
         if out is not None:
             out._memory = None

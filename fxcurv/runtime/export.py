@@ -10,6 +10,7 @@ from torch.export import Dim, ExportedProgram
 
 from fxcurv.errors import ArgumentError
 from fxcurv.front.arguments import Arguments
+from fxcurv.front.observers import refuse_observers
 from fxcurv.front.requests import Subject
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
@@ -45,6 +46,7 @@ def export(
 ) -> ExportedProgram:
     """See `Compiled.export`."""
     refuse_packed(inputs)
+    refuse_observers(program.observed, "an exported program")
     held = pytree.tree_leaves((program.results, program.extras), is_leaf=lambda value: isinstance(value, Saved))
     if any(isinstance(value, Saved) for value in held):
         raise ArgumentError(

@@ -19,6 +19,7 @@ from fxcurv.extensions import Extension
 from fxcurv.extensions.parameters import Choice, Named, chosen
 from fxcurv.front.arguments import Arguments, flatten_arguments
 from fxcurv.front.capture import capture
+from fxcurv.front.observers import refuse_observers
 from fxcurv.front.python_state import Path, Schedule, reasons
 from fxcurv.front.requests import Autocast, Request, Subject, check_trainable
 from fxcurv.ir.program import Program
@@ -171,6 +172,7 @@ class Programs(Generic[M]):
     def spread(self, request: Request, n: int) -> M:
         """A new program for arguments of this kind, for parts of a batch; captured at `n` samples, on every rank."""
         new = self._lowered(dataclasses.replace(request, arguments=resized(request.arguments, n)))
+        refuse_observers(new.program.observed, "a call with mesh=")
         if new.program.reads is not None:
             raise CaptureError(
                 f"numbers are made of values of the data ({new.program.reads.lines[0]}), which are others on every rank.\n"

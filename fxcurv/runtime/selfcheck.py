@@ -30,6 +30,7 @@ from torch import Tensor, fx, nn
 
 from fxcurv.errors import SelfCheckError
 from fxcurv.front.arguments import filled, templated
+from fxcurv.front.observers import silent
 from fxcurv.front.requests import Request
 from fxcurv.ir.placement import Shard
 from fxcurv.ir.private import (
@@ -88,6 +89,7 @@ class SelfCheck:
     Attributes:
         forward: the captured forward graph, in which a difference is searched; `inputs`: what its placeholders are.
         exchanged: whether samples are, by `probe`.
+        observed: what forward hooks look at; they do not run in a check.
         note: for `explain()`, what was checked.
     """
 
@@ -101,6 +103,7 @@ class SelfCheck:
         self.forward_loss = env.get(program.loss)
         self.exchanged = exchanged
         self.inputs = program.inputs[:]
+        self.observed = program.observed[:]
         self.jacobian = self._head(program)
         self.random = any(_draws(n.target) for n in program.graph.nodes)
         self.note = "not yet: at the first call"
@@ -184,6 +187,7 @@ class Check:
         functions = [] if self.loss is None or isinstance(self.loss, nn.Module) else [self.loss]
         with contextlib.ExitStack() as stack:
             stack.enter_context(_as_found(modules, params, functions, cuda_devices(self.flat)))
+            stack.enter_context(silent(self.known.observed, modules))
             if watch is not None:
                 watch(self.model)
             stack.enter_context(torch.enable_grad())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fxcurv.errors import ArgumentError
+from fxcurv.front.observers import refuse_observers
 from fxcurv.front.python_state import reasons
 from fxcurv.front.requests import Autocast, Subject
 from fxcurv.ir.private import constant_result, pytree, tracing
@@ -143,6 +144,7 @@ def _ready(
     with request.apart():
         ready = programs.find(request, schedules=False)
         program = ready.program
+        refuse_observers(program.observed, "a step under torch.compile")
         unseen = program.python.unguarded()
         if unseen:
             raise ArgumentError(

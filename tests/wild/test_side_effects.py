@@ -119,63 +119,6 @@ def test_a_forward_that_keeps_tensors(how):
     assert no_fake(vars(model)["_buffers"])
 
 
-class Recorder:
-    """An object whose method is a hook."""
-
-    def __init__(self):
-        self.last, self.count = None, 0
-
-    def keep(self, module, args, output):
-        self.last = output
-
-    def note(self, module, args, output):
-        self.count += 1
-
-
-def recording_hooks():
-    found, table, recorder = [], {}, Recorder()
-
-    def to_list(module, args, output):
-        found.append(output)
-
-    def to_dict(module, args, output):
-        table["h"] = output.detach()
-
-    def shapes(module, args, output):
-        found.append(tuple(output.shape[1:]))
-
-    return {"list": to_list, "dict": to_dict, "object": recorder.keep, "count": recorder.note, "shapes": shapes}, (
-        found,
-        table,
-        recorder,
-    )
-
-
-@pytest.mark.parametrize("kind", ["list", "dict", "object", "count", "shapes"])
-def test_hooks_that_record(kind):
-    """They would see one fake tensor and never run again: refused by name, and nothing fake is left."""
-    (x, y), model, (hooks, (found, table, recorder)) = data(), mlp(), recording_hooks()
-    handle = model[1].register_forward_hook(hooks[kind])
-    compiled = fxcurv.compile(model, F.cross_entropy, [BatchGrad()])
-    with pytest.raises(CaptureError) as caught:
-        compiled(x, y)
-    for words in (hooks[kind].__qualname__, "module '1' (Tanh)", "Way out"):
-        assert words in str(caught.value)
-    assert no_fake(found) and table == {} and recorder.last is None
-    handle.remove()
-    right(compiled, model)
-
-
-def test_a_hook_that_records_is_added_later():
-    """After the first call, too."""
-    (x, y), model, (hooks, _) = data(), mlp(), recording_hooks()
-    compiled = fxcurv.compile(model, F.cross_entropy, [BatchGrad()])
-    right(compiled, model)
-    model[0].register_forward_hook(hooks["list"])
-    with pytest.raises(CaptureError, match="to_list"):
-        compiled(x, y)
-
-
 def halved(module, given, got):
     return tuple(g if g is None else g / 2 for g in given)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from fxcurv import extensions
+from fxcurv.backpack.extensions.module_extension import set_module_extension
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions import *  # noqa: F403
 from fxcurv.extensions import KFAC, KFLR, Extension
@@ -87,6 +88,10 @@ def HBP(  # noqa: N802
         raise ExtensionError(f"{asked}: an average carries no residuals. Way out: 'ggn', or PCHMP and HMP for products")
     return extensions.KFRA(savefield=savefield)
 
+
+# what BackPACK's extensions are asked for by code that is written for them
+Extension.set_module_extension = set_module_extension  # type: ignore[attr-defined]
+Extension.get_subsampling = lambda self: getattr(self, "subsampling", None)  # type: ignore[attr-defined]
 
 __all__ = [
     *(name for name in extensions.__all__ if name != "Param"), "BackpropStrategy", "Curvature",

@@ -1,5 +1,14 @@
-"""The base class of extensions, under BackPACK's name and path."""
+"""The base classes of extensions, under BackPACK's names and path."""
 
-from fxcurv.extensions import Extension as BackpropExtension
+from fxcurv.backpack.extensions.module_extension import (
+    FAIL_ERROR,
+    FAIL_SILENT,
+    FAIL_WARN,
+    BackpropExtension,
+    FirstOrderBackpropExtension,
+    SecondOrderBackpropExtension,
+)
 
-__all__ = ["BackpropExtension"]
+__all__ = [
+    "FAIL_ERROR", "FAIL_SILENT", "FAIL_WARN", "BackpropExtension", "FirstOrderBackpropExtension", "SecondOrderBackpropExtension",
+]  # fmt: skip

@@ -1,0 +1,227 @@
+"""Forward hooks that look: a program returns the values that they look at, and every call runs them on those, after the graph.
+
+A hook that returns a value is part of the model, and traced. One that returns nothing is an observer (PyTorch's own hooks
+are not asked): it does not run while a model is traced, where it would see tensors without values. What a hook returns shows
+in its code; where it does not (a lambda that appends), the hook is tried in a trace, which is then made again without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as nn_module
+
+from fxcurv.errors import CaptureError
+from fxcurv.front.arguments import filled, map_leaves, templated
+from fxcurv.front.side_effects import is_pytorchs, name_of, path_of, undone
+from fxcurv.front.wrapped import head
+from fxcurv.ir.private import version_of
+from fxcurv.ir.program import Observed
+
+_OWN = ("_forward_pre_hooks", "_forward_hooks")
+_GLOBAL = ("_global_forward_pre_hooks", "_global_forward_hooks")
+Where = tuple[int, str, int]  # of a hook: the number of its module, -1 for all; the table; its number there
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a hook would have looked at: the values after the module, in a trace."""
+
+    module: int
+    where: Where | None
+    title: str
+    values: tuple
+
+
+class Observers:
+    """Those of a capture; what they would look at is kept.
+
+    Args:
+        named: (name, module) of all modules that may run.
+        everything: whether what every module takes and returns is kept, under no hook.
+        known: hooks that were seen to return nothing.
+
+    Attributes:
+        found: hooks that returned nothing, or failed, when they were tried.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, nn.Module]], everything: bool, known: set[Where]):
+        self.names = {id(m): (k, name) for k, (name, m) in enumerate(named)}
+        self.modules = [m for _, m in named]
+        self.everything, self.known, self.found = everything, known, set[Where]()
+        self.looks: list[_Look] = []
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Stand where the hooks are, while a model is traced."""
+        replaced = []
+        for k, table, hooks in _tables(self.modules):
+            for key, hook in list(hooks.items()):
+                if not is_pytorchs(hook):
+                    replaced.append((hooks, key, hook))
+                    hooks[key] = functools.partial(self._look, (k, table, key), hook)
+        handles = [m.register_forward_hook(self._keep) for m in self.modules] if self.everything else []
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for hooks, key, hook in replaced:
+                hooks[key] = hook
+
+    def begin(self) -> None:
+        """A forward pass begins."""
+        self.looks = []
+
+    def tensors(self) -> list[Tensor]:
+        """All that was looked at; to be graph's outputs."""
+        return [t for _, _, tensors in self._templates() for t in tensors]
+
+    def observed(self, nodes: Sequence[fx.Node]) -> list[Observed]:
+        """The looks, of the nodes that stand for `tensors`.
+
+        Raises:
+            CaptureError: where a hook is given a number that follows from the batch size.
+        """
+        given, out = iter(nodes), []
+        for look, template, tensors in self._templates():
+            own = tuple(next(given) for _ in tensors)
+            if look.where is not None:
+                map_leaves(template, torch.SymInt, functools.partial(_no_size, look.title))
+            out.append(Observed(look.module, look.where, look.title, template, own))
+        return out
+
+    def _templates(self) -> Iterator[tuple[_Look, Any, list[Tensor]]]:
+        for look in self.looks:
+            tensors: list[Tensor] = []
+            yield look, templated(look.values, tensors), tensors
+
+    def _note(self, module: nn.Module, where: Where | None, title: str, values: tuple) -> None:
+        """Values as they are now: an op in place may follow."""
+        keep = lambda t: head(t) if t.is_floating_point() else t  # noqa: E731
+        number, _ = self.names[id(module)]
+        self.looks.append(_Look(number, where, title, map_leaves(values, Tensor, keep)))
+
+    def _keep(self, module: nn.Module, args: tuple, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) and output else output  # of a recurrent layer
+        tensors = [t if isinstance(t, Tensor) else None for t in (*args, output)]
+        self._note(module, None, "", (tuple(tensors[:-1]), tensors[-1]))
+
+    def _look(self, where: Where, hook: Callable, module: nn.Module, *values: Any) -> Any:
+        if id(module) not in self.names:  # what is exported, around the model
+            return None
+        _, name = self.names[id(module)]
+        if where in self.known or returns_nothing(hook):
+            return self._note(module, where, f"the hook '{name_of(hook)}' of {path_of(name, module)}", values)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(undone(hook))
+            try:
+                given = hook(module, *values)
+            except Exception:  # of a tensor without values, perhaps: if it returns something later, that is refused
+                given = None
+            if given is None:
+                self.found.add(where)
+            else:
+                stack.pop_all()  # part of the model, whose side effects are looked for
+        return given
+
+
+def _tables(modules: Sequence[nn.Module]) -> Iterator[tuple[int, str, dict[int, Callable]]]:
+    for k, m in enumerate(modules):
+        yield from ((k, table, getattr(m, table)) for table in _OWN)
+    yield from ((-1, table, getattr(nn_module, table)) for table in _GLOBAL)
+
+
+def _no_size(title: str, _: Any) -> None:
+    raise CaptureError(
+        f"{title} is given a number that follows from the batch size, which no program returns. Way out: a hook of a module that "
+        "is given tensors, or remove it while fxcurv runs."
+    )
+
+
+def returns_nothing(hook: Any) -> bool:
+    """Whether a function's code returns None wherever it returns; False of what has no code."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    if not hasattr(hook, "__code__") and not hasattr(hook, "__func__"):
+        hook = vars(type(hook)).get("__call__")
+    code = getattr(getattr(hook, "__func__", hook), "__code__", None)
+    if code is None:
+        return False
+    last: Any = None
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "RETURN_CONST" and instruction.argval is not None:
+            return False
+        constant = last is not None and last.opname == "LOAD_CONST" and last.argval is None
+        if instruction.opname == "RETURN_VALUE" and (instruction.is_jump_target or not constant):
+            return False
+        last = instruction
+    return True
+
+
+# ---- when a program runs ------------------------------
+
+
+def run_observers(
+    observed: Iterable[Observed], modules: Sequence[nn.Module], value_of: Callable[[fx.Node], Tensor]
+) -> None:
+    """Run the hooks on the values of a call, in the order of the model's own forward pass.
+
+    Args:
+        modules: of the subject, in order.
+        value_of: gives a node's value.
+
+    Raises:
+        CaptureError: for a hook that returns a value after all, or writes to one.
+    """
+    for look in observed:
+        if look.where is None:
+            continue
+        number, table, key = look.where
+        hook = getattr(modules[number] if number >= 0 else nn_module, table)[key]
+        tensors = [value_of(n).detach() for n in look.nodes]
+        versions = [version_of(t) for t in tensors]
+        given = hook(modules[look.module], *filled(look.template, tensors))
+        if given is not None or versions != [version_of(t) for t in tensors]:
+            what = "returns one, which it did not while the model was traced" if given is not None else "writes to one"
+            raise CaptureError(
+                f"{look.title} runs after the program, to look at values, and {what}. Way out: a hook that changes values "
+                "returns them always, by code that torch.export can trace."
+            )
+
+
+@contextlib.contextmanager
+def silent(observed: Iterable[Observed], modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Without the observers, for a pass of the model that is none of the user's."""
+    taken = []
+    for number, table, key in {look.where for look in observed if look.where is not None}:
+        hooks = getattr(modules[number] if number >= 0 else nn_module, table)
+        taken.append((hooks, list(hooks.items())))
+        hooks.pop(key, None)  # another check may have taken it
+    try:
+        yield
+    finally:
+        for hooks, items in reversed(taken):
+            hooks.clear()
+            hooks.update(items)
+
+
+def refuse_observers(observed: Iterable[Observed], where: str) -> None:
+    """Where a program cannot run hooks.
+
+    Raises:
+        CaptureError: for the first of them.
+    """
+    for look in observed:
+        if look.where is not None:
+            raise CaptureError(
+                f"{look.title} looks at values, and {where} runs no hooks. Way out: remove it there, or return what it looks "
+                "at as an output of the model (result.output has it)."
+            )
