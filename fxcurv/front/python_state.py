@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copyreg
 import dis
 import functools
 import gc
@@ -55,6 +56,8 @@ _LIBRARIES = {
 }  # fmt: skip
 # A mode that watches or changes ops (a profiler, a FLOP counter) is no part of the model.
 _OF_MODES = {"__torch_dispatch__", "__torch_function__"}
+# Makes the new object in `copy.copy` and `copy.deepcopy`.
+_NEW_COPY = copyreg.__newobj__.__code__  # type: ignore[attr-defined]
 _MISSING = type("Missing", (), {"__repr__": lambda self: "nothing"})()
 
 
@@ -391,12 +394,20 @@ class Reads:
             if self._codes[id(code)][1]:
                 self._globals(code, frame.f_globals)
         instructions = self._codes[id(code)][1]
-        if code.co_name == "__init__" and (instructions or code.co_filename == "<string>"):
-            new = frame.f_locals.get(code.co_varnames[0])
+        if code is _NEW_COPY:
+            return self._copied
+        new = frame.f_locals.get(code.co_varnames[0]) if code.co_name == "__init__" and code.co_argcount else None
+        if new is not None and (instructions or code.co_filename == "<string>" or issubclass(type(new), nn.Module)):
             self._born[id(new)] = new
         elif instructions and (code.co_freevars or code.co_argcount):
             self._frame(code, frame.f_locals, instructions)
         return self._trace(frame, event, arg) if self._trace is not None else None  # type: ignore[arg-type]
+
+    def _copied(self, frame: types.FrameType, event: str, arg: Any) -> Any:
+        """A copy is made without `__init__`: it is what this function returns."""
+        if event == "return" and arg is not None:
+            self._born[id(arg)] = arg
+        return self._copied
 
     def _frame(self, code: types.CodeType, local: dict[str, Any], instructions: list) -> None:
         if code.co_freevars:

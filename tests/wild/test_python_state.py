@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import sysconfig
@@ -430,6 +431,33 @@ def test_a_dict_that_counts_is_refused() -> None:
 
     with pytest.raises(CaptureError, match="reads 'stats' of the model"):
         fxcurv.compile(Net(run, stats={"calls": 0}), squares)(*batch())
+
+
+class OfCopies(nn.Module):
+    """Makes objects in its forward pass, as models of transformers do: a part of its layers, a copy of its configuration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = Config()
+        self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        config = copy.deepcopy(self.config)
+        config.factor *= 1.5
+        for layer in [*self.layers[:2], *self.layers[2:]]:
+            x = layer(x).tanh()
+        return config.doubled() * x
+
+
+def test_what_the_forward_pass_makes_is_no_state() -> None:
+    model = OfCopies()
+    compiled = fxcurv.compile(model, squares, [BatchGrad()])
+    x, y = torch.randn(4, 2), torch.randn(4, 2)
+    for factor in (2.0, 2.0, 3.0):
+        model.config.factor = factor
+        result = compiled(x, y)
+        wanted = torch.autograd.grad(squares(model(x), y), list(model.parameters()))
+        torch.testing.assert_close(list(result.grad.values()), list(wanted))
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attribute")
