@@ -196,6 +196,9 @@ KERNELS = {
         CONVOLUTIONS, lambda m, layer, n: (*one_column(m, layer, n), True, True, True, *layer.geometry, 1), naive_moments,
         beside="outer_moments",
     ),
+    "outer_gram": Kernel(
+        LINEAR, lambda m, layer, n: (m(n, layer.s, layer.i), m(layer.columns, n, layer.s, layer.outputs), None, None)
+    ),
     "max_pool_columns": Kernel(POOLS, lambda m, layer, n: (*pooled(m, layer, n), *layer.geometry, False)),
     "syrk": Kernel(LINEAR + CONVOLUTIONS, lambda m, layer, n: (m(layer.i, n * layer.s),)),
     "syrk_conv": Kernel(

@@ -122,20 +122,20 @@ class _Curved(Optimizer):
             return result
         if update:
             self._updates += 1
-            self._update(result, call)
+            self._curve(result, call)
         self._steps += 1
         gradients: Named = {}
         for name, p, group in self._held():
             g = result.grad[name]
             gradients[name] = g.add(p, alpha=group["weight_decay"]) if group["weight_decay"] else g
-        self._apply(gradients, self._moves(self._directions(gradients)), call, result)
+        self._step_by(gradients, self._moves(self._directions(gradients)), call, result)
         return result
 
     def _due(self) -> Compiled:
         """The program of a step with curvature."""
         return self._curved
 
-    def _update(self, result: Result, call: Callable[[Compiled], Result]) -> None:
+    def _curve(self, result: Result, call: Callable[[Compiled], Result]) -> None:
         """Take up a batch's curvature."""
         field = result[self._extension]
         for name, p, _ in self._held():
@@ -165,7 +165,7 @@ class _Curved(Optimizer):
             moves[name] = direction.mul(-group["lr"])
         return moves
 
-    def _apply(self, gradients: Named, moves: Named, call: Callable[[Compiled], Result], result: Result) -> None:
+    def _step_by(self, gradients: Named, moves: Named, call: Callable[[Compiled], Result], result: Result) -> None:
         for name, p, _ in self._held():
             p.add_(moves[name])
 
@@ -224,8 +224,8 @@ class _Factored(_Curved):
         super().__init__(*args, **known)
         self._inverses: dict[int, tuple[float, Blocks]] = {}
 
-    def _update(self, result: Result, call: Callable[[Compiled], Result]) -> None:
-        super()._update(result, call)
+    def _curve(self, result: Result, call: Callable[[Compiled], Result]) -> None:
+        super()._curve(result, call)
         self._inverses = {}
         field = result[self._extension]
         together = {name: group for name, _, group in self._held()}
@@ -351,9 +351,9 @@ class EKFAC(_Factored):
     def _turns(self) -> int:
         return 1 + (self._updates - 1) // self.basis_interval
 
-    def _update(self, result: Result, call: Callable[[Compiled], Result]) -> None:
+    def _curve(self, result: Result, call: Callable[[Compiled], Result]) -> None:
         if self._extension in result.extensions:
-            super()._update(result, call)
+            super()._curve(result, call)
             self._turn()
             result = call(self._moments[1])  # type: ignore[index]
         self._inverses = {}
@@ -449,7 +449,7 @@ class NaturalGradientCG(_Curved):
         self._trial: Compiled | None = compile_model(model, loss, [], params=names, **trial) if adaptive else None
         self._matrix: Any = None
 
-    def _update(self, result: Result, call: Callable[[Compiled], Result]) -> None:
+    def _curve(self, result: Result, call: Callable[[Compiled], Result]) -> None:
         self._matrix = result.ggn
 
     def _directions(self, gradients: Named) -> Named:
@@ -465,16 +465,16 @@ class NaturalGradientCG(_Curved):
             self.state[p]["direction"] = found[name]
         return found
 
-    def _apply(self, gradients: Named, moves: Named, call: Callable[[Compiled], Result], result: Result) -> None:
+    def _step_by(self, gradients: Named, moves: Named, call: Callable[[Compiled], Result], result: Result) -> None:
         if self._trial is None:
             self._matrix = None
-            super()._apply(gradients, moves, call, result)
+            super()._step_by(gradients, moves, call, result)
             return
         penalty = sum((g["weight_decay"] * (p * moves[n]).sum() for n, p, g in self._held()), torch.zeros(()))
         square = sum((g["weight_decay"] * moves[n].square().sum() / 2 for n, _, g in self._held()), torch.zeros(()))
         expected = _dot(gradients, moves) + _dot(moves, self._matrix @ moves) / 2 + square
         self._matrix = None
-        super()._apply(gradients, moves, call, result)
+        super()._step_by(gradients, moves, call, result)
         found = call(self._trial).loss - result.loss + penalty + square
         ratio = float(found / expected) if float(expected) < 0 else 0.0
         for group in self.param_groups:

@@ -25,7 +25,6 @@ from fxcurv.errors import ExtensionError, LossError
 from fxcurv.extensions import Extension, SqrtGGNExact, SqrtGGNMC
 from fxcurv.front.arguments import filled, map_leaves
 from fxcurv.ir.private import own_parameters
-from fxcurv.quantity import Gradient, SqrtGGN
 
 
 class Values:
@@ -196,10 +195,11 @@ def plain_class(module: nn.Module) -> type:
 def _asked(extension: Any) -> SqrtGGNExact | SqrtGGNMC | None:
     """The columns that an extension's module extensions get."""
     if isinstance(extension, Extension):
-        if isinstance(extension.requires, Gradient):
+        needs = extension.requires
+        if needs.of_gradients:
             return None
-        if isinstance(extension.requires, SqrtGGN):
-            draws = extension.requires.mc
+        if hasattr(needs, "mc"):
+            draws = needs.mc
             return SqrtGGNMC(mc_samples=draws) if draws else SqrtGGNExact()
         raise ExtensionError(
             f"{extension} has module extensions ({_names(extension)}), and hands down no columns of a root that they could read. "

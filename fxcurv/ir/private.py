@@ -101,6 +101,7 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.ops.aten._adaptive_avg_pool3d": TRIED,
     "torch.ops.aten._cdist_forward": TRIED,
     "torch.ops.aten._efficientzerotensor": TRIED,
+    "torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams": TRIED,
     "torch.ops.aten._fused_sdp_choice": TRIED,
     "torch.ops.aten._linalg_eigh": TRIED,
     "torch.ops.aten._local_scalar_dense": TRIED,

@@ -29,8 +29,6 @@ BINDINGS: dict[Any, Callable] = {
     aten.bitwise_and.Scalar: torch.bitwise_and, aten.bitwise_xor.Tensor: torch.bitwise_xor,
     aten.sum.default: torch.sum, aten.sum.dim_IntList: torch.sum, aten.cumsum.default: torch.cumsum,
     aten.linalg_vector_norm.default: torch.linalg.vector_norm, aten.searchsorted.Tensor: torch.searchsorted,
-    aten._log_softmax.default: torch._log_softmax,
-    aten._log_softmax_backward_data.default: torch._log_softmax_backward_data,
     aten.t.default: torch.t, aten.permute.default: torch.permute, aten.reshape.default: torch.reshape,
     aten.squeeze.dim: torch.squeeze, aten.squeeze.dims: torch.squeeze, aten.unsqueeze.default: torch.unsqueeze,
     aten.select.int: torch.select, aten.cat.default: torch.cat, aten.scatter.value: torch.scatter,

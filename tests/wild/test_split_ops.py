@@ -114,6 +114,8 @@ CASES = {
     "softmax backward": (
         aten._log_softmax_backward_data.default, lambda: (t(S1, 2, N, 3), t(S1, 2, N, 3), -1, torch.float64), S1),
     "cumsum": (aten.cumsum.default, lambda: (t(S0, N, 3), 1), S0),
+    "searched": (aten.searchsorted.Tensor, lambda: (t(S0, N, 4), t(S0, N, 2)), S0),
+    "searched over samples": (aten.searchsorted.Tensor, lambda: (t(S1, 3, N), t(S1, 3, N)), MIXED),
     "gather": (aten.gather.default, lambda: (t(S0, N, 3), 1, index((N, 2), 3)), S0),
     "scatter": (aten.scatter_add.default, lambda: (t(S0, N, 3), 1, index((N, 2), 3), t(S0, N, 2)), S0),
     "amax": (aten.amax.default, lambda: (t(S1, 3, N), [0]), S0),
