@@ -52,7 +52,7 @@ class _Curved(Optimizer):
         lr: step size.
         momentum: of the preconditioned gradient.
         damping: what is added to the curvature's eigenvalues.
-        weight_decay: of an L2 penalty, in the gradient.
+        weight_decay: of an L2 penalty, in the gradient: of a parameter that the loss does not read it is all there is.
         decay: of the running average of the curvature.
         interval: steps from one curvature to the next.
         options: those of `fxcurv.compile`.
@@ -77,6 +77,16 @@ class _Curved(Optimizer):
         self._curved = self._plain.asking([extension])
         self._steps = self._updates = 0
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As PyTorch's, while the optimizer is made.
+
+        Raises:
+            ArgumentError: later, for its programs are of the parameters that it was made with.
+        """
+        if hasattr(self, "_plain"):
+            raise ArgumentError("add_param_group: the programs are of the parameters that it was made with; make a new optimizer")
+        super().add_param_group(param_group)
+
     def _check(self, group: dict[str, Any]) -> None:
         for key, most in (("lr", None), ("damping", None), ("weight_decay", None), ("momentum", 1)):
             if not group[key] >= 0 or most is not None and group[key] >= most:
@@ -100,7 +110,7 @@ class _Curved(Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, batch: Iterable[Any], seed: int | Tensor | None = None) -> Result:  # type: ignore[override]
+    def step(self, batch: Iterable[Any] | None = None, seed: int | Tensor | None = None) -> Result:  # type: ignore[override]
         """One step on a batch (inputs, *targets); none on a batch without samples, which says nothing of the curvature.
 
         Args:
@@ -109,7 +119,12 @@ class _Curved(Optimizer):
 
         Returns:
             its result, from before the step: loss, output and gradient.
+
+        Raises:
+            ArgumentError: for what is no batch.
         """
+        if callable(batch) or isinstance(batch, Tensor) or batch is None:
+            raise ArgumentError(f"step({type(batch).__name__}): pass a batch (inputs, *targets), whose curvature the step takes")
         inputs, *targets = batch
 
         def call(compiled: Compiled) -> Result:

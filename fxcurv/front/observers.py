@@ -3,6 +3,8 @@
 A hook that returns a value is part of the model, and traced. One that returns nothing is an observer (PyTorch's own hooks
 are not asked): it does not run while a model is traced, where it would see tensors without values. What a hook returns shows
 in its code; where it does not (a lambda that appends), the hook is tried in a trace, which is then made again without it.
+What a hook writes the forward pass may read, which only runs show: in the plain passes of the self-check hooks run, and what they
+wrote is undone. A pre-hook comes before its module, for which it may set something: it is traced, always.
 """
 
 from __future__ import annotations
@@ -25,8 +27,7 @@ from fxcurv.front.wrapped import head
 from fxcurv.ir.private import version_of
 from fxcurv.ir.program import Observed
 
-_OWN = ("_forward_pre_hooks", "_forward_hooks")
-_GLOBAL = ("_global_forward_pre_hooks", "_global_forward_hooks")
+_OWN, _GLOBAL = "_forward_hooks", "_global_forward_hooks"
 Where = tuple[int, str, int]  # of a hook: the number of its module, -1 for all; the table; its number there
 
 
@@ -47,16 +48,19 @@ class Observers:
         named: (name, module) of all modules that may run.
         everything: whether what every module takes and returns is kept, under no hook.
         known: hooks that were seen to return nothing.
-
-    Attributes:
-        found: hooks that returned nothing, or failed, when they were tried.
     """
 
     def __init__(self, named: Iterable[tuple[str, nn.Module]], everything: bool, known: set[Where]):
         self.names = {id(m): (k, name) for k, (name, m) in enumerate(named)}
         self.modules = [m for _, m in named]
-        self.everything, self.known, self.found = everything, known, set[Where]()
+        self.everything, self.known = everything, known
+        self._nothing, self._values = set[Where](), set[Where]()  # hooks that were tried, by what they returned
         self.looks: list[_Look] = []
+
+    @property
+    def found(self) -> set[Where]:
+        """Hooks that returned nothing, or failed, wherever they were tried."""
+        return self._nothing - self._values
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -127,16 +131,16 @@ class Observers:
             except Exception:  # of a tensor without values, perhaps: if it returns something later, that is refused
                 given = None
             if given is None:
-                self.found.add(where)
+                self._nothing.add(where)
             else:
+                self._values.add(where)
                 stack.pop_all()  # part of the model, whose side effects are looked for
         return given
 
 
 def _tables(modules: Sequence[nn.Module]) -> Iterator[tuple[int, str, dict[int, Callable]]]:
-    for k, m in enumerate(modules):
-        yield from ((k, table, getattr(m, table)) for table in _OWN)
-    yield from ((-1, table, getattr(nn_module, table)) for table in _GLOBAL)
+    yield from ((k, _OWN, getattr(m, _OWN)) for k, m in enumerate(modules))
+    yield -1, _GLOBAL, getattr(nn_module, _GLOBAL)
 
 
 def _no_size(title: str, _: Any) -> None:
@@ -198,19 +202,32 @@ def run_observers(
 
 
 @contextlib.contextmanager
-def silent(observed: Iterable[Observed], modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Without the observers, for a pass of the model that is none of the user's."""
-    taken = []
+def silent(observed: Iterable[Observed], modules: Sequence[nn.Module]) -> Iterator[dict[Where, Callable]]:
+    """Without the observers, which it gives, for a pass of the model that is none of the user's."""
+    taken, found = [], {}
     for number, table, key in {look.where for look in observed if look.where is not None}:
         hooks = getattr(modules[number] if number >= 0 else nn_module, table)
         taken.append((hooks, list(hooks.items())))
-        hooks.pop(key, None)  # another check may have taken it
+        if key in hooks:  # another check may have taken it
+            found[number, table, key] = hooks.pop(key)
     try:
-        yield
+        yield found
     finally:
         for hooks, items in reversed(taken):
             hooks.clear()
             hooks.update(items)
+
+
+@contextlib.contextmanager
+def heard(found: dict[Where, Callable], modules: Sequence[nn.Module]) -> Iterator[None]:
+    """With the observers that `silent` took, for a pass that has to be the user's; what they write to is undone."""
+    with contextlib.ExitStack() as stack:
+        for (number, table, key), hook in found.items():
+            hooks = getattr(modules[number] if number >= 0 else nn_module, table)
+            stack.enter_context(undone(hook))
+            hooks[key] = hook
+            stack.callback(hooks.pop, key, None)
+        yield
 
 
 def refuse_observers(observed: Iterable[Observed], where: str) -> None:

@@ -16,6 +16,7 @@ the same call goes on behind the blocks that are there.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ class Attribution:
             result, _, factor = self._pass(held)
             return result.dots_total[:, :count].t() * factor
 
-        asked = f"influence, damping {damping}, {_digest(curvature)}, {getattr(measure, '__qualname__', type(measure).__name__)}"
+        asked = f"influence, damping {damping}, {_digest(curvature)}, {names}, {_told(measure)}, {_told(self.loss)}"
         return self._in_blocks(queries, scores, to, asked)
 
     def self_influence(self, curvature: Blocks, damping: float = 0.0, *, to: Any = None, every: int = 100) -> Tensor:
@@ -236,6 +237,9 @@ class Attribution:
         """The scores of all blocks one below the other, in memory or in a file."""
         rows = Rows(Path(to) / "scores.npy" if to is not None else None, 0)
         state: dict[str, Any] = {"asked": asked, "model": digests(self.model), "marks": [], "done": 0}
+        if to is not None:
+            state["train"] = [own for _, _, own in self._batches(self._train)]
+            state["params"] = str(self._options["params"])
         file = Path(to) / "state.pt" if to is not None else None
         if file is not None and file.exists():
             rows, state = _resumed(file, state)
@@ -289,8 +293,11 @@ class _Held:
 
 def _resumed(file: Path, state: dict[str, Any]) -> tuple[Rows, dict[str, Any]]:
     found = torch.load(file, weights_only=True)
-    if any(found[key] != state[key] for key in ("asked", "model")):
-        raise ArgumentError(f"{file} is of another model, curvature or measure: begin anew, in another folder")
+    if any(found[key] != state[key] for key in ("asked", "model", "train", "params")):
+        raise ArgumentError(
+            f"{file} is of another model, loss, curvature or measure, of other training data or parameters: begin anew, in "
+            "another folder"
+        )
     rows = Rows.of(found.pop("rows"), file.parent)
     return rows, found
 
@@ -298,4 +305,18 @@ def _resumed(file: Path, state: dict[str, Any]) -> tuple[Rows, dict[str, Any]]:
 def _digest(curvature: Blocks | None) -> str:
     if curvature is None:
         return "none"
-    return ", ".join(f"{name} {float(eigenbasis(f)[-1].double().sum()):.17g}" for name, f in curvature.factors.items())
+    def of(t: Tensor) -> str:  # a sum in which the place of an entry counts
+        return f"{float(t.double().flatten() @ torch.linspace(1, 2, t.numel(), dtype=torch.float64, device=t.device)):.17g}"
+
+    return ", ".join(f"{name} {' '.join(map(of, eigenbasis(f)))}" for name, f in curvature.factors.items())
+
+
+def _told(fn: Any) -> str:
+    """What tells a function or a loss module from another: its code, and what it holds."""
+    code = getattr(fn, "__code__", None)
+    if code is None:
+        held = {k: v for k, v in vars(fn).items() if not k.startswith("_")} if hasattr(fn, "__dict__") else {}
+        return f"{type(fn).__qualname__} {held} {digests(fn) if isinstance(fn, nn.Module) else ''}"
+    cells = [cell.cell_contents for cell in fn.__closure__ or ()]
+    constants = [c for c in code.co_consts if not hasattr(c, "co_code")]
+    return f"{fn.__qualname__} {zlib.crc32(code.co_code)} {constants} {fn.__defaults__} {fn.__kwdefaults__} {cells}"

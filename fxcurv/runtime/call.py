@@ -57,7 +57,8 @@ def call(
         ready = programs.find(request)
         program, lengths = ready.program, lengths_of(ready.program, request.arguments)
         within.enter_context(at(lengths))
-        unseen.enter_context(silent(program.observed, subject.modules()))  # those of all modules would see the graph's own
+        # those of all modules would see the graph's own
+        hooks = unseen.enter_context(silent(program.observed, subject.modules()))
         part = None if first is None else (request.arguments.batch_size, first)
         flat = bind(program, subject, request.arguments, seed, generator, values, part)
         memory = take_memory(ready, backend, request.arguments, flat, kept)
@@ -65,7 +66,7 @@ def call(
             check_values(ready, flat)
             if values:
                 _check_own(ready, request, backend)
-            selfcheck = None if values else begin_selfcheck(ready, request, flat)
+            selfcheck = None if values else begin_selfcheck(ready, request, flat, hooks)
             with torch.set_grad_enabled(create_graph):
                 found = _run(ready, backend, flat, memory)
             if selfcheck is not None:
@@ -141,11 +142,11 @@ def refuse_values(program: Program, holds: Any) -> None:
             raise error()
 
 
-def begin_selfcheck(ready: Ready, request: Request, flat: list[Any]) -> Check | None:
+def begin_selfcheck(ready: Ready, request: Request, flat: list[Any], hooks: dict[Any, Any] | None = None) -> Check | None:
     """The check of a call that is to be checked, its plain passes done."""
     if ready.selfcheck is None or ready.verified and ready.program.options.check != "always":
         return None
-    return ready.selfcheck.begin(ready.program, request, flat)
+    return ready.selfcheck.begin(ready.program, request, flat, hooks)
 
 
 def _check_own(ready: Ready, request: Request, backend: Backend) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor, fx, nn
 
 from fxcurv.errors import SelfCheckError
 from fxcurv.front.arguments import filled, templated
-from fxcurv.front.observers import silent
+from fxcurv.front.observers import heard, silent
 from fxcurv.front.requests import Request
 from fxcurv.ir.placement import Shard
 from fxcurv.ir.private import (
@@ -115,16 +115,19 @@ class SelfCheck:
         place = program.heads[0].meta.get("place")
         return (program.output_leaves.index(program.heads[0]), place) if isinstance(place, Shard) else None
 
-    def begin(self, program: Program, request: Request, flat: list[Any]) -> Check:
-        """Run the plain passes, before the program runs."""
-        return Check(self, program, request, flat)
+    def begin(self, program: Program, request: Request, flat: list[Any], hooks: dict[Any, Any] | None = None) -> Check:
+        """Run the plain passes, before the program runs; with these forward hooks, which look."""
+        return Check(self, program, request, flat, hooks or {})
 
 
 class Check:
     """One check: made before the program runs, `finish`ed with what it returned."""
 
-    def __init__(self, known: SelfCheck, program: Program, request: Request, flat: list[Any]):
+    def __init__(
+        self, known: SelfCheck, program: Program, request: Request, flat: list[Any], hooks: dict[Any, Any] | None = None
+    ):
         self.known, self.program, self.request, self.flat = known, program, request, flat
+        self.hooks = hooks or {}
         self.model, self.loss, self.arguments = request.subject.model, request.subject.loss, request.arguments
         self.notes: list[str] = []
         self.compared: list[str] = []
@@ -188,6 +191,7 @@ class Check:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_as_found(modules, params, functions, cuda_devices(self.flat)))
             stack.enter_context(silent(self.known.observed, modules))
+            stack.enter_context(heard(self.hooks, modules))
             if watch is not None:
                 watch(self.model)
             stack.enter_context(torch.enable_grad())
@@ -320,6 +324,13 @@ class Check:
         forward = [name for name in suspects if name in known]
         first = forward or suspects
         more = f" (and {len(suspects) - 1} more)" if len(suspects) > 1 else ""
+        if self.hooks:
+            looks = next(look.title for look in self.known.observed if look.where in self.hooks)
+            return SelfCheckError(
+                f"{how}{pairs[first[0]].said()}{more}.\n{looks} returns nothing, and so runs after the program, to look at "
+                "values; the model reads what it, or another such hook, has written. Way out: a hook that changes values returns "
+                "them always; or remove it while fxcurv runs."
+            )
         with contextlib.suppress(Exception):  # the search is a help, the error must come
             where = first_difference(self, bool(forward), pairs, [n for n in suspects if n.startswith("the gradient")])
             return SelfCheckError(f"{where}\n{how}{pairs[first[0]].said()}{more}.\n{REPORT}")

@@ -4,7 +4,7 @@ What is compared is all that the pipeline reads: the captured graph with sizes, 
 value, what its placeholders are bound to, what was asked for, the compiler's own passes and tables, to which users may add, and
 the state of PyTorch that decides between kernels. The capture itself runs, for what it depends on in Python belongs to each
 model. So do the checks of the first call: they compare with the model at hand. What is not known to be compared wholly (a
-custom function, a constant in the graph, a user's rule, a hook, numbers that were made of data) is not shared.
+custom function, a constant in the graph, a user's rule or extension, a hook, numbers that were made of data) is not shared.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def graph_key(program: Program, *also: Hashable) -> Hashable | None:
     """What the finished program of a captured one depends on; None if that is not known."""
     options = program.options
     own = program.reads is not None or program.observed or program.python.numbers or program.python.effects
-    if own or options.rules or options.ranks:
+    if own or options.rules or options.ranks or not all(map(_is_own, program.extensions)):
         return None
     try:
         key = (_graph(program), _fields(program), _state_of_torch(), _compiler(), also)
@@ -105,6 +105,13 @@ def graph_key(program: Program, *also: Hashable) -> Hashable | None:
     except (_Unknown, TypeError):
         return None
     return key
+
+
+def _is_own(extension: Any) -> bool:
+    """Whether nothing but its fields decides what an extension computes, and none of them can be written to."""
+    own = type(extension).__module__.startswith("fxcurv.")
+    values = pytree.tree_leaves([getattr(extension, f.name) for f in dataclasses.fields(extension)])
+    return own and all(isinstance(v, (*PLAIN, float)) for v in values)
 
 
 # ---- the captured program ------------------------------

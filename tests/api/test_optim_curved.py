@@ -249,6 +249,11 @@ def test_what_is_refused():
         with pytest.raises(ArgumentError, match=next(iter(wrong))):
             kind(model, LOSS, **wrong)
     optimizer = KFAC(model, LOSS)
+    for wrong in (None, x, lambda: None):
+        with pytest.raises(ArgumentError, match="pass a batch"):
+            optimizer.step(wrong)
+    with pytest.raises(ArgumentError, match="make a new optimizer"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
     with pytest.raises(ArgumentError, match="GradScaler"):
         scaler = torch.amp.GradScaler("cpu")
         scaler.scale(torch.ones(()))

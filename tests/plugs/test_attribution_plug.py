@@ -178,8 +178,14 @@ def test_goes_on_where_it_was(case, tmp_path):
     queries = batches(*QUERIES)
     with pytest.raises(Stopped):
         attribution.influence(Stops(queries, 1), curvature, DAMPING, to=tmp_path)
-    with pytest.raises(ArgumentError, match="of another model, curvature or measure"):
+    other = "of another model, loss, curvature or measure, of other training data or parameters"
+    with pytest.raises(ArgumentError, match=other):
         attribution.influence(queries, curvature, 2 * DAMPING, to=tmp_path)
+    with pytest.raises(ArgumentError, match=other):
+        attribution.influence(queries, curvature, DAMPING, to=tmp_path, measure=lambda f, y: (f * f).sum())
+    train = batches(TRAIN[0] + 1, *TRAIN[1:])
+    with pytest.raises(ArgumentError, match=other):
+        Attribution(model, attribution.loss, train).influence(queries, curvature, DAMPING, to=tmp_path)
     with pytest.raises(ArgumentError, match="block 0 of the queries is another"):
         attribution.influence(queries[1:], curvature, DAMPING, to=tmp_path)
     counted, scores = [], Attribution._gradients

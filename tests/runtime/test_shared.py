@@ -178,6 +178,25 @@ def test_what_is_not_known_to_be_compared_is_not_shared():
     assert not a.grad["layer.weight"].equal(b.grad["layer.weight"])
 
 
+class Tenfold(BatchL2Grad):
+    """A user's extension, which reads a global."""
+
+    def extract(self, param):
+        return param.emit(lambda v: FACTOR["value"] * v, super().extract(param))
+
+
+FACTOR = {"value": 10.0}
+
+
+def test_extensions_of_users_are_not_shared(monkeypatch):
+    found = []
+    for factor in (10.0, 20.0):
+        monkeypatch.setitem(FACTOR, "value", factor)
+        result = fxcurv.compile(Net(0), F.cross_entropy, [Tenfold(), BatchL2Grad(savefield="plain")], check=None)(X, Y)
+        found.append(result.batch_l2["a.weight"] / result.plain["a.weight"])
+    torch.testing.assert_close(found, [torch.full_like(found[0], 10.0), torch.full_like(found[1], 20.0)])
+
+
 def test_the_state_of_pytorch_counts(first):
     torch.use_deterministic_algorithms(True)
     try:

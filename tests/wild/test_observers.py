@@ -13,7 +13,7 @@ from torch import nn
 import fxcurv
 from fxcurv.backpack import backpack, extend
 from fxcurv.backpack.extensions import BatchGrad as DropInBatchGrad
-from fxcurv.errors import CaptureError
+from fxcurv.errors import CaptureError, FxcurvError, SelfCheckError
 from fxcurv.extensions import BatchGrad
 from fxcurv.front.observers import returns_nothing
 
@@ -41,9 +41,6 @@ class Recorder:
         self.seen.append((type(module).__name__, *(t.detach().clone() for t in (*args, output))))
         self.count += 1
 
-    def before(self, module, args):
-        self.seen.append((type(module).__name__, args[0].detach().clone()))
-
     def named(self, module, args, kwargs, output):
         self.seen.append((sorted(kwargs), output.detach().clone()))
 
@@ -53,7 +50,6 @@ class Recorder:
 
     def put_on(self, model: nn.Module):
         handles = [m.register_forward_hook(self.keep) for m in model]
-        handles.append(model[2].register_forward_pre_hook(self.before))
         handles.append(model[4].register_forward_hook(self.named, with_kwargs=True))
         handles.append(model[1].register_forward_hook(self))
         handles.append(model[3].register_forward_hook(functools.partial(Recorder.keep, self)))
@@ -164,7 +160,7 @@ def test_hooks_that_change_values_without_returning_them():
         output.mul_(2)
 
     handle = model[4].register_forward_hook(doubled)
-    with pytest.raises(CaptureError, match=r"hook '.*doubled' of module '4' \(Linear\).*writes to one.*Way out"):
+    with pytest.raises(SelfCheckError, match=r"(?s)hook '.*doubled' of module '4' \(Linear\) returns nothing.*Way out"):
         fxcurv.compile(model, F.cross_entropy, [])(x, y)
     handle.remove()
     large = torch.zeros(())
@@ -197,7 +193,7 @@ def test_under_the_drop_in():
             F.cross_entropy(model(x), y).backward()
     # the model's own hook runs where it is called, by PyTorch
     equal(recorder, wanted)
-    assert len(handles) == 11 and all(hasattr(p, "grad_batch") for p in model.parameters())
+    assert len(handles) == 10 and all(hasattr(p, "grad_batch") for p in model.parameters())
 
 
 def test_what_code_returns():
@@ -212,3 +208,51 @@ def test_what_code_returns():
     assert returns_nothing(early) and returns_nothing(Recorder().keep) and returns_nothing(Recorder())
     assert returns_nothing(functools.partial(early)) and not returns_nothing(some) and not returns_nothing(print)
     assert not returns_nothing(lambda m, args, output: output)
+
+
+class Scaled(nn.Module):
+    """Reads what a hook has written."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 3)
+        self.kept = {}
+        self.shift = torch.zeros(())
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        return self.last(h) + self.kept["mean"] + self.shift
+
+
+@pytest.mark.parametrize("kind", ["after", "before", "max norm"])
+def test_a_hook_that_writes_what_the_forward_pass_reads_is_no_observer(kind):
+    """Its values would be those of an earlier pass: refused, or right."""
+    torch.manual_seed(0)
+    model = Scaled()
+    if kind == "after":
+        model.first.register_forward_hook(lambda m, args, output: model.kept.update(mean=output.detach().mean()))
+        model(torch.randn(2, 3))  # so that there is an earlier value
+    else:
+        model.kept["mean"] = torch.zeros(())
+    if kind == "before":
+        model.register_forward_pre_hook(lambda m, args: setattr(m, "shift", args[0].mean(1, keepdim=True)))
+    if kind == "max norm":
+
+        def clamped(module, args):
+            with torch.no_grad():
+                module.weight.clamp_(-0.1, 0.1)
+
+        model.last.register_forward_pre_hook(clamped)
+    x, y = torch.randn(4, 3), torch.randint(0, 3, (4,))
+    with pytest.raises(FxcurvError):
+        fxcurv.compile(model, F.cross_entropy, [BatchGrad()])(x, y)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_pytorchs_old_weight_norm_is_refused():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 3))
+    x, y = torch.randn(4, 3), torch.randint(0, 3, (4,))
+    with pytest.raises(CaptureError, match="'weight' of module '0'.*changes in the forward pass"):
+        fxcurv.compile(model, F.cross_entropy, [BatchGrad()])(x, y)
