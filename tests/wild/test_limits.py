@@ -38,8 +38,8 @@ def test_a_curvature_slice_by_slice_fixes_the_batch_size() -> None:
     assert "fixed at 4 by aten.softmax" in why
 
 
-def test_another_length_compiles_again() -> None:
-    (why,) = recompiled(compiled(lambda m, x: m.body(x)), [(4, 2, 3), (4, 5, 3)])
+def test_a_second_length_compiles_again() -> None:
+    (why,) = recompiled(compiled(lambda m, x: m.body(x)), [(4, 2, 3), (4, 5, 3), (4, 6, 3)])
     assert "[n, 5, 3] instead of float32[n, 2, 3]" in why
 
 
