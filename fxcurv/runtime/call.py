@@ -65,7 +65,7 @@ def call(
         try:
             check_values(ready, flat)
             if values:
-                _check_own(ready, request, backend)
+                _check_own(ready, request, backend, hooks)
             selfcheck = None if values else begin_selfcheck(ready, request, flat, hooks)
             with torch.set_grad_enabled(create_graph):
                 found = _run(ready, backend, flat, memory)
@@ -149,10 +149,10 @@ def begin_selfcheck(ready: Ready, request: Request, flat: list[Any], hooks: dict
     return ready.selfcheck.begin(ready.program, request, flat, hooks)
 
 
-def _check_own(ready: Ready, request: Request, backend: Backend) -> None:
+def _check_own(ready: Ready, request: Request, backend: Backend, hooks: dict[Any, Any]) -> None:
     """The check is of the model as it is, before a call with other values of its parameters."""
     flat = bind(ready.program, request.subject, request.arguments, 0, None)
-    selfcheck = begin_selfcheck(ready, request, flat)
+    selfcheck = begin_selfcheck(ready, request, flat, hooks)
     if selfcheck is not None:
         with torch.set_grad_enabled(request.create_graph), torch.random.fork_rng(cuda_devices(flat)):
             memory = take_memory(ready, backend, request.arguments, flat, None)

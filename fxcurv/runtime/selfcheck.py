@@ -117,7 +117,7 @@ class SelfCheck:
 
     def begin(self, program: Program, request: Request, flat: list[Any], hooks: dict[Any, Any] | None = None) -> Check:
         """Run the plain passes, before the program runs; with these forward hooks, which look."""
-        return Check(self, program, request, flat, hooks or {})
+        return Check(self, program, request, flat, hooks)
 
 
 class Check:

@@ -246,6 +246,9 @@ def test_a_hook_that_writes_what_the_forward_pass_reads_is_no_observer(kind):
     x, y = torch.randn(4, 3), torch.randint(0, 3, (4,))
     with pytest.raises(FxcurvError):
         fxcurv.compile(model, F.cross_entropy, [BatchGrad()])(x, y)
+    with pytest.raises(FxcurvError):
+        own = {name: p.detach() for name, p in model.named_parameters()}
+        fxcurv.compile(model, F.cross_entropy, [BatchGrad()])(x, y, params=own)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
