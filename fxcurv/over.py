@@ -552,10 +552,11 @@ def seed_of(seed: int, first: int) -> int:
 def digests(model: nn.Module) -> dict[str, str]:
     """A digest of each parameter and buffer."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: _digest(t) for name, t in named}
+    return {name: digest(t) for name, t in named}
 
 
-def _digest(t: Tensor) -> str:
+def digest(t: Tensor) -> str:
+    """Equal for equal numbers."""
     data = local(t.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 

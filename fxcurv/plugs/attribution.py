@@ -32,7 +32,7 @@ from fxcurv.data.weights import Weights
 from fxcurv.errors import ArgumentError, LossError
 from fxcurv.extensions import EKFAC, BatchGrad, Dots, Extension, Projected, Quadratic
 from fxcurv.kronecker import Blocks, eigenbasis
-from fxcurv.over import Totals, digests
+from fxcurv.over import Totals, digest, digests
 from fxcurv.result import Result
 
 __all__ = ["Attribution", "margin"]
@@ -305,10 +305,7 @@ def _resumed(file: Path, state: dict[str, Any]) -> tuple[Rows, dict[str, Any]]:
 def _digest(curvature: Blocks | None) -> str:
     if curvature is None:
         return "none"
-    def of(t: Tensor) -> str:  # a sum in which the place of an entry counts
-        return f"{float(t.double().flatten() @ torch.linspace(1, 2, t.numel(), dtype=torch.float64, device=t.device)):.17g}"
-
-    return ", ".join(f"{name} {' '.join(map(of, eigenbasis(f)))}" for name, f in curvature.factors.items())
+    return ", ".join(f"{name} {' '.join(map(digest, eigenbasis(f)))}" for name, f in curvature.factors.items())
 
 
 def _told(fn: Any) -> str:

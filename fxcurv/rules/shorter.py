@@ -83,11 +83,7 @@ def is_zero(node: Any) -> bool:
 
 @short(aten.mul.Tensor)
 def _times_one(make: Make, node: fx.Node) -> fx.Node | None:
-    x, z = node.args
-    for a, b in ((x, z), (z, x)):
-        if is_tensor(a) and same_kind(a, node) and is_one(b):  # type: ignore[arg-type]
-            return a  # type: ignore[return-value]
-    return None
+    return _beside(node, is_one)
 
 
 @short(aten.add.Tensor)
@@ -95,9 +91,14 @@ def _plus_zero(make: Make, node: fx.Node) -> fx.Node | None:
     """Of integers alone: in floating point the sum of -0.0 and 0 is another number."""
     if node.kwargs or node.meta["val"].is_floating_point():
         return None
+    return _beside(node, is_zero)
+
+
+def _beside(node: fx.Node, neutral: Callable[[Any], bool]) -> fx.Node | None:
+    """The argument that the result is equal to, where the other one is neutral."""
     x, z = node.args
     for a, b in ((x, z), (z, x)):
-        if is_tensor(a) and same_kind(a, node) and is_zero(b):  # type: ignore[arg-type]
+        if is_tensor(a) and same_kind(a, node) and neutral(b):  # type: ignore[arg-type]
             return a  # type: ignore[return-value]
     return None
 

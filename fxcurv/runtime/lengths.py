@@ -191,9 +191,7 @@ def at_other_lengths(program: Program, request: Request) -> Request | None:
 def not_served(ready: Any, request: Request) -> str:
     """Why a program with symbolic lengths is none for other lengths, "" if it is one: it was run at some, and checked."""
     program: Program = ready.program
-    if program.fixed:
-        return program.fixing()
-    if not program.batch.lengths or program.fixed_lengths:
+    if program.fixed or not program.batch.lengths or program.fixed_lengths:
         return program.fixing()
     if len(program.batch.lengths) > lengths.MOST:
         return f"{len(program.batch.lengths)} sizes vary by themselves, and {lengths.MOST} may"

@@ -68,3 +68,15 @@ def _rank(rank: int, count: int, store: str, found: Any, fn: Callable, args: tup
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def each(functions: tuple[Callable[[int], Any], ...], rank: int) -> dict[str, Any]:
+    """What every function gives on a rank, by name; of one that raises, its traceback."""
+    return {fn.__name__: _noted(fn, rank) for fn in functions}
+
+
+def _noted(fn: Callable[[int], Any], rank: int) -> Any:
+    try:
+        return fn(rank)
+    except Exception:
+        return traceback.format_exc()

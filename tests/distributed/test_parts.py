@@ -1,11 +1,10 @@
 """Two ranks: batches in parts, sharded parameters that are gathered in the graph, layers' factors on one rank, refusals."""
 
-import traceback
 import unittest.mock
 
 import pytest
 import torch
-from processes import on_ranks
+from processes import each, on_ranks
 from subjects import alone, compare, made, mesh_of, part
 from test_ranks import raised
 from torch import nn
@@ -306,14 +305,7 @@ def test_the_group_works_afterwards(found):
 
 def everything(rank):
     """All of the above: to start processes takes longer than what they do."""
-    return {fn.__name__: noted(fn, rank) for fn in (micro, gathered, assigned, meshes)}
-
-
-def noted(fn, rank):
-    try:
-        return fn(rank)
-    except Exception:
-        return traceback.format_exc()
+    return each((micro, gathered, assigned, meshes), rank)
 
 
 @pytest.fixture(scope="module")

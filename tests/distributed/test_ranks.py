@@ -1,10 +1,8 @@
 """Two ranks of a mesh have what one process has on the batch of both; and what happens where they disagree, or one fails."""
 
-import traceback
-
 import pytest
 import torch
-from processes import on_ranks
+from processes import each, on_ranks
 from subjects import EVERY, MODELS, alone, compare, made, mesh_of, part
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -254,14 +252,7 @@ def refused(rank):
 
 def everything(rank):
     """All of the above in the same two processes: to start them takes longer than what they do."""
-    return {fn.__name__: noted(fn, rank) for fn in (quick, normed, sharded, products, failing, wrong_rule, refused)}
-
-
-def noted(fn, rank):
-    try:
-        return fn(rank)
-    except Exception:
-        return traceback.format_exc()
+    return each((quick, normed, sharded, products, failing, wrong_rule, refused), rank)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from many_uses import Net
 from oracle import Oracle
 from torch import nn
 
@@ -10,19 +11,6 @@ from fxcurv.errors import ExtensionError
 from fxcurv.extensions import NTK, EighGGN, GramGGN, GramGrad, SqrtGGNMC
 
 CE = nn.CrossEntropyLoss()
-
-
-class Net(nn.Module):
-    """Weights used once, at shared positions, twice, and one that the loss does not reach."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.token, self.a = nn.Conv1d(2, 8, 2), nn.Linear(8, 9), nn.Linear(9, 9)
-        self.b, self.unused = nn.Parameter(torch.randn(9, 3)), nn.Parameter(torch.ones(2))
-
-    def forward(self, x):
-        z = torch.tanh(self.token(self.conv(x).mT)).mean(1)
-        return self.a(torch.tanh(self.a(z))) @ self.b
 
 
 class Tied(nn.Module):
