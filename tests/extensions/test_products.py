@@ -43,8 +43,15 @@ def check_operator(operator, expected):
     torch.testing.assert_close(operator @ eye[0], expected[0], rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "no_hessian" not in case.tags])
+QUICK = {"layer_norm", "loss_regularised"}
+NAMES = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+    for name, case in CASES.items()
+    if "no_hessian" not in case.tags
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_second_order(name):
     """Diagonals, operators, and blocks of the first parameter and of another one, all of one program.
 
@@ -82,15 +89,6 @@ def check_positive(result, hessians, params):
         torch.testing.assert_close(clipped, (absolute + hessian) / 2, rtol=1e-8, atol=1e-10)
         for matrix in (clipped, clipped - hessian, absolute - hessian, absolute + hessian):
             assert smallest(matrix) > -tolerance, name
-
-
-@pytest.mark.parametrize("name", ["squeeze_excite", "loss_regularised"])
-def test_products_alone(name):
-    """Without diagonals beside them."""
-    compiled, arguments, oracle = compiled_case(CASES[name], [HMP(), GGNMP()])
-    result = compiled(*arguments)
-    check_blocks(result.hmp, oracle.hessian(), oracle.params)
-    check_blocks(result.ggnmp, oracle.ggn(), oracle.params)
 
 
 # ---- positive curvature by its definition ------------------------------
