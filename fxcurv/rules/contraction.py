@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from fxcurv.contractions.factors import Arrange, Dense, Factor, Jacobian
+from fxcurv.contractions.factors import Arrange, Dense, Explicit, Factor
 from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Mixed, Partial, Shard, samples_first
 from fxcurv.rules.base import Rule, register, rewrite
 from fxcurv.rules.call import Call
@@ -130,7 +130,7 @@ class Contraction(Rule):
 
 def _bias_factor(call: Call, position: int, g):
     p = samples_first(g, call.place, lead=1)
-    return Jacobian(unbroadcast(p, call.args[position].shape, lead=2))
+    return Explicit(unbroadcast(p, call.args[position].shape, lead=2))
 
 
 def _group_axes(t, labels, groups, features, lead):
