@@ -99,7 +99,8 @@ class Contraction(Rule):
         """einsum of g with columns V in front; V joins the leading rows where a plain matmul does."""
         if "." in mine:
             weight = other if theirs[0] == out[-1] else other.t()
-            return torch.matmul(g, weight)
+            rows = g.reshape(prod(g.shape[:-1]), g.shape[-1])  # matmul itself repeats the weight where g is strided
+            return torch.mm(rows, weight).reshape(*g.shape[:-1], weight.shape[1])
         return torch.einsum(f"v{out},{theirs}->v{mine}", g, other)
 
     def factors(self, call: Call, position: int, g) -> Factor:
