@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcurv.errors import CaptureError
+from fxcurv.front.watched import Watched
 from fxcurv.ir.origin import is_ours, is_user_file
 from fxcurv.ir.private import pytree, version_of
 
@@ -370,14 +371,15 @@ class Reads:
                 self._written.setdefault((id(module), name), module)
             original(module, name, value)
 
-        self._trace = sys.gettrace()
+        self._watched = Watched(self._called)
+        self._trace = self._watched.before
         nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
         nn.Module.__setattr__ = write  # type: ignore[method-assign]
-        sys.settrace(self._called)
+        self._watched.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        sys.settrace(self._trace)
+        self._watched.__exit__(*error)
         del nn.Module.__getattribute__
         nn.Module.__setattr__ = self._setattr  # type: ignore[method-assign]
         if error[0] is None:
