@@ -36,7 +36,7 @@ WAY_OUT = (
 
 
 def hooks_of(modules: Sequence[nn.Module]) -> tuple:
-    """The hooks on all modules, by numbers that PyTorch never gives twice, and the global ones."""
+    """The hooks on all modules and parameters, by numbers that PyTorch never gives twice, and the global ones."""
     own = [
         (k, name, *hooks)
         for root in modules
@@ -44,6 +44,7 @@ def hooks_of(modules: Sequence[nn.Module]) -> tuple:
         for name in HOOKS
         if (hooks := getattr(m, name))
     ]
+    own += [("", name, *hooks) for root in modules for name, p in root.named_parameters() if (hooks := hooks_of_tensor(p))]
     return tuple(own), tuple(tuple(_global_hooks(name)) for name in _GLOBAL)
 
 
