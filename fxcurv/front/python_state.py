@@ -24,6 +24,7 @@ import os
 import re
 import sys
 import sysconfig
+import threading
 import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -354,21 +355,25 @@ class Reads:
         self._born |= {id(new): new for new in objects}
 
     def __enter__(self) -> Reads:
+        thread = threading.get_ident()  # others read for themselves
+
         def read(module: nn.Module, name: str) -> Any:
+            own = threading.get_ident() == thread
             try:
                 value = object.__getattribute__(module, name)
             except AttributeError:
-                if not _is_standard(name):
+                if own and not _is_standard(name):
                     self._attribute(module, name, _MISSING, sys._getframe(1))
                 raise
-            if not _is_standard(name):
+            if own and not _is_standard(name):
                 self._attribute(module, name, value, sys._getframe(1))
             return value
 
         original = self._setattr = nn.Module.__setattr__
 
         def write(module: nn.Module, name: str, value: Any) -> None:
-            if not _is_standard(name) and not isinstance(value, nn.Parameter | nn.Module):
+            own = threading.get_ident() == thread
+            if own and not _is_standard(name) and not isinstance(value, nn.Parameter | nn.Module):
                 self._written.setdefault((id(module), name), module)
             original(module, name, value)
 

@@ -22,6 +22,7 @@ from fxcurv.front.capture import capture
 from fxcurv.front.observers import refuse_observers
 from fxcurv.front.python_state import Path, Schedule, reasons
 from fxcurv.front.requests import Autocast, Request, Subject, check_trainable
+from fxcurv.ir.private import compile_lock
 from fxcurv.ir.program import Program
 from fxcurv.ir.specialise import specialise
 from fxcurv.ir.state import Options
@@ -195,6 +196,10 @@ class Programs(Generic[M]):
         """
         if not request.arguments.batch_size:
             raise ArgumentError("the batch is empty, so there is no program: pass at least one sample")
+        with compile_lock:
+            return self._find(request, schedules)
+
+    def _find(self, request: Request, schedules: bool) -> M:
         n, modules = request.arguments.batch_size, request.subject.modules()
         key = self._key(request)
         serving = [made for made in self._made.get(key, []) if serves(made.program, request.arguments)]
@@ -303,7 +308,8 @@ class Programs(Generic[M]):
     def captured(self, request: Request, numbers: tuple[Path, ...] = ()) -> Program:
         """The captured program with what was asked for; `numbers`: where floats are that become inputs of it."""
         start = time.perf_counter()
-        program = self._trace(request, numbers)
+        with compile_lock:
+            program = self._trace(request, numbers)
         program.timings["capture"] = time.perf_counter() - start
         program.extensions, program.rules = self.extensions, self.options.rules
         names, program.covers = covered(request.subject, self.options.params, self.extensions)
