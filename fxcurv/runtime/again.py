@@ -29,7 +29,7 @@ from fxcurv.runtime.lengths import lengths_of
 from fxcurv.runtime.programs import Ready
 
 _of_module = operator.attrgetter("training", "_parameters", "_buffers", "_modules", *HOOKS)
-_of_tensor = operator.attrgetter("requires_grad", "shape", "dtype", "device", "_backward_hooks")
+_of_tensor = operator.attrgetter("requires_grad", "shape", "dtype", "device")
 _of_argument = operator.attrgetter("__class__", "shape", "dtype", "device")
 
 
