@@ -57,8 +57,10 @@ def gram(columns):
     return torch.einsum("vnp,vnq->npq", flat, flat)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+QUICK = {"residual_net", "tied_embedding_lm", "ce_maps_ignore_weights"}
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_all_quantities(name):
     """Of one program, which finds nothing wrong with itself either."""
     case = CASES[name]

@@ -28,7 +28,7 @@ compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not comp
 BESIDE = {"syrk_conv": "syrk"}
 # bytes of shared memory that a block may have
 SHARED = {80: 163 << 10, 90: 227 << 10}
-# each of the small cases in one layout
+# each of the small cases in one layout; the slow tests have them in double and half precision too
 IN_TURN = [(*case, LAYOUTS[1 + k % 3]) for k, case in enumerate(SMALL)]
 
 
@@ -65,8 +65,15 @@ def test_in_the_interpreter(which):
 
 @runs
 @pytest.mark.usefixtures("one_configuration")
-@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize(("name", "sizes"), SMALL + TILED, ids=str)
+@pytest.mark.parametrize(
+    ("name", "sizes", "dtype"),
+    [
+        *((*case, torch.float64) for case in TILED),
+        *(pytest.param(*case, torch.float64, marks=pytest.mark.slow) for case in SMALL),
+        *(pytest.param(*case, torch.float16, marks=pytest.mark.slow) for case in SMALL + TILED),
+    ],
+    ids=str,
+)
 def test_values(name, sizes, dtype):
     check(name, kernel(name), arguments(name, sizes, dtype, device=DEVICE))
 

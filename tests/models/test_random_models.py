@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, note, settings
-from random_blocks import BLOCKS
+from random_blocks import BLOCKS, image_residual, residual, shared
 from random_models import GROUPS, IMAGES, SEQUENCES, VECTORS, Example, examples, run
 
 # A failure prints its example; to shrink or to explain it would compile hundreds of models.
@@ -49,6 +49,7 @@ def test_many(example):
 
 
 SHAPES = {1: (3,), 2: (3, 3), 3: (2, 4, 3)}
+WITH_ACTIVATIONS = {residual, shared, image_residual}  # which are a block too
 AT = {block: [kind for kind in BLOCKS if block in BLOCKS[kind]] for several in BLOCKS.values() for block in several}
 
 
@@ -62,7 +63,7 @@ def held(value: Any) -> Any:
 def variants(block: Any) -> Iterator[tuple[int, int]]:
     """(kind of shape, k): each option of a block once, in turn at the shapes that it is for, and one at least at each."""
     seen = set()
-    for k in range(18):
+    for k in range(3 if block in WITH_ACTIVATIONS else 18):
         kind = AT[block][k % len(AT[block])]
         module, _ = block(SHAPES[kind], k)
         option = repr(module), *(held(m.run) for m in module.modules() if hasattr(m, "run"))

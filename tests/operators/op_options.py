@@ -110,7 +110,7 @@ def fits(sample: Sample) -> bool:
     return sum(sample.sizes) <= 2 * MOST and sum(sample.output_sizes()) <= MOST
 
 
-def covered(several: list[list[Sample]], most: int = 4) -> list[int]:
+def covered(several: list[list[Sample]], most: int = 2) -> list[int]:
     """Which samples to try: the next one is that with most values of options that those before it have not."""
     left = {i: set(given(draws[0])) for i, draws in enumerate(several)}
     chosen: list[int] = []
