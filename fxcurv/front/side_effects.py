@@ -143,7 +143,23 @@ def path_of(name: str, m: nn.Module) -> str:
 
 def name_of(hook: Callable) -> str:
     """A hook, for a message."""
+    hook = _inner(hook)
     return getattr(hook, "__qualname__", type(hook).__name__)
+
+
+def _inner(hook: Any) -> Any:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return hook
+
+
+def hook_of(owner: Any, modules: Iterable[nn.Module]) -> str | None:
+    """The forward hook that an object is, or is the object of, for a message; None: there is none."""
+    for m in modules:
+        for hook in [_inner(h) for kind in _FORWARD for h in getattr(m, kind).values()]:
+            if hook is owner or getattr(hook, "__self__", None) is owner:
+                return f"the hook '{name_of(hook)}' of a {type(m).__name__}"
+    return None
 
 
 # ---- what a forward pass may write to ------------------------------
