@@ -29,7 +29,7 @@ from fxcurv.runtime.lengths import lengths_of
 from fxcurv.runtime.programs import Ready
 
 _of_module = operator.attrgetter("training", "_parameters", "_buffers", "_modules", *HOOKS)
-_of_tensor = operator.attrgetter("requires_grad", "shape", "dtype", "device", "_backward_hooks")
+_of_tensor = operator.attrgetter("requires_grad", "shape", "dtype", "device")
 _of_argument = operator.attrgetter("__class__", "shape", "dtype", "device")
 
 
@@ -65,8 +65,6 @@ class Again:
             return None
         if not all(type(t) is Tensor for t in (*_values(inputs), *targets)):
             return None
-        if any(hooks_of_tensor(p) is not None for _, p in request.subject.named_parameters()):
-            return None  # where hooks were, others may come in the same dict
         return cls(ready, request, inputs, targets)
 
     def call(self, inputs: Any, targets: tuple, seed: int | Tensor | None, generator: Any) -> Result | None:

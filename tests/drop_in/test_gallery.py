@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from fxcurv.backpack.extensions.module_extension import FirstOrderModuleExtension
 from torch import Tensor, nn
 
 from fxcurv.backpack import backpack, extend, extensions
@@ -21,6 +20,7 @@ from fxcurv.backpack.custom_module.graph_utils import BackpackTracer
 from fxcurv.backpack.custom_module.permute import Permute
 from fxcurv.backpack.custom_module.reduce_tuple import ReduceTuple
 from fxcurv.backpack.custom_module.slicing import Slicing
+from fxcurv.backpack.extensions.module_extension import FirstOrderModuleExtension
 from fxcurv.backpack.hessianfree.ggnvp import ggn_vector_product
 from fxcurv.backpack.hessianfree.hvp import hessian_vector_product
 from fxcurv.backpack.utils.examples import autograd_diag_ggn_exact
