@@ -21,10 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 import fxcurv
 from fxcurv.errors import MixedSamplesError
 from fxcurv.extensions import (
-    EKFAC,
     GGNMP,
     HMP,
-    KFAC,
     KFLR,
     KFRA,
     NTK,
