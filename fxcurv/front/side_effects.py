@@ -202,12 +202,19 @@ def undone(fn: Callable) -> Iterator[None]:
         yield
     finally:
         for owner, old in before:
-            _refill(owner, old)
+            refill(owner, old)
 
 
-def _refill(owner: Any, old: Any) -> None:
+def refill(owner: Any, old: Any) -> None:
+    """Give a list, dict, set or deque the members that it had. One that has them still is left alone: it may refuse writing."""
+    if len(owner) == len(old) and all(a is b for a, b in zip(_members(owner), _members(old), strict=True)):
+        return
     owner.clear()
-    owner.update(old) if isinstance(owner, dict) else owner.extend(old)
+    owner.update(old) if isinstance(owner, dict | set) else owner.extend(old)
+
+
+def _members(container: Any) -> list[Any]:
+    return [*container, *container.values()] if isinstance(container, dict) else [*container]
 
 
 def _kept(fn: Any) -> Iterator[Any]:
@@ -305,4 +312,4 @@ def _restore(before: Iterable[tuple[str, Any, Any]]) -> None:
                     else:
                         del owner[k]
             else:
-                _refill(owner, old)
+                refill(owner, old)

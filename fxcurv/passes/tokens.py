@@ -41,7 +41,8 @@ def _find(program: Program) -> None:
     merged = program.options.sample_index is not None
     how, other = ("with sample_index=", "samples along a dimension") if merged else ('for sample="token"', 'sample="sequence"')
     for e in program.extensions:
-        if not e.requires.of_gradients and not e.any_sample:
+        same = e.any_sample and not (merged and e.sample_axis is not None)
+        if not e.requires.of_gradients and not same:
             raise ExtensionError(
                 f"{type(e).__name__} is not defined {how}. Way out: {other}, or a quantity of individual "
                 "gradients, or one that is a sum over samples (DiagGGNExact, DiagGGNMC, DiagHessian, products)."

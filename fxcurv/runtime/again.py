@@ -65,8 +65,6 @@ class Again:
             return None
         if not all(type(t) is Tensor for t in (*_values(inputs), *targets)):
             return None
-        if any(hooks_of_tensor(p) is not None for _, p in request.subject.named_parameters()):
-            return None  # where hooks were, others may come in the same dict
         return cls(ready, request, inputs, targets)
 
     def call(self, inputs: Any, targets: tuple, seed: int | Tensor | None, generator: Any) -> Result | None:

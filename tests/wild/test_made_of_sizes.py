@@ -42,6 +42,11 @@ def smoothed(m: nn.Module, x: Tensor) -> Tensor:
     return m.head(torch.tanh((torch.eye(n, n, dtype=x.dtype) * 0.5 + 0.5 / n) @ m.body(x)))
 
 
+def ranked(f: Tensor, y: Tensor) -> Tensor:
+    """Weights from 0 to 1 along the batch, by an op that takes a number for its size."""
+    return (torch.linspace(0, 1, f.shape[0]).unsqueeze(1) * (f - y)).square().sum()
+
+
 def row(forward: Callable, loss: Callable, asks: str, quick: bool = False) -> Situation:
     return Situation(
         "", lambda: Net(forward, body=nn.Linear(3, 3), head=nn.Linear(3, 2)), loss, numbers(3), numbers(2), asks, quick=quick,
@@ -67,6 +72,8 @@ SITUATIONS = {
     "tril": row(plain, of_pairs(lower), "grad"),
     "arange": row(plain, of_pairs(earlier), "grad"),
     "own pairs": row(plain, own_pair, "grad"),
+    "linspace": row(plain, ranked, "first ggn hessian"),
+    "one_hot": row(plain, of_pairs(lambda n: torch.nn.functional.one_hot(torch.arange(n), n)), "grad"),
     "full, ones, zeros": row(scaled, nn.MSELoss(), "first ggn hessian products"),
     "a matrix over samples": row(smoothed, nn.MSELoss(), "ggn hessian products"),
 }

@@ -191,3 +191,19 @@ def test_messages_name_hooks_that_are_objects_or_partial():
     model[1].register_full_backward_hook(functools.partial(halved))
     with pytest.raises(CaptureError, match="backward hook 'halved'"):
         fxcurv.compile(model, F.cross_entropy, [])(x, y)
+
+
+class Frozen(dict):
+    """A configuration that no one may write to, as libraries have them."""
+
+    def clear(self):
+        raise TypeError("frozen")
+
+    update = __setitem__ = pop = clear
+
+
+def test_containers_that_refuse_to_be_written_to():
+    (x, y), model = data(), mlp()
+    model.config = Frozen(width=3, inner=Frozen(depth=2))
+    right(fxcurv.compile(model, F.cross_entropy, [BatchGrad()]), model)
+    assert model.config == {"width": 3, "inner": {"depth": 2}}
