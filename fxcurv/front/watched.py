@@ -20,7 +20,7 @@ _IN_PYTHON = {"torch.nn.functional", "torch.functional", "torch._tensor"}
 class Watched(TorchFunctionMode):
     """While it is entered, `watch` is the trace function, but not inside of PyTorch's functions.
 
-    A function that is given another one, or a tensor of a class that has functions of its own, may run the user's code, and so may
+    A function that is given another one, or a tensor of a class that has functions of its own, may run the user's code, so may
     an op of another library: these are watched.
     """
 
