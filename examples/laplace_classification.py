@@ -44,8 +44,8 @@ posterior = blocks.inverse(damping=1.0)
 jacobians = fxcurv.compile(model, None, [Jacobian()])
 
 # %%
-# To first order in the parameters the outputs are normal, with the variances J Σ Jᵀ; dividing by √(1 + π/8 v) averages the softmax
-# over them (MacKay 1992, probit).
+# To first order in the parameters the outputs are normal, with the variances J Σ Jᵀ; dividing by √(1 + π/8 v) averages the
+# softmax over them (MacKay 1992, probit).
 
 
 def confidence(images: Tensor) -> tuple[Tensor, Tensor]:

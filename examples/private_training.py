@@ -28,8 +28,9 @@ loss = nn.CrossEntropyLoss(reduction="sum")  # of a mean, a sample's gradient wo
 MAX_NORM, STEPS, RATE, LR = 1.0, 300, 0.1, 2.0
 
 # %%
-# A step samples the batch: every image is in it with probability `RATE` (Poisson sampling, which the accounting below asks for). The
-# batch size differs from step to step, and one program serves all. Noise of deviation `multiplier * MAX_NORM` is added to the sum.
+# A step samples the batch: every image is in it with probability `RATE` (Poisson sampling, which the accounting below asks for).
+# The batch size differs from step to step, and one program serves all. Noise of deviation `multiplier * MAX_NORM` is added to
+# the sum.
 
 
 def trained(multiplier: float) -> tuple[list[float], Tensor]:
@@ -52,8 +53,8 @@ def trained(multiplier: float) -> tuple[list[float], Tensor]:
 
 
 # %%
-# The privacy that is spent, by Rényi differential privacy of the sampled Gaussian mechanism at integer orders (Mironov et al. 2019,
-# section 3.3), turned into (ε, δ) (Balle et al. 2020). Opacus' accountants do this for any schedule; `fxcurv.plugs.opacus` and
+# The privacy that is spent, by Rényi differential privacy of the sampled Gaussian mechanism at integer orders (Mironov et al.
+# 2019, section 3.3), turned into (ε, δ) (Balle et al. 2020). Opacus' accountants do this for any schedule; `fxcurv.plugs.opacus` and
 # `fxcurv.backpack.opacus` put fxcurv's gradients into its engine.
 
 

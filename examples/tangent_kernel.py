@@ -1,8 +1,8 @@
 """The tangent kernel of a network
 ===============================
 
-To first order in its parameters a network is a linear model, whose features are the derivatives of its outputs. Their inner products are
-the neural tangent kernel (Jacot et al. 2018): it says how training on one sample moves the output at another.
+To first order in its parameters a network is a linear model, whose features are the derivatives of its outputs. Their inner
+products are the neural tangent kernel (Jacot et al. 2018): it says how training on one sample moves the output at another.
 """
 
 # %%
@@ -28,7 +28,7 @@ compiled = fxcurv.compile(model, None, [NTK()])  # needs no loss
 
 
 def kernel() -> Tensor:
-    """Of the images for training and testing, [900, 900]: from inputs and output gradients of each layer, no gradient per sample."""
+    """Of the images for training and testing, [900, 900]: from what each layer reads and gets back, no gradient per sample."""
     parts = compiled(x[:900]).ntk.values()  # of each parameter, [900, 1, 900, 1]
     return torch.stack(list(parts)).sum(0).reshape(900, 900)
 

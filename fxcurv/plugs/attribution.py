@@ -171,17 +171,17 @@ class Attribution:
         self, queries: Data, dim: int, seed: int = 0, *, measure: Any = margin, damping: float = 0.0,
         models: Iterable[Any] | None = None, to: Any = None,
     ) -> Tensor:  # fmt: skip
-        """TRAK's scores, [Q, N] (Park et al. 2023, eq. 13-17): the mean over models of phi_q (Phi^T Phi + damping I)^-1 Phi^T, times that of R.
+        """TRAK's scores, [Q, N] (Park et al. 2023, section 3): means over models of Phi_q (Phi^T Phi + damping I)^-1 Phi^T and R.
 
-        Phi are the projected gradients of `measure`. R are the losses' derivatives in it with another sign, which for cross-entropy
-        and the margin are 1 - p_n: as the gradient of a loss is that of the measure times -R, they are read off the projections.
+        Phi are the projected gradients of `measure`. R are the losses' derivatives in it with another sign, which for
+        cross-entropy and the margin are 1 - p_n: a loss has the gradient of the measure times -R, so projections show R.
 
         Args:
             queries: a loader.
             dim, seed: of the projection, the same for all models.
             measure: a sum over samples, as a loss, that the loss is a function of.
             damping: see above.
-            models: an ensemble: state dicts of the model, or files with them; by default the model as it is, which it has back in the end.
+            models: an ensemble: state dicts of the model, or files with them, none of which it keeps; None: the model as it is.
             to: a folder for `scores.npy`, which the result reads from, and for the features of each model.
         """
         ensemble: list[tuple[Tensor, Tensor]] = []

@@ -22,8 +22,8 @@ SCRIPTS = {
     "train_distributed", "fsdp_kfac",
 }  # fmt: skip
 PICTURES = {
-    "elastic_weights", "gradient_noise", "influence", "laplace_classification", "laplace_regression", "kfac_factors", "optimizers",
-    "private_training", "pruning", "spectrum", "tangent_kernel", "token_gradients",
+    "elastic_weights", "gradient_noise", "influence", "laplace_classification", "laplace_regression", "kfac_factors",
+    "optimizers", "private_training", "pruning", "spectrum", "tangent_kernel", "token_gradients",
 }  # fmt: skip
 PNG = b"\x89PNG"
 
