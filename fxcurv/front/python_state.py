@@ -24,6 +24,7 @@ import os
 import re
 import sys
 import sysconfig
+import threading
 import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 
 from fxcurv.errors import CaptureError
 from fxcurv.front.side_effects import hook_of
+from fxcurv.front.watched import Watched
 from fxcurv.ir.origin import is_ours, is_user_file
 from fxcurv.ir.private import pytree, version_of
 
@@ -353,32 +355,37 @@ class Reads:
         self._born |= {id(new): new for new in objects}
 
     def __enter__(self) -> Reads:
+        thread = threading.get_ident()  # others read for themselves
+
         def read(module: nn.Module, name: str) -> Any:
+            own = threading.get_ident() == thread
             try:
                 value = object.__getattribute__(module, name)
             except AttributeError:
-                if not _is_standard(name):
+                if own and not _is_standard(name):
                     self._attribute(module, name, _MISSING, sys._getframe(1))
                 raise
-            if not _is_standard(name):
+            if own and not _is_standard(name):
                 self._attribute(module, name, value, sys._getframe(1))
             return value
 
         original = self._setattr = nn.Module.__setattr__
 
         def write(module: nn.Module, name: str, value: Any) -> None:
-            if not _is_standard(name) and not isinstance(value, nn.Parameter | nn.Module):
+            own = threading.get_ident() == thread
+            if own and not _is_standard(name) and not isinstance(value, nn.Parameter | nn.Module):
                 self._written.setdefault((id(module), name), module)
             original(module, name, value)
 
-        self._trace = sys.gettrace()
+        self._watched = Watched(self._called)
+        self._trace = self._watched.before
         nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
         nn.Module.__setattr__ = write  # type: ignore[method-assign]
-        sys.settrace(self._called)
+        self._watched.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        sys.settrace(self._trace)
+        self._watched.__exit__(*error)
         del nn.Module.__getattribute__
         nn.Module.__setattr__ = self._setattr  # type: ignore[method-assign]
         if error[0] is None:

@@ -20,7 +20,7 @@ from torch.nn.modules import module as nn_module
 
 from fxcurv.errors import CaptureError
 from fxcurv.ir.origin import is_user_file, running_line
-from fxcurv.ir.private import FakeTensor, FunctionalTensor, hooks_of_tensor, patched
+from fxcurv.ir.private import FakeTensor, FunctionalTensor, hooks_of_tensor, own_parameters, patched
 
 _FORWARD = ("_forward_hooks", "_forward_pre_hooks")
 _BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
@@ -36,13 +36,14 @@ WAY_OUT = (
 
 
 def hooks_of(modules: Sequence[nn.Module]) -> tuple:
-    """The hooks on all modules, by numbers that PyTorch never gives twice, and the global ones."""
-    own = [
+    """The hooks on all modules and their parameters, by numbers that PyTorch never gives twice, and the global ones."""
+    every = [(k, m) for root in modules for k, m in enumerate(root.modules())]
+    own = [(k, name, *hooks) for k, m in every for name in HOOKS if (hooks := getattr(m, name))]
+    own += [
         (k, name, *hooks)
-        for root in modules
-        for k, m in enumerate(root.modules())
-        for name in HOOKS
-        if (hooks := getattr(m, name))
+        for k, m in every
+        for name, p in own_parameters(m).items()
+        if p is not None and (hooks := hooks_of_tensor(p))
     ]
     return tuple(own), tuple(tuple(_global_hooks(name)) for name in _GLOBAL)
 

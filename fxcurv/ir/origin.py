@@ -83,6 +83,12 @@ def running_line() -> str:
     return line_of(frames[-1].filename, frames[-1].lineno or 0, frames[-1].name) if frames else ""
 
 
+def failing_line(error: BaseException) -> str:
+    """The innermost line of the user's that an error came through; "" if there is none."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_user_file(f.filename)]
+    return line_of(frames[-1].filename, frames[-1].lineno or 0, frames[-1].name) if frames else ""
+
+
 def line_of_function(fn: Any) -> str:
     """Where a function or a module's forward pass begins; "" if that is not the user's code."""
     fn = inspect.unwrap(getattr(fn, "forward", fn))

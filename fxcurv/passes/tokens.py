@@ -112,7 +112,7 @@ def _check_parameters(program: Program, head: fx.Node, asked: str) -> None:
 
 def _axes(program: Program, head: fx.Node) -> list[tuple[int, Shard, int]]:
     """(dimension, placement, size) of every axis of f besides the samples'; two of them may share their dimension."""
-    where, shape, n = head.meta["place"], program.batch.shape(head.meta["val"]), program.batch.probe
+    where, shape, n = head.meta["place"], program.batch.shape(head.meta["val"]), program.batch.stand_in
     out = []
     for dim, size in enumerate(shape):
         if dim != where.dim:
@@ -154,7 +154,7 @@ def _placed(program: Program, node: fx.Node, known: Known) -> tuple[Placement, r
     if len(which) > 1 or not isinstance(val, Tensor):
         return MIXED, of  # also slices of a different shift
     of = next(iter(which), of)
-    args, shape = numeric_args(program, node, program.batch.probe), program.batch.shape(val)
+    args, shape = numeric_args(program, node, program.batch.stand_in), program.batch.shape(val)
     if sliced(node) and first == Shard((cut := Slice(*args)).dim % val.ndim):
         return first, of[slice(cut.start, cut.end, cut.step)]  # some of them, each still apart
     sites: list[Site | None] = []

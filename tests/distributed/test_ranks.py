@@ -1,9 +1,11 @@
 """Two ranks of a mesh have what one process has on the batch of both; and what happens where they disagree, or one fails."""
 
+import math
+
 import pytest
 import torch
 from processes import each, on_ranks
-from subjects import EVERY, MODELS, alone, compare, made, mesh_of, part
+from subjects import EVERY, alone, compare, made, mesh_of, part
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -341,17 +343,25 @@ def every(rank, count, name, cuts, ddp):
 CUTS = {2: [[5, 2], [0, 7], [6, 1]], 4: [[3, 0, 2, 2], [1, 1, 1, 4], [0, 0, 0, 7]]}
 
 
+# Each model once and twice, and each way to spread it: a rank's program is the same for any number of ranks.
+SPREAD = [
+    (2, "mlp", True), (2, "squares", False), (2, "cnn", True), (2, "transformer", False), (2, "batch_norm", True),
+    (4, "mlp", False), (4, "transformer", True),
+]  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("ddp", [False, True], ids=["plain", "ddp"])
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize(("count", "name", "ddp"), SPREAD)
 def test_every_extension(count, name, ddp):
     on_ranks(count, every, count, name, CUTS[count], ddp, limit=900)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("count, shape", [(2, (2,)), (4, (4,)), (4, (2, 2))], ids=["two", "fsdp", "hsdp"])
-def test_every_extension_of_sharded_parameters(count, shape, name):
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [((2,), "cnn"), ((2,), "transformer"), ((2,), "batch_norm"), ((4,), "mlp"), ((2, 2), "squares")],
+)
+def test_every_extension_of_sharded_parameters(shape, name):
+    count = math.prod(shape)
     asked = tuple(e for e in EVERY if not isinstance(e, WITHOUT.get(name, ())))
     on_ranks(count, sharded, count, name, CUTS[count][0], shape, asked, limit=900)

@@ -13,6 +13,7 @@ import sys
 import numpy
 import pytest
 import torch
+from covering import covering
 from kernel_samples import KERNELS, LAYOUTS, SMALL, TILED, TUNED_WITH, arguments, check
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux")
@@ -81,7 +82,7 @@ def test_values_in_other_layouts(name, sizes, layout):
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_configuration")
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
-@pytest.mark.parametrize(("name", "sizes"), SMALL + TILED, ids=str)
+@pytest.mark.parametrize(("name", "sizes"), TILED, ids=str)
 def test_values_in_all_layouts(name, sizes, layout):
     check(name, kernel(name), arguments(name, sizes, torch.float32, layout, DEVICE))
 
@@ -89,8 +90,9 @@ def test_values_in_all_layouts(name, sizes, layout):
 @runs
 @pytest.mark.slow
 @pytest.mark.parametrize("k", range(len(tiles.SQUARE)))
-@pytest.mark.parametrize(("name", "sizes"), TILED, ids=str)
-def test_values_of_all_configurations(name, sizes, k, monkeypatch):
+@pytest.mark.parametrize("name", KERNELS)
+def test_values_of_all_configurations(name, k, monkeypatch):
+    sizes = KERNELS[name].tiled[k % len(KERNELS[name].tiled)]
     for each in tuned(name):
         monkeypatch.setattr(each, "configs", [tiles.SQUARE[k]])
     check(name, kernel(name), arguments(name, sizes, torch.float32, device=DEVICE))
@@ -189,8 +191,10 @@ def test_resources(name, dtype, capability, monkeypatch, tmp_path):
 @compiles
 @without_gpu
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("name", "sizes"), TILED, ids=str)
-def test_resources_of_all(name, sizes, dtype, capability, monkeypatch, tmp_path):
-    check_resources(name, sizes, dtype, capability, monkeypatch, tmp_path)
+@pytest.mark.parametrize(
+    ("case", "dtype", "capability"),
+    covering(TILED, [torch.float64, torch.float32, torch.float16, torch.bfloat16], [80, 90]),
+    ids=str,
+)
+def test_resources_of_all(case, dtype, capability, monkeypatch, tmp_path):
+    check_resources(*case, dtype, capability, monkeypatch, tmp_path)

@@ -145,6 +145,21 @@ def test_a_hook_on_a_parameter():
         fxcurv.compile(model, F.cross_entropy, [])(x, y)
 
 
+def test_a_hook_on_a_parameter_that_comes_later():
+    (x, y), model = data(), mlp()
+    compiled = fxcurv.compile(model, F.cross_entropy, [BatchGrad()], check=None)
+    for _ in range(3):  # one of these calls may go a short way
+        right(compiled, model)
+    handle = model[0].weight.register_hook(torch.neg)
+    with pytest.raises(CaptureError, match="parameter 'weight' of module '0'"):
+        compiled(x, y)
+    handle.remove()
+    right(compiled, model)
+    model[0].weight.register_hook(torch.neg)
+    with pytest.raises(CaptureError, match="parameter 'weight' of module '0'"):
+        compiled(x, y)
+
+
 def test_a_hook_on_an_activation():
     class Hooked(nn.Linear):
         def forward(self, x):
