@@ -607,8 +607,8 @@ class Reads:
             out = f"remove {hook} while fxcurv runs; or " if hook else ""
             raise CaptureError(
                 f"{hook or 'the model or loss'} reads {first.title} and changes it: its next value would depend on how often the "
-                f"forward pass ran, which a program does not repeat.\nWay out: {out}change it outside of the forward pass, before or "
-                "after each call (a new value is seen), or keep it in a buffer (a tensor). What only counts "
+                f"forward pass ran, which a program does not repeat.\nWay out: {out}change it outside of the forward pass, "
+                "before or after each call (a new value is seen), or keep it in a buffer (a tensor). What only counts "
                 "(`self.calls += 1`) is done at every call."
             )
 

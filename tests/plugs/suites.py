@@ -3,8 +3,8 @@
     python tests/plugs/suites.py vivit --source ~/vivit --to vivit        # both, and what differs
     python tests/plugs/suites.py vivit --source ~/vivit --to vivit --way ours --part 1/8 -k linalg
 
-`--source` is a checkout of the project (`SUITES` says of what), since releases come without tests; the release itself is installed
-(`pip install fxcurv[plugs]`). Outcomes are appended to `<to>/ours.jsonl` and `<to>/theirs.jsonl`; a run goes on behind
+`--source` is a checkout of the project (`SUITES` says of what), since releases come without tests; the release itself is
+installed (`pip install fxcurv[plugs]`). Outcomes are appended to `<to>/ours.jsonl` and `<to>/theirs.jsonl`; a run goes on behind
 those that are there. Only tests whose outcome differs are printed, and counts: docs/plugs.md has them.
 
 In the processes that run the tests this file is a plugin of pytest. It puts fxcurv in place, and for both ways alike what today's
@@ -130,8 +130,8 @@ def _mend() -> None:
 
 
 def _told(nodeid: str) -> str:
-    """A test's name in all processes: without addresses."""
-    return re.sub(r"0x[0-9a-f]+", "0x", nodeid)
+    """A test's name both ways: without addresses, and with what is replaced."""
+    return re.sub(r"0x[0-9a-f]+", "0x", nodeid).replace("Fxcurv", "Curvlinops")
 
 
 class Plugin:
@@ -156,7 +156,7 @@ class Plugin:
 def read(outcomes: Path) -> dict[str, tuple[str, str]]:
     """Test -> (outcome, why); a failed teardown counts."""
     found = map(json.loads, outcomes.read_text().splitlines()) if outcomes.exists() else []
-    return {test: (outcome, why) for test, outcome, why in found}
+    return {_told(test): (outcome, why) for test, outcome, why in found}
 
 
 def pytest_configure(config: Any) -> None:
@@ -184,9 +184,9 @@ def run(name: str, way: str, source: Path, outcomes: Path, part: str = "1/1", mo
                 (root / top).symlink_to((source / top).resolve())
     path = [str(here.parent), str(here.parents[2]), str(root), os.environ.get("PYTHONPATH", "")]
     asked = json.dumps([name, way, str(outcomes.resolve()), part])
-    command = [sys.executable, "-m", "pytest", "-p", "suites", "-p", "no:cacheprovider", "-q", "-W", "ignore", "--tb=line", "--rootdir", str(root)]
+    options = f"-p suites -p no:cacheprovider -q -W ignore --tb=line --rootdir {root} -c {os.devnull}".split()
     subprocess.run(
-        [*command, "-c", os.devnull, *suite.tests, *(more or [])], cwd=root, check=False,
+        [sys.executable, "-m", "pytest", *options, *suite.tests, *(more or [])], cwd=root, check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "FXCURV_SUITE": asked},
     )  # fmt: skip
 
