@@ -108,12 +108,18 @@ _register_hook = Tensor.register_hook
 
 def _no_tensor_hook(tensor: Tensor, hook: Callable) -> Any:
     """Refuse the user's; what PyTorch's own modes register (a FLOP counter's) is theirs."""
-    if is_pytorchs(hook):
+    if is_pytorchs(hook) and all(is_pytorchs(fn) for fn in _held(hook)):
         return _register_hook(tensor, hook)
     raise CaptureError(
         f"the model registers the hook '{name_of(hook)}' on a tensor in its forward pass (register_hook), which no program runs\n"
         f"{running_line()}Way out: say what it does to the gradient as a torch.autograd.Function, or drop it."
     )
+
+
+def _held(hook: Any) -> list[Any]:
+    """The functions that a hook calls: that of a user, where `register_multi_grad_hook` makes hooks of it."""
+    cells = [c.cell_contents for c in getattr(hook, "__closure__", None) or () if c.cell_contents is not hook]
+    return [value for value in cells if isinstance(value, types.FunctionType | types.MethodType)]
 
 
 def _check_backward(named: Iterable[tuple[str, nn.Module]]) -> None:

@@ -39,7 +39,7 @@ class Again:
     def __init__(self, ready: Ready, request: Request, inputs: Any, targets: tuple):
         subject, program = request.subject, ready.program
         self.ready, self.holder, self.device = ready, subject.holder, subject.device()
-        self.lengths = lengths_of(program, request.arguments)
+        self.lengths, self.dtype = lengths_of(program, request.arguments), torch.get_default_dtype()
         self.n, self.names = request.arguments.batch_size, tuple(inputs) if type(inputs) is dict else None
         self.described = [_of_argument(t) for t in (*_values(inputs), *targets)]
         self.modules = subject.modules()
@@ -107,6 +107,7 @@ class Again:
             and not any(global_hooks())
             and not torch.is_autocast_enabled(self.device.type)
             and not torch.is_inference_mode_enabled()
+            and torch.get_default_dtype() is self.dtype
         )
 
     def _bind(self, program: Program, request: Request) -> None:
