@@ -252,6 +252,14 @@ def test_samples_of_another_axis_are_mixed():
     assert check(target, tuple(args)).place == MIXED
 
 
+def test_entries_added_within_a_sample_stay_with_it():
+    """Where the index is every sample's; a sum that is made anew has the size of a part."""
+    outs = [torch.empty(N, 5)]
+    for index_at, expected in ((R, S0), (S0, MIXED)):
+        sites = [SimpleNamespace(place=place, shape=shape) for place, shape in ((R, (N, 5)), (index_at, (N,)), (S0, (N, N)))]
+        assert split.PLACES[aten.index_add.default](sites, (None, 1, None, None), outs) == expected
+
+
 def test_every_op_of_the_table_is_tried():
     """What is not in `CASES` has an op of the same function there."""
     tried = {op for op, *_ in CASES.values()}
