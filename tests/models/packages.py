@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fxcurv.errors import CaptureError, ExtensionError, FxcurvError, MixedSamplesError
+from fxcurv.errors import CaptureError, ExtensionError, FxcurvError, LossError, MixedSamplesError
 
 MSE, grad = nn.MSELoss(), torch.autograd.grad
 
@@ -333,13 +333,20 @@ GRAPHS = [name for name in PACKAGES if "PyTorch Geometric" in name]
 PER_SAMPLE = ("first order", "sampled", "Jacobian", "Kronecker")
 PER_GRAPH = ("sampled", "Jacobian", "Kronecker")
 
-# (row, family) of which the sum over samples exists, and no term of it
-WHOLE: set[tuple[str, str]] = {(name, f) for name in ("CLIP's loss", *GRAPHS) for f in ("Gauss-Newton", "Hessian")}
+# (row, family) of which a part is there, the sum over samples or the Hessian's
+PARTS: set[tuple[str, str]] = {
+    ("PPO with a Gaussian policy", "products"), ("Gaussian process on learned features", "Hessian"),
+    *((name, f) for name in ("CLIP's loss", *GRAPHS) for f in ("Gauss-Newton", "Hessian")),
+}  # fmt: skip
 
 # (row, family of quantities, as in model_checks.GROUPS) that is refused: (its error, words of the message)
 REFUSED: dict[tuple[str, str], tuple[type[FxcurvError], str]] = {
     ("mixture of experts: Mixtral, `eager`", "gradient"): (CaptureError, "(?s)expert_hit.*batched_mm"),
     ("quantisation-aware training with observers", "gradient"): (CaptureError, "makes a number of Python's of a value"),
+    ("PPO with a Gaussian policy", "Jacobian"): (ExtensionError, "Jacobian needs one output, the model has 3"),
+    ("Gaussian process on learned features", "Gauss-Newton"): (MixedSamplesError, "BatchDiagGGNExact"),
+    **{("PPO with a Gaussian policy", f): (LossError, "is not convex") for f in ("Gauss-Newton", "sampled", "Kronecker")},
+    **{("Gaussian process on learned features", f): (MixedSamplesError, "unsqueeze") for f in PER_SAMPLE},
     **{("CLIP's loss", f): (MixedSamplesError, r"one @ other.t\(\)") for f in PER_SAMPLE},
     **{(name, f): (ExtensionError, "is not defined with sample_index=") for name in GRAPHS for f in PER_GRAPH},
 }
