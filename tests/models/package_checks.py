@@ -101,11 +101,11 @@ def vectors(o: KroneckerOracle) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def products(held: Held) -> None:
-    """Two vectors per parameter: J_nT H_n J_n v from the Jacobian, and a derivative of the gradient times v."""
+    """Two vectors per parameter: JT H J v from the Jacobian, and a derivative of the gradient times v."""
     o, expected = held.oracle, {}
     for name, _, v in vectors(o):
         j = o.jac[name].flatten(2)
-        expected[name] = torch.einsum("ncp,ncd,ndq,vq->vp", j, o.h, j, v.flatten(1)).reshape(v.shape)
+        expected[name] = torch.einsum("ncp,ncmd,mdq,vq->vp", j, o.h_of_all, j, v.flatten(1)).reshape(v.shape)
     found = held.result.ggnmp
     held.same({name: found[name](v) for name, _, v in vectors(o)}, expected, "ggnmp")
     hessian_products(held)

@@ -335,7 +335,8 @@ PER_GRAPH = ("sampled", "Jacobian", "Kronecker")
 
 # (row, family) of which a part is there, the sum over samples or the Hessian's
 PARTS: set[tuple[str, str]] = {
-    ("PPO with a Gaussian policy", "products"), ("Gaussian process on learned features", "Hessian"),
+    ("PPO with a Gaussian policy", "products"), ("Gaussian process on learned features", "products"),
+    ("Gaussian process on learned features", "Hessian"),
     *((name, f) for name in ("CLIP's loss", *GRAPHS) for f in ("Gauss-Newton", "Hessian")),
 }  # fmt: skip
 
