@@ -1,9 +1,9 @@
 """Traced functions that outlive the program they were traced for, and values to trace them on.
 
 A trace takes some milliseconds per op. What it depends on is the function, what it is given, the kinds of its tensors (sizes as
-expressions of the program's symbols), what is assumed of these symbols, and PyTorch's own state. Where all of that is as it was, and
-the trace assumed nothing new, its graph serves another program, whose values it gets. Functions of the compiler's own alone are kept:
-a user's may read what changes.
+expressions of the program's symbols), what is assumed of these symbols, and PyTorch's own state. Where all of that is as it
+was, and the trace assumed nothing new, its graph serves another program, whose values it gets. Functions of the compiler's own
+alone are kept: a user's may read what changes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
 
-import sympy
 import torch
 from torch import SymInt, Tensor, fx
 
@@ -25,7 +24,19 @@ from fxcurv.ir.program import Program
 
 # How many pieces are kept, the latest ones.
 KEPT = 4096
-_PLAIN = (bool, int, str, float, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, slice, OpOverload)
+_PLAIN = (
+    bool,
+    int,
+    str,
+    float,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    slice,
+    OpOverload,
+)
 
 
 class _Other(Exception):
@@ -71,15 +82,17 @@ def _size(program: Program, expr: Any) -> Any:
 def _made(program: Program, expr: Any) -> Any:
     if expr.is_Symbol:
         vals = (p.meta.get("val") for p in program.graph.find_nodes(op="placeholder"))
-        sizes = (s for val in vals if isinstance(val, Tensor) for s in (*val.shape, *val.stride()) if isinstance(s, SymInt))
+        sizes = (
+            s for val in vals if isinstance(val, Tensor) for s in (*val.shape, *val.stride()) if isinstance(s, SymInt)
+        )
         found = next((s for s in sizes if s.node.expr == expr), None)
         if found is None:
             raise _Other(expr)
         return found
     parts = [_size(program, a) for a in expr.args]
-    if isinstance(expr, sympy.Add):
+    if expr.is_Add:
         return sum(parts)
-    if isinstance(expr, sympy.Mul):
+    if expr.is_Mul:
         return functools.reduce(lambda a, b: a * b, parts)
     raise _Other(expr)
 
@@ -102,7 +115,10 @@ def lasting(program: Program, key: Hashable | None, fn: Any, leaves: list[Any]) 
     given = [leaf for leaf in leaves if not isinstance(leaf, fx.Node)]
     if not all(map(_is_plain, given)):
         return None
-    assumed = str(sorted(str(g.expr) for g in env.guards)), str(sorted((str(k), str(v)) for k, v in env.replacements.items()))
+    assumed = (
+        str(sorted(str(g.expr) for g in env.guards)),
+        str(sorted((str(k), str(v)) for k, v in env.replacements.items())),
+    )
     ranges = str(sorted((str(s), str(r)) for s, r in env.var_to_range.items()))
     return key, repr(given), _bound(fn), assumed, ranges, program.batch.size, state_of_torch()
 
@@ -113,7 +129,7 @@ def state_of_torch() -> Hashable:
     return (
         torch.get_default_dtype(), str(torch.get_default_device()), torch.are_deterministic_algorithms_enabled(),
         (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
-        (mkldnn.is_available(), mkldnn.enabled),
+        (mkldnn.is_available(), mkldnn.enabled), (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
     )  # fmt: skip
 
 
@@ -140,8 +156,15 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         frozen = type(value).__dataclass_params__.frozen  # type: ignore[attr-defined]
-        return frozen and _is_ours(type(value)) and all(_is_plain(getattr(value, f.name)) for f in dataclasses.fields(value))
-    return isinstance(value, _PLAIN) or isinstance(value, types.FunctionType | types.BuiltinFunctionType) and _is_own(value)
+        return (
+            frozen
+            and _is_ours(type(value))
+            and all(_is_plain(getattr(value, f.name)) for f in dataclasses.fields(value))
+        )
+    if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
+        return _is_own(value)
+    holds_nothing = getattr(value, "__dict__", None) == {}  # a rule, say
+    return isinstance(value, _PLAIN) or _is_ours(type(value)) and holds_nothing
 
 
 def assumptions(program: Program) -> tuple[int, int]:
@@ -169,10 +192,10 @@ def keep(key: Hashable, graph: fx.Graph, spec: pytree.TreeSpec) -> None:
 
 def kept(program: Program, key: Hashable) -> tuple[fx.Graph, pytree.TreeSpec] | None:
     """A piece that was traced for another program, with values of this one."""
-    found = _KEPT.get(key)
+    found = _KEPT.pop(key, None)
     if found is None:
         return None
-    _KEPT.move_to_end(key)
+    _KEPT[key] = found  # the latest now
     graph, spec, kinds = found
     copy = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
