@@ -105,7 +105,7 @@ def _one_by_one(gm: fx.GraphModule, count: int) -> Callable[..., tuple[Tensor, .
     return run
 
 
-class Whole(Code):
+class AllBlocks(Code):
     """One program for all parameters, whose blocks are parts of it.
 
     Attributes:
@@ -148,7 +148,7 @@ Parts = tuple[fx.GraphModule, fx.GraphModule]
 """What a block computes once from the saved values, and the block's product."""
 
 
-class Lazy(Code):
+class EachBlock(Code):
     """A program per parameter, emitted by `emit(name)` when it is first asked for (None where the block is zero)."""
 
     def __init__(
@@ -303,7 +303,7 @@ class Operator(Saved):
         T: itself, as it is symmetric.
     """
 
-    _code: Whole
+    _code: AllBlocks
 
     @property
     def dtype(self) -> torch.dtype:

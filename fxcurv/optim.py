@@ -13,6 +13,9 @@ that curvature and damping do not depend on the batch size::
 
 with the bias of a short average undone, as in Adam (Kingma & Ba 2015). Momentum is PyTorch's SGD's. What a group holds (`lr`,
 `momentum`, `damping`, `weight_decay`) is read at every step, so schedulers, and loops that lower a group's damping, take effect.
+
+Parameters of `fully_shard` (under `mesh=`) keep diagonals and momentum in shards; Kronecker factors, and the directions of
+conjugate gradients, are whole on every rank.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from fxcurv.extensions.kfac import Bases, MomentsIn
 from fxcurv.ir.private import pytree
 from fxcurv.kronecker import Blocks, Eigenbasis, Joint, Kronecker, Within, arranged, eigenbasis, plain
 from fxcurv.result import Result
+from fxcurv.runtime.sharded import like, whole
 
 __all__ = ["EKFAC", "KFAC", "DiagGGN", "NaturalGradientCG"]
 
@@ -172,7 +176,7 @@ class _Curved(Optimizer):
         """What is added to each parameter."""
         moves: Named = {}
         for name, p, group in self._held():
-            direction = directions[name].to(p.dtype)
+            direction = like(directions[name].to(p.dtype), p)
             if group["momentum"]:
                 before = self.state[p].get("momentum")
                 direction = direction.clone() if before is None else before.mul_(group["momentum"]).add_(direction)
@@ -271,6 +275,7 @@ class _Factored(_Curved):
 
     def _directions(self, gradients: Named) -> Named:
         found: Named = {}
+        gradients = whole(gradients)
         for k, group in enumerate(self.param_groups):
             named = {self._names[id(p)]: p for p in group["params"]}
             known, inverse = self._inverses.get(k, (None, None))
@@ -372,7 +377,7 @@ class EKFAC(_Factored):
             self._turn()
             result = call(self._moments[1])  # type: ignore[index]
         self._inverses = {}
-        moments = result[self._moments[0]]  # type: ignore[index]
+        moments = whole(result[self._moments[0]])  # type: ignore[index]
         for name, p, _ in self._held():
             if name in self._bases:
                 self.state[p]["moments"] = self._mixed(self.state[p].get("moments"), [moments[name]])
@@ -468,7 +473,7 @@ class NaturalGradientCG(_Curved):
         self._matrix = result.ggn
 
     def _directions(self, gradients: Named) -> Named:
-        damping = {name: group["damping"] for name, _, group in self._held()}
+        damping, gradients = {name: group["damping"] for name, _, group in self._held()}, whole(gradients)
         start = {name: self.state[p].get("direction") for name, p, _ in self._held()}
         x = {name: torch.zeros_like(gradients[name]) if d is None else d * self.warm for name, d in start.items()}
 
@@ -485,9 +490,10 @@ class NaturalGradientCG(_Curved):
             self._matrix = None
             super()._step_by(gradients, moves, call, result)
             return
-        penalty = sum((g["weight_decay"] * (p * moves[n]).sum() for n, p, g in self._held()), torch.zeros(()))
-        square = sum((g["weight_decay"] * moves[n].square().sum() / 2 for n, _, g in self._held()), torch.zeros(()))
-        expected = _dot(gradients, moves) + _dot(moves, self._matrix @ moves) / 2 + square
+        there, at = whole(moves), whole({n: p for n, p, _ in self._held()})
+        penalty = sum((g["weight_decay"] * (at[n] * there[n]).sum() for n, _, g in self._held()), torch.zeros(()))
+        square = sum((g["weight_decay"] * there[n].square().sum() / 2 for n, _, g in self._held()), torch.zeros(()))
+        expected = _dot(whole(gradients), there) + _dot(there, self._matrix @ there) / 2 + square
         self._matrix = None
         super()._step_by(gradients, moves, call, result)
         found = call(self._trial).loss - result.loss + penalty + square

@@ -22,6 +22,7 @@ from fxcurv.front.guards import Followed, fixed_sizes, no_branches, numbered_red
 from fxcurv.front.lift import detach_no_grad_regions, lift
 from fxcurv.front.observers import Observers, Where
 from fxcurv.front.packed import padded_sequences
+from fxcurv.front.plain import is_plain
 from fxcurv.front.python_state import Path, Reads
 from fxcurv.front.requests import Subject
 from fxcurv.front.side_effects import no_side_effects
@@ -71,7 +72,8 @@ def _captured(
             ):  # fmt: skip
                 exported = _export(wrapped, arguments)
                 detach_no_grad_regions(exported)
-                exported = exported.run_decompositions({})
+                if not is_plain(exported):
+                    exported = exported.run_decompositions({})
         except FxcurvError:
             raise
         except Exception as error:

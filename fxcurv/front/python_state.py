@@ -37,6 +37,8 @@ import torch
 from torch import Tensor, nn
 
 from fxcurv.errors import CaptureError
+from fxcurv.front.side_effects import hook_of
+from fxcurv.front.watched import Watched
 from fxcurv.ir.origin import is_ours, is_user_file
 from fxcurv.ir.private import pytree, version_of
 
@@ -392,14 +394,15 @@ class Reads:
                 self._written.setdefault((id(module), name), module)
             original(module, name, value)
 
-        self._trace = sys.gettrace()
+        self._watched = Watched(self._called)
+        self._trace = self._watched.before
         nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
         nn.Module.__setattr__ = write  # type: ignore[method-assign]
-        sys.settrace(self._called)
+        self._watched.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        sys.settrace(self._trace)
+        self._watched.__exit__(*error)
         del nn.Module.__getattribute__
         nn.Module.__setattr__ = self._setattr  # type: ignore[method-assign]
         if error[0] is None:
@@ -622,10 +625,13 @@ class Reads:
             CaptureError: if the forward pass changes a value that it reads.
         """
         if self._changed:
+            first = self._changed[0]
+            hook = hook_of(first.owner(self.modules), self.modules) or hook_of(first.root, self.modules)
+            out = f"remove {hook} while fxcurv runs; or " if hook else ""
             raise CaptureError(
-                f"the model or loss reads {self._changed[0].title} and changes it: its next value would depend on how often the "
-                "forward pass ran, which a program does not repeat.\nWay out: change it outside of the forward pass, before or "
-                "after each call (a new value is seen), or keep it in a buffer (a tensor). What only counts "
+                f"{hook or 'the model or loss'} reads {first.title} and changes it: its next value would depend on how often the "
+                f"forward pass ran, which a program does not repeat.\nWay out: {out}change it outside of the forward pass, "
+                "before or after each call (a new value is seen), or keep it in a buffer (a tensor). What only counts "
                 "(`self.calls += 1`) is done at every call."
             )
 

@@ -45,7 +45,7 @@ class Split:
     """The placements of a program's values, node by node: `across[node]`."""
 
     def __init__(self, program: Program):
-        self.program, self.n = program, program.batch.probe
+        self.program, self.n = program, program.batch.stand_in
         self.across: dict[fx.Node, Found] = {}
         self.sizes: dict[Any, int] = {}
 

@@ -14,7 +14,7 @@ from fxcurv.ir.private import base_of, uses_of_storage
 from fxcurv.ir.program import Kept, Program
 
 
-class Pool:
+class Storage:
     """The memory of earlier results of one program, by buffer."""
 
     def __init__(self, program: Program):

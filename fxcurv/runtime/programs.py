@@ -31,7 +31,7 @@ from fxcurv.runtime import forward
 from fxcurv.runtime.bind import bind, cuda_devices
 from fxcurv.runtime.keys import Key, key_of, shortened, why
 from fxcurv.runtime.lengths import Varying, asked, differing, lengths_of, not_served, serves, to_capture, union, without
-from fxcurv.runtime.memory import Pool
+from fxcurv.runtime.memory import Storage
 from fxcurv.runtime.merged import Merged
 from fxcurv.runtime.probe import Probe
 from fxcurv.runtime.progress import progress, silent
@@ -72,7 +72,7 @@ class Ready:
     """
 
     program: Program
-    pool: Pool
+    pool: Storage
     probe: Probe | Merged | None = None
     selfcheck: SelfCheck | None = None
     checked: bool = False
@@ -87,7 +87,7 @@ class Ready:
     def adopted(cls, finished: Finished, captured: Program) -> Ready:
         """For another model, of what was finished for an equal one."""
         program, probe, selfcheck = finished.adopted(captured)
-        return cls(program, Pool(program), probe, selfcheck, finished=finished)
+        return cls(program, Storage(program), probe, selfcheck, finished=finished)
 
     def shared(self, key: Hashable | None) -> Ready:
         """This, before its first call, to be found by `key`."""
@@ -108,7 +108,7 @@ def emitted(program: Program, tell: Tell) -> Ready:
     if not program.options.outputs:
         program.output_leaves, program.output_template = [], None
     program = passes.run(program, passes.pipeline(program.options), program.options.debug, tell)
-    return Ready(program, Pool(program), probe, selfcheck)
+    return Ready(program, Storage(program), probe, selfcheck)
 
 
 class Programs(Generic[M]):

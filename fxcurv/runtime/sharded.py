@@ -7,7 +7,7 @@ program is found by. Only where a program is made or checked, at its first call,
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ class Sharded:
         if (field, name) in program.spread.shards:
             stride = torch.empty(p.shape, device="meta").stride()
             return DTensor.from_local(value, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=stride)
-        return _like(value, p) if value.shape == p.shape else value
+        return like(value, p) if value.shape == p.shape else value
 
 
 @contextlib.contextmanager
@@ -184,8 +184,15 @@ def _check(model: nn.Module, sharded: dict[str, DTensor], ranks: Ranks) -> None:
         )
 
 
-def _like(value: Tensor, p: DTensor) -> DTensor:
-    """This rank's shard of a value that all ranks have."""
+def whole(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that are not cut: all ranks call this."""
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in named.items()}
+
+
+def like(value: Tensor, p: Tensor) -> Tensor:
+    """A value that all ranks have as `p` is: of a sharded one this rank's shard."""
+    if not isinstance(p, DTensor) or isinstance(value, DTensor):
+        return value
     whole = DTensor.from_local(value, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False)
     local = whole.redistribute(placements=p.placements).to_local().clone()  # memory of its own: the rest goes
     return DTensor.from_local(
