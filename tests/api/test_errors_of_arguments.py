@@ -93,7 +93,9 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "seed of a projection": (lambda: ask(Projected(dim=2, seed=0.5))(), ExtensionError, "Projected(seed=0.5): use an integer"),
     "no name": (lambda: ask(BatchGrad(savefield="a b"))(), ExtensionError, "which is no name"),
     "a tensor's name": (lambda: ask(BatchGrad(savefield="shape"))(), ExtensionError, "which every tensor has"),
-    "one name twice": (lambda: ask(BatchGrad(savefield="g"), SumGradSquared(savefield="g"))(), ExtensionError, "both save to 'g'"),
+    "one name twice": (
+        lambda: ask(BatchGrad(savefield="g"), SumGradSquared(savefield="g"))(), ExtensionError, "both save to 'g'"
+    ),
     "lazy": (
         lambda: fxcurv.compile(nn.LazyLinear(2), nn.MSELoss()), ArgumentError, "is not initialised: run the model once"
     ),
