@@ -2,8 +2,8 @@
 
 A `Partial` value is added up over the ranks where an op reads it complete, or where it is a result; what is linear in values
 that are added up anyway is computed from their sums. Values that need no other sums are of stage 0, those that read sums
-of stage k - 1 are of stage k. The values of a stage travel together, in buckets of one dtype, and of a symmetric matrix only
-a triangle does. Results of sharded parameters are left in shards (`passes.scatters`). The number of samples, and that of the
+of stage k - 1 are of stage k. The values of a stage travel together, in buckets of one dtype, those that are ready first in
+the first one, and of a symmetric matrix only a triangle does. Results of sharded parameters are left in shards (`passes.scatters`). The number of samples, and that of the
 first one, become inputs of the program.
 """
 
@@ -25,14 +25,18 @@ from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Placement
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Input, Program
 from fxcurv.ir.ranks import IN_TURNS, plain_text, summed
-from fxcurv.ir.shards import Reduce, Scatter
+from fxcurv.ir.shards import Reduce, Reduced, Scatter, Scattered
 from fxcurv.ir.state import Spread
 from fxcurv.passes.owners import at_one_rank, owners
 from fxcurv.passes.scatters import in_shards
+from fxcurv.passes.schedule import as_soon_as_possible
 from fxcurv.rules.traits import over_ranks
 
 # One collective takes at most so many bytes, but for a value that is larger.
 BUCKET = 25 << 20
+SUMS = ("sum", "scatter", "replicas", "reduce")
+BEGUN = (*SUMS, "gather")
+"""What nodes do that begin a collective (`rules.traits.over_ranks`)."""
 
 
 def distribute(program: Program) -> Program:
@@ -147,9 +151,10 @@ class _Sums:
     def add_up(self) -> None:
         """Emit the collectives, and let everything read the sums that has to."""
         stages, found = self._stages(), []
+        ready = as_soon_as_possible(self.program)  # those that are ready first travel first
         for stage in sorted(set(stages.values())):
-            nodes = [n for n in self.reduced if stages[n] == stage]
-            most = 0 if self.program.options.ranks == IN_TURNS else BUCKET  # nothing travels, so nothing has to wait
+            nodes = sorted((n for n in self.reduced if stages[n] == stage), key=lambda n: ready[n])
+            most = 0 if self.program.options.ranks == IN_TURNS else None  # nothing travels, so nothing has to wait
             for bucket in _buckets([n for n in nodes if n not in self.layouts and n not in self.owner], most):
                 found.append(bucket)
                 self._reduce(bucket, f"stage {stage}")
@@ -175,30 +180,34 @@ class _Sums:
 
     def _reduce_to(self, rank: int, bucket: list[fx.Node], title: str) -> None:
         """Sums over ranks that one of them gets."""
-        options = self.program.options
+        options, vals = self.program.options, [n.meta["val"] for n in bucket]
         triangles = tuple(bool(n.meta.get("symmetric")) for n in bucket)
-        target = Reduce(triangles, rank, rank == options.rank, options.ranks)
-        vals = [n.meta["val"] for n in bucket]
-        for node, total in zip(bucket, self._several(target, bucket, vals, title), strict=True):
+        begin, end = Reduce(triangles, rank, options.ranks), Reduced(triangles, rank == options.rank)
+        shapes = [tuple(v.shape) for v in vals]
+        for node, total in zip(bucket, self._several(begin, end, bucket, None, vals, title, shapes), strict=True):
             self._finish(node, total)
 
-    def _several(self, target: Any, bucket: list[fx.Node], vals: list[Any], title: str) -> list[fx.Node]:
-        """The values of a node of several."""
+    def _several(
+        self, begin: Any, end: Any, bucket: list[fx.Node], way: Any, vals: list[Any], title: str, *more: Any
+    ) -> list[fx.Node]:
+        """The values of a collective of several; `way`: what is on its way, a fake value."""
         known = {"origin": {"stage": "distribute", "op": title, "module": ""}, "across": REPLICATE, "complete": ()}
         with self.graph.inserting_before(self.program.output):
-            node = self.graph.call_function(target, (bucket,))
-            found = [self.graph.call_function(operator.getitem, (node, k)) for k in range(len(bucket))]
-        node.meta = {**known, "val": vals}
-        for part, val in zip(found, vals, strict=True):
+            begun = self.graph.call_function(begin, (bucket,))
+            ended = self.graph.call_function(end, (begun, *more))
+            found = [self.graph.call_function(operator.getitem, (ended, k)) for k in range(len(bucket))]
+        for part, val in zip((begun, ended, *found), (way, vals, *vals), strict=True):
             part.meta = {**known, "val": val}
         return found
 
     def _scatter(self, bucket: list[fx.Node], places: tuple[str, str], title: str) -> None:
         """Sums over ranks of which every rank gets its shard."""
-        target = Scatter(tuple(self.layouts[n][0] for n in bucket), *places)
+        cuts, (group, replicas) = tuple(self.layouts[n][0] for n in bucket), places
         with self.program.fake_mode:
-            vals = [n.meta["val"].new_empty(self.layouts[n][0].local()) for n in bucket]
-        self.shards |= dict(zip(bucket, self._several(target, bucket, vals, title), strict=True))
+            vals = [n.meta["val"].new_empty(cut.local()) for n, cut in zip(bucket, cuts, strict=True)]
+            flat = bucket[0].meta["val"].new_empty(sum(cut.numel for cut in cuts))
+        found = self._several(Scatter(cuts, group), Scattered(cuts, replicas), bucket, flat, vals, title)
+        self.shards |= dict(zip(bucket, found, strict=True))
 
     def _shards_of_results(self) -> set[tuple[str, str]]:
         """Let results be shards where they may; returns (field, parameter name) of these."""
@@ -280,9 +289,9 @@ def _said(graph: fx.Graph) -> list[str]:
     return [plain_text(f"{n.target}{n.args}") for n in graph.nodes if n.op == "call_function" and stage_of(n) == "forward"]
 
 
-def _buckets(nodes: Sequence[fx.Node], most: int = BUCKET) -> list[list[fx.Node]]:
-    """Values that travel together: of one dtype, up to `most` bytes."""
-    out: list[list[fx.Node]] = []
+def _buckets(nodes: Sequence[fx.Node], most: int | None = None) -> list[list[fx.Node]]:
+    """Values that travel together: of one dtype, up to `most` bytes, else `BUCKET`."""
+    out, most = [], BUCKET if most is None else most  # type: ignore[var-annotated]
     for dtype in dict.fromkeys(n.meta["val"].dtype for n in nodes):
         size = most + 1
         for node in [n for n in nodes if n.meta["val"].dtype == dtype]:
@@ -353,7 +362,7 @@ def collectives(gm: fx.GraphModule) -> list[Tensor]:
     """What a graph's collectives add up, in order: fake values."""
     found: list[Tensor] = []
     for n in gm.graph.nodes:
-        if over_ranks(n) in ("sum", "scatter", "reduce"):
+        if over_ranks(n) in SUMS:
             found += [t.meta["val"] for t in (n.args[0] if isinstance(n.args[0], list | tuple) else [n.args[0]])]
     return found
 
@@ -361,9 +370,8 @@ def collectives(gm: fx.GraphModule) -> list[Tensor]:
 def rest(gm: fx.GraphModule, done: int) -> Iterator[Callable[[], Any]]:
     """What a rank that broke off, after `done` collectives, still has to do that others wait for: the same, on zeros."""
     for n in gm.graph.nodes:
-        if over_ranks(n) in ("sum", "gather", "scatter", "reduce"):
-            count = 1 + bool(over_ranks(n) == "scatter" and n.target.replicas)
+        if over_ranks(n) in BEGUN:
             if done <= 0:
                 given = fx.node.map_arg(n.args, lambda a: a.meta["val"])
                 yield functools.partial(n.target, *pytree.tree_map_only(Tensor, _zeros_like, given))
-            done -= count
+            done -= 1

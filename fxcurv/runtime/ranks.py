@@ -16,6 +16,7 @@ from fxcurv.errors import ArgumentError, ExtensionError, RankError
 from fxcurv.extensions import Extension
 from fxcurv.ir.placement import Placement, Shard, samples_back, samples_first
 from fxcurv.ir.private import collectives_of, flattened_mesh, pytree
+from fxcurv.ir.shards import OnItsWay
 from fxcurv.passes.distribute import rest
 
 T = TypeVar("T")
@@ -99,7 +100,9 @@ class Ranks:
         except Exception:
             for collective in rest(gm, self._begun() - before):
                 begun = collective()
-                if isinstance(begun, Tensor):
+                if isinstance(begun, OnItsWay):
+                    begun.wait()
+                elif isinstance(begun, Tensor):
                     torch.ops._c10d_functional.wait_tensor(begun)
             raise
 

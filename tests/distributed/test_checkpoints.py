@@ -1,4 +1,4 @@
-"""Trainings with sharded parameters go on from `torch.distributed.checkpoint` on another number of processes, and on one without any."""
+"""Trainings with sharded parameters go on from `torch.distributed.checkpoint` on another number of processes, also on one alone."""
 
 import pytest
 import torch

@@ -56,11 +56,14 @@ def test_micro_batches_on_ranks(found):
     assert drawn == also, "the first rank draws the seed of all"
 
 
+def all_micro(rank):
+    for name in ("cnn", "squares", "transformer"):
+        micro(rank, name, [BatchGrad(), Variance(), SqrtGGNMC(1), *([KFAC(2), EKFAC(2)] if name != "transformer" else [])])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cnn", "squares", "transformer"])
-def test_every_model_in_micro_batches(name):
-    asked = [BatchGrad(), Variance(), SqrtGGNMC(1), *([KFAC(2), EKFAC(2)] if name != "transformer" else [])]
-    on_ranks(2, micro, name, asked, limit=600)
+def test_every_model_in_micro_batches():
+    on_ranks(2, all_micro, limit=900)
 
 
 # ---- sharded parameters ------------------------------
