@@ -281,13 +281,11 @@ class Compiled:
         if self._ranks is not None:
             if params is not None:
                 raise ArgumentError("params= with mesh=: set the parameters of the model on every rank")
-            if torch.compiler.is_dynamo_compiling() or create_graph:
-                raise ArgumentError(
-                    "mesh= inside torch.compile, or with create_graph=True, is not supported: call it outside"
-                )
+            if torch.compiler.is_dynamo_compiling():
+                raise ArgumentError("mesh= inside torch.compile is not supported: call it outside")
             return call_on_ranks(
                 self._ranks, self._programs, self._subject, self._backend, inputs, targets,
-                seed=seed, generator=generator, out=out,
+                seed=seed, generator=generator, out=out, create_graph=create_graph,
             )  # fmt: skip
         if not self._options.outputs:
             if torch.compiler.is_dynamo_compiling() or create_graph or out is not None or params is not None:

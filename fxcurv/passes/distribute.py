@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcurv.errors import MixedSamplesError
+from fxcurv.ir.crossings import Read, Sum
 from fxcurv.ir.emit import emit, number_of_samples
 from fxcurv.ir.graph import ancestors, is_tensor
 from fxcurv.ir.origin import locate, stage_of
@@ -175,6 +176,8 @@ class _Sums:
                 if node not in self.layouts or node in self.reduced:  # what is computed in shards is not computed whole
                     node.replace_input_with(value, self.complete[value])
         self.program.rename({n: self.complete[n] for n in self.program.roots() if n.meta["across"] == PARTIAL})
+        if self.program.options.create_graph:
+            self._read_by_each()
         buckets = [[_label(n) for n in bucket] for bucket in found]
         self.program.spread = Spread(_said(self.graph), buckets, shards=kept, owners=self.owners)
 
@@ -183,22 +186,21 @@ class _Sums:
         options, vals = self.program.options, [n.meta["val"] for n in bucket]
         triangles = tuple(bool(n.meta.get("symmetric")) for n in bucket)
         begin, end = Reduce(triangles, rank, options.ranks), Reduced(triangles, rank == options.rank)
-        shapes = [tuple(v.shape) for v in vals]
-        for node, total in zip(bucket, self._several(begin, end, bucket, None, vals, title, shapes), strict=True):
+        begun = self._node(begin, (bucket,), None, title)
+        ended = self._node(end, (begun, [tuple(v.shape) for v in vals]), vals, title)
+        for node, total in zip(bucket, self._items(ended), strict=True):
             self._finish(node, total)
 
-    def _several(
-        self, begin: Any, end: Any, bucket: list[fx.Node], way: Any, vals: list[Any], title: str, *more: Any
-    ) -> list[fx.Node]:
-        """The values of a collective of several; `way`: what is on its way, a fake value."""
-        known = {"origin": {"stage": "distribute", "op": title, "module": ""}, "across": REPLICATE, "complete": ()}
+    def _node(self, target: Any, args: tuple, val: Any, title: str) -> fx.Node:
         with self.graph.inserting_before(self.program.output):
-            begun = self.graph.call_function(begin, (bucket,))
-            ended = self.graph.call_function(end, (begun, *more))
-            found = [self.graph.call_function(operator.getitem, (ended, k)) for k in range(len(bucket))]
-        for part, val in zip((begun, ended, *found), (way, vals, *vals), strict=True):
-            part.meta = {**known, "val": val}
-        return found
+            node = self.graph.call_function(target, args)
+        node.meta = {"origin": {"stage": "distribute", "op": title, "module": ""}, "across": REPLICATE, "complete": (), "val": val}
+        return node
+
+    def _items(self, node: fx.Node) -> list[fx.Node]:
+        """The values of a node of several."""
+        title = node.meta["origin"]["op"]
+        return [self._node(operator.getitem, (node, k), val, title) for k, val in enumerate(node.meta["val"])]
 
     def _scatter(self, bucket: list[fx.Node], places: tuple[str, str], title: str) -> None:
         """Sums over ranks of which every rank gets its shard."""
@@ -206,8 +208,9 @@ class _Sums:
         with self.program.fake_mode:
             vals = [n.meta["val"].new_empty(cut.local()) for n, cut in zip(bucket, cuts, strict=True)]
             flat = bucket[0].meta["val"].new_empty(sum(cut.numel for cut in cuts))
-        found = self._several(Scatter(cuts, group), Scattered(cuts, replicas), bucket, flat, vals, title)
-        self.shards |= dict(zip(bucket, found, strict=True))
+        begun = self._node(Scatter(cuts, group), (bucket,), flat, title)
+        ended = self._node(Scattered(cuts, replicas), (begun,), vals, title)
+        self.shards |= dict(zip(bucket, self._items(ended), strict=True))
 
     def _shards_of_results(self) -> set[tuple[str, str]]:
         """Let results be shards where they may; returns (field, parameter name) of these."""
@@ -236,6 +239,20 @@ class _Sums:
             self.shards[node] = new
         return self.shards[node]
 
+    def _read_by_each(self) -> None:
+        """Let autograd add up the derivatives in what all ranks have, where each reads it for its own terms and samples."""
+        known: dict[fx.Node, fx.Node] = {}
+        for node in list(self.graph.nodes):
+            if node.op != "call_function" or all(place == REPLICATE for place in _listed(node.meta["across"])):
+                continue
+            for value in node.all_input_nodes:
+                val = value.meta["val"]
+                if value.meta["across"] != REPLICATE or not isinstance(val, Tensor) or not val.is_floating_point():
+                    continue
+                if value not in known:
+                    known[value] = self._node(Read(self.program.options.ranks), (value,), val, "read")
+                node.replace_input_with(value, known[value])
+
     def _stages(self) -> dict[fx.Node, int]:
         """For each value that travels, how many collectives before it are needed for it."""
         stage: dict[fx.Node, int] = {}
@@ -254,12 +271,11 @@ class _Sums:
     def _reduce(self, bucket: list[fx.Node], title: str) -> None:
         triangles = tuple(bool(n.meta.get("symmetric")) for n in bucket)
         group = self.program.options.ranks
-        sums = emit(
-            self.program,
-            functools.partial(summed, triangles, group),
-            bucket,
-            origin={"stage": "distribute", "op": title},
-        )
+        if self.program.options.create_graph:
+            sums = self._items(self._node(Sum(triangles, group), (bucket,), [n.meta["val"] for n in bucket], title))
+        else:
+            origin = {"stage": "distribute", "op": title}
+            sums = emit(self.program, functools.partial(summed, triangles, group), bucket, origin=origin)
         for node, total in zip(bucket, sums, strict=True):
             self._finish(node, total)
 

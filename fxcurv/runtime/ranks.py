@@ -92,11 +92,17 @@ class Ranks:
 
     # ---- values ----
 
-    def run(self, gm: fx.GraphModule, arguments: Callable[[], Sequence[Any]]) -> tuple:
-        """Run a graph with collectives; if it breaks off here, the ones that others wait for are still done."""
+    def run(
+        self, gm: fx.GraphModule, arguments: Callable[[], Sequence[Any]], compiled: Callable[[Sequence[Any]], tuple] | None = None
+    ) -> tuple:
+        """Run a graph with collectives; if it breaks off here, the ones that others wait for are still done.
+
+        Args:
+            compiled: runs in place of the graph, with its collectives in their order.
+        """
         before = self._begun()
         try:
-            return gm(*arguments())
+            return gm(*arguments()) if compiled is None else compiled(arguments())
         except Exception:
             for collective in rest(gm, self._begun() - before):
                 begun = collective()
@@ -145,7 +151,8 @@ def ranks_of(mesh: Any, model: nn.Module, extensions: Sequence[Extension], backe
     """The ranks of `mesh=`, None without one.
 
     Raises:
-        ArgumentError: for what is no mesh, or is not of the ranks that the model is wrapped for; other backends than "eager".
+        ArgumentError: for what is no mesh, or is not of the ranks that the model is wrapped for; other backends than "eager"
+            with factors at one rank each.
         ExtensionError: for samples by their numbers.
     """
     if mesh is None:
@@ -162,8 +169,8 @@ def ranks_of(mesh: Any, model: nn.Module, extensions: Sequence[Extension], backe
             raise ArgumentError(
                 f"the model is a DistributedDataParallel on ranks {theirs}, and mesh= is on others: use one mesh"
             )
-    if backend != "eager":
-        raise ArgumentError(f"mesh= with backend={backend!r} is not supported: use 'eager'")
+    if backend != "eager" and any(getattr(e, "assign", "all") == "layers" for e in extensions):
+        raise ArgumentError(f"mesh= with assign='layers' and backend={backend!r} is not supported: use 'eager', or assign='all'")
     no_numbers(extensions)
     return ranks
 
