@@ -3,8 +3,8 @@
 A `Partial` value is added up over the ranks where an op reads it complete, or where it is a result; what is linear in values
 that are added up anyway is computed from their sums. Values that need no other sums are of stage 0, those that read sums
 of stage k - 1 are of stage k. The values of a stage travel together, in buckets of one dtype, those that are ready first in
-the first one, and of a symmetric matrix only a triangle does. Results of sharded parameters are left in shards (`passes.scatters`). The number of samples, and that of the
-first one, become inputs of the program.
+the first one, and of a symmetric matrix only a triangle does. Results of sharded parameters are left in shards
+(`passes.scatters`). The number of samples, and that of the first one, become inputs of the program.
 """
 
 from __future__ import annotations
@@ -194,7 +194,8 @@ class _Sums:
     def _node(self, target: Any, args: tuple, val: Any, title: str) -> fx.Node:
         with self.graph.inserting_before(self.program.output):
             node = self.graph.call_function(target, args)
-        node.meta = {"origin": {"stage": "distribute", "op": title, "module": ""}, "across": REPLICATE, "complete": (), "val": val}
+        origin = {"stage": "distribute", "op": title, "module": ""}
+        node.meta = {"origin": origin, "across": REPLICATE, "complete": (), "val": val}
         return node
 
     def _items(self, node: fx.Node) -> list[fx.Node]:

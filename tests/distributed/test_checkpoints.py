@@ -1,4 +1,4 @@
-"""Trainings with sharded parameters go on from `torch.distributed.checkpoint` on another number of processes, also on one alone."""
+"""Trainings with sharded parameters go on from `torch.distributed.checkpoint` on another number of processes, also on one."""
 
 import pytest
 import torch

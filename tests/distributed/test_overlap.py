@@ -1,4 +1,4 @@
-"""Collectives begin while the walk goes on and are waited for behind it: by the order of a graph, whose program is of one rank."""
+"""Collectives begin while the walk goes on and are waited for behind it: by the order of a graph, the program of one rank."""
 
 import importlib
 
