@@ -35,8 +35,7 @@ from fxcurv.rules.traits import over_ranks
 
 # One collective takes at most so many bytes, but for a value that is larger.
 BUCKET = 25 << 20
-SUMS = ("sum", "scatter", "replicas", "reduce")
-BEGUN = (*SUMS, "gather")
+BEGUN = ("sum", "scatter", "replicas", "reduce", "gather")
 """What nodes do that begin a collective (`rules.traits.over_ranks`)."""
 
 
@@ -373,15 +372,6 @@ def _copied(graph: fx.Graph) -> fx.Graph:
     new = fx.Graph()
     new.output(new.graph_copy(graph, {}))
     return new
-
-
-def collectives(gm: fx.GraphModule) -> list[Tensor]:
-    """What a graph's collectives add up, in order: fake values."""
-    found: list[Tensor] = []
-    for n in gm.graph.nodes:
-        if over_ranks(n) in SUMS:
-            found += [t.meta["val"] for t in (n.args[0] if isinstance(n.args[0], list | tuple) else [n.args[0]])]
-    return found
 
 
 def rest(gm: fx.GraphModule, done: int) -> Iterator[Callable[[], Any]]:

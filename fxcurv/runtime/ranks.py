@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -155,7 +156,11 @@ def ranks_of(mesh: Any, model: nn.Module, extensions: Sequence[Extension], backe
             with factors at one rank each.
         ExtensionError: for samples by their numbers.
     """
+    if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
+        raise ArgumentError("the model is a FullyShardedDataParallel (FSDP1), which is not supported: use fully_shard, and mesh=")
     if mesh is None:
+        if any(isinstance(p, DTensor) for p in model.parameters()):
+            raise ArgumentError("the parameters are DTensors: pass mesh=, for quantities of the batch of all ranks")
         if isinstance(model, DistributedDataParallel):
             raise ArgumentError(
                 "the model is a DistributedDataParallel: pass mesh=, for quantities of the batch of all ranks, or model.module, "

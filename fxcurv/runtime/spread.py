@@ -50,17 +50,21 @@ def call_on_ranks(
     inputs: Any,
     targets: tuple,
     *,
-    seed: int | Tensor | None,
-    generator: torch.Generator | None,
-    out: Result | None,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    out: Result | None = None,
     create_graph: bool = False,
     part: bool = False,
     first: int | None = None,
-) -> Result:
+    values: dict[str, Tensor] | None = None,
+    prepare: bool = False,
+) -> Any:
     """`Compiled.__call__` under `mesh=`.
 
     Args:
         part: the batch is one of several; `first`: the number of this rank's first sample among those of all of them.
+        values: in place of the model's parameters.
+        prepare: make and check the program, and return it without running it.
 
     Raises:
         MixedSamplesError: for a part whose samples interact.
@@ -77,8 +81,8 @@ def call_on_ranks(
         if any(isinstance(t, DTensor) for t in pytree.tree_leaves((inputs, targets))):
             raise ArgumentError("an input or target is a DTensor: pass this rank's own samples, x.to_local()")
         sharded = stack.enter_context(stand_ins(subject.model, ranks))
-        if sharded.params and (create_graph or backend.name != "eager"):
-            raise ArgumentError("fully_shard with create_graph=True, or another backend than 'eager', is not supported: drop one")
+        if sharded.params and (create_graph or prepare or backend.name != "eager"):
+            raise ArgumentError("fully_shard with create_graph=True, torch.compile or another backend is not supported: drop one")
         request = programs.request(subject, inputs, targets, subject.autocast(), create_graph)
         request = dataclasses.replace(request, sharded=sharded.buckets)
         return request, sharded, programs.held(request), None if out is None else keep(out, create_graph, backend)
@@ -96,6 +100,9 @@ def call_on_ranks(
                 raise MixedSamplesError(made.program.analysis.mixing.format(asked="a quantity of several batches"))
             call = _Call(ranks, made, request, sharded, sizes, seed, first, backend)
             call.check()
+            if prepare:
+                return made
+            call.values = values or {}
             with torch.set_grad_enabled(create_graph):
                 result = call.run(kept, out)
     programs.latest = made
@@ -158,13 +165,14 @@ class _Call:
         backend: Backend,
     ):  # fmt: skip
         self.sharded, self.backend = sharded, backend
+        self.values: dict[str, Tensor] = {}
         self.ranks, self.ready, self.request, self.sizes, self.seed = ranks, ready, request, sizes, seed
         self.part = sum(sizes), sum(sizes[: ranks.rank]) if first is None else first
         self.program, self.subject = ready.program, request.subject
 
     def bound(self, arguments: Arguments, part: tuple[int, int] | None = None) -> list[Any]:
         """The program's arguments; `part`: (how many samples all ranks have, this one's first), else the batch is all here."""
-        shards = self.sharded.local() if part is not None else None
+        shards = {**self.sharded.local(), **self.values} if part is not None else None
         return bind(self.program, self.subject, arguments, self.seed, None, shards, part)
 
     def run(self, kept: Any, out: Result | None) -> Result:

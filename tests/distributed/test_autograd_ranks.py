@@ -74,8 +74,33 @@ def backends(rank, name="aot_eager", cuts=SIZES):
         compare(compiled(part(x, sizes, rank), part(y, sizes, rank), seed=7), want, asked)
 
 
+def step(rank, name="aot_eager", cuts=SIZES):
+    """A training step under torch.compile(fullgraph=True), whose calls are ops of it, takes the steps of one process."""
+    model, loss, x, y = made("squares", 7)
+    alone, *_ = made("squares", 7)
+    asked = [Variance(), DiagGGNMC(2), KFAC(), BatchL2Grad()]
+    compiled, plain = fxcurv.compile(model, loss, asked, mesh=mesh_of(2)), fxcurv.compile(alone, loss, asked, check=None)
+
+    def taken(of, model, x, y, seed):
+        result = of(x, y, seed=seed)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                noise = result.variance[name].sqrt() + result.diag_ggn_mc[name]
+                p -= 0.1 * (result.grad[name] / (noise + 1)).sin()
+        return result.loss * 2, result.kfac["0.weight"][0].sum(), result.batch_l2["0.weight"]
+
+    fast = torch.compile(taken, fullgraph=True, backend=name)
+    for k, sizes in enumerate(cuts):
+        found = fast(compiled, model, part(x, sizes, rank), part(y, sizes, rank), torch.tensor(k))
+        first, second, rows = taken(plain, alone, x, y, k)
+        torch.testing.assert_close(found, (first, second, part(rows, sizes, rank)), rtol=1e-9, atol=1e-12)
+        for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
 def inductor(rank):
     backends(rank, "inductor", SIZES[:1])
+    step(rank, "inductor", [[5, 2], [5, 2]])
 
 
 def refused(rank):
@@ -91,7 +116,7 @@ def refused(rank):
 
 
 def everything(rank):
-    return each((again, attached, backends, refused), rank)
+    return each((again, attached, backends, step, refused), rank)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +125,7 @@ def found():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["again", "attached", "backends"])
+@pytest.mark.parametrize("name", ["again", "attached", "backends", "step"])
 def test_two_ranks_have_what_one_process_has_also_with(found, name):
     assert [ranks[name] for ranks in found] == [None, None], found[0][name]
 
