@@ -274,7 +274,8 @@ class _Factored(_Curved):
         raise NotImplementedError
 
     def _directions(self, gradients: Named) -> Named:
-        found, gradients = {}, whole(gradients)
+        found: Named = {}
+        gradients = whole(gradients)
         for k, group in enumerate(self.param_groups):
             named = {self._names[id(p)]: p for p in group["params"]}
             known, inverse = self._inverses.get(k, (None, None))

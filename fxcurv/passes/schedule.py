@@ -43,8 +43,8 @@ def _spine(nodes: list[fx.Node]) -> set[fx.Node]:
 
 def as_soon_as_possible(program: Program) -> dict[fx.Node, int]:
     """For every node, behind which one of the forward pass or the walk it can run: its place in the graph."""
-    nodes, ready = list(program.graph.nodes), {}
-    spine = _spine(nodes)
+    nodes = list(program.graph.nodes)
+    spine, ready = _spine(nodes), dict[fx.Node, int]()
     for place, node in enumerate(nodes):
         latest = max((ready[i] for i in node.all_input_nodes), default=0)
         ready[node] = max(place, latest) if node in spine else latest

@@ -94,7 +94,7 @@ class Ranks:
     # ---- values ----
 
     def run(
-        self, gm: fx.GraphModule, arguments: Callable[[], Sequence[Any]], compiled: Callable[[Sequence[Any]], tuple] | None = None
+        self, gm: fx.GraphModule, arguments: Callable[[], Sequence[Any]], compiled: Callable[[list[Any]], tuple] | None = None
     ) -> tuple:
         """Run a graph with collectives; if it breaks off here, the ones that others wait for are still done.
 
@@ -103,7 +103,7 @@ class Ranks:
         """
         before = self._begun()
         try:
-            return gm(*arguments()) if compiled is None else compiled(arguments())
+            return gm(*arguments()) if compiled is None else compiled(list(arguments()))
         except Exception:
             for collective in rest(gm, self._begun() - before):
                 begun = collective()

@@ -83,8 +83,8 @@ def form_for(name: str, skeleton: Any, modes: list[bool], *tensors: Tensor) -> s
             raise ArgumentError(f"mesh= inside torch.compile with {what} is not supported: call it outside")
         nodes, spec = pytree.tree_flatten(fields_of(program, lambda n: n))
         given = request.arguments
-        which = next(k for k, d in enumerate(given.batch_dims) if d is not None)
-        form = Form(ready, spec, nodes, (which, given.batch_dims[which], given.rows[which] or 1))
+        samples = next((k, d, given.rows[k] or 1) for k, d in enumerate(given.batch_dims) if d is not None)
+        form = Form(ready, spec, nodes, samples)
         steps.skeletons[key] = skeleton
         setattr(steps.forms, key, form)
         return key
