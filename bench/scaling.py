@@ -1,4 +1,4 @@
-"""Measure how cost grows with batch, classes, width and depth: ``python bench/scaling.py``; see ``bench/README.md``."""
+"""Measure how cost grows with batch, classes, width, depth and length: ``python bench/scaling.py``; see ``bench/README.md``."""
 
 import argparse
 import importlib
@@ -13,12 +13,13 @@ import peers
 import torch
 from cases import QUANTITIES, Problem
 from measure import Entry, Row, add_common, machine, percentiles, place, print_rows, set_up, write
+from models import gpt2
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-AXES = ("N", "V", "width", "depth")
-Powers = tuple[int, int, int, int]  # of the axes
+AXES = ("N", "V", "width", "depth", "T")
+Powers = tuple[int, int, int, int, int]  # of the axes
 NUMBERS = ("median_ms", "p10_ms", "p90_ms", "peak_mib", "gflop")
 COLUMNS = (
     *("net", "quantity", "axis", *AXES, *NUMBERS, "expected_gflop", "expected_peak", "rounds", "note"),
@@ -28,26 +29,27 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Growth:
-    """The highest powers of N, V, width and depth in a quantity's operations and in its peak of memory."""
+    """The highest powers of N, V, width, depth and T in a quantity's operations and in its peak of memory."""
 
     flops: Powers
     peak: Powers
 
 
-# One column (or a sampled one) goes down the network, whose layers are products with [width, width] matrices.
-ONE = Growth(flops=(1, 0, 2, 1), peak=(1, 0, 2, 1))
+# One column (or a sampled one) goes down the network, whose layers are products with [width, width] matrices; attention is T by T
+# in its operations, but not in memory.
+ONE = Growth(flops=(1, 0, 2, 1, 2), peak=(1, 0, 2, 1, 1))
 # V columns go down, and a stack of them stands.
-ALL = Growth(flops=(1, 1, 2, 1), peak=(1, 1, 2, 1))
+ALL = Growth(flops=(1, 1, 2, 1, 2), peak=(1, 1, 2, 1, 1))
 # Besides, every unit's own column from its activation's curvature, to all layers below it.
-UNITS = Growth(flops=(1, 1, 3, 2), peak=(1, 1, 2, 1))
+UNITS = Growth(flops=(1, 1, 3, 2, 2), peak=(1, 1, 2, 1, 1))
 # Each parameter's block alone, forward and back between it and the loss.
-BLOCKS = Growth(flops=(1, 0, 2, 2), peak=(1, 0, 2, 1))
+BLOCKS = Growth(flops=(1, 0, 2, 2, 2), peak=(1, 0, 2, 1, 1))
 GROWTH = {
     **dict.fromkeys(("BatchGrad", "BatchL2Grad", "SumGradSquared", "Variance"), ONE),
     **dict.fromkeys(("DiagGGNExact", "BatchDiagGGNExact", "KFLR", "SqrtGGNExact"), ALL),
     **dict.fromkeys(("DiagGGNMC", "BatchDiagGGNMC", "KFAC", "SqrtGGNMC"), ONE),
     # A matrix [width, width] goes down.
-    "KFRA": Growth(flops=(1, 0, 3, 1), peak=(1, 0, 2, 1)),
+    "KFRA": Growth(flops=(1, 0, 3, 1, 2), peak=(1, 0, 2, 1, 1)),
     **dict.fromkeys(("DiagHessian", "BatchDiagHessian"), UNITS),
     **dict.fromkeys(("HMP", "GGNMP", "PCHMP"), BLOCKS),
 }
@@ -58,17 +60,19 @@ class Net:
     """A network of one width.
 
     Attributes:
-        build: (N, V, width, depth) -> model and batch.
+        build: (N, V, width, depth, T) -> model and batch.
         base: The sizes at which the axes meet.
         growth: Of quantities that grow otherwise in this network; None: not measured.
+        axes: Those along which it is measured.
     """
 
-    build: Callable[[int, int, int, int], tuple[nn.Module, Tensor, Tensor]]
-    base: tuple[int, int, int, int]
+    build: Callable[[int, int, int, int, int], tuple[nn.Module, Tensor, Tensor]]
+    base: tuple[int, int, int, int, int]
     growth: dict[str, Growth | None]
+    axes: tuple[str, ...] = AXES[:-1]
 
 
-def mlp(n: int, v: int, width: int, depth: int) -> tuple[nn.Module, Tensor, Tensor]:
+def mlp(n: int, v: int, width: int, depth: int, _: int) -> tuple[nn.Module, Tensor, Tensor]:
     """`depth` hidden layers with tanh, whose second derivative is not zero."""
     modules: list[nn.Module] = []
     for index in range(depth):
@@ -76,7 +80,7 @@ def mlp(n: int, v: int, width: int, depth: int) -> tuple[nn.Module, Tensor, Tens
     return nn.Sequential(*modules, nn.Linear(width, v)), torch.randn(n, 64), torch.randint(v, (n,))
 
 
-def cnn(n: int, v: int, width: int, depth: int) -> tuple[nn.Module, Tensor, Tensor]:
+def cnn(n: int, v: int, width: int, depth: int, _: int) -> tuple[nn.Module, Tensor, Tensor]:
     """`depth` convolutions 3x3 with ReLU on images [3, 16, 16], their mean over positions, a linear layer."""
     modules: list[nn.Module] = []
     for index in range(depth):
@@ -85,12 +89,19 @@ def cnn(n: int, v: int, width: int, depth: int) -> tuple[nn.Module, Tensor, Tens
     return model, torch.rand(n, 3, 16, 16), torch.randint(v, (n,))
 
 
+def decoder(n: int, v: int, width: int, depth: int, t: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """`depth` blocks of causal attention and a perceptron on `t` tokens, the head tied to the embedding."""
+    return gpt2(v, t, width, depth, heads=4, t=t, batch=n)
+
+
 NETS = {
-    "mlp": Net(mlp, (32, 8, 128, 4), {}),
+    "mlp": Net(mlp, (32, 8, 128, 4, 1), {}),
     # KFRA's matrix would be of all pixels; ReLU has no curvature.
-    "cnn": Net(cnn, (16, 8, 16, 4), {"KFRA": None, "DiagHessian": ALL, "BatchDiagHessian": ALL}),
+    "cnn": Net(cnn, (16, 8, 16, 4, 1), {"KFRA": None, "DiagHessian": ALL, "BatchDiagHessian": ALL}),
+    # What carries all of V T columns, and what looks inside attention, is not measured.
+    "decoder": Net(decoder, (1, 256, 128, 4, 1024), {q: None for q, g in GROWTH.items() if g is not ONE}, ("T",)),
 }
-QUICK = (4, 4, 8, 2)
+QUICK = (4, 4, 8, 2, 4)
 
 
 def measure(net: Net, quantity: str, sizes: tuple[int, ...], args: argparse.Namespace) -> Row:
@@ -116,12 +127,12 @@ def measure(net: Net, quantity: str, sizes: tuple[int, ...], args: argparse.Name
     return row | percentiles(entry.seconds) | {"note": entry.note}
 
 
-def points(base: tuple[int, ...], quick: bool) -> list[tuple[str, tuple[int, ...]]]:
+def points(base: tuple[int, ...], axes: tuple[str, ...], quick: bool) -> list[tuple[str, tuple[int, ...]]]:
     """(axis, sizes): along each axis the base times powers of two, from a quarter to four times."""
     factors = (1, 2) if quick else (0.25, 0.5, 1, 2, 4)
     return [
         (axis, tuple(int(size * factor) if name == axis else size for name, size in zip(AXES, base, strict=True)))
-        for axis in AXES
+        for axis in axes
         for factor in factors
     ]
 
@@ -162,11 +173,12 @@ def run(args: argparse.Namespace) -> tuple[list[Row], Path]:
     rows: list[Row] = []
     jobs = [(name, quantity) for name in args.nets for quantity in args.quantities]
     jobs = [(name, quantity) for name, quantity in jobs if NETS[name].growth.get(quantity, ONE) is not None]
-    with tqdm(total=len(jobs) * len(points(QUICK, args.quick)), dynamic_ncols=True, unit="point") as progress:
+    count = sum(len(points(QUICK, NETS[name].axes, args.quick)) for name, _ in jobs)
+    with tqdm(total=count, dynamic_ncols=True, unit="point") as progress:
         for name, quantity in jobs:
             net, seen = NETS[name], {}
             growth = net.growth.get(quantity) or GROWTH[quantity]
-            for axis, sizes in points(QUICK if args.quick else net.base, args.quick):
+            for axis, sizes in points(QUICK if args.quick else net.base, net.axes, args.quick):
                 progress.set_postfix_str(f"{name} {quantity} {axis} {sizes}")
                 if sizes not in seen:
                     seen[sizes] = measure(net, quantity, sizes, args)
@@ -191,7 +203,7 @@ def main() -> int:
     plot = args.plot or path.with_suffix(".png")
     for net in args.nets:
         own = [row for row in rows if row["net"] == net]
-        importlib.import_module("plots").scaling(own, AXES, plot.with_name(f"{plot.stem}-{net}{plot.suffix}"))
+        importlib.import_module("plots").scaling(own, NETS[net].axes, plot.with_name(f"{plot.stem}-{net}{plot.suffix}"))
     failures = [f"{row['net']} {row['quantity']} {row['axis']}: {row['note']}" for row in rows if row["note"]]
     # Terms that the leading one outgrows still weigh (depth - 1 layers for depth), and more in tiny networks.
     failures += [

@@ -20,7 +20,7 @@ from fxcurv.extensions.parameters import Choice, hashable
 from fxcurv.front.arguments import Arguments, flatten_arguments
 from fxcurv.front.requests import Request, Subject, check_loss_params, check_trainable, checked
 from fxcurv.front.values import given_values, member
-from fxcurv.ir.private import pytree
+from fxcurv.ir.private import compile_lock, pytree
 from fxcurv.ir.program import Program
 from fxcurv.ir.ranks import IN_TURNS
 from fxcurv.ir.state import Options
@@ -391,7 +391,7 @@ class Compiled:
         if after is not None and after not in stages:
             raise ArgumentError(f"after={after!r} is no stage of the pipeline: use one of {', '.join(stages)}")
         request = self._request(inputs, targets)
-        with request.apart():
+        with compile_lock, request.apart():
             if after is None:
                 return Lowered(self._programs.find(request).program)
             program = self._programs.captured(request)
@@ -413,7 +413,7 @@ class Compiled:
         if self._ranks is not None:
             raise ArgumentError("export() with mesh= is not supported: compile without a mesh, and export that")
         request = self._request(inputs, targets)
-        with request.apart():
+        with compile_lock, request.apart():
             program = self._programs.find(request, schedules=False).program
             seed = seed_tensor(0, None, self._subject.device())
             return export(self._subject, program, request.arguments, inputs, targets, seed)
@@ -487,4 +487,5 @@ class Compiled:
             raise ArgumentError(
                 "the parameters are sharded, and only a call gathers them: look at the model before fully_shard"
             )
-        return self._programs.request(self._subject, inputs, targets, self._subject.autocast())
+        with compile_lock:
+            return self._programs.request(self._subject, inputs, targets, self._subject.autocast())

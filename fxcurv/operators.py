@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcurv.errors import ArgumentError
-from fxcurv.ir.private import make_fx, pytree, version_of
+from fxcurv.ir.private import compile_lock, make_fx, pytree, version_of
 from fxcurv.ir.program import Program
 from fxcurv.ir.ranks import summed
 from fxcurv.walks.products.partition import restrict
@@ -86,7 +86,7 @@ class Code:
         key = (gm, *(t.shape if isinstance(t, Tensor) else t for t in (*kept, *vectors)))
         if key not in self._batched:
             plain = [t.detach() if isinstance(t, Tensor) else t for t in (*kept, *vectors)]
-            with torch.no_grad(), warnings.catch_warnings():
+            with compile_lock, torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # an op without a batching rule is looped over
                 try:
                     self._batched[key] = make_fx(mapped)(*plain)
@@ -105,7 +105,7 @@ def _one_by_one(gm: fx.GraphModule, count: int) -> Callable[..., tuple[Tensor, .
     return run
 
 
-class Whole(Code):
+class AllBlocks(Code):
     """One program for all parameters, whose blocks are parts of it.
 
     Attributes:
@@ -148,7 +148,7 @@ Parts = tuple[fx.GraphModule, fx.GraphModule]
 """What a block computes once from the saved values, and the block's product."""
 
 
-class Lazy(Code):
+class EachBlock(Code):
     """A program per parameter, emitted by `emit(name)` when it is first asked for (None where the block is zero)."""
 
     def __init__(
@@ -168,7 +168,8 @@ class Lazy(Code):
 
     def _emitted(self, name: str) -> Parts | None:
         if name not in self._parts:
-            self._parts[name] = self._emit(name)
+            with compile_lock:
+                self._parts[name] = self._parts[name] if name in self._parts else self._emit(name)
         return self._parts[name]
 
 
@@ -302,7 +303,7 @@ class Operator(Saved):
         T: itself, as it is symmetric.
     """
 
-    _code: Whole
+    _code: AllBlocks
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,13 +1,13 @@
 """Choose the fast set: fast.json from the CPU seconds that every test takes.
 
     PYTHONPATH=tests python -m pytest -p choose_fast -n 2          # notes them in .fast/ (or with -m '' for all)
-    python tests/choose_fast.py --seconds 850                      # writes tests/fast.json
+    python tests/choose_fast.py --seconds 585                      # writes tests/fast.json
 
 What fast.json leaves out and the run did not measure stays out.
 
 The first test of each function is worth most, whatever it takes; the k-th of its parameters is worth 1 / k of that. So they are
 taken in the order of cost times k until the time is spent, of a function's parameters first those that other functions have not
-taken.
+taken. Tests that read what the same processes gave are taken together: the first of them pays for all.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 NOTES = HERE.parent / ".fast"
 # They run files of tests in Triton's interpreter, which nothing else does without a GPU.
 ALWAYS = {f"kernels/test_kernels{kind}_triton.py::test_in_the_interpreter" for kind in ("", "_layers")}
+TOGETHER = {"distributed/test_ranks.py", "distributed/test_parts.py"}
 
 
 def _cpu() -> float:
@@ -50,7 +51,8 @@ def chosen(cost: dict[str, float], seconds: float) -> dict[str, list[str]]:
     left: dict[str, list[str]] = collections.defaultdict(list)
     for test in cost:
         left[test.partition("[")[0]].append(test)
-    kept: dict[str, list[str]] = {f: left.pop(f) if f in ALWAYS else [] for f in list(left)}
+    always = {f for f in left if f in ALWAYS or f.partition("::")[0] in TOGETHER}
+    kept: dict[str, list[str]] = {f: left.pop(f) if f in always else [] for f in list(left)}
     seconds -= sum(cost[test] for tests in kept.values() for test in tests)
     taken: collections.Counter[str] = collections.Counter()
 
@@ -75,7 +77,7 @@ def chosen(cost: dict[str, float], seconds: float) -> dict[str, list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=850)
+    parser.add_argument("--seconds", type=float, default=585)
     seconds = parser.parse_args().seconds
     cost = dict(json.loads(line) for path in NOTES.glob("*.jsonl") for line in path.read_text().splitlines())
     kept = chosen(cost, seconds)

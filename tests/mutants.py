@@ -1,13 +1,15 @@
-"""How much the fast set finds: mutants of the compiler's core, by cosmic-ray, against the tests that reach their line.
+"""How much the fast set finds: mutants of the compiler's core, by cosmic-ray.
 
-    pip install cosmic-ray pytest-cov
-    python tests/mutants.py reach                  # which tests reach which line: the fast set under coverage, once
-    python tests/mutants.py try --last 300         # one line of .mutants/tried.jsonl per mutant; goes on where it stopped
+    pip install cosmic-ray
+    PYTHONPATH=tests python -m pytest -p choose_fast -n 2      # notes what the fast tests cost, in .fast/
+    python tests/mutants.py try --last 60                      # a line of .mutants/tried.jsonl per mutant; goes on
     python tests/mutants.py count
 
-A mutant is a place, drawn evenly from all of them, and one of the changes that cosmic-ray knows for it. Annotations are no
-places. The fast set kills it if one of its tests that reach the line fails; tests of many functions come before many of one, the
-quick before the slow, until --seconds of CPU are spent. What survives meets the slow tests of the same functions.
+Run it in a copy of the repository: it writes to fxcurv/, and takes it back. A mutant is a place, drawn evenly from all of them,
+and one of the changes that cosmic-ray knows for it. Annotations are no places. First run the fast tests of the folder that
+mirrors the mutant's, those of files that have its module's name before the others and the quick before the slow; if it lives,
+all other fast tests; if it lives still, the slow tests of the same folder and of all cases, by turns. Each stage ends at the
+first failure, or when --seconds of CPU are spent, which is noted: such a mutant was not killed, but could be.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import math
 import os
 import random
 import resource
@@ -30,6 +33,8 @@ KEPT = ROOT / ".mutants"
 CORE = ["fxcurv/rules", "fxcurv/passes", "fxcurv/contractions", "fxcurv/walks"]
 # Imported before the fork, so that no mutant pays for them.
 HEAVY = "torch torch._dynamo torch.export torch.fx torch.func torch.distributions networkx rich.console numpy pytest"
+ON_ALL_CASES = ["extensions/test_quantities.py", "extensions/test_products.py", "extensions/test_kfac.py",
+                "wild/test_batch_sizes.py", "models/test_random_models.py"]  # fmt: skip
 
 
 def annotations(path: Path) -> set[tuple[int, int]]:
@@ -53,7 +58,8 @@ def mutants(seed: int) -> list[tuple[str, int, str, int]]:
         f'[cosmic-ray]\nmodule-path = {CORE}\ntimeout = 1.0\ntest-command = "true"\n[cosmic-ray.distributor]\nname = "local"\n'
     )
     session.unlink(missing_ok=True)
-    subprocess.run(["cosmic-ray", "init", config, session], cwd=ROOT, check=True, capture_output=True)
+    command = [Path(sys.executable).parent / "cosmic-ray", "init", config, session]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     query = "select module_path, start_pos_row, start_pos_col, operator_name, occurrence from mutation_specs"
     places = defaultdict(list)
     for file, line, column, change, number in sqlite3.connect(session).execute(query):
@@ -69,59 +75,18 @@ def mutants(seed: int) -> list[tuple[str, int, str, int]]:
     return chosen
 
 
-def reach() -> None:
-    """Run the fast set under coverage with a context per test, and note every test's name and CPU seconds."""
-    KEPT.mkdir(exist_ok=True)
-    sources = [f"--cov={folder}" for folder in CORE]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "COVERAGE_FILE": str(KEPT / "coverage")}
-    pytest = [sys.executable, "-m", "pytest", "-q"]
-    run = [*pytest, "-p", "choose_fast", *sources, "--cov-context=test", "--cov-report="]
-    subprocess.run(run, cwd=ROOT, env=environment, check=False)
-    names = [*pytest, "--collect-only", "-m", "", "-n", "0"]
-    listed = subprocess.run(names, cwd=ROOT, env=environment, capture_output=True, text=True).stdout
-    (KEPT / "all.txt").write_text("\n".join(line for line in listed.splitlines() if "::" in line))
+class Ordered:
+    """A plugin: the tests of a stage in their order, without those that `ran` before."""
+
+    def __init__(self, order, ran=frozenset()) -> None:
+        self.order, self.ran = order, ran
+
+    def pytest_collection_modifyitems(self, items) -> None:
+        items[:] = sorted((item for item in items if item.path.parent.name not in self.ran), key=self.order)
 
 
-class Reached:
-    """Which tests reach a line, and what they cost."""
-
-    def __init__(self) -> None:
-        import coverage
-
-        self.data = coverage.CoverageData(str(KEPT / "coverage"))
-        self.data.read()
-        notes = (
-            json.loads(line) for file in (ROOT / ".fast").glob("*.jsonl") for line in file.read_text().splitlines()
-        )
-        self.cost = {f"tests/{test}": seconds for test, seconds in notes}
-        self.everything = defaultdict(list)
-        for test in (KEPT / "all.txt").read_text().splitlines():
-            self.everything[test.partition("[")[0]].append(test)
-
-    def fast(self, file: str, line: int) -> list[str]:
-        contexts = self.data.contexts_by_lineno(str(ROOT / file)).get(line, [])
-        return widely({c.partition("|")[0] for c in contexts if c}, lambda test: self.cost.get(test, 1.0))
-
-    def slow(self, fast: list[str]) -> list[str]:
-        """All other parameters of the functions that reach a line."""
-        functions = {test.partition("[")[0] for test in fast}
-        left = {test for function in functions for test in self.everything[function]} - set(fast)
-        return widely(left, lambda test: zlib.crc32(test.encode()))
-
-
-def widely(tests, cost) -> list[str]:
-    """The cheapest test of every function, then the second of every function, and so on."""
-    of = defaultdict(list)
-    for test in sorted(tests, key=cost):
-        of[test.partition("[")[0]].append(test)
-    ranked = ((place, cost(test), test) for found in of.values() for place, test in enumerate(found))
-    return [test for _, _, test in sorted(ranked)]
-
-
-def fails(tests: list[str], seconds: int) -> bool | None:
-    """Whether one of the tests fails; None where the time was spent before."""
-    if not tests:
-        return False
+def fails(paths: list[Path], marked: str, plugin: Ordered, seconds: int) -> bool | None:
+    """Whether a test fails; None where the time was spent before."""
     child = os.fork()
     if not child:
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
@@ -130,70 +95,85 @@ def fails(tests: list[str], seconds: int) -> bool | None:
         sys.dont_write_bytecode = True
         import pytest
 
-        os._exit(
-            int(pytest.main(["-x", "-q", "-n", "0", "-m", "", "-p", "no:cacheprovider", "-p", "no:randomly", *tests]))
-        )
+        quiet = ["-x", "-q", "-n", "0", "-m", marked, "-p", "no:cacheprovider"]
+        os._exit(int(pytest.main([*quiet, *map(str, paths)], plugins=[plugin])))
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return None if code == -24 else code != 0  # SIGXCPU
+    return None if code == -24 else code not in (0, 5)  # SIGXCPU; 5: there are no such tests
 
 
-def try_one(mutant: tuple[str, int, str, int], reached: Reached, seconds: int) -> dict[str, object]:
+def stages(file: str, seconds: int) -> dict[str, bool | None]:
+    """What each stage says of the mutant in `file`: near, fast, slow; the last is the first that kills it."""
+    tests, stem = ROOT / "tests", Path(file).stem
+    folder = {"walks": "extensions"}.get(Path(file).parent.name, Path(file).parent.name)
+    notes = (json.loads(line) for path in (ROOT / ".fast").glob("*.jsonl") for line in path.read_text().splitlines())
+    cost = dict(notes)
+    by_cost = lambda item: (stem not in item.path.stem, cost.get(item.nodeid.removeprefix("tests/"), 1.0))  # noqa: E731
+    by_turns = lambda item: (stem not in item.path.stem, zlib.crc32(item.nodeid.encode()))  # noqa: E731
+    asked = {
+        "near": ([tests / folder], "not slow", Ordered(by_cost)),
+        "fast": ([tests], "not slow", Ordered(by_cost, {folder})),
+        "slow": ([tests / folder, *(tests / name for name in ON_ALL_CASES)], "slow", Ordered(by_turns)),
+    }
+    said: dict[str, bool | None] = {}
+    for name, (paths, marked, plugin) in asked.items():
+        said[name] = fails(paths, marked, plugin, seconds)
+        if said[name]:
+            break
+    return said
+
+
+def try_one(mutant: tuple[str, int, str, int], seconds: int) -> dict[str, object]:
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator
 
-    file, line, change, number = mutant
+    file, _, change, number = mutant
     path = ROOT / file
     before, times = path.read_text(), path.stat()
-    fast = reached.fast(file, line)
-    slow = reached.slow(fast)
     try:
         path.write_text(mutate_code(before, get_operator(change)(), number))
-        killed = fails(fast[:200], seconds)
-        killed_slow = None if killed else fails(slow[:100], 2 * seconds)
+        return {"mutant": mutant, **stages(file, seconds)}
     finally:
         path.write_text(before)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    return {"mutant": mutant, "reached": len(fast), "fast": killed, "slow": killed_slow}
 
 
-def check_unchanged(reached: Reached, places: list[tuple[str, int, str, int]], seconds: int) -> None:
-    """Stop where tests fail of code that nothing has changed: they would kill every mutant."""
-    for file, line, *_ in places:
-        tests = reached.fast(file, line)[:20]
-        if fails(tests, 5 * seconds) is not False:
-            raise SystemExit(f"these tests fail without a mutant: {' '.join(tests)}")
+def interval(killed: int, of: int) -> str:
+    """Wilson's, of 95%."""
+    z, p = 1.96, killed / of
+    middle, half = p + z * z / (2 * of), z * math.sqrt(p * (1 - p) / of + z * z / (4 * of * of))
+    return f"{100 * (middle - half) / (1 + z * z / of):.0f}% to {100 * (middle + half) / (1 + z * z / of):.0f}%"
 
 
 def count(tried: list[dict]) -> str:
-    fast = sum(bool(t["fast"]) for t in tried)
-    slow = sum(bool(t["slow"]) for t in tried)
-    return (
-        f"{len(tried)} mutants: the fast set kills {fast}, the slow tests {slow} more; {len(tried) - fast - slow} live"
-    )
+    fast = sum(bool(t["near"] or t.get("fast")) for t in tried)
+    slow = sum(bool(t.get("slow")) for t in tried)
+    spent = sum(not any(t.values()) and None in t.values() for t in tried)
+    text = f"{len(tried)} mutants: the fast set kills {fast}, the slow tests {slow} more; "
+    text += f"{len(tried) - fast - slow} live, of {spent} the time was spent"
+    return text + (f"; of those that are killed the fast set kills {interval(fast, fast + slow)}" if fast + slow else "")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("do", choices=["reach", "try", "count"])
+    parser.add_argument("do", choices=["try", "count"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--last", type=int, default=300)
-    parser.add_argument("--seconds", type=int, default=90)
+    parser.add_argument("--seconds", type=int, default=900)
     asked = parser.parse_args()
+    KEPT.mkdir(exist_ok=True)
     log = KEPT / "tried.jsonl"
-    if asked.do == "reach":
-        return reach()
     tried = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     if asked.do == "try":
+        sys.path.insert(0, str(ROOT))
         for name in HEAVY.split():
             __import__(name)
-        reached, known = Reached(), {tuple(t["mutant"]) for t in tried}
-        check_unchanged(reached, mutants(asked.seed)[:5], asked.seconds)
+        known = {tuple(t["mutant"]) for t in tried}
         for mutant in mutants(asked.seed)[: asked.last]:
             if mutant not in known:
-                tried.append(try_one(mutant, reached, asked.seconds))
+                tried.append(try_one(mutant, asked.seconds))
                 with log.open("a") as file:
                     file.write(json.dumps(tried[-1]) + "\n")
-                print(count(tried), tried[-1], flush=True)
+                print(tried[-1], flush=True)
     print(count(tried))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxcurv.contractions.contract import Spec, combine, reduce_p
-from fxcurv.contractions.factors import Conv, Dense, Factor, Gather, Jacobian, is_one, summed, weighted
+from fxcurv.contractions.factors import Conv, Dense, Explicit, Factor, Gather, is_one, summed, weighted
 from fxcurv.contractions.sizes import Dims, dims
 from fxcurv.cost import Cost
 from fxcurv.ir.placement import Shard
@@ -115,7 +115,7 @@ class Materialise(Candidate):
         def one(d: Dims) -> Cost:
             p = d.item * d.v * d.n * d.p
             passes = (3 if spec.power == 2 else 1) if spec.reduce else 0
-            fresh = 0 if isinstance(factors[0], Jacobian) else p
+            fresh = 0 if isinstance(factors[0], Explicit) else p
             return Cost(d.flops, d.inputs + p * (1 + passes), fresh + (p if passes > 1 else 0), 3)
 
         return _total(factors, one)
@@ -207,13 +207,13 @@ class NormsOfFactors(Candidate):
         if spec.power != 2 or spec.reduce not in ("vp", "p") or spec.samples is not None or len(factors) > 1:
             return False
         f, d = factors[0], dims(factors[0])
-        if isinstance(f, Jacobian):
+        if isinstance(f, Explicit):
             return f.g.ndim > 2 and d.p <= LONGEST
         return isinstance(f, Dense | Conv) and d.s == 1 and max(d.o, d.i) <= LONGEST
 
     def run(self, spec, factors, weights):
         f = factors[0]
-        if isinstance(f, Jacobian):
+        if isinstance(f, Explicit):
             vectors = [f.g.flatten(2)]
         else:
             f = f.lean()
@@ -228,7 +228,7 @@ class NormsOfFactors(Candidate):
         return each if alone else summed(weighted(each, weights), 0) if "v" in spec.reduce else weighted(each, weights)
 
     def cost(self, spec, factors):
-        d, factored = dims(factors[0]), not isinstance(factors[0], Jacobian)
+        d, factored = dims(factors[0]), not isinstance(factors[0], Explicit)
         return Cost(0, d.inputs, 0, 5 if factored else 2)
 
 

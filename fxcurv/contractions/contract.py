@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fxcurv.contractions.factors import Dense, Factor, Gather, Jacobian, is_one, summed, weighted
+from fxcurv.contractions.factors import Dense, Explicit, Factor, Gather, is_one, summed, weighted
 from fxcurv.ir.private import pytree
 
 
@@ -42,8 +42,8 @@ def combine(spec: Spec, factors: list[Factor]) -> list[Factor]:
 def _joined(factors: list[Any]) -> list[Any]:
     """Several uses as one factor, where they are of one kind."""
     first = factors[0]
-    if all(isinstance(f, Jacobian) for f in factors):
-        return [Jacobian(sum(f.g for f in factors))]
+    if all(isinstance(f, Explicit) for f in factors):
+        return [Explicit(sum(f.g for f in factors))]
     if all(isinstance(f, Dense) and f.arrange == first.arrange for f in factors):
         a, g = (torch.cat([getattr(f, t) for f in factors], axis) for t, axis in (("a", 1), ("g", 2)))
         return [Dense(a, g, first.arrange)]

@@ -106,7 +106,7 @@ def weighted(t: Tensor, weights: Tensor | None) -> Tensor:
 
 
 @factor
-class Jacobian(Factor):
+class Explicit(Factor):
     """The general case: `g` is P itself, [V, N, *param]."""
 
     g: Any

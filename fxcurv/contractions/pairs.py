@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxcurv.contractions.contract import Spec, combine
-from fxcurv.contractions.factors import Conv, Factor, Jacobian
+from fxcurv.contractions.factors import Conv, Explicit, Factor
 from fxcurv.ir.placement import Shard
 
 
@@ -23,7 +23,7 @@ def squares_of(factors: list[Factor]) -> tuple[list[Factor], Tensor]:
     Several uses add up to one P, so they get one s: they are joined, as P itself if they are not of one kind.
     """
     factors = combine(Spec(2, "vn"), factors)
-    factor = factors[0] if len(factors) == 1 else Jacobian(sum(f.materialise() for f in factors))
+    factor = factors[0] if len(factors) == 1 else Explicit(sum(f.materialise() for f in factors))
     if isinstance(factor, Conv) and factor.place != Shard(0):
         factor = factor.dense()  # a sample is spread over several images
     a, b = factor.g.unflatten(0, (2, -1)).unbind(0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcurv.contractions.contract import Contract, Spec
-from fxcurv.contractions.factors import Factor, Jacobian, declare_factor
+from fxcurv.contractions.factors import Explicit, Factor, declare_factor
 from fxcurv.contractions.pairs import squares_of
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.parameters import hashable
@@ -215,11 +215,11 @@ class Param:
             return value
         return pull_back(self.program, Use(factors[0], (), (), "", path), value, spec.reduce)
 
-    def _at_parameter(self, factor: Factor, use: Use) -> Jacobian:
+    def _at_parameter(self, factor: Factor, use: Use) -> Explicit:
         """Uses of different kinds meet at the parameter itself, materialised."""
         p = self.emit(_materialised, factor)
         declare(p, Shard(1), factor)
-        return Jacobian(pull_back(self.program, use, p, ""))
+        return Explicit(pull_back(self.program, use, p, ""))
 
     def contract_factors(self, spec: Spec, factors: list[Factor], rule: str) -> fx.Node:
         """The reduction `spec` of the P that `factors` make, of this parameter in some other form (a rotated one)."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcurv.contractions.contract import Spec
-from fxcurv.contractions.factors import Arrange, Dense, Factor, Gather, Jacobian
+from fxcurv.contractions.factors import Arrange, Dense, Explicit, Factor, Gather
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.base import Combine, Extension, Param, Steps
 from fxcurv.extensions.factored import Factored, dtype_of, embedded, flat, source_of, sum_of, with_ones
@@ -256,7 +256,7 @@ def _rotated_lookup(given: Sequence[tuple], basis: Sequence[Tensor], dtype: torc
 def _rotated_bias(given: Sequence[tuple], basis: Sequence[Tensor], dtype: torch.dtype) -> list[Factor]:
     """The factor of Q_B^T P, [out]."""
     p = sum_of([embedded(features(f, source, at).to(dtype).sum(3), rows, 2) for f, source, at, rows, _ in given])
-    return [Jacobian(p @ basis[0])]
+    return [Explicit(p @ basis[0])]
 
 
 def _moments(p: Tensor, basis: Tensor) -> Tensor:

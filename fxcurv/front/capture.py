@@ -16,11 +16,13 @@ from torch.export import Dim, ExportedProgram
 
 from fxcurv.errors import CaptureError, FxcurvError
 from fxcurv.front.arguments import Arguments
+from fxcurv.front.autograd_state import no_autograd_state
 from fxcurv.front.custom_functions import kept_functions
 from fxcurv.front.guards import Followed, fixed_sizes, no_branches, numbered_reductions, quiet, user_frames
 from fxcurv.front.lift import detach_no_grad_regions, lift
 from fxcurv.front.observers import Observers, Where
 from fxcurv.front.packed import padded_sequences
+from fxcurv.front.plain import is_plain
 from fxcurv.front.python_state import Path, Reads
 from fxcurv.front.requests import Subject
 from fxcurv.front.side_effects import no_side_effects
@@ -66,11 +68,12 @@ def _captured(
         try:
             with (
                 numbered_reductions(), fixed_sizes(wrapped), no_side_effects(subject.roots()) as wrapped.record.look,
-                observers.in_place(),
+                observers.in_place(), no_autograd_state(),
             ):  # fmt: skip
                 exported = _export(wrapped, arguments)
                 detach_no_grad_regions(exported)
-                exported = exported.run_decompositions({})
+                if not is_plain(exported):
+                    exported = exported.run_decompositions({})
         except FxcurvError:
             raise
         except Exception as error:

@@ -158,14 +158,24 @@ class Followed(TorchFunctionMode):
             return gradients(*args, **(kwargs or {}))
         if reads(func, args) and not in_function_transform():
             return read(self.values, func, args, kwargs or {})
+        if func is torch.eye:
+            return _eye(*args, **(kwargs or {}))
         if func in (torch.autograd.backward, torch.Tensor.backward):
             raise CaptureError(f"the model or loss calls backward(), which writes to tensors' grad\n{running_line()}{_GRAD}")
         return func(*args, **(kwargs or {}))
 
-
     def _unmarked(self, t: torch.Tensor) -> torch.Tensor:
         """A leaf of the model's output as the model has it: what else the loss reads is computed from that."""
         return self.record.marks.get(id(t), (t, t))[1]
+
+
+def _eye(n, m=None, *, dtype=None, device=None, **named):
+    """`torch.eye`; of a symbolic size, which export takes for a constant of its own, by comparing numbers of rows and columns."""
+    m = n if m is None else m
+    if not isinstance(n, torch.SymInt) and not isinstance(m, torch.SymInt):
+        return torch.eye(n, m, dtype=dtype, device=device, **named)
+    same = torch.arange(n, device=device).unsqueeze(1) == torch.arange(m, device=device)
+    return same.to(torch.get_default_dtype() if dtype is None else dtype)
 
 
 _GRAD = "Way out: torch.autograd.grad(y, x, create_graph=True), or torch.func.grad, vjp, jvp."

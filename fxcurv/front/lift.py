@@ -13,6 +13,7 @@ from fxcurv.errors import CaptureError
 from fxcurv.extensions.parameters import Named
 from fxcurv.front.arguments import Arguments
 from fxcurv.front.derivatives import expand
+from fxcurv.front.plain import say_in_plain
 from fxcurv.front.wrapped import Captured
 from fxcurv.ir.batch import Batch
 from fxcurv.ir.graph import pruned
@@ -176,6 +177,7 @@ def lift(model: Named, wrapped: Captured, exported: ExportedProgram, arguments: 
     program.reads = _reads(program, numbers, [value for _, value in wrapped.values.read])
     program.observed = wrapped.observers.observed(looked_at)
     program.refresh_output()
+    say_in_plain(program)
     expand(program)
     return program
 

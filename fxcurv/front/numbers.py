@@ -37,7 +37,8 @@ _NUMBER = (
 
 _SIZE = (
     "makes a tensor whose size depends on values that trained parameters enter. Way out: keep all entries, as in "
-    "torch.where(mask, f(x), x) for x[mask] = f(x[mask]), or (loss * mask).sum() / mask.sum() for loss[mask].mean()."
+    "torch.where(mask, f(x), x) for x[mask] = f(x[mask]), or (loss * mask).sum() / mask.sum() for loss[mask].mean(); where a "
+    'router chooses experts, gather the experts of each row (in transformers, experts_implementation="batched_mm").'
 )
 
 

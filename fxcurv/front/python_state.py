@@ -12,6 +12,7 @@ other number that a forward pass both reads and changes is refused by name.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import copyreg
 import dis
@@ -24,8 +25,10 @@ import os
 import re
 import sys
 import sysconfig
+import threading
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -34,11 +37,15 @@ import torch
 from torch import Tensor, nn
 
 from fxcurv.errors import CaptureError
+from fxcurv.front.side_effects import hook_of
+from fxcurv.front.watched import Watched
 from fxcurv.ir.origin import is_ours, is_user_file
 from fxcurv.ir.private import pytree, version_of
 
 SCALARS = (int, float, bool, str, complex, type(None), bytes, torch.dtype, torch.device, torch.memory_format, torch.layout)
-CONTAINERS = (list, tuple, dict, set, frozenset)
+MAPPINGS = (dict, collections.ChainMap, collections.UserDict, types.MappingProxyType)
+SEQUENCES = (list, tuple, collections.deque, collections.UserList)
+CONTAINERS = (*MAPPINGS, *SEQUENCES, set, frozenset)
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type, functools.partial)
 TRACED = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
@@ -121,6 +128,10 @@ class Path:
         setattr(owner, name, value) if kind == "attr" else operator.setitem(owner, name, value)
 
 
+# Where the variables of the process are, as bytes: compared as a whole, since code may read them by any name.
+_ENVIRONMENT = Path(None, os.environ, (("attr", "_data"),), "os.environ")
+
+
 # ---- what is compared ------------------------------
 
 
@@ -148,19 +159,28 @@ def _frozen(value: Any, tensors: bool, outer: tuple[int, ...], left: list[int]) 
         return id(value), len(value) if isinstance(value, CONTAINERS) else 0
     inside = lambda v: _frozen(v, tensors, (*outer, id(value)), left)  # noqa: E731
     counts = lambda v: tensors or not isinstance(v, TRACED)  # noqa: E731
-    if isinstance(value, dict):
+    if isinstance(value, MAPPINGS):
         return kind, tuple((inside(k), inside(v)) for k, v in value.items() if counts(v))
+    if isinstance(value, ContextVar):
+        return kind, inside(_in_context(value))
     if isinstance(value, set | frozenset):
         return kind, frozenset(map(inside, value))
-    if isinstance(value, list | tuple):
+    if isinstance(value, SEQUENCES):
         return kind, tuple(inside(v) for v in value if counts(v))
     if isinstance(value, functools.partial):
         return kind, inside(value.func), inside(value.args), inside(value.keywords)
-    if kind.__module__ == "numpy" and hasattr(value, "tobytes"):
+    if kind.__module__ in ("numpy", "array") and hasattr(value, "tobytes"):
         return kind, getattr(value, "shape", None), str(getattr(value, "dtype", "")), value.tobytes()
     if _is_plain(value):
         return kind, tuple((k, inside(v)) for k, v in _members(value).items() if counts(v))
     return id(value)
+
+
+def _in_context(variable: ContextVar) -> Any:
+    try:
+        return variable.get()
+    except LookupError:
+        return _MISSING
 
 
 def _members(value: Any) -> dict[str, Any]:
@@ -210,8 +230,8 @@ class Effect:
         self.path.set(modules, now)
 
 
-_HOW = {"scalar": "{}", "frozen": "F({})", "identity": "I({})", "tensor": "T({})", "state": "S({})", "number": "type({})"}
-_FUNCTIONS: dict[str, Callable[..., Any]] = {"F": frozen, "I": id, "T": _described, "S": _state, "type": type, "getattr": getattr}
+_HOW = {"scalar": "{}", "frozen": "F({})", "identity": "I({})", "tensor": "T({})", "state": "S({})", "number": "type({})", "table": "dict({})"}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"F": frozen, "I": id, "T": _described, "S": _state, "type": type, "getattr": getattr, "dict": dict}
 
 
 @dataclass
@@ -352,32 +372,37 @@ class Reads:
         self._born |= {id(new): new for new in objects}
 
     def __enter__(self) -> Reads:
+        thread = threading.get_ident()  # others read for themselves
+
         def read(module: nn.Module, name: str) -> Any:
+            own = threading.get_ident() == thread
             try:
                 value = object.__getattribute__(module, name)
             except AttributeError:
-                if not _is_standard(name):
+                if own and not _is_standard(name):
                     self._attribute(module, name, _MISSING, sys._getframe(1))
                 raise
-            if not _is_standard(name):
+            if own and not _is_standard(name):
                 self._attribute(module, name, value, sys._getframe(1))
             return value
 
         original = self._setattr = nn.Module.__setattr__
 
         def write(module: nn.Module, name: str, value: Any) -> None:
-            if not _is_standard(name) and not isinstance(value, nn.Parameter | nn.Module):
+            own = threading.get_ident() == thread
+            if own and not _is_standard(name) and not isinstance(value, nn.Parameter | nn.Module):
                 self._written.setdefault((id(module), name), module)
             original(module, name, value)
 
-        self._trace = sys.gettrace()
+        self._watched = Watched(self._called)
+        self._trace = self._watched.before
         nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
         nn.Module.__setattr__ = write  # type: ignore[method-assign]
-        sys.settrace(self._called)
+        self._watched.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        sys.settrace(self._trace)
+        self._watched.__exit__(*error)
         del nn.Module.__getattribute__
         nn.Module.__setattr__ = self._setattr  # type: ignore[method-assign]
         if error[0] is None:
@@ -494,13 +519,16 @@ class Reads:
             if not any(all(_content(c) is seen[name] for name, c in cells.items()) for seen in frames):
                 continue
             self.of_code(function)
-            instructions = self._codes[id(function.__code__)][1]
-            for k, i in enumerate(instructions):
-                names = i.argval if isinstance(i.argval, tuple) else (i.argval,)
-                if "DEREF" in i.opname and "LOAD" in i.opname and names[-1] in cells:
-                    cell = cells[names[-1]]
-                    path = Path(None, cell, (("attr", "cell_contents"),), f"'{names[-1]}' in {function.__qualname__}")
-                    self._follow(path, _content(cell), instructions, k + 1)
+            for code in _with_inner(function.__code__):  # a function that it made may have read them, and be gone
+                self._cells(cells, function.__qualname__, self._codes.get(id(code), (code, []))[1])
+
+    def _cells(self, cells: dict[str, Any], where: str, instructions: list) -> None:
+        for k, i in enumerate(instructions):
+            names = i.argval if isinstance(i.argval, tuple) else (i.argval,)
+            if "DEREF" in i.opname and "LOAD" in i.opname and names[-1] in cells:
+                cell = cells[names[-1]]
+                path = Path(None, cell, (("attr", "cell_contents"),), f"'{names[-1]}' in {where}")
+                self._follow(path, _content(cell), instructions, k + 1)
 
     def _follow(self, path: Path, value: Any, instructions: list, at: int) -> None:
         """Record the value that the code takes from here: a member of a member, or all of it."""
@@ -508,6 +536,9 @@ class Reads:
             after = instructions[at] if at < len(instructions) else None
             if isinstance(value, types.ModuleType):
                 if after is None or not after.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")):
+                    return
+                if value is os and after.argval in ("environ", "getenv"):
+                    self._paths[_ENVIRONMENT.key] = _ENVIRONMENT
                     return
                 if not _holds_state(getattr(value, "__file__", None) or "<string>"):
                     return
@@ -594,10 +625,13 @@ class Reads:
             CaptureError: if the forward pass changes a value that it reads.
         """
         if self._changed:
+            first = self._changed[0]
+            hook = hook_of(first.owner(self.modules), self.modules) or hook_of(first.root, self.modules)
+            out = f"remove {hook} while fxcurv runs; or " if hook else ""
             raise CaptureError(
-                f"the model or loss reads {self._changed[0].title} and changes it: its next value would depend on how often the "
-                "forward pass ran, which a program does not repeat.\nWay out: change it outside of the forward pass, before or "
-                "after each call (a new value is seen), or keep it in a buffer (a tensor). What only counts "
+                f"{hook or 'the model or loss'} reads {first.title} and changes it: its next value would depend on how often the "
+                f"forward pass ran, which a program does not repeat.\nWay out: {out}change it outside of the forward pass, "
+                "before or after each call (a new value is seen), or keep it in a buffer (a tensor). What only counts "
                 "(`self.calls += 1`) is done at every call."
             )
 
@@ -655,6 +689,8 @@ class _Absent(Path):
 def _how(path: Path, value: Any) -> str:
     if type(value) in SCALARS:
         return "scalar"
+    if path is _ENVIRONMENT:
+        return "table"
     if isinstance(value, tuple) and type(path.root).__module__.startswith("torch."):
         return "scalar"  # a stride or a padding: integers
     if isinstance(value, Tensor):
@@ -683,6 +719,14 @@ def _content(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:
         return _MISSING
+
+
+def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Code, and that of the functions in it."""
+    yield code
+    for value in code.co_consts:
+        if isinstance(value, types.CodeType):
+            yield from _with_inner(value)
 
 
 def _instructions(code: types.CodeType) -> list:

@@ -20,7 +20,7 @@ from torch.nn.modules import module as nn_module
 
 from fxcurv.errors import CaptureError
 from fxcurv.ir.origin import is_user_file, running_line
-from fxcurv.ir.private import FakeTensor, FunctionalTensor, hooks_of_tensor, patched
+from fxcurv.ir.private import FakeTensor, FunctionalTensor, hooks_of_tensor, own_parameters, patched
 
 _FORWARD = ("_forward_hooks", "_forward_pre_hooks")
 _BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
@@ -36,13 +36,14 @@ WAY_OUT = (
 
 
 def hooks_of(modules: Sequence[nn.Module]) -> tuple:
-    """The hooks on all modules, by numbers that PyTorch never gives twice, and the global ones."""
-    own = [
+    """The hooks on all modules and their parameters, by numbers that PyTorch never gives twice, and the global ones."""
+    every = [(k, m) for root in modules for k, m in enumerate(root.modules())]
+    own = [(k, name, *hooks) for k, m in every for name in HOOKS if (hooks := getattr(m, name))]
+    own += [
         (k, name, *hooks)
-        for root in modules
-        for k, m in enumerate(root.modules())
-        for name in HOOKS
-        if (hooks := getattr(m, name))
+        for k, m in every
+        for name, p in own_parameters(m).items()
+        if p is not None and (hooks := hooks_of_tensor(p))
     ]
     return tuple(own), tuple(tuple(_global_hooks(name)) for name in _GLOBAL)
 
@@ -107,12 +108,18 @@ _register_hook = Tensor.register_hook
 
 def _no_tensor_hook(tensor: Tensor, hook: Callable) -> Any:
     """Refuse the user's; what PyTorch's own modes register (a FLOP counter's) is theirs."""
-    if is_pytorchs(hook):
+    if is_pytorchs(hook) and all(is_pytorchs(fn) for fn in _held(hook)):
         return _register_hook(tensor, hook)
     raise CaptureError(
         f"the model registers the hook '{name_of(hook)}' on a tensor in its forward pass (register_hook), which no program runs\n"
         f"{running_line()}Way out: say what it does to the gradient as a torch.autograd.Function, or drop it."
     )
+
+
+def _held(hook: Any) -> list[Any]:
+    """The functions that a hook calls: that of a user, where `register_multi_grad_hook` makes hooks of it."""
+    cells = [c.cell_contents for c in getattr(hook, "__closure__", None) or () if c.cell_contents is not hook]
+    return [value for value in cells if isinstance(value, types.FunctionType | types.MethodType)]
 
 
 def _check_backward(named: Iterable[tuple[str, nn.Module]]) -> None:
@@ -142,7 +149,23 @@ def path_of(name: str, m: nn.Module) -> str:
 
 def name_of(hook: Callable) -> str:
     """A hook, for a message."""
+    hook = _inner(hook)
     return getattr(hook, "__qualname__", type(hook).__name__)
+
+
+def _inner(hook: Any) -> Any:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return hook
+
+
+def hook_of(owner: Any, modules: Iterable[nn.Module]) -> str | None:
+    """The forward hook that an object is, or is the object of, for a message; None: there is none."""
+    for m in modules:
+        for hook in [_inner(h) for kind in _FORWARD for h in getattr(m, kind).values()]:
+            if hook is owner or getattr(hook, "__self__", None) is owner:
+                return f"the hook '{name_of(hook)}' of a {type(m).__name__}"
+    return None
 
 
 # ---- what a forward pass may write to ------------------------------
@@ -185,12 +208,19 @@ def undone(fn: Callable) -> Iterator[None]:
         yield
     finally:
         for owner, old in before:
-            _refill(owner, old)
+            refill(owner, old)
 
 
-def _refill(owner: Any, old: Any) -> None:
+def refill(owner: Any, old: Any) -> None:
+    """Give a list, dict, set or deque the members that it had. One that has them still is left alone: it may refuse writing."""
+    if len(owner) == len(old) and all(a is b for a, b in zip(_members(owner), _members(old), strict=True)):
+        return
     owner.clear()
-    owner.update(old) if isinstance(owner, dict) else owner.extend(old)
+    owner.update(old) if isinstance(owner, dict | set) else owner.extend(old)
+
+
+def _members(container: Any) -> list[Any]:
+    return [*container, *container.values()] if isinstance(container, dict) else [*container]
 
 
 def _kept(fn: Any) -> Iterator[Any]:
@@ -288,4 +318,4 @@ def _restore(before: Iterable[tuple[str, Any, Any]]) -> None:
                     else:
                         del owner[k]
             else:
-                _refill(owner, old)
+                refill(owner, old)

@@ -67,7 +67,7 @@ class Batch:
 
     def per_sample(self, val: Tensor) -> int:
         """The number of entries of a (fake) tensor with samples, divided by the number of samples; at the captured lengths."""
-        return math.prod(self.shape(val, lengths=self.sizes)) // (1 if self.whole else self.probe)
+        return math.prod(self.shape(val, lengths=self.sizes)) // (1 if self.whole else self.stand_in)
 
     def columns(self, val: Tensor) -> int:
         """`per_sample`, for as many columns, which are a number.
@@ -83,7 +83,7 @@ class Batch:
     def _at(self, val: Tensor, k: int) -> int:
         """`per_sample` where length `k` is one more."""
         other = [size + (j == k) for j, size in enumerate(self.sizes)]
-        return math.prod(self.shape(val, lengths=other)) // self.probe
+        return math.prod(self.shape(val, lengths=other)) // self.stand_in
 
     @property
     def samples(self) -> int:
@@ -91,6 +91,6 @@ class Batch:
         return 1 if self.whole else self.size
 
     @property
-    def probe(self) -> int:
+    def stand_in(self) -> int:
         """The batch size in which placements are computed."""
         return PRIME if self.symbols else self.size

@@ -78,8 +78,20 @@ def line_of(file: str, number: int, function: str) -> str:
 
 
 def running_line() -> str:
-    """The innermost line of the user's that is running."""
-    frames = [f for f in traceback.extract_stack() if is_user_file(f.filename)]
+    """The innermost line of the user's that the compiler runs, or of PyTorch's own modules where the model is made of those."""
+    frames = traceback.extract_stack()
+    first = next((k for k, f in enumerate(frames) if is_ours(f.filename)), 0)
+    inside = frames[first:]
+    theirs = [f for f in inside if is_user_file(f.filename)] or [f for f in inside if not is_ours(f.filename)]
+    return _said(theirs or [f for f in frames if is_user_file(f.filename)])
+
+
+def failing_line(error: BaseException) -> str:
+    """The innermost line of the user's that an error came through; "" if there is none."""
+    return _said([f for f in traceback.extract_tb(error.__traceback__) if is_user_file(f.filename)])
+
+
+def _said(frames: list[traceback.FrameSummary]) -> str:
     return line_of(frames[-1].filename, frames[-1].lineno or 0, frames[-1].name) if frames else ""
 
 

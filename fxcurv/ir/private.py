@@ -11,6 +11,7 @@ import contextlib
 import copy
 import importlib
 import logging
+import operator
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -49,6 +50,7 @@ SEEN: dict[str, Sequence[str]] = {
     "torch._ops.OpOverload._schema": TRIED,
     # torch.compile
     "torch._dynamo.assume_constant_result": TRIED,
+    "torch._dynamo.convert_frame.compile_lock": TRIED,
     "torch._dynamo.maybe_mark_dynamic": TRIED,
     "torch._guards.tracing": TRIED,
     # autograd, memory, modules
@@ -76,12 +78,19 @@ SEEN: dict[str, Sequence[str]] = {
     "torch._functorch.eager_transforms._vjp_with_argnums": TRIED,
     "torch._functorch.eager_transforms.grad_and_value_impl": TRIED,
     "torch._functorch.eager_transforms.grad_impl": TRIED,
+    "torch.Tensor.data": TRIED,
+    "torch.Tensor.detach_": TRIED,
+    "torch.Tensor.grad_fn": TRIED,
     "torch.Tensor.register_hook": TRIED,
+    "torch.autograd.graph.saved_tensors_hooks.__enter__": TRIED,
     "torch.autograd.function.FunctionMeta.__init__": TRIED,
     "torch._higher_order_ops.cond": TRIED,
     "torch.autograd.forward_ad.make_dual": TRIED,
     "torch.cond": TRIED,
     "torch.ctc_loss": TRIED,
+    "torch.detach_": TRIED,
+    "torch.inference_mode.__enter__": TRIED,
+    "torch.inference_mode.__exit__": TRIED,
     "torch.nn.GRU.forward": TRIED,
     "torch.nn.LSTM.forward": TRIED,
     "torch.nn.RNN.forward": TRIED,
@@ -182,6 +191,7 @@ from torch._decomp import decomposition_table
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import assume_constant_result as constant_result
 from torch._dynamo import maybe_mark_dynamic
+from torch._dynamo.convert_frame import compile_lock
 from torch._guards import tracing
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
@@ -203,7 +213,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = [
     "FakeTensor", "FakeTensorMode", "FunctionalTensor", "GuardOnDataDependentSymNode", "Loss", "OpOverload", "SEEN",
     "ShapeEnv", "TRIED", "TorchDispatchMode", "UnsupportedOperatorException", "base_of", "captured_size", "check",
-    "collectives_of", "constant_result", "decomposes", "decomposition_table", "disable_fake_tensor_cache",
+    "collectives_of", "compile_lock", "constant_result", "decomposes", "decomposition_table", "disable_fake_tensor_cache",
     "disable_proxy_modes_tracing", "dispatch_functionalize", "enable_python_dispatcher", "find", "flattened_mesh", "group_named",
     "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform", "is_view", "make_fx",
     "maybe_mark_dynamic", "memory_of", "no_hooks", "no_torch_functions", "node_of", "original", "own_buffers",
@@ -370,9 +380,8 @@ def own_buffers(module: torch.nn.Module) -> dict[str, Any]:
     return module._buffers
 
 
-def hooks_of_tensor(tensor: torch.Tensor) -> Any:
-    """The hooks that run in the backward pass at a tensor, or None."""
-    return tensor._backward_hooks
+# tensor -> the hooks that run in the backward pass at it, or None; not in Python, for what asks at every call
+hooks_of_tensor = operator.attrgetter("_backward_hooks")
 
 
 def set_hooks_of_tensor(tensor: torch.Tensor, hooks: Any) -> None:

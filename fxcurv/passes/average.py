@@ -22,7 +22,7 @@ from fxcurv.rules.base import rule_of
 from fxcurv.rules.call import call_of
 from fxcurv.rules.traits import convolution, random, window
 from fxcurv.walks.averaged import mathematics as averages
-from fxcurv.walks.averaged.chain import LARGEST, LAST, Lazy, Matrix
+from fxcurv.walks.averaged.chain import LARGEST, LAST, Matrix, Tail
 from fxcurv.walks.averaged.mathematics import Step, Windows
 from fxcurv.walks.columns import births
 
@@ -47,7 +47,7 @@ class _Walk:
         self.arrived: dict[fx.Node, list[fx.Node]] = {}
         self.steps: dict[fx.Node, Step] = {}
         self.below: dict[fx.Node, fx.Node] = {}
-        self.lazy: dict[fx.Node, Lazy] = {}
+        self.tails: dict[fx.Node, Tail] = {}
 
     def run(self) -> dict[fx.Node, Matrix]:
         for value, m in [(value, m) for value, m in _births(self.program) if value in self.reached]:
@@ -55,11 +55,11 @@ class _Walk:
             self.arrived.setdefault(_op(value)[0], []).append(m)
         for bottom in [n for n in self.steps if n not in self.below]:
             self._plan(bottom)
-        skipped = {n for lazy in self.lazy.values() for n in lazy.ops}
+        skipped = {n for lazy in self.tails.values() for n in lazy.ops}
         found = {}
         for node in [n for n in reversed(self.program.graph.nodes) if n in self.steps]:
             step = self.steps[node]
-            if node in self.lazy:
+            if node in self.tails:
                 found[node] = Matrix(self._summed(node), step.y, True)
             elif node not in skipped or node in self.arrived:
                 parts = self.arrived[node]
@@ -155,7 +155,7 @@ class _Walk:
         ]
         _, k, by_offsets = min(options)
         if k:
-            self.lazy[bottom] = Lazy(tail[:k], bool(by_offsets))
+            self.tails[bottom] = Tail(tail[:k], bool(by_offsets))
 
     def _channelwise(self, bottom: fx.Node) -> list[fx.Node]:
         """The ops over `bottom` that act on every channel alone, the nearest first."""
@@ -202,7 +202,7 @@ class _Walk:
         return prod(Windows.of(canonical_args(node)).kernel) if self._kind(node) == "max_pooled" else 1
 
     def _summed(self, bottom: fx.Node) -> fx.Node:
-        tail, by_offsets = self.lazy[bottom].ops, self.lazy[bottom].by_offsets
+        tail, by_offsets = self.tails[bottom].ops, self.tails[bottom].by_offsets
         parts = self.arrived[tail[-1]]
         m = parts[0] if len(parts) == 1 else self._emit(tail[-1], averages.total, parts)
         given: list[Any] = [

@@ -47,10 +47,11 @@ def distribute(program: Program) -> Program:
             a number.
     """
     if program.fixed:
+        among, _, alone = _words(program)
         raise MixedSamplesError(
-            f"the batch size is {program.batch_note}, so the batch cannot be split over the ranks of mesh=. Way out: a model "
+            f"the batch size is {program.batch_note}, so the batch cannot be split {among}. Way out: a model "
             "that takes batches of any size; where samples interact (batch norm in training mode), ask for the gradient "
-            "alone, or eval(); or no mesh=, for quantities of each rank's own batch."
+            f"alone, or eval(); or {alone}."
         )
     _check(program)
     given(program)
@@ -83,11 +84,19 @@ def _check(program: Program) -> None:
             first = next(n for n in ancestors([root]) if MIXED in _listed(n.meta["across"]))
             fields = {**program.results, **program.extras}
             field = next((f for f, nodes in fields.items() if root in pytree.tree_leaves(nodes)), "the model's output")
+            among, others, alone = _words(program)
             raise MixedSamplesError(
-                f"{locate(first)}\nfor {field}, {first.target} of stage {stage_of(first)} needs samples of other ranks in "
-                "another way than by a sum over them, or its placement is not known, so the batch cannot be split over the ranks "
-                "of mesh=. Way out: where samples interact (a contrastive loss), ask for it without mesh=, on one device."
+                f"{locate(first)}\nfor {field}, {first.target} of stage {stage_of(first)} needs samples of {others} in "
+                f"another way than by a sum over them, or its placement is not known, so the batch cannot be split {among}. "
+                f"Way out: where samples interact (a contrastive loss), {alone}."
             )
+
+
+def _words(program: Program) -> tuple[str, str, str]:
+    """For messages: what a batch is split into, the others of them, and how not to."""
+    if program.options.ranks == IN_TURNS:
+        return "into parts, as outputs=False computes it", "other parts", "ask for it without outputs=False"
+    return "over the ranks of mesh=", "other ranks", "ask for it without mesh=, of each rank's own batch"
 
 
 def _listed(place: Any) -> list:

@@ -110,7 +110,7 @@ def _places(program: Program, node: fx.Node, vals: list[Any], active: bool) -> l
 
 def _by_rule(program: Program, node: fx.Node, val: Tensor) -> Placement | None:
     rule = rule_of(node.target, program.rules)
-    n = program.batch.probe
+    n = program.batch.stand_in
     found = rule.place(sites(program, node), numeric_args(program, node, n), program.batch.shape(val), n)
     if found is not None:
         return found

@@ -14,7 +14,7 @@ from fxcurv.ir.origin import locate
 from fxcurv.ir.placement import MIXED, PARTIAL, Shard
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Input, Program
-from fxcurv.operators import Code, Lazy, Operator, Parts, Products, Whole
+from fxcurv.operators import AllBlocks, Code, EachBlock, Operator, Parts, Products
 from fxcurv.passes.counts import counts
 from fxcurv.passes.distribute import given
 from fxcurv.passes.ends import check_ends
@@ -23,7 +23,7 @@ from fxcurv.passes.simplify import simplify
 from fxcurv.quantity import Product as Wanted
 from fxcurv.walks.columns import births
 from fxcurv.walks.loss import find_terms
-from fxcurv.walks.products.joint import Joint, joint_of
+from fxcurv.walks.products.joint import JointGraph, joint_of
 from fxcurv.walks.products.partition import repeatable, saved_values, size_of, split
 from fxcurv.walks.products.positive import PositiveProduct
 from fxcurv.walks.products.walk import Product
@@ -69,7 +69,7 @@ def _whole(program: Program, kind: str, names: tuple[str, ...]) -> tuple[list[fx
     saved = saved_values(joint.program, vectors.values(), list(results.values()))
     gm = split(joint.program, saved, list(vectors.values()), list(results.values()))
     labels = [_label(program, n, where) for n in saved]
-    return _returned(program, saved, where), Whole(program, labels, names, gm, list(vectors), list(results), summed)
+    return _returned(program, saved, where), AllBlocks(program, labels, names, gm, list(vectors), list(results), summed)
 
 
 def _across(program: Program, child: Program, where: dict[int, fx.Node], results: dict[str, fx.Node]) -> dict[str, fx.Node]:
@@ -123,10 +123,10 @@ def _positive(program: Program, modify: str, names: tuple[str, ...]) -> tuple[li
     saved = [n for n in saved if where.get(n.meta["key"]) not in changing]
     labels = [_label(program, n, where) for n in saved]
     emit = functools.partial(_positive_block, base, [n.meta["key"] for n in saved], modify)
-    return _returned(program, saved, where), Lazy(program, labels, names, emit)
+    return _returned(program, saved, where), EachBlock(program, labels, names, emit)
 
 
-def _positive_block(base: Joint, keys: list[int], modify: str, name: str) -> Parts | None:
+def _positive_block(base: JointGraph, keys: list[int], modify: str, name: str) -> Parts | None:
     joint = base.copy()
     program = joint.program
     saved = {n.meta["key"]: n for n in program.graph.nodes if n.meta.get("key") in keys}
@@ -142,7 +142,7 @@ def _positive_block(base: Joint, keys: list[int], modify: str, name: str) -> Par
     return first, split(program, kept, list(vectors.values()), results)
 
 
-def _check_convex(program: Program, base: Joint, where: dict[int, fx.Node]) -> None:
+def _check_convex(program: Program, base: JointGraph, where: dict[int, fx.Node]) -> None:
     """The Gauss-Newton is asked for a loss that is convex in f; checked where the loss is a sum over samples."""
     heads, loss = program.heads, program.loss
     apart = loss.meta["place"] == PARTIAL and all(isinstance(h.meta["place"], Shard) for h in heads)
@@ -160,7 +160,7 @@ def _changing(program: Program) -> set[fx.Node]:
     return {n for n, what in bound if what.kind == "buffer" and what.name in program.mutations}
 
 
-def _mark_living(program: Program, base: Joint, where: dict[int, fx.Node]) -> None:
+def _mark_living(program: Program, base: JointGraph, where: dict[int, fx.Node]) -> None:
     """Parameters, buffers and constants are in memory whether a product keeps them or not."""
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     kinds = {n: bound.kind for n, bound in zip(placeholders, program.inputs, strict=True)}

@@ -41,7 +41,8 @@ def _find(program: Program) -> None:
     merged = program.options.sample_index is not None
     how, other = ("with sample_index=", "samples along a dimension") if merged else ('for sample="token"', 'sample="sequence"')
     for e in program.extensions:
-        if not e.requires.of_gradients and not e.any_sample:
+        same = e.any_sample and not (merged and e.sample_axis is not None)
+        if not e.requires.of_gradients and not same:
             raise ExtensionError(
                 f"{type(e).__name__} is not defined {how}. Way out: {other}, or a quantity of individual "
                 "gradients, or one that is a sum over samples (DiagGGNExact, DiagGGNMC, DiagHessian, products)."
@@ -112,7 +113,7 @@ def _check_parameters(program: Program, head: fx.Node, asked: str) -> None:
 
 def _axes(program: Program, head: fx.Node) -> list[tuple[int, Shard, int]]:
     """(dimension, placement, size) of every axis of f besides the samples'; two of them may share their dimension."""
-    where, shape, n = head.meta["place"], program.batch.shape(head.meta["val"]), program.batch.probe
+    where, shape, n = head.meta["place"], program.batch.shape(head.meta["val"]), program.batch.stand_in
     out = []
     for dim, size in enumerate(shape):
         if dim != where.dim:
@@ -154,7 +155,7 @@ def _placed(program: Program, node: fx.Node, known: Known) -> tuple[Placement, r
     if len(which) > 1 or not isinstance(val, Tensor):
         return MIXED, of  # also slices of a different shift
     of = next(iter(which), of)
-    args, shape = numeric_args(program, node, program.batch.probe), program.batch.shape(val)
+    args, shape = numeric_args(program, node, program.batch.stand_in), program.batch.shape(val)
     if sliced(node) and first == Shard((cut := Slice(*args)).dim % val.ndim):
         return first, of[slice(cut.start, cut.end, cut.step)]  # some of them, each still apart
     sites: list[Site | None] = []

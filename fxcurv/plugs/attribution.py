@@ -15,6 +15,7 @@ the same call goes on behind the blocks that are there.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -136,22 +137,16 @@ class Attribution:
             checkpoints: state dicts of the model, or files with them. The model has its own values back in the end.
             rates: the learning rate there.
         """
-        states, kept = list(checkpoints), {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        states = list(checkpoints)
         if len(states) != len(rates) or not states:
             raise ArgumentError(f"{len(states)} checkpoints and {len(rates)} rates: give one rate for each")
         parts: list[tuple[float, Tensor]] = []
-        try:
-            for k, (state, rate) in enumerate(zip(states, rates, strict=True)):
-                self.model.load_state_dict(torch.load(state, weights_only=True) if isinstance(state, str | Path) else state)
+        with contextlib.closing(self._at(states)) as loaded:
+            for k in loaded:
                 folder = Path(to) / f"checkpoint_{k}" if to is not None else None
-                parts.append((rate, self.influence(queries, measure=measure, to=folder)))
-        finally:
-            self.model.load_state_dict(kept)
-        rows = Rows(Path(to) / "scores.npy" if to is not None else None, 0)
-        for start in range(0, len(parts[0][1]), ROWS):
-            some = [rate * scores[start : start + ROWS] for rate, scores in parts]
-            rows.add(torch.stack(some).sum(0), None, start)
-        return rows.finish(1, len(parts[0][1]))
+                parts.append((rates[k], self.influence(queries, measure=measure, to=folder)))
+        total = len(parts[0][1])
+        return _written(to, total, lambda own: torch.stack([rate * scores[own] for rate, scores in parts]).sum(0))
 
     # ---- features ------------------------------
 
@@ -170,27 +165,56 @@ class Attribution:
         """
         compiled = self._compiled if measure is None else self._of(measure)
         result, _, factor = self._pass(compiled.asking([Projected(dim, seed, total=True)]), data, to=to, every=every)
-        return result.projected_total * factor
+        return result.projected_total if factor == 1 else result.projected_total * factor
 
-    def trak(self, queries: Data, dim: int, seed: int = 0, *, measure: Any = margin, damping: float = 0.0) -> Tensor:
-        """TRAK's scores of one model, [Q, N] (Park et al. 2023, eq. 13-15): phi_q (Phi^T Phi + damping I)^-1 Phi^T R.
+    def trak(
+        self, queries: Data, dim: int, seed: int = 0, *, measure: Any = margin, damping: float = 0.0,
+        models: Iterable[Any] | None = None, to: Any = None,
+    ) -> Tensor:  # fmt: skip
+        """TRAK's scores, [Q, N] (Park et al. 2023, section 3): means over models of Phi_q (Phi^T Phi + damping I)^-1 Phi^T and R.
 
-        Phi are the projected gradients of `measure`. R are the losses' derivatives in it, which for cross-entropy and the margin
-        are 1 - p_n: so Phi^T R is the projected gradients of the losses themselves, with another sign. Average the scores of
-        several models, trained alike, for TRAK's of an ensemble.
+        Phi are the projected gradients of `measure`. R are the losses' derivatives in it with another sign, which for
+        cross-entropy and the margin are 1 - p_n: a loss has the gradient of the measure times -R, so projections show R.
 
         Args:
             queries: a loader.
-            dim, seed: of the projection.
+            dim, seed: of the projection, the same for all models.
             measure: a sum over samples, as a loss, that the loss is a function of.
             damping: see above.
+            models: an ensemble: state dicts of the model, or files with them, none of which it keeps; None: the model as it is.
+            to: a folder for `scores.npy`, which the result reads from, and for the features of each model.
         """
-        phi, rows = self.features(dim, seed, measure=measure), -self.features(dim, seed)
-        of_queries = self.features(dim, seed, data=queries, measure=measure)
-        kernel = phi.t() @ phi + damping * torch.eye(dim, dtype=phi.dtype, device=phi.device)
-        return torch.linalg.solve(kernel, of_queries.t()).t() @ rows.t()
+        ensemble: list[tuple[Tensor, Tensor]] = []
+        slopes: list[Tensor] = []
+        with contextlib.closing(self._at(models)) as loaded:
+            for k in loaded:
+                folders = [Path(to) / f"{kind}_{k}" if to is not None else None for kind in ("measure", "loss")]
+                phi = self.features(dim, seed, measure=measure, to=folders[0])
+                of_queries = self.features(dim, seed, data=queries, measure=measure)
+                of_losses = self.features(dim, seed, to=folders[1])
+                kernel = phi.t() @ phi + damping * torch.eye(dim, dtype=phi.dtype, device=phi.device)
+                ensemble.append((torch.linalg.solve(kernel, of_queries.t()).t(), phi))
+                slopes.append(-((of_losses * phi).sum(1) / phi.square().sum(1)).nan_to_num())  # zero, where there is no gradient
+        if not ensemble:
+            raise ArgumentError("models is empty: pass a state dict at least, or None for the model as it is")
+        r = torch.stack(slopes).mean(0)
+        total = len(ensemble[0][0])
+        return _written(to, total, lambda own: torch.stack([q[own] @ phi.t() for q, phi in ensemble]).mean(0) * r)
 
     # ---- what they share ------------------------------
+
+    def _at(self, states: Iterable[Any] | None) -> Iterator[int]:
+        """Load one state after another, and the model's own in the end; None: that alone."""
+        if states is None:
+            yield 0
+            return
+        kept = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        try:
+            for k, state in enumerate(states):
+                self.model.load_state_dict(torch.load(state, weights_only=True) if isinstance(state, str | Path) else state)
+                yield k
+        finally:
+            self.model.load_state_dict(kept)
 
     def _of(self, loss: Any) -> Compiled:
         compiled = compile_model(self.model, loss, [], **self._options)
@@ -261,6 +285,14 @@ class Attribution:
         if file is not None:
             file.unlink()
         return found
+
+
+def _written(to: Any, total: int, rows_of: Callable[[slice], Tensor]) -> Tensor:
+    """Scores of `total` queries, some at a time; in a file of the folder `to`, if there is one."""
+    rows = Rows(Path(to) / "scores.npy" if to is not None else None, 0)
+    for start in range(0, total, ROWS):
+        rows.add(rows_of(slice(start, start + ROWS)), None, start)
+    return rows.finish(1, total)
 
 
 def _check_even(weight: float | None, n: int) -> None:

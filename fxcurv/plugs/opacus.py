@@ -9,6 +9,8 @@
         optimizer.step()
         optimizer.zero_grad()
 
+A training loop that is to stay as it is, with its `loss.backward()`, takes the engine of `fxcurv.backpack.opacus`.
+
 Opacus' optimizers take the gradients of each sample's own loss, whatever the reduction: of a mean, fxcurv's carry 1/N, which is
 undone here.
 """
@@ -26,7 +28,7 @@ from fxcurv.errors import LossError
 from fxcurv.extensions import BatchGrad
 from fxcurv.result import Result
 
-__all__ = ["GradSamples", "make_private"]
+__all__ = ["GradSamples", "add_rows", "make_private"]
 
 
 class GradSamples:
@@ -62,10 +64,7 @@ class GradSamples:
         factor = self._factor(result, inputs, targets, n) if n else 1.0
         named = dict(self.model.named_parameters())
         for name, g in result.grad_batch.items():
-            p: Any = named[name]
-            own = g * factor if factor != 1 else g
-            before = getattr(p, "grad_sample", None)
-            p.grad_sample = own if before is None else [*before, own] if isinstance(before, list) else [before, own]
+            add_rows(named[name], g * factor if factor != 1 else g)
         return result
 
     def _factor(self, result: Result, inputs: Any, targets: tuple, n: int) -> float:
@@ -78,6 +77,12 @@ class GradSamples:
                     "out: a sum, or a mean over samples."
                 )
         return float(n) if self._weights.mean else 1.0
+
+
+def add_rows(p: Any, rows: Tensor) -> None:
+    """`p.grad_sample` of one more batch, as Opacus keeps several."""
+    before = getattr(p, "grad_sample", None)
+    p.grad_sample = rows if before is None else [*before, rows] if isinstance(before, list) else [before, rows]
 
 
 def make_private(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxcurv.contractions.factors import Factor, Jacobian
+from fxcurv.contractions.factors import Explicit, Factor
 from fxcurv.ir.graph import invoke
 from fxcurv.ir.lengths import said
 from fxcurv.ir.placement import Placement, Shard, Site, samples_first
@@ -115,8 +115,8 @@ class Rule:
         if serves_alone(call, alone, [t[0, 0] for t in g]):
             with contextlib.suppress(*FAILURES):  # some ops notice the missing samples in their backward only
                 p = torch.vmap(one, in_dims=(1, *[0] * len(slices)))(g, *slices)
-                return Jacobian(p.movedim(0, 1))  # not by out_dims, where vmap expands a constant result wrongly
-        return Jacobian(_one_hot(call, position, g))
+                return Explicit(p.movedim(0, 1))  # not by out_dims, where vmap expands a constant result wrongly
+        return Explicit(_one_hot(call, position, g))
 
 
 def _samples_first(call: Call, ys: Sequence[Tensor], lead: int = 0) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from fxcurv.contractions.factors import Arrange, Dense, Factor, Jacobian
+from fxcurv.contractions.factors import Arrange, Dense, Explicit, Factor
 from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Mixed, Partial, Shard, samples_first
 from fxcurv.rules.base import Rule, register, rewrite
 from fxcurv.rules.call import Call
@@ -99,7 +99,8 @@ class Contraction(Rule):
         """einsum of g with columns V in front; V joins the leading rows where a plain matmul does."""
         if "." in mine:
             weight = other if theirs[0] == out[-1] else other.t()
-            return torch.matmul(g, weight)
+            rows = g.reshape(prod(g.shape[:-1]), g.shape[-1])  # matmul itself repeats the weight where g is strided
+            return torch.mm(rows, weight).reshape(*g.shape[:-1], weight.shape[1])
         return torch.einsum(f"v{out},{theirs}->v{mine}", g, other)
 
     def factors(self, call: Call, position: int, g) -> Factor:
@@ -130,7 +131,7 @@ class Contraction(Rule):
 
 def _bias_factor(call: Call, position: int, g):
     p = samples_first(g, call.place, lead=1)
-    return Jacobian(unbroadcast(p, call.args[position].shape, lead=2))
+    return Explicit(unbroadcast(p, call.args[position].shape, lead=2))
 
 
 def _group_axes(t, labels, groups, features, lead):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fxcurv.contractions.factors import Conv, Factor, Jacobian
+from fxcurv.contractions.factors import Conv, Explicit, Factor
 from fxcurv.ir.placement import MIXED, REPLICATE, Shard, samples_first
 from fxcurv.kernels.patches import channels_last
 from fxcurv.rules.base import Rule, register, rewrite
@@ -55,7 +55,7 @@ class Convolution(Rule):
     def factors(self, call: Call, position: int, g) -> Factor:
         x, weight, _, stride, padding, dilation, transposed, extra, groups = call.args
         if position == 2:
-            return Jacobian(total(samples_first(g, call.place, lead=1), [2, *range(4, g.ndim + 1)]))
+            return Explicit(total(samples_first(g, call.place, lead=1), [2, *range(4, g.ndim + 1)]))
         dims = weight.ndim - 2
         return Conv(  # type: ignore[call-arg]
             x, g, call.places[0], tuple(weight.shape[2:]), *(_per_dim(a, dims) for a in (stride, padding, dilation)),

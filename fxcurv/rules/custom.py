@@ -44,7 +44,7 @@ aten = torch.ops.aten
 
 WAY_OUT = (
     "Way out: write it as plain PyTorch ops (x + (f(x) - x).detach() for a straight-through estimator), or as a "
-    "torch.library.custom_op with register_autograd."
+    "torch.library.custom_op that rules={op: rule} says the derivative of."
 )
 
 KINDS: list[Custom] = []
@@ -200,7 +200,7 @@ class Custom:
         ys = [out] if self.single else list(out)
         where, origin = f"{locate(node)}\n", origin_of(node, "forward")
         with saying(self, where):
-            self.forward = _graph(program, lambda *leaves: self.run(leaves).tensors, vals, origin)
+            self.forward = _graph(program, lambda *leaves: _apart(self.run(leaves).tensors, leaves), vals, origin)
             _check(self, where, self.forward)
             if is_active(node) and any(self.needs):
                 self.backward = _graph(program, self._backward, [*vals, *vals, *ys, *ys], origin)
@@ -242,6 +242,11 @@ class Custom:
         self.smooth = self.once or reaches(given[: 2 * n + outs])
         gs = given[2 * n + outs :]
         self.linear = _is_linear(program, self.backward.graph, gs) or _tried_linear(program, self.backward, gs)
+
+
+def _apart(outs: Sequence[Tensor], given: Sequence[Any]) -> list[Tensor]:
+    """Where a function returns its input as it is, a view of it, which PyTorch makes of it too."""
+    return [y.view_as(y) if any(y is x for x in given) else y for y in outs]
 
 
 class CustomRule(Rule):

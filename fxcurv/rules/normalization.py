@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from fxcurv.contractions.factors import Factor, Jacobian
+from fxcurv.contractions.factors import Explicit, Factor
 from fxcurv.ir import placement
 from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Shard, samples_first
 from fxcurv.rules.base import AGAIN, SUMS, Rule, register, rewrite
@@ -58,7 +58,7 @@ class BatchNormEval(Rule):
         if position == 1:
             g = g * ((x - self._channels(mean, x.ndim)) * self._channels(torch.rsqrt(var + eps), x.ndim))
         t = samples_first(g, call.place, lead=1)
-        return Jacobian(t.sum([2, *range(4, t.ndim)]))
+        return Explicit(t.sum([2, *range(4, t.ndim)]))
 
 
 @register(aten._native_batch_norm_legit_functional.default)
@@ -159,7 +159,7 @@ class LayerNorm(Rule):
         t = g * self._of_call(call) if position == self._flat(call, 2) else g
         t = samples_first(t, call.place, lead=1)
         shared = list(range(2, t.ndim - keep))
-        return Jacobian(t.sum(shared) if shared else t)
+        return Explicit(t.sum(shared) if shared else t)
 
 
 class StatisticsBeside(LayerNorm):

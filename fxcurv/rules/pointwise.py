@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fxcurv.contractions.factors import Factor, Jacobian
+from fxcurv.contractions.factors import Explicit, Factor
 from fxcurv.ir import placement
 from fxcurv.ir.lengths import said
 from fxcurv.ir.placement import Shard, samples_first
@@ -219,9 +219,9 @@ class Arithmetic(Rule):
         p = self.pull(call, position, g)
         along = place.dim + 1 - (p.ndim - x.ndim)
         if 0 <= along < x.ndim and not _is_one(x.shape[along]):
-            return Jacobian(unbroadcast(_own_slices(p, place), x.shape, lead=2))
+            return Explicit(unbroadcast(_own_slices(p, place), x.shape, lead=2))
         # the sample axis first, then what the parameter was broadcast over is summed
-        return Jacobian(unbroadcast(samples_first(p, place, lead=1), x.shape, lead=2))
+        return Explicit(unbroadcast(samples_first(p, place, lead=1), x.shape, lead=2))
 
 
 def _own_slices(p: Tensor, place: Shard) -> Tensor:

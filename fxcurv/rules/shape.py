@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from fxcurv.contractions.factors import Factor, Jacobian
+from fxcurv.contractions.factors import Explicit, Factor
 from fxcurv.ir import placement
 from fxcurv.ir.graph import invoke
 from fxcurv.ir.placement import MIXED, REPLICATE, Shard, samples_first
@@ -125,7 +125,7 @@ class Expand(Rule):
 
     def factors(self, call: Call, position: int, g) -> Factor:
         p = samples_first(g, call.place, lead=1)
-        return Jacobian(unbroadcast(p, call.args[0].shape, lead=2))
+        return Explicit(unbroadcast(p, call.args[0].shape, lead=2))
 
 
 class Slice(Selection):

@@ -1,4 +1,4 @@
-"""Shorter: what an op computes, by less, because of what it reads. The numbers stay the same to the last bit.
+"""Shorter: what an op computes, by less, because of what it reads. The numbers stay the same, but for the sign of a zero.
 
 A short form is a function (make, node) -> the node that stands for `node`, or None where there is nothing to gain.
 `make(op, *args, **kwargs)` gives a new node in front of it, of the sizes and dtype of `like=` where that is known. It is
@@ -88,10 +88,52 @@ def _times_one(make: Make, node: fx.Node) -> fx.Node | None:
 
 @short(aten.add.Tensor)
 def _plus_zero(make: Make, node: fx.Node) -> fx.Node | None:
-    """Of integers alone: in floating point the sum of -0.0 and 0 is another number."""
-    if node.kwargs or node.meta["val"].is_floating_point():
+    """Zeros are no term; parts that lie in zeros side by side are put together."""
+    if node.kwargs:
         return None
-    return _beside(node, is_zero)
+    return _beside(node, is_zero) if not node.meta["val"].is_floating_point() else _put_together(make, node)
+
+
+def _put_together(make: Make, node: fx.Node) -> fx.Node | None:
+    """A sum of the parts of one axis, each in zeros of the whole size: what a split or `unbind` has for a transpose."""
+    parts = [_part_in_zeros(term) for term in _terms(node)]
+    if len(parts) < 2 or None in parts:
+        return None
+    sizes, dim = parts[0][1:3]  # type: ignore[index]
+    parts.sort(key=lambda part: part[3])  # type: ignore[index]
+    if any(part[1:3] != (sizes, dim) for part in parts):  # type: ignore[index]
+        return None
+    ends = [0, *(part[4] for part in parts)]  # type: ignore[index]
+    if [part[3] for part in parts] != ends[:-1] or ends[-1] != sizes[dim]:  # type: ignore[index]
+        return None
+    thick = [g if g.meta["val"].ndim == len(sizes) else make(aten.unsqueeze.default, g, dim) for g, *_ in parts]  # type: ignore[misc]
+    return make(aten.cat.default, thick, dim, like=node)
+
+
+def _terms(node: fx.Node) -> list[fx.Node]:
+    """What a tree of sums, each read by the next alone, adds up."""
+    if node.target is not aten.add.Tensor or node.kwargs or not all(map(is_tensor, node.args)):
+        return [node]
+    return [t for a in node.args for t in (_terms(a) if len(a.users) == 1 else [a])]  # type: ignore[arg-type, union-attr]
+
+
+def _part_in_zeros(node: fx.Node) -> tuple[fx.Node, list, int, int, int] | None:
+    """(part, sizes of the whole, dimension, start, end)."""
+    if node.target is aten.slice_backward.default:
+        g, sizes, dim, start, end, step = node.args
+        size = sizes[dim]  # type: ignore[index, call-overload]
+        if step != 1 or not all(isinstance(n, int) for n in (start, end, size)):
+            return None
+        start, end, _ = slice(start, end).indices(size)
+    elif node.target is aten.select_backward.default:
+        g, sizes, dim, start = node.args
+        if not isinstance(start, int) or not isinstance(sizes[dim], int):  # type: ignore[index, call-overload]
+            return None
+        start %= sizes[dim]  # type: ignore[index, call-overload]
+        end = start + 1
+    else:
+        return None
+    return g, list(sizes), dim % len(sizes), start, end  # type: ignore[arg-type, operator, return-value]
 
 
 def _beside(node: fx.Node, neutral: Callable[[Any], bool]) -> fx.Node | None:

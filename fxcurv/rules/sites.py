@@ -17,7 +17,7 @@ def structural(program: Program, val: Any) -> Placement:
     """The placement of a constant, from its shape alone."""
     if not isinstance(val, Tensor):
         return REPLICATE
-    n = program.batch.probe
+    n = program.batch.stand_in
     dims = [d for d, s in enumerate(program.batch.shape(val)) if s == n]
     if dims:
         return Shard(dims[0])

@@ -45,7 +45,7 @@ class Split:
     """The placements of a program's values, node by node: `across[node]`."""
 
     def __init__(self, program: Program):
-        self.program, self.n = program, program.batch.probe
+        self.program, self.n = program, program.batch.stand_in
         self.across: dict[fx.Node, Found] = {}
         self.sizes: dict[Any, int] = {}
 
@@ -281,6 +281,15 @@ def _along(position: int) -> Callable[[Sites, tuple, list], Found]:
     return place
 
 
+def _gathered(sites: Sites, args: tuple, outs: list) -> Found:
+    """gather(x, dim, index): along the samples' axis only of what has no samples, a table by class, say."""
+    x, index = [s for s in sites if s]
+    axis = args[1] % max(len(outs[0]), 1)
+    if x.place == REPLICATE and isinstance(index.place, Shard) and index.place.dim == axis:
+        return index.place
+    return _apart(sites, axis, len(outs[0]))
+
+
 def _reduced(sites: Sites, args: tuple, outs: list) -> Found:
     (site,) = [s for s in sites if s]
     dims = args[1] if len(args) > 1 and args[1] is not None else ()
@@ -440,7 +449,7 @@ def _attention(sites: Sites, args: tuple, outs: list) -> Found:
 PLACES: dict[Any, Callable[[Sites, tuple, list], Found]] = {
     **dict.fromkeys(
         (aten._log_softmax.default, aten._softmax.default, aten.softmax.int, aten.log_softmax.int, aten._safe_softmax.default,
-         aten.cumsum.default, aten.gather.default, aten.scatter.value, aten.scatter.src, aten.scatter_add.default,
+         aten.cumsum.default, aten.scatter.value, aten.scatter.src, aten.scatter_add.default,
          aten.logcumsumexp.default), _along(1)),
     **dict.fromkeys((aten._log_softmax_backward_data.default, aten._softmax_backward_data.default), _along(2)),
     **dict.fromkeys(
@@ -449,6 +458,7 @@ PLACES: dict[Any, Callable[[Sites, tuple, list], Found]] = {
     **dict.fromkeys(
         (aten.max_pool2d_with_indices_backward.default, aten.avg_pool2d_backward.default,
          aten._adaptive_avg_pool2d_backward.default), _rows),
+    aten.gather.default: _gathered,
     aten.log_sigmoid_forward.default: _elementwise,
     torch.ops.fxcurv.max_pool_columns.default: _pooled_columns,
     torch.ops.fxcurv.syrk.default: _square,

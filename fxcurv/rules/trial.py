@@ -443,7 +443,7 @@ def _shard(program: Program, moved: list[Tensor], sets: list[tuple[int, ...]], n
     for dim, (outer, inner) in product(range(len(shape)), _splits_of(shape, n)):
         if outer * n * inner != shape[dim]:
             continue
-        one_size = outer * program.batch.probe * inner != program.batch.shape(val)[dim]
+        one_size = outer * program.batch.stand_in * inner != program.batch.shape(val)[dim]
         if one_size and n != program.batch.size:
             continue
         slots = _slots(shape[dim], inner, n).view(-1, *[1] * (len(shape) - dim - 1))

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from fxcurv.front.arguments import Slot, filled
 from fxcurv.front.requests import Request, tensors_in
 from fxcurv.front.side_effects import HOOKS, global_hooks
-from fxcurv.ir.private import pytree
+from fxcurv.ir.private import hooks_of_tensor, pytree
 from fxcurv.ir.program import Program
 from fxcurv.result import Result
 from fxcurv.rules.traits import borrows
@@ -39,7 +39,7 @@ class Again:
     def __init__(self, ready: Ready, request: Request, inputs: Any, targets: tuple):
         subject, program = request.subject, ready.program
         self.ready, self.holder, self.device = ready, subject.holder, subject.device()
-        self.lengths = lengths_of(program, request.arguments)
+        self.lengths, self.dtype = lengths_of(program, request.arguments), torch.get_default_dtype()
         self.n, self.names = request.arguments.batch_size, tuple(inputs) if type(inputs) is dict else None
         self.described = [_of_argument(t) for t in (*_values(inputs), *targets)]
         self.modules = subject.modules()
@@ -79,31 +79,35 @@ class Again:
             flat[position] = path.get(self.modules)
         for position in self.seeds:
             flat[position] = seed_tensor(seed, generator, self.device)
-        memory = self.ready.pool.take(self.n, self.lengths)
+        memory, pool = self.ready.pool.take(self.n, self.lengths), self.ready.pool
         try:
             with torch.no_grad():
                 values = self.run(*flat, *memory)
         except (RuntimeError, IndexError):
             return None  # the long way names the op
         fields = self._unpack(values, flat)
-        return Result(fields, self.ready.program.extensions, self.holder, self.ready.pool.kept(fields))
+        return Result(fields, self.ready.program.extensions, self.holder, pool.kept(fields, memory))
 
     def _holds(self, inputs: Any, arguments: tuple) -> bool:
         """Whether nothing has changed but values of tensors."""
         try:
-            same = list(map(_of_argument, arguments)) == self.described
-        except AttributeError:  # of a value that is no tensor
+            return self._same(inputs, arguments)
+        except (AttributeError, RuntimeError):  # of a value that is no tensor; of modules that another thread is compiling
             return False
+
+    def _same(self, inputs: Any, arguments: tuple) -> bool:
         return (
-            same
+            list(map(_of_argument, arguments)) == self.described
             and (tuple(inputs) if type(inputs) is dict else None) == self.names
             and list(map(_of_module, self.modules)) == self.owners
             and list(map(id, _members(self.dicts))) == self.ids
             and list(map(_of_tensor, self.tensors)) == self.states
+            and not any(map(hooks_of_tensor, self.tensors))
             and self.ready.program.python.holds(self.modules)
             and not any(global_hooks())
             and not torch.is_autocast_enabled(self.device.type)
             and not torch.is_inference_mode_enabled()
+            and torch.get_default_dtype() is self.dtype
         )
 
     def _bind(self, program: Program, request: Request) -> None:

@@ -15,6 +15,7 @@ from fxcurv.front.observers import run_observers, silent
 from fxcurv.front.requests import Request, Subject
 from fxcurv.ir.lengths import at
 from fxcurv.ir.origin import locate
+from fxcurv.ir.private import compile_lock
 from fxcurv.ir.program import Kept, Program
 from fxcurv.passes.recycle import functional
 from fxcurv.result import Result
@@ -48,11 +49,23 @@ def call(
         values: in place of the model's parameters.
         first: of a part of a batch, the number of its first sample.
     """
-    request = programs.request(subject, inputs, targets, subject.autocast(), create_graph)
-    kept = None if out is None else keep(out, create_graph, backend)
-    if not request.arguments.batch_size:
-        with request.apart():
-            return of_no_sample(programs.like(request).program, request, values or {}), None
+    with contextlib.ExitStack() as alone:
+        alone.enter_context(compile_lock)
+        request = programs.request(subject, inputs, targets, subject.autocast(), create_graph)
+        kept = None if out is None else keep(out, create_graph, backend)
+        if not request.arguments.batch_size:
+            with request.apart():
+                return of_no_sample(programs.like(request).program, request, values or {}), None
+        return _call(programs, request, backend, alone, inputs, targets, seed, generator, kept, out, values, first)
+
+
+def _call(
+    programs: Programs[Ready], request: Request, backend: Backend, alone: contextlib.ExitStack, inputs: Any, targets: tuple,
+    seed: Any, generator: torch.Generator | None, kept: Kept | None, out: Result | None, values: dict[str, Tensor] | None,
+    first: int | None,
+) -> tuple[Result, Again | None]:  # fmt: skip
+    """`call`, of some samples; `alone`: what is closed where other threads may go on."""
+    subject, create_graph = request.subject, request.create_graph
     with request.apart(), contextlib.ExitStack() as within, contextlib.ExitStack() as unseen:
         ready = programs.find(request)
         program, lengths = ready.program, lengths_of(ready.program, request.arguments)
@@ -62,6 +75,8 @@ def call(
         part = None if first is None else (request.arguments.batch_size, first)
         flat = bind(program, subject, request.arguments, seed, generator, values, part)
         memory = take_memory(ready, backend, request.arguments, flat, kept)
+        if _settled(ready, backend):
+            alone.close()
         try:
             check_values(ready, flat)
             if values:
@@ -77,7 +92,7 @@ def call(
         except (RuntimeError, IndexError) as error:
             raise run_error(program, request.arguments, flat, error) from error
         with torch.set_grad_enabled(create_graph):
-            result = result_of(ready, subject, backend, flat, found)
+            result = result_of(ready, subject, backend, flat, found, memory)
         unseen.close()
         if program.observed:
             given = dict(zip(program.output.args[0], found, strict=True))
@@ -89,6 +104,14 @@ def call(
         repeated, ready.size = ready.size == size, size
         plain = repeated and backend.name == "eager" and not values
         return result, Again.of(ready, request, inputs, targets) if plain else None
+
+
+def _settled(ready: Ready, backend: Backend) -> bool:
+    """Whether a call does no more than run the program: no check, and no hooks, which are taken off the modules meanwhile."""
+    options, program = ready.program.options, ready.program
+    known = ready.checked and (ready.selfcheck is None or ready.verified)
+    often = options.debug or options.check == "always" or program.python.numbers or program.observed
+    return known and not often and (backend.name == "eager" or ready.runner is not None)
 
 
 # ---- memory ------------------------------
@@ -171,8 +194,10 @@ def _run(ready: Ready, backend: Backend, flat: list[Any], memory: list[Tensor]) 
     return ready.runner(flat)
 
 
-def result_of(ready: Ready, subject: Subject, backend: Backend, flat: list[Any], values: tuple) -> Result:
-    """The result, of what the program returned; buffers get their new values."""
+def result_of(
+    ready: Ready, subject: Subject, backend: Backend, flat: list[Any], values: tuple, memory: list[Tensor] | None = None
+) -> Result:
+    """The result, of what the program returned, to this memory; buffers get their new values."""
     program = ready.program
     loss, leaves, mutations, results, extras = program.unpack(values, owner(flat))
     fields: dict[str, Any] = {} if loss is None else {"loss": loss}
@@ -186,7 +211,7 @@ def result_of(ready: Ready, subject: Subject, backend: Backend, flat: list[Any],
         for name, value in mutations.items():
             buffers[name].copy_(value.detach())
     own = backend.name == "eager" and not program.options.create_graph
-    return Result(fields, program.extensions, subject.holder, ready.pool.kept(fields) if own else None)
+    return Result(fields, program.extensions, subject.holder, ready.pool.kept(fields, memory) if own else None)
 
 
 def owner(flat: list[Any]) -> Callable[[Any], Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from fxcurv.errors import ArgumentError
 from fxcurv.front.arguments import filled
 from fxcurv.front.requests import Request, Subject
+from fxcurv.ir.origin import failing_line
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
 from fxcurv.kronecker import Eigenbasis
@@ -25,7 +26,8 @@ def of_no_sample(program: Program, request: Request, values: dict[str, Tensor]) 
         values: in place of the parameters.
 
     Raises:
-        ArgumentError: for products, a call that is to be differentiated, or a regulariser whose curvature is asked for.
+        ArgumentError: for products, a call that is to be differentiated, a regulariser whose curvature is asked for, or where
+            plain PyTorch refuses the batch.
     """
     if program.borrowing or request.create_graph:
         what = "products" if program.borrowing else "create_graph=True"
@@ -68,7 +70,13 @@ def _of_loss(subject: Subject, name: str) -> bool:
 
 
 def _run(function: Any, values: dict[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
-    return torch.func.functional_call(function, values, args, kwargs) if values else function(*args, **kwargs)
+    try:
+        return torch.func.functional_call(function, values, args, kwargs) if values else function(*args, **kwargs)
+    except (RuntimeError, IndexError) as error:
+        raise ArgumentError(
+            f"the batch is empty, and plain PyTorch refuses it\n{failing_line(error)}({str(error).splitlines()[0]}).\n"
+            "Way out: pass at least one sample, or say all sizes, as in flatten(1) or view(n, 4, k) for reshape(n, -1, k)."
+        ) from error
 
 
 def _empty(program: Program, value: Any, axis: int | None, lengths: tuple[int, ...]) -> Any:

@@ -18,7 +18,7 @@ from fxcurv.operators import Saved
 from fxcurv.runtime.stateless import Stateless, named_tensors, parted, refuse_packed
 
 
-class _Whole(nn.Module):
+class Exported(nn.Module):
     """What is exported: a program with the parameters and buffers that it reads."""
 
     def __init__(self, model: nn.Module, loss: Any, step: Stateless):
@@ -59,7 +59,7 @@ def export(
         return {d: Dim.AUTO} if d is not None and not program.fixed else None
 
     shapes = {**dict(zip(("inputs", "targets"), pytree.tree_map(spec, (inputs, targets)), strict=True)), "seed": None}
-    whole = _Whole(subject.model, subject.loss, Stateless(program, arguments))
+    whole = Exported(subject.model, subject.loss, Stateless(program, arguments))
     whole.train(subject.model.training)
     with torch.no_grad():
         return torch.export.export(whole, (inputs, targets, seed), dynamic_shapes=shapes, strict=False)

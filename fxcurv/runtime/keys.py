@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fxcurv.front.arguments import Arguments
@@ -23,6 +24,7 @@ class Key(NamedTuple):
         tensors: (name, requires_grad, dtype, device, shape) of parameters and buffers.
         single: a batch of one sample.
         hooks: on the modules, and global ones.
+        dtype: that of tensors which are made without one.
     """
 
     inputs: tuple
@@ -32,6 +34,7 @@ class Key(NamedTuple):
     tensors: tuple
     single: bool
     hooks: tuple = ()
+    dtype: torch.dtype = torch.float32
 
 
 def key_of(subject: Subject, arguments: Arguments, any_size: bool = False) -> Key:
@@ -48,7 +51,8 @@ def key_of(subject: Subject, arguments: Arguments, any_size: bool = False) -> Ke
     flags = tuple((type(m), m.training) for root in roots for m in root.modules())
     tensors = [pair for root in roots for pair in tensors_in(root)]
     state = tuple((name, t.requires_grad, t.dtype, t.device, t.shape) for name, t in tensors)
-    return Key(inputs, targets, arguments.structure, flags, state, n == 1 and not any_size, hooks_of(roots))
+    single, dtype = n == 1 and not any_size, torch.get_default_dtype()
+    return Key(inputs, targets, arguments.structure, flags, state, single, hooks_of(roots), dtype)
 
 
 def why(key: tuple, programs: Mapping[tuple, Sequence[Program]], n: int, subject: Subject) -> str:
@@ -99,6 +103,7 @@ def _differences(new: Key, old: Key, names: Sequence[str]) -> list[str]:
     if new.single != old.single:
         out.append("a batch of one sample" if new.single else "more than one sample")
     out += ["other hooks on modules"] if new.hooks != old.hooks else []
+    out += [f"the default dtype is {new.dtype} instead of {old.dtype}"] if new.dtype != old.dtype else []
     return out
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fxcurv.errors import ArgumentError
-from fxcurv.ir.private import uses_of_storage
+from fxcurv.ir.private import base_of, uses_of_storage
 from fxcurv.ir.program import Kept, Program
 
 
-class Pool:
+class Storage:
     """The memory of earlier results of one program, by buffer."""
 
     def __init__(self, program: Program):
@@ -60,16 +60,19 @@ class Pool:
         self._kept.update(enumerate(kept.tensors))
         return [self._view(index, n, lengths, free=False) for index in range(len(self._program.buffers))]
 
-    def kept(self, fields: dict[str, Any]) -> Kept:
-        """What the last call of the program wrote to, and its fields."""
-        return Kept(self._program, tuple(self._kept[index] for index in range(len(self._program.buffers))), fields)
+    def kept(self, fields: dict[str, Any], memory: list[Tensor] | None = None) -> Kept:
+        """What a call of the program wrote to (the last one, if not this memory), and its fields."""
+        known = [self._kept[index] for index in range(len(self._program.buffers))] if memory is None else memory
+        return Kept(self._program, tuple(t if (base := base_of(t)) is None else base for t in known), fields)
 
     def _view(self, index: int, n: int, lengths: tuple[int, ...], free: bool) -> Tensor:
         shape = self._shape(index, n, lengths)
-        kept, numel = self._kept.get(index), math.prod(shape)
+        kept, numel = self._kept.pop(index, None), math.prod(shape)  # of several threads, one gets it
         if kept is None or free and (kept.numel() < numel or not _ours_alone(kept)):
-            kept = self._kept[index] = torch.empty(numel, dtype=self._program.buffers[index].val.dtype)
-        return kept[:numel].view(shape)
+            kept = torch.empty(numel, dtype=self._program.buffers[index].val.dtype)
+        view = kept[:numel].view(shape)
+        self._kept[index] = kept  # now held twice
+        return view
 
     def _shape(self, index: int, n: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
         key = index, n, lengths

@@ -22,6 +22,7 @@ from fxcurv.front.capture import capture
 from fxcurv.front.observers import refuse_observers
 from fxcurv.front.python_state import Path, Schedule, reasons
 from fxcurv.front.requests import Autocast, Request, Subject, check_trainable
+from fxcurv.ir.private import compile_lock
 from fxcurv.ir.program import Program
 from fxcurv.ir.specialise import specialise
 from fxcurv.ir.state import Options
@@ -30,7 +31,7 @@ from fxcurv.runtime import forward
 from fxcurv.runtime.bind import bind, cuda_devices
 from fxcurv.runtime.keys import Key, key_of, shortened, why
 from fxcurv.runtime.lengths import Varying, asked, differing, lengths_of, not_served, serves, to_capture, union, without
-from fxcurv.runtime.memory import Pool
+from fxcurv.runtime.memory import Storage
 from fxcurv.runtime.merged import Merged
 from fxcurv.runtime.probe import Probe
 from fxcurv.runtime.progress import progress, silent
@@ -71,7 +72,7 @@ class Ready:
     """
 
     program: Program
-    pool: Pool
+    pool: Storage
     probe: Probe | Merged | None = None
     selfcheck: SelfCheck | None = None
     checked: bool = False
@@ -86,7 +87,7 @@ class Ready:
     def adopted(cls, finished: Finished, captured: Program) -> Ready:
         """For another model, of what was finished for an equal one."""
         program, probe, selfcheck = finished.adopted(captured)
-        return cls(program, Pool(program), probe, selfcheck, finished=finished)
+        return cls(program, Storage(program), probe, selfcheck, finished=finished)
 
     def shared(self, key: Hashable | None) -> Ready:
         """This, before its first call, to be found by `key`."""
@@ -107,7 +108,7 @@ def emitted(program: Program, tell: Tell) -> Ready:
     if not program.options.outputs:
         program.output_leaves, program.output_template = [], None
     program = passes.run(program, passes.pipeline(program.options), program.options.debug, tell)
-    return Ready(program, Pool(program), probe, selfcheck)
+    return Ready(program, Storage(program), probe, selfcheck)
 
 
 class Programs(Generic[M]):
@@ -195,6 +196,10 @@ class Programs(Generic[M]):
         """
         if not request.arguments.batch_size:
             raise ArgumentError("the batch is empty, so there is no program: pass at least one sample")
+        with compile_lock:
+            return self._find(request, schedules)
+
+    def _find(self, request: Request, schedules: bool) -> M:
         n, modules = request.arguments.batch_size, request.subject.modules()
         key = self._key(request)
         serving = [made for made in self._made.get(key, []) if serves(made.program, request.arguments)]
@@ -303,7 +308,8 @@ class Programs(Generic[M]):
     def captured(self, request: Request, numbers: tuple[Path, ...] = ()) -> Program:
         """The captured program with what was asked for; `numbers`: where floats are that become inputs of it."""
         start = time.perf_counter()
-        program = self._trace(request, numbers)
+        with compile_lock:
+            program = self._trace(request, numbers)
         program.timings["capture"] = time.perf_counter() - start
         program.extensions, program.rules = self.extensions, self.options.rules
         names, program.covers = covered(request.subject, self.options.params, self.extensions)

@@ -32,6 +32,7 @@ from fxcurv.errors import SelfCheckError
 from fxcurv.front.arguments import filled, templated
 from fxcurv.front.observers import heard, silent
 from fxcurv.front.requests import Request
+from fxcurv.front.side_effects import refill
 from fxcurv.ir.placement import Shard
 from fxcurv.ir.private import (
     OpOverload,
@@ -423,7 +424,7 @@ def _as_found(modules: list[nn.Module], params: list[Tensor], functions: list[An
                 vars(module).clear()
                 vars(module).update(old)
             for container, old in containers:
-                _refill(container, old)
+                refill(container, old)
             for p, old in hooks.values():
                 set_hooks_of_tensor(p, old)
             random.setstate(state[0])
@@ -472,14 +473,6 @@ def _reachable(function: Any) -> list[Any]:
         with contextlib.suppress(ValueError):
             found.append(cell.cell_contents)
     return found + [function.__globals__[n] for n in function.__code__.co_names if n in function.__globals__]
-
-
-def _refill(container: Any, old: Any) -> None:
-    if isinstance(container, list):
-        container[:] = old
-        return
-    container.clear()
-    container.extend(old) if isinstance(container, collections.deque) else container.update(old)
 
 
 # ---- draws and rounding ----

@@ -181,7 +181,7 @@ def _fields(program: Program) -> Hashable:
     index = {node: k for k, node in enumerate(program.graph.nodes)}
     batch, shapes = program.batch, program.fake_mode.shape_env
     options = [getattr(program.options, f.name) for f in dataclasses.fields(program.options) if f.name != "rules"]
-    leaves = pytree.tree_leaves((program.results, program.extras, program.pieces, program.spread.ops))
+    leaves = pytree.tree_leaves((program.results, program.extras, program.spread.ops))
     if leaves or program.checks or program.decisions or program.walked.uses:
         raise _Unknown("a program that passes have worked on")
     return (

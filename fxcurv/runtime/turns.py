@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcurv.errors import ArgumentError, MixedSamplesError
+from fxcurv.errors import ArgumentError
 from fxcurv.front.requests import Request, Subject
 from fxcurv.ir.placement import Shard, samples_back, samples_first
-from fxcurv.ir.private import pytree
+from fxcurv.ir.private import compile_lock, pytree
 from fxcurv.ir.program import Program
 from fxcurv.passes.recycle import without_memory
 from fxcurv.result import Result
@@ -42,11 +42,13 @@ def call_in_turns(
     if not n:
         raise ArgumentError("the batch is empty, which outputs=False cannot be of: pass at least one sample")
     with request.apart():
-        ready = programs.held(request) or _made(programs, request)
+        with compile_lock:
+            ready = programs.held(request) or programs.spread(request, max(n, 2))
         program, drawn = ready.program, seed_tensor(seed, generator, subject.device())
         size = part_size(program, n)
         if not ready.checked:
-            _check(ready, request, drawn, size)
+            with compile_lock:
+                _check(ready, request, drawn, size)
         loss, _, mutations, results, extras = program.unpack(_values(program, _flats(program, request, drawn, size)), _own)
         program.python.run_effects(subject.modules())
     fields: dict[str, Any] = {"loss": loss, **results, **extras}
@@ -58,15 +60,6 @@ def call_in_turns(
             for name, value in mutations.items():
                 buffers[name].copy_(value)
     return Result(fields, program.extensions, subject.holder)
-
-
-def _made(programs: Programs[Ready], request: Request) -> Ready:
-    try:
-        return programs.spread(request, max(request.arguments.batch_size, 2))
-    except MixedSamplesError as error:
-        raise MixedSamplesError(
-            f"outputs=False computes a batch in parts, as ranks of a mesh do, and this one cannot be: drop it.\n{error}"
-        ) from error
 
 
 def _own(value: Any) -> Any:

@@ -15,7 +15,7 @@ import fxcurv
 from fxcurv.errors import ArgumentError
 from fxcurv.extensions import BatchDiagGGNExact, BatchGrad, BatchL2Grad, DiagGGNExact, SqrtGGNExact
 from fxcurv.passes.recycle import WORTHWHILE
-from fxcurv.runtime.memory import Pool
+from fxcurv.runtime.memory import Storage
 
 WIDTH = 96
 N = 2 * WORTHWHILE // (8 * WIDTH * WIDTH)  # the first layer's individual gradients take 2 MiB in float64
@@ -215,7 +215,7 @@ def test_a_backend_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any) -> None:
         raise AssertionError("memory that the compiled graph does not write to")
 
-    monkeypatch.setattr(Pool, "_view", never)
+    monkeypatch.setattr(Storage, "_view", never)
     compiled = compiled_mlp(DiagGGNExact(), BatchGrad(), backend="aot_eager")
     assert compiled.lower(*batch()).buffers
     close(compiled(*batch()).grad_batch, individual_gradients(compiled.model, *batch()))

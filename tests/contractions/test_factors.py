@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fxcurv.contractions.candidates import CANDIDATES
 from fxcurv.contractions.contract import Contract, Spec, combine, contract
-from fxcurv.contractions.factors import Arrange, Conv, Dense, Gather, Jacobian, unfold
+from fxcurv.contractions.factors import Arrange, Conv, Dense, Explicit, Gather, unfold
 from fxcurv.contractions.sizes import dims
 from fxcurv.cost import CPU
 from fxcurv.ir.placement import Shard
@@ -52,7 +52,7 @@ def gather(v, s, rows, d, padding, n=N):
 
 def jacobian(v, *shape, n=N):
     p = t(v, n, *shape)
-    return Jacobian(p), p
+    return Explicit(p), p
 
 
 FORWARD = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -239,7 +239,7 @@ def test_dims(name):
     found = dims(factor)
     assert (found.v, found.n) == p.shape[:2]
     assert found.p == prod(p.shape[2:])
-    if not isinstance(factor, Jacobian | Gather):
+    if not isinstance(factor, Explicit | Gather):
         plain = factor.dense()
         assert (found.s, found.k) == tuple(plain.g.shape[2:4])
         assert (found.o, found.i) == (plain.g.shape[4], plain.a.shape[3])

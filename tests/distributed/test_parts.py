@@ -70,6 +70,9 @@ def test_every_model_in_micro_batches():
 # ---- sharded parameters ------------------------------
 
 
+LAYERS = 4
+
+
 class Held(TorchDispatchMode):
     """The most bytes of gathered parameters that are alive at once, and of how many gathers."""
 
@@ -105,9 +108,9 @@ class Held(TorchDispatchMode):
 
 
 def layered(wide, mesh, again=True):
-    """Six layers, a bucket each, and a head that is the root's."""
+    """Layers, a bucket each, and a head that is the root's."""
     torch.manual_seed(0)
-    layers = [nn.Sequential(nn.Linear(wide, wide), nn.Tanh()) for _ in range(6)]
+    layers = [nn.Sequential(nn.Linear(wide, wide), nn.Tanh()) for _ in range(LAYERS)]
     model = nn.Sequential(*layers, nn.Linear(wide, 3)).double()
     for layer in layers if mesh is not None else ():
         fully_shard(layer, mesh=mesh, reshard_after_forward=again)
@@ -162,9 +165,9 @@ def gathered(rank, count=2, shape=(2,), modes=(True,)):
 def check_gathers(found):
     most, gathers = found[True]
     assert most <= 2, "two buckets: the one that is used, and the next one"
-    assert gathers == 6 + 1 + 5, "forward, the root's once, and backward, where the first layer needs no weight"
+    assert gathers == LAYERS + 1 + (LAYERS - 1), "forward, the root's once, and backward, where the first layer needs no weight"
     if False in found:
-        assert found[False] == (5, 7), "gathered once, and kept for the backward pass where it is read there"
+        assert found[False] == (LAYERS - 1, LAYERS + 1), "gathered once, and kept for the backward pass where it is read there"
 
 
 def test_sharded_parameters_are_gathered_a_bucket_at_a_time(found):

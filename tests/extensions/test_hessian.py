@@ -1,4 +1,4 @@
-"""Hessian diagonals on every case, against the oracle, in float64."""
+"""Hessian diagonals, against the oracle, in float64."""
 
 from __future__ import annotations
 
@@ -11,20 +11,14 @@ from oracle import Oracle
 import fxcurv
 from fxcurv.extensions import BatchDiagHessian, DiagGGNExact, DiagHessian
 
-REPRESENTATIVE = {
-    "mlp_gelu", "layer_called_twice", "tied_embedding_lm", "weight_norm_linear", "low_rank_adapter", "cnn_two_layers",
-    "squeeze_excite", "layer_norm", "transformer_encoder", "lstm", "rnn_tanh", "ce_maps_ignore_weights", "loss_poisson",
-    "loss_negative_scale", "loss_regularised", "symmetric_weight", "pointwise_ops", "batch_norm2d", "mlp_single_sample",
-    "output_gaussian_nll",
-}  # fmt: skip
-NAMES = [
-    pytest.param(name, marks=[] if name in REPRESENTATIVE else pytest.mark.slow)
-    for name, case in CASES.items()
-    if "no_hessian" not in case.tags
-]
+# alone: in one program with products they are tested on every case
+FEW = [
+    "mlp_gelu", "layer_called_twice", "weight_norm_linear", "cnn_two_layers", "layer_norm", "transformer_encoder", "lstm",
+    "ce_maps_ignore_weights", "loss_negative_scale", "loss_regularised", "output_gaussian_nll",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FEW)
 def test_diagonals(name):
     compiled, arguments, oracle = compiled_case(CASES[name], [DiagHessian(), BatchDiagHessian()])
     result = compiled(*arguments)

@@ -11,27 +11,13 @@ import torch
 import torch.nn.functional as F
 from case_tools import mlp
 from cases import CASES
-from compiled import compiled_case
+from compiled import close, compiled_case
 from oracle import Oracle, derivative, second_derivative
 from torch import nn
 
 import fxcurv
 from fxcurv.errors import ArgumentError, ExtensionError, LossError
-from fxcurv.extensions import GGNMP, HMP, PCHMP, DiagGGNExact, DiagHessian
-
-REPRESENTATIVE = {
-    "mlp_single_sample", "tied_embedding_lm", "weight_norm_linear", "unreached_parameter", "conv_transpose2d_stride",
-    "residual_net", "layer_norm", "squeeze_excite", "transformer_encoder", "rnn_tanh", "ce_maps_ignore_weights",
-    "loss_log_cosh", "loss_regularised", "loss_gaussian_nll", "output_coupled", "batch_second", "group_norm_channels",
-}  # fmt: skip
-POSITIVE = {"layer_called_twice", "squeeze_excite", "layer_norm", "rnn_tanh", "loss_gaussian_nll", "loss_regularised"}
-
-
-def names(chosen):
-    """All cases with a second derivative; those not chosen are slow."""
-    for name, case in CASES.items():
-        if "no_hessian" not in case.tags:
-            yield pytest.param(name, marks=[] if name in chosen else pytest.mark.slow)
+from fxcurv.extensions import GGNMP, HMP, PCHMP, BatchDiagHessian, DiagGGNExact, DiagHessian
 
 
 def dense(block, shape, dtype=torch.float64):
@@ -57,15 +43,35 @@ def check_operator(operator, expected):
     torch.testing.assert_close(operator @ eye[0], expected[0], rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", [*names(REPRESENTATIVE)])
-def test_hessian_and_gauss_newton(name):
+QUICK = {"layer_norm", "loss_regularised"}
+NAMES = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+    for name, case in CASES.items()
+    if "no_hessian" not in case.tags
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_second_order(name):
+    """Diagonals, operators, and blocks of the first parameter and of another one, all of one program.
+
+    Each block and each of its kinds of vectors is a program of its own: all of them are in the tests below, and in operators.
+    """
     convex = "nonconvex" not in CASES[name].tags
-    compiled, arguments, oracle = compiled_case(CASES[name], [HMP(), *([GGNMP()] if convex else [])])
-    result = compiled(*arguments)
-    check_blocks(result.hmp, oracle.hessian(), oracle.params)
+    asked = [DiagHessian(), BatchDiagHessian(), HMP(), PCHMP(), PCHMP("pchmp_abs", "abs"), *([GGNMP()] if convex else [])]
+    compiled, arguments, oracle = compiled_case(CASES[name], asked)
+    result, hessian = compiled(*arguments), oracle.hessian()
+    params, another = list(oracle.params), [*CASES].index(name) % len(oracle.params)
+    some = {k: oracle.params[k] for k in (params[0], params[another])}
+    close(result.diag_h, oracle.diag_h(), "diag_h")
+    close(result.diag_h_batch, oracle.diag_h_batch(), "diag_h_batch")
+    assert set(result.hmp) == set(result.pchmp) == set(result.pchmp_abs) == set(params)
+    check_blocks({k: result.hmp[k] for k in some}, {k: hessian[k] for k in some}, some)
     check_operator(result.hessian, oracle.hessian_matrix())
+    check_positive(result, {k: hessian[k] for k in some}, some)
     if convex:
-        check_blocks(result.ggnmp, oracle.ggn(), oracle.params)
+        ggn = oracle.ggn()
+        check_blocks({k: result.ggnmp[k] for k in some}, {k: ggn[k] for k in some}, some)
         check_operator(result.ggn, oracle.ggn_matrix())
 
 
@@ -73,19 +79,16 @@ def smallest(matrix):
     return torch.linalg.eigvalsh((matrix + matrix.mT) / 2).min().item()
 
 
-@pytest.mark.parametrize("name", [*names(POSITIVE)])
-def test_positive_curvature_bounds_the_hessian(name):
+def check_positive(result, hessians, params):
     """0 <= P, H <= P, and clipping is the mean of the identity and the absolute value, as for every eigenvalue."""
-    compiled, arguments, oracle = compiled_case(CASES[name], [PCHMP(), PCHMP("pchmp_abs", "abs")])
-    result = compiled(*arguments)
-    for param, hessian in oracle.hessian().items():
-        shape = oracle.params[param].shape
-        clipped, absolute = dense(result.pchmp[param], shape), dense(result.pchmp_abs[param], shape)
+    for name, hessian in hessians.items():
+        shape = params[name].shape
+        clipped, absolute = dense(result.pchmp[name], shape), dense(result.pchmp_abs[name], shape)
         tolerance = 1e-9 * (1 + hessian.abs().max().item())
         torch.testing.assert_close(clipped, clipped.mT, rtol=1e-8, atol=1e-10)
         torch.testing.assert_close(clipped, (absolute + hessian) / 2, rtol=1e-8, atol=1e-10)
         for matrix in (clipped, clipped - hessian, absolute - hessian, absolute + hessian):
-            assert smallest(matrix) > -tolerance, param
+            assert smallest(matrix) > -tolerance, name
 
 
 # ---- positive curvature by its definition ------------------------------

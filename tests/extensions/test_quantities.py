@@ -1,4 +1,4 @@
-"""Every extension on every case, against the oracle, in float64."""
+"""All extensions in one program on every case, and some alone on a few, against the oracle, in float64."""
 
 from __future__ import annotations
 
@@ -38,38 +38,17 @@ EXACT = [
     SqrtGGNExact(subsampling=SUBSAMPLING, savefield="sqrt_sub"),
 ]
 SAMPLED = [DiagGGNMC(mc_samples=3), BatchDiagGGNMC(mc_samples=3), SqrtGGNMC(mc_samples=3)]
-PLAIN = ("grad", "grad_batch", "batch_l2", "sum_grad_squared", "variance", "diag_ggn_exact", "diag_ggn_exact_batch")
+TOGETHER = [*EXACT, *SAMPLED, Jacobian()]
+PLAIN = (
+    "grad", "grad_batch", "batch_l2", "sum_grad_squared", "variance", "diag_ggn_exact", "diag_ggn_exact_batch", "jacobian",
+)  # fmt: skip
 
 
-# one of each kind by default; the slow tests take them all
-REPRESENTATIVE = {
-    "logistic_regression", "mlp_relu", "mlp_single_sample", "layer_called_twice", "tied_embedding_lm", "weight_norm_linear",
-    "low_rank_adapter", "functional_einsum", "inputs_tuple", "batch_second", "frozen_parameters", "unreached_parameter",
-    "conv2d_groups", "conv_transpose2d_stride", "residual_net", "batch_norm2d", "group_norm", "max_pool2d",
-    "transformer_encoder", "transformer_decoder_lm", "multihead_attention_inputs", "lstm", "ragged_sequence_first",
-    "ce_maps_ignore_weights", "ce_soft", "mse_maps", "own_slices", "bce_weights_soft", "loss_poisson", "loss_hinge_embedding",
-    "sigmoid_in_model", "output_tuple",
-}  # fmt: skip
-
-
-def names(*without):
-    kept = [name for name, case in CASES.items() if not set(without) & set(case.tags)]
-    return [pytest.param(name, marks=[] if name in REPRESENTATIVE else pytest.mark.slow) for name in kept]
-
-
-FEW = {
-    "mlp_relu",
-    "residual_net",
-    "transformer_decoder_lm",
-    "lstm",
-    "ce_maps_ignore_weights",
-    "mse_maps",
-    "bce_weights_soft",
-}
-
-
-def few(*without):
-    return [p if p.values[0] in FEW else pytest.param(*p.values, marks=pytest.mark.slow) for p in names(*without)]
+def wanted(extension, case):
+    """Whether the case has this quantity."""
+    if isinstance(extension, Jacobian):
+        return "several_leaves" not in case.tags
+    return "nonconvex" not in case.tags or not extension.needs_convex
 
 
 def gram(columns):
@@ -78,12 +57,15 @@ def gram(columns):
     return torch.einsum("vnp,vnq->npq", flat, flat)
 
 
-@pytest.mark.parametrize("name", names())
-def test_exact_quantities(name):
+QUICK = {"residual_net", "tied_embedding_lm", "ce_maps_ignore_weights"}
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+def test_all_quantities(name):
+    """Of one program, which finds nothing wrong with itself either."""
     case = CASES[name]
-    extensions = [e for e in EXACT if not (e.needs_convex and "nonconvex" in case.tags)]
-    compiled, arguments, oracle = compiled_case(case, extensions)
-    result = compiled(*arguments)
+    compiled, arguments, oracle = compiled_case(case, [e for e in TOGETHER if wanted(e, case)], check="first")
+    result = compiled(*arguments, seed=7)
     torch.testing.assert_close(result.loss, oracle.loss())
     for field in PLAIN:
         if hasattr(result, field):
@@ -92,41 +74,46 @@ def test_exact_quantities(name):
     close(result.grad_clipped, oracle.grad_clipped(MAX_NORM, "all"), "grad_clipped")
     close(result.grad_clipped_param, oracle.grad_clipped(MAX_NORM, "param"), "grad_clipped_param")
     torch.testing.assert_close(result.sample_norms, oracle.sample_norms())
-    if "nonconvex" in case.tags:
-        return
+    if "nonconvex" not in case.tags:
+        check_columns(result, oracle, "ambiguous_columns" in case.tags)
+        check_sampled(result, compiled(*arguments, seed=7), oracle)
+
+
+def check_columns(result, oracle, ambiguous):
     for field, expected in (
         ("sqrt_ggn_exact", oracle.sqrt_ggn_exact()),
         ("sqrt_sub", oracle.sqrt_ggn_exact(subsampling=SUBSAMPLING)),
     ):
         actual = getattr(result, field)
-        if "ambiguous_columns" in case.tags:
+        if ambiguous:
             close({k: gram(v) for k, v in actual.items()}, {k: gram(v) for k, v in expected.items()}, field)
         else:
             close(actual, expected, field)
 
 
-@pytest.mark.parametrize("name", few("nonconvex"))
-def test_diagonals_alone(name):
-    """Without a result that shows the columns, fewer of them do."""
-    compiled, arguments, oracle = compiled_case(CASES[name], [DiagGGNExact(), BatchDiagGGNExact()])
-    result = compiled(*arguments)
-    close(result.diag_ggn_exact, oracle.diag_ggn_exact(), "diag_ggn_exact")
-    close(result.diag_ggn_exact_batch, oracle.diag_ggn_exact_batch(), "diag_ggn_exact_batch")
-
-
-@pytest.mark.parametrize("name", few("several_leaves"))
-def test_jacobian(name):
-    compiled, arguments, oracle = compiled_case(CASES[name], [Jacobian()])
-    close(compiled(*arguments).jacobian, oracle.jacobian(), "jacobian")
-
-
-@pytest.mark.parametrize("name", few("nonconvex"))
-def test_sampled_quantities(name):
-    compiled, arguments, oracle = compiled_case(CASES[name], SAMPLED)
-    result, again = compiled(*arguments, seed=7), compiled(*arguments, seed=7)
+def check_sampled(result, again, oracle):
     found = oracle.recover(result.sqrt_ggn_mc)
     assert found.residual < 1e-7
     for param, p in result.sqrt_ggn_mc.items():
         torch.testing.assert_close(p, again.sqrt_ggn_mc[param], rtol=0, atol=0)
         torch.testing.assert_close(result.diag_ggn_mc_batch[param], p.square().sum(0))
         torch.testing.assert_close(result.diag_ggn_mc[param], p.square().sum((0, 1)))
+
+
+# ---- alone: fewer values are kept than where all are asked for; wild/test_batch_sizes.py has diagonals alone of every case
+
+FEW = [
+    "mlp_relu", "residual_net", "transformer_decoder_lm", "lstm", "ce_maps_ignore_weights", "mse_maps", "bce_weights_soft",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_jacobian(name):
+    compiled, arguments, oracle = compiled_case(CASES[name], [Jacobian()])
+    close(compiled(*arguments).jacobian, oracle.jacobian(), "jacobian")
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_sampled_quantities(name):
+    compiled, arguments, oracle = compiled_case(CASES[name], SAMPLED)
+    check_sampled(compiled(*arguments, seed=7), compiled(*arguments, seed=7), oracle)

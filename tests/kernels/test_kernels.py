@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from covering import covering
 from kernel_samples import KERNELS, LAYOUTS, SMALL, TILED, arguments, check
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,10 +24,9 @@ def test_values(name, sizes, dtype):
     check(name, op(name), arguments(name, sizes, dtype))
 
 
-@pytest.mark.parametrize("block", [1, 7, 100, 5000])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("name", "sizes"), SMALL, ids=str)
-def test_values_in_several_blocks(name, sizes, layout, block, monkeypatch):
+@pytest.mark.parametrize(("case", "layout", "block"), covering(SMALL, LAYOUTS, [1, 7, 100, 5000]), ids=str)
+def test_values_in_several_blocks(case, layout, block, monkeypatch):
+    name, sizes = case
     monkeypatch.setattr(cpu, "BLOCK", block)
     check(name, op(name), arguments(name, sizes, layout=layout))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from covering import covering
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -88,9 +89,16 @@ CONVOLUTIONS = {
     "3d_groups": Convolution(2, 4, 2, (3, 4, 3), (2, 2, 2), (1, 1, 1), (0, 1, 0), (1, 1, 2), 2),
 }
 named = pytest.mark.parametrize("name", CONVOLUTIONS)
-channels = pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
-# none; of one entry; of a few rows; of everything
-blocks = pytest.mark.parametrize(("block", "fewest"), [(1, 1), (1, 2), (7, 1), (40, 2), (1 << 19, 4)])
+LAST = {"first": False, "last": True}
+channels = pytest.mark.parametrize("last", LAST.values(), ids=LAST)
+# (block, fewest): none; of one entry; of a few rows; of everything
+BLOCKS = [(1, 1), (1, 2), (7, 1), (40, 2), (1 << 19, 4)]
+blocks = pytest.mark.parametrize("block", BLOCKS, ids=str)
+
+
+def pairs(**choices):
+    """Any two values of two parameters meet in one of the tests."""
+    return pytest.mark.parametrize(tuple(choices), covering(*map(list, choices.values())), ids=str)
 
 
 def close(actual: Tensor, expected: Tensor, factors: torch.dtype, sums: Tensor | None = None) -> None:
@@ -104,7 +112,7 @@ def close(actual: Tensor, expected: Tensor, factors: torch.dtype, sums: Tensor |
     torch.testing.assert_close(actual.double(), expected, rtol=rounding, atol=rounding * scale)
 
 
-def few(monkeypatch, block: int, fewest: int) -> None:
+def few(monkeypatch, block: int, fewest: int = 1) -> None:
     """Blocks of products of `block` entries, and of patches of `fewest` samples."""
     monkeypatch.setattr(cpu, "BLOCK", block)
     monkeypatch.setattr(cpu, "FEWEST", fewest)
@@ -113,13 +121,10 @@ def few(monkeypatch, block: int, fewest: int) -> None:
 # ---- patches ------------------------------
 
 
-@named
-@channels
-@pytest.mark.parametrize("in_order", [True, False])
-@blocks
-def test_patches_times_cotangents_are_gradients(name, last, in_order, block, fewest, monkeypatch):
+@pairs(name=CONVOLUTIONS, last=LAST.values(), in_order=[True, False], block=BLOCKS)
+def test_patches_times_cotangents_are_gradients(name, last, in_order, block, monkeypatch):
     """In either order of I, which `weight` undoes; a block has the samples that it was asked for."""
-    few(monkeypatch, block, fewest)
+    few(monkeypatch, *block)
     conv = CONVOLUTIONS[name]
     x, g = conv.factors(1, last=last)
     *geometry, groups = conv.geometry
@@ -153,8 +158,9 @@ def test_patches_take_a_few_samples_at_a_time():
 @blocks
 @pytest.mark.parametrize("most", [None, 1, 2])
 @pytest.mark.parametrize("sizes", [(2, 5, 1, 3, 4, 2), (1, 4, 2, 1, 3, 5), (3, 1, 3, 2, 2, 2)], ids=str)
-def test_products_cover_all_once(sizes, most, block, fewest, monkeypatch):
-    few(monkeypatch, block, fewest)
+def test_products_cover_all_once(sizes, most, block, monkeypatch):
+    few(monkeypatch, *block)
+    block, fewest = block
     v, n, k, s, o, i = sizes
     a, g = t(n, k, s, i), t(v, n, k, s, o)
     asked, found = [], torch.full((v, n, k, o, i), torch.nan, dtype=a.dtype)
@@ -192,9 +198,9 @@ def check_moments(found, p: Tensor, wanted, dtype) -> None:
             assert actual.shape == (0,)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("wanted", FLAGS, ids=str)
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 4, 5, 2), (5, 1, 3, 4), (4, 7, 33, 40), (0, 2, 3, 4), (3, 0, 2, 2)], ids=str)
+@pairs(
+    sizes=[(1, 1, 1, 1), (3, 4, 5, 2), (5, 1, 3, 4), (4, 7, 33, 40), (0, 2, 3, 4), (3, 0, 2, 2)], wanted=FLAGS, dtype=DTYPES
+)
 def test_outer_moments(sizes, wanted, dtype):
     n, s, o, i = sizes
     a, g = t(n, s, i).to(dtype), t(n, s, o).to(dtype)
@@ -204,8 +210,8 @@ def test_outer_moments(sizes, wanted, dtype):
 
 @blocks
 @pytest.mark.parametrize("layout", ["contiguous", "reversed", "expanded"])
-def test_outer_moments_in_blocks_and_of_any_strides(layout, block, fewest, monkeypatch):
-    few(monkeypatch, block, fewest)
+def test_outer_moments_in_blocks_and_of_any_strides(layout, block, monkeypatch):
+    few(monkeypatch, *block)
     a, g = t(5, 4, 3), t(5, 4, 6)
     if layout == "reversed":
         a, g = (x.permute(2, 1, 0).contiguous().permute(2, 1, 0) for x in (a, g))
@@ -216,22 +222,17 @@ def test_outer_moments_in_blocks_and_of_any_strides(layout, block, fewest, monke
     torch.testing.assert_close(outer_moments.reference(a, g, True, True, True), moments(p))
 
 
-@named
-@channels
-@pytest.mark.parametrize("wanted", FLAGS, ids=str)
-def test_outer_moments_conv(name, last, wanted):
+@pairs(name=CONVOLUTIONS, last=LAST.values(), wanted=FLAGS, dtype=DTYPES)
+def test_outer_moments_conv(name, last, wanted, dtype):
     conv = CONVOLUTIONS[name]
-    for dtype in DTYPES:
-        x, g = conv.factors(1, dtype, last)
-        found = outer_moments.outer_moments_conv(x, g[0], *wanted, *conv.geometry)
-        check_moments(found, conv.gradients(x, g)[0], wanted, dtype)
+    x, g = conv.factors(1, dtype, last)
+    found = outer_moments.outer_moments_conv(x, g[0], *wanted, *conv.geometry)
+    check_moments(found, conv.gradients(x, g)[0], wanted, dtype)
 
 
-@named
-@channels
-@blocks
-def test_outer_moments_conv_in_blocks(name, last, block, fewest, monkeypatch):
-    few(monkeypatch, block, fewest)
+@pairs(name=CONVOLUTIONS, last=LAST.values(), block=BLOCKS)
+def test_outer_moments_conv_in_blocks(name, last, block, monkeypatch):
+    few(monkeypatch, *block)
     conv = CONVOLUTIONS[name]
     x, g = conv.factors(1, last=last)
     found = outer_moments.outer_moments_conv(x, g[0], True, True, True, *conv.geometry)
@@ -260,19 +261,15 @@ def test_definitions_of_convolutions_are_autograds(name):
 # ---- products of each sample ------------------------------
 
 
-@named
-@channels
-@pytest.mark.parametrize("v", [1, 3])
-@pytest.mark.parametrize("fewest", [1, 4])
-def test_outer_batch_conv(name, last, v, fewest, monkeypatch):
+@pairs(name=CONVOLUTIONS, last=LAST.values(), v=[1, 3], fewest=[1, 4], dtype=DTYPES)
+def test_outer_batch_conv(name, last, v, fewest, dtype, monkeypatch):
     few(monkeypatch, 1, fewest)
     conv = CONVOLUTIONS[name]
-    for dtype in DTYPES:
-        x, g = conv.factors(v, dtype, last)
-        found = outer_batch_conv.outer_batch_conv(x, g, *conv.geometry)
-        assert found.dtype == dtype and found.is_contiguous()
-        expected = conv.gradients(x, g)
-        close(found, expected, dtype, conv.gradients(x.abs(), g.abs()))
+    x, g = conv.factors(v, dtype, last)
+    found = outer_batch_conv.outer_batch_conv(x, g, *conv.geometry)
+    assert found.dtype == dtype and found.is_contiguous()
+    expected = conv.gradients(x, g)
+    close(found, expected, dtype, conv.gradients(x.abs(), g.abs()))
 
 
 @named
@@ -288,24 +285,19 @@ def test_outer_batch_conv_into_memory(name, last):
 # ---- squares in memory that the caller has ------------------------------
 
 
-@named
-@channels
-@pytest.mark.parametrize("per_sample", [True, False])
-@pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("v", [1, 2])
-def test_outer_square_sum_conv_into_memory(name, last, per_sample, weighted, v):
+@pairs(name=CONVOLUTIONS, last=LAST.values(), per_sample=[True, False], weighted=[True, False], v=[1, 2], dtype=DTYPES)
+def test_outer_square_sum_conv_into_memory(name, last, per_sample, weighted, v, dtype):
     """In the weight's order, over what was there before; bfloat16 in float32."""
     conv = CONVOLUTIONS[name]
     w = t(v, conv.samples) if weighted else None
-    for dtype in DTYPES:
-        x, g = conv.factors(v, dtype, last)
-        each = conv.gradients(x, g).square()
-        expected = each.sum(0) if w is None else torch.einsum("vn,vn...->n...", w.to(dtype).double(), each)
-        expected, bound = (expected, each.sum(0)) if per_sample else (expected.sum(0), each.sum((0, 1)))
-        out = torch.full(expected.shape, torch.nan, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        weights = None if w is None else w.to(dtype)
-        assert outer_square_sum_conv.into(x, g, weights, per_sample, *conv.geometry, out=out) is out
-        close(out, expected, dtype, 4 * bound)
+    x, g = conv.factors(v, dtype, last)
+    each = conv.gradients(x, g).square()
+    expected = each.sum(0) if w is None else torch.einsum("vn,vn...->n...", w.to(dtype).double(), each)
+    expected, bound = (expected, each.sum(0)) if per_sample else (expected.sum(0), each.sum((0, 1)))
+    out = torch.full(expected.shape, torch.nan, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    weights = None if w is None else w.to(dtype)
+    assert outer_square_sum_conv.into(x, g, weights, per_sample, *conv.geometry, out=out) is out
+    close(out, expected, dtype, 4 * bound)
 
 
 @pytest.mark.parametrize("per_sample", [True, False])
@@ -346,26 +338,22 @@ def pooled(name, v, channels=3, last=False, dtype=torch.float64):
     return t(v, *index.shape).to(dtype), x, index, (*map(list, rest), ceil)
 
 
-@pools
-@channels
-@pytest.mark.parametrize("v", [1, 2, 3])
-@pytest.mark.parametrize("c", [1, 3])
-def test_max_pool_columns(name, last, v, c):
+@pairs(name=POOLS, last=LAST.values(), v=[1, 2, 3], c=[1, 3], dtype=DTYPES)
+def test_max_pool_columns(name, last, v, c, dtype):
     """Autograd's, column by column, laid out as the images are."""
-    for dtype in DTYPES:
-        g, x, index, window = pooled(name, v, c, last, dtype)
-        kernel, stride, padding, dilation, ceil = window
-        found = max_pool_columns(g, x, index, *window)
-        images = x.double().contiguous().requires_grad_()
-        y = F.max_pool2d(images, kernel, stride, padding, dilation, ceil)
-        each = [torch.autograd.grad(y, images, column.double(), retain_graph=True)[0] for column in g]
-        # in half precision the library adds in that
-        eps = torch.finfo(dtype).eps
-        expected = torch.stack(each)
-        torch.testing.assert_close(found.double(), expected, rtol=8 * eps, atol=8 * eps * g.abs().max().item())
-        torch.testing.assert_close(reference(g, x, index, *window).double(), expected, rtol=8 * eps, atol=8 * eps * 4)
-        assert found.dtype == dtype
-        assert all(part.stride() == x.stride() or c == 1 for part in found)
+    g, x, index, window = pooled(name, v, c, last, dtype)
+    kernel, stride, padding, dilation, ceil = window
+    found = max_pool_columns(g, x, index, *window)
+    images = x.double().contiguous().requires_grad_()
+    y = F.max_pool2d(images, kernel, stride, padding, dilation, ceil)
+    each = [torch.autograd.grad(y, images, column.double(), retain_graph=True)[0] for column in g]
+    # in half precision the library adds in that
+    eps = torch.finfo(dtype).eps
+    expected = torch.stack(each)
+    torch.testing.assert_close(found.double(), expected, rtol=8 * eps, atol=8 * eps * g.abs().max().item())
+    torch.testing.assert_close(reference(g, x, index, *window).double(), expected, rtol=8 * eps, atol=8 * eps * 4)
+    assert found.dtype == dtype
+    assert all(part.stride() == x.stride() or c == 1 for part in found)
 
 
 @pytest.mark.parametrize("sizes", [(0, 2), (2, 0)], ids=["columns", "samples"])

@@ -13,6 +13,7 @@ import sys
 import numpy
 import pytest
 import torch
+from covering import covering
 from kernel_samples import KERNELS, LAYOUTS, SMALL, TILED, TUNED_WITH, arguments, check
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux")
@@ -27,7 +28,7 @@ compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not comp
 BESIDE = {"syrk_conv": "syrk"}
 # bytes of shared memory that a block may have
 SHARED = {80: 163 << 10, 90: 227 << 10}
-# each of the small cases in one layout
+# each of the small cases in one layout; the slow tests have them in double and half precision too
 IN_TURN = [(*case, LAYOUTS[1 + k % 3]) for k, case in enumerate(SMALL)]
 
 
@@ -64,8 +65,15 @@ def test_in_the_interpreter(which):
 
 @runs
 @pytest.mark.usefixtures("one_configuration")
-@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize(("name", "sizes"), SMALL + TILED, ids=str)
+@pytest.mark.parametrize(
+    ("name", "sizes", "dtype"),
+    [
+        *((*case, torch.float64) for case in TILED),
+        *(pytest.param(*case, torch.float64, marks=pytest.mark.slow) for case in SMALL),
+        *(pytest.param(*case, torch.float16, marks=pytest.mark.slow) for case in SMALL + TILED),
+    ],
+    ids=str,
+)
 def test_values(name, sizes, dtype):
     check(name, kernel(name), arguments(name, sizes, dtype, device=DEVICE))
 
@@ -81,7 +89,7 @@ def test_values_in_other_layouts(name, sizes, layout):
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_configuration")
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
-@pytest.mark.parametrize(("name", "sizes"), SMALL + TILED, ids=str)
+@pytest.mark.parametrize(("name", "sizes"), TILED, ids=str)
 def test_values_in_all_layouts(name, sizes, layout):
     check(name, kernel(name), arguments(name, sizes, torch.float32, layout, DEVICE))
 
@@ -89,8 +97,9 @@ def test_values_in_all_layouts(name, sizes, layout):
 @runs
 @pytest.mark.slow
 @pytest.mark.parametrize("k", range(len(tiles.SQUARE)))
-@pytest.mark.parametrize(("name", "sizes"), TILED, ids=str)
-def test_values_of_all_configurations(name, sizes, k, monkeypatch):
+@pytest.mark.parametrize("name", KERNELS)
+def test_values_of_all_configurations(name, k, monkeypatch):
+    sizes = KERNELS[name].tiled[k % len(KERNELS[name].tiled)]
     for each in tuned(name):
         monkeypatch.setattr(each, "configs", [tiles.SQUARE[k]])
     check(name, kernel(name), arguments(name, sizes, torch.float32, device=DEVICE))
@@ -189,8 +198,10 @@ def test_resources(name, dtype, capability, monkeypatch, tmp_path):
 @compiles
 @without_gpu
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("name", "sizes"), TILED, ids=str)
-def test_resources_of_all(name, sizes, dtype, capability, monkeypatch, tmp_path):
-    check_resources(name, sizes, dtype, capability, monkeypatch, tmp_path)
+@pytest.mark.parametrize(
+    ("case", "dtype", "capability"),
+    covering(TILED, [torch.float64, torch.float32, torch.float16, torch.bfloat16], [80, 90]),
+    ids=str,
+)
+def test_resources_of_all(case, dtype, capability, monkeypatch, tmp_path):
+    check_resources(*case, dtype, capability, monkeypatch, tmp_path)

@@ -10,7 +10,6 @@ Needs the packages of the extra `models`.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -18,38 +17,62 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "people.md"
 BEGIN, END = "<!-- coverage:begin -->", "<!-- coverage:end -->"
-COLUMNS = {
-    "grad": "gradient",
-    "first": "`BatchGrad`, `Variance`",
-    "ggn": "`DiagGGNExact`",
-    "hessian": "`DiagHessian`",
-    "products": "`GGNMP`, `HMP`",
-}
 SIZES = (3, 2, 1)
+# each entry of a parameter costs the oracle a derivative of its own
+SECOND = ("Hessian", "products")
 
 
-def verdicts(name: str) -> dict[str, str]:
-    """"family mode" -> "right", "refused: ..." or "wrong: ..."; together, and one by one where together raises."""
-    from packages import PACKAGES, as_imported
+def sizes_of(name: str, families: list[str]) -> tuple[int, ...]:
+    from packages import LARGE
 
-    _, row = PACKAGES[name]
+    return SIZES[1:] if name in LARGE and set(families) & set(SECOND) else SIZES
+
+
+def tolerance_of(name: str) -> float:
+    from packages import SINGLE
+
+    return 1e-4 if name in SINGLE else 1e-8
+
+
+def jobs_of(name: str) -> list[tuple[str, list[str]]]:
+    """(mode, families that share a program)."""
+    from model_checks import GROUPS
+    from packages import PACKAGES
+
+    first = [family for family in GROUPS if family not in SECOND]
+    modes = ("eval", "train") if PACKAGES[name][1].trains else ("eval",)
+    return [(mode, families) for mode in modes for families in (first, list(SECOND))]
+
+
+def verdicts(name: str, mode: str, families: list[str]) -> dict[str, str]:
+    """What "family mode" is: "right", "refused: ..." or "wrong: ..."; together, and one by one where together raises."""
+    from package_checks import OF_BATCH
+    from packages import as_imported
+
     found: dict[str, str] = {}
-    for mode in ("eval", "train") if row.trains else ("eval",):
-        families = ["grad", *row.asks.split()]
-        with as_imported():
-            together = _verdict(row, families, mode == "train")
-            alone = together if together == "right" else _verdict(row, ["grad"], mode == "train")
-            for family in families:  # where there is no gradient, there is nothing
-                same = together == "right" or alone.startswith("refused: CaptureError")
-                found[f"{family} {mode}"] = alone if same or family == "grad" else _verdict(row, [family], mode == "train")
+    with as_imported():
+        together = _verdict(name, families, mode == "train")
+        alone = together
+        if together != "right" and not together.startswith("refused: CaptureError"):
+            alone = _verdict(name, ["gradient"], mode == "train")
+        for family in families:  # where there is no gradient, there is nothing
+            same = together == "right" or alone.startswith("refused: CaptureError") or family == "gradient"
+            verdict = alone if same else _verdict(name, [family], mode == "train")
+            if verdict.startswith("refused") and not alone.startswith("refused") and family in OF_BATCH:
+                whole = _verdict(name, [OF_BATCH[family]], mode == "train")
+                verdict = "right of the batch" if whole == "right" else whole
+            found[f"{family} {mode}"] = verdict
     return found
 
 
-def _verdict(row, families: list[str], training: bool) -> str:
+def _verdict(name: str, families: list[str], training: bool) -> str:
+    from package_checks import check
+    from packages import PACKAGES
+
     from fxcurv.errors import FxcurvError
 
     try:
-        dataclasses.replace(row, asks=" ".join(families)).check(SIZES, training)
+        check(PACKAGES[name][1], families, sizes_of(name, families), training, tolerance_of(name))
     except FxcurvError as error:
         return f"refused: {type(error).__name__}: {error}"
     except Exception as error:  # a cell of its own in the table, which is to show it
@@ -59,12 +82,13 @@ def _verdict(row, families: list[str], training: bool) -> str:
 
 def table(results: dict[str, dict[str, str]]) -> str:
     """Markdown: a row per model, a column per family."""
+    from model_checks import GROUPS
     from packages import PACKAGES
 
     notes: dict[str, int] = {}
-    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines = ["| | " + " | ".join(GROUPS) + " |", "|---" * (len(GROUPS) + 1) + "|"]
     for name in PACKAGES:
-        cells = [_cell(results.get(name, {}), family, notes) for family in COLUMNS]
+        cells = [_cell(results.get(name, {}), family, notes) for family in GROUPS]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *(f"[{k}] {text}  " for text, k in notes.items())])
 
@@ -81,8 +105,8 @@ def _cell(found: dict[str, str], family: str, notes: dict[str, int]) -> str:
 
 def _mark(verdict: str, notes: dict[str, int]) -> str:
     kind, _, why = verdict.partition(": ")
-    if kind == "right":
-        return "✓"
+    if kind.startswith("right"):
+        return kind.replace("right", "✓")
     lines = [line.strip() for line in why.splitlines() if line.strip() and not line.strip().startswith("File ")]
     text = " ".join(lines)[:400].replace(str(ROOT), "").replace("|", "\\|")
     return f"{'–' if kind == 'refused' else '✗'}[{notes.setdefault(text, len(notes) + 1)}]"
@@ -104,10 +128,14 @@ def main() -> None:
         before, _, rest = DOCUMENT.read_text().partition(BEGIN)
         DOCUMENT.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.partition(END)[2]}")
         return
-    for name in given.rows or [name for name in PACKAGES if name not in results]:
-        results[name] = verdicts(name)
-        given.results.write_text(json.dumps(results, indent=1))
-        print(name, {k: v[:300] for k, v in results[name].items()}, flush=True)
+    for name in given.rows or PACKAGES:
+        for mode, families in jobs_of(name):
+            known = results.setdefault(name, {})
+            if given.rows or not all(f"{family} {mode}" in known for family in families):
+                found = verdicts(name, mode, families)
+                known.update(found)
+                given.results.write_text(json.dumps(results, indent=1))
+                print(name, {k: v[:300] for k, v in found.items()}, flush=True)
 
 
 if __name__ == "__main__":

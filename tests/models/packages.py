@@ -253,75 +253,89 @@ def merged(n: int) -> Any:
 # ---- the rows ------------------------------
 
 
-def row(model: Any, loss: Any, x: Any, y: Any, asks: str, trains: bool = False, **more: Any) -> Situation:
-    return Situation("", model, loss, x, y, asks, trains, **more)
+def row(model: Any, loss: Any, x: Any, y: Any, trains: bool = False, **more: Any) -> Situation:
+    return Situation("", model, loss, x, y, "", trains, **more)
 
 
 def of_graphs(convolution: str) -> Situation:
     return row(
-        lambda: Graphs(convolution), F.cross_entropy, merged, lambda n: torch.arange(n) % 2, "first ggn", True,
-        options={"sample_index": "batch"},
+        lambda: Graphs(convolution), F.cross_entropy, merged, lambda n: torch.arange(n) % 2, True,
+        options={"sample_index": "batch"}, oracle=CLASSES,
     )  # fmt: skip
 
 
+def of_mixture(experts: str) -> Situation:
+    return row(lambda: mixture(experts), next_token, words, TOKENS, oracle={**CLASSES, "class_dim": -1})
+
+
 TOKENS = lambda n: torch.randint(VOCABULARY, (n, LENGTH))  # noqa: E731
-EVERY = "first ggn hessian products"
+CLASSES, SQUARES = {"kind": "ce"}, {"kind": "mse"}
 
 # what a row is called: (the package that it needs, the row)
 PACKAGES: dict[str, tuple[str, Situation]] = {
-    "LoRA of linear layers, by peft": ("peft", row(lora_of_layers, nn.CrossEntropyLoss(), numbers(4), classes(), EVERY, True)),
-    "LoRA of GPT-2, by peft": ("peft", row(lora_of_gpt2, next_token, text, TOKENS, "first ggn", True)),
-    "packed LSTM tagger with a random field, by pytorch-crf": (
-        "torchcrf", row(Tagger, lambda nll: nll.mean(), sentences, None, "first"),
+    "LoRA of linear layers, by peft": (
+        "peft", row(lora_of_layers, nn.CrossEntropyLoss(), numbers(4), classes(), True, oracle=CLASSES),
     ),
-    "diffusion U-Net, by diffusers": ("diffusers", row(u_net, noise_error, noisy, numbers(1, 4, 4), "first ggn")),
+    "LoRA of GPT-2, by peft": (
+        "peft", row(lora_of_gpt2, next_token, text, TOKENS, True, oracle={**CLASSES, "class_dim": -1}),
+    ),
+    "packed LSTM tagger with a random field, by pytorch-crf": (
+        "torchcrf", row(Tagger, lambda nll: nll.mean(), sentences, None),
+    ),
+    "diffusion U-Net, by diffusers": ("diffusers", row(u_net, noise_error, noisy, numbers(1, 4, 4), oracle=SQUARES)),
     "GCN, by PyTorch Geometric": ("torch_geometric", of_graphs("gcn")),
     "GAT, by PyTorch Geometric": ("torch_geometric", of_graphs("gat")),
     "SAGE, by PyTorch Geometric": ("torch_geometric", of_graphs("sage")),
     "GIN, by PyTorch Geometric": ("torch_geometric", of_graphs("gin")),
-    "mixture of experts: Mixtral, `eager`": (
-        "transformers", row(lambda: mixture("eager"), next_token, words, TOKENS, "first ggn"),
-    ),
+    "mixture of experts: Mixtral, `eager`": ("transformers", of_mixture("eager")),
+    "mixture of experts: Mixtral, `grouped_mm`": ("transformers", of_mixture("grouped_mm")),
+    "mixture of experts: Mixtral, `batched_mm`": ("transformers", of_mixture("batched_mm")),
     "physics-informed net, Burgers' equation": (
         "torch", row(
             lambda: Net(burgers, net=nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))), residual_and_boundary,
-            numbers(2), numbers(), EVERY,
+            numbers(2), numbers(),
         ),
     ),
     "critic of a WGAN-GP": (
         "torch", row(
             lambda: Net(critic, net=nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))), wasserstein,
-            together(numbers(2), numbers(2), lambda n: torch.rand(n, 1)), None, EVERY,
+            together(numbers(2), numbers(2), lambda n: torch.rand(n, 1)), None,
         ),
     ),
     "PPO with a Gaussian policy": (
         "torch", row(
             lambda: Net(policy, body=nn.Linear(3, 4), actor=nn.Linear(4, 2), value=nn.Linear(4, 1), log_std=param(2)),
-            clipped_surrogate, numbers(3), rollout, "first hessian",
+            clipped_surrogate, numbers(3), rollout,
         ),
     ),
     "CLIP's loss": (
         "torch", row(
             lambda: Net(towers, image=nn.Linear(3, 2), text=nn.Linear(3, 2), scale=param(1)), contrastive,
-            together(numbers(3), numbers(3)), None, "hessian products",
+            together(numbers(3), numbers(3)), None,
         ),
     ),
     "Gaussian process on learned features": (
         "torch", row(
             lambda: Net(covariance, features=nn.Linear(3, 2), scale=param(1), noise=param(1)), marginal_likelihood, numbers(3),
-            numbers(), "hessian",
+            numbers(),
         ),
     ),
-    "quantisation-aware training": ("torch", row(Quantised, MSE, numbers(3), numbers(2), "first ggn", True)),
-    "quantisation-aware training with observers": ("torch", row(observed, MSE, numbers(3), numbers(2), "first ggn", True)),
+    "quantisation-aware training": ("torch", row(Quantised, MSE, numbers(3), numbers(2), True, oracle=SQUARES)),
+    "quantisation-aware training with observers": ("torch", row(observed, MSE, numbers(3), numbers(2), True)),
 }  # fmt: skip
 
+# models of many parameters
+LARGE = {"diffusion U-Net, by diffusers", *(name for name in PACKAGES if "Mixtral" in name)}
+# models that compute norms or a router in float32 on purpose
+SINGLE = {name for name in PACKAGES if "Mixtral" in name}
 
-# (row, family) that is refused: (its error, words of the message)
+# (row, family) that the batch as a whole has, and no sample
+WHOLE: set[tuple[str, str]] = {("CLIP's loss", "Gauss-Newton"), ("CLIP's loss", "Hessian")}
+
+# (row, family of quantities, as in model_checks.GROUPS) that is refused: (its error, words of the message)
 REFUSED: dict[tuple[str, str], tuple[type[FxcurvError], str]] = {
-    ("diffusion U-Net, by diffusers", "grad"): (CaptureError, "of a ModuleList and changes it"),
-    ("mixture of experts: Mixtral, `eager`", "grad"): (CaptureError, "expert_hit"),
-    ("quantisation-aware training with observers", "grad"): (CaptureError, "makes a number of Python's of a value"),
+    ("mixture of experts: Mixtral, `eager`", "gradient"): (CaptureError, "expert_hit"),
+    ("quantisation-aware training with observers", "gradient"): (CaptureError, "makes a number of Python's of a value"),
 }
 
 

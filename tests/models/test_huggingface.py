@@ -6,6 +6,7 @@ import pytest
 import torch
 from case_tools import Case
 from cases_huggingface import MODELS
+from covering import covering
 from model_checks import GROUPS, Checked
 
 from fxcurv.errors import CaptureError, MixedSamplesError
@@ -39,9 +40,7 @@ def test_factors_in_training():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", WORKING)
+@pytest.mark.parametrize(("name", "dtype", "training"), covering(WORKING, DTYPES, [False, True]))
 def test_first_derivatives(name, dtype, training):
     if training and "batch_norm" in MODELS[name].tags:
         with pytest.raises(MixedSamplesError, match="batch_norm"):

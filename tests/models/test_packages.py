@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
-from coverage_packages import SIZES
-from packages import PACKAGES, REFUSED, as_imported
+from coverage_packages import jobs_of, sizes_of, tolerance_of
+from package_checks import OF_BATCH, check
+from packages import PACKAGES, REFUSED, WHOLE, as_imported
 
 from fxcurv.errors import FxcurvError
 
@@ -18,21 +17,21 @@ def needed(name: str) -> None:
     pytest.importorskip(package, reason=f"checks models of {package}, of the extra `models`")
 
 
-@pytest.mark.parametrize("name", PACKAGES)
-def test_equals_the_oracle(name: str) -> None:
+@pytest.mark.parametrize(("name", "job"), [(name, job) for name in PACKAGES for job in range(len(jobs_of(name)))])
+def test_equals_the_oracle(name: str, job: int) -> None:
     needed(name)
-    _, row = PACKAGES[name]
-    asked = [family for family in row.asks.split() if (name, family) not in REFUSED]
-    if (name, "grad") not in REFUSED:
-        for training in (False, True) if row.trains else (False,):
-            with as_imported():
-                replace(row, asks=" ".join(asked or ["grad"])).check(SIZES, training)
+    mode, families = jobs_of(name)[job]
+    asked = [OF_BATCH.get(f, f) if (name, f) in WHOLE else f for f in families if (name, f) not in REFUSED]
+    if asked and (name, "gradient") not in REFUSED:
+        with as_imported():
+            check(PACKAGES[name][1], asked, sizes_of(name, asked), mode == "train", tolerance_of(name))
 
 
 @pytest.mark.parametrize(("name", "family"), REFUSED)
-def test_refused(name: str, family: str) -> None:
+def test_refused(name: str, family: str, capfd: pytest.CaptureFixture) -> None:
     needed(name)
     error, words = REFUSED[name, family]
     with as_imported(), pytest.raises(FxcurvError, match=words) as caught:
-        replace(PACKAGES[name][1], asks=family).check((3,))
+        check(PACKAGES[name][1], [family], (3,), False)
     assert type(caught.value) is error
+    assert capfd.readouterr().err == ""

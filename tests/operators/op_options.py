@@ -30,7 +30,7 @@ import signal
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ from op_sweep import (
     stacked,
 )  # fmt: skip
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import fxcurv
 from fxcurv.errors import FxcurvError, InternalError, SelfCheckError
@@ -98,6 +99,30 @@ def options_of(info: Any) -> list[list[Sample]]:
     return [found[i] for i in spread_order(len(found))][:SAMPLES]
 
 
+def given(sample: Sample) -> list[tuple]:
+    """The options of a call: each argument that is no tensor, and of tensors the number of their dimensions."""
+    described = [("tensor", a.ndim) if isinstance(a, Tensor) else a for a in sample.leaves]
+    args, kwargs = pytree.tree_unflatten(described, sample.spec)
+    return [(key, repr(value)) for key, value in [*enumerate(args), *kwargs.items()]]
+
+
+def fits(sample: Sample) -> bool:
+    return sum(sample.sizes) <= 2 * MOST and sum(sample.output_sizes()) <= MOST
+
+
+def covered(several: list[list[Sample]], most: int = 2) -> list[int]:
+    """Which samples to try: the next one is that with most values of options that those before it have not."""
+    left = {i: set(given(draws[0])) for i, draws in enumerate(several)}
+    chosen: list[int] = []
+    while len(chosen) < most and any(left.values()):
+        best = max(left, key=lambda i: len(left[i]))
+        had = left.pop(best)
+        if fits(several[best][0]):
+            chosen.append(best)
+            left = {i: values - had for i, values in left.items()}
+    return chosen
+
+
 def rounded(sample: Sample) -> Sample:
     """The sample with values that float32 has too."""
     leaves = [a.float().double() if isinstance(a, Tensor) and a.dtype is torch.float64 else a for a in sample.leaves]
@@ -140,6 +165,14 @@ def trials(draws: list[Sample], index: int) -> list[Trial]:
         with contextlib.suppress(RuntimeError):  # torch.vmap has no rule for it
             found.append(stacked(op, draws))
     return sorted([*found, on_parameters(op, sample)], key=lambda t: MODES.index(t.mode))
+
+
+def kinds(draws: list[Sample]) -> int:
+    """How many models a sample becomes."""
+    try:
+        return len(trials(draws, 0))
+    except (Unfit, RuntimeError):
+        return 1
 
 
 def loss(outputs: Any, targets: Any) -> Tensor:
@@ -276,12 +309,13 @@ class Tried:
             self.single = {k: away(v, self.expected[k]) for k, v in found.items()}
         return self.single
 
-    def outcome(self, dtype: torch.dtype, check: str | None) -> Outcome:
+    def outcome(self, dtype: torch.dtype, check: str | None, families: Iterable[str] = FAMILIES) -> Outcome:
         """All families at once, or one by one where that is refused."""
         out = Outcome(self.trial.mode, f"{str(dtype).removeprefix('torch.')} {check}", "right")
         mixing = self.trial.mode == "mixing"
-        together = {} if mixing else {"all": [e for several in FAMILIES.values() for e in several]}
-        for name, asked in [*together.items(), *FAMILIES.items()]:
+        asked_for = {name: FAMILIES[name] for name in families}
+        together = {} if mixing else {"all": [e for several in asked_for.values() for e in several]}
+        for name, asked in [*together.items(), *asked_for.items()]:
             kind, message, off = self.compare(asked, dtype, check)
             out.deviation, out.note = max(out.deviation, off), self.reference.note
             if kind in FAULTS:
@@ -359,7 +393,9 @@ def last_lines(error: BaseException) -> str:
 # ---- one sample ------------------------------
 
 
-def outcomes(draws: list[Sample], index: int, every: bool = False) -> Iterator[Outcome]:
+def outcomes(
+    draws: list[Sample], index: int, every: bool = False, families: Iterable[str] = FAMILIES
+) -> Iterator[Outcome]:
     """One model of a sample in one setting, which rotate with its index; or every model in every setting."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -372,10 +408,11 @@ def outcomes(draws: list[Sample], index: int, every: bool = False) -> Iterator[O
             yield Outcome("", "", "no number", message=f"PyTorch itself: {error}"[:300])
             return
         for trial in made if every else [made[index % len(made)]]:
-            yield from of_trial(trial, SETTINGS if every else [SETTINGS[(index + len(draws[0].info.name)) % 4]])
+            settings = SETTINGS if every else [SETTINGS[(index + len(draws[0].info.name)) % 4]]
+            yield from of_trial(trial, settings, families)
 
 
-def of_trial(trial: Trial, settings: list[tuple]) -> Iterator[Outcome]:
+def of_trial(trial: Trial, settings: list[tuple], families: Iterable[str] = FAMILIES) -> Iterator[Outcome]:
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -391,7 +428,7 @@ def of_trial(trial: Trial, settings: list[tuple]) -> Iterator[Outcome]:
         yield Outcome(trial.mode, "", "no number", message=f"PyTorch itself: {error}"[:300])
         return
     for dtype, check in settings:
-        yield tried.outcome(dtype, check)
+        yield tried.outcome(dtype, check, families)
 
 
 # ---- all of them ------------------------------

@@ -1,4 +1,7 @@
-"""PyTorch's operator database against the oracle (see `op_sweep.py`): some ops by default, all of them when slow."""
+"""PyTorch's operator database against the oracle (see `op_sweep.py`): some ops, and those that are given indices by samples.
+
+All ops, with second derivatives too, are in `test_op_options.py`.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,14 @@ SOME = [
     "nn.functional.cosine_embedding_loss", "nn.functional.group_norm", "nn.functional.pad (circular)",
     "nn.functional.prelu", "prod", "scatter_add", "select_scatter", "sgn", "sort", "var (unbiased)",
 ]  # fmt: skip
+# no dimension is apart, and it is the index that has the samples
+LOOKUPS = [
+    "nn.functional.cross_entropy", "nn.functional.linear_cross_entropy", "nn.functional.linear_cross_entropy (chunked)",
+    "nn.functional.linear_cross_entropy (chunked_none)", "nn.functional.multi_margin_loss",
+    "nn.functional.multilabel_margin_loss", "index_fill", "index_copy", "index_select", "index_add", "index_reduce (mean)",
+    "index_reduce (prod)", "index_reduce (amin)", "index_reduce (amax)", "take", "_segment_reduce (lengths)",
+    "_segment_reduce (offsets)",
+]  # fmt: skip
 INFOS = {name_of(info): info for info in database()}
 
 
@@ -39,8 +50,8 @@ def test_op(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in INFOS if name not in SOME])
-def test_every_op(name):
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_lookup(name):
     check(name)
 
 

@@ -96,7 +96,8 @@ def rebuild(value: Any, new: Iterator[Tensor]) -> Any:
     if isinstance(value, Tensor):
         return next(new)
     if isinstance(value, Mapping):
-        return type(value)((key, rebuild(item, new)) for key, item in value.items())
+        items = {key: rebuild(item, new) for key, item in value.items()}
+        return type(value)(**items) if dataclasses.is_dataclass(value) else type(value)(items)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*[rebuild(item, new) for item in value])
     if isinstance(value, (tuple, list)):

@@ -114,16 +114,30 @@ def test_tracin(case, tmp_path):
 
 
 @pytest.mark.slow
-def test_trak(case):
-    """With the kernel of all parameters for the projection, and R written out."""
+def test_trak(case, tmp_path):
+    """With the kernel of all parameters for the projection, and R written out; of an ensemble the mean of both."""
     model, attribution, _ = case
     dim, project = 6, lambda named: sum(Projected(6, 4).of(named).values())
     one = lambda f, y: (torch.log_softmax(f, 1)[0, y[0]].exp().logit())  # noqa: E731
-    phi, of_queries = (project(gradients(model, s, one)) for s in (TRAIN, QUERIES))
     x, y = data(TRAIN[0], TRAIN[2])
-    r = 1 - torch.softmax(model(x), 1).detach()[torch.arange(9), y]
-    wanted = of_queries @ torch.linalg.inv(phi.t() @ phi + 0.1 * torch.eye(dim).double()) @ phi.t() * r
-    torch.testing.assert_close(attribution.trak(batches(*QUERIES), dim, 4, measure=margin, damping=0.1), wanted)
+    before, maps, slopes, states = {k: v.clone() for k, v in model.state_dict().items()}, [], [], []
+    for scale in (1, 2):
+        states.append({name: v * scale for name, v in before.items()})
+        model.load_state_dict(states[-1])
+        phi, of_queries = (project(gradients(model, s, one)) for s in (TRAIN, QUERIES))
+        maps.append(of_queries @ torch.linalg.inv(phi.t() @ phi + 0.1 * torch.eye(dim).double()) @ phi.t())
+        slopes.append(1 - torch.softmax(model(x), 1).detach()[torch.arange(9), y])
+    model.load_state_dict(before)
+    found = attribution.trak(batches(*QUERIES), dim, 4, measure=margin, damping=0.1)
+    torch.testing.assert_close(found, maps[0] * slopes[0])
+    wanted = (maps[0] + maps[1]) * (slopes[0] + slopes[1]) / 4
+    found = attribution.trak(batches(*QUERIES), dim, 4, damping=0.1, models=states, to=tmp_path)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "scores.npy")), wanted)
+    assert np.load(tmp_path / "measure_1" / "projected_total.npy").shape == (9, dim)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with pytest.raises(ArgumentError, match="models is empty"):
+        attribution.trak(batches(*QUERIES), dim, models=[])
 
 
 @pytest.mark.slow

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fxcurv.errors import LossError
+from fxcurv.errors import ArgumentError, FieldError, LossError
 
 opacus = pytest.importorskip("opacus")
 plug = pytest.importorskip("fxcurv.plugs.opacus")
+drop_in = pytest.importorskip("fxcurv.backpack.opacus")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -20,23 +21,24 @@ def case():
     return model, TensorDataset(torch.randn(24, 1, 4, 4), torch.randint(4, (24,)))
 
 
-def private(model, data, reduction, hooks, rate):
-    """The parameters after two epochs."""
+def private(model, data, reduction, by, rate):
+    """The parameters after two epochs; `by`: Opacus' "hooks", the "plug", or Opacus' engine of the "drop-in"."""
     model = copy.deepcopy(model)
     loss = nn.CrossEntropyLoss(reduction=reduction)
-    optimizer, engine = torch.optim.SGD(model.parameters(), lr=0.1), opacus.PrivacyEngine()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = drop_in.FxcurvPrivacyEngine() if by == "drop-in" else opacus.PrivacyEngine()
     noise = torch.Generator().manual_seed(3)
     options = {"noise_multiplier": 0.3, "max_grad_norm": 0.5, "loss_reduction": reduction, "noise_generator": noise}
     torch.manual_seed(5)
     loader, empty = DataLoader(data, batch_size=rate), 0
-    if hooks:
+    if by != "plug":
         wrapped, optimizer, loader = engine.make_private(module=model, optimizer=optimizer, data_loader=loader, **options)
     else:
         samples, optimizer, loader = plug.make_private(engine, model, loss, optimizer, loader, **options)
     for _ in range(2):
         for x, y in loader:
             empty += not len(x)
-            if hooks:
+            if by != "plug":
                 loss(wrapped(x), y).backward()
             else:
                 samples(x, y)
@@ -48,11 +50,58 @@ def private(model, data, reduction, hooks, rate):
 @pytest.mark.parametrize("reduction, rate", [("mean", 2), ("sum", 8)])
 def test_private_training_is_the_same(reduction, rate):
     model, data = case()
-    (found, empty, epsilon), (wanted, _, same) = (private(model, data, reduction, hooks, rate) for hooks in (False, True))
-    assert epsilon == same and (empty or rate > 2), "Poisson sampling drew an empty batch"
-    for got, want, before in zip(found, wanted, model.parameters(), strict=True):
-        torch.testing.assert_close(got, want)
-        assert not torch.allclose(got, before)
+    wanted, _, same = private(model, data, reduction, "hooks", rate)
+    for by in ("plug", "drop-in"):
+        found, empty, epsilon = private(model, data, reduction, by, rate)
+        assert epsilon == same and (empty or rate > 2), "Poisson sampling drew an empty batch"
+        for got, want, before in zip(found, wanted, model.parameters(), strict=True):
+            torch.testing.assert_close(got, want)
+            assert not torch.allclose(got, before)
+
+
+class SamplesSecond(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(7, 4), nn.Linear(4, 3)
+
+    def forward(self, words):
+        return self.linear(self.embedding(words)).mean(0)
+
+
+def test_engine_of_the_drop_in():
+    """Samples second, several batches, evaluation, a model that runs twice, and the model as it was."""
+    torch.manual_seed(0)
+    model, words = SamplesSecond(), torch.randint(7, (5, 6))
+    theirs, ours = (
+        wrapper(copy.deepcopy(model), batch_first=False)
+        for wrapper in (opacus.grad_sample.GradSampleModule, drop_in.FxcurvGradSampleModule)
+    )
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for n in (6, 1, 0):
+        for wrapped in (theirs, ours):
+            nn.functional.cross_entropy(wrapped(words[:, :n]), torch.zeros(n).long()).backward()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert [len(rows) for rows in p.grad_sample] == [6, 1, 0]
+        for got, want in zip(p.grad_sample, q.grad_sample, strict=True):
+            torch.testing.assert_close(got, want)
+    ours.zero_grad()
+    ours.eval()
+    ours(words).sum().backward()
+    assert all(p.grad_sample is None for p in ours.parameters())
+    ours.train()
+    with pytest.raises(FieldError, match="ran forward more than once"):
+        (ours(words).sum() + ours(words[:, :2]).sum()).backward()
+    ours.forbid_grad_accumulation()
+    ours.zero_grad()
+    ours(words).sum().backward()
+    with pytest.raises(ArgumentError, match="BatchMemoryManager"):
+        ours(words).sum().backward()
+    plain = ours.to_standard_module()
+    assert type(plain) is SamplesSecond and not any(vars(p) for p in plain.parameters())
+    with pytest.raises(ArgumentError, match="ClippedGrad"):
+        drop_in.FxcurvPrivacyEngine()._prepare_model(plain, grad_sample_mode="ghost")
+    with pytest.raises(ArgumentError, match="pass 'mean' or 'sum'"):
+        drop_in.FxcurvGradSampleModule(plain, loss_reduction="none")
 
 
 def test_virtual_steps_and_weights():

@@ -22,8 +22,8 @@ SCRIPTS = {
     "train_distributed", "fsdp_kfac",
 }  # fmt: skip
 PICTURES = {
-    "elastic_weights", "gradient_noise", "influence", "laplace_regression", "kfac_factors", "optimizers", "pruning",
-    "spectrum", "token_gradients",
+    "elastic_weights", "gradient_noise", "influence", "laplace_classification", "laplace_regression", "kfac_factors",
+    "optimizers", "private_training", "pruning", "spectrum", "tangent_kernel", "token_gradients",
 }  # fmt: skip
 PNG = b"\x89PNG"
 
@@ -105,6 +105,29 @@ def test_laplace_regression(shown):
     out, (axes,) = shown("laplace_regression")
     near, far = numbers(out, r"(\d\.\d+)")
     assert 0.02 < near < 0.2 < 3 * near < far
+
+
+@pytest.mark.slow
+def test_laplace_classification(shown):
+    """The posterior is less sure, above all of digits that it has not seen."""
+    out, axes = shown("laplace_classification")
+    point, point_other, posterior, posterior_other = numbers(out, r": (0\.\d+) of the images")
+    assert posterior < point and posterior_other < 0.1 < point_other and len(axes) == 2
+
+
+@pytest.mark.slow
+def test_private_training(shown):
+    """The accuracy falls with the noise; what it buys is as Opacus counts."""
+    out, axes = shown("private_training")
+    accuracies, spent = numbers(out, r"accuracy ([\d.]+)"), numbers(out, r"ε = ([\d.]+)")
+    assert accuracies[0] > accuracies[1] > accuracies[2] > 0.7 and spent == [10.6, 1.4] and len(axes) == 2
+
+
+@pytest.mark.slow
+def test_tangent_kernel(shown):
+    out, axes = shown("tangent_kernel")
+    (before, after), (low, high) = numbers(out, r"training: accuracy ([\d.]+)"), numbers(out, r"labels ([\d.]+)")
+    assert 0.85 < before < after and 2 * low < high and len(axes) == 2
 
 
 @pytest.mark.slow

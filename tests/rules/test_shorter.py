@@ -1,4 +1,4 @@
-"""Short forms: the same numbers to the last bit, in no more ops, on random graphs of views and elementwise ops."""
+"""Short forms: the same numbers, in no more ops, on random graphs of views and elementwise ops, and each alone."""
 
 from __future__ import annotations
 
@@ -184,3 +184,54 @@ def test_each(fn, values, expected):
     shortened(graph)
     assert ops(graph) == expected
     assert fx.GraphModule(nn.Module(), graph)(*values).equal(before)
+
+
+def parts(*cuts, size=6, dim=1):
+    """The sum of parts of x, each in zeros where (start, end) or an index says."""
+
+    def graph(call, x):
+        total = None
+        for cut in cuts:
+            if isinstance(cut, int):
+                part = call(aten.select_backward.default, call(aten.select.int, x, dim, 0), [3, size], dim, cut)
+            else:
+                part = call(aten.slice.Tensor, x, dim, 0, cut[1] - cut[0])
+                part = call(aten.slice_backward.default, part, [3, size], dim, *cut, 1)
+            total = part if total is None else call(aten.add.Tensor, total, part)
+        return total
+
+    return graph
+
+
+@pytest.mark.parametrize("cuts, whole", [
+    ([(0, 2), (2, 6)], True),
+    ([(4, 6), (0, 2), (2, 4)], True),
+    ([0, 1, 2, 3, 4, -1], True),
+    ([(0, 5), 5], True),
+    ([(0, 2), (3, 6)], False),
+    ([(0, 2), (1, 6)], False),
+    ([(0, 2), (2, 5)], False),
+    ([(1, 3), (3, 6)], False),
+    ([0, 0, 2, 3, 4, 5], False),
+], ids=["two", "any order", "entries", "both", "gap", "overlap", "short", "late", "twice"])  # fmt: skip
+def test_parts_side_by_side_are_put_together(cuts, whole):
+    x = torch.randn(3, 6)
+    graph = graph_of(parts(*cuts), x)
+    before = fx.GraphModule(nn.Module(), graph)(x)
+    shortened(graph)
+    assert (aten.cat.default in ops(graph)) == whole
+    assert fx.GraphModule(nn.Module(), graph)(x).equal(before)
+
+
+def test_parts_that_something_else_reads_stay():
+    def graph(call, x):
+        first = call(aten.slice_backward.default, call(aten.slice.Tensor, x, 1, 0, 2), [3, 6], 1, 0, 2, 1)
+        second = call(aten.slice_backward.default, call(aten.slice.Tensor, x, 1, 2, 6), [3, 6], 1, 2, 6, 1)
+        third = call(aten.add.Tensor, first, second)
+        return call(aten.sub.Tensor, call(aten.add.Tensor, third, x), third)
+
+    x = torch.randn(3, 6)
+    made = graph_of(graph, x)
+    before = fx.GraphModule(nn.Module(), made)(x)
+    shortened(made)
+    assert fx.GraphModule(nn.Module(), made)(x).equal(before) and ops(made).count(aten.cat.default) == 1

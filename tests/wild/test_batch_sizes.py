@@ -1,4 +1,7 @@
-"""One sample, and another number of samples, as settings of every test model, after the first batch with the same object."""
+"""One sample, and another number of samples, as settings of every test model, after the first batch with the same object.
+
+The diagonals are alone with individual gradients here, and no model's placements are doubted by check="probe".
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import fxcurv
-from fxcurv.extensions import BatchGrad, DiagGGNExact
+from fxcurv.extensions import BatchDiagGGNExact, BatchGrad, DiagGGNExact
 
 QUICK = {"mlp_relu", "batch_second", "ce_maps_ignore_weights", "output_tuple"}
 # the batch size is a number in the model
@@ -68,8 +71,8 @@ def test_other_batch_sizes(name):
     case = CASES[name]
     model, loss, inputs, targets = case.build()
     total, dims = samples(inputs, case.batch_dim)
-    extensions = [BatchGrad()] if "nonconvex" in case.tags else [BatchGrad(), DiagGGNExact()]
-    compiled = fxcurv.compile(model, loss, extensions, batch_dim=case.batch_dim, check=None)
+    extensions = [BatchGrad(), *([] if "nonconvex" in case.tags else [DiagGGNExact(), BatchDiagGGNExact()])]
+    compiled = fxcurv.compile(model, loss, extensions, batch_dim=case.batch_dim, check="probe", debug=True)
     for n in dict.fromkeys([total, 1, *([2] if total > 2 else [])]):
         if n < total and name in OF_ITS_SIZE:
             continue
@@ -77,10 +80,8 @@ def test_other_batch_sizes(name):
         result = compiled(x) if targets is None else compiled(x, y)
         oracle = Oracle(model, loss, x, y, **case.oracle)
         torch.testing.assert_close(result.loss, oracle.loss(), equal_nan=True)
-        for field in ("grad", "grad_batch", "diag_ggn_exact"):
-            expected, actual = getattr(oracle, field)(), getattr(result, field, None)
-            if actual is not None:
-                compare(actual, expected, f"{field} at {n} samples")
+        for field in ("grad", *(e.savefield for e in extensions)):
+            compare(getattr(result, field), getattr(oracle, field)(), f"{field} at {n} samples")
 
 
 def compare(actual, expected, what):

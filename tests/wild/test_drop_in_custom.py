@@ -209,7 +209,7 @@ class Root(SecondOrderBackpropExtension):
         super().__init__("root", {nn.Linear: RootLinear()}, subsampling=subsampling)
 
 
-@pytest.mark.parametrize("samples", [None, [3, 1]], ids=["all", "some"])
+@pytest.mark.parametrize("samples", [pytest.param(None, marks=pytest.mark.slow), [3, 1]], ids=["all", "some"])
 def test_an_extension_of_the_second_order(samples):
     model, (x, y), loss = mlp(), data(), extend(nn.CrossEntropyLoss())
     want = fxcurv.compile(model, nn.CrossEntropyLoss(), [SqrtGGNExact(subsampling=samples)])(x, y).sqrt_ggn_exact
@@ -299,6 +299,10 @@ def test_models_in_a_chain(count):
             close(p.grad_batch, 3 * want.grad_batch[name])
             close(p.diag_ggn_exact, 3 * want.diag_ggn_exact[name])
             close(p.diag_h, 3 * want.diag_h[name])
+    gone = [weakref.ref(model) for model in models]
+    del whole, model, models, first, second, last, out, p
+    gc.collect()
+    assert all(ref() is None for ref in gone), "a chain keeps no model alive"
 
 
 def test_chains_that_are_refused():
@@ -310,17 +314,6 @@ def test_chains_that_are_refused():
     f, other = body(x), extend(copy.deepcopy(head))
     with backpack(DiagGGNExact()), pytest.raises(LossError, match="several extended models"):
         (loss(head(f), y) + extend(nn.CrossEntropyLoss())(other(f), y)).backward()
-
-
-def test_a_chain_keeps_no_model_alive():
-    body, _, head = parts()
-    body, head, loss, (x, y) = extend(body), extend(head), extend(nn.CrossEntropyLoss()), data()
-    with backpack(DiagGGNExact()):
-        loss(head(body(x)), y).backward()
-    gone = weakref.ref(body)
-    del body
-    gc.collect()
-    assert gone() is None
 
 
 class Of(nn.Module):
@@ -341,7 +334,7 @@ READ = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", READ)
+@pytest.mark.parametrize("case", ["copied", *(pytest.param(c, marks=pytest.mark.slow) for c in ("slicing", "one entry"))])
 def test_losses_of_entries_of_the_output(case):
     fn, targets, lossfunc = READ[case]
     model, (x, _) = mlp(), data()

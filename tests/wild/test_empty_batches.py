@@ -117,3 +117,22 @@ def test_one_sample_runs_by_the_program_for_more_where_it_is_right(squeezes):
         pairs = zip(pytree.tree_leaves(getattr(found, field)), pytree.tree_leaves(getattr(wanted, field)), strict=True)
         for got, want in pairs:
             torch.testing.assert_close(got, want)
+
+
+class InRows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.layer(x.reshape(x.shape[0], -1, 4)).flatten(1)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_plain_pytorch_refuses_names_the_line(first, capfd):
+    compiled = fxcurv.compile(InRows(), nn.MSELoss(), [BatchGrad()], check=None)
+    if not first:
+        compiled(torch.randn(3, 8), torch.randn(3, 4))
+    with pytest.raises(ArgumentError, match=r"empty(.|\n)*x.reshape\(x.shape\[0\], -1, 4\)(.|\n)*Way out"):
+        compiled(torch.randn(0, 8), torch.randn(0, 4))
+    assert capfd.readouterr().err == ""

@@ -78,6 +78,39 @@ def test_products_are_those_of_the_dense_matrix(case, name, loader):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_matrices_of_some_parameters_over_a_loader(case, name):
+    """Every attribute, of the rows and columns of the head alone."""
+    compiled, batch, batches, oracle = case
+    more = {"mc_samples": 2, "seed": 5} if name == "MCFisher" else {}
+    matrix = getattr(linear, name)(compiled, batches, params="head", **more)
+    own = slice(-21, None)  # of the parameters side by side
+    if name == "NTK":
+        j = dense("Jacobian", oracle, compiled, *batch)[:, own]
+        want = j @ j.t()
+    else:
+        want = dense(name, oracle, compiled, *batch)[:, own]
+        want = want if name == "Jacobian" else want[own]
+    rows, columns = want.shape
+    assert matrix.shape == (rows, columns) and matrix.T.shape == (columns, rows)
+    for m in (matrix, matrix.T):
+        assert m.dtype == torch.float64 and m.device == torch.device("cpu")
+    torch.testing.assert_close(matrix @ torch.eye(columns).double(), want, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(matrix.T @ torch.eye(rows).double(), want.t(), rtol=1e-9, atol=1e-12)
+    operator = matrix.to_scipy()
+    assert operator.shape == (rows, columns) and operator.dtype == np.float64
+    assert np.allclose(operator @ np.ones(columns), want.sum(1)) and np.allclose(operator.rmatvec(np.ones(rows)), want.sum(0))
+    assert np.allclose(matrix.T.to_scipy() @ np.ones(rows), want.sum(0))
+    if name == "Jacobian":
+        for m in (matrix, matrix.T):
+            with pytest.raises(ExtensionError, match="not square"):
+                m.trace()
+    else:
+        torch.testing.assert_close(matrix.diag(), want.diagonal(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(matrix.trace(), want.trace(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
 def test_parts_dicts_and_scipy(case):
     compiled, batch, batches, oracle = case
     part = linear.Jacobian(compiled, batches, params="head")
@@ -118,9 +151,9 @@ def test_kernel_of_two_batches(case):
     compiled, (x, y), batches, oracle = case
     kernel = linear.NTK(compiled, (x[:5], y[:5]), other=batches)
     j = dense("Jacobian", oracle, compiled, x, y)
-    eye = torch.eye(24).double()
+    v = torch.randn(24, generator=torch.Generator().manual_seed(1)).double()
     assert kernel.shape == (15, 24) and kernel.T.shape == (24, 15)
-    torch.testing.assert_close(kernel @ eye, j[:15] @ j.t())
-    torch.testing.assert_close(kernel.T @ eye[:15, 0], j @ j[:15].t() @ eye[:15, 0])
+    torch.testing.assert_close(kernel @ v, j[:15] @ (j.t() @ v))
+    torch.testing.assert_close(kernel.T @ v[:15], j @ (j[:15].t() @ v[:15]))
     with pytest.raises(ArgumentError, match="no diagonal"):
         kernel.diag()

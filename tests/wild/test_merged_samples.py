@@ -21,6 +21,7 @@ from fxcurv.extensions import (
     BatchL2Grad,
     ClippedGrad,
     DiagGGNExact,
+    Jacobian,
     SumGradSquared,
     Variance,
 )
@@ -171,7 +172,7 @@ def test_samples_that_meet_are_refused() -> None:
     close(found.diag_ggn_exact, true.diag_ggn_exact(), "diag_ggn_exact")
 
 
-@pytest.mark.parametrize("extension", [KFAC(), BatchDiagGGNExact()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("extension", [KFAC(), BatchDiagGGNExact(), Jacobian()], ids=lambda e: type(e).__name__)
 def test_what_is_not_defined_is_refused(extension) -> None:
     model, inputs, y = built()
     with pytest.raises(ExtensionError, match=f"{type(extension).__name__} is not defined with sample_index="):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import array
+import collections
 import copy
 import dataclasses
 import functools
+import os
 import sysconfig
 from collections.abc import Callable
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,8 +34,11 @@ def in_float64():
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
+    variables = dict(os.environ)
     yield
     torch.set_default_dtype(before)
+    os.environ.clear()
+    os.environ.update(variables)
 
 
 @dataclasses.dataclass
@@ -68,6 +75,22 @@ def squares(f: Tensor, y: Tensor) -> Tensor:
 
 def times_config(x: Tensor, config: Any) -> Tensor:
     return x * config.factor
+
+
+CONTEXT: ContextVar[float] = ContextVar("factor", default=2.0)
+CELL = {"factor": 2.0}
+
+
+def with_inner(held: dict[str, float]) -> Callable[[Any, Tensor], Tensor]:
+    """A function that makes one, which alone reads what is held and is gone when the model has run."""
+
+    def run(module: Any, h: Tensor) -> Tensor:
+        def scaled(t: Tensor) -> Tensor:
+            return t * held["factor"]
+
+        return scaled(h)
+
+    return run
 
 
 class Net(nn.Module):
@@ -110,12 +133,12 @@ def attribute(name: str, value: Any) -> Callable[[Net], None]:
     return lambda model: setattr(model, name, value)
 
 
-def inner(name: str, key: str, value: Any) -> Callable[[Net], None]:
+def inner(name: str, key: str | int, value: Any) -> Callable[[Net], None]:
     """A change of an attribute, or an item, of what the module holds."""
 
     def change(model: Net) -> None:
         held = getattr(model, name)
-        if isinstance(held, dict):
+        if hasattr(held, "__setitem__"):
             held[key] = value
         else:
             setattr(held, key, value)
@@ -138,6 +161,19 @@ CHANGES: dict[str, tuple[Callable[[], Net], Callable[[Net], Any]]] = {
     ),
     "a list": (lambda: Net(lambda m, h: h * m.parts[0] + sum(m.parts), parts=[1.0, 2.0]), lambda m: m.parts.append(3.0)),
     "a dict": (lambda: Net(lambda m, h: h * m.parts["kl"], parts={"kl": 2.0}), inner("parts", "kl", 3.0)),
+    "a deque": (lambda: Net(lambda m, h: h * m.parts[0], parts=collections.deque([2.0])), inner("parts", 0, 3.0)),
+    "a chain of dicts": (
+        lambda: Net(lambda m, h: h * m.parts["kl"], parts=collections.ChainMap({"kl": 2.0})), inner("parts", "kl", 3.0)
+    ),
+    "an array": (lambda: Net(lambda m, h: h * m.parts[0], parts=array.array("d", [2.0])), inner("parts", 0, 3.0)),
+    "a context": (lambda: Net(lambda m, h: h * CONTEXT.get()), lambda m: CONTEXT.set(3.0)),
+    "the environment": (
+        lambda: Net(lambda m, h: h * 2 if os.environ.get("TEST_OF_STATE") else h), lambda m: os.environ.update(TEST_OF_STATE="1")
+    ),
+    "an inner function's cell": (lambda: Net(with_inner(CELL)), lambda m: CELL.update(factor=3.0)),
+    "the default dtype": (
+        lambda: Net(lambda m, h: h + torch.tensor(0.1).double()), lambda m: torch.set_default_dtype(torch.float32)
+    ),
     "a tuple": (lambda: Net(lambda m, h: h * m.parts[1], parts=(1, 2.0)), attribute("parts", (1, 3.0))),
     "a class's attribute": (lambda: Net(lambda m, h: h * m.shared), attribute("shared", 3.0)),
     "an attribute that was absent": (lambda: Net(lambda m, h: h * getattr(m, "late", 1.0)), attribute("late", 3.0)),

@@ -56,8 +56,8 @@ def columns(n: int) -> dict[str, Tensor]:
 ALL = "first ggn hessian products"
 SITUATIONS = {
     "rays": Situation(
-        "", lambda: Net(rendered, **parts()), nn.MSELoss(), lambda n: torch.randn(n * POINTS, 3), numbers(2), ALL, quick=True,
-        options={"batch_dim": fxcurv.Rows(POINTS), "debug": True},
+        "", lambda: Net(rendered, **parts()), nn.MSELoss(), lambda n: torch.randn(n * POINTS, 3), numbers(2), "first hessian",
+        quick=True, options={"batch_dim": fxcurv.Rows(POINTS), "debug": True},
     ),
     "beside other inputs": Situation(
         "", lambda: Net(lit, **parts(light=nn.Linear(3, 2))), nn.MSELoss(), points_and_direction, numbers(2), ALL,

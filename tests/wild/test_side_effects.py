@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -143,6 +145,21 @@ def test_a_hook_on_a_parameter():
         fxcurv.compile(model, F.cross_entropy, [])(x, y)
 
 
+def test_a_hook_on_a_parameter_that_comes_later():
+    (x, y), model = data(), mlp()
+    compiled = fxcurv.compile(model, F.cross_entropy, [BatchGrad()], check=None)
+    for _ in range(3):  # one of these calls may go a short way
+        right(compiled, model)
+    handle = model[0].weight.register_hook(torch.neg)
+    with pytest.raises(CaptureError, match="parameter 'weight' of module '0'"):
+        compiled(x, y)
+    handle.remove()
+    right(compiled, model)
+    model[0].weight.register_hook(torch.neg)
+    with pytest.raises(CaptureError, match="parameter 'weight' of module '0'"):
+        compiled(x, y)
+
+
 def test_a_hook_on_an_activation():
     class Hooked(nn.Linear):
         def forward(self, x):
@@ -153,3 +170,26 @@ def test_a_hook_on_an_activation():
     x, y = data()
     with pytest.raises(CaptureError, match="register_hook"):
         fxcurv.compile(Hooked(3, 3).double(), F.cross_entropy, [])(x, y)
+
+
+def test_the_function_behind_a_partial_is_named():
+    (x, y), model = data(), mlp()
+    model[1].register_full_backward_hook(functools.partial(halved))
+    with pytest.raises(CaptureError, match="backward hook 'halved'"):
+        fxcurv.compile(model, F.cross_entropy, [])(x, y)
+
+
+class Frozen(dict):
+    """A configuration that no one may write to, as libraries have them."""
+
+    def clear(self):
+        raise TypeError("frozen")
+
+    update = __setitem__ = pop = clear
+
+
+def test_containers_that_refuse_to_be_written_to():
+    (x, y), model = data(), mlp()
+    model.config = Frozen(width=3, inner=Frozen(depth=2))
+    right(fxcurv.compile(model, F.cross_entropy, [BatchGrad()]), model)
+    assert model.config == {"width": 3, "inner": {"depth": 2}}

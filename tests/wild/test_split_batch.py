@@ -110,6 +110,13 @@ def weighted():
     return model, nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0, 0.5]).double(), ignore_index=2), x, y
 
 
+def smoothed():
+    """Class weights at the target and at all others."""
+    model, _, x, y = mlp()
+    weight = torch.tensor([1.0, 3.0, 0.5]).double()
+    return model, nn.CrossEntropyLoss(weight=weight, ignore_index=2, label_smoothing=0.1), x, y
+
+
 def squares():
     model = nn.Sequential(nn.Linear(4, 5), nn.Sigmoid(), nn.Linear(5, 2)).double()
     return model, nn.MSELoss(), torch.randn(7, 4).double(), torch.randn(7, 2).double()
@@ -145,7 +152,7 @@ def tied():
     return Tied().double(), nn.CrossEntropyLoss(), torch.randint(6, (5, 3)), torch.randint(6, (5, 3))
 
 
-MODELS = {f.__name__: f for f in (mlp, weighted, squares, own_mean, cnn, tied)}
+MODELS = {f.__name__: f for f in (mlp, weighted, smoothed, squares, own_mean, cnn, tied)}
 
 
 def build(name):

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxcurv.contractions.contract import Contract, Spec
-from fxcurv.contractions.factors import Arrange, Conv, Dense, Gather, Jacobian
+from fxcurv.contractions.factors import Arrange, Conv, Dense, Explicit, Gather
 from fxcurv.ir.batch import Batch
 from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Alike, Replicate, Shard, samples_back, samples_first
 from fxcurv.rules import split
@@ -233,7 +233,7 @@ def gather():
 
 
 def jacobian():
-    return Jacobian(t(S1, 2, N, 3))
+    return Explicit(t(S1, 2, N, 3))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -248,7 +248,7 @@ def test_a_contraction_places_itself(factor, reduce, weighted):
 
 def test_samples_of_another_axis_are_mixed():
     """A factor whose samples are not where contractions look for them."""
-    target, args = Contract.of(Spec(2, "vn"), [Jacobian(t(S0, N, N, 3))], None)
+    target, args = Contract.of(Spec(2, "vn"), [Explicit(t(S0, N, N, 3))], None)
     assert check(target, tuple(args)).place == MIXED
 
 

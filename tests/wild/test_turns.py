@@ -23,6 +23,7 @@ from fxcurv.extensions import (
     BatchGrad,
     BatchL2Grad,
     ClippedGrad,
+    DiagGGNExact,
     DiagGGNMC,
     SqrtGGNMC,
     SumGradSquared,
@@ -130,8 +131,23 @@ def test_what_it_does_not_compute() -> None:
     with pytest.raises(ArgumentError, match="empty"):
         compiled(x[:0], y[:0])
     contrastive = lambda f, y: F.cross_entropy(f @ f.t(), y)  # noqa: E731
-    with pytest.raises(MixedSamplesError, match="outputs=False"):
+    with pytest.raises(MixedSamplesError, match="needs samples of other parts.*without outputs=False"):
         fxcurv.compile(nn.Linear(3, 2), contrastive, outputs=False)(torch.randn(4, 3), torch.randint(4, (4,)))
+
+
+@pytest.mark.parametrize("ignored", [-100, 1])
+def test_weights_of_classes_and_label_smoothing(ignored: int) -> None:
+    """The weight of a sample's class is looked up in a table that has no samples."""
+    torch.manual_seed(0)
+    weight = torch.tensor([1.0, 3.0, 0.5]).double()
+    model, loss = nn.Linear(4, 3).double(), nn.CrossEntropyLoss(weight, ignore_index=ignored, label_smoothing=0.2)
+    x, y = torch.randn(9, 4).double(), torch.arange(9) % 3
+    result = fxcurv.compile(model, loss, [BatchGrad(), DiagGGNExact()], outputs=False)(x, y)
+    oracle = Oracle(model, loss, x, y)
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(result.grad[name], oracle.grad()[name])
+        torch.testing.assert_close(result.grad_batch[name], oracle.grad_batch()[name])
+        torch.testing.assert_close(result.diag_ggn_exact[name], oracle.diag_ggn_exact()[name])
 
 
 def test_batch_norm_needs_sums_between() -> None:

@@ -22,8 +22,8 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Lazy:
-    """Ops over a first convolution, the nearest first, that are passed without their M (see `averages.summed`)."""
+class Tail:
+    """Ops over a first convolution, the nearest first, that are passed without their M (see `mathematics.summed`)."""
 
     ops: list[fx.Node]
     by_offsets: bool

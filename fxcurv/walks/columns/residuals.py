@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcurv.contractions.factors import Jacobian
+from fxcurv.contractions.factors import Explicit
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.emit import declare, emit
 from fxcurv.ir.graph import ancestors, canonical_args
@@ -182,7 +182,7 @@ def _send_parts(walk: Walk, leaves: list, parts: dict, free: set, rule: Rule, pe
         for i, whole in parts.items():
             columns = whole if per_sample else emit(walk.program, some, whole, start, stop, True, origin=origin)
             if i in free:
-                walk.uses.setdefault(leaves[i], []).append(Use(Jacobian(columns), (part,), (v,), rule.name))
+                walk.uses.setdefault(leaves[i], []).append(Use(Explicit(columns), (part,), (v,), rule.name))
             else:
                 _send(walk, leaves[i], part, columns, v, per_sample)
 

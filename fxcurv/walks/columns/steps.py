@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from fxcurv.contractions.factors import Factor, Jacobian, declare_factor
+from fxcurv.contractions.factors import Explicit, Factor, declare_factor
 from fxcurv.errors import UnsupportedOpError
 from fxcurv.ir.emit import declare, emit
 from fxcurv.ir.graph import canonical_args
@@ -192,7 +192,7 @@ def _at_parameter(walk: Walk, node: fx.Node, stacks: list[Stack]) -> None:
         if stack.per_sample:
             columns = sum(stack.columns)
             p = emit(walk.program, _unflatten_rows, stack.node, columns, origin=origin_of(node, "extract"))
-            walk.uses.setdefault(node, []).append(Use(Jacobian(p), stack.groups, stack.columns, "pull-back"))
+            walk.uses.setdefault(node, []).append(Use(Explicit(p), stack.groups, stack.columns, "pull-back"))
         elif stack.groups == (GRADIENT,):
             walk.direct[node] = stack.node
 

@@ -32,7 +32,7 @@ def _zeros(y: Tensor) -> Tensor:
 
 
 @dataclass
-class Joint:
+class JointGraph:
     """The forward part of a program, copied, with the gradients that curvature needs.
 
     Attributes:
@@ -49,22 +49,22 @@ class Joint:
     past: set[fx.Node]
     gradients: dict[fx.Node, Any]
 
-    def copy(self) -> Joint:
+    def copy(self) -> JointGraph:
         """A copy that can be extended; nodes keep `meta["key"]`, their number in the original."""
         program, env = _copied(self.program, list(self.program.graph.nodes)[:-1])
         gradients = {env[n]: fx.node.map_arg(g, env.__getitem__) for n, g in self.gradients.items()}
         forward, heads = ([env[n] for n in nodes] for nodes in (self.forward, self.heads))
         program.heads = heads
-        return Joint(program, forward, heads, {env[n] for n in self.past}, gradients)
+        return JointGraph(program, forward, heads, {env[n] for n in self.past}, gradients)
 
 
-def joint_of(program: Program, kind: str) -> tuple[Joint, dict[int, fx.Node]]:
+def joint_of(program: Program, kind: str) -> tuple[JointGraph, dict[int, fx.Node]]:
     """The joint graph for "ggn", "hessian" or "pch", and where its nodes are in `program`: key -> node."""
     nodes = ancestors([program.loss])
     child, env = _copied(program, nodes)
     forward, heads = [env[n] for n in nodes], [env[h] for h in program.heads]
     child.heads = heads
-    joint = Joint(child, forward, heads, _past(child.loss, heads), {})
+    joint = JointGraph(child, forward, heads, _past(child.loss, heads), {})
     for node in forward:
         if isinstance(node.meta.get("val"), tuple | list):
             call_of(child, node)  # makes a node for every output
@@ -115,7 +115,7 @@ def _past(loss: fx.Node, heads: list[fx.Node]) -> set[fx.Node]:
     return reached & descendants(heads)
 
 
-def _gradients(joint: Joint, kind: str) -> None:
+def _gradients(joint: JointGraph, kind: str) -> None:
     """The cotangents dL/d(value) where an op's residual needs them: past f for the Gauss-Newton, else everywhere."""
     program = joint.program
     region = joint.past if kind == "ggn" else {n for n in joint.forward if n.op != "placeholder"}

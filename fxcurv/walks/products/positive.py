@@ -28,7 +28,7 @@ from fxcurv.rules.pointwise import unbroadcast
 from fxcurv.rules.traits import ALONG_AXIS, ALONG_LAST_AXES, MATRIX_PRODUCTS, pointwise
 from fxcurv.walks.loss import find_terms
 from fxcurv.walks.products.derivatives import emitted, replaced, residual, transposed
-from fxcurv.walks.products.joint import Joint
+from fxcurv.walks.products.joint import JointGraph
 from fxcurv.walks.products.walk import Product
 
 
@@ -39,7 +39,7 @@ class PositiveProduct(Product):
         modify: "clip" or "abs".
     """
 
-    def __init__(self, joint: Joint, name: str, modify: str):
+    def __init__(self, joint: JointGraph, name: str, modify: str):
         super().__init__(joint, "pch", [name])
         self.modify = modify
         terms = find_terms(joint.program)

@@ -41,7 +41,7 @@ from fxcurv.walks.products.derivatives import (
     tangent_of_product,
     transposed,
 )
-from fxcurv.walks.products.joint import Adjoint, Joint
+from fxcurv.walks.products.joint import Adjoint, JointGraph
 from fxcurv.walks.products.zeros import is_zero
 
 
@@ -65,7 +65,7 @@ class Product:
         names: the parameters that have a vector.
     """
 
-    def __init__(self, joint: Joint, kind: str, names: list[str]):
+    def __init__(self, joint: JointGraph, kind: str, names: list[str]):
         self.joint, self.kind, self.program = joint, kind, joint.program
         self.names = [n for n in names if n in self.program.params]
         self.tangents: dict[fx.Node, Any] = {}

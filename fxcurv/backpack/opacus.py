@@ -1,0 +1,160 @@
+"""Opacus' engine with fxcurv's gradients, for a training loop that stays as it is.
+
+::
+
+    engine = FxcurvPrivacyEngine()  # in place of opacus.PrivacyEngine
+    model, optimizer, loader = engine.make_private(module=model, optimizer=optimizer, data_loader=loader, ...)
+    for x, y in loader:
+        loss(model(x), y).backward()  # leaves p.grad_sample, as Opacus' hooks do
+        optimizer.step()
+        optimizer.zero_grad()
+
+The model is an extended one, and each backward pass that comes by it runs in a context of its own that asks for `BatchGrad`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opacus import PrivacyEngine  # type: ignore[import-not-found, unused-ignore]
+from opacus.grad_sample import AbstractGradSampleModule  # type: ignore[import-not-found, unused-ignore]
+from torch import Tensor, nn
+
+from fxcurv.backpack.context import backpack, disable
+from fxcurv.backpack.extended import extend
+from fxcurv.errors import ArgumentError
+from fxcurv.extensions import BatchGrad
+from fxcurv.ir.private import pytree
+from fxcurv.plugs.opacus import add_rows
+
+__all__ = ["FxcurvGradSampleModule", "FxcurvPrivacyEngine"]
+
+
+class _SamplesSecond(nn.Module):
+    """A model whose inputs have their samples along dimension 1, for tensors that have them first."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _swapped((args, kwargs))
+        return self.inner(*args, **kwargs)
+
+
+def _swapped(values: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.transpose(0, 1) if t.ndim > 1 else t, values)
+
+
+class FxcurvGradSampleModule(AbstractGradSampleModule):
+    """Opacus' wrapper of a model, by fxcurv: in training mode, `loss.backward()` leaves `p.grad_sample`, [N, *P].
+
+    Args:
+        m: the model, which becomes one of `fxcurv.backpack.extend`, until `to_standard_module()`.
+        batch_first: whether the samples of its inputs are along dimension 0, or 1.
+        loss_reduction: "mean" or "sum", of the loss that is to come.
+        options: those of Opacus' `GradSampleModule`, which mean nothing here.
+
+    Raises:
+        ArgumentError: for another `loss_reduction`; in `backward()`, for a second batch before `optimizer.zero_grad()` where
+            Poisson sampling counts every batch as a step.
+        FieldError: in `backward()`, if the model has run twice before it.
+    """
+
+    def __init__(self, m: nn.Module, *, batch_first: bool = True, loss_reduction: str = "mean", **options: Any):
+        if loss_reduction not in ("mean", "sum"):
+            raise ArgumentError(f"loss_reduction={loss_reduction!r}: pass 'mean' or 'sum'")
+        super().__init__(m, batch_first=batch_first, loss_reduction=loss_reduction)
+        self._several = True
+        # no submodule: names of parameters and of a state dict stay Opacus' own
+        self.__dict__["_extended"] = extend(m if batch_first else _SamplesSecond(m))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if not self.training or not tensors[0].shape[0 if self.batch_first or tensors[0].ndim < 2 else 1]:
+            return self._plain(tensors, args, kwargs)
+        given = (args, kwargs) if self.batch_first else _swapped((args, kwargs))
+        output = self._extended(*given[0], **given[1])
+        nodes = {t.grad_fn for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None}
+        for node in nodes:  # one, that of all outputs
+            context = backpack(BatchGrad(savefield="_fxcurv_rows"))
+            node.register_prehook(lambda _, context=context: _entered(context))
+            node.register_hook(lambda *_, context=context: self._left(context))
+        return output
+
+    def _plain(self, tensors: list[Tensor], args: tuple, kwargs: dict) -> Any:
+        """Without gradients of samples, or of none."""
+        with disable():
+            output = self._module(*args, **kwargs)
+        for t in pytree.tree_leaves(output) if self.training else []:
+            if isinstance(t, Tensor) and t.requires_grad:
+                t.register_hook(lambda _: self._rows({n: p.new_zeros(0, *p.shape) for n, p in self._trained()}))
+                break
+        return output
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self._module.named_parameters() if p.requires_grad]
+
+    def _left(self, context: backpack) -> None:
+        context.__exit__()
+        found = {}
+        for name, p in self._trained():
+            if hasattr(p, "_fxcurv_rows"):
+                rows: Any = p.__dict__.pop("_fxcurv_rows")
+                found[name] = rows * len(rows) if self.loss_reduction == "mean" else rows
+        self._rows(found)
+
+    def _rows(self, found: dict[str, Tensor]) -> None:
+        for name, p in self._trained():
+            if name in found:
+                add_rows(p, found[name])
+                if not self._several and isinstance(p.grad_sample, list):
+                    raise ArgumentError(
+                        "a second backward() before optimizer.zero_grad(), where Poisson sampling counts every batch as a step. "
+                        "Way out: a step after each, or Opacus' BatchMemoryManager."
+                    )
+
+    def forbid_grad_accumulation(self) -> None:
+        """Let a second batch before `optimizer.zero_grad()` be an error."""
+        self._several = False
+
+    def allow_grad_accumulation(self) -> None:
+        """Let batches add up until `optimizer.zero_grad()`."""
+        self._several = True
+
+    def remove_hooks(self) -> None:
+        """Let the model be a plain one."""
+        model: Any = self._module
+        if hasattr(type(model), "plain"):
+            model.__class__ = type(model).plain
+
+    def to_standard_module(self) -> nn.Module:
+        """The model, without what has been put on it."""
+        self.cleanup()
+        return self._module
+
+
+def _entered(context: backpack) -> None:
+    context.__enter__()
+
+
+class FxcurvPrivacyEngine(PrivacyEngine):
+    """Opacus' engine, with `FxcurvGradSampleModule` for its wrapper of the model, whatever `grad_sample_mode` says.
+
+    Raises:
+        ArgumentError: for the modes that clip inside of the backward pass (`"ghost"`): `ClippedGrad` is fxcurv's way.
+    """
+
+    def _prepare_model(
+        self, module: nn.Module, *, batch_first: bool = True, loss_reduction: str = "mean", grad_sample_mode: str = "hooks",
+        **options: Any,
+    ) -> FxcurvGradSampleModule:  # fmt: skip
+        if "ghost" in grad_sample_mode:
+            raise ArgumentError(
+                f"grad_sample_mode={grad_sample_mode!r} clips inside of Opacus' own backward pass. Way out: ClippedGrad(max_norm), "
+                "whose loss is a sum; or the default mode."
+            )
+        if isinstance(module, FxcurvGradSampleModule):
+            return module
+        self.validate(module=module, optimizer=None, data_loader=None)
+        return FxcurvGradSampleModule(module, batch_first=batch_first, loss_reduction=loss_reduction)
