@@ -49,7 +49,7 @@ def call_in_step_on_ranks(steps: Steps, inputs: Any, targets: tuple, seed: int |
     """`Compiled.__call__` under `mesh=`, where Dynamo traces it.
 
     Raises:
-        ArgumentError: for products, buffers that a call writes, sharded parameters and autocast.
+        ArgumentError: for products, buffers that a call writes, sharded parameters, factors at one rank each, and autocast.
     """
     refuse_packed(inputs)
     subject = steps.subject
@@ -78,8 +78,11 @@ def form_for(name: str, skeleton: Any, modes: list[bool], *tensors: Tensor) -> s
         if ready is None or not ready.checked:
             ready = steps.call(inputs, targets, prepare=True)
         program = ready.program
-        if program.borrowing or program.mutations and program.options.update_buffers:
-            what = "products" if program.borrowing else "buffers that a call writes (batch norm in training mode)"
+        others = {
+            "products": program.borrowing, "new values of buffers (batch norm in training mode)": program.mutations,
+            "assign='layers'": program.spread.owners,
+        }  # fmt: skip
+        for what in [what for what, found in others.items() if found]:
             raise ArgumentError(f"mesh= inside torch.compile with {what} is not supported: call it outside")
         nodes, spec = pytree.tree_flatten(fields_of(program, lambda n: n))
         given = request.arguments
