@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def jobs_of(name: str) -> list[tuple[str, list[str]]]:
 
 def verdicts(name: str, mode: str, families: list[str]) -> dict[str, str]:
     """What "family mode" is: "right", "refused: ..." or "wrong: ..."; together, and one by one where together raises."""
-    from package_checks import OF_BATCH
+    from package_checks import LEFT
     from packages import as_imported
 
     found: dict[str, str] = {}
@@ -58,9 +59,9 @@ def verdicts(name: str, mode: str, families: list[str]) -> dict[str, str]:
         for family in families:  # where there is no gradient, there is nothing
             same = together == "right" or alone.startswith("refused: CaptureError") or family == "gradient"
             verdict = alone if same else _verdict(name, [family], mode == "train")
-            if verdict.startswith("refused") and not alone.startswith("refused") and family in OF_BATCH:
-                whole = _verdict(name, [OF_BATCH[family]], mode == "train")
-                verdict = "right of the batch" if whole == "right" else whole
+            if verdict.startswith("refused") and not alone.startswith("refused") and family in LEFT:
+                left = _verdict(name, [LEFT[family]], mode == "train")
+                verdict = f"right {LEFT[family]}" if left == "right" else left
             found[f"{family} {mode}"] = verdict
     return found
 
@@ -108,7 +109,8 @@ def _mark(verdict: str, notes: dict[str, int]) -> str:
     if kind.startswith("right"):
         return kind.replace("right", "✓")
     lines = [line.strip() for line in why.splitlines() if line.strip() and not line.strip().startswith("File ")]
-    text = " ".join(lines)[:400].replace(str(ROOT), "").replace("|", "\\|")
+    text = " ".join(lines).replace(str(ROOT), "").replace("|", "\\|")
+    text = re.sub(r"\w+(, \w+)* (\(per sample\) )?(does not exist|is not defined)", "none of it is defined", text)[:400]
     return f"{'–' if kind == 'refused' else '✗'}[{notes.setdefault(text, len(notes) + 1)}]"
 
 

@@ -13,7 +13,7 @@ from situations import Situation
 from torch import Tensor
 
 import fxcurv
-from fxcurv.extensions import DiagGGNExact, DiagHessian
+from fxcurv.extensions import HMP, DiagGGNExact, DiagHessian
 
 # of a parameter with more entries, this many are compared where each costs the oracle a derivative of its own
 MANY = 8
@@ -101,17 +101,23 @@ def vectors(o: KroneckerOracle) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def products(held: Held) -> None:
-    """Two vectors per parameter: J_nT H_n J_n v from the Jacobian, and a derivative of the gradient times v."""
-    o = held.oracle
-    ggn, hmp = {}, {}
-    for name, p, v in vectors(o):
+    """Two vectors per parameter: JT H J v from the Jacobian, and a derivative of the gradient times v."""
+    o, expected = held.oracle, {}
+    for name, _, v in vectors(o):
         j = o.jac[name].flatten(2)
-        ggn[name] = torch.einsum("ncp,ncd,ndq,vq->vp", j, o.h, j, v.flatten(1)).reshape(v.shape)
+        expected[name] = torch.einsum("ncp,ncmd,mdq,vq->vp", j, o.h_of_all, j, v.flatten(1)).reshape(v.shape)
+    found = held.result.ggnmp
+    held.same({name: found[name](v) for name, _, v in vectors(o)}, expected, "ggnmp")
+    hessian_products(held)
+
+
+def hessian_products(held: Held) -> None:
+    o, expected = held.oracle, {}
+    for name, p, v in vectors(o):
         (first,) = derivative(o.total, [p], create_graph=True)
-        hmp[name] = torch.stack([derivative((first * one).sum(), [p])[0] for one in v])
-    for field, expected in (("ggnmp", ggn), ("hmp", hmp)):
-        found = getattr(held.result, field)
-        held.same({name: found[name](v) for name, _, v in vectors(o)}, expected, field)
+        expected[name] = torch.stack([derivative((first * one).sum(), [p])[0] for one in v])
+    found = held.result.hmp
+    held.same({name: found[name](v) for name, _, v in vectors(o)}, expected, "hmp")
 
 
 def ggn_of_batch(held: Held) -> None:
@@ -123,9 +129,10 @@ def hessian_of_batch(held: Held) -> None:
     chosen(held, held.result.diag_h, {name: diagonal(o.total, p) for name, p in o.params.items()}, 0, "diag_h")
 
 
-# what is left of a family where samples meet
-OF_BATCH = {"Gauss-Newton": "Gauss-Newton of the batch", "Hessian": "Hessian of the batch"}
-FAMILIES = {**GROUPS, "Gauss-Newton of the batch": [DiagGGNExact()], "Hessian of the batch": [DiagHessian()]}
+# what is left of a family where samples meet, or the loss is not convex
+LEFT = {"Gauss-Newton": "`DiagGGNExact`", "Hessian": "`DiagHessian`", "products": "`HMP`"}
+FAMILIES = {**GROUPS, "`DiagGGNExact`": [DiagGGNExact()], "`DiagHessian`": [DiagHessian()], "`HMP`": [HMP()]}
 OWN: dict[str, Callable[[Held], None]] = {
-    "Hessian": hessian, "products": products, "Gauss-Newton of the batch": ggn_of_batch, "Hessian of the batch": hessian_of_batch,
+    "Hessian": hessian, "products": products, "`DiagGGNExact`": ggn_of_batch, "`DiagHessian`": hessian_of_batch,
+    "`HMP`": hessian_products,
 }  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fxcurv.errors import CaptureError, FxcurvError
+from fxcurv.errors import CaptureError, ExtensionError, FxcurvError, LossError, MixedSamplesError
 
 MSE, grad = nn.MSELoss(), torch.autograd.grad
 
@@ -289,7 +289,6 @@ PACKAGES: dict[str, tuple[str, Situation]] = {
     "GIN, by PyTorch Geometric": ("torch_geometric", of_graphs("gin")),
     "mixture of experts: Mixtral, `eager`": ("transformers", of_mixture("eager")),
     "mixture of experts: Mixtral, `grouped_mm`": ("transformers", of_mixture("grouped_mm")),
-    "mixture of experts: Mixtral, `batched_mm`": ("transformers", of_mixture("batched_mm")),
     "physics-informed net, Burgers' equation": (
         "torch", row(
             lambda: Net(burgers, net=nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))), residual_and_boundary,
@@ -329,13 +328,28 @@ LARGE = {"diffusion U-Net, by diffusers", *(name for name in PACKAGES if "Mixtra
 # models that compute norms or a router in float32 on purpose
 SINGLE = {name for name in PACKAGES if "Mixtral" in name}
 
-# (row, family) that the batch as a whole has, and no sample
-WHOLE: set[tuple[str, str]] = {("CLIP's loss", "Gauss-Newton"), ("CLIP's loss", "Hessian")}
+GRAPHS = [name for name in PACKAGES if "PyTorch Geometric" in name]
+# families that are refused where samples meet, and where a vector says which row is whose
+PER_SAMPLE = ("first order", "sampled", "Jacobian", "Kronecker")
+PER_GRAPH = ("sampled", "Jacobian", "Kronecker")
+
+# (row, family) of which a part is there, the sum over samples or the Hessian's
+PARTS: set[tuple[str, str]] = {
+    ("PPO with a Gaussian policy", "products"), ("Gaussian process on learned features", "products"),
+    ("Gaussian process on learned features", "Hessian"),
+    *((name, f) for name in ("CLIP's loss", *GRAPHS) for f in ("Gauss-Newton", "Hessian")),
+}  # fmt: skip
 
 # (row, family of quantities, as in model_checks.GROUPS) that is refused: (its error, words of the message)
 REFUSED: dict[tuple[str, str], tuple[type[FxcurvError], str]] = {
-    ("mixture of experts: Mixtral, `eager`", "gradient"): (CaptureError, "expert_hit"),
+    ("mixture of experts: Mixtral, `eager`", "gradient"): (CaptureError, "(?s)expert_hit.*batched_mm"),
     ("quantisation-aware training with observers", "gradient"): (CaptureError, "makes a number of Python's of a value"),
+    ("PPO with a Gaussian policy", "Jacobian"): (ExtensionError, "Jacobian needs one output, the model has 3"),
+    ("Gaussian process on learned features", "Gauss-Newton"): (MixedSamplesError, "BatchDiagGGNExact"),
+    **{("PPO with a Gaussian policy", f): (LossError, "is not convex") for f in ("Gauss-Newton", "sampled", "Kronecker")},
+    **{("Gaussian process on learned features", f): (MixedSamplesError, "unsqueeze") for f in PER_SAMPLE},
+    **{("CLIP's loss", f): (MixedSamplesError, r"one @ other.t\(\)") for f in PER_SAMPLE},
+    **{(name, f): (ExtensionError, "is not defined with sample_index=") for name in GRAPHS for f in PER_GRAPH},
 }
 
 

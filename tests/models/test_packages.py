@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 from coverage_packages import jobs_of, sizes_of, tolerance_of
-from package_checks import OF_BATCH, check
-from packages import PACKAGES, REFUSED, WHOLE, as_imported
+from package_checks import LEFT, check
+from packages import PACKAGES, PARTS, REFUSED, as_imported
 
 from fxcurv.errors import FxcurvError
 
@@ -21,7 +21,7 @@ def needed(name: str) -> None:
 def test_equals_the_oracle(name: str, job: int) -> None:
     needed(name)
     mode, families = jobs_of(name)[job]
-    asked = [OF_BATCH.get(f, f) if (name, f) in WHOLE else f for f in families if (name, f) not in REFUSED]
+    asked = [LEFT[f] if (name, f) in PARTS else f for f in families if (name, f) not in REFUSED]
     if asked and (name, "gradient") not in REFUSED:
         with as_imported():
             check(PACKAGES[name][1], asked, sizes_of(name, asked), mode == "train", tolerance_of(name))

@@ -239,6 +239,11 @@ class Oracle:
             raise ValueError("the loss couples the samples: its Hessian is not block diagonal")
         return (blocks + blocks.mT) / 2
 
+    @property
+    def h_of_all(self) -> Tensor:
+        """[N, C, N, C], of a loss that couples the samples too."""
+        return self._first_and_second[1]
+
     # ---- first order ------------------------------
 
     def loss(self) -> Tensor:
