@@ -7,12 +7,16 @@ Loan 2013, section 8.3); bytes of the gradient and of the factors' triangles, fl
 graphs. Biases and norms are left out, and so are the factors of GPT-2's embedding, which is also its head
 (`KFAC(others="skip")`). Of the machine:
 
-    peak        312 TFLOP/s of an A100 in bfloat16, 19.5 in float32 (NVIDIA A100 datasheet, 2021)
-    efficiency  0.4 of bfloat16's for passes and covariances (Narayanan et al. 2021, "Efficient large-scale language model
-                training on GPU clusters using Megatron-LM": 0.44 to 0.52, of larger models);
+    peak        312 TFLOP/s of an A100 in bfloat16, 19.5 in float32: "NVIDIA A100 Tensor Core GPU" (datasheet, NVIDIA 2021),
+                nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
+    efficiency  0.4 of bfloat16's for passes and covariances: 126 TFLOP/s a device in 2,240 A100 (Smith et al. 2022, "Using
+                DeepSpeed and Megatron to train Megatron-Turing NLG 530B", section 2.4, arxiv.org/abs/2201.11990); 502 PFLOP/s in
+                3,072 are 0.52 (Narayanan et al. 2021, "Efficient large-scale language model training on GPU clusters using
+                Megatron-LM", arxiv.org/abs/2104.04473). Both are of much larger models;
                 0.1 of float32's for eigendecompositions, an assumption
-    bandwidth   300 GB/s each way among the 8 devices of a node (NVLink, datasheet: 600 for both ways), 25 GB/s a device
-                between nodes (8 x 200 Gb/s, DGX A100 user guide, 2021)
+    bandwidth   300 GB/s each way among the 8 devices of a node (NVLink, the same datasheet: 600 for both ways); 25 GB/s a device
+                between nodes: of a DGX A100 8 ports of 200 Gb/s, ConnectX-6 ("Defining AI innovation with NVIDIA DGX
+                A100", NVIDIA technical blog 2020, developer.nvidia.com/blog/defining-ai-innovation-with-dgx-a100)
     latency     5 us a step of a ring, an assumption
 
 A ring of R devices sends 2 (R - 1)/R of the bytes through its slowest link, in 2 (R - 1) steps; a reduction to one rank or a

@@ -54,8 +54,8 @@ def trained(multiplier: float) -> tuple[list[float], Tensor]:
 
 # %%
 # The privacy that is spent, by Rényi differential privacy of the sampled Gaussian mechanism at integer orders (Mironov et al.
-# 2019, section 3.3), turned into (ε, δ) (Balle et al. 2020). Opacus' accountants do this for any schedule; `fxcurv.plugs.opacus` and
-# `fxcurv.backpack.opacus` put fxcurv's gradients into its engine.
+# 2019, section 3.3), turned into (ε, δ) (Balle et al. 2020). Opacus' accountants do this for any schedule;
+# `fxcurv.plugs.opacus` and `fxcurv.backpack.opacus` put fxcurv's gradients into its engine.
 
 
 def epsilon(multiplier: float, delta: float = 1e-3) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ from fxcurv.runtime.programs import Programs, Ready, covered, emitted
 from fxcurv.runtime.ranks import Ranks, no_numbers, ranks_of, unwrapped
 from fxcurv.runtime.spread import call_on_ranks
 from fxcurv.runtime.step import Steps, call_in_step
+from fxcurv.runtime.step_on_ranks import call_in_step_on_ranks
 from fxcurv.runtime.turns import call_in_turns
 
 
@@ -126,7 +128,9 @@ def compile(  # noqa: A001
             `loss_params` without a loss that is a module, or where the model has a parameter of such a name.
     """
     if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is a {type(model).__name__}, not an nn.Module: wrap it in one")
+        staged = type(model).__module__.startswith("torch.distributed.pipelining")
+        way = "pipeline stages are not supported, pass the whole model" if staged else "wrap it in one"
+        raise ArgumentError(f"model is a {type(model).__name__}, not an nn.Module: {way}")
     if loss is not None and not callable(loss):
         raise ArgumentError(
             f"loss is a {type(loss).__name__}, not callable: pass a module or a function (output, target)"
@@ -230,7 +234,8 @@ class Compiled:
     def _forget(self) -> None:
         """Have no programs, nor anything that is known of them."""
         self._programs: Programs[Ready] = Programs(self.extensions, self._options, emitted, serves_one, Ready)
-        self._steps = Steps(self._programs, self._subject)
+        on_ranks: Any = functools.partial(call_on_ranks, self._ranks, self._programs, self._subject, self._backend)  # type: ignore
+        self._steps = Steps(self._programs, self._subject, on_ranks)
         self._again: list[Again] = []  # the kinds of the last calls, the latest first
         self._counting: Compiled | None = None
         self.recompiles = self._programs.recompiles
@@ -281,13 +286,13 @@ class Compiled:
         if self._ranks is not None:
             if params is not None:
                 raise ArgumentError("params= with mesh=: set the parameters of the model on every rank")
-            if torch.compiler.is_dynamo_compiling() or create_graph:
-                raise ArgumentError(
-                    "mesh= inside torch.compile, or with create_graph=True, is not supported: call it outside"
-                )
+            if torch.compiler.is_dynamo_compiling():
+                if create_graph or out is not None or generator is not None:
+                    raise ArgumentError("mesh= inside torch.compile takes no create_graph, out= or generator=: drop it")
+                return call_in_step_on_ranks(self._steps, inputs, targets, seed)
             return call_on_ranks(
                 self._ranks, self._programs, self._subject, self._backend, inputs, targets,
-                seed=seed, generator=generator, out=out,
+                seed=seed, generator=generator, out=out, create_graph=create_graph,
             )  # fmt: skip
         if not self._options.outputs:
             if torch.compiler.is_dynamo_compiling() or create_graph or out is not None or params is not None:

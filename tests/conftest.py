@@ -17,9 +17,19 @@ FAST = json.loads((HERE / "fast.json").read_text())
 
 
 def pytest_runtest_setup(item):
-    """No test gets the program of another one: it may have changed a pass, or a rule."""
+    """No test gets the program of another one: it may have changed a pass, or a rule; nor pieces, if one changes code."""
     if "fxcurv.runtime.shared" in sys.modules:
         sys.modules["fxcurv.runtime.shared"].forget()
+    _forget_pieces(item)
+
+
+def pytest_runtest_teardown(item):
+    _forget_pieces(item)
+
+
+def _forget_pieces(item):
+    if "monkeypatch" in getattr(item, "fixturenames", ()) and "fxcurv.ir.pieces" in sys.modules:
+        sys.modules["fxcurv.ir.pieces"].forget()
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest takes the marked ones out

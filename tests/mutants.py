@@ -21,6 +21,7 @@ import math
 import os
 import random
 import resource
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def fails(paths: list[Path], marked: str, plugin: Ordered, seconds: int) -> bool
 def stages(file: str, seconds: int) -> dict[str, bool | None]:
     """What each stage says of the mutant in `file`: near, fast, slow; the last is the first that kills it."""
     tests, stem = ROOT / "tests", Path(file).stem
-    folder = {"walks": "extensions"}.get(Path(file).parent.name, Path(file).parent.name)
+    folder = "extensions" if file.startswith("fxcurv/walks") else Path(file).parent.name
     notes = (json.loads(line) for path in (ROOT / ".fast").glob("*.jsonl") for line in path.read_text().splitlines())
     cost = dict(notes)
     by_cost = lambda item: (stem not in item.path.stem, cost.get(item.nodeid.removeprefix("tests/"), 1.0))  # noqa: E731
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument("--last", type=int, default=300)
     parser.add_argument("--seconds", type=int, default=900)
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the mutant is taken back
     KEPT.mkdir(exist_ok=True)
     log = KEPT / "tried.jsonl"
     tried = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []

@@ -151,8 +151,8 @@ class FxcurvPrivacyEngine(PrivacyEngine):
     ) -> FxcurvGradSampleModule:  # fmt: skip
         if "ghost" in grad_sample_mode:
             raise ArgumentError(
-                f"grad_sample_mode={grad_sample_mode!r} clips inside of Opacus' own backward pass. Way out: ClippedGrad(max_norm), "
-                "whose loss is a sum; or the default mode."
+                f"grad_sample_mode={grad_sample_mode!r} clips inside of Opacus' own backward pass. Way out: "
+                "ClippedGrad(max_norm), whose loss is a sum; or the default mode."
             )
         if isinstance(module, FxcurvGradSampleModule):
             return module

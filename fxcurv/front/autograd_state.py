@@ -38,8 +38,9 @@ def no_autograd_state() -> Iterator[None]:
     def push(hooks: Any) -> None:
         if threading.get_ident() == thread and not is_pytorchs(hooks.pack_hook):
             raise CaptureError(
-                f"the forward pass saves tensors by the hook '{name_of(hooks.pack_hook)}' (saved_tensors_hooks), which no program "
-                f"runs\n{running_line()}Way out: drop it while fxcurv runs; what it changes, say as a torch.autograd.Function."
+                f"the forward pass saves tensors by the hook '{name_of(hooks.pack_hook)}' (saved_tensors_hooks), which no "
+                f"program runs\n{running_line()}Way out: drop it while fxcurv runs; say what it changes as a "
+                "torch.autograd.Function."
             )
         enter(hooks)
 
@@ -57,7 +58,9 @@ def no_autograd_state() -> Iterator[None]:
 
     def cut(tensor: Tensor) -> Tensor:
         if tensor.requires_grad and by_the_user():
-            raise CaptureError(f"detach_() in the forward pass, which a trace does not see\n{running_line()}Way out: x = x.detach().")
+            raise CaptureError(
+                f"detach_() in the forward pass, which a trace does not see\n{running_line()}Way out: x = x.detach()."
+            )
         return _detach(tensor)
 
     with contextlib.ExitStack() as stack:

@@ -230,8 +230,13 @@ class Effect:
         self.path.set(modules, now)
 
 
-_HOW = {"scalar": "{}", "frozen": "F({})", "identity": "I({})", "tensor": "T({})", "state": "S({})", "number": "type({})", "table": "dict({})"}
-_FUNCTIONS: dict[str, Callable[..., Any]] = {"F": frozen, "I": id, "T": _described, "S": _state, "type": type, "getattr": getattr, "dict": dict}
+_HOW = {
+    "scalar": "{}", "frozen": "F({})", "identity": "I({})", "tensor": "T({})", "state": "S({})", "number": "type({})",
+    "table": "dict({})",
+}  # fmt: skip
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "F": frozen, "I": id, "T": _described, "S": _state, "type": type, "dict": dict, "getattr": getattr,
+}  # fmt: skip
 
 
 @dataclass

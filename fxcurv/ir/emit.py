@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, fx
 
-from fxcurv.ir import lengths
+from fxcurv.ir import lengths, pieces
 from fxcurv.ir.graph import layout
 from fxcurv.ir.placement import Placement, Shard
 from fxcurv.ir.private import (
@@ -33,10 +33,11 @@ MATERIALISED = {torch.ops.aten._efficientzerotensor.default: torch.zeros}
 
 @dataclass(frozen=True)
 class Piece:
-    """A traced function: its graph, and how its outputs are put together again."""
+    """A traced function: its graph, how its outputs are put together again, and what holds the constants that it reads."""
 
-    gm: fx.GraphModule
+    graph: fx.Graph
     spec: pytree.TreeSpec
+    constants: fx.GraphModule | None = None
 
 
 def emit(program: Program, fn: Callable, *args: Any, origin: dict[str, Any] | None = None, before=None) -> Any:
@@ -53,12 +54,11 @@ def emit(program: Program, fn: Callable, *args: Any, origin: dict[str, Any] | No
     """
     leaves, spec = pytree.tree_flatten(args)
     key = _key(fn, leaves, spec)
-    pieces = program.pieces
-    piece = pieces.get(key) if key is not None else None
+    piece = program.pieces.get(key) if key is not None else None
     if piece is None:
-        piece = _trace(program, fn, leaves, spec, origin)
+        piece = _traced(program, key, fn, leaves, spec, origin)
         if key is not None:
-            pieces[key] = piece
+            program.pieces[key] = piece
     nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
     return _splice(program, piece, [*nodes, *_lengths(program, piece, len(nodes))], origin or {}, before or program.output)
 
@@ -85,7 +85,7 @@ def length(x: Tensor, dim: int) -> Any:
 
 def _lengths(program: Program, piece: Piece, given: int) -> list[fx.Node | None]:
     """A node for each length, where the traced function asked for it by a placement."""
-    asked = [p for p in piece.gm.graph.nodes if p.op == "placeholder"][given:]
+    asked = [p for p in piece.graph.nodes if p.op == "placeholder"][given:]
     return [_length(program, k) if p.users else None for k, p in enumerate(asked)]
 
 
@@ -170,6 +170,19 @@ def tracing(program: Program, origin: dict[str, Any] | None):
         program.fixed_by = origin or {}
 
 
+def _traced(program: Program, key: Any, fn: Callable, leaves: list[Any], spec: pytree.TreeSpec, origin) -> Piece:
+    """A piece that was kept of another program, or a new one."""
+    lasting = pieces.lasting(program, key, fn, leaves)
+    found = pieces.kept(program, lasting) if lasting is not None else None
+    if found is not None:
+        return Piece(*found)
+    before = pieces.assumptions(program)
+    piece = _trace(program, fn, leaves, spec, origin)
+    if lasting is not None and before == pieces.assumptions(program):
+        pieces.keep(lasting, piece.graph, piece.spec)
+    return piece
+
+
 def _trace(program: Program, fn: Callable, leaves: list[Any], spec: pytree.TreeSpec, origin) -> Piece:
     out_spec = None
 
@@ -185,18 +198,21 @@ def _trace(program: Program, fn: Callable, leaves: list[Any], spec: pytree.TreeS
     with tracing(program, origin), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # nodes of one traced piece share their values, and a trace tells its inputs apart by identity
-        vals = [*(_fresh(node.meta["val"]) for node in nodes), *program.length_values()]
+        vals = [*_apart(program, [node.meta["val"] for node in nodes]), *program.length_values()]
         gm = make_fx(flat, MATERIALISED)(*vals)
         if any(_mutates(node) for node in gm.graph.nodes):
             gm = make_fx(dispatch_functionalize(flat), MATERIALISED)(*vals)
     gm.graph.eliminate_dead_code()
-    return Piece(gm, out_spec)
+    return Piece(gm.graph, out_spec, gm)
 
 
-def _fresh(val: Any) -> Any:
-    if not isinstance(val, Tensor):
-        return val
-    return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
+def _apart(program: Program, vals: list[Any]) -> list[Any]:
+    """Values of the same kinds, each a tensor of its own."""
+    kinds = [pieces.Kind.of(val) if isinstance(val, Tensor) else None for val in vals]
+    return [
+        val if kind is None else pieces.blank(program, kind, kinds[:k].count(kind))
+        for k, (val, kind) in enumerate(zip(vals, kinds, strict=True))
+    ]
 
 
 def _mutates(node: fx.Node) -> bool:
@@ -209,13 +225,13 @@ def _splice(program: Program, piece: Piece, nodes: list[fx.Node], origin: dict[s
     given = iter(nodes)
     graph = program.graph
     with graph.inserting_before(before):
-        for node in piece.gm.graph.nodes:
+        for node in piece.graph.nodes:
             if node.op == "placeholder":
                 env[node] = next(given)
             elif node.op == "output":
                 out = pytree.tree_map(lambda a: env[a] if isinstance(a, fx.Node) else a, node.args[0])
             elif node.op == "get_attr":
-                env[node] = constant(program, getattr(piece.gm, node.target))
+                env[node] = constant(program, getattr(piece.constants, node.target))
             else:
                 new = graph.node_copy(node, env.__getitem__)
                 new.meta = {"val": node.meta.get("val"), "origin": {**origin, "own": str(node.target)}}

@@ -218,7 +218,7 @@ __all__ = [
     "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform", "is_view", "make_fx",
     "maybe_mark_dynamic", "memory_of", "no_hooks", "no_torch_functions", "node_of", "original", "own_buffers",
     "own_forward_hooks", "own_parameters", "patched", "precision_of_fsdp", "proxy_mode", "pytree", "rerouted",
-    "reshards_after_forward", "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing",
+    "reshards_after_forward", "reshards_to_some", "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing",
     "uses_of_storage", "version_of", "without_fake_mode", "without_forward_hooks",
 ]  # fmt: skip
 
@@ -357,8 +357,17 @@ def reshards_after_forward(module: Any, outermost: bool) -> bool:
     state = module._get_fsdp_state()
     if outermost and state._auto_reshard_after_forward:
         return False
+    return all(group._reshard_after_forward for group in _groups_of(state))
+
+
+def reshards_to_some(module: Any) -> bool:
+    """Whether an `FSDPModule` keeps larger shards between its passes, on some of its ranks (`reshard_after_forward=2`, say)."""
+    return any(group._use_post_forward_mesh for group in _groups_of(module._get_fsdp_state()))
+
+
+def _groups_of(state: Any) -> list[Any]:
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # 2.11 has one of them
-    return all(group._reshard_after_forward for group in groups)
+    return [group for group in groups if group is not None]  # a module whose parameters all are of others has none
 
 
 def own_parameters(module: torch.nn.Module) -> dict[str, Any]:

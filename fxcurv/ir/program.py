@@ -122,7 +122,7 @@ class Program:
         borrowing: fields that hold values to compute with later: those of parameters and inputs are not copied.
         fake_mode: the mode that all values of the graph belong to.
         fixed_by: the op, module and line that made a number of the batch size.
-        pieces: traced functions by their kinds of arguments (see `ir.emit`).
+        pieces: traced functions by their kinds of arguments (see `ir.emit`); `blanks`: values to trace on (`ir.pieces`).
         options: what was asked for; `analysis`: what the passes before the walk found; `walked`: what the walk left;
             `spread`: the collectives.
         notes: how what a trace cannot follow was captured, for a report.
@@ -163,6 +163,7 @@ class Program:
     fake_mode: Any = None
     fixed_by: dict[str, str] | None = None
     pieces: dict = field(default_factory=dict)
+    blanks: dict = field(default_factory=dict)
     options: Options = field(default_factory=Options)
     analysis: Analysis = field(default_factory=Analysis)
     walked: Walked = field(default_factory=Walked)

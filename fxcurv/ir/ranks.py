@@ -15,9 +15,9 @@ IN_TURNS = "in turns"
 def summed(triangles: Sequence[bool], group: str, values: Sequence[Tensor]) -> list[Tensor]:
     """The values' sums over the ranks of a group, by one collective; `triangles`: which of them are symmetric matrices."""
     if len(values) == 1 and not triangles[0]:
-        return [_all_reduce(values[0].contiguous(), group)]
+        return [all_reduce(values[0].contiguous(), group)]
     flat = packed(triangles, values)
-    return unpacked(triangles, _all_reduce(torch.cat(flat) if len(flat) > 1 else flat[0], group), values)
+    return unpacked(triangles, all_reduce(torch.cat(flat) if len(flat) > 1 else flat[0], group), values)
 
 
 def packed(triangles: Sequence[bool], values: Sequence[Tensor]) -> list[Tensor]:
@@ -31,7 +31,8 @@ def unpacked(triangles: Sequence[bool], joined: Tensor, like: Sequence[Tensor]) 
     return [_square(p, v) if t else p.view(v.shape) for p, v, t in zip(parts, like, triangles, strict=True)]
 
 
-def _all_reduce(t: Tensor, group: str) -> Tensor:
+def all_reduce(t: Tensor, group: str) -> Tensor:
+    """The sum of the ranks' values."""
     ops = torch.ops._c10d_functional
     return ops.wait_tensor.default(ops.all_reduce.default(t, "sum", group))
 

@@ -123,19 +123,39 @@ class End(_Named):
 
 @dataclass(frozen=True)
 class Scatter(_Named):
-    """Terms -> this rank's shards of their sums over all ranks."""
+    """Terms -> this rank's shards of their sums over the ranks of a group, flat, on their way."""
 
     cuts: tuple[Cut, ...]
     group: str
-    replicas: str = ""
-    __name__: ClassVar[str] = "scatter_sums"
+    __name__: ClassVar[str] = "begin_scatter"
     over_ranks: ClassVar[str] = "scatter"
 
-    def __call__(self, terms: Sequence[Tensor]) -> list[Tensor]:
-        size, ops = self.cuts[0].size, torch.ops._c10d_functional
+    def __call__(self, terms: Sequence[Tensor]) -> Any:
+        size = self.cuts[0].size
         pieces = [c.filled(t, c.rows * size).view(size, -1) for c, t in zip(self.cuts, terms, strict=True)]
         joined = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
-        own = ops.wait_tensor(ops.reduce_scatter_tensor(joined.reshape(-1), "sum", size, self.group))
+        return torch.ops._c10d_functional.reduce_scatter_tensor(joined.reshape(-1), "sum", size, self.group)
+
+    def alone(self) -> Callable:
+        return list
+
+
+@dataclass(frozen=True)
+class Scattered(_Named):
+    """What `Scatter` gave -> the shards, added up over the replicas."""
+
+    cuts: tuple[Cut, ...]
+    replicas: str = ""
+    __name__: ClassVar[str] = "end_scatter"
+
+    @property
+    def over_ranks(self) -> str:
+        """What `rules.traits.over_ranks` says."""
+        return "replicas" if self.replicas else "wait"
+
+    def __call__(self, flat: Tensor) -> list[Tensor]:
+        ops = torch.ops._c10d_functional
+        own = ops.wait_tensor(flat)
         if self.replicas:
             own = ops.wait_tensor(ops.all_reduce(own, "sum", self.replicas))
         parts = own.split([c.numel for c in self.cuts])
@@ -146,25 +166,62 @@ class Scatter(_Named):
 
 
 @dataclass(frozen=True)
+class OnItsWay:
+    """A tensor that a collective writes to, and what says when it has."""
+
+    tensor: Tensor
+    work: Any
+
+    def wait(self) -> Tensor:
+        """The tensor, written."""
+        self.work.wait()
+        return self.tensor
+
+
+@dataclass(frozen=True)
 class Reduce(_Named):
-    """Terms -> their sums over a group, at one of its ranks; elsewhere tensors without values, of the "meta" device.
+    """Terms -> their sums over a group, flat, on their way to one of its ranks.
 
     Attributes:
         triangles: which terms are symmetric matrices.
-        owner: the rank that has the sums; `here`: whether it is this one.
+        owner: the rank that has the sums.
     """
 
     triangles: tuple[bool, ...]
     owner: int
-    here: bool
     group: str
-    __name__: ClassVar[str] = "reduce_to"
+    __name__: ClassVar[str] = "begin_reduce"
     over_ranks: ClassVar[str] = "reduce"
 
-    def __call__(self, terms: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(self, terms: Sequence[Tensor]) -> Any:
         joined = torch.cat(packed(self.triangles, terms))
-        dist.reduce(joined, group=group_named(self.group), group_dst=self.owner)
-        return unpacked(self.triangles, joined, terms) if self.here else [torch.empty_like(t, device="meta") for t in terms]
+        return OnItsWay(joined, dist.reduce(joined, group=group_named(self.group), group_dst=self.owner, async_op=True))
 
     def alone(self) -> Callable:
         return list
+
+
+@dataclass(frozen=True)
+class Reduced(_Named):
+    """What `Reduce` gave, and the terms -> the sums; but at the owner tensors without values, of the "meta" device.
+
+    Attributes:
+        here: whether the owner is this rank.
+    """
+
+    triangles: tuple[bool, ...]
+    here: bool
+    __name__: ClassVar[str] = "end_reduce"
+    over_ranks: ClassVar[str] = "wait"
+
+    def __call__(self, begun: OnItsWay, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        joined = begun.wait()
+        like = [joined.new_empty(shape, device="meta") for shape in shapes]
+        return unpacked(self.triangles, joined, like) if self.here else like
+
+    def alone(self) -> Callable:
+        return _first
+
+
+def _first(terms: Sequence[Tensor], _: Any) -> list[Tensor]:
+    return list(terms)

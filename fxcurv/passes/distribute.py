@@ -2,9 +2,9 @@
 
 A `Partial` value is added up over the ranks where an op reads it complete, or where it is a result; what is linear in values
 that are added up anyway is computed from their sums. Values that need no other sums are of stage 0, those that read sums
-of stage k - 1 are of stage k. The values of a stage travel together, in buckets of one dtype, and of a symmetric matrix only
-a triangle does. Results of sharded parameters are left in shards (`passes.scatters`). The number of samples, and that of the
-first one, become inputs of the program.
+of stage k - 1 are of stage k. The values of a stage travel together, in buckets of one dtype, those that are ready first in
+the first one, and of a symmetric matrix only a triangle does. Results of sharded parameters are left in shards
+(`passes.scatters`). The number of samples, and that of the first one, become inputs of the program.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcurv.errors import MixedSamplesError
+from fxcurv.ir.crossings import Read, Sum
 from fxcurv.ir.emit import emit, number_of_samples
 from fxcurv.ir.graph import ancestors, is_tensor
 from fxcurv.ir.origin import locate, stage_of
@@ -25,14 +26,17 @@ from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Placement
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Input, Program
 from fxcurv.ir.ranks import IN_TURNS, plain_text, summed
-from fxcurv.ir.shards import Reduce, Scatter
+from fxcurv.ir.shards import Reduce, Reduced, Scatter, Scattered
 from fxcurv.ir.state import Spread
 from fxcurv.passes.owners import at_one_rank, owners
 from fxcurv.passes.scatters import in_shards
+from fxcurv.passes.schedule import as_soon_as_possible
 from fxcurv.rules.traits import over_ranks
 
 # One collective takes at most so many bytes, but for a value that is larger.
 BUCKET = 25 << 20
+BEGUN = ("sum", "scatter", "replicas", "reduce", "gather")
+"""What nodes do that begin a collective (`rules.traits.over_ranks`)."""
 
 
 def distribute(program: Program) -> Program:
@@ -156,9 +160,10 @@ class _Sums:
     def add_up(self) -> None:
         """Emit the collectives, and let everything read the sums that has to."""
         stages, found = self._stages(), []
+        ready = as_soon_as_possible(self.program)  # those that are ready first travel first
         for stage in sorted(set(stages.values())):
-            nodes = [n for n in self.reduced if stages[n] == stage]
-            most = 0 if self.program.options.ranks == IN_TURNS else BUCKET  # nothing travels, so nothing has to wait
+            nodes = sorted((n for n in self.reduced if stages[n] == stage), key=lambda n: ready[n])
+            most = 0 if self.program.options.ranks == IN_TURNS else None  # nothing travels, so nothing has to wait
             for bucket in _buckets([n for n in nodes if n not in self.layouts and n not in self.owner], most):
                 found.append(bucket)
                 self._reduce(bucket, f"stage {stage}")
@@ -179,35 +184,42 @@ class _Sums:
                 if node not in self.layouts or node in self.reduced:  # what is computed in shards is not computed whole
                     node.replace_input_with(value, self.complete[value])
         self.program.rename({n: self.complete[n] for n in self.program.roots() if n.meta["across"] == PARTIAL})
+        if self.program.options.create_graph:
+            self._read_by_each()
         buckets = [[_label(n) for n in bucket] for bucket in found]
         self.program.spread = Spread(_said(self.graph), buckets, shards=kept, owners=self.owners)
 
     def _reduce_to(self, rank: int, bucket: list[fx.Node], title: str) -> None:
         """Sums over ranks that one of them gets."""
-        options = self.program.options
+        options, vals = self.program.options, [n.meta["val"] for n in bucket]
         triangles = tuple(bool(n.meta.get("symmetric")) for n in bucket)
-        target = Reduce(triangles, rank, rank == options.rank, options.ranks)
-        vals = [n.meta["val"] for n in bucket]
-        for node, total in zip(bucket, self._several(target, bucket, vals, title), strict=True):
+        begin, end = Reduce(triangles, rank, options.ranks), Reduced(triangles, rank == options.rank)
+        begun = self._node(begin, (bucket,), None, title)
+        ended = self._node(end, (begun, [tuple(v.shape) for v in vals]), vals, title)
+        for node, total in zip(bucket, self._items(ended), strict=True):
             self._finish(node, total)
 
-    def _several(self, target: Any, bucket: list[fx.Node], vals: list[Any], title: str) -> list[fx.Node]:
-        """The values of a node of several."""
-        known = {"origin": {"stage": "distribute", "op": title, "module": ""}, "across": REPLICATE, "complete": ()}
+    def _node(self, target: Any, args: tuple, val: Any, title: str) -> fx.Node:
         with self.graph.inserting_before(self.program.output):
-            node = self.graph.call_function(target, (bucket,))
-            found = [self.graph.call_function(operator.getitem, (node, k)) for k in range(len(bucket))]
-        node.meta = {**known, "val": vals}
-        for part, val in zip(found, vals, strict=True):
-            part.meta = {**known, "val": val}
-        return found
+            node = self.graph.call_function(target, args)
+        origin = {"stage": "distribute", "op": title, "module": ""}
+        node.meta = {"origin": origin, "across": REPLICATE, "complete": (), "val": val}
+        return node
+
+    def _items(self, node: fx.Node) -> list[fx.Node]:
+        """The values of a node of several."""
+        title = node.meta["origin"]["op"]
+        return [self._node(operator.getitem, (node, k), val, title) for k, val in enumerate(node.meta["val"])]
 
     def _scatter(self, bucket: list[fx.Node], places: tuple[str, str], title: str) -> None:
         """Sums over ranks of which every rank gets its shard."""
-        target = Scatter(tuple(self.layouts[n][0] for n in bucket), *places)
+        cuts, (group, replicas) = tuple(self.layouts[n][0] for n in bucket), places
         with self.program.fake_mode:
-            vals = [n.meta["val"].new_empty(self.layouts[n][0].local()) for n in bucket]
-        self.shards |= dict(zip(bucket, self._several(target, bucket, vals, title), strict=True))
+            vals = [n.meta["val"].new_empty(cut.local()) for n, cut in zip(bucket, cuts, strict=True)]
+            flat = bucket[0].meta["val"].new_empty(sum(cut.numel for cut in cuts))
+        begun = self._node(Scatter(cuts, group), (bucket,), flat, title)
+        ended = self._node(Scattered(cuts, replicas), (begun,), vals, title)
+        self.shards |= dict(zip(bucket, self._items(ended), strict=True))
 
     def _shards_of_results(self) -> set[tuple[str, str]]:
         """Let results be shards where they may; returns (field, parameter name) of these."""
@@ -236,6 +248,20 @@ class _Sums:
             self.shards[node] = new
         return self.shards[node]
 
+    def _read_by_each(self) -> None:
+        """Let autograd add up the derivatives in what all ranks have, where each reads it for its own terms and samples."""
+        known: dict[fx.Node, fx.Node] = {}
+        for node in list(self.graph.nodes):
+            if node.op != "call_function" or all(place == REPLICATE for place in _listed(node.meta["across"])):
+                continue
+            for value in node.all_input_nodes:
+                val = value.meta["val"]
+                if value.meta["across"] != REPLICATE or not isinstance(val, Tensor) or not val.is_floating_point():
+                    continue
+                if value not in known:
+                    known[value] = self._node(Read(self.program.options.ranks), (value,), val, "read")
+                node.replace_input_with(value, known[value])
+
     def _stages(self) -> dict[fx.Node, int]:
         """For each value that travels, how many collectives before it are needed for it."""
         stage: dict[fx.Node, int] = {}
@@ -254,12 +280,11 @@ class _Sums:
     def _reduce(self, bucket: list[fx.Node], title: str) -> None:
         triangles = tuple(bool(n.meta.get("symmetric")) for n in bucket)
         group = self.program.options.ranks
-        sums = emit(
-            self.program,
-            functools.partial(summed, triangles, group),
-            bucket,
-            origin={"stage": "distribute", "op": title},
-        )
+        if self.program.options.create_graph:
+            sums = self._items(self._node(Sum(triangles, group), (bucket,), [n.meta["val"] for n in bucket], title))
+        else:
+            origin = {"stage": "distribute", "op": title}
+            sums = emit(self.program, functools.partial(summed, triangles, group), bucket, origin=origin)
         for node, total in zip(bucket, sums, strict=True):
             self._finish(node, total)
 
@@ -289,9 +314,9 @@ def _said(graph: fx.Graph) -> list[str]:
     return [plain_text(f"{n.target}{n.args}") for n in graph.nodes if n.op == "call_function" and stage_of(n) == "forward"]
 
 
-def _buckets(nodes: Sequence[fx.Node], most: int = BUCKET) -> list[list[fx.Node]]:
-    """Values that travel together: of one dtype, up to `most` bytes."""
-    out: list[list[fx.Node]] = []
+def _buckets(nodes: Sequence[fx.Node], most: int | None = None) -> list[list[fx.Node]]:
+    """Values that travel together: of one dtype, up to `most` bytes, else `BUCKET`."""
+    out, most = [], BUCKET if most is None else most  # type: ignore[var-annotated]
     for dtype in dict.fromkeys(n.meta["val"].dtype for n in nodes):
         size = most + 1
         for node in [n for n in nodes if n.meta["val"].dtype == dtype]:
@@ -358,21 +383,11 @@ def _copied(graph: fx.Graph) -> fx.Graph:
     return new
 
 
-def collectives(gm: fx.GraphModule) -> list[Tensor]:
-    """What a graph's collectives add up, in order: fake values."""
-    found: list[Tensor] = []
-    for n in gm.graph.nodes:
-        if over_ranks(n) in ("sum", "scatter", "reduce"):
-            found += [t.meta["val"] for t in (n.args[0] if isinstance(n.args[0], list | tuple) else [n.args[0]])]
-    return found
-
-
 def rest(gm: fx.GraphModule, done: int) -> Iterator[Callable[[], Any]]:
     """What a rank that broke off, after `done` collectives, still has to do that others wait for: the same, on zeros."""
     for n in gm.graph.nodes:
-        if over_ranks(n) in ("sum", "gather", "scatter", "reduce"):
-            count = 1 + bool(over_ranks(n) == "scatter" and n.target.replicas)
+        if over_ranks(n) in BEGUN:
             if done <= 0:
                 given = fx.node.map_arg(n.args, lambda a: a.meta["val"])
                 yield functools.partial(n.target, *pytree.tree_map_only(Tensor, _zeros_like, given))
-            done -= count
+            done -= 1

@@ -2,6 +2,8 @@
 
 The forward pass and the walk keep their order. What only results need (contractions) runs as soon as its inputs are
 there, so that a cotangent dies when the walk has passed it; what is needed late (a constant for a late use) runs late.
+Under `mesh=`, a collective begins when its values are there, and is waited for where its sums are read, so that it goes on while
+the walk does.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 from torch import fx
 
 from fxcurv.ir.program import Program
+from fxcurv.ir.ranks import IN_TURNS
+from fxcurv.rules.traits import over_ranks
 
 SPINE = ("forward", "columns", "propagate")
 
@@ -18,9 +22,10 @@ def schedule(program: Program) -> Program:
     program.graph.eliminate_dead_code()  # a view that nobody reads, which simplify leaves, would have its input run early
     nodes = list(program.graph.nodes)
     position = {n: k for k, n in enumerate(nodes)}
-    spine = {n for n in nodes if n.meta.get("origin", {}).get("stage", "forward") in SPINE or n.op == "placeholder"}
-    ready = _as_soon_as_possible(nodes, position, spine)
-    _as_late_as_possible(nodes, spine, ready)
+    ready = as_soon_as_possible(program)
+    _as_late_as_possible(nodes, _spine(nodes), ready)
+    if program.options.ranks not in ("", IN_TURNS):
+        _wait_late(nodes, _spine(nodes), ready)
     order = sorted((n for n in nodes if n.op not in ("placeholder", "output")), key=lambda n: (ready[n], position[n]))
     last = next((n for n in reversed(nodes) if n.op == "placeholder"), None)
     for node in order:
@@ -32,12 +37,37 @@ def schedule(program: Program) -> Program:
     return program
 
 
-def _as_soon_as_possible(nodes: list[fx.Node], position: dict[fx.Node, int], spine: set[fx.Node]) -> dict[fx.Node, int]:
-    ready: dict[fx.Node, int] = {}
-    for node in nodes:
+def _spine(nodes: list[fx.Node]) -> set[fx.Node]:
+    return {n for n in nodes if n.meta.get("origin", {}).get("stage", "forward") in SPINE or n.op == "placeholder"}
+
+
+def as_soon_as_possible(program: Program) -> dict[fx.Node, int]:
+    """For every node, behind which one of the forward pass or the walk it can run: its place in the graph."""
+    nodes = list(program.graph.nodes)
+    spine, ready = _spine(nodes), dict[fx.Node, int]()
+    for place, node in enumerate(nodes):
         latest = max((ready[i] for i in node.all_input_nodes), default=0)
-        ready[node] = max(position[node], latest) if node in spine else latest
+        ready[node] = max(place, latest) if node in spine else latest
     return ready
+
+
+def _wait_late(nodes: list[fx.Node], spine: set[fx.Node], ready: dict[fx.Node, int]) -> None:
+    """Waits, and what is made of sums, go to their first reader, or to the end.
+
+    A sum in shards is waited for at the latest where the next one begins: its terms are held till then.
+    """
+    made: set[fx.Node] = set()
+    for node in nodes:
+        follows = node not in spine and not over_ranks(node) and any(i in made for i in node.all_input_nodes)
+        if over_ranks(node) in ("wait", "replicas") or follows:
+            made.add(node)
+    scatters = sorted(ready[n] for n in nodes if over_ranks(n) == "scatter")
+    for node in reversed(nodes):
+        if node in made:
+            last = min((ready[u] for u in node.users if u.op != "output"), default=len(nodes))
+            begun = [ready[i] for i in node.all_input_nodes if over_ranks(i) == "scatter"]
+            following = [k for k in scatters if begun and k > begun[0]]
+            ready[node] = max(ready[node], min([last, *following[:1]]))
 
 
 def _as_late_as_possible(nodes: list[fx.Node], spine: set[fx.Node], ready: dict[fx.Node, int]) -> None:

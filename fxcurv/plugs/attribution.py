@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +203,7 @@ class Attribution:
 
     # ---- what they share ------------------------------
 
-    def _at(self, states: Iterable[Any] | None) -> Iterator[int]:
+    def _at(self, states: Iterable[Any] | None) -> Generator[int, None, None]:
         """Load one state after another, and the model's own in the end; None: that alone."""
         if states is None:
             yield 0

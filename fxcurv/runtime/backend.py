@@ -12,7 +12,7 @@ from torch import SymInt, Tensor
 from fxcurv.errors import ArgumentError
 from fxcurv.ir.private import maybe_mark_dynamic
 from fxcurv.ir.program import Program
-from fxcurv.passes.recycle import functional
+from fxcurv.passes.recycle import without_memory
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Backend:
     def runner(self, program: Program) -> Callable[[Sequence[Any]], tuple]:
         """What computes `program` from its arguments but memory of earlier results."""
         module = torch.compile(
-            functional(program), backend=self.name, mode=self.mode, dynamic=self.dynamic, fullgraph=True
+            without_memory(program), backend=self.name, mode=self.mode, dynamic=self.dynamic, fullgraph=True
         )
         symbolic = [] if program.fixed or self.dynamic is False else _symbolic(program)
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +17,7 @@ from fxcurv.errors import ArgumentError, ExtensionError, RankError
 from fxcurv.extensions import Extension
 from fxcurv.ir.placement import Placement, Shard, samples_back, samples_first
 from fxcurv.ir.private import collectives_of, flattened_mesh, pytree
+from fxcurv.ir.shards import OnItsWay
 from fxcurv.passes.distribute import rest
 
 T = TypeVar("T")
@@ -91,15 +93,23 @@ class Ranks:
 
     # ---- values ----
 
-    def run(self, gm: fx.GraphModule, arguments: Callable[[], Sequence[Any]]) -> tuple:
-        """Run a graph with collectives; if it breaks off here, the ones that others wait for are still done."""
+    def run(
+        self, gm: fx.GraphModule, arguments: Callable[[], Sequence[Any]], compiled: Callable[[list[Any]], tuple] | None = None
+    ) -> tuple:
+        """Run a graph with collectives; if it breaks off here, the ones that others wait for are still done.
+
+        Args:
+            compiled: runs in place of the graph, with its collectives in their order.
+        """
         before = self._begun()
         try:
-            return gm(*arguments())
+            return gm(*arguments()) if compiled is None else compiled(list(arguments()))
         except Exception:
             for collective in rest(gm, self._begun() - before):
                 begun = collective()
-                if isinstance(begun, Tensor):
+                if isinstance(begun, OnItsWay):
+                    begun.wait()
+                elif isinstance(begun, Tensor):
                     torch.ops._c10d_functional.wait_tensor(begun)
             raise
 
@@ -142,10 +152,15 @@ def ranks_of(mesh: Any, model: nn.Module, extensions: Sequence[Extension], backe
     """The ranks of `mesh=`, None without one.
 
     Raises:
-        ArgumentError: for what is no mesh, or is not of the ranks that the model is wrapped for; other backends than "eager".
+        ArgumentError: for what is no mesh, or is not of the ranks that the model is wrapped for; other backends than "eager"
+            with factors at one rank each.
         ExtensionError: for samples by their numbers.
     """
+    if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
+        raise ArgumentError("the model is a FullyShardedDataParallel (FSDP1), which is not supported: use fully_shard, and mesh=")
     if mesh is None:
+        if any(isinstance(p, DTensor) for p in model.parameters()):
+            raise ArgumentError("the parameters are DTensors: pass mesh=, for quantities of the batch of all ranks")
         if isinstance(model, DistributedDataParallel):
             raise ArgumentError(
                 "the model is a DistributedDataParallel: pass mesh=, for quantities of the batch of all ranks, or model.module, "
@@ -159,8 +174,8 @@ def ranks_of(mesh: Any, model: nn.Module, extensions: Sequence[Extension], backe
             raise ArgumentError(
                 f"the model is a DistributedDataParallel on ranks {theirs}, and mesh= is on others: use one mesh"
             )
-    if backend != "eager":
-        raise ArgumentError(f"mesh= with backend={backend!r} is not supported: use 'eager'")
+    if backend != "eager" and any(getattr(e, "assign", "all") == "layers" for e in extensions):
+        raise ArgumentError(f"mesh= with assign='layers' and backend={backend!r} is not supported: use 'eager', or assign='all'")
     no_numbers(extensions)
     return ranks
 

@@ -17,7 +17,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fxcurv.errors import ArgumentError
-from fxcurv.ir.private import own_forward_hooks, own_parameters, precision_of_fsdp, reshards_after_forward
+from fxcurv.ir.private import (
+    own_forward_hooks,
+    own_parameters,
+    precision_of_fsdp,
+    reshards_after_forward,
+    reshards_to_some,
+)
 from fxcurv.ir.program import Program
 from fxcurv.ir.shards import Bucket, Cut
 from fxcurv.runtime.ranks import Ranks
@@ -82,7 +88,8 @@ def stand_ins(model: nn.Module, ranks: Ranks) -> Iterator[Sharded]:
     """With plain tensors without memory for the parameters that are sharded, and without what FSDP does around a forward pass.
 
     Raises:
-        ArgumentError: for parameters on another mesh, or cut in another way, and a mixed precision policy.
+        ArgumentError: for parameters on another mesh, or cut in another way, a mixed precision policy that is of other dtypes
+            than they are, and parameters that are cut in another way between the passes.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -176,11 +183,26 @@ def _check(model: nn.Module, sharded: dict[str, DTensor], ranks: Ranks) -> None:
                 f"parameter '{name}' is placed {list(p.placements)}, and mesh= takes what fully_shard has cut along one "
                 "dimension. Way out: fully_shard alone; layers that are cut for tensor parallelism are not supported"
             )
-    policies = {precision_of_fsdp(m) for m in model.modules() if isinstance(m, FSDPModule)}
-    if any(p.param_dtype or p.output_dtype for p in policies):
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            _check_wrapped(name, module)
+
+
+def _check_wrapped(name: str, module: FSDPModule) -> None:
+    """Refuse what a `fully_shard` asks for and graphs do not do."""
+    of = f"fully_shard of '{name}'" if name else "fully_shard of the model"
+    policy = precision_of_fsdp(module)
+    dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}  # type: ignore[attr-defined]
+    asked = {field: getattr(policy, field) for field in ("param_dtype", "reduce_dtype", "output_dtype")}
+    others = [f"{field}={dtype}" for field, dtype in asked.items() if dtype is not None and dtypes - {dtype}]
+    if others:
         raise ArgumentError(
-            "fully_shard has a mixed precision policy, which is not supported with mesh=. Way out: torch.autocast around the "
-            "call, or parameters of that dtype"
+            f"{of} has a mixed precision policy, {', '.join(others)} for parameters of {' and '.join(map(str, dtypes))}, which "
+            "is not supported with mesh=. Way out: torch.autocast around the call, or parameters of that dtype"
+        )
+    if reshards_to_some(module):
+        raise ArgumentError(
+            f"{of} has reshard_after_forward=<number of ranks>, which is not supported with mesh=. Way out: True or False"
         )
 
 

@@ -22,6 +22,7 @@ from torch import SymInt, Tensor, fx
 from fxcurv import passes
 from fxcurv.contractions.candidates import CANDIDATES
 from fxcurv.ir.graph import layout
+from fxcurv.ir.pieces import state_of_torch
 from fxcurv.ir.private import OpOverload, pytree
 from fxcurv.ir.program import Program
 from fxcurv.quantity import KINDS
@@ -100,7 +101,7 @@ def graph_key(program: Program, *also: Hashable) -> Hashable | None:
     if own or options.rules or options.ranks or not all(map(_is_own, program.extensions)):
         return None
     try:
-        key = (_graph(program), _fields(program), _state_of_torch(), _compiler(), also)
+        key = (_graph(program), _fields(program), state_of_torch(), _compiler(), also)
         hash(key)
     except (_Unknown, TypeError):
         return None
@@ -204,16 +205,6 @@ def _fields(program: Program) -> Hashable:
         tuple(options),
         program.machine,
     )
-
-
-def _state_of_torch() -> Hashable:
-    """What the choice of ops and kernels depends on, besides the program."""
-    cuda, mkldnn = torch.backends.cuda, torch.backends.mkldnn
-    return (
-        torch.get_default_dtype(), str(torch.get_default_device()), torch.are_deterministic_algorithms_enabled(),
-        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
-        (mkldnn.is_available(), mkldnn.enabled),
-    )  # fmt: skip
 
 
 def _compiler() -> Hashable:

@@ -50,19 +50,25 @@ def call_on_ranks(
     inputs: Any,
     targets: tuple,
     *,
-    seed: int | Tensor | None,
-    generator: torch.Generator | None,
-    out: Result | None,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    out: Result | None = None,
+    create_graph: bool = False,
     part: bool = False,
     first: int | None = None,
-) -> Result:
+    values: dict[str, Tensor] | None = None,
+    prepare: bool = False,
+) -> Any:
     """`Compiled.__call__` under `mesh=`.
 
     Args:
         part: the batch is one of several; `first`: the number of this rank's first sample among those of all of them.
+        values: in place of the model's parameters.
+        prepare: make and check the program, and return it without running it.
 
     Raises:
         MixedSamplesError: for a part whose samples interact.
+        ArgumentError: for sharded parameters with `create_graph` or another backend than "eager".
     """
 
     def drawn(ready: Ready | None) -> Sequence[int]:
@@ -75,9 +81,11 @@ def call_on_ranks(
         if any(isinstance(t, DTensor) for t in pytree.tree_leaves((inputs, targets))):
             raise ArgumentError("an input or target is a DTensor: pass this rank's own samples, x.to_local()")
         sharded = stack.enter_context(stand_ins(subject.model, ranks))
-        request = programs.request(subject, inputs, targets, subject.autocast())
+        if sharded.params and (create_graph or prepare or backend.name != "eager"):
+            raise ArgumentError("fully_shard with create_graph=True, torch.compile or another backend is not supported: drop one")
+        request = programs.request(subject, inputs, targets, subject.autocast(), create_graph)
         request = dataclasses.replace(request, sharded=sharded.buckets)
-        return request, sharded, programs.held(request), None if out is None else keep(out, False, backend)
+        return request, sharded, programs.held(request), None if out is None else keep(out, create_graph, backend)
 
     with contextlib.ExitStack() as stack:
         (request, sharded, ready, kept), rows = ranks.together(
@@ -90,9 +98,13 @@ def call_on_ranks(
             made, seed = _agreed(ranks, programs, request, ready, rows, drawn)
             if part and made.program.analysis.mixing:
                 raise MixedSamplesError(made.program.analysis.mixing.format(asked="a quantity of several batches"))
-            call = _Call(ranks, made, request, sharded, sizes, seed, first)
+            call = _Call(ranks, made, request, sharded, sizes, seed, first, backend)
             call.check()
-            result = call.run(backend, kept, out)
+            if prepare:
+                return made
+            call.values = values or {}
+            with torch.set_grad_enabled(create_graph):
+                result = call.run(kept, out)
     programs.latest = made
     return result
 
@@ -149,21 +161,23 @@ class _Call:
     """A call whose program all ranks have."""
 
     def __init__(
-        self, ranks: Ranks, ready: Ready, request: Request, sharded: Sharded, sizes: list[int], seed: int, first: int | None
-    ):
-        self.sharded = sharded
+        self, ranks: Ranks, ready: Ready, request: Request, sharded: Sharded, sizes: list[int], seed: int, first: int | None,
+        backend: Backend,
+    ):  # fmt: skip
+        self.sharded, self.backend = sharded, backend
+        self.values: dict[str, Tensor] = {}
         self.ranks, self.ready, self.request, self.sizes, self.seed = ranks, ready, request, sizes, seed
         self.part = sum(sizes), sum(sizes[: ranks.rank]) if first is None else first
         self.program, self.subject = ready.program, request.subject
 
     def bound(self, arguments: Arguments, part: tuple[int, int] | None = None) -> list[Any]:
         """The program's arguments; `part`: (how many samples all ranks have, this one's first), else the batch is all here."""
-        shards = self.sharded.local() if part is not None else None
+        shards = {**self.sharded.local(), **self.values} if part is not None else None
         return bind(self.program, self.subject, arguments, self.seed, None, shards, part)
 
-    def run(self, backend: Backend, kept: Any, out: Result | None) -> Result:
+    def run(self, kept: Any, out: Result | None) -> Result:
         """Compute the result."""
-        flat = self.bound(self.request.arguments, self.part)
+        backend, flat = self.backend, self.bound(self.request.arguments, self.part)
         memory = functools.partial(take_memory, self.ready, backend, self.request.arguments, flat, kept)
         values, _ = self.ranks.together(lambda: self._values(self.request.arguments, flat, memory))
         result = result_of(self.ready, self.subject, backend, flat, values)
@@ -182,7 +196,10 @@ class _Call:
 
     def _values(self, arguments: Arguments, flat: list[Any], memory: Callable[[], list[Tensor]]) -> tuple:
         try:
-            return self.ranks.run(self.program.gm, lambda: [*flat, *memory()])
+            if self.backend.name == "eager":
+                return self.ranks.run(self.program.gm, lambda: [*flat, *memory()])
+            self.ready.runner = self.ready.runner or self.backend.runner(self.program)
+            return self.ranks.run(self.program.gm, lambda: flat, self.ready.runner)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError) as error:

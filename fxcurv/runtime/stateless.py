@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class Stateless(nn.Module):
         self.shared = [_is_given(node) for node in program.output.args[0]]
         self.writes = {name: position[node] for name, node in program.mutations.items()}
         self.updates = program.options.update_buffers
-        fields = _fields(program, position)
+        fields = fields_of(program, position.__getitem__)
         for kept in pytree.tree_leaves(fields, is_leaf=lambda value: isinstance(value, Saved)):
             if isinstance(kept, Saved):
                 kept.code.prepare()
@@ -127,14 +127,14 @@ def _at(value: Any, steps: Sequence[tuple[str, Any]]) -> Any:
     return value
 
 
-def _fields(program: Program, position: dict[fx.Node, int]) -> dict[str, Any]:
-    """A result's fields with the index of each value for its tensor."""
-    at = lambda n: position[n] if isinstance(n, fx.Node) else n  # noqa: E731
+def fields_of(program: Program, of: Callable[[fx.Node], Any]) -> dict[str, Any]:
+    """A result's fields with what `of` says of each value in place of its tensor."""
+    at = lambda n: of(n) if isinstance(n, fx.Node) else n  # noqa: E731
     fields: dict[str, Any] = {} if program.loss is None else {"loss": at(program.loss)}
     fields["output"] = filled(program.output_template, [at(n) for n in program.output_leaves])
     held: list[Slot] = []
     map_leaves(program.output_template, Slot, held.append)
-    if sum(type(leaf) is int for leaf in pytree.tree_leaves(fields["output"])) < len(held):
+    if sum(type(leaf) in (int, fx.Node) for leaf in pytree.tree_leaves(fields["output"])) < len(held):
         raise ArgumentError(
             "inside torch.compile, a model returns tensors, or tuples, lists and dicts of them, not tensors within a "
             f"{type(program.output_template).__name__}"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,10 +39,13 @@ class Steps:
         name: by which the traced code finds it.
         changes: a mark for each time that Python state was found changed for which Dynamo has no guard. It guards this text; a
             number that changes it would take for a dynamic one, which no constant can be made of.
+        call: a call on several ranks; `forms`, `skeletons`: of those, see `runtime.step_on_ranks`.
     """
 
-    def __init__(self, programs: Programs[Ready], subject: Subject):
+    def __init__(self, programs: Programs[Ready], subject: Subject, call: Callable[..., Any]):
         self.programs, self.subject, self.changes = programs, subject, ""
+        self.call = call
+        self.forms, self.skeletons = SimpleNamespace(), {}  # type: ignore[var-annotated]
         self.name = f"compiled_{next(_COUNT)}"
         STEPS[self.name] = self
 
@@ -129,7 +133,7 @@ def name_for(
     A module would be a constant without a source, which Dynamo cannot guard. It guards what is used: so `modes` is passed, the
     training flags, and `changes`, of what `unchanged` saw, though they are read again here.
     """
-    inputs, targets = _filled(skeleton, tensors)
+    inputs, targets = filled_in(skeleton, tensors)
     with tracing(None):
         steps = STEPS[name]
         mode = Autocast(device_type, dtype)
@@ -164,6 +168,7 @@ def _ready(
         return ready
 
 
-def _filled(skeleton: Any, tensors: Sequence[Tensor]) -> Any:
+def filled_in(skeleton: Any, tensors: Sequence[Tensor]) -> Any:
+    """What `parted` took apart."""
     given = iter(tensors)
     return pytree.tree_map(lambda leaf: next(given) if isinstance(leaf, str) and leaf == HOLE else leaf, skeleton)

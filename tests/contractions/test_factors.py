@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxcurv.contractions.candidates import CANDIDATES
+from fxcurv.contractions.candidates import CANDIDATES, Candidate
 from fxcurv.contractions.contract import Contract, Spec, combine, contract
 from fxcurv.contractions.factors import Arrange, Conv, Dense, Explicit, Gather, unfold
 from fxcurv.contractions.sizes import dims
@@ -204,12 +204,12 @@ def test_candidates(name):
 
 
 def test_every_candidate_applies_somewhere():
-    names = set()
+    kinds = set()
     for name in EVERY:
         factors, p = built(name)
         for spec, _ in specs(p):
-            names |= {c.name for c in CANDIDATES if c.applies(spec, factors)}
-    assert names == {c.name for c in CANDIDATES}
+            kinds |= {type(c) for c in CANDIDATES if c.applies(spec, factors)}
+    assert kinds == {*Candidate.__subclasses__()} and len({kind.name for kind in kinds}) == len(kinds)
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fxcurv
-from fxcurv.errors import MixedSamplesError
+from fxcurv.errors import ArgumentError, MixedSamplesError
 from fxcurv.extensions import (
     GGNMP,
     HMP,
@@ -138,6 +138,18 @@ def refusals(rank: int, count: int) -> list[str]:
     return missed
 
 
+def fewer(rank: int, count: int) -> list[str]:
+    """The same of shards that are larger between the passes."""
+    model, loss, x, y = made("mlp", count)
+    fully_shard(model[0], mesh=mesh_of(count), reshard_after_forward=2)
+    compiled = fxcurv.compile(fully_shard(model, mesh=mesh_of(count)), loss, mesh=mesh_of(count), check=None)
+    try:
+        compiled(x[:1], y[:1])
+    except ArgumentError as error:
+        return [] if "reshard_after_forward=<number of ranks>" in str(error) else [str(error)]
+    return ["reshard_after_forward=2: not refused"]
+
+
 def cells(rank: int, count: int, known: dict) -> dict[str, str]:
     """What is wrong, by cell."""
     wrong: dict[str, str] = {}
@@ -147,7 +159,7 @@ def cells(rank: int, count: int, known: dict) -> dict[str, str]:
                 cell(rank, count, wrapper, name, asked, want)
             except Exception:
                 wrong[f"{count} ranks, {wrapper}, {name}"] = traceback.format_exc()
-    missed = refusals(rank, count) if count == 2 else []
+    missed = refusals(rank, count) if count == 2 else fewer(rank, count)
     return {**wrong, **({"refusals": "\n".join(missed)} if missed else {})}
 
 

@@ -9,7 +9,8 @@ from subjects import alone, compare, made, mesh_of, part
 from test_ranks import raised
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -56,11 +57,14 @@ def test_micro_batches_on_ranks(found):
     assert drawn == also, "the first rank draws the seed of all"
 
 
+def all_micro(rank):
+    for name in ("cnn", "squares", "transformer"):
+        micro(rank, name, [BatchGrad(), Variance(), SqrtGGNMC(1), *([KFAC(2), EKFAC(2)] if name != "transformer" else [])])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cnn", "squares", "transformer"])
-def test_every_model_in_micro_batches(name):
-    asked = [BatchGrad(), Variance(), SqrtGGNMC(1), *([KFAC(2), EKFAC(2)] if name != "transformer" else [])]
-    on_ranks(2, micro, name, asked, limit=600)
+def test_every_model_in_micro_batches():
+    on_ranks(2, all_micro, limit=900)
 
 
 # ---- sharded parameters ------------------------------
@@ -277,6 +281,12 @@ def meshes(rank):
         key: raised(lambda m=m, inputs=inputs, of=of: fxcurv.compile(m, loss, mesh=of)(inputs, y))
         for key, (m, inputs, of) in subjects.items()
     }
+    stage = PipelineStage(model()[2 * rank : 2 * rank + 2], rank, 2, torch.device("cpu"), group=mesh.get_group())
+    found["stage"] = raised(lambda: fxcurv.compile(stage, loss, mesh=mesh))
+    found["stages"] = raised(lambda: fxcurv.compile(stage.submod, loss, mesh=mesh)(x if rank == 0 else x @ x.new_ones(4, 5), y))
+    flat = FullyShardedDataParallel(model(), device_id=torch.device("cpu"))
+    found["fsdp1"] = raised(lambda: fxcurv.compile(flat, loss, mesh=mesh))
+    found["no mesh"] = raised(lambda: fxcurv.compile(fully_shard(model(), mesh=mesh), loss))
     return found, float(fxcurv.compile(model(), loss, mesh=mesh, check=None)(x, y).loss)
 
 
@@ -290,6 +300,10 @@ def meshes(rank):
         ("ddp", "use one mesh"),
         ("input", "x.to_local()"),
         ("another", "on the mesh that compile() gets"),
+        ("stage", "pass the whole model"),
+        ("stages", "ranks compile different programs: of the modules"),
+        ("fsdp1", "use fully_shard"),
+        ("no mesh", "pass mesh="),
     ],
 )
 def test_what_is_on_other_meshes_is_refused(found, key, said):

@@ -53,25 +53,26 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_second_order(name):
-    """Diagonals, operators, and blocks of the first parameter and of another one, all of one program.
+    """Diagonals, operators, and blocks of a parameter, all of one program.
 
-    Each block and each of its kinds of vectors is a program of its own: all of them are in the tests below, and in operators.
+    Each block and each of its kinds of vectors is a program of its own. Positive parts are of the first parameter, as what is
+    between it and the loss is most; those of matrices are of one by turns, and of all in the operator.
     """
     convex = "nonconvex" not in CASES[name].tags
     asked = [DiagHessian(), BatchDiagHessian(), HMP(), PCHMP(), PCHMP("pchmp_abs", "abs"), *([GGNMP()] if convex else [])]
     compiled, arguments, oracle = compiled_case(CASES[name], asked)
     result, hessian = compiled(*arguments), oracle.hessian()
-    params, another = list(oracle.params), [*CASES].index(name) % len(oracle.params)
-    some = {k: oracle.params[k] for k in (params[0], params[another])}
+    params = list(oracle.params)
+    first, one = ({k: oracle.params[k]} for k in (params[0], params[[*CASES].index(name) % len(params)]))
     close(result.diag_h, oracle.diag_h(), "diag_h")
     close(result.diag_h_batch, oracle.diag_h_batch(), "diag_h_batch")
     assert set(result.hmp) == set(result.pchmp) == set(result.pchmp_abs) == set(params)
-    check_blocks({k: result.hmp[k] for k in some}, {k: hessian[k] for k in some}, some)
+    check_blocks({k: result.hmp[k] for k in one}, {k: hessian[k] for k in one}, one)
     check_operator(result.hessian, oracle.hessian_matrix())
-    check_positive(result, {k: hessian[k] for k in some}, some)
+    check_positive(result, {k: hessian[k] for k in first}, first)
     if convex:
         ggn = oracle.ggn()
-        check_blocks({k: result.ggnmp[k] for k in some}, {k: ggn[k] for k in some}, some)
+        check_blocks({k: result.ggnmp[k] for k in one}, {k: ggn[k] for k in one}, one)
         check_operator(result.ggn, oracle.ggn_matrix())
 
 

@@ -28,6 +28,7 @@ from fxcurv.extensions import (
     Variance,
 )
 from fxcurv.ir import emit
+from fxcurv.ir.pieces import forget as forget_pieces
 
 aten = torch.ops.aten
 TWELVE = [
@@ -211,6 +212,7 @@ def test_equal_layers_share_traced_pieces(monkeypatch):
 
     def pieces(depth):
         traced.clear()
+        forget_pieces()
         layer = lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)  # noqa: E731
         model = nn.Sequential(*(layer() for _ in range(depth)), nn.Flatten(), nn.Linear(12, 2))
         lowered(model, [BatchGrad(), DiagGGNMC()], torch.randn(2, 3, 4), torch.tensor([0, 1]))

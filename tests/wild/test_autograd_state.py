@@ -80,7 +80,8 @@ def cut_by_a_function(h):
 
 REFUSED = {
     hook: r"grad_fn.register_hook", prehook: r"grad_fn.register_prehook", hook_of_several: "register_multi_grad_hook",
-    rounded_when_saved: "saved_tensors_hooks", rounded_in_place: r"\.data =", cut_in_place: "detach_", cut_by_a_function: "detach_",
+    rounded_when_saved: "saved_tensors_hooks", rounded_in_place: r"\.data =",
+    cut_in_place: "detach_", cut_by_a_function: "detach_",
 }  # fmt: skip
 
 
