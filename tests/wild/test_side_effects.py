@@ -189,7 +189,7 @@ class Frozen(dict):
 
 
 def test_containers_that_refuse_to_be_written_to():
-    (x, y), model = data(), mlp()
+    model = mlp()
     model.config = Frozen(width=3, inner=Frozen(depth=2))
     right(fxcurv.compile(model, F.cross_entropy, [BatchGrad()]), model)
     assert model.config == {"width": 3, "inner": {"depth": 2}}
