@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,7 +43,7 @@ class Stateless(nn.Module):
                 f"the model or loss makes a number of the data's values, which every call compares\n  {program.reads.lines[0]}\n"
                 "and which neither torch.compile nor an exported program does. Way out: call it outside of the compiled function."
             )
-        self.gm = functional(program)
+        self.gm = _by_sizes(functional(program))
         self.bound = [(i.kind, i.name, i.index) for i in program.inputs if i.kind != "memory"]
         self.constants = dict(program.constants)
         python = program.python
@@ -178,3 +180,21 @@ def parted(structure: Any) -> tuple[Any, list[Tensor]]:
     leaves, spec = pytree.tree_flatten(structure)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     return pytree.tree_unflatten([HOLE if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec), tensors
+
+
+def _by_sizes(gm: fx.GraphModule) -> fx.GraphModule:
+    """The number of entries of a value as the product of its sizes: Dynamo does not trace `sym_numel`."""
+    found = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_numel.default)
+    for node in found:
+        x: Any = node.args[0]
+        with gm.graph.inserting_before(node):
+            sizes = [
+                s if isinstance(s, int) else gm.graph.call_function(torch.ops.aten.sym_size.int, (x, d))
+                for d, s in enumerate(x.meta["val"].shape)
+            ]
+            count: Any = functools.reduce(lambda a, b: gm.graph.call_function(operator.mul, (a, b)), sizes)
+            node.replace_all_uses_with(count)
+        gm.graph.erase_node(node)
+    if found:
+        gm.recompile()
+    return gm

@@ -121,6 +121,18 @@ def test_every_quantity(extension):
     check_steps([extension], 20)
 
 
+def test_numbers_of_entries_are_products_of_sizes():
+    """Those of the columns that a convolution's factors are made of depend on the batch size, by an op that Dynamo refuses."""
+    compiled = fxcurv.compile(cnn(), F.cross_entropy, extensions=[ext.KFLR()])
+
+    def step(x, y):
+        return pytree.tree_leaves({name: factors for name, factors in compiled(x, y).kflr.items()})
+
+    traced = torch.compile(step, fullgraph=True, backend="eager")
+    batch = images(5)
+    torch.testing.assert_close(traced(*batch), step(*batch))
+
+
 def test_a_mode_or_a_frozen_parameter_is_another_program():
     model = mlp()
     model.insert(1, nn.Dropout(0.5))
