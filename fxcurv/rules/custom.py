@@ -238,7 +238,8 @@ class Custom:
         outs = (len(given) - 2 * n) // 2
         reaches = lambda start: _reaches(self.backward.graph, set(start))  # noqa: E731
         self.keeps_inside = reaches(given[:n])
-        self.once = _is_once(_original(self.cls, "backward"))
+        self.nested = _calls_another(_original(self.cls, "backward"))
+        self.once = _is_once(_original(self.cls, "backward")) or self.nested
         self.smooth = self.once or reaches(given[: 2 * n + outs])
         gs = given[2 * n + outs :]
         self.linear = _is_linear(program, self.backward.graph, gs) or _tried_linear(program, self.backward, gs)
@@ -287,6 +288,18 @@ def is_separate(cls: type) -> bool:
 def _is_once(backward: Callable) -> bool:
     """Whether `once_differentiable` made it."""
     return getattr(backward, "__code__", None) is once_differentiable(lambda ctx: None).__code__
+
+
+def _calls_another(backward: Callable) -> bool:
+    """Whether a backward names another custom function, or its `apply`."""
+    code = getattr(backward, "__code__", None)
+    cells = []
+    for cell in getattr(backward, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty one
+            cells.append(cell.cell_contents)
+    named = [backward.__globals__.get(name) for name in code.co_names] if code is not None else []
+    owners = [value if isinstance(value, type) else getattr(value, "__self__", None) for value in (*named, *cells)]
+    return any(isinstance(owner, type) and issubclass(owner, Function) and owner is not Function for owner in owners)
 
 
 # ---- derivatives of a call, for torch.func ------------------------------
@@ -349,7 +362,8 @@ class _Replay(Function):
 
 def _once(kind: Custom, grads: Sequence[Tensor | None], saved: list[Tensor]) -> list[Tensor | None]:
     """The gradients, tied to all that they may depend on: a backward may detach it, which would read as a derivative of zero."""
-    error = kind.refused("has no second derivative, it is marked @once_differentiable")
+    nested = "calls another custom function in its backward, whose own backward a second derivative would take: that is not kept"
+    error = kind.refused(nested if kind.nested else "has no second derivative, it is marked @once_differentiable")
     sums = [_stopped(t, error).sum() for t in saved if t.is_floating_point()]
     zero = sum(torch.where(torch.ones_like(s, dtype=torch.bool), 0, s) for s in sums)
     return [g if g is None else g + zero.to(g.dtype) for g in grads]  # type: ignore[union-attr]

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fxcurv
-from fxcurv.errors import CaptureError
+from fxcurv.errors import CaptureError, CustomFunctionError
 from fxcurv.extensions import BatchGrad, DiagHessian
 
 
@@ -134,6 +134,26 @@ class Reversed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return -0.5 * g
+
+
+class Nested(torch.autograd.Function):
+    """Its backward calls a function whose derivative is not that of its forward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 0.3 * Reversed.apply(g)
+
+
+def test_a_function_that_calls_another_in_its_backward():
+    made, oracle, x, y = compiled(Nested.apply)
+    close(made(x, y).grad_batch, oracle.grad_batch(), "grad_batch")
+    made, _, x, y = compiled(Nested.apply, DiagHessian())
+    with pytest.raises(CustomFunctionError, match="'Nested' calls another custom function in its backward"):
+        made(x, y)
 
 
 def test_a_function_that_returns_its_input():
