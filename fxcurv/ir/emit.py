@@ -210,7 +210,7 @@ def _apart(program: Program, vals: list[Any]) -> list[Any]:
     """Values of the same kinds, each a tensor of its own."""
     kinds = [pieces.Kind.of(val) if isinstance(val, Tensor) else None for val in vals]
     return [
-        val if kind is None else pieces.blank(program, kind, kinds[:k].count(kind))
+        val if kind is None else pieces.like(program, val, kinds[:k].count(kind))
         for k, (val, kind) in enumerate(zip(vals, kinds, strict=True))
     ]
 

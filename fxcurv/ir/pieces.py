@@ -68,6 +68,14 @@ def blank(program: Program, kind: Kind, copy: int = 0) -> Tensor:
     return program.blanks[kind, copy]
 
 
+def like(program: Program, val: Tensor, copy: int) -> Tensor:
+    """`blank` of the kind of `val`, whatever its sizes are."""
+    for size in (*val.shape, *val.stride()):
+        if isinstance(size, SymInt):
+            program.blanks.setdefault(size.node.expr, size)
+    return blank(program, Kind.of(val), copy)
+
+
 def _size(program: Program, expr: Any) -> Any:
     """An expression of the program's symbols as a size."""
     if isinstance(expr, int):
