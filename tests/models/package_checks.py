@@ -34,12 +34,6 @@ class Held(Checked):
             torch.manual_seed(SEED)
             self.result = compiled(x, y, seed=7) if y is not None else compiled(x, seed=7)
 
-    def same(self, actual: Any, expected: dict[str, Tensor], what: str) -> None:
-        if what == "variance":  # of one sample it is rounding: beside what it is a difference of
-            squares = self.oracle.sum_grad_squared()
-            actual, expected = ({name: v[name] + squares[name] for name in expected} for v in (actual, expected))
-        super().same(actual, expected, what)
-
     def close(self, actual: Tensor, expected: Tensor, what: str, scale: float | None = None) -> None:
         if what.startswith("kfac"):  # the columns were solved for, beside larger ones
             largest = max(v.max().item() for v in self.oracle.diag_ggn_exact().values())
