@@ -90,6 +90,7 @@ bench-selection: $(VENV)/.installed-bench
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # Leaves the environment, which is slow to make; `rm -r $(VENV)` removes it.

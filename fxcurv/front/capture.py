@@ -23,7 +23,8 @@ from fxcurv.front.lift import detach_no_grad_regions, lift
 from fxcurv.front.observers import Observers, Where
 from fxcurv.front.packed import padded_sequences
 from fxcurv.front.plain import is_plain
-from fxcurv.front.python_state import Path, Reads
+from fxcurv.front.python_state import Path
+from fxcurv.front.reads import Reads
 from fxcurv.front.requests import Subject
 from fxcurv.front.side_effects import no_side_effects
 from fxcurv.front.transforms import traced_transforms

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcurv.errors import CaptureError
-from fxcurv.front.python_state import Number
+from fxcurv.front.schedules import Number
 from fxcurv.ir.origin import running_line
 from fxcurv.ir.private import (
     disable_proxy_modes_tracing,

@@ -15,7 +15,7 @@ from fxcurv.errors import ArgumentError, ExtensionError
 from fxcurv.extensions import Extension
 from fxcurv.extensions.parameters import Named
 from fxcurv.front.arguments import Arguments
-from fxcurv.front.python_state import all_modules
+from fxcurv.front.reads import all_modules
 from fxcurv.result import Result
 
 

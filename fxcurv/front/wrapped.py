@@ -15,7 +15,8 @@ from fxcurv.errors import ArgumentError, CaptureError, FxcurvError, LossError
 from fxcurv.front.arguments import Arguments, described, filled, map_leaves, objects_in, templated
 from fxcurv.front.numbers import Values
 from fxcurv.front.packed import refuse_output
-from fxcurv.front.python_state import Number, Reads
+from fxcurv.front.reads import Reads
+from fxcurv.front.schedules import Number
 from fxcurv.ir.origin import is_user_file, line_of, line_of_function, source_line
 from fxcurv.ir.private import GuardOnDataDependentSymNode
 

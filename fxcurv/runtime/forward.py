@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from fxcurv.front.python_state import alike
 from fxcurv.front.requests import Request
 from fxcurv.ir.graph import is_tensor
 from fxcurv.ir.program import Program
@@ -51,3 +50,17 @@ def _ends(program: Program, values: dict[fx.Node, Any]) -> list[Any]:
 
 def _alike(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(alike(x, y) for x, y in zip(a, b, strict=True))
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two values of a graph are equal but for rounding, of the same dtype."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return a is b
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    limit = 100 * torch.finfo(a.dtype).eps
+    return torch.allclose(
+        a, b, rtol=limit, atol=limit * float(a.detach().abs().max()) if a.numel() else 0.0, equal_nan=True
+    )

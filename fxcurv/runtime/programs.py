@@ -20,8 +20,9 @@ from fxcurv.extensions.parameters import Choice, Named, chosen
 from fxcurv.front.arguments import Arguments, flatten_arguments
 from fxcurv.front.capture import capture
 from fxcurv.front.observers import refuse_observers
-from fxcurv.front.python_state import Path, Schedule, reasons
+from fxcurv.front.python_state import Path, reasons
 from fxcurv.front.requests import Autocast, Request, Subject, check_trainable
+from fxcurv.front.schedules import Schedule
 from fxcurv.ir.private import compile_lock
 from fxcurv.ir.program import Program
 from fxcurv.ir.specialise import specialise

@@ -100,6 +100,7 @@ NAMED = {
     ("passes/normalize.py", "torch.ops.fxcurv.head.default"): "no op of the model: the mark that front/ leaves at f",
     ("runtime/forward.py", "torch.ops.fxcurv.head.default"): "the same",
     ("runtime/shared.py", "torch.ops.fxcurv.head.default"): "the same",
+    ("runtime/stateless.py", "torch.ops.aten.sym_numel.default"): "a size, which Dynamo does not trace",
     ("ir/emit.py", "torch.ops.aten._efficientzerotensor.default"): "no dense tensor, which a graph cannot hold; made by autograd",
     ("ir/mixing.py", "torch.ops.aten._native_batch_norm_legit.no_stats"): "below rules/: the way out that a message names",
     ("ir/graph.py", "aten.view.default"): "below rules/: a view by sizes is copied as a reshape",

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 import fxcurv
 from fxcurv.errors import ArgumentError, CaptureError
 from fxcurv.extensions import BatchGrad
-from fxcurv.front.python_state import _holds_state
+from fxcurv.front.python_state import holds_state
 
 FACTOR = 2.0
 TABLE = torch.tensor([1.0, 2.0], dtype=torch.float64)
@@ -577,4 +577,4 @@ def test_inside_torch_compile_old_state_is_noticed(monkeypatch, change) -> None:
 )
 def test_libraries_are_known_in_every_folder_of_packages(path, watched):
     """An environment that takes PyTorch from the system's packages, or the user's, is as good as one that has its own."""
-    assert _holds_state(path) is watched
+    assert holds_state(path) is watched

@@ -1,0 +1,497 @@
+"""Python values that a trace reads, found while it runs: `python_state` compares them at every call.
+
+What is found: attributes of modules (PyTorch's own too: a dropout's `p`), recorded as they are read; globals, closures and
+default arguments of the functions that ran, and attributes of plain objects whose methods ran, from their code. A read is
+followed through attributes and constant subscripts (`self.config.scale`, `self.weights["kl"]`) as far as the code goes;
+an object that goes elsewhere counts with all of its members. A number that a forward pass both reads and changes, other than by
+counting it up, is refused by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copyreg
+import dis
+import functools
+import gc
+import inspect
+import operator
+import os
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxcurv.errors import CaptureError
+from fxcurv.front.python_state import (
+    ENVIRONMENT,
+    FUNCTIONS,
+    MISSING,
+    SCALARS,
+    Effect,
+    Path,
+    State,
+    as_tensor,
+    frozen,
+    holds_state,
+    is_plain,
+    members_of,
+)
+from fxcurv.front.schedules import Number
+from fxcurv.front.side_effects import hook_of
+from fxcurv.front.watched import Watched
+from fxcurv.ir.origin import is_ours
+
+_LAYERS = os.path.dirname(nn.__file__)
+# what the machinery of every module reads; `_flat_weights` of a recurrent one are its parameters again
+_STANDARD = {*vars(nn.Module()), *(n for n, v in vars(nn.Module).items() if not callable(v)), "_flat_weights"}
+# A mode that watches or changes ops (a profiler, a FLOP counter) is no part of the model.
+_OF_MODES = {"__torch_dispatch__", "__torch_function__"}
+# Makes the new object in `copy.copy` and `copy.deepcopy`.
+_NEW_COPY = copyreg.__newobj__.__code__  # type: ignore[attr-defined]
+
+
+class Reads:
+    """Records what is read while it is entered."""
+
+    def __init__(self, model: nn.Module, loss: Any, promoted: Sequence[Path] = ()):
+        self.modules = all_modules(model, loss)
+        self.promoted = tuple(promoted)
+        self._index = {id(m): k for k, m in reversed(list(enumerate(self.modules)))}
+        self._titles = _titles(model, loss)
+        self._paths: dict[tuple, Path] = {}
+        self._first: dict[tuple, Any] = {}
+        self._counted: dict[tuple[int, str], tuple[Any, Any]] = {}
+        self._written: dict[tuple[int, str], nn.Module] = {}
+        self._born: dict[int, Any] = {}
+        self._codes: dict[int, tuple[types.CodeType, list]] = {}
+        self._closed: list[tuple[types.CodeType, dict[str, Any]]] = []
+        self._changed: list[Path] = []
+        self._effects: list[Effect] = []
+        self.of_code(loss)
+
+    # -- floats that are inputs --
+
+    def tensors(self, device: torch.device) -> list[Tensor]:
+        """The floats that become inputs, as they are."""
+        return [as_tensor(path.get(self.modules), device) for path in self.promoted]
+
+    @contextlib.contextmanager
+    def numbers(self, tensors: Sequence[Tensor]):
+        """Put a `Number` in place of each."""
+        before = [path.get(self.modules) for path in self.promoted]
+        try:
+            for path, tensor in zip(self.promoted, tensors, strict=True):
+                path.set(self.modules, Number(tensor))
+            yield
+        finally:
+            for path, value in zip(self.promoted, before, strict=True):
+                path.set(self.modules, value)
+
+    # -- recording --
+
+    def born(self, objects: Iterable[Any]) -> None:
+        """What was made for this trace, so that nothing of it stays."""
+        self._born |= {id(new): new for new in objects}
+
+    def __enter__(self) -> Reads:
+        thread = threading.get_ident()  # others read for themselves
+
+        def read(module: nn.Module, name: str) -> Any:
+            own = threading.get_ident() == thread
+            try:
+                value = object.__getattribute__(module, name)
+            except AttributeError:
+                if own and not _is_standard(name):
+                    self._attribute(module, name, MISSING, sys._getframe(1))
+                raise
+            if own and not _is_standard(name):
+                self._attribute(module, name, value, sys._getframe(1))
+            return value
+
+        original = self._setattr = nn.Module.__setattr__
+
+        def write(module: nn.Module, name: str, value: Any) -> None:
+            own = threading.get_ident() == thread
+            if own and not _is_standard(name) and not isinstance(value, nn.Parameter | nn.Module):
+                self._written.setdefault((id(module), name), module)
+            original(module, name, value)
+
+        self._watched = Watched(self._called)
+        self._trace = self._watched.before
+        nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
+        nn.Module.__setattr__ = write  # type: ignore[method-assign]
+        self._watched.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._watched.__exit__(*error)
+        del nn.Module.__getattribute__
+        nn.Module.__setattr__ = self._setattr  # type: ignore[method-assign]
+        if error[0] is None:
+            self._closures()
+            self._changes()
+        self._codes, self._closed, self._born = {}, [], {}
+
+    def _called(self, frame: types.FrameType, event: str, arg: Any) -> Any:
+        """A function was called; the debugger's or the coverage tool's own function goes on."""
+        code = frame.f_code
+        if id(code) not in self._codes:
+            watched = holds_state(code.co_filename) and code.co_name not in _OF_MODES
+            self._codes[id(code)] = (code, _instructions(code) if watched else [])
+            if self._codes[id(code)][1]:
+                self._globals(code, frame.f_globals)
+        instructions = self._codes[id(code)][1]
+        if code is _NEW_COPY:
+            return self._copied
+        new = frame.f_locals.get(code.co_varnames[0]) if code.co_name == "__init__" and code.co_argcount else None
+        if new is not None and (instructions or code.co_filename == "<string>" or issubclass(type(new), nn.Module)):
+            self._born[id(new)] = new
+        elif instructions and (code.co_freevars or code.co_argcount):
+            self._frame(code, frame.f_locals, instructions)
+        return self._trace(frame, event, arg) if self._trace is not None else None  # type: ignore[arg-type]
+
+    def _copied(self, frame: types.FrameType, event: str, arg: Any) -> Any:
+        """A copy is made without `__init__`: it is what this function returns."""
+        if event == "return" and arg is not None:
+            self._born[id(arg)] = arg
+        return self._copied
+
+    def _frame(self, code: types.CodeType, local: dict[str, Any], instructions: list) -> None:
+        if code.co_freevars:
+            self._closed.append((code, {name: local.get(name, MISSING) for name in code.co_freevars}))
+        first = code.co_varnames[0] if code.co_argcount else ""
+        value = local.get(first)
+        method = hasattr(type(value), code.co_name) and is_plain(value) and id(value) not in self._born
+        if not method:
+            return
+        for k, i in enumerate(instructions):
+            names = i.argval if isinstance(i.argval, tuple) else (i.argval,)
+            if i.opname.startswith("LOAD_FAST") and names[-1] == first:
+                self._follow(Path(None, value, (), type(value).__name__), value, instructions, k + 1)
+
+    def _attribute(self, module: nn.Module, name: str, value: Any, frame: types.FrameType) -> None:
+        code = frame.f_code
+        instructions = self._codes[id(code)][1] if id(code) in self._codes else []
+        machinery = id(module) not in self._index and not code.co_filename.startswith(_LAYERS) and not instructions
+        if is_ours(code.co_filename) or id(module) in self._born or machinery:
+            return
+        path = self._of_module(module, name)
+        at = next((k for k, i in enumerate(instructions) if i.offset >= frame.f_lasti), len(instructions))
+        step = _counts(instructions, at, name)
+        if (id(module), name) in self._written:  # a value of this very pass, unless it counted up an older one
+            self._changed += [path] if (id(module), name) in self._counted and isinstance(value, SCALARS) else []
+            return
+        if value is MISSING:
+            known = any(name in module.__dict__.get(group, ()) for group in ("_parameters", "_buffers", "_modules"))
+            if not known and name not in _STANDARD and name[:2] != "__":
+                self._add(path, MISSING)
+            return
+        own = name in module.__dict__
+        found = MISSING if own else next((vars(c)[name] for c in type(module).__mro__ if name in vars(c)), MISSING)
+        if isinstance(found, types.FunctionType):
+            if name == "forward" or holds_state(
+                found.__code__.co_filename
+            ):  # read by the module, which may get its own
+                self._add(path.step("attr", "__func__"), found)
+                self.of_code(found)
+            return
+        if found is not MISSING and hasattr(type(found), "__get__"):
+            return  # what a property reads is recorded for itself
+        if step is not None and own:
+            self._counted[(id(module), name)] = step
+            return
+        self._follow(path, value, instructions, at + 1)
+
+    def _of_module(self, module: nn.Module, name: str) -> Path:
+        k = self._index.get(id(module))
+        if k is None:
+            return Path(None, module, (("attr", name),), f"'{name}' of a {type(module).__name__}")
+        return Path(k, module, (("attr", name),), f"'{name}' of {self._titles[id(module)]}")
+
+    def _globals(self, code: types.CodeType, held: dict[str, Any]) -> None:
+        instructions = self._codes[id(code)][1]
+        for k, i in enumerate(instructions):
+            if i.opname in ("LOAD_GLOBAL", "LOAD_NAME") and i.argval in held:
+                path = Path(None, held, (("item", i.argval),), f"the global '{i.argval}'")
+                self._follow(path, held[i.argval], instructions, k + 1)
+
+    def of_code(self, value: Any) -> None:
+        """The default arguments of a function, and what a partial or a bound method holds."""
+        while isinstance(value, types.MethodType):
+            value = value.__func__
+        if isinstance(value, functools.partial):
+            self._add(Path(None, value, (("attr", "keywords"),), "the keywords of a partial"), value.keywords)
+            self.of_code(value.func)
+        elif isinstance(value, types.FunctionType) and holds_state(value.__code__.co_filename):
+            for name in ("__defaults__", "__kwdefaults__"):
+                if getattr(value, name) is not None:
+                    title = f"the default arguments of {value.__name__}"
+                    self._add(Path(None, value, (("attr", name),), title), getattr(value, name))
+            if hasattr(value, "__wrapped__"):
+                self.of_code(value.__wrapped__)
+
+    def _closures(self) -> None:
+        """The cells that the functions which ran read from: those whose values are what the frames had."""
+        codes = {id(code): code for code, _ in self._closed}
+        if not codes:
+            return
+        for function in gc.get_referrers(*codes.values()):
+            if not isinstance(function, types.FunctionType) or not function.__closure__:
+                continue
+            cells = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
+            frames = [seen for code, seen in self._closed if code is function.__code__]
+            if not any(all(_content(c) is seen[name] for name, c in cells.items()) for seen in frames):
+                continue
+            self.of_code(function)
+            for code in _with_inner(function.__code__):  # a function that it made may have read them, and be gone
+                self._cells(cells, function.__qualname__, self._codes.get(id(code), (code, []))[1])
+
+    def _cells(self, cells: dict[str, Any], where: str, instructions: list) -> None:
+        for k, i in enumerate(instructions):
+            names = i.argval if isinstance(i.argval, tuple) else (i.argval,)
+            if "DEREF" in i.opname and "LOAD" in i.opname and names[-1] in cells:
+                cell = cells[names[-1]]
+                path = Path(None, cell, (("attr", "cell_contents"),), f"'{names[-1]}' in {where}")
+                self._follow(path, _content(cell), instructions, k + 1)
+
+    def _follow(self, path: Path, value: Any, instructions: list, at: int) -> None:
+        """Record the value that the code takes from here: a member of a member, or all of it."""
+        while True:
+            after = instructions[at] if at < len(instructions) else None
+            if isinstance(value, types.ModuleType):
+                if after is None or not after.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")):
+                    return
+                if value is os and after.argval in ("environ", "getenv"):
+                    self._paths[ENVIRONMENT.key] = ENVIRONMENT
+                    return
+                if not holds_state(getattr(value, "__file__", None) or "<string>"):
+                    return
+                path, value, at = path.step("attr", after.argval), getattr(value, after.argval, MISSING), at + 1
+                continue
+            if isinstance(value, type) and after is not None and after.opname.startswith("LOAD_ATTR"):
+                inner = inspect.getattr_static(value, after.argval, MISSING)
+                if not hasattr(type(inner), "__get__"):  # a class as a namespace
+                    path, value, at = path.step("attr", after.argval), inner, at + 1
+                    continue
+            if isinstance(value, FUNCTIONS):
+                self._add(path, value)
+                if not isinstance(value, type):
+                    self.of_code(value)
+                return
+            if id(value) in self._born and path.steps and path.module is None:
+                return
+            if after is not None and after.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")) and is_plain(value):
+                name = after.argval
+                members = members_of(value)
+                if name in members or not hasattr(type(value), name):
+                    path, value, at = path.step("attr", name), members.get(name, MISSING), at + 1
+                    continue
+                found = next(vars(c)[name] for c in type(value).__mro__ if name in vars(c))
+                code = getattr(getattr(found, "fget", found), "__code__", None)
+                if code is not None and holds_state(code.co_filename):  # the method says itself what it reads
+                    self._identity(path, value)
+                    return
+                if not hasattr(type(found), "__get__"):
+                    path, value, at = path.step("attr", name), found, at + 1
+                    continue
+            if isinstance(value, list | tuple | dict):
+                key, length = _subscript(instructions, at)
+                try:
+                    inner = value[key] if length else MISSING
+                except (KeyError, IndexError, TypeError):
+                    inner = MISSING
+                if inner is not MISSING:
+                    path, value, at = path.step("item", key), inner, at + length
+                    continue
+            if not path.steps:
+                # an object that goes elsewhere: its members
+                for name, member in members_of(value).items():
+                    self._add(path.step("attr", name), member)
+                return
+            self._add(path, value)
+            return
+
+    def _identity(self, path: Path, value: Any) -> None:
+        if path.steps:
+            self._paths.setdefault(("identity", *path.key), path)
+
+    def _add(self, path: Path, value: Any) -> None:
+        if isinstance(value, Number) or not path.steps or path.key in self._paths:
+            return
+        self._paths[path.key] = path
+        self._first[path.key] = frozen(value, tensors=False)
+
+    # -- what the trace changed --
+
+    def _changes(self) -> None:
+        """Attributes that the forward pass wrote: to count them up again, to set them, or to refuse."""
+        kept = {id(m) for (_, name), m in self._written.items() if not isinstance(_held(m, name), SCALARS)}
+        for (_, name), module in self._written.items():
+            path, now = self._of_module(module, name), _held(module, name)
+            if isinstance(now, Number):
+                self._changed.append(path)
+            if (id(module), name) in self._counted and path.key not in self._paths:
+                value, count = self._counted[(id(module), name)]
+                self._effects.append(Effect(path, value, count))
+            elif path.key not in self._paths:
+                self._effects += [Effect(path, now)] if isinstance(now, SCALARS) else []
+            elif id(module) not in kept and frozen(now, False) != self._first[path.key]:
+                self._changed.append(path)
+        for key, path in self._paths.items():
+            written = _is_attribute(path) and (id(path.root), path.steps[0][1]) in self._written
+            if key in self._first and not written and self._first[key] != frozen(path.get(self.modules), False):
+                self._changed.append(path)
+
+    def check(self) -> None:
+        """Refuse what no program could keep.
+
+        Raises:
+            CaptureError: if the forward pass changes a value that it reads.
+        """
+        if self._changed:
+            first = self._changed[0]
+            hook = hook_of(first.owner(self.modules), self.modules) or hook_of(first.root, self.modules)
+            out = f"remove {hook} while fxcurv runs; or " if hook else ""
+            raise CaptureError(
+                f"{hook or 'the model or loss'} reads {first.title} and changes it: its next value would depend on how often the "
+                f"forward pass ran, which a program does not repeat.\nWay out: {out}change it outside of the forward pass, "
+                "before or after each call (a new value is seen), or keep it in a buffer (a tensor). What only counts "
+                "(`self.calls += 1`) is done at every call."
+            )
+
+    # -- the outcome --
+
+    def state(self, constants: dict[str, Tensor], own: Iterable[Tensor]) -> State:
+        """The values that the program depends on, as they are now.
+
+        Args:
+            constants: of the program: those that a place holds are read from there.
+            own: parameters and buffers, which are inputs anyway.
+        """
+        names = {id(t): name for name, t in constants.items()}
+        known = {id(t) for t in own}
+        state = State(numbers=self.promoted, effects=self._effects)
+        inputs = {path.key for path in self.promoted}
+        places: dict[str, list[Path]] = {}
+        state.leaves += [(path, "number") for path in self.promoted]
+        for key, path in self._paths.items():
+            if path.key in inputs:
+                continue
+            value = path.get(self.modules)
+            if value is MISSING:
+                state.leaves += [(_Absent(path.module, path.root, path.steps, path.title), "scalar")]
+            elif id(value) in names:
+                places.setdefault(names[id(value)], []).append(path)
+            elif id(value) not in known:
+                state.leaves.append((path, "identity" if key[0] == "identity" else _how(path, value)))
+        for name, paths in places.items():
+            if len(paths) == 1:
+                state.sources[name] = paths[0]
+            state.leaves += [(path, "tensor" if len(paths) == 1 else "identity") for path in paths]
+        # a program that held its model would keep it alive
+        state.leaves = [(_by_index(path), how) for path, how in state.leaves]
+        state.sources = {name: _by_index(path) for name, path in state.sources.items()}
+        state.effects = [replace(e, path=_by_index(e.path)) for e in state.effects]
+        state.numbers = type(state.numbers)(map(_by_index, state.numbers))
+        return state.freeze(self.modules)
+
+
+def _by_index(path: Path) -> Path:
+    """The same place without its root, where the module's index says it."""
+    return path if path.module is None else replace(path, root=None)
+
+
+class _Absent(Path):
+    """A place that held nothing."""
+
+    def source(self, objects: list[Any]) -> str:
+        """Reads `MISSING` while it does."""
+        objects.append(functools.partial(Path.get, Path(self.module, self.root, self.steps)))
+        return f"o[{len(objects) - 1}](m)"
+
+
+def _how(path: Path, value: Any) -> str:
+    if type(value) in SCALARS:
+        return "scalar"
+    if path is ENVIRONMENT:
+        return "table"
+    if isinstance(value, tuple) and type(path.root).__module__.startswith("torch."):
+        return "scalar"  # a stride or a padding: integers
+    if isinstance(value, Tensor):
+        return "state"
+    if isinstance(value, nn.Module | types.FunctionType | type | types.BuiltinFunctionType | types.CodeType):
+        return "identity"
+    return "frozen"
+
+
+def _is_attribute(path: Path) -> bool:
+    """Whether a place is an attribute of a module."""
+    return isinstance(path.root, nn.Module) and len(path.steps) == 1
+
+
+def _is_standard(name: str) -> bool:
+    """Whether an attribute is PyTorch's own: every module's, or one that export lifts a tensor into."""
+    return name in _STANDARD or name.startswith(("__", "_param_constant", "_tensor_constant"))
+
+
+def _held(module: nn.Module, name: str) -> Any:
+    return module.__dict__.get(name, MISSING)
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return MISSING
+
+
+def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Code, and that of the functions in it."""
+    yield code
+    for value in code.co_consts:
+        if isinstance(value, types.CodeType):
+            yield from _with_inner(value)
+
+
+def _instructions(code: types.CodeType) -> list:
+    return [i for i in dis.get_instructions(code) if i.opname not in ("PUSH_NULL", "EXTENDED_ARG", "NOP", "NOT_TAKEN")]
+
+
+_AUGMENTED = {"+=": operator.add, "-=": operator.sub}
+
+
+def _counts(instructions: list, at: int, name: str) -> tuple[Any, Callable[[Any, Any], Any]] | None:
+    """(constant, operation) of `self.name += constant`, if that is all that the value read at `at` is for."""
+    rest = [i for i in instructions[at + 1 : at + 5] if i.opname != "SWAP"]
+    if len(rest) < 3 or rest[0].opname not in ("LOAD_CONST", "LOAD_SMALL_INT") or rest[1].opname != "BINARY_OP":
+        return None
+    operation = _AUGMENTED.get(rest[1].argrepr)
+    stored = rest[2].opname == "STORE_ATTR" and rest[2].argval == name
+    return (rest[0].argval, operation) if operation is not None and stored else None
+
+
+def _subscript(instructions: list, at: int) -> tuple[Any, int]:
+    """(key, number of instructions) of a subscript by a constant that follows; (None, 0) if none does."""
+    two = instructions[at : at + 2]
+    if len(two) < 2 or two[0].opname not in ("LOAD_CONST", "LOAD_SMALL_INT"):
+        return None, 0
+    read = two[1].opname == "BINARY_SUBSCR" or two[1].opname == "BINARY_OP" and two[1].argrepr == "[]"
+    return (two[0].argval, 2) if read and isinstance(two[0].argval, int | str) else (None, 0)
+
+
+def all_modules(model: nn.Module, loss: Any) -> list[nn.Module]:
+    """The modules of the model, then those of a loss that is one."""
+    return [*model.modules(), *(loss.modules() if isinstance(loss, nn.Module) else ())]
+
+
+def _titles(model: nn.Module, loss: Any) -> dict[int, str]:
+    parts = [(model, "the model"), *([(loss, "the loss")] if isinstance(loss, nn.Module) else [])]
+    return {
+        id(m): f"{title}'s '{name}'" if name else title for part, title in parts for name, m in part.named_modules()
+    }
