@@ -28,7 +28,18 @@ import fxcurv
 from fxcurv.extensions import KFAC, ClippedGrad, DiagGGNMC, Extension, SumGradSquared, Variance
 from fxcurv.kronecker import Kronecker
 
-COLUMNS = ("model", "quantities", "wrapper", "processes", "collectives", "bytes", "least", "ratio", "gradient", "gathered")
+COLUMNS = (
+    "model",
+    "quantities",
+    "wrapper",
+    "processes",
+    "collectives",
+    "bytes",
+    "least",
+    "ratio",
+    "gradient",
+    "gathered",
+)
 WRAPPERS = ("plain", "fsdp")
 
 
@@ -125,7 +136,9 @@ def count(model: str, quantities: str, wrapper: str) -> Row:
     with Wire() as wire:
         result = compiled(x, y, seed=0)
     sent, gradient = sum(wire.sums), sum(map(size, result.grad.values()))
-    return Row(model, quantities, wrapper, processes, len(wire.sums), sent, least(result, asked), gradient, wire.gathered)
+    return Row(
+        model, quantities, wrapper, processes, len(wire.sums), sent, least(result, asked), gradient, wire.gathered
+    )
 
 
 def on_rank(rank: int, processes: int, folder: str, args: argparse.Namespace) -> None:

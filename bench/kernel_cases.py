@@ -157,7 +157,9 @@ def naive_conv(x: Tensor, g: Tensor, w: None, per_sample: bool, *geometry: Any) 
 
 def naive_products(x: Tensor, g: Tensor, *geometry: Any) -> Tensor:
     """Individual gradients from unfolded images, [V, N, O, I]; one group."""
-    return torch.einsum("vnos,nis->vnoi", g.flatten(3), unfolded(x, *geometry[:4])).unflatten(3, (x.shape[1], *geometry[0]))
+    return torch.einsum("vnos,nis->vnoi", g.flatten(3), unfolded(x, *geometry[:4])).unflatten(
+        3, (x.shape[1], *geometry[0])
+    )
 
 
 def naive_moments(x: Tensor, g: Tensor, total: bool, squares: bool, norms: bool, *geometry: Any) -> tuple[Tensor, ...]:

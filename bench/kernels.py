@@ -38,7 +38,19 @@ from tqdm import tqdm
 KEY = ("kernel", "shape", "dtype", "implementation")
 NUMBERS = ("median_ms", "p10_ms", "p90_ms", "gflops", "gbytes", "percent")
 COLUMNS = (
-    *(*KEY, "arguments", *NUMBERS, "limit", "flops", "bytes", "ceiling_gflops", "ceiling_gbytes", "error", "rounds", "note"),
+    *(
+        *KEY,
+        "arguments",
+        *NUMBERS,
+        "limit",
+        "flops",
+        "bytes",
+        "ceiling_gflops",
+        "ceiling_gbytes",
+        "error",
+        "rounds",
+        "note",
+    ),
     *("device", "threads", "cpu", "cores", "torch", "triton", "fxcurv", "date"),
 )
 IMPLEMENTATIONS = ("fxcurv", "reference", "compiled", "naive")

@@ -177,7 +177,9 @@ def set_up(device: torch.device, threads: int) -> None:
 def fingerprint(fields: Fields) -> dict[tuple[str, str], float]:
     """One number per field and parameter, by which two implementations' values are compared."""
     return {
-        (field, name): sum(torch.linalg.vector_norm(part.detach(), 1, dtype=torch.float64).item() for part in parts(value))
+        (field, name): sum(
+            torch.linalg.vector_norm(part.detach(), 1, dtype=torch.float64).item() for part in parts(value)
+        )
         for field, values in fields.items()
         for name, value in values.items()
     }

@@ -209,7 +209,9 @@ PROBLEMS = {
     "f1024": Problem("decoder d=128 L=4, tied head, T=1024, N=2", partial(decoder, 1024, 2), only=(nn.Linear,)),
     "gpt2-small": Problem("GPT-2, 12.7M parameters, T=128, N=4", SMALL, only=(nn.Linear,)),
     "llama-tiny": Problem("Llama d=128 L=4, 8 heads in 2 groups, T=128, N=8", llama, only=(nn.Linear, nn.Embedding)),
-    "lora": Problem("the same, adapters of rank 4 on q and v, all else frozen", partial(llama, rank=4), only=(nn.Linear,)),
+    "lora": Problem(
+        "the same, adapters of rank 4 on q and v, all else frozen", partial(llama, rank=4), only=(nn.Linear,)
+    ),
 }
 
 # The same architectures at a size that any machine runs, for `--quick`.

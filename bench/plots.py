@@ -36,7 +36,9 @@ def roofline(rows: list[Row], path: Path) -> None:
                 for row, face in ((naive, "none"), (here.get("fxcurv"), colour)):
                     if row is not None:
                         style = {"marker": MARKERS[index % len(MARKERS)], "facecolors": face, "edgecolors": colour}
-                        panel.scatter(int(row["flops"]) / int(row["bytes"]), float(row["gflops"]), s=36, zorder=3, **style)
+                        panel.scatter(
+                            int(row["flops"]) / int(row["bytes"]), float(row["gflops"]), s=36, zorder=3, **style
+                        )
         panel.set_xlabel("arithmetic intensity: FLOPs / bytes of arguments and result")
         panel.set_ylabel("GFLOP/s")
     handles = [Line2D([], [], marker="o", linestyle="", color=colour, label=name) for name, colour in colours.items()]
@@ -67,7 +69,11 @@ def _save(figure: plt.Figure, path: Path) -> None:
 def ratios(rows: list[Row], problem: str, path: Path) -> None:
     """A group of bars per quantity of one problem: time over the plain gradient's, of fxcurv, BackPACK and the fastest other."""
     rows = [row for row in rows if row["problem"] == problem and row["ratio"] and row["allocator"] == "default"]
-    families = {"fxcurv": ("fxcurv",), "BackPACK": ("backpack",), "fastest other": ("func", "curvlinops", "opacus", "asdl")}
+    families = {
+        "fxcurv": ("fxcurv",),
+        "BackPACK": ("backpack",),
+        "fastest other": ("func", "curvlinops", "opacus", "asdl"),
+    }
     found: dict[str, dict[str, float]] = {}
     for row in rows:
         name = row["implementation"].partition(":")[0]

@@ -227,7 +227,9 @@ def short(rows: list[Row], goals: list[Row]) -> list[str]:
         if limit and float(row["ratio"]) > float(limit):
             found.append(f"{where}: {row['ratio']}× the plain gradient, goal {limit}×")
         if peak and float(row["peak_mib"]) > float(peak) * float(unit["peak_mib"]):
-            found.append(f"{where}: peak {row['peak_mib']} MiB, goal {peak}× the plain gradient's {unit['peak_mib']} MiB")
+            found.append(
+                f"{where}: peak {row['peak_mib']} MiB, goal {peak}× the plain gradient's {unit['peak_mib']} MiB"
+            )
     return found
 
 
@@ -247,7 +249,13 @@ def arguments() -> argparse.Namespace:
     add("--problems", nargs="+", default=["a", "e", "b", "c"], choices=PROBLEMS, help="default: a e b c")
     add("--extensions", nargs="+", default=list(QUANTITIES), choices=QUANTITIES, metavar="NAME")
     add("--peers", nargs="+", default=families, choices=families, help="the plain gradient always runs")
-    add("--backend", nargs="+", default=[], metavar="NAME", help="fxcurv under these torch.compile backends too (inductor)")
+    add(
+        "--backend",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="fxcurv under these torch.compile backends too (inductor)",
+    )
     add("--without", nargs="+", default=[], metavar="NAME", help="leave these implementations out (func:vmap_compile)")
     add("--budget", type=float, default=20, help="seconds after which an implementation gets no more rounds")
     add("--keep", action="store_true", help="an allocator that keeps freed pages")

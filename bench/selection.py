@@ -31,7 +31,9 @@ from fxcurv.passes.select import ranked
 
 SPECS = (Spec(2, "vn"), Spec(2, "vp"), Spec(2, "v"), Spec(1, "v"))
 # Several reductions of one P: by one op, or each by its own candidate.
-SETS = tuple(tuple(Spec(*kind) for kind in kinds) for k in (2, 3) for kinds in itertools.combinations(TOGETHER.kinds, k))
+SETS = tuple(
+    tuple(Spec(*kind) for kind in kinds) for k in (2, 3) for kinds in itertools.combinations(TOGETHER.kinds, k)
+)
 POSITIONS, SIZES, COLUMNS = (1, 4, 16, 64, 256, 1024, 4096), (8, 64, 512, 4096), (1, 10)
 # The choice is good if it takes at most this, of what the fastest takes; and how many have to be.
 NEAR, SHARE = 1.2, 0.9
@@ -41,8 +43,35 @@ WORST = 16
 KEY = ("constants",)
 NUMBERS = ("V", "N", "S", "O", "I", "predicted_ms", "median_ms", "ratio", "p10_ms", "p90_ms", "rounds")
 COLUMNS_OF_FILE = (
-    *("layer", "V", "N", "S", "O", "I", "reduction", "candidate", "predicted_ms", "median_ms", "ratio", "chosen", "fastest"),
-    *("p10_ms", "p90_ms", "rounds", "constants", "note", "device", "threads", "cpu", "cores", "torch", "fxcurv", "date"),
+    *(
+        "layer",
+        "V",
+        "N",
+        "S",
+        "O",
+        "I",
+        "reduction",
+        "candidate",
+        "predicted_ms",
+        "median_ms",
+        "ratio",
+        "chosen",
+        "fastest",
+    ),
+    *(
+        "p10_ms",
+        "p90_ms",
+        "rounds",
+        "constants",
+        "note",
+        "device",
+        "threads",
+        "cpu",
+        "cores",
+        "torch",
+        "fxcurv",
+        "date",
+    ),
 )
 Run = Callable[[list[Factor]], Any]
 
@@ -103,7 +132,10 @@ def ways(specs: tuple[Spec, ...], factors: list[Factor], constants: Machine) -> 
     apart = [ranked(spec, factors, constants)[0] for spec in specs]
     total = sum((cost for _, cost in apart[1:]), apart[0][1])
     runs = tuple(partial(alone, c.run, spec) for (c, _), spec in zip(apart, specs, strict=True))
-    found = {"apart": (total, partial(each, runs)), "together": (TOGETHER.cost(specs, factors), partial(TOGETHER.run, specs))}
+    found = {
+        "apart": (total, partial(each, runs)),
+        "together": (TOGETHER.cost(specs, factors), partial(TOGETHER.run, specs)),
+    }
     return dict(sorted(found.items(), key=lambda way: way[1][0].seconds(constants)))
 
 
@@ -211,7 +243,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_common(parser, rounds=7)
     add = parser.add_argument
-    add("--flops", type=float, default=2**31, help="operations of the cheapest candidate: the batch is halved until then")
+    add(
+        "--flops",
+        type=float,
+        default=2**31,
+        help="operations of the cheapest candidate: the batch is halved until then",
+    )
     add("--bytes", type=float, default=2**29, help="the same for what any candidate allocates, and the factors")
     add("--budget", type=float, default=0.5, help="seconds after which a candidate gets no more rounds")
     add("--calibrate", action="store_true", help="choose by measured constants, not by the defaults")

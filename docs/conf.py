@@ -30,7 +30,12 @@ myst_heading_anchors = 3
 suppress_warnings = ["config.cache"]
 
 
-SHOWN_ONLY = ("train_compiled", "all_extensions", "train_distributed", "fsdp_kfac")  # these take a minute, or several processes
+SHOWN_ONLY = (
+    "train_compiled",
+    "all_extensions",
+    "train_distributed",
+    "fsdp_kfac",
+)  # these take a minute, or several processes
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",

@@ -73,7 +73,9 @@ def moved() -> dict[str, Tensor]:
 blocks = Blocks(found.kflr)
 PENALTIES: dict[str, Callable[[], Tensor]] = {
     "distance": lambda: torch.stack([d.square().sum() for d in moved().values()]).sum(),
-    "diagonal": lambda: torch.stack([(found.diag_ggn_exact[name] * d.square()).sum() for name, d in moved().items()]).sum(),
+    "diagonal": lambda: torch.stack(
+        [(found.diag_ggn_exact[name] * d.square()).sum() for name, d in moved().items()]
+    ).sum(),
     "Kronecker factors": lambda: blocks.quadratic(moved()),
 }
 STRENGTHS: dict[str, list[float]] = {

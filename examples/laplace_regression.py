@@ -61,7 +61,9 @@ print(f"mean standard deviation near the data {deviation[seen].mean():.3f}, else
 figure, axes = plt.subplots(figsize=(7, 4.3), layout="constrained")
 line = grid.squeeze(1)
 axes.fill_between(line, mean - 2 * noisy, mean + 2 * noisy, color="C0", alpha=0.15, label="± 2 σ, with the noise")
-axes.fill_between(line, mean - 2 * deviation, mean + 2 * deviation, color="C0", alpha=0.3, label="± 2 σ, of the network")
+axes.fill_between(
+    line, mean - 2 * deviation, mean + 2 * deviation, color="C0", alpha=0.3, label="± 2 σ, of the network"
+)
 axes.plot(line, mean, color="C0", label="the network")
 axes.plot(line, torch.sin(2 * line), "--", color="black", linewidth=0.8, label="the curve")
 axes.plot(x.squeeze(1), y.squeeze(1), ".", color="C3", label="data")

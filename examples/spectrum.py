@@ -52,7 +52,9 @@ for axes, (title, values) in zip(panels, found.items(), strict=True):
     for name, style in {"Hessian": ".", "Gauss-Newton": "-"}.items():
         axes.plot(values[name], style, markersize=4, label=name)
         share = values[name][:9].sum() / values[name].sum()
-        print(f"{title}, {name:12} negative {int((values[name] < -1e-9).sum()):3}, the nine largest are {share:.0%} of the trace")
+        print(
+            f"{title}, {name:12} negative {int((values[name] < -1e-9).sum()):3}, the nine largest are {share:.0%} of the trace"
+        )
     axes.axhline(0, color="black", linewidth=0.5)
     axes.set_yscale("symlog", linthresh=1e-5)
     axes.set(title=title, xlabel="index")

@@ -296,7 +296,9 @@ class Compiled:
             )  # fmt: skip
         if not self._options.outputs:
             if torch.compiler.is_dynamo_compiling() or create_graph or out is not None or params is not None:
-                raise ArgumentError("outputs=False takes no create_graph, out=, params= or torch.compile around it: drop one")
+                raise ArgumentError(
+                    "outputs=False takes no create_graph, out=, params= or torch.compile around it: drop one"
+                )
             return call_in_turns(self._programs, self._subject, inputs, targets, seed=seed, generator=generator)
         values, models = given_values(self._subject, params) if params is not None else ({}, None)
         if models is not None:
@@ -409,7 +411,9 @@ class Compiled:
             ArgumentError: with products, which are callables.
         """
         if not self._options.outputs:
-            raise ArgumentError("export() with outputs=False is not supported: compile with outputs=True, and export that")
+            raise ArgumentError(
+                "export() with outputs=False is not supported: compile with outputs=True, and export that"
+            )
         if self._ranks is not None:
             raise ArgumentError("export() with mesh= is not supported: compile without a mesh, and export that")
         request = self._request(inputs, targets)
@@ -443,7 +447,9 @@ class Compiled:
         found = checked(extensions)
         if self._ranks is not None:
             no_numbers(found)
-        lengths = self._options.outputs and _any_lengths(found, self._options.sample, self._options.sample_index, self._ranks)
+        lengths = self._options.outputs and _any_lengths(
+            found, self._options.sample, self._options.sample_index, self._ranks
+        )
         options = dataclasses.replace(self._options, as_written=any(e.by_op for e in found), lengths=lengths)
         return Compiled(self.model, self.loss, found, options, self._backend, self._ranks)
 

@@ -86,7 +86,9 @@ class Arrangement:
         """
         k = vectors.ndim - len(self.shape)
         if tuple(vectors.shape[max(k, 0) :]) != self.shape:
-            raise ValueError(f"vectors of shape {tuple(vectors.shape)} do not end in the parameter's shape {self.shape}")
+            raise ValueError(
+                f"vectors of shape {tuple(vectors.shape)} do not end in the parameter's shape {self.shape}"
+            )
         lead = vectors.shape[:k]
         order = [*range(k), *(k + d for d in (*self.outputs, *self.inputs))]
         return vectors.reshape(*lead, *self.sizes).permute(order).reshape(*lead, self.rows, self.columns)
@@ -288,7 +290,9 @@ def eigenbasis(factors: Kronecker | Eigenbasis, start: Eigenbasis | None = None,
     if isinstance(factors, Eigenbasis):
         return Eigenbasis([*factors[:-1], factors[-1].clamp(min=0)], factors.arrangement, factors.owner)
     if start is not None and start.arrangement != factors.arrangement:
-        raise ArgumentError(f"start is of {start.arrangement}, the factors of {factors.arrangement}: pass the same parameter's")
+        raise ArgumentError(
+            f"start is of {start.arrangement}, the factors of {factors.arrangement}: pass the same parameter's"
+        )
     return _decomposed(factors, start, steps)[0]
 
 
@@ -379,7 +383,9 @@ class Blocks(Mapping):
     ):
         wrong = [name for name, f in factors.items() if not isinstance(f, Kronecker | Eigenbasis | Within)]
         if wrong or not factors:
-            raise ArgumentError(f"{wrong or 'nothing'}: pass the field of KFAC, KFLR, KFRA or EKFAC, parameter name -> factors")
+            raise ArgumentError(
+                f"{wrong or 'nothing'}: pass the field of KFAC, KFLR, KFRA or EKFAC, parameter name -> factors"
+            )
         self._given = dict(factors)
         self._factors = {name: f for name, f in factors.items() if not isinstance(f, Within)}
         self._shapes = self._ordered()
@@ -459,12 +465,16 @@ class Blocks(Mapping):
         """
         if isinstance(v, Mapping):
             if set(v) != set(self._shapes):
-                raise ArgumentError(f"the vector has {sorted(v)}, the matrix {sorted(self._shapes)}: give one tensor for each")
+                raise ArgumentError(
+                    f"the vector has {sorted(v)}, the matrix {sorted(self._shapes)}: give one tensor for each"
+                )
             return self._times(v)
         total = self.shape[0]
         if not isinstance(v, Tensor) or v.ndim not in (1, 2) or v.shape[0] != total:
             got = list(v.shape) if isinstance(v, Tensor) else type(v).__name__
-            raise ArgumentError(f"the matrix is {[total, total]}: multiply a dict, [{total}] or [{total}, K], not {got}")
+            raise ArgumentError(
+                f"the matrix is {[total, total]}: multiply a dict, [{total}] or [{total}, K], not {got}"
+            )
         columns = v if v.ndim == 2 else v.unsqueeze(1)
         parts = columns.mT.split([prod(shape) for shape in self._shapes.values()], 1)
         named = {n: t.reshape(len(t), *s) for (n, s), t in zip(self._shapes.items(), parts, strict=True)}

@@ -51,7 +51,9 @@ class Matrix:
     ):  # fmt: skip
         compiled.alone(f"fxcurv.linear.{type(self).__name__}")
         if not isinstance(data, tuple) and iter(data) is data:
-            raise ArgumentError("data is an iterator, which every product would begin anew: pass a list or a DataLoader")
+            raise ArgumentError(
+                "data is an iterator, which every product would begin anew: pass a list or a DataLoader"
+            )
         among = compiled.covered()[0]
         self.params = hashable(params, ArgumentError, type(self).__name__)
         self.names = chosen(self.params, compiled.subject, ArgumentError, type(self).__name__, among)
@@ -156,7 +158,9 @@ class Matrix:
 
     def _named(self, v: Mapping) -> dict[str, Tensor]:
         if {n: tuple(t.shape) for n, t in v.items()} != self._shapes:
-            raise ArgumentError(f"the vector has {({n: list(t.shape) for n, t in v.items()})}, the matrix {self._shapes}")
+            raise ArgumentError(
+                f"the vector has { ({n: list(t.shape) for n, t in v.items()}) }, the matrix {self._shapes}"
+            )
         return {name: v[name] for name in self.names}
 
     def _parted(self, v: Tensor) -> dict[str, Tensor]:
@@ -266,7 +270,9 @@ class _OfRows(Matrix):
 
     def _j(self, v: dict[str, Tensor]) -> Tensor:
         """J v, [R]."""
-        return torch.cat([halves.times(flat, [v[n] for n in halves.names]).flatten() for _, halves, flat in self._parts()])
+        return torch.cat(
+            [halves.times(flat, [v[n] for n in halves.names]).flatten() for _, halves, flat in self._parts()]
+        )
 
     def _jt(self, u: Tensor) -> Tensor:
         """J^T u, [D]."""
@@ -296,7 +302,9 @@ class Jacobian(_OfRows):
         return self._columnwise(v, self.size, lambda x: self._j(self._parted(x)))
 
     def diag(self) -> Tensor:
-        raise ExtensionError("a Jacobian is not square, so it has no diagonal: use NTK(...).diag(), or the extension Jacobian")
+        raise ExtensionError(
+            "a Jacobian is not square, so it has no diagonal: use NTK(...).diag(), or the extension Jacobian"
+        )
 
 
 class _Transposed(Matrix):
@@ -336,7 +344,9 @@ class NTK(_OfRows):
 
     @property
     def T(self) -> NTK:  # noqa: N802
-        return self if self._right is self else NTK(self._compiled, self._right._data, other=self._data, **self._options)
+        return (
+            self if self._right is self else NTK(self._compiled, self._right._data, other=self._data, **self._options)
+        )
 
     def __matmul__(self, u: Any) -> Tensor:
         return self._columnwise(u, self._right.rows, lambda x: self._j(self._parted(self._right._jt(x))))

@@ -124,7 +124,13 @@ class AllBlocks(Code):
         summed: Sequence[str] = (),
     ):
         super().__init__(program, labels, names)
-        self.whole, self.inputs, self.outputs, self.summed, self._group = whole, inputs, outputs, summed, program.options.ranks
+        self.whole, self.inputs, self.outputs, self.summed, self._group = (
+            whole,
+            inputs,
+            outputs,
+            summed,
+            program.options.ranks,
+        )
         self._blocks: dict[str, fx.GraphModule] = {}
 
     def complete(self, names: Sequence[str], values: Sequence[Tensor]) -> list[Tensor]:

@@ -88,16 +88,22 @@ class _Curved(Optimizer):
             ArgumentError: later, for its programs are of the parameters that it was made with.
         """
         if hasattr(self, "_plain"):
-            raise ArgumentError("add_param_group: the programs are of the parameters that it was made with; make a new optimizer")
+            raise ArgumentError(
+                "add_param_group: the programs are of the parameters that it was made with; make a new optimizer"
+            )
         super().add_param_group(param_group)
 
     def _check(self, group: dict[str, Any]) -> None:
         for key, most in (("lr", None), ("damping", None), ("weight_decay", None), ("momentum", 1)):
             if not group[key] >= 0 or most is not None and group[key] >= most:
-                raise ArgumentError(f"{key}={group[key]!r}: use a number that is not negative{', below 1' if most else ''}")
+                raise ArgumentError(
+                    f"{key}={group[key]!r}: use a number that is not negative{', below 1' if most else ''}"
+                )
         for p in group["params"]:
             if id(p) not in self._names:
-                raise ArgumentError(f"a parameter of shape {list(p.shape)} is none of the model's: pass those of the model")
+                raise ArgumentError(
+                    f"a parameter of shape {list(p.shape)} is none of the model's: pass those of the model"
+                )
 
     def _held(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """(name, parameter, group) of each parameter."""
@@ -128,7 +134,9 @@ class _Curved(Optimizer):
             ArgumentError: for what is no batch.
         """
         if callable(batch) or isinstance(batch, Tensor) or batch is None:
-            raise ArgumentError(f"step({type(batch).__name__}): pass a batch (inputs, *targets), whose curvature the step takes")
+            raise ArgumentError(
+                f"step({type(batch).__name__}): pass a batch (inputs, *targets), whose curvature the step takes"
+            )
         inputs, *targets = batch
 
         def call(compiled: Compiled) -> Result:

@@ -69,7 +69,9 @@ class Result:
         """Note that this is the result of one of several ranks, of `sizes` samples, and how to have the whole batch's."""
         self._fields["sizes"] = tuple(sizes)
         known = {**places["results"], **places["extras"], "output": places["output"]}
-        self._gather = lambda field: gather(self._fields[field], known[field]) if field in known else self._fields[field]
+        self._gather = lambda field: (
+            gather(self._fields[field], known[field]) if field in known else self._fields[field]
+        )
 
     def whole(self, field: str) -> Any:
         """A field of the whole batch, under `mesh=`: what is per sample is gathered from all ranks, which all have to call this.

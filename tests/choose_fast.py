@@ -92,7 +92,9 @@ def main() -> None:
         fast[path] = {name: [] for name in functions if f"{path}::{name}" not in kept} | fast[path]
     (HERE / "fast.json").write_text(json.dumps(fast, indent=1, ensure_ascii=False) + "\n")
     taken = [test for tests in kept.values() for test in tests]
-    print(f"{len(taken)} of {len(cost)} tests, {sum(cost[test] for test in taken):.0f} of {sum(cost.values()):.0f} seconds")
+    print(
+        f"{len(taken)} of {len(cost)} tests, {sum(cost[test] for test in taken):.0f} of {sum(cost.values()):.0f} seconds"
+    )
     print(f"{sum(not tests for tests in kept.values())} of {len(kept)} functions are slow")
 
 

@@ -151,7 +151,9 @@ def count(tried: list[dict]) -> str:
     spent = sum(not any(t.values()) and None in t.values() for t in tried)
     text = f"{len(tried)} mutants: the fast set kills {fast}, the slow tests {slow} more; "
     text += f"{len(tried) - fast - slow} live, of {spent} the time was spent"
-    return text + (f"; of those that are killed the fast set kills {interval(fast, fast + slow)}" if fast + slow else "")
+    return text + (
+        f"; of those that are killed the fast set kills {interval(fast, fast + slow)}" if fast + slow else ""
+    )
 
 
 def main() -> None:

@@ -64,7 +64,9 @@ def second_order(
     while passes[-1].follows:
         after = passes[-1].follows
         if len(after) != 1 or after[0] is None:
-            raise _refused(found, "its output goes into several extended models, or into one with other inputs beside it")
+            raise _refused(
+                found, "its output goes into several extended models, or into one with other inputs beside it"
+            )
         passes.append(after[0])
     last = passes[-1]
     if any(p.forward.random for p in passes) or any(p.template.mutations for p in passes):
@@ -81,7 +83,9 @@ def second_order(
         raise _refused(found, "its output also reaches the loss by another way")
     prefix = "models.0."
     return {
-        e.savefield: {name.removeprefix(prefix): v for name, v in results[e.savefield].items() if name.startswith(prefix)}
+        e.savefield: {
+            name.removeprefix(prefix): v for name, v in results[e.savefield].items() if name.startswith(prefix)
+        }
         for e in extensions
     }
 

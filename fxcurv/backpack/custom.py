@@ -96,7 +96,12 @@ class Backward:
     """
 
     def __init__(
-        self, found: Pass, leaves: list[Tensor], values: dict[int, Any], gs: Sequence[Tensor | None], calls: list[LossCall]
+        self,
+        found: Pass,
+        leaves: list[Tensor],
+        values: dict[int, Any],
+        gs: Sequence[Tensor | None],
+        calls: list[LossCall],
     ):
         self.found, self.leaves, self.gs, self.calls = found, leaves, gs, calls
         self.values = Values(found, values)
@@ -164,7 +169,10 @@ class Backward:
         """[V, N, *f]: the root is that of a parameter that is added to f."""
         leaf = self._leaf()
         first = lambda read: replace(read, leaf=0)  # noqa: E731
-        calls = [replace(c, args=map_leaves(c.args, Read, first), kwargs=map_leaves(c.kwargs, Read, first)) for c in self.calls]
+        calls = [
+            replace(c, args=map_leaves(c.args, Read, first), kwargs=map_leaves(c.kwargs, Read, first))
+            for c in self.calls
+        ]
         f, made = self.leaves[leaf].detach(), self.found.forward.roots
         losses = [c.loss for c in calls]
         key = tuple(map(id, losses)), tuple(c.key() for c in calls), asked, f.shape[1:], f.dtype
@@ -212,7 +220,9 @@ def _asked(extension: Any) -> SqrtGGNExact | SqrtGGNMC | None:
         return SqrtGGNExact()
     if strategy() == "sampling":
         return SqrtGGNMC(mc_samples=extension.get_num_mc_samples())
-    raise ExtensionError(f"{type(extension).__name__}: the loss Hessian by {strategy()!r}, not by 'exact' or 'sampling'")
+    raise ExtensionError(
+        f"{type(extension).__name__}: the loss Hessian by {strategy()!r}, not by 'exact' or 'sampling'"
+    )
 
 
 def _names(extension: Any) -> str:

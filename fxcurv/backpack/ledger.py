@@ -44,7 +44,9 @@ def _record() -> _Record:
     return _records[task]
 
 
-def write(found: Any, model: nn.Module, params: dict[str, nn.Parameter], results: dict[str, dict], context: backpack) -> None:
+def write(
+    found: Any, model: nn.Module, params: dict[str, nn.Parameter], results: dict[str, dict], context: backpack
+) -> None:
     """Put the fields of one pass of `model` on its parameters.
 
     Raises:

@@ -205,7 +205,13 @@ class ModelParts:
         return results
 
     def _check(
-        self, found: Pass, ending: Ending, leaves: list[Tensor], gs: Sequence[Any], values: dict, results: dict[str, Any]
+        self,
+        found: Pass,
+        ending: Ending,
+        leaves: list[Tensor],
+        gs: Sequence[Any],
+        values: dict,
+        results: dict[str, Any],
     ) -> None:
         """Compare the first results of a backward part with plain PyTorch's, unless the model has changed since the pass."""
         if ending.checked or found.forward.random or all(g is None for g in gs):
@@ -216,7 +222,9 @@ class ModelParts:
             if not self._programs.holds(found.forward, request):
                 return
             flat = [bound[what] for what in found.template.inputs]
-            PassCheck(found.template, ending.backward.program, request, flat, gs).compare((None, leaves, {}, results, {}))
+            PassCheck(found.template, ending.backward.program, request, flat, gs).compare(
+                (None, leaves, {}, results, {})
+            )
         ending.checked = True
 
     def _of_model(self, found: Pass, extensions: tuple[Extension, ...], create_graph: bool) -> Ending:
@@ -280,7 +288,9 @@ class LossParts:
         )
         loss = TotalLoss(calls)
         with torch.no_grad():
-            ending = self._programs.find(_request(Subject(found.parts.model, loss), arguments, found.mode, create_graph))
+            ending = self._programs.find(
+                _request(Subject(found.parts.model, loss), arguments, found.mode, create_graph)
+            )
         backward = ending.backward
         given = _given(backward, loss, arguments, leaves[0].device)
         case = tuple(g is None for g in gs)

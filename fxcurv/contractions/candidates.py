@@ -499,7 +499,9 @@ class Together:
         else:
             f = f.lean()
             found = outer_moments(f.a.squeeze(2), f.g.squeeze(3).squeeze(0), *wanted)
-            total, squares = (f.arrange(t.unsqueeze(-3)) if want else t for t, want in zip(found[:2], wanted, strict=False))
+            total, squares = (
+                f.arrange(t.unsqueeze(-3)) if want else t for t, want in zip(found[:2], wanted, strict=False)
+            )
             norms = found[2]
         results = dict(zip(self.kinds, (total.to(f.g.dtype), squares, norms), strict=True))
         return [results[s.power, s.reduce] for s in specs]

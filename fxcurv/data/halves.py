@@ -52,7 +52,11 @@ class Halves:
 
     def outputs(self, flat: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
         """(f, the parameters that it was made of), with the graph between them."""
-        held = {name: t.detach().requires_grad_() for (kind, name), t in zip(self._kinds, flat, strict=True) if kind == "param"}
+        held = {
+            name: t.detach().requires_grad_()
+            for (kind, name), t in zip(self._kinds, flat, strict=True)
+            if kind == "param"
+        }
         given = [held[name] if kind == "param" else t for (kind, name), t in zip(self._kinds, flat, strict=True)]
         with torch.enable_grad():
             return list(self._forward(*given)), [held[name] for name in self.names if name in held]
@@ -89,7 +93,10 @@ class Halves:
         """The loss' gradient by these two functions, to be held against another."""
         heads, held = self.outputs(flat)
         ends = [h.detach().requires_grad_() for h in heads]
-        given = [t.detach().requires_grad_() if kind == "param" else t for (kind, _), t in zip(self._kinds, flat, strict=True)]
+        given = [
+            t.detach().requires_grad_() if kind == "param" else t
+            for (kind, _), t in zip(self._kinds, flat, strict=True)
+        ]
         own = {name: t for (kind, name), t in zip(self._kinds, given, strict=True) if kind == "param"}
         direct = [own[name] for name in self.names if name in own]
         with torch.enable_grad():
@@ -114,7 +121,9 @@ class Halves:
         used = [k for k, (kind, _) in enumerate(self._kinds) if kind in ("input", "target") and placeholders[k].users]
         kept = [t if k not in used else None for k, t in enumerate(flat)]
         batch_dim = tuple(p.dim for p in self._places())
-        made = fxcurv_compile(Shift(heads, batch_dim), Ending(loss, kept, used), [extension], batch_dim=batch_dim, check=None)
+        made = fxcurv_compile(
+            Shift(heads, batch_dim), Ending(loss, kept, used), [extension], batch_dim=batch_dim, check=None
+        )
         return made, used
 
     def _places(self) -> list[Shard]:

@@ -90,7 +90,9 @@ class Rows:
         """The header is written before rows are divided, so that no one divides them twice."""
         with open(self.file, "rb") as f:  # type: ignore[arg-type]
             if f.read(len(MAGIC)) == MAGIC:
-                raise ArgumentError(f"{self.file} was being finished when the pass was interrupted: begin anew, with no state")
+                raise ArgumentError(
+                    f"{self.file} was being finished when the pass was interrupted: begin anew, with no state"
+                )
 
     def _divide(self, file: Path, divisor: float, count: int) -> None:
         flat = np.memmap(file, self._dtype, "r+", HEADER, (count,))

@@ -108,7 +108,9 @@ class Extension:
                 "that sums over samples."
             )
         if getattr(self, "subsampling", None) is not None:
-            raise ExtensionError(f"{name}(subsampling=...) counts the samples of every batch anew: drop it, and index the result")
+            raise ExtensionError(
+                f"{name}(subsampling=...) counts the samples of every batch anew: drop it, and index the result"
+            )
         (total,) = yield (self,)
         return total
 

@@ -203,5 +203,3 @@ def _stacked(parts: list[Tensor]) -> Tensor:
 
 def _added(parts: list[Tensor]) -> Tensor:
     return sum(parts[1:], parts[0])
-
-

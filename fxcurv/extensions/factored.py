@@ -251,7 +251,9 @@ def _note(param: Param, what: str) -> None:
     """What became of a parameter that is no layer; what it costs has a row of its own."""
     savefield = param.origin()["savefield"]
     program = param.program
-    program.decisions.append(Decision(param.name, param.label, "", what, 0, 0, 0.0, savefield=savefield, stage="extract"))
+    program.decisions.append(
+        Decision(param.name, param.label, "", what, 0, 0, 0.0, savefield=savefield, stage="extract")
+    )
 
 
 # traced ------------------------------------------------------------------------------------------------------------

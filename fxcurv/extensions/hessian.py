@@ -33,7 +33,9 @@ class DiagHessian(Extension):
     def extract(self, param: Param) -> fx.Node:
         if not _read_past_the_heads(param):
             return param.contract(power=2, reduce="vn")
-        if param.node not in ancestors(param.program.heads):  # with f held constant, it is all; the walk has parts of it
+        if param.node not in ancestors(
+            param.program.heads
+        ):  # with f held constant, it is all; the walk has parts of it
             return _of_regulariser(param)
         _check_apart(param)
         return param.emit(torch.add, param.contract(power=2, reduce="vn"), _of_regulariser(param))
@@ -120,7 +122,9 @@ def _coupled(program: Program, param: fx.Node, inner: list[fx.Node]) -> fx.Node 
     for node in inner:
         sources = set(node.all_input_nodes)
         both = bool(sources & of_output and sources & of_param)
-        positions = [k for k, a in enumerate(pytree.tree_leaves(canonical_args(node))) if isinstance(a, fx.Node) and is_active(a)]
+        positions = [
+            k for k, a in enumerate(pytree.tree_leaves(canonical_args(node))) if isinstance(a, fx.Node) and is_active(a)
+        ]
         if both and not rule_of(node.target, program.rules).linear(positions):
             return node
         of_output |= {node} if sources & of_output and is_active(node) else set()

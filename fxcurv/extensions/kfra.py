@@ -76,7 +76,7 @@ class KFRA(Factored):
         except NoLayer as why:
             raise ExtensionError(
                 f"KFRA: parameter '{param.name}' has no factors: {why}.\nIt is used by {locate(readers[-1])}\n"
-                'Way out: KFLR() or KFAC(), or KFRA(params=...) without it.'
+                "Way out: KFLR() or KFAC(), or KFRA(params=...) without it."
             ) from why
 
 

@@ -54,7 +54,9 @@ class _OfRoots(Extension):
 
     def check(self) -> None:
         if self.mc_samples is not None and (not isinstance(self.mc_samples, int) or self.mc_samples < 1):
-            raise ExtensionError(f"{type(self).__name__}(mc_samples={self.mc_samples!r}): use a positive integer, or None")
+            raise ExtensionError(
+                f"{type(self).__name__}(mc_samples={self.mc_samples!r}): use a positive integer, or None"
+            )
 
 
 @dataclass(frozen=True)
@@ -200,14 +202,18 @@ class Dots(PerSample):
 
     def check(self) -> None:
         if not isinstance(self.vectors, Mapping) or not all(isinstance(v, Tensor) for v in self.vectors.values()):
-            raise ExtensionError(f"Dots({type(self.vectors).__name__}): pass a dict from parameter names to tensors [Q, *P]")
+            raise ExtensionError(
+                f"Dots({type(self.vectors).__name__}): pass a dict from parameter names to tensors [Q, *P]"
+            )
         if not isinstance(self.vectors, Vectors):
             object.__setattr__(self, "vectors", Vectors(self.vectors))
 
     def extract(self, param: Param) -> fx.Node:
         shape, val = tuple(param.node.meta["val"].shape), param.node.meta["val"]
         if param.name not in self.vectors:
-            raise ExtensionError(f"Dots: no vector for parameter '{param.name}': pass one, or Dots(params=...) without it")
+            raise ExtensionError(
+                f"Dots: no vector for parameter '{param.name}': pass one, or Dots(params=...) without it"
+            )
         given = self.vectors[param.name]
         if tuple(given.shape[1:]) != shape or given.ndim != len(shape) + 1:
             wanted = f"[Q, {', '.join(map(str, shape))}]"

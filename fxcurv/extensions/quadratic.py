@@ -65,7 +65,9 @@ class Quadratic(PerSample):
             )
         blocks = [p for p in there if not isinstance(self.metric.of[p.name], Within)]
         if len(blocks) < len(there) and not self.total:
-            raise ExtensionError("Quadratic of blocks of weight and bias together has no value for each: pass total=True")
+            raise ExtensionError(
+                "Quadratic of blocks of weight and bias together has no value for each: pass total=True"
+            )
         return super().extract_all(blocks)
 
     def extract(self, param: Param) -> fx.Node:

@@ -319,7 +319,9 @@ def filled(template: Any, tensors: Sequence[Tensor]) -> Any:
     return map_leaves(template, Slot, lambda slot: slot.of(tensors))
 
 
-def map_leaves(value: Any, kind: type | tuple[type, ...], fn: Callable[[Any], Any], memo: dict[int, Any] | None = None) -> Any:
+def map_leaves(
+    value: Any, kind: type | tuple[type, ...], fn: Callable[[Any], Any], memo: dict[int, Any] | None = None
+) -> Any:
     """A structure of pytrees, dataclasses and plain objects, with `fn` applied to every `kind` in it."""
     memo = {} if memo is None else memo
     if isinstance(value, kind):

@@ -33,9 +33,7 @@ from fxcurv.ir.private import UnsupportedOperatorException
 from fxcurv.ir.program import Program
 
 
-def capture(
-    subject: Subject, arguments: Arguments, split: str | None = None, numbers: Sequence[Path] = ()
-) -> Program:
+def capture(subject: Subject, arguments: Arguments, split: str | None = None, numbers: Sequence[Path] = ()) -> Program:
     """Trace model and loss into a functional graph.
 
     Args:
@@ -91,6 +89,7 @@ def _export(wrapped: Captured, arguments: Arguments) -> ExportedProgram:
     dims = arguments.batch_dims, arguments.split_dims(), [None] * len(numbers)
     varying = iter(arguments.varying)
     shapes = tuple([_symbolic(d, next(varying, frozenset())) for d in part] for part in dims)
+
     # autograd saves nothing of tensors made under inference_mode, nor does it like to be asked for the gradient of what is no
     # leaf; export marks its inputs' dynamic dimensions, and unmarks those that the user marked
     def fresh() -> tuple:

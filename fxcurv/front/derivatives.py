@@ -60,7 +60,9 @@ def gradients(
     """`torch.autograd.grad` of traced tensors."""
     outputs, wrt = _tuple(outputs), _tuple(inputs)
     if not all(isinstance(t, Tensor) for t in (*outputs, *wrt)):
-        raise CaptureError(f"torch.autograd.grad of gradient edges is not kept\n{running_line()}Way out: pass the tensors.")
+        raise CaptureError(
+            f"torch.autograd.grad of gradient edges is not kept\n{running_line()}Way out: pass the tensors."
+        )
     given = _tuple(grad_outputs) if grad_outputs is not None else (None,) * len(outputs)
     pairs = [(y, g) for y, g in zip(outputs, given, strict=True) if y.requires_grad]
     if not pairs or not all(x.requires_grad for x in wrt):
@@ -195,7 +197,9 @@ class _Walk:
         if value.op != "call_function" or value.target is operator.getitem or value.target in CUTS or not any(gs):
             return
         leaves = pytree.tree_leaves(canonical_args(value))
-        wrt = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node) and leaf in self.between and _is_float(leaf))
+        wrt = tuple(
+            i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node) and leaf in self.between and _is_float(leaf)
+        )
         if not wrt:
             return
         if value.target is torch.ops.fxcurv.head.default:

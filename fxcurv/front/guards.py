@@ -161,7 +161,9 @@ class Followed(TorchFunctionMode):
         if func is torch.eye:
             return _eye(*args, **(kwargs or {}))
         if func in (torch.autograd.backward, torch.Tensor.backward):
-            raise CaptureError(f"the model or loss calls backward(), which writes to tensors' grad\n{running_line()}{_GRAD}")
+            raise CaptureError(
+                f"the model or loss calls backward(), which writes to tensors' grad\n{running_line()}{_GRAD}"
+            )
         return func(*args, **(kwargs or {}))
 
     def _unmarked(self, t: torch.Tensor) -> torch.Tensor:

@@ -169,9 +169,7 @@ def lift(model: Named, wrapped: Captured, exported: ExportedProgram, arguments: 
         gm, inputs, batch, params, trainable, leaves, heads, loss, mutations, wrapped.record.template,
         constants,
     )  # fmt: skip
-    program.fake_mode = next(
-        n.meta["val"].fake_mode for n in placeholders if isinstance(n.meta.get("val"), Tensor)
-    )
+    program.fake_mode = next(n.meta["val"].fake_mode for n in placeholders if isinstance(n.meta.get("val"), Tensor))
     if wrapped.record.fixed_by is not None:
         program.fixed_by = wrapped.record.fixed_by
     program.reads = _reads(program, numbers, [value for _, value in wrapped.values.read])

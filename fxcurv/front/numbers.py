@@ -163,7 +163,9 @@ def read(values: Values, func: Callable, args: tuple, kwargs: dict[str, Any]) ->
         if name == "item" and x.is_floating_point():
             return Number(x.detach().double())
         why = _SIZE if name in _SIZES else _NUMBER
-        raise CaptureError(f"op {func.__name__.strip('_').replace('getitem', 'index')}\n{running_line()}{why}") from None
+        raise CaptureError(
+            f"op {func.__name__.strip('_').replace('getitem', 'index')}\n{running_line()}{why}"
+        ) from None
 
 
 def reads(func: Callable, args: tuple) -> bool:

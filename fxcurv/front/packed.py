@@ -81,7 +81,11 @@ def _pad(
     rows = _outside(rows, _within(rows, lengths), padding_value)
     if total_length is not None:
         more = total_length - rows.shape[0]
-        rows = torch.cat([rows, rows.new_full((more, *rows.shape[1:]), padding_value)]) if more > 0 else rows[:total_length]
+        rows = (
+            torch.cat([rows, rows.new_full((more, *rows.shape[1:]), padding_value)])
+            if more > 0
+            else rows[:total_length]
+        )
     return rows.transpose(0, 1) if batch_first else rows, lengths
 
 

@@ -151,7 +151,9 @@ def checked(extensions: Iterable[Extension], of_drop_in: bool = False) -> tuple[
         if not isinstance(e, Extension):
             raise ExtensionError(f"{e!r} is no extension: pass instances of the classes in fxcurv.extensions")
         if not of_drop_in and vars(e).get("module_extensions"):
-            raise ExtensionError(f"{e} has module extensions, which the drop-in alone asks: use fxcurv.backpack, or another")
+            raise ExtensionError(
+                f"{e} has module extensions, which the drop-in alone asks: use fxcurv.backpack, or another"
+            )
         same = [f for f in found if f.savefield == e.savefield]
         if same:
             raise ExtensionError(

@@ -84,7 +84,9 @@ def no_side_effects(modules: Sequence[nn.Module]) -> Iterator[Callable[[], None]
 
 
 def _refused(what: str) -> CaptureError:
-    return CaptureError(f"{what} changes in the forward pass, a side effect that a compiled program does not repeat.\n{WAY_OUT}")
+    return CaptureError(
+        f"{what} changes in the forward pass, a side effect that a compiled program does not repeat.\n{WAY_OUT}"
+    )
 
 
 def is_pytorchs(hook: Any) -> bool:
@@ -297,7 +299,9 @@ def _of_the_call(value: Any) -> bool:
 def _leaks(owner: Any, old: Any, traced: Callable[[Any], bool]) -> bool:
     """Whether a tensor of the capture is in a dict or list now."""
     if isinstance(owner, dict):
-        return any(traced(v) for k, v in owner.items() if k not in _OWN and not (k in old and old[k] is v and _traced(v, 0)))
+        return any(
+            traced(v) for k, v in owner.items() if k not in _OWN and not (k in old and old[k] is v and _traced(v, 0))
+        )
     return any(traced(v) for v in owner)
 
 

@@ -27,7 +27,12 @@ from fxcurv.ir.private import (
 )
 
 _AT = "torch._functorch.eager_transforms."
-_TRANSFORMS = f"{_AT}grad_impl", f"{_AT}grad_and_value_impl", f"{_AT}_jvp_with_argnums", "torch._functorch.apis.vmap_impl"
+_TRANSFORMS = (
+    f"{_AT}grad_impl",
+    f"{_AT}grad_and_value_impl",
+    f"{_AT}_jvp_with_argnums",
+    "torch._functorch.apis.vmap_impl",
+)
 
 
 @contextlib.contextmanager
@@ -89,7 +94,9 @@ class _Inside:
         def flat(*xs):
             nonlocal out_spec
             given = iter(xs[len(sized) :])
-            args, kwargs = pytree.tree_unflatten([next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+            args, kwargs = pytree.tree_unflatten(
+                [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+            )
             out, out_spec = pytree.tree_flatten(fn(*args, **kwargs))
             rest[:] = out
             return [t for t in out if isinstance(t, Tensor)]

@@ -32,7 +32,9 @@ def _(x):
     return torch.empty_like(x)
 
 
-head.register_autograd(lambda ctx, g: g)  # so that a loss that asks for a derivative of the output sees what is before it
+head.register_autograd(
+    lambda ctx, g: g
+)  # so that a loss that asks for a derivative of the output sees what is before it
 
 
 class _Record:
@@ -50,7 +52,13 @@ class Captured(nn.Module):
     """What is exported: the model, its marked output leaves, and the loss on them."""
 
     def __init__(
-        self, model: nn.Module, loss: Callable | None, arguments: Arguments, split: str | None, reads: Reads, observers: Any
+        self,
+        model: nn.Module,
+        loss: Callable | None,
+        arguments: Arguments,
+        split: str | None,
+        reads: Reads,
+        observers: Any,
     ):
         super().__init__()
         self.reads = reads
@@ -107,7 +115,9 @@ class Captured(nn.Module):
         self.record.leaves = len(leaves)
         loss = None
         if self.loss is not None:
-            loss = _scalar(self._loss_of(self.loss, output, self.arguments.join_targets(targets)), line_of_function(self.loss))
+            loss = _scalar(
+                self._loss_of(self.loss, output, self.arguments.join_targets(targets)), line_of_function(self.loss)
+            )
         return loss, leaves, marked, [t for t, _ in self.values.read], self.observers.tensors()
 
     def _loss_of(self, loss: Callable, output: Any, targets: tuple) -> Any:
@@ -140,11 +150,17 @@ class Captured(nn.Module):
 
 def _scalar(loss: Any, where: str) -> Tensor:
     if not isinstance(loss, Tensor):
-        raise LossError(f"the loss is a {type(loss).__name__}, not a tensor\n{where}Way out: return a scalar, without .item().")
+        raise LossError(
+            f"the loss is a {type(loss).__name__}, not a tensor\n{where}Way out: return a scalar, without .item()."
+        )
     if loss.numel() != 1:
-        raise LossError(f"the loss is {described([loss])}, not a scalar\n{where}Way out: reduce it by .sum() or .mean().")
+        raise LossError(
+            f"the loss is {described([loss])}, not a scalar\n{where}Way out: reduce it by .sum() or .mean()."
+        )
     if not loss.is_floating_point():
-        raise LossError(f"the loss is {loss.dtype}, so not differentiable\n{where}Way out: return a floating-point scalar.")
+        raise LossError(
+            f"the loss is {loss.dtype}, so not differentiable\n{where}Way out: return a floating-point scalar."
+        )
     return loss if loss.ndim == 0 else loss.reshape(())
 
 

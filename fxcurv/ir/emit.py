@@ -60,7 +60,9 @@ def emit(program: Program, fn: Callable, *args: Any, origin: dict[str, Any] | No
         if key is not None:
             program.pieces[key] = piece
     nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
-    return _splice(program, piece, [*nodes, *_lengths(program, piece, len(nodes))], origin or {}, before or program.output)
+    return _splice(
+        program, piece, [*nodes, *_lengths(program, piece, len(nodes))], origin or {}, before or program.output
+    )
 
 
 def call(program: Program, target: Any, *args: Any, origin: dict[str, Any] | None = None) -> fx.Node:

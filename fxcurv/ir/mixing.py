@@ -60,7 +60,11 @@ def of_reduced_loss(program: Program, node: fx.Node) -> bool:
     """Whether `node` reads nothing of the model but one number that the loss has summed over samples, as in `loss**2`."""
     sources = [i for i in node.all_input_nodes if i.meta.get("active")]
     summed = all(i.meta["place"] == PARTIAL and is_tensor(i) and not i.meta["val"].ndim for i in sources)
-    return summed and node not in ancestors(program.heads) and all(isinstance(h.meta["place"], Shard) for h in program.heads)
+    return (
+        summed
+        and node not in ancestors(program.heads)
+        and all(isinstance(h.meta["place"], Shard) for h in program.heads)
+    )
 
 
 def _literal(text: str) -> str:

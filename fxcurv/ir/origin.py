@@ -99,7 +99,9 @@ def line_of_function(fn: Any) -> str:
     """Where a function or a module's forward pass begins; "" if that is not the user's code."""
     fn = inspect.unwrap(getattr(fn, "forward", fn))
     code = getattr(getattr(fn, "__func__", getattr(fn, "func", fn)), "__code__", None)
-    return line_of(code.co_filename, code.co_firstlineno, code.co_name) if code and is_user_file(code.co_filename) else ""
+    return (
+        line_of(code.co_filename, code.co_firstlineno, code.co_name) if code and is_user_file(code.co_filename) else ""
+    )
 
 
 STAGES = {

@@ -281,7 +281,9 @@ class Program:
     def fits(self, n: int, lengths: tuple[int, ...], inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> bool:
         """Whether all tensors have the sizes that these lengths make."""
         kinds, placeholders = {"input": inputs, "target": targets}, self.graph.find_nodes(op="placeholder")
-        pairs = [(p, kinds[i.kind][i.index]) for p, i in zip(placeholders, self.inputs, strict=False) if i.kind in kinds]
+        pairs = [
+            (p, kinds[i.kind][i.index]) for p, i in zip(placeholders, self.inputs, strict=False) if i.kind in kinds
+        ]
         return all(self.batch.shape(p.meta["val"], n, lengths) == tuple(t.shape) for p, t in pairs)
 
     def serves(self, n: int, lengths: tuple[int, ...] | None = None) -> bool:

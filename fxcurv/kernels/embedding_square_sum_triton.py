@@ -16,7 +16,14 @@ def config(columns: int, width: int, warps: int) -> triton.Config:
     return triton.Config({"ROWS": columns, "COLS": width}, num_warps=warps)
 
 
-CONFIGS = [config(4, 128, 4), config(1, 128, 1), config(1, 256, 2), config(8, 128, 4), config(16, 64, 4), config(2, 512, 4)]
+CONFIGS = [
+    config(4, 128, 4),
+    config(1, 128, 1),
+    config(1, 256, 2),
+    config(8, 128, 4),
+    config(16, 64, 4),
+    config(2, 512, 4),
+]
 
 
 @tuned(key=["V", "S", "D"], configs=CONFIGS)

@@ -24,7 +24,10 @@ def reference(x: Tensor, g: Tensor, *geometry) -> Tensor:
     rest = ([0], stride, padding, dilation, False, [0] * len(kernel), groups, [False, True, False])
     back = torch.ops.aten.convolution_backward
     return torch.stack(
-        [torch.stack([back(gn, xn, weight, *rest)[1] for gn, xn in zip(c.split(1), x.split(1), strict=True)]) for c in g]
+        [
+            torch.stack([back(gn, xn, weight, *rest)[1] for gn, xn in zip(c.split(1), x.split(1), strict=True)])
+            for c in g
+        ]
     )
 
 

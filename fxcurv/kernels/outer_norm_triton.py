@@ -48,12 +48,16 @@ def by_gram(
     t = (r + d) % blocks * COLS + tl.arange(0, COLS)
     ACC: tl.constexpr = parts.dtype.element_ty
     base = a + n * stride_an
-    aa = product(base, base, s, t, I, S, S, stride_as, stride_ai, stride_ai, stride_as, ACC, ROWS, COLS, INNER, PRECISION)
+    aa = product(
+        base, base, s, t, I, S, S, stride_as, stride_ai, stride_ai, stride_as, ACC, ROWS, COLS, INNER, PRECISION
+    )
     if (d > 0) & (2 * d < blocks):
         aa *= 2
     base = g + n * stride_gn
     for v in range(V):
-        gg = product(base, base, s, t, O, S, S, stride_gs, stride_go, stride_go, stride_gs, ACC, ROWS, COLS, INNER, PRECISION)
+        gg = product(
+            base, base, s, t, O, S, S, stride_gs, stride_go, stride_go, stride_gs, ACC, ROWS, COLS, INNER, PRECISION
+        )
         tl.store(parts + (pair.to(tl.int64) * V + v) * N + n, tl.sum(aa * gg))
         base += stride_gv
 

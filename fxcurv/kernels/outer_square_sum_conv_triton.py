@@ -100,7 +100,9 @@ def outer_square_sum_conv(
     missing = 3 - len(kernel)
     for _ in range(missing):
         x, g = x.unsqueeze(2), g.unsqueeze(3)
-    geometry = [(*[d] * missing, *sizes) for d, sizes in zip((1, 1, 0, 1), (kernel, stride, padding, dilation), strict=True)]
+    geometry = [
+        (*[d] * missing, *sizes) for d, sizes in zip((1, 1, 0, 1), (kernel, stride, padding, dilation), strict=True)
+    ]
     o, i, s = g.shape[2] // groups, prod(shape[1:]), prod(g.shape[3:])
     parts, each = (n, 1) if per_sample else splits(n, groups * tiles(o, i, 64, 64), g.device)
     out = x.new_empty(parts, *shape, dtype=wide(x.dtype))

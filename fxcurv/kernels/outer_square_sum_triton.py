@@ -31,7 +31,9 @@ def square_sum(
     for _ in range(tl.minimum(each, N - first)):
         column, weight = g, w
         for _ in range(V):
-            p = product(column, a, o, i, S, O, I, stride_go, stride_gs, stride_as, stride_ai, ACC, ROWS, COLS, INNER, PRECISION)
+            p = product(
+                column, a, o, i, S, O, I, stride_go, stride_gs, stride_as, stride_ai, ACC, ROWS, COLS, INNER, PRECISION
+            )
             if WEIGHTED:
                 total += tl.load(weight).to(ACC) * (p * p)
             else:

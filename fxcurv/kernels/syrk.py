@@ -71,7 +71,7 @@ def _(x, *rest, out_shape=None, **kwargs):
 
 
 syrk.register_autograd(
-    lambda ctx, grad: ((grad + grad.t()).to(ctx.saved_tensors[0].dtype) @ ctx.saved_tensors[0]),
+    lambda ctx, grad: (grad + grad.t()).to(ctx.saved_tensors[0].dtype) @ ctx.saved_tensors[0],
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
 )
 on_cuda(syrk, "syrk")

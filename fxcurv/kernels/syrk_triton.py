@@ -24,7 +24,13 @@ def config(side: int, inner: int, warps: int, stages: int) -> triton.Config:
 
 
 # The first is taken where nothing can be timed. Addresses of patches take registers: the largest are for matrices.
-CONFIGS = [config(32, 32, 4, 2), config(64, 16, 8, 2), config(64, 32, 8, 3), config(128, 32, 8, 3), config(128, 64, 8, 3)]
+CONFIGS = [
+    config(32, 32, 4, 2),
+    config(64, 16, 8, 2),
+    config(64, 32, 8, 3),
+    config(128, 32, 8, 3),
+    config(128, 64, 8, 3),
+]
 # Programs that fill a large device, if their tiles are of this size, and positions that are worth one of them.
 PROGRAMS = 512
 TILE = 64

@@ -107,7 +107,11 @@ def product(
     tile = tl.zeros((ROWS, COLS), ACC)
     for start in range(0, k_end, INNER):
         k = start + tl.arange(0, INNER)
-        left = tl.load(x + m[:, None] * stride_xm + k[None, :] * stride_xk, (m[:, None] < m_end) & (k[None, :] < k_end), 0.0)
-        right = tl.load(y + k[:, None] * stride_yk + n[None, :] * stride_yn, (k[:, None] < k_end) & (n[None, :] < n_end), 0.0)
+        left = tl.load(
+            x + m[:, None] * stride_xm + k[None, :] * stride_xk, (m[:, None] < m_end) & (k[None, :] < k_end), 0.0
+        )
+        right = tl.load(
+            y + k[:, None] * stride_yk + n[None, :] * stride_yn, (k[:, None] < k_end) & (n[None, :] < n_end), 0.0
+        )
         tile = tl.dot(left, right, tile, input_precision=PRECISION, out_dtype=ACC)
     return tile

@@ -51,7 +51,9 @@ def pipeline(options: Options) -> list:
     return SPREAD if options.ranks else PIPELINE
 
 
-def run(program: Program, passes: list, debug: bool = False, tell: Callable[[str], None] = lambda stage: None) -> Program:
+def run(
+    program: Program, passes: list, debug: bool = False, tell: Callable[[str], None] = lambda stage: None
+) -> Program:
     """Run `passes`, with verification between them under `debug`; `tell` hears which one begins."""
     for step in passes:
         name = step.__name__

@@ -72,7 +72,13 @@ class _Layout:
         self.program = program
         self.before: dict[fx.Node, Any] = {}
         self.copies: dict[tuple[fx.Node, torch.memory_format], fx.Node] = {}
-        self.shown = {*program.output_leaves, *program.heads, *program.mutations.values(), program.loss, *program.looked_at()}
+        self.shown = {
+            *program.output_leaves,
+            *program.heads,
+            *program.mutations.values(),
+            program.loss,
+            *program.looked_at(),
+        }
 
     def run(self) -> None:
         for node in list(self.program.graph.nodes):

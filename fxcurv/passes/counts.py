@@ -126,12 +126,12 @@ class _Counts:
         if not isinstance(node.meta.get("val"), Tensor | tuple | list):
             return
         schema = schema_of(node.target).arguments
-        numbers = {a.name for a in schema if str(a.type) in ("number", "Tensor", "Optional[Tensor]", "Optional[number]")}
+        numbers = {
+            a.name for a in schema if str(a.type) in ("number", "Tensor", "Optional[Tensor]", "Optional[number]")
+        }
         if node.target in CONSTANT:
             numbers &= {"fill_value", "s"}
-        node.args = tuple(
-            self._of(a) if schema[k].name in numbers else a for k, a in enumerate(node.args)
-        )
+        node.args = tuple(self._of(a) if schema[k].name in numbers else a for k, a in enumerate(node.args))
         node.kwargs = {name: self._of(a) if name in numbers else a for name, a in node.kwargs.items()}
 
     def _of(self, value: Any) -> Any:

@@ -311,7 +311,9 @@ def _label(node: fx.Node) -> str:
 
 def _said(graph: fx.Graph) -> list[str]:
     """The captured ops, in words that are the same in every process."""
-    return [plain_text(f"{n.target}{n.args}") for n in graph.nodes if n.op == "call_function" and stage_of(n) == "forward"]
+    return [
+        plain_text(f"{n.target}{n.args}") for n in graph.nodes if n.op == "call_function" and stage_of(n) == "forward"
+    ]
 
 
 def _buckets(nodes: Sequence[fx.Node], most: int | None = None) -> list[list[fx.Node]]:

@@ -189,7 +189,12 @@ def _returned(program: Program, value: fx.Node) -> fx.Node:
     node = value
     while node not in program.output_leaves:
         sources = [i for i in node.all_input_nodes if is_active(i)]
-        if len(sources) != 1 or node.op != "call_function" or not _is_linear(program, node) or not is_sharded(sources[0]):
+        if (
+            len(sources) != 1
+            or node.op != "call_function"
+            or not _is_linear(program, node)
+            or not is_sharded(sources[0])
+        ):
             return value
         (node,) = sources
     return node if isinstance(place(node), Shard) and isinstance(node.meta.get("val"), Tensor) else value

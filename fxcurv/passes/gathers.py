@@ -53,7 +53,9 @@ def _halves(program: Program, params: list[fx.Node], again: bool) -> list[list[f
     What is computed of parameters alone in the forward pass, and is read behind it, is computed there once more.
     """
     alone = _of_parameters(program, params)
-    behind = [n for n in program.graph.nodes if n.op == "output" or n.op == "call_function" and stage_of(n) != "forward"]
+    behind = [
+        n for n in program.graph.nodes if n.op == "output" or n.op == "call_function" and stage_of(n) != "forward"
+    ]
     if not again or not params:
         return [[n for n in program.graph.nodes if any(p in n.all_input_nodes for p in params)]] if params else []
     copies: dict[fx.Node, fx.Node] = {}
@@ -80,7 +82,12 @@ def _of_parameters(program: Program, params: list[fx.Node]) -> set[fx.Node]:
 
 
 def _again(
-    program: Program, value: fx.Node, alone: set[fx.Node], params: list[fx.Node], copies: dict[fx.Node, fx.Node], before: fx.Node
+    program: Program,
+    value: fx.Node,
+    alone: set[fx.Node],
+    params: list[fx.Node],
+    copies: dict[fx.Node, fx.Node],
+    before: fx.Node,
 ) -> fx.Node:
     """`value` computed once more, in front of its first reader."""
     if value in params or value not in alone:

@@ -25,7 +25,10 @@ def owners(program: Program, size: int) -> dict[str, dict[str, int]]:
     for field, table in tables.items():
         for name, nodes in table.items():
             graph.add_edges_from(((field, name), node) for node in nodes)
-    groups = [(_cost(part), min(str(k) for k in part if isinstance(k, tuple)), part) for part in nx.connected_components(graph)]
+    groups = [
+        (_cost(part), min(str(k) for k in part if isinstance(k, tuple)), part)
+        for part in nx.connected_components(graph)
+    ]
     load, found = [0] * size, {field: {} for field in tables}  # type: ignore[var-annotated]
     for cost, _, part in sorted(groups, key=lambda group: (-group[0], group[1])):
         rank = load.index(min(load))
@@ -44,18 +47,25 @@ def _tables(program: Program) -> Iterator[tuple[str, dict[str, list[fx.Node]]]]:
 
 def _cost(part: set) -> int:
     """In operations of an eigendecomposition, but for a factor."""
-    return sum(max(node.meta["val"].shape) ** 3 for node in part if isinstance(node, fx.Node) and node.meta["val"].ndim == 2)
+    return sum(
+        max(node.meta["val"].shape) ** 3 for node in part if isinstance(node, fx.Node) and node.meta["val"].ndim == 2
+    )
 
 
 def at_one_rank(
-    program: Program, reduced: list[fx.Node], parts: Callable[[fx.Node], list[fx.Node]], found: dict[str, dict[str, int]]
+    program: Program,
+    reduced: list[fx.Node],
+    parts: Callable[[fx.Node], list[fx.Node]],
+    found: dict[str, dict[str, int]],
 ) -> dict[fx.Node, int]:
     """The sums that nothing reads but results of one rank -> that rank."""
     where: dict[fx.Node, int] = {}
     for field, table in found.items():
         for name, rank in table.items():
             where |= dict.fromkeys(pytree.tree_leaves(program.results[field][name]), rank)
-    others: set[Any] = set(pytree.tree_leaves([table for field, table in program.results.items() if field not in found]))
+    others: set[Any] = set(
+        pytree.tree_leaves([table for field, table in program.results.items() if field not in found])
+    )
     others |= {*program.output_leaves, *program.heads, *program.mutations.values(), program.loss}
     others |= {*pytree.tree_leaves(program.extras), *(c.node for c in program.checks)}
     known = set(reduced)

@@ -72,7 +72,9 @@ def _whole(program: Program, kind: str, names: tuple[str, ...]) -> tuple[list[fx
     return _returned(program, saved, where), AllBlocks(program, labels, names, gm, list(vectors), list(results), summed)
 
 
-def _across(program: Program, child: Program, where: dict[int, fx.Node], results: dict[str, fx.Node]) -> dict[str, fx.Node]:
+def _across(
+    program: Program, child: Program, where: dict[int, fx.Node], results: dict[str, fx.Node]
+) -> dict[str, fx.Node]:
     """The results where the samples are on several ranks: sums over them, each to be added up by who calls the product.
 
     Raises:
@@ -111,7 +113,9 @@ def _positive(program: Program, modify: str, names: tuple[str, ...]) -> tuple[li
             "eigenvalues. Way out: HMP or GGNMP, or PCHMP in a call without create_graph."
         )
     if program.options.ranks:
-        raise ExtensionError("PCHMP with mesh= is not supported: ask for HMP or GGNMP, or for PCHMP of each rank's own batch")
+        raise ExtensionError(
+            "PCHMP with mesh= is not supported: ask for HMP or GGNMP, or for PCHMP of each rank's own batch"
+        )
     base, where = joint_of(program, "pch")
     find_terms(base.program)
     _mark_living(program, base, where)

@@ -66,7 +66,9 @@ def without_memory(program: Program) -> fx.GraphModule:
     for node in list(graph.nodes):
         if isinstance(node.kwargs.get("out"), fx.Node):
             node.target, node.kwargs = plain[node.target], {k: v for k, v in node.kwargs.items() if k != "out"}
-    for node in [n for n in graph.nodes if n.op == "placeholder" and n.meta.get("origin", {}).get("stage") == "recycle"]:
+    for node in [
+        n for n in graph.nodes if n.op == "placeholder" and n.meta.get("origin", {}).get("stage") == "recycle"
+    ]:
         graph.erase_node(node)
     return fx.GraphModule(program.gm, graph)
 

@@ -39,7 +39,9 @@ def tokens(program: Program) -> Program:
 
 def _find(program: Program) -> None:
     merged = program.options.sample_index is not None
-    how, other = ("with sample_index=", "samples along a dimension") if merged else ('for sample="token"', 'sample="sequence"')
+    how, other = (
+        ("with sample_index=", "samples along a dimension") if merged else ('for sample="token"', 'sample="sequence"')
+    )
     for e in program.extensions:
         same = e.any_sample and not (merged and e.sample_axis is not None)
         if not e.requires.of_gradients and not same:
@@ -52,7 +54,9 @@ def _find(program: Program) -> None:
         return
     unit = "row" if merged else "token"
     if len(program.heads) != 1:
-        raise LossError(f"{asked} per {unit} needs one output that the loss reads, not {len(program.heads)}.\n{WAY_OUT}")
+        raise LossError(
+            f"{asked} per {unit} needs one output that the loss reads, not {len(program.heads)}.\n{WAY_OUT}"
+        )
     (head,) = program.heads
     _check_parameters(program, head, asked)
     if merged:

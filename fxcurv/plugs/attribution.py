@@ -194,7 +194,9 @@ class Attribution:
                 of_losses = self.features(dim, seed, to=folders[1])
                 kernel = phi.t() @ phi + damping * torch.eye(dim, dtype=phi.dtype, device=phi.device)
                 ensemble.append((torch.linalg.solve(kernel, of_queries.t()).t(), phi))
-                slopes.append(-((of_losses * phi).sum(1) / phi.square().sum(1)).nan_to_num())  # zero, where there is no gradient
+                slopes.append(
+                    -((of_losses * phi).sum(1) / phi.square().sum(1)).nan_to_num()
+                )  # zero, where there is no gradient
         if not ensemble:
             raise ArgumentError("models is empty: pass a state dict at least, or None for the model as it is")
         r = torch.stack(slopes).mean(0)
@@ -211,7 +213,9 @@ class Attribution:
         kept = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         try:
             for k, state in enumerate(states):
-                self.model.load_state_dict(torch.load(state, weights_only=True) if isinstance(state, str | Path) else state)
+                self.model.load_state_dict(
+                    torch.load(state, weights_only=True) if isinstance(state, str | Path) else state
+                )
                 yield k
         finally:
             self.model.load_state_dict(kept)
@@ -231,7 +235,9 @@ class Attribution:
             totals.load_state_dict(torch.load(file, weights_only=True))
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-        result = totals.run(self._train if data is None else data, checkpoint=file, every=every, progress=self._progress)
+        result = totals.run(
+            self._train if data is None else data, checkpoint=file, every=every, progress=self._progress
+        )
         n, weight = totals.counted, totals.weight
         _check_even(weight, n)
         return result, n, 1 if weight is None else n
@@ -270,7 +276,9 @@ class Attribution:
         for k, (inputs, targets, own) in enumerate(self._batches(queries)):
             if k < len(state["marks"]):
                 if state["marks"][k] != own:
-                    raise ArgumentError(f"block {k} of the queries is another than {file} has: begin anew, in another folder")
+                    raise ArgumentError(
+                        f"block {k} of the queries is another than {file} has: begin anew, in another folder"
+                    )
                 continue
             block = scores(inputs, targets)
             rows.add(block, None, state["done"])

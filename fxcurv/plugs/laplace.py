@@ -73,7 +73,9 @@ class FxcurvInterface(CurvatureInterface):
         programs = self.__dict__.setdefault("_compiled", {})
         key = (extensions, y is None, mapped, id(self._model), self.model.training)
         if key not in programs:
-            model = without_forward_hooks(self._model) if self.last_layer else Mapped(self.model) if mapped else self.model
+            model = (
+                without_forward_hooks(self._model) if self.last_layer else Mapped(self.model) if mapped else self.model
+            )
             loss = None if y is None else Flat(self.lossfunc, self.likelihood == "classification")
             programs[key] = compile_model(model, loss, extensions, batch_dim=0)
         compiled: Compiled = programs[key]

@@ -86,7 +86,12 @@ def add_rows(p: Any, rows: Tensor) -> None:
 
 
 def make_private(
-    engine: Any, model: nn.Module, loss: Callable[..., Tensor], optimizer: optim.Optimizer, data_loader: Any, **options: Any
+    engine: Any,
+    model: nn.Module,
+    loss: Callable[..., Tensor],
+    optimizer: optim.Optimizer,
+    data_loader: Any,
+    **options: Any,
 ) -> tuple[GradSamples, Any, Any]:
     """`engine.make_private` without hooks on the model.
 

@@ -149,7 +149,14 @@ class Custom:
     def key(self, vals: Sequence[Any]) -> Any:
         """Equal for calls that are traced to the same graphs."""
         kinds = tuple((layout(v), v.dtype, v.device) if isinstance(v, Tensor) else str(v) for v in vals)
-        key = (self.cls, str(self._spec), tuple(self._given), tuple(map(_constant_key, self._others)), self.needs, kinds)
+        key = (
+            self.cls,
+            str(self._spec),
+            tuple(self._given),
+            tuple(map(_constant_key, self._others)),
+            self.needs,
+            kinds,
+        )
         return key
 
     def refused(self, why: str, way_out: str = "", where: str = "") -> CustomFunctionError:
@@ -464,14 +471,20 @@ def _returns(node: fx.Node) -> Sequence[Any]:
 
 
 def _fresh(val: Any) -> Any:
-    return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device) if isinstance(val, Tensor) else val
+    return (
+        torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
+        if isinstance(val, Tensor)
+        else val
+    )
 
 
 def _check(kind: Custom, where: str, gm: fx.GraphModule) -> None:
     """Refuse what a graph cannot hold: random numbers, and tensors from outside the arguments."""
     for node in gm.graph.nodes:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            raise kind.refused(f"draws random numbers (op {node.target}), which its backward would draw again", where=where)
+            raise kind.refused(
+                f"draws random numbers (op {node.target}), which its backward would draw again", where=where
+            )
         fresh = all(u.target is aten.lift_fresh_copy.default for u in node.users)
         if node.op == "get_attr" and not fresh:
             raise kind.refused(
@@ -483,7 +496,9 @@ def _active_outputs(graph: fx.Graph, start: set[fx.Node]) -> set[fx.Node]:
     """The differentiable values that are computed from `start`."""
     found = {n for n in start if _is_float(n)}
     for node in graph.nodes:
-        differentiable = node.op == "call_function" and node.target not in CUTS - {aten.detach.default} and _is_float(node)
+        differentiable = (
+            node.op == "call_function" and node.target not in CUTS - {aten.detach.default} and _is_float(node)
+        )
         if differentiable and any(i in found for i in node.all_input_nodes):
             found.add(node)
     return found
@@ -680,7 +695,9 @@ def inline(program: Program) -> None:
     for node in [n for n in program.graph.nodes if isinstance(n.target, Custom)]:
         if program.options.create_graph and is_active(node):
             raise node.target.refused(
-                "has a backward of its own, which create_graph=True would lose", "drop create_graph", f"{locate(node)}\n"
+                "has a backward of its own, which create_graph=True would lose",
+                "drop create_graph",
+                f"{locate(node)}\n",
             )
         new = emit(program, node.target, *node.args, origin=origin_of(node, "forward"), before=node)
         if node.target.single:

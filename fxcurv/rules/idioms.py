@@ -133,7 +133,9 @@ def _embedding_bag(program: Program, node: fx.Node) -> tuple[fx.Node, ...] | Non
 _MEAN, _MAXIMUM = 1, 2
 
 
-def _even_bags(weight: Tensor, indices: Tensor, scale: Tensor | None, size: int, mode: int, padding: int | None) -> Tensor:
+def _even_bags(
+    weight: Tensor, indices: Tensor, scale: Tensor | None, size: int, mode: int, padding: int | None
+) -> Tensor:
     """y [N, D]: the sum (mode 0), mean (1) or maximum (2) of W[i] over the K indices of a sample that are no padding."""
     rows, kept = _rows(weight, indices, scale, padding, -torch.inf if mode == _MAXIMUM else 0.0)
     rows = rows.reshape(-1, size, rows.shape[-1])
@@ -149,7 +151,12 @@ def _bags(weight: Tensor, indices: Tensor, scale: Tensor | None, bags: tuple, mo
     """The same for sums and means over bags that begin at the offsets; an empty one is zero."""
     offsets, with_last = bags
     begins = offsets[: offsets.shape[0] - with_last]
-    bag = torch.searchsorted(begins, torch.arange(indices.shape[0], device=indices.device, dtype=begins.dtype), right=True) - 1
+    bag = (
+        torch.searchsorted(
+            begins, torch.arange(indices.shape[0], device=indices.device, dtype=begins.dtype), right=True
+        )
+        - 1
+    )
     rows, kept = _rows(weight, indices, scale, padding, 0.0)
     y = rows.new_zeros(begins.shape[0], rows.shape[1]).index_add(0, bag, rows)
     if mode != _MEAN:

@@ -76,7 +76,9 @@ def separate(root: Tensor, place: Shard, classes: int | None, rows: tuple[int, i
     rows: (start, stop), to make only these columns of each of the V.
     """
     shape = list(root.shape[1:])
-    sizes = [1 if d == classes else said(place.outer * place.inner) if d == place.dim else s for d, s in enumerate(shape)]
+    sizes = [
+        1 if d == classes else said(place.outer * place.inner) if d == place.dim else s for d, s in enumerate(shape)
+    ]
     s = prod(sizes)
     start, stop = rows or (0, s)
     if s == 1:

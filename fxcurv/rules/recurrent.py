@@ -25,7 +25,9 @@ def _without_onednn():
             yield
 
 
-def _unrolled(op, x: Tensor, hx: Any, params, biases: bool, layers: int, p: float, train: bool, both: bool, first: bool):
+def _unrolled(
+    op, x: Tensor, hx: Any, params, biases: bool, layers: int, p: float, train: bool, both: bool, first: bool
+):
     """The op in cell steps, a layer at a time: PyTorch's decomposition leaves out the dropout between layers.
 
     Without oneDNN, for which an LSTM's decomposition would keep each layer whole in single precision on a CPU.

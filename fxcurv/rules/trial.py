@@ -361,7 +361,9 @@ class Trial:
             high = self.highs.get(i, 2)
             step = torch.randint(1, max(high, 2), value.shape, generator=generator)
             other = ((value.long() + step) % max(high, 1)).to(value.dtype)
-        chosen = torch.isin(_slots(value.shape[place.dim], place.inner, self.n), torch.tensor(samples, dtype=torch.long))
+        chosen = torch.isin(
+            _slots(value.shape[place.dim], place.inner, self.n), torch.tensor(samples, dtype=torch.long)
+        )
         chosen = chosen.view(-1, *[1] * (value.ndim - place.dim - 1))
         return torch.where(chosen, other, value)
 
@@ -406,7 +408,9 @@ def _of_samples(trials: list[Trial], program: Program, node: fx.Node) -> list[Pl
             found.append(None)
             continue
         # what moved at any of the values, for each half
-        moved = [torch.stack([o[j][k] != b[k] for o, b in zip(outs, bases, strict=True)]).any(0) for j in range(len(sets))]
+        moved = [
+            torch.stack([o[j][k] != b[k] for o, b in zip(outs, bases, strict=True)]).any(0) for j in range(len(sets))
+        ]
         if not any(bool(m.any()) for m in moved):
             if bases[0][k].requires_grad:  # unlike that of an op that reads only a value's shape
                 raise Uninformative("its output is the same wherever it was tried")

@@ -61,7 +61,15 @@ class Again:
         asked = unchecked or options.debug or options.check == "always"
         values = program.reads is not None or options.sample_index is not None  # compared at every call
         python = bool(program.python.numbers or program.python.effects or program.observed)
-        if asked or values or python or request.create_graph or program.mutations or program.borrowing or request.mode.dtype:
+        if (
+            asked
+            or values
+            or python
+            or request.create_graph
+            or program.mutations
+            or program.borrowing
+            or request.mode.dtype
+        ):
             return None
         if not all(type(t) is Tensor for t in (*_values(inputs), *targets)):
             return None
@@ -92,7 +100,10 @@ class Again:
         """Whether nothing has changed but values of tensors."""
         try:
             return self._same(inputs, arguments)
-        except (AttributeError, RuntimeError):  # of a value that is no tensor; of modules that another thread is compiling
+        except (
+            AttributeError,
+            RuntimeError,
+        ):  # of a value that is no tensor; of modules that another thread is compiling
             return False
 
     def _same(self, inputs: Any, arguments: tuple) -> bool:

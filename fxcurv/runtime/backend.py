@@ -25,7 +25,9 @@ class Backend:
 
     def __post_init__(self):
         if self.name == "eager" and (self.mode is not None or self.dynamic is not None):
-            raise ArgumentError('mode= and dynamic= are for torch.compile: pass backend="inductor", or another one, too')
+            raise ArgumentError(
+                'mode= and dynamic= are for torch.compile: pass backend="inductor", or another one, too'
+            )
         if not isinstance(self.name, str) and not callable(self.name):
             raise ArgumentError(f'backend={self.name!r}: use "eager", "inductor" or another backend of torch.compile')
 

@@ -94,7 +94,11 @@ class _Differentiable(fx.Interpreter):
 
     def nodes(self) -> list[fx.Node]:
         """The ops with a differentiable result, in order."""
-        return [n for n, v in self.values.items() if n.op == "call_function" and isinstance(v, Tensor) and v.is_floating_point()]
+        return [
+            n
+            for n, v in self.values.items()
+            if n.op == "call_function" and isinstance(v, Tensor) and v.is_floating_point()
+        ]
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -132,7 +136,9 @@ def _of_forward(check: Any, events: _Events, graph: _Differentiable) -> str:
     return "the model and the loss are captured right, a later rewrite or kernel is not:"
 
 
-def _of_gradient(check: Any, events: _Events, graph: _Differentiable, wrong: Sequence[str], pairs: dict[str, Pair]) -> str:
+def _of_gradient(
+    check: Any, events: _Events, graph: _Differentiable, wrong: Sequence[str], pairs: dict[str, Pair]
+) -> str:
     graph.go()
     loss = graph.values[check.known.forward_loss]
     names = [name.removeprefix("the gradient of '")[:-1] for name in wrong]
@@ -158,7 +164,9 @@ def _lost_derivative(check: Any, cotangents: dict[fx.Node, Tensor], nodes: list[
                 return f"a derivative is lost in capture, between what {_named(name, module)} returns and the loss:"
             own = _ops_in(nodes, after[0])
             at = f"\n{locate(own[-1])}" if own else ""
-            return f"a derivative is lost in capture, in {_named(*after)}, or between it and {_named(name, module)}:{at}"
+            return (
+                f"a derivative is lost in capture, in {_named(*after)}, or between it and {_named(name, module)}:{at}"
+            )
         after = name, module
     inner = f" in {_named(*after)}, or before it" if after else ""
     own = _ops_in(nodes, after[0]) if after else []
@@ -200,7 +208,8 @@ def _wrong_rule(check: Any, graph: _Differentiable, cotangents: dict[fx.Node, Te
         )  # fmt: skip
         if not wrt or isinstance(node.meta.get("val"), tuple | list):
             continue
-        call = pytree.tree_map(lambda a: graph.values.get(a, a) if isinstance(a, fx.Node) else a, call_of(program, node))  # type: ignore[arg-type]
+        symbolic = call_of(program, node)  # type: ignore[arg-type]
+        call = pytree.tree_map(lambda a: graph.values.get(a, a) if isinstance(a, fx.Node) else a, symbolic)
         call = pytree.tree_map_only(Tensor, Tensor.detach, call)
         rule = rule_of(node.target, check.program.rules)
         try:
@@ -212,4 +221,6 @@ def _wrong_rule(check: Any, graph: _Differentiable, cotangents: dict[fx.Node, Te
         for mine, t in zip(own, true, strict=True):
             if t is not None and not _close(mine.squeeze(0), t):
                 return f"{locate(node)}\n{rule.name}: the rule's transpose is not the derivative:"
-    return "capture and the transposes of all rules are right; the walk, a reduction over samples or a later pass is not:"
+    return (
+        "capture and the transposes of all rules are right; the walk, a reduction over samples or a later pass is not:"
+    )

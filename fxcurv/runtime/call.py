@@ -133,7 +133,9 @@ def keep(out: Any, create_graph: bool, backend: Backend) -> Kept:
     return out._memory
 
 
-def take_memory(ready: Ready, backend: Backend, arguments: Arguments, flat: list[Any], kept: Kept | None) -> list[Tensor]:
+def take_memory(
+    ready: Ready, backend: Backend, arguments: Arguments, flat: list[Any], kept: Kept | None
+) -> list[Tensor]:
     """What the eager graph writes large results to, its last arguments."""
     if backend.name != "eager":
         return []
@@ -165,7 +167,9 @@ def refuse_values(program: Program, holds: Any) -> None:
             raise error()
 
 
-def begin_selfcheck(ready: Ready, request: Request, flat: list[Any], hooks: dict[Any, Any] | None = None) -> Check | None:
+def begin_selfcheck(
+    ready: Ready, request: Request, flat: list[Any], hooks: dict[Any, Any] | None = None
+) -> Check | None:
     """The check of a call that is to be checked, its plain passes done."""
     if ready.selfcheck is None or ready.verified and ready.program.options.check != "always":
         return None

@@ -85,7 +85,9 @@ def _empty(program: Program, value: Any, axis: int | None, lengths: tuple[int, .
     def zeros(node: fx.Node) -> Tensor:
         val = node.meta["val"]
         if program.batch.symbols:
-            return torch.zeros([program.batch.evaluate(s, 0, lengths) for s in val.shape], dtype=val.dtype, device=val.device)
+            return torch.zeros(
+                [program.batch.evaluate(s, 0, lengths) for s in val.shape], dtype=val.dtype, device=val.device
+            )
         shape = list(val.shape)
         if axis is not None:
             shape[axis] = 0

@@ -111,7 +111,11 @@ def _described(arguments: Arguments, shapes: Any) -> list[set[int]]:
             raise ArgumentError(f"dynamic_shapes names {unknown}, but the inputs are {names or 'positional'}")
         each = [shapes.get(name) for name in names]
     elif isinstance(shapes, Mapping):
-        each = [shapes] if len(positional) == 1 and not _nested(shapes) else [shapes.get(k) for k in range(len(positional))]
+        each = (
+            [shapes]
+            if len(positional) == 1 and not _nested(shapes)
+            else [shapes.get(k) for k in range(len(positional))]
+        )
     else:
         each = list(shapes)
     if len(each) != len(arguments.inputs):
@@ -130,7 +134,9 @@ def _dims(t: Tensor, one: Any) -> set[int]:
     pairs = one.items() if isinstance(one, Mapping) else enumerate(one or ())
     found = {d for d, name in pairs if name is not None and not isinstance(name, int)}
     if any(not isinstance(d, int) or not -t.ndim <= d < t.ndim for d in found):
-        raise ArgumentError(f"dynamic_shapes has dimensions {sorted(found, key=str)} for an input of {t.ndim} dimensions")
+        raise ArgumentError(
+            f"dynamic_shapes has dimensions {sorted(found, key=str)} for an input of {t.ndim} dimensions"
+        )
     return {d % t.ndim for d in found}
 
 

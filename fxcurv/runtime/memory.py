@@ -49,14 +49,18 @@ class Storage:
             values = [kept.fields.get(field, {}).get(name) for field, name in memory.results]
             for name, value in zip(names, values, strict=True):
                 if not isinstance(value, Tensor) or value.untyped_storage().data_ptr() != where:
-                    raise ArgumentError(f"out=: {name} of the result has been replaced; pass a result as it was returned")
+                    raise ArgumentError(
+                        f"out=: {name} of the result has been replaced; pass a result as it was returned"
+                    )
             if tensor.numel() < needed:
                 raise ArgumentError(
                     f"out=: {names[0]} of the result has memory for {tensor.numel()} numbers, and a batch of {n} needs "
                     f"{needed}: pass a result of a batch at least as large, or none"
                 )
             if where in given:
-                raise ArgumentError(f"out=: an argument or parameter of this call lies in the memory of {names[0]}: clone it")
+                raise ArgumentError(
+                    f"out=: an argument or parameter of this call lies in the memory of {names[0]}: clone it"
+                )
         self._kept.update(enumerate(kept.tensors))
         return [self._view(index, n, lengths, free=False) for index in range(len(self._program.buffers))]
 

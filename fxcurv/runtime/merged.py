@@ -59,13 +59,17 @@ class Merged:
     def _rows(self, flat: list[Any]) -> list[Tensor]:
         with torch.random.fork_rng(cuda_devices(flat)), torch.no_grad():
             torch.manual_seed(0)
-            return [t.double().nan_to_num().flatten(1) if t.ndim > 1 else t.double().unsqueeze(1) for t in self._gm(*flat)]
+            return [
+                t.double().nan_to_num().flatten(1) if t.ndim > 1 else t.double().unsqueeze(1) for t in self._gm(*flat)
+            ]
 
     def _check(self, old: Tensor, new: Tensor, samples: tuple[int, ...]) -> None:
         moved = (new - old).abs().amax(1)
         moved[list(samples)] = 0
         kind = self._gm.graph.output_node().args[0][0].meta["val"].dtype
-        if moved.max() > ROUNDING.get(kind, 1000) * torch.finfo(kind).eps * max(old.abs().max().item(), new.abs().max().item()):
+        if moved.max() > ROUNDING.get(kind, 1000) * torch.finfo(kind).eps * max(
+            old.abs().max().item(), new.abs().max().item()
+        ):
             raise MixedSamplesError(
                 f"merged samples are not apart: exchanging the entries of {listed(samples)} moves the output of sample "
                 f"{int(moved.argmax())} by {moved.max().item():.2g}, so {self.asked} (per sample) would not be of one sample.\n"

@@ -79,7 +79,9 @@ class _InStep(fx.Interpreter):
         if is_active(n) and not any(len(v) > 1 for v in inputs.values()):
             inputs = {i: v if is_active(i) else self._exchanged(i, v[0]) for i, v in inputs.items()}
         count = max((len(v) for v in inputs.values()), default=1) if is_active(n) else 1
-        out = [self._call(n, {i: v[min(k, len(v) - 1)] for i, v in inputs.items()}, k == count - 1) for k in range(count)]
+        out = [
+            self._call(n, {i: v[min(k, len(v) - 1)] for i, v in inputs.items()}, k == count - 1) for k in range(count)
+        ]
         if count > 1:
             self._check(n, out)
         return out

@@ -168,7 +168,9 @@ class Programs(Generic[M]):
     def held(self, request: Request) -> M | None:
         """The program for these arguments and what Python holds, if it is made; for parts of a batch, of any size."""
         n, modules = max(request.arguments.batch_size, 2), request.subject.modules()
-        serving = [made for made in self._made.get(self._key(request), []) if serves(made.program, request.arguments, n)]
+        serving = [
+            made for made in self._made.get(self._key(request), []) if serves(made.program, request.arguments, n)
+        ]
         return next((made for made in serving if made.program.python.holds(modules)), None)
 
     def spread(self, request: Request, n: int) -> M:
@@ -204,7 +206,9 @@ class Programs(Generic[M]):
         n, modules = request.arguments.batch_size, request.subject.modules()
         key = self._key(request)
         serving = [made for made in self._made.get(key, []) if serves(made.program, request.arguments)]
-        serving = [made for made in serving if schedules or not (made.program.python.numbers or made.program.batch.lengths)]
+        serving = [
+            made for made in serving if schedules or not (made.program.python.numbers or made.program.batch.lengths)
+        ]
         numbers: list[str] = []
         for made in serving:
             if made.program.python.holds(modules):
@@ -233,7 +237,9 @@ class Programs(Generic[M]):
         new.program.lengths = why_fixed or new.program.lengths
         unlike = numbers_differ(new.program, request)
         if unlike:  # what the trace computed of the data is not what its graph does
-            raise CaptureError(f"{unlike[0]}: it is another number each time. Way out: compute it outside of the model.")
+            raise CaptureError(
+                f"{unlike[0]}: it is another number each time. Way out: compute it outside of the model."
+            )
         again = f" again, because {reason}" if reason else ""
         log.info("compiled%s; batch size: %s", again, new.program.batch_note)
         self.recompiles += [reason] if reason else []
@@ -368,7 +374,9 @@ class Programs(Generic[M]):
             two = self.captured(dataclasses.replace(request, arguments=doubled(request.arguments)), numbers)
         except FxcurvError:  # targets that only fit an output that was squeezed at one sample, say
             return self._analysed_alone(self.captured(request, numbers), tell)
-        if two.fixed or two.reads is not None:  # by the model, or by the values of two samples: so the graph is of these only
+        if (
+            two.fixed or two.reads is not None
+        ):  # by the model, or by the values of two samples: so the graph is of these only
             return self._analysed_alone(self.captured(request, numbers), tell)
         try:
             one = self.captured(request, numbers)

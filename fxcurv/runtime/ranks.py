@@ -94,7 +94,10 @@ class Ranks:
     # ---- values ----
 
     def run(
-        self, gm: fx.GraphModule, arguments: Callable[[], Sequence[Any]], compiled: Callable[[list[Any]], tuple] | None = None
+        self,
+        gm: fx.GraphModule,
+        arguments: Callable[[], Sequence[Any]],
+        compiled: Callable[[list[Any]], tuple] | None = None,
     ) -> tuple:
         """Run a graph with collectives; if it breaks off here, the ones that others wait for are still done.
 
@@ -157,7 +160,9 @@ def ranks_of(mesh: Any, model: nn.Module, extensions: Sequence[Extension], backe
         ExtensionError: for samples by their numbers.
     """
     if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
-        raise ArgumentError("the model is a FullyShardedDataParallel (FSDP1), which is not supported: use fully_shard, and mesh=")
+        raise ArgumentError(
+            "the model is a FullyShardedDataParallel (FSDP1), which is not supported: use fully_shard, and mesh="
+        )
     if mesh is None:
         if any(isinstance(p, DTensor) for p in model.parameters()):
             raise ArgumentError("the parameters are DTensors: pass mesh=, for quantities of the batch of all ranks")
@@ -175,7 +180,9 @@ def ranks_of(mesh: Any, model: nn.Module, extensions: Sequence[Extension], backe
                 f"the model is a DistributedDataParallel on ranks {theirs}, and mesh= is on others: use one mesh"
             )
     if backend != "eager" and any(getattr(e, "assign", "all") == "layers" for e in extensions):
-        raise ArgumentError(f"mesh= with assign='layers' and backend={backend!r} is not supported: use 'eager', or assign='all'")
+        raise ArgumentError(
+            f"mesh= with assign='layers' and backend={backend!r} is not supported: use 'eager', or assign='all'"
+        )
     no_numbers(extensions)
     return ranks
 

@@ -374,10 +374,14 @@ REPORT = (
 def _decided(program: Program, pair: Pair) -> str:
     """How the quantity of a pair was computed."""
     found = [d for d in program.decisions if d.param == pair.param and d.extension == pair.extension]
-    return "".join(f"{d.extension} of '{d.param}', by the rule of {d.rule} and the algorithm {d.algorithm}:\n" for d in found[:1])
+    return "".join(
+        f"{d.extension} of '{d.param}', by the rule of {d.rule} and the algorithm {d.algorithm}:\n" for d in found[:1]
+    )
 
 
-def _grads(outputs: Sequence[Tensor], params: dict[str, Tensor], gs: Any, retain_graph: bool = False) -> dict[str, Tensor]:
+def _grads(
+    outputs: Sequence[Tensor], params: dict[str, Tensor], gs: Any, retain_graph: bool = False
+) -> dict[str, Tensor]:
     pairs = [(f, None if gs is None else g) for f, g in zip(outputs, gs or outputs, strict=True) if f.requires_grad]
     if not pairs:
         return {name: torch.zeros_like(p) for name, p in params.items()}
@@ -465,7 +469,11 @@ def _reachable(function: Any) -> list[Any]:
     if isinstance(function, functools.partial):
         return [*function.args, *function.keywords.values(), *_reachable(function.func)]
     owner = getattr(function, "__self__", None)
-    found = [] if owner is None or isinstance(owner, nn.Module) or not hasattr(owner, "__dict__") else [*vars(owner).values()]
+    found = (
+        []
+        if owner is None or isinstance(owner, nn.Module) or not hasattr(owner, "__dict__")
+        else [*vars(owner).values()]
+    )
     function = getattr(function, "__func__", function)
     if not inspect.isfunction(function):
         return found + ([*vars(function).values()] if hasattr(function, "__dict__") else [])
@@ -540,7 +548,9 @@ class _Rounded(TorchDispatchMode):
             self.generators[t.device] = torch.Generator(t.device).manual_seed(self.seed)
         wide = t.dtype if t.dtype in (torch.float32, torch.float64) else torch.float32
         noise = torch.rand(t.shape, generator=self.generators[t.device], device=t.device, dtype=wide) * 2 - 1
-        t.copy_((t + t * noise * unit(t)).where(t.isfinite(), t))  # infinity, of a mask say, would be NaN, and all behind it
+        t.copy_(
+            (t + t * noise * unit(t)).where(t.isfinite(), t)
+        )  # infinity, of a mask say, would be NaN, and all behind it
 
 
 def unit(t: Tensor) -> float:

@@ -71,7 +71,10 @@ class Sharded:
     def results(self, program: Program, fields: dict[str, Any]) -> dict[str, Any]:
         """Results with the mesh and placements of their parameters, where they have the parameter's shape."""
         known = {field: fields[field] for field in program.spread.summed if isinstance(fields.get(field), dict)}
-        return {**fields, **{f: {n: self._placed(program, f, n, v) for n, v in table.items()} for f, table in known.items()}}
+        return {
+            **fields,
+            **{f: {n: self._placed(program, f, n, v) for n, v in table.items()} for f, table in known.items()},
+        }
 
     def _placed(self, program: Program, field: str, name: str, value: Any) -> Any:
         p = self.params.get(name)

@@ -187,7 +187,14 @@ def _fields(program: Program) -> Hashable:
         raise _Unknown("a program that passes have worked on")
     return (
         tuple(program.inputs),
-        (str(sorted(map(str, batch.symbols))), str(batch.lengths), batch.size, batch.whole, program.fixed, str(program.fixed_by)),
+        (
+            str(sorted(map(str, batch.symbols))),
+            str(batch.lengths),
+            batch.size,
+            batch.whole,
+            program.fixed,
+            str(program.fixed_by),
+        ),
         tuple(sorted(str(g.expr) for g in shapes.guards)),
         str(sorted((str(old), str(new)) for old, new in shapes.replacements.items())),
         tuple((name, index[node]) for name, node in program.params.items()),
@@ -211,4 +218,10 @@ def _compiler() -> Hashable:
     """The passes, and all that a user adds to the compiler: rules, candidates, kinds of columns."""
     tables: list[dict] = [RULES, KINDS, BIRTHS, FUSED, IDIOMS, SHORT]
     known = [(name, id(value)) for table in tables for name, value in table.items()]
-    return tuple(passes.ANALYSIS), tuple(passes.PIPELINE), tuple(passes.SPREAD), tuple(map(id, CANDIDATES)), tuple(known)
+    return (
+        tuple(passes.ANALYSIS),
+        tuple(passes.PIPELINE),
+        tuple(passes.SPREAD),
+        tuple(map(id, CANDIDATES)),
+        tuple(known),
+    )

@@ -82,7 +82,9 @@ def call_on_ranks(
             raise ArgumentError("an input or target is a DTensor: pass this rank's own samples, x.to_local()")
         sharded = stack.enter_context(stand_ins(subject.model, ranks))
         if sharded.params and (create_graph or prepare or backend.name != "eager"):
-            raise ArgumentError("fully_shard with create_graph=True, torch.compile or another backend is not supported: drop one")
+            raise ArgumentError(
+                "fully_shard with create_graph=True, torch.compile or another backend is not supported: drop one"
+            )
         request = programs.request(subject, inputs, targets, subject.autocast(), create_graph)
         request = dataclasses.replace(request, sharded=sharded.buckets)
         return request, sharded, programs.held(request), None if out is None else keep(out, create_graph, backend)

@@ -75,9 +75,7 @@ class Stateless(nn.Module):
             (d, inner and k >= count) if apart and t.shape[d] != self.size else None
             for k, (t, d, apart) in enumerate(zip(tensors, dims, come_apart, strict=True))
         ]
-        self.shapes = [
-            [(k, s) for k, s in enumerate(t.shape) if k != d] for t, d in zip(tensors, dims, strict=True)
-        ]
+        self.shapes = [[(k, s) for k, s in enumerate(t.shape) if k != d] for t, d in zip(tensors, dims, strict=True)]
 
     def accepts(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the program is for tensors of these sizes; read while tracing, this leaves guards."""

@@ -110,7 +110,9 @@ def on_ranks(name: str, form: str, named: list[Tensor], tensors: list[Tensor], s
     leaves = pytree.tree_leaves(fields)
     shapes = known.shapes(tensors)
     if [list(t.shape) for t in leaves] != [shape for shape, *_ in shapes]:
-        raise ArgumentError("inside torch.compile, the model is not what the step was compiled for: compile the step again")
+        raise ArgumentError(
+            "inside torch.compile, the model is not what the step was compiled for: compile the step again"
+        )
     return [t.clone() for t in leaves]
 
 

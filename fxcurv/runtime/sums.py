@@ -57,7 +57,9 @@ class Pair:
 
     def within(self, allowed: Tensor) -> Pair:
         """The same with another difference allowed."""
-        return dataclasses.replace(self, allowed=allowed if self.allowed is None else torch.maximum(allowed, self.allowed))
+        return dataclasses.replace(
+            self, allowed=allowed if self.allowed is None else torch.maximum(allowed, self.allowed)
+        )
 
     def excused(self, factor: int, noise: Tensor | None) -> Pair:
         """The same with the rounding of the gradient allowed, which moves a square v by 2 sqrt(v) and its own square."""
@@ -85,7 +87,11 @@ class Pair:
         got, want = _wide(got, want), _wide(want, got)
         finite = got.isfinite() & want.isfinite()
         same = (finite | (got == want) | (got.isnan() & want.isnan())).all()
-        difference = (got - want).abs().where(finite, torch.zeros_like(got)).amax().double() if got.numel() else same.double() - 1
+        difference = (
+            (got - want).abs().where(finite, torch.zeros_like(got)).amax().double()
+            if got.numel()
+            else same.double() - 1
+        )
         limit = tolerance(self.got, self.want) * self.size()
         limit = limit if self.allowed is None else torch.maximum(limit, self.allowed)
         return same & (difference <= limit)

@@ -34,7 +34,13 @@ ROOM = 32 << 20
 
 @torch.compiler.disable
 def call_in_turns(
-    programs: Programs[Ready], subject: Subject, inputs: Any, targets: tuple, *, seed: Any, generator: torch.Generator | None
+    programs: Programs[Ready],
+    subject: Subject,
+    inputs: Any,
+    targets: tuple,
+    *,
+    seed: Any,
+    generator: torch.Generator | None,
 ) -> Result:
     """`Compiled.__call__` under `outputs=False`."""
     request = programs.request(subject, inputs, targets, subject.autocast())
@@ -49,7 +55,9 @@ def call_in_turns(
         if not ready.checked:
             with compile_lock:
                 _check(ready, request, drawn, size)
-        loss, _, mutations, results, extras = program.unpack(_values(program, _flats(program, request, drawn, size)), _own)
+        loss, _, mutations, results, extras = program.unpack(
+            _values(program, _flats(program, request, drawn, size)), _own
+        )
         program.python.run_effects(subject.modules())
     fields: dict[str, Any] = {"loss": loss, **results, **extras}
     if not program.options.update_buffers:
@@ -68,9 +76,13 @@ def _own(value: Any) -> Any:
 
 def part_size(program: Program, n: int) -> int:
     """How many of `n` samples are computed at once."""
-    vals = [v for node in program.graph.nodes for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
+    vals = [
+        v for node in program.graph.nodes for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)
+    ]
     batch = program.batch
-    widest = max((batch.per_sample(v) * v.element_size() for v in vals if batch.shape(v, 2) != batch.shape(v, 3)), default=1)
+    widest = max(
+        (batch.per_sample(v) * v.element_size() for v in vals if batch.shape(v, 2) != batch.shape(v, 3)), default=1
+    )
     return max(1, min(n // 4, ROOM // widest))
 
 

@@ -190,7 +190,9 @@ def _visit(program: Program, node: fx.Node, dependent: set[fx.Node], terms: dict
 def _wider(program: Program, prediction: fx.Node) -> bool:
     """Whether columns that a result shows would be more than f has numbers: all pairs of samples, say."""
     shown, batch = any(e.shows_columns for e in program.extensions), program.batch
-    return shown and batch.per_sample(prediction.meta["val"]) > sum(batch.per_sample(h.meta["val"]) for h in program.heads)
+    return shown and batch.per_sample(prediction.meta["val"]) > sum(
+        batch.per_sample(h.meta["val"]) for h in program.heads
+    )
 
 
 def _one_position(prediction: fx.Node, rule: Rule) -> bool:

@@ -82,7 +82,9 @@ def check(case, asked, cuts):
 def test_micro_batches_are_as_one_call():
     """What one call computes is itself held to the oracle; here first order quantities are, at once."""
     model, loss, x, y = classes()
-    compiled = fxcurv.compile(model, loss, [BatchGrad(), Variance(), SumGradSquared(), KFAC(2), SqrtGGNMC(2)], check=None)
+    compiled = fxcurv.compile(
+        model, loss, [BatchGrad(), Variance(), SumGradSquared(), KFAC(2), SqrtGGNMC(2)], check=None
+    )
     want, oracle = compiled(x, y, seed=3), Oracle(model, loss, x, y)
     assert not torch.equal(want.sqrt_ggn_mc["2.weight"], compiled(x, y, seed=4).sqrt_ggn_mc["2.weight"])
     for sizes in CUTS[:2]:

@@ -234,7 +234,9 @@ BAD = {
     "no parameter": Bad(errors.ArgumentError, ["no trainable parameter", "requires_grad"], model=nn.Tanh),
     "all frozen": Bad(errors.ArgumentError, ["no trainable parameter"], model=lambda: mlp().requires_grad_(False)),
     "lazy": Bad(errors.ArgumentError, ["'weight'", "not initialised"], model=lambda: nn.LazyLinear(3)),
-    "empty batch": Bad(errors.ArgumentError, ["batch is empty", "products"], extensions=[HMP()], x=inputs()[:0], y=classes()[:0]),
+    "empty batch": Bad(
+        errors.ArgumentError, ["batch is empty", "products"], extensions=[HMP()], x=inputs()[:0], y=classes()[:0]
+    ),
     "no tensor": Bad(errors.ArgumentError, ["no tensor"], x=()),
     "an array": Bad(errors.ArgumentError, ["inputs", "ndarray"], x=(inputs(), inputs().numpy())),
     "target array": Bad(errors.ArgumentError, ["targets", "ndarray"], y=classes().numpy()),
@@ -384,7 +386,9 @@ BAD = {
         ["mul_", ".data", __file__, "h.data[:, 1].mul_(2)", "Way out"],
         model=lambda: Net(lambda layer, x: written(layer(x), lambda h: h.data[:, 1].mul_(2))),
     ),
-    "loss with a state": Bad(errors.CaptureError, ["buffer 'seen'", "Way out", __file__, "self.seen.add_(1)"], loss=Counting()),
+    "loss with a state": Bad(
+        errors.CaptureError, ["buffer 'seen'", "Way out", __file__, "self.seen.add_(1)"], loss=Counting()
+    ),
     "hook on a tensor": Bad(
         errors.CaptureError,
         ["register_hook", __file__, "h.register_hook(hooked)", "Way out"],
@@ -394,7 +398,9 @@ BAD = {
         errors.CaptureError, ["module 'layer'", "backward hook 'hooked'", "Way out"], model=lambda: with_hook("module")
     ),
     "hook on a parameter": Bad(
-        errors.CaptureError, ["'weight' of module 'layer'", "hook 'hooked'", "Way out"], model=lambda: with_hook("parameter")
+        errors.CaptureError,
+        ["'weight' of module 'layer'", "hook 'hooked'", "Way out"],
+        model=lambda: with_hook("parameter"),
     ),
     "keeps an activation": Bad(errors.CaptureError, ["'kept'", "side effect", "Way out"], model=lambda: Keeping()),
     "changes what it reads": Bad(errors.CaptureError, ["'scale'", "changes it", "Way out"], model=lambda: Growing()),
@@ -416,7 +422,9 @@ BAD = {
     "batch norm without running statistics": Bad(
         errors.MixedSamplesError,
         ["batch_norm", "module '1'", "Way out: GroupNorm in place of batch norm without running statistics"],
-        model=lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, track_running_stats=False), nn.Linear(5, 3)).eval(),
+        model=lambda: nn.Sequential(
+            nn.Linear(4, 5), nn.BatchNorm1d(5, track_running_stats=False), nn.Linear(5, 3)
+        ).eval(),
     ),
     "an output without samples": Bad(
         errors.MixedSamplesError,
@@ -500,7 +508,10 @@ BAD = {
         call={"create_graph": True},
     ),
     "positive parts that are differentiated": Bad(
-        errors.ExtensionError, ["create_graph=True with PCHMP", "Way out"], extensions=[PCHMP()], call={"create_graph": True}
+        errors.ExtensionError,
+        ["create_graph=True with PCHMP", "Way out"],
+        extensions=[PCHMP()],
+        call={"create_graph": True},
     ),
     "a custom function that is not linear": Bad(
         errors.CustomFunctionError,

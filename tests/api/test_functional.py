@@ -94,7 +94,9 @@ def test_products_are_of_one_model():
 def test_other_values_inside_a_compiled_step():
     model, x, y = case()
     compiled = fxcurv.compile(model, nn.CrossEntropyLoss(), [Variance()], check=None)
-    step = torch.compile(lambda w: compiled(x, y, params={"b.weight": w}).variance["b.bias"], fullgraph=True, backend="eager")
+    step = torch.compile(
+        lambda w: compiled(x, y, params={"b.weight": w}).variance["b.bias"], fullgraph=True, backend="eager"
+    )
     for seed in (1, 2):
         w = other(model, seed)["b.weight"]
         torch.testing.assert_close(step(w), compiled(x, y, params={"b.weight": w}).variance["b.bias"])

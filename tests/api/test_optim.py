@@ -63,7 +63,9 @@ def test_a_batch_without_samples_is_no_step():
 def test_kfac_solves_with_the_averaged_factors():
     model, x, y = case()
     twin, _, _ = case()
-    optimizer = KFAC(model, nn.CrossEntropyLoss(), lr=0.3, momentum=0, damping=0.1, decay=0.5, mc_samples=None, check=None)
+    optimizer = KFAC(
+        model, nn.CrossEntropyLoss(), lr=0.3, momentum=0, damping=0.1, decay=0.5, mc_samples=None, check=None
+    )
     exact = fxcurv.extensions.KFLR(weight_sharing="expand", others="exact")
     compiled = fxcurv.compile(twin, nn.CrossEntropyLoss(), [exact], check=None)
     average = {}
@@ -72,7 +74,9 @@ def test_kfac_solves_with_the_averaged_factors():
         result = compiled(x, y)
         for n, p in twin.named_parameters():
             average[n] = [0.5 * a + 0.5 * f for a, f in zip(average.get(n, [0, 0]), result.kflr[n], strict=False)]
-            factors = fxcurv.kronecker.Kronecker([f / (1 - 0.5 ** (step + 1)) for f in average[n]], result.kflr[n].arrangement)
+            factors = fxcurv.kronecker.Kronecker(
+                [f / (1 - 0.5 ** (step + 1)) for f in average[n]], result.kflr[n].arrangement
+            )
             with torch.no_grad():
                 p -= 0.3 * Blocks({n: factors}).solve({n: result.grad[n]}, 0.1, pi=True)[n]
     torch.testing.assert_close(list(model.parameters()), list(twin.parameters()))

@@ -93,7 +93,9 @@ def test_kfac_steps_with_joint_blocks():
             d = torch.linalg.solve(b, torch.linalg.solve(a, g, left=False))
             found = {own[0]: d[:, :-1], own[1]: d[:, -1]}
         else:
-            found = {name: torch.linalg.solve(factors[0] + 0.1 * torch.eye(len(factors[0])).double(), result.grad[name])}
+            found = {
+                name: torch.linalg.solve(factors[0] + 0.1 * torch.eye(len(factors[0])).double(), result.grad[name])
+            }
         for n, d in found.items():
             torch.testing.assert_close(model.get_parameter(n), twin.get_parameter(n) - 0.3 * d)
 
@@ -102,7 +104,10 @@ def test_steps_of_conjugate_gradients_are_those_of_the_dense_matrix():
     """Two groups with dampings of their own, and these as Levenberg and Marquardt change them."""
     model, x, y = case()
     twin, _, _ = case()
-    groups = [{"params": model[0].parameters(), "damping": 0.2}, {"params": [*model[2].parameters(), *model[3].parameters()]}]
+    groups = [
+        {"params": model[0].parameters(), "damping": 0.2},
+        {"params": [*model[2].parameters(), *model[3].parameters()]},
+    ]
     known = {"lr": 1.0, "damping": 0.05, "weight_decay": 0.01, "iterations": 200, "tol": 1e-12, "adaptive": True}
     optimizer = NaturalGradientCG(model, LOSS, groups, **known, check=None)
     sizes = [p.numel() for p in twin.parameters()]

@@ -239,4 +239,6 @@ def test_checks_compute_no_results() -> None:
 
 def individual_sum(compiled: fxcurv.api.Compiled, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     params = dict(compiled.model.named_parameters())
-    return dict(zip(params, torch.autograd.grad(compiled.loss(compiled.model(x), y), list(params.values())), strict=True))
+    return dict(
+        zip(params, torch.autograd.grad(compiled.loss(compiled.model(x), y), list(params.values())), strict=True)
+    )

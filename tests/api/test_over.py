@@ -161,7 +161,11 @@ def test_the_loss_says_its_weights(loss, sizes, z, fit):
 
 def test_tokens_count_where_they_are_not_ignored():
     loss = lambda f, t: nn.functional.cross_entropy(f.flatten(0, 1), t.flatten(), ignore_index=0)  # noqa: E731
-    targets = [torch.tensor([[1, 0, 0]]), torch.zeros(3, 3, dtype=torch.long), torch.tensor([[1, 2, 0], [3, 3, 3], [0, 0, 0]])]
+    targets = [
+        torch.tensor([[1, 0, 0]]),
+        torch.zeros(3, 3, dtype=torch.long),
+        torch.tensor([[1, 2, 0], [3, 3, 3], [0, 0, 0]]),
+    ]
     torch.manual_seed(0)
     assert np.allclose(weights_of(loss, [(torch.randn(*t.shape, 4), t) for t in targets]), [1, 0, 5], rtol=1e-12)
 
@@ -229,7 +233,9 @@ class Broken(list):
 
 @pytest.mark.parametrize("round_", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_pass_goes_on(tmp_path, round_):
-    both = compiled(extensions=[EKFAC(fisher="empirical"), SumGradSquared()] if round_ else [SumGradSquared(), BatchL2Grad()])
+    both = compiled(
+        extensions=[EKFAC(fisher="empirical"), SumGradSquared()] if round_ else [SumGradSquared(), BatchL2Grad()]
+    )
     file = tmp_path / "pass.pt"
     with pytest.raises(KeyboardInterrupt):
         fxcurv.over(both, Broken(batches(), 2, round_), checkpoint=file)
@@ -330,7 +336,9 @@ def test_a_sample_that_is_not_finite_is_named():
     both = compiled(extensions=[SumGradSquared()])
     x, y = data()
     x[11] = torch.nan
-    with pytest.raises(ArgumentError, match=r"sample 11 of the data set \(number 2 of batch 2\): its input is not finite"):
+    with pytest.raises(
+        ArgumentError, match=r"sample 11 of the data set \(number 2 of batch 2\): its input is not finite"
+    ):
         fxcurv.over(both, zip(x.split(SIZES), y.split(SIZES), strict=True))
     x[11] = 1e200
     root = compiled(lambda f, t: (f.square().sum(1) ** 2).mean(), [SumGradSquared()], nn.Linear(3, 3).double())
@@ -360,7 +368,9 @@ class Terminal(Console):
 SHOWN: list[io.StringIO] = []
 
 
-@pytest.mark.parametrize("loader, shown", [(batches(), "2/3"), (iter(batches()), "batches 2 ")], ids=["length", "counter"])
+@pytest.mark.parametrize(
+    "loader, shown", [(batches(), "2/3"), (iter(batches()), "batches 2 ")], ids=["length", "counter"]
+)
 def test_progress_is_a_bar_or_a_counter(monkeypatch, loader, shown):
     module = sys.modules["fxcurv.over"]
     monkeypatch.setattr(module, "Console", Terminal)

@@ -199,7 +199,9 @@ def test_two_instances() -> None:
         expected = sum(squares[name] for name in of).sqrt()
         torch.testing.assert_close(norms, expected)
         scale = (CLIP / expected).clamp(max=1)
-        close(clipped, {k: torch.einsum("n...,n->...", g, scale) for k, g in oracle.grad_batch().items()}, of, "clipped")
+        close(
+            clipped, {k: torch.einsum("n...,n->...", g, scale) for k, g in oracle.grad_batch().items()}, of, "clipped"
+        )
     assert result.ggn.shape == (15, 15)
     eye = torch.eye(4, dtype=torch.float64)
     torch.testing.assert_close(result.ggn_low @ eye, oracle.ggn()["body.1.bias"])

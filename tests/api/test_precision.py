@@ -62,9 +62,7 @@ def near(actual, expected, bound: float, name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize(
-    "name", [n if n == "mlp_gelu" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
-)
+@pytest.mark.parametrize("name", [n if n == "mlp_gelu" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
 def test_half_precision(name, dtype):
     (model, loss, x, y), oracle = rounded(name, dtype)
     result = fxcurv.compile(model, loss, [*GIVEN, *ACCUMULATED])(x, y)

@@ -176,7 +176,9 @@ def looped(tokens: Tokens) -> dict[str, Tensor]:
             for n in range(N) for t in range(tokens.positions)
         ]  # fmt: skip
         total = derivative(tokens.loss(f, tokens.y), list(params.values()))
-    found = {k: torch.stack(column).unflatten(0, (N, -1)) for k, column in zip(params, zip(*rows, strict=True), strict=True)}
+    found = {
+        k: torch.stack(column).unflatten(0, (N, -1)) for k, column in zip(params, zip(*rows, strict=True), strict=True)
+    }
     for g, whole in zip(found.values(), total, strict=True):  # the terms are all of the loss
         torch.testing.assert_close(g.sum((0, 1)), whole)
     return found

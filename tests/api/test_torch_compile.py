@@ -301,7 +301,11 @@ def test_the_users_tensors_are_not_marked():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"backend": 3}, "inductor"), ({"mode": "reduce-overhead"}, 'backend="inductor"'), ({"dynamic": True}, "torch.compile")],
+    [
+        ({"backend": 3}, "inductor"),
+        ({"mode": "reduce-overhead"}, 'backend="inductor"'),
+        ({"dynamic": True}, "torch.compile"),
+    ],
 )
 def test_a_wrong_backend_is_refused(options, words):
     with pytest.raises(ArgumentError, match=words):

@@ -224,7 +224,11 @@ def graph_network() -> Parts:
         return m.second(adjacency @ h)
 
     model = Net(run, first=nn.Linear(2, 3), second=nn.Linear(3, 2), table=nn.Embedding(5, 2))
-    inputs = {"nodes": torch.randn(2, 4, 2), "adjacency": torch.rand(4, 4).softmax(1), "where": torch.tensor([0, 3, 1, 0])}
+    inputs = {
+        "nodes": torch.randn(2, 4, 2),
+        "adjacency": torch.rand(4, 4).softmax(1),
+        "where": torch.tensor([0, 3, 1, 0]),
+    }
     return model, nn.MSELoss(), inputs, torch.randn(2, 4, 2)
 
 

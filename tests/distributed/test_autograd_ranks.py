@@ -79,7 +79,10 @@ def step(rank, name="aot_eager", cuts=SIZES):
     model, loss, x, y = made("squares", 7)
     alone, *_ = made("squares", 7)
     asked = [Variance(), DiagGGNMC(2), KFAC(), BatchL2Grad()]
-    compiled, plain = fxcurv.compile(model, loss, asked, mesh=mesh_of(2)), fxcurv.compile(alone, loss, asked, check=None)
+    compiled, plain = (
+        fxcurv.compile(model, loss, asked, mesh=mesh_of(2)),
+        fxcurv.compile(alone, loss, asked, check=None),
+    )
 
     def taken(of, model, x, y, seed):
         result = of(x, y, seed=seed)
@@ -111,7 +114,9 @@ def refused(rank):
     return {
         "create_graph": raised(lambda: fxcurv.compile(model, loss, mesh=mesh)(x, y, create_graph=True)),
         "backend": raised(lambda: fxcurv.compile(model, loss, mesh=mesh, backend="inductor")(x, y)),
-        "layers": raised(lambda: fxcurv.compile(nn.Linear(3, 2), loss, [KFAC(assign="layers")], mesh=mesh, backend="inductor")),
+        "layers": raised(
+            lambda: fxcurv.compile(nn.Linear(3, 2), loss, [KFAC(assign="layers")], mesh=mesh, backend="inductor")
+        ),
     }
 
 
@@ -134,7 +139,9 @@ def test_two_ranks_have_what_one_process_has_also_with(found, name):
 def test_what_is_not_done_with_shards_is_refused_by_name(found):
     for ranks in found:
         for key, (kind, message) in ranks["refused"].items():
-            assert kind == "ArgumentError" and "use 'eager'" in message if key == "layers" else "fully_shard" in message, key
+            assert (
+                kind == "ArgumentError" and "use 'eager'" in message if key == "layers" else "fully_shard" in message
+            ), key
 
 
 @pytest.mark.slow

@@ -73,7 +73,9 @@ def expected(name: str, asked: list[Extension]) -> fxcurv.Result:
     """What one process has on the whole batch; `products`: of matrices with the columns of `probes`."""
     model, loss, x, y = made(name, 7)
     result = fxcurv.compile(model, loss, asked, check=None, update_buffers=False)(x, y, seed=7)
-    result._fields["products"] = {e.operator: getattr(result, e.operator) @ probes(result, e) for e in asked if e in PRODUCTS}
+    result._fields["products"] = {
+        e.operator: getattr(result, e.operator) @ probes(result, e) for e in asked if e in PRODUCTS
+    }
     for e in PRODUCTS:
         result._fields.pop(e.savefield, None)
         result._fields.pop(e.operator, None)

@@ -10,9 +10,13 @@ from torch.distributed.tensor import DTensor
 from fxcurv.optim import EKFAC, KFAC, NaturalGradientCG
 
 KINDS = {
-    "ekfac": lambda model, loss, **o: EKFAC(model, loss, joint=True, basis_interval=2, fisher="empirical", check=None, **o),
+    "ekfac": lambda model, loss, **o: EKFAC(
+        model, loss, joint=True, basis_interval=2, fisher="empirical", check=None, **o
+    ),
     "kfac": lambda model, loss, **o: KFAC(model, loss, joint=True, mc_samples=None, check=None, **o),
-    "cg": lambda model, loss, **o: NaturalGradientCG(model, loss, iterations=40, tol=1e-12, adaptive=True, check=None, **o),
+    "cg": lambda model, loss, **o: NaturalGradientCG(
+        model, loss, iterations=40, tol=1e-12, adaptive=True, check=None, **o
+    ),
 }
 
 

@@ -31,10 +31,15 @@ def nodes_of(monkeypatch, asked, sharded=False):
     """The nodes of a chain of layers whose gradients fill a bucket each."""
     monkeypatch.setattr(distribute_module, "BUCKET", 8 * (6 * 6 + 6))
     torch.manual_seed(0)
-    mesh, model = mesh_of(1), nn.Sequential(*[nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(LAYERS)]).double()
+    mesh, model = (
+        mesh_of(1),
+        nn.Sequential(*[nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(LAYERS)]).double(),
+    )
     for layer in model if sharded else ():
         fully_shard(layer, mesh=mesh)
-    compiled = fxcurv.compile(fully_shard(model, mesh=mesh) if sharded else model, nn.MSELoss(), asked, mesh=mesh, check=None)
+    compiled = fxcurv.compile(
+        fully_shard(model, mesh=mesh) if sharded else model, nn.MSELoss(), asked, mesh=mesh, check=None
+    )
     compiled(torch.randn(3, 6).double(), torch.randn(3, 6).double(), seed=0)
     return list(compiled._programs.latest.program.graph.nodes)
 

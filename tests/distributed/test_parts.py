@@ -59,7 +59,9 @@ def test_micro_batches_on_ranks(found):
 
 def all_micro(rank):
     for name in ("cnn", "squares", "transformer"):
-        micro(rank, name, [BatchGrad(), Variance(), SqrtGGNMC(1), *([KFAC(2), EKFAC(2)] if name != "transformer" else [])])
+        micro(
+            rank, name, [BatchGrad(), Variance(), SqrtGGNMC(1), *([KFAC(2), EKFAC(2)] if name != "transformer" else [])]
+        )
 
 
 @pytest.mark.slow
@@ -165,9 +167,13 @@ def gathered(rank, count=2, shape=(2,), modes=(True,)):
 def check_gathers(found):
     most, gathers = found[True]
     assert most <= 2, "two buckets: the one that is used, and the next one"
-    assert gathers == LAYERS + 1 + (LAYERS - 1), "forward, the root's once, and backward, where the first layer needs no weight"
+    assert gathers == LAYERS + 1 + (LAYERS - 1), (
+        "forward, the root's once, and backward, where the first layer needs no weight"
+    )
     if False in found:
-        assert found[False] == (LAYERS - 1, LAYERS + 1), "gathered once, and kept for the backward pass where it is read there"
+        assert found[False] == (LAYERS - 1, LAYERS + 1), (
+            "gathered once, and kept for the backward pass where it is read there"
+        )
 
 
 def test_sharded_parameters_are_gathered_a_bucket_at_a_time(found):
@@ -283,7 +289,9 @@ def meshes(rank):
     }
     stage = PipelineStage(model()[2 * rank : 2 * rank + 2], rank, 2, torch.device("cpu"), group=mesh.get_group())
     found["stage"] = raised(lambda: fxcurv.compile(stage, loss, mesh=mesh))
-    found["stages"] = raised(lambda: fxcurv.compile(stage.submod, loss, mesh=mesh)(x if rank == 0 else x @ x.new_ones(4, 5), y))
+    found["stages"] = raised(
+        lambda: fxcurv.compile(stage.submod, loss, mesh=mesh)(x if rank == 0 else x @ x.new_ones(4, 5), y)
+    )
     flat = FullyShardedDataParallel(model(), device_id=torch.device("cpu"))
     found["fsdp1"] = raised(lambda: fxcurv.compile(flat, loss, mesh=mesh))
     found["no mesh"] = raised(lambda: fxcurv.compile(fully_shard(model(), mesh=mesh), loss))

@@ -79,7 +79,9 @@ def test_the_model_on_paper():
         assert sum(layer.parameters for layer in paper.MODELS[name]()) == pytest.approx(millions * 1e6, rel=2e-3)
     mlp = [paper.Layer(128, 784, 16), paper.Layer(128, 128, 16), paper.Layer(10, 128, 16)]
     document = (ROOT / "docs" / "distributed.md").read_text()
-    gradient, kfac = (int(re.search(rf"\| {row} \| 2 \| ([\d,]+)", document)[1].replace(",", "")) for row in ("gradient", "KFAC"))
+    gradient, kfac = (
+        int(re.search(rf"\| {row} \| 2 \| ([\d,]+)", document)[1].replace(",", "")) for row in ("gradient", "KFAC")
+    )
     assert kfac - gradient == 4 * sum(layer.triangles for layer in mlp)
     rows = list(csv.reader((ROOT / "bench" / "results" / "scale_out_model.csv").read_text().splitlines()))
     assert rows == [list(paper.COLUMNS), *([str(cell) for cell in row] for row in paper.rows(10))]

@@ -519,7 +519,9 @@ def test_hooks_on_the_extended_model_run_once(before):
         run, extensions = lambda x: plain(x).sin(), [BatchGrad()]
     backward(extend(model), extend(nn.CrossEntropyLoss()), x, y, extensions)
     params = list(plain.parameters())
-    each = [torch.autograd.grad(F.cross_entropy(run(a[None]), b[None]) / len(x), params) for a, b in zip(x, y, strict=True)]
+    each = [
+        torch.autograd.grad(F.cross_entropy(run(a[None]), b[None]) / len(x), params) for a, b in zip(x, y, strict=True)
+    ]
     for p, rows in zip(model.parameters(), zip(*each, strict=True), strict=True):
         close([p.grad, p.grad_batch], [sum(rows), torch.stack(rows)])
     if before:

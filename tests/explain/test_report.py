@@ -104,7 +104,9 @@ def test_prints(report):
 
 def images(extensions, positions=8):
     """Large enough that the three reductions of individual gradients come from one op."""
-    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(8 * (positions - 2) ** 2, OUT))
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(8 * (positions - 2) ** 2, OUT)
+    )
     compiled = fxcurv.compile(model, nn.CrossEntropyLoss(), extensions)
     return compiled, torch.randn(N, 2, positions, positions), torch.randint(OUT, (N,))
 

@@ -77,7 +77,9 @@ def test_damping_by_factors(result):
     v = torch.ones(27).double()
     close(one.solve(v, 0.09, pi=True), torch.linalg.solve(torch.block_diag(want, bias), v))
     with pytest.raises(ArgumentError, match="eigenbasis"):
-        Blocks(result.ekfac).solve({n: torch.zeros(f.arrangement.shape).double() for n, f in result.ekfac.items()}, 0.1, pi=True)
+        Blocks(result.ekfac).solve(
+            {n: torch.zeros(f.arrangement.shape).double() for n, f in result.ekfac.items()}, 0.1, pi=True
+        )
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0])
@@ -87,11 +89,16 @@ def test_factors_that_are_indefinite_by_rounding_give_no_nan(scale):
     b, a = scale * rows[:, :8].t() @ rows[:, :8], rows.t() @ rows
     assert scale == 0 or torch.linalg.eigvalsh(a).min() < 0
     arrangement = Arrangement((8, 40), (8, 40), (0,), (1,))
-    for factors in (Kronecker([b, a], arrangement), Eigenbasis([torch.eye(8), torch.eye(40), a[:8] - 1e-6], arrangement)):
+    for factors in (
+        Kronecker([b, a], arrangement),
+        Eigenbasis([torch.eye(8), torch.eye(40), a[:8] - 1e-6], arrangement),
+    ):
         blocks = Blocks({"w": factors})
         v = torch.randn(320)
         found = [blocks.sqrt() @ v, blocks.solve(v, 1e-6), blocks.sample(3)["w"], blocks.logdet(1e-6)]
-        found += [blocks.solve(v, 1e-6, pi=True), blocks.logdet(1e-6, pi=True)] if isinstance(factors, Kronecker) else []
+        found += (
+            [blocks.solve(v, 1e-6, pi=True), blocks.logdet(1e-6, pi=True)] if isinstance(factors, Kronecker) else []
+        )
         assert all(t.isfinite().all() for t in found)
         assert blocks.logdet() == -torch.inf
 
@@ -138,7 +145,11 @@ def test_a_basis_goes_on_from_an_earlier_one(result):
 
 def test_what_blocks_refuse(result):
     blocks = Blocks(result.kflr)
-    for wrong, says in (({"a": torch.zeros(1)}, "one tensor for each"), (torch.zeros(3), "multiply a dict"), (1.0, "not float")):
+    for wrong, says in (
+        ({"a": torch.zeros(1)}, "one tensor for each"),
+        (torch.zeros(3), "multiply a dict"),
+        (1.0, "not float"),
+    ):
         with pytest.raises(ArgumentError, match=says):
             blocks @ wrong
     singular = Kronecker([torch.tensor([1.0, 0.0, 2.0]).diag()], Arrangement((3,), (3,), (0,)))

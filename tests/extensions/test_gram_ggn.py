@@ -58,7 +58,9 @@ def test_gram_matrices(case):
     result, oracle = compiled(x, y), Oracle(model, CE, x, y, kind="ce")
     for name, rows in oracle.sqrt_ggn_exact().items():
         j, g = oracle.jac[name].flatten(2), oracle.grad_batch()[name].flatten(1)
-        torch.testing.assert_close(result.gram_ggn[name], torch.einsum("vnp,wmp->vnwm", rows.flatten(2), rows.flatten(2)))
+        torch.testing.assert_close(
+            result.gram_ggn[name], torch.einsum("vnp,wmp->vnwm", rows.flatten(2), rows.flatten(2))
+        )
         torch.testing.assert_close(result.ntk[name], torch.einsum("ncp,mdp->ncmd", j, j))
         torch.testing.assert_close(result.gram_grad[name], g @ g.t())
     compiled(x[:3], y[:3])
@@ -173,11 +175,14 @@ def test_not_of_a_data_set():
 def test_derivatives_of_results():
     """By plain products, which autograd follows."""
     model, x, y = net(3)
-    total = sum(t.square().sum() for t in fxcurv.compile(model, CE, [GramGrad(), NTK()])(x, y, create_graph=True).ntk.values())
+    total = sum(
+        t.square().sum() for t in fxcurv.compile(model, CE, [GramGrad(), NTK()])(x, y, create_graph=True).ntk.values()
+    )
     (found,) = torch.autograd.grad(total, [model.conv.weight])
     params = list(model.parameters())
     rows = [
-        torch.autograd.grad(e, params, create_graph=True, allow_unused=True, materialize_grads=True) for e in model(x).flatten()
+        torch.autograd.grad(e, params, create_graph=True, allow_unused=True, materialize_grads=True)
+        for e in model(x).flatten()
     ]
     each = [torch.stack(of_one).flatten(1) for of_one in zip(*rows, strict=True)]
     (wanted,) = torch.autograd.grad(sum((j @ j.t()).square().sum() for j in each), [model.conv.weight])

@@ -224,7 +224,9 @@ def test_what_is_no_pair():
     for name in set(own) - {"d.weight", "d.bias"}:
         for got, want in zip(found[name], own[name], strict=True):
             close(got, want, name)
-    alone = fxcurv.compile(model, nn.MSELoss(), [KFLR(joint=True, params="*.weight")])(x, torch.zeros(5, 3).double()).kflr
+    alone = fxcurv.compile(model, nn.MSELoss(), [KFLR(joint=True, params="*.weight")])(
+        x, torch.zeros(5, 3).double()
+    ).kflr
     assert [len(f) for f in alone.values()] == [2, 2, 2, 2]
     with pytest.raises(ExtensionError, match="joint"):
         KFAC(joint="yes")

@@ -258,7 +258,9 @@ def test_convexity_is_that_of_the_whole_batch():
 def test_a_function_of_the_reduced_loss_has_gradient_and_products_only(extension):
     loss = lambda f, t: F.mse_loss(f, t) ** 2  # noqa: E731
     model, x, y = mlp().double(), X(4).double(), X().double()
-    with pytest.raises(MixedSamplesError, match=f"(?s)non-linear function of the reduced loss.*{type(extension).__name__}"):
+    with pytest.raises(
+        MixedSamplesError, match=f"(?s)non-linear function of the reduced loss.*{type(extension).__name__}"
+    ):
         fxcurv.compile(model, loss, [extension])(x, y)
     expected = WholeBatch(model, loss, x, y)
     result = fxcurv.compile(model, loss, [HMP()])(x, y)

@@ -29,7 +29,10 @@ def test_pairs(case):
         torch.testing.assert_close(result.dots[name], rows @ vectors[name].flatten(1).t())
     program = compiled.lower(x, y).program
     chosen = {(d.param, d.extension): d.algorithm for d in program.decisions if d.extension in ("GramGrad", "Dots")}
-    assert chosen["conv.weight", "GramGrad"] == "blocks of P" and chosen["token.weight", "GramGrad"] == "products of factors"
+    assert (
+        chosen["conv.weight", "GramGrad"] == "blocks of P"
+        and chosen["token.weight", "GramGrad"] == "products of factors"
+    )
     assert chosen["b", "Dots"] == "products of factors" and chosen["token.weight", "Dots"] == "blocks of P"
     empty = compiled(x[:0], y[:0])
     assert empty.gram_grad["b"].shape == (0, 0) and empty.dots["b"].shape == (0, 4)
@@ -60,4 +63,6 @@ def test_factors_in_another_order():
 ], ids=range(3))  # fmt: skip
 def test_wrong_vectors(vectors, says):
     with pytest.raises(ExtensionError, match=says):
-        fxcurv.compile(nn.Linear(2, 3), nn.CrossEntropyLoss(), [Dots(vectors)])(torch.zeros(2, 2), torch.zeros(2).long())
+        fxcurv.compile(nn.Linear(2, 3), nn.CrossEntropyLoss(), [Dots(vectors)])(
+            torch.zeros(2, 2), torch.zeros(2).long()
+        )

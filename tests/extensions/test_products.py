@@ -59,7 +59,14 @@ def test_second_order(name):
     between it and the loss is most; those of matrices are of one by turns, and of all in the operator.
     """
     convex = "nonconvex" not in CASES[name].tags
-    asked = [DiagHessian(), BatchDiagHessian(), HMP(), PCHMP(), PCHMP("pchmp_abs", "abs"), *([GGNMP()] if convex else [])]
+    asked = [
+        DiagHessian(),
+        BatchDiagHessian(),
+        HMP(),
+        PCHMP(),
+        PCHMP("pchmp_abs", "abs"),
+        *([GGNMP()] if convex else []),
+    ]
     compiled, arguments, oracle = compiled_case(CASES[name], asked)
     result, hessian = compiled(*arguments), oracle.hessian()
     params = list(oracle.params)

@@ -29,7 +29,9 @@ def case():
     model, x, y = Net().double(), torch.randint(6, (7, 4)), torch.randint(3, (7,))
     each = Oracle(model, nn.CrossEntropyLoss(), x, y, kind="ce").grad_batch()
     kind = Projected(40, seed=3)
-    matrices = {n: kind.of({n: torch.eye(p.numel()).double().reshape(-1, *p.shape)})[n] for n, p in model.named_parameters()}
+    matrices = {
+        n: kind.of({n: torch.eye(p.numel()).double().reshape(-1, *p.shape)})[n] for n, p in model.named_parameters()
+    }
     vectors = {n: torch.randn(2, *p.shape).double() for n, p in model.named_parameters()}
     asked = [kind, Projected(40, seed=3, total=True, savefield="both"), Dots(vectors, total=True)]
     compiled = fxcurv.compile(model, nn.CrossEntropyLoss(), asked, debug=True)
@@ -44,7 +46,9 @@ def test_values(case):
         torch.testing.assert_close(result.projected[name], g.flatten(1) @ matrices[name])
     assert result.both == {} and result.dots == {}
     torch.testing.assert_close(result.both_total, sum(g.flatten(1) @ matrices[n] for n, g in each.items()))
-    torch.testing.assert_close(result.dots_total, sum(g.flatten(1) @ vectors[n].flatten(1).t() for n, g in each.items()))
+    torch.testing.assert_close(
+        result.dots_total, sum(g.flatten(1) @ vectors[n].flatten(1).t() for n, g in each.items())
+    )
     assert compiled(x[:0], y[:0]).both_total.shape == (0, 40)
 
 

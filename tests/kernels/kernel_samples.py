@@ -59,7 +59,9 @@ EMPTY = [(2, 0, 3, 2, 2), (0, 2, 3, 2, 2), (2, 2, 0, 3, 2)]
 KERNELS = {
     # those with a few positions of many features are cheaper by Gram matrices: of one, two and four blocks
     "outer_norm": Kernel(
-        _outer_norm, PRODUCTS + EMPTY, [(2, 2, 70, 70, 67), (2, 2, 30, 100, 90), (2, 1, 70, 200, 301), (1, 1, 200, 600, 500)]
+        _outer_norm,
+        PRODUCTS + EMPTY,
+        [(2, 2, 70, 70, 67), (2, 2, 30, 100, 90), (2, 1, 70, 200, 301), (1, 1, 200, 600, 500)],
     ),
     "outer_square_sum": Kernel(
         _outer_square_sum,

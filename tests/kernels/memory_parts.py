@@ -113,7 +113,10 @@ def into() -> Iterator[Any]:
     for n, last in itertools.product((0, 1, 9), BOTH):
         for x, g, geometry in factors(n, last, torch.float32):
             fn = outer_batch_conv.into
-            yield within(outer_batch_conv.shape(x, g, geometry[0], geometry[4]), lambda out: fn(x, g, *geometry, out=out))  # noqa: B023
+            yield within(
+                outer_batch_conv.shape(x, g, geometry[0], geometry[4]),
+                lambda out: fn(x, g, *geometry, out=out),  # noqa: B023
+            )
             weight = outer_batch_conv.shape(x, g, geometry[0], geometry[4])[2:]
             for per_sample in BOTH:
                 run = lambda out: outer_square_sum_conv.into(x, g, None, per_sample, *geometry, out=out)  # noqa: B023,E731

@@ -140,6 +140,7 @@ def test_patches_times_cotangents_are_gradients(name, last, in_order, block, mon
 
 def test_patches_take_a_few_samples_at_a_time():
     """As many as a block has room for; where one is large, some while they fit the limit, else one."""
+
     def most(n, side):
         x = torch.zeros(n, 8, side, side)
         return patches.Patches(x, (side, side), ((3, 3), (1, 1), (1, 1), (1, 1)), 1, True).most
@@ -199,7 +200,9 @@ def check_moments(found, p: Tensor, wanted, dtype) -> None:
 
 
 @pairs(
-    sizes=[(1, 1, 1, 1), (3, 4, 5, 2), (5, 1, 3, 4), (4, 7, 33, 40), (0, 2, 3, 4), (3, 0, 2, 2)], wanted=FLAGS, dtype=DTYPES
+    sizes=[(1, 1, 1, 1), (3, 4, 5, 2), (5, 1, 3, 4), (4, 7, 33, 40), (0, 2, 3, 4), (3, 0, 2, 2)],
+    wanted=FLAGS,
+    dtype=DTYPES,
 )
 def test_outer_moments(sizes, wanted, dtype):
     n, s, o, i = sizes
@@ -302,7 +305,9 @@ def test_outer_square_sum_conv_into_memory(name, last, per_sample, weighted, v, 
 
 @pytest.mark.parametrize("per_sample", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("sizes", [(2, 5, 3, 4, 6), (1, 3, 1, 2, 2), (0, 3, 2, 4, 5), (2, 3, 0, 4, 5), (2, 0, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(2, 5, 3, 4, 6), (1, 3, 1, 2, 2), (0, 3, 2, 4, 5), (2, 3, 0, 4, 5), (2, 0, 3, 4, 5)], ids=str
+)
 def test_outer_square_sum_into_memory(sizes, per_sample, weighted):
     v, n, s, o, i = sizes
     a, g, w = t(n, s, i), t(v, n, s, o), t(v, n) if weighted else None

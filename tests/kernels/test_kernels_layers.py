@@ -205,7 +205,12 @@ def test_embedding_squares_are_those_of_autograd(padding):
 @pytest.mark.parametrize("shape", EMBEDDINGS)
 def test_embedding_square_sum(shape, dtype, weighted, padding):
     index, g, w = lookups(*shape)
-    check(embedding.embedding_square_sum, embedding.reference, [index, g, w if weighted else None, shape[4], padding], dtype)
+    check(
+        embedding.embedding_square_sum,
+        embedding.reference,
+        [index, g, w if weighted else None, shape[4], padding],
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -107,7 +107,9 @@ COMPILED = [case for case in cases(USUAL) if case[0] != "syrk"]  # its kernel is
 
 
 def check_resources(name, case, dtype, capability, monkeypatch, folder):
-    args = pytree.tree_map_only(torch.Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, USUAL[name][case]())
+    args = pytree.tree_map_only(
+        torch.Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, USUAL[name][case]()
+    )
     made = compiled(name, args, capability, monkeypatch)
     assert made
     for each in made:
@@ -129,7 +131,9 @@ def test_resources(name, case, dtype, capability, monkeypatch, tmp_path):
 @compiles
 @without_gpu
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "capability"), [(torch.float32, 90), (torch.bfloat16, 80), (torch.float64, 90)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "capability"), [(torch.float32, 90), (torch.bfloat16, 80), (torch.float64, 90)], ids=str
+)
 @pytest.mark.parametrize(("name", "case"), COMPILED)
 def test_resources_of_the_others(name, case, dtype, capability, monkeypatch, tmp_path):
     check_resources(name, case, dtype, capability, monkeypatch, tmp_path)

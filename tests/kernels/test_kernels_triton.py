@@ -51,7 +51,9 @@ def one_configuration(monkeypatch):
 
 
 @compiles
-@pytest.mark.skipif(OLD and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0", reason="Triton 3.6 interprets before NumPy 2.4")
+@pytest.mark.skipif(
+    OLD and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0", reason="Triton 3.6 interprets before NumPy 2.4"
+)
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_in_the_interpreter(which):
     """The tests of values below, where Triton was imported as an interpreter; products of bfloat16 are beyond it."""

@@ -83,7 +83,9 @@ class Checked:
         self.tolerance = 1e-3 if dtype is torch.float32 else 1e-4 if "float32_inside" in case.tags else 1e-8
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
-            self.result = fxcurv.compile(model, loss, found, batch_dim=case.batch_dim, **kwargs)(inputs, targets, seed=7)
+            self.result = fxcurv.compile(model, loss, found, batch_dim=case.batch_dim, **kwargs)(
+                inputs, targets, seed=7
+            )
 
     def check(self, group: str) -> list[str]:
         """Raise where a number of the group is wrong; returns the parameters that had nothing to compare with."""

@@ -47,7 +47,9 @@ def lora_of_gpt2() -> nn.Module:
 
     drops = dict(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
     model = made("gpt2", "GPT2LMHeadModel", "GPT2Config", **GPT2, **drops)
-    return moved(get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"], lora_dropout=0.2, fan_in_fan_out=True)))
+    return moved(
+        get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"], lora_dropout=0.2, fan_in_fan_out=True))
+    )
 
 
 def next_token(output: Any, y: Tensor) -> Tensor:
@@ -346,7 +348,10 @@ REFUSED: dict[tuple[str, str], tuple[type[FxcurvError], str]] = {
     ("quantisation-aware training with observers", "gradient"): (CaptureError, "makes a number of Python's of a value"),
     ("PPO with a Gaussian policy", "Jacobian"): (ExtensionError, "Jacobian needs one output, the model has 3"),
     ("Gaussian process on learned features", "Gauss-Newton"): (MixedSamplesError, "BatchDiagGGNExact"),
-    **{("PPO with a Gaussian policy", f): (LossError, "is not convex") for f in ("Gauss-Newton", "sampled", "Kronecker")},
+    **{
+        ("PPO with a Gaussian policy", f): (LossError, "is not convex")
+        for f in ("Gauss-Newton", "sampled", "Kronecker")
+    },
     **{("Gaussian process on learned features", f): (MixedSamplesError, "unsqueeze") for f in PER_SAMPLE},
     **{("CLIP's loss", f): (MixedSamplesError, r"one @ other.t\(\)") for f in PER_SAMPLE},
     **{(name, f): (ExtensionError, "is not defined with sample_index=") for name in GRAPHS for f in PER_GRAPH},

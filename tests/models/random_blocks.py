@@ -131,7 +131,9 @@ def index(shape, k):
         lambda m, x: x * F.one_hot(x.argmax(-1), d),
     ]
     held = {"index": torch.randint(d, (d,)), "order": torch.randperm(d), "table": nn.Embedding(2, d)}
-    return Net(one_of(k, *runs), **(held if k % len(runs) == 12 else {"index": held["index"], "order": held["order"]})), shape
+    return Net(
+        one_of(k, *runs), **(held if k % len(runs) == 12 else {"index": held["index"], "order": held["order"]})
+    ), shape
 
 
 def crossing(shape, k):
@@ -337,7 +339,9 @@ def put(m, x):
 
 
 def inplace(shape, k):
-    run = one_of(k, shifted, last, by_mask, adding, columnwise, stepped, chained, copied, filled, inner, viewed, added_at, put)
+    run = one_of(
+        k, shifted, last, by_mask, adding, columnwise, stepped, chained, copied, filled, inner, viewed, added_at, put
+    )
     return Net(run, **({"layer": nn.Linear(shape[-1], shape[-1])} if run is chained else {})), shape
 
 

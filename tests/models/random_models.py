@@ -57,7 +57,11 @@ def squares(f: Tensor, k: int) -> Any:
 
 
 def binary(f: Tensor, k: int) -> Any:
-    return (lambda out, y: 0.5 * F.binary_cross_entropy_with_logits(out, y)), lambda f: torch.rand_like(f).round(), "bce"
+    return (
+        (lambda out, y: 0.5 * F.binary_cross_entropy_with_logits(out, y)),
+        lambda f: torch.rand_like(f).round(),
+        "bce",
+    )
 
 
 def huber(f: Tensor, k: int) -> Any:
@@ -238,7 +242,11 @@ class Plain(KroneckerOracle):
         return self._individual
 
 
-ASKED = {**GROUPS, "whole batch": [DiagGGNExact(), DiagHessian()], "Kronecker": [*GROUPS["Kronecker"], *GROUPS["sampled"]]}
+ASKED = {
+    **GROUPS,
+    "whole batch": [DiagGGNExact(), DiagHessian()],
+    "Kronecker": [*GROUPS["Kronecker"], *GROUPS["sampled"]],
+}
 
 
 class Call(Checked):
@@ -440,7 +448,9 @@ def main() -> None:
             continue
         start = time.process_time()
         ran, refused, failed = block(one, asked.count, log)
-        log(f"seed {one}: {ran} examples, {failed} failed, {sum(refused.values())} refusals, {time.process_time() - start:.0f} s")
+        log(
+            f"seed {one}: {ran} examples, {failed} failed, {sum(refused.values())} refusals, {time.process_time() - start:.0f} s"
+        )
         for kind, count in refused.most_common():
             log(f"  refused {count} times: {kind}")
 

@@ -14,7 +14,10 @@ from fxcurv.errors import CaptureError, MixedSamplesError
 pytest.importorskip("transformers", reason="checks models of transformers, of the extra `models`")
 
 # what the models say of their own code while they are traced
-pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
 
 REFUSED = {"mixtral_eager": (CaptureError, "expert"), "mixtral_grouped_mm": (MixedSamplesError, "experts")}
 WORKING = [name for name in MODELS if name not in REFUSED]

@@ -156,7 +156,9 @@ def _mark(verdict: str, notes: dict[str, int]) -> str:
     if verdict == "right":
         return "✓"
     text = _reason(verdict)
-    return f"{'✓' if verdict.startswith('right') else '✗' if verdict.startswith('wrong') else '–'}[{_number(text, notes)}]"
+    return (
+        f"{'✓' if verdict.startswith('right') else '✗' if verdict.startswith('wrong') else '–'}[{_number(text, notes)}]"
+    )
 
 
 def _number(text: str, notes: dict[str, int]) -> int:

@@ -213,7 +213,11 @@ class Reference:
         self.note = ""
 
     def flat(self, value: Tensor, where: list, **kwargs: Any) -> Tensor:
-        found = torch.autograd.grad(value, where, allow_unused=True, **kwargs) if value.requires_grad else [None] * len(where)
+        found = (
+            torch.autograd.grad(value, where, allow_unused=True, **kwargs)
+            if value.requires_grad
+            else [None] * len(where)
+        )
         filled = [torch.zeros_like(p) if g is None else g for g, p in zip(found, where, strict=True)]
         return torch.cat([g.double().flatten() for g in filled])
 
@@ -243,7 +247,9 @@ class Reference:
 
     def plain(self) -> dict[str, Tensor]:
         per_output = 2 * self.residual[:, None] * self.jacobian
-        individual = torch.zeros(int(self.owner.max()) + 1, per_output.shape[1]).double().index_add(0, self.owner, per_output)
+        individual = (
+            torch.zeros(int(self.owner.max()) + 1, per_output.shape[1]).double().index_add(0, self.owner, per_output)
+        )
         return {"grad": per_output.sum(0), "grad_batch": individual, "diag_ggn_exact": 2 * (self.jacobian**2).sum(0)}
 
     def curved(self, hessian: Tensor, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -519,12 +525,16 @@ def main() -> None:
     parser.add_argument("path", type=Path, help="JSON lines; what they have is not run again")
     parser.add_argument("--only", nargs="*", default=[], help="names of ops")
     parser.add_argument("--minutes", type=float, default=600)
-    parser.add_argument("--every", action="store_true", help="every model of a sample in every setting, not one by turns")
+    parser.add_argument(
+        "--every", action="store_true", help="every model of a sample in every setting, not one by turns"
+    )
     parser.add_argument("--limit", type=float, default=300, help="seconds for a sample")
     options = parser.parse_args()
     infos = [i for i in database() if not options.only or i.name in options.only or name_of(i) in options.only]
     random.Random(0).shuffle(infos)  # what has run when time is up is any part of the database, not its beginning
-    list(outcomes(options_of(next(i for i in database() if i.name == "exp"))[0], 0))  # what PyTorch imports late is imported once
+    list(
+        outcomes(options_of(next(i for i in database() if i.name == "exp"))[0], 0)
+    )  # what PyTorch imports late is imported once
     sweep(infos, options.path, time.time() + 60 * options.minutes, options.every, options.limit)
     print(summary(options.path))
 

@@ -67,7 +67,9 @@ class Sample:
 
     def call(self, leaves: list[Any]) -> Any:
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        with mock.patch.object(methods(), "wrapper_set_seed", lambda op, *a, **k: op(*a, **k)):  # it hides that ops are random
+        with mock.patch.object(
+            methods(), "wrapper_set_seed", lambda op, *a, **k: op(*a, **k)
+        ):  # it hides that ops are random
             return self.process(self.info.gradcheck_wrapper(self.info.op, *args, **kwargs))
 
     @property
@@ -117,7 +119,9 @@ def samples(info, count: int) -> list[list[Sample]]:
         first = several[0]
         if first.able and min(first.sizes) > 0 and all(s.shapes == first.shapes and s.finite for s in several):
             seen.setdefault(first.shapes, list(several))
-    weight = {key: max([*(s // 4 for s in several[0].sizes), *several[0].output_sizes()]) for key, several in seen.items()}
+    weight = {
+        key: max([*(s // 4 for s in several[0].sizes), *several[0].output_sizes()]) for key, several in seen.items()
+    }
     small = [several for key, several in seen.items() if weight[key] <= MOST]
     fewest = [seen[key] for key in sorted(seen, key=weight.__getitem__)[:1] if weight[key] <= 5 * MOST]
     return spread(small or fewest, count)
@@ -436,7 +440,9 @@ def _child(info, count: int, pipe) -> None:
     try:
         found = [dataclasses.asdict(o) for o in outcomes(info, count)]
     except Exception as error:
-        found = [dataclasses.asdict(Outcome("", "", "failed", message="".join(traceback.format_exception(error))[-3000:]))]
+        found = [
+            dataclasses.asdict(Outcome("", "", "failed", message="".join(traceback.format_exception(error))[-3000:]))
+        ]
     pipe.send(found)
     pipe.close()
 
@@ -563,7 +569,10 @@ def table(found: dict[str, list[dict]], count: int) -> str:
         f"or without a batch, each with a reason; {kinds['mixed']} mixing trials refused; wrong or failing: {len(wrong)}."
     )
     head = HEAD.format(samples=count, version=torch.__version__.split("+")[0], counts=counts)
-    rows = [" | ".join(cell.replace("|", "/").replace("\n", " ") for cell in row(n, several)) for n, several in found.items()]
+    rows = [
+        " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in row(n, several))
+        for n, several in found.items()
+    ]
     return head + "".join(f"| {line} |\n" for line in rows)
 
 

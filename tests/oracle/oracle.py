@@ -31,7 +31,9 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-def multi_margin(x: Tensor, t: Tensor, p: int = 1, margin: float = 1.0, weight: Any = None, reduction: str = "mean") -> Tensor:
+def multi_margin(
+    x: Tensor, t: Tensor, p: int = 1, margin: float = 1.0, weight: Any = None, reduction: str = "mean"
+) -> Tensor:
     """`F.multi_margin_loss` class by class."""
     scale = torch.ones(x.shape[1]).to(x) if weight is None else weight
     each = [

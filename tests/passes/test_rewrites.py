@@ -66,7 +66,10 @@ def forward(program) -> list[tuple]:
     nodes = [n for n in program.graph.nodes if n.op == "call_function" and n.target not in skip]
     own = [n for n in nodes if not n.meta.get("origin") or not n.meta["origin"].get("in_loss")]
     own = [n for n in own if n.meta.get("origin", {"stage": "forward"})["stage"] == "forward"]
-    return [(str(n.target), [a for a in n.args if not isinstance(a, fx.Node) and a != 0 and "sym" not in str(a)]) for n in own]
+    return [
+        (str(n.target), [a for a in n.args if not isinstance(a, fx.Node) and a != 0 and "sym" not in str(a)])
+        for n in own
+    ]
 
 
 def check(model: nn.Module, x: Tensor, y: Tensor) -> Any:
@@ -82,7 +85,9 @@ def agree(result: Any, oracle: Oracle, extensions: list) -> None:
     for field in fields:
         for name, expected in getattr(oracle, field)().items():
             actual = getattr(result, field)[name]
-            torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-11, msg=lambda m, f=field, n=name: f"{f} {n}: {m}")
+            torch.testing.assert_close(
+                actual, expected, rtol=1e-8, atol=1e-11, msg=lambda m, f=field, n=name: f"{f} {n}: {m}"
+            )
 
 
 # ---- pooling before the activation ------------------------------
@@ -329,11 +334,16 @@ def test_the_layout_takes_batches_of_any_size():
     compiled = check(model, x[:3], y[:3])
     for n in (5, 2):
         given = x[:n]
-        agree(compiled(given, y[:n]), Oracle(model, F.cross_entropy, given, y[:n], kind="ce"), [BatchGrad(), DiagGGNExact()])
+        agree(
+            compiled(given, y[:n]),
+            Oracle(model, F.cross_entropy, given, y[:n], kind="ce"),
+            [BatchGrad(), DiagGGNExact()],
+        )
 
 
 def test_a_convolution_reads_channels_last_once():
     """Two convolutions of one input share its copy; those that follow need none."""
+
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -476,7 +486,10 @@ def test_one_op_serves_the_reductions_of_a_layer():
     assert [n.args[2:5] for n in shared] == [(True, True, True)] * 2 and not by_weight(program)
     assert {d.algorithm for d in program.decisions if d.param in ("0.weight", "3.weight")} == {"together"}
     result = compiled(x, y)
-    each = [torch.autograd.grad(F.cross_entropy(model(a[None]), b[None]), model.parameters()) for a, b in zip(x, y, strict=True)]
+    each = [
+        torch.autograd.grad(F.cross_entropy(model(a[None]), b[None]), model.parameters())
+        for a, b in zip(x, y, strict=True)
+    ]
     for (name, _), rows in zip(model.named_parameters(), zip(*each, strict=True), strict=True):
         p = torch.stack(rows) / len(x)
         torch.testing.assert_close(result.grad[name], p.sum(0))

@@ -120,7 +120,9 @@ def test_sampled_columns(build, draws):
         torch.testing.assert_close(value, columns.sqrt_ggn_mc[name].square().sum((0, 1)), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("quantity, roots", [pytest.param(KFAC, SqrtGGNMC, marks=pytest.mark.slow), (KFLR, SqrtGGNExact)])
+@pytest.mark.parametrize(
+    "quantity, roots", [pytest.param(KFAC, SqrtGGNMC, marks=pytest.mark.slow), (KFLR, SqrtGGNExact)]
+)
 def test_kronecker_factors(quantity, roots):
     """Of an MLP's last layer: B of the columns at its output, which are those of its bias; A of its inputs."""
     model, x, y = small(mlp)

@@ -35,7 +35,9 @@ TRAIN, QUERIES = (9, 5, 1), (5, 3, 2)
 def gradients(model, samples, loss=CE):
     """Name -> [N, *P], of each sample's own loss."""
     x, y = data(samples[0], samples[2])
-    rows = [torch.autograd.grad(loss(model(x[i : i + 1]), y[i : i + 1]), list(model.parameters())) for i in range(len(x))]
+    rows = [
+        torch.autograd.grad(loss(model(x[i : i + 1]), y[i : i + 1]), list(model.parameters())) for i in range(len(x))
+    ]
     return {n: torch.stack(g) for (n, _), g in zip(model.named_parameters(), zip(*rows, strict=True), strict=True)}
 
 
@@ -118,7 +120,7 @@ def test_trak(case, tmp_path):
     """With the kernel of all parameters for the projection, and R written out; of an ensemble the mean of both."""
     model, attribution, _ = case
     dim, project = 6, lambda named: sum(Projected(6, 4).of(named).values())
-    one = lambda f, y: (torch.log_softmax(f, 1)[0, y[0]].exp().logit())  # noqa: E731
+    one = lambda f, y: torch.log_softmax(f, 1)[0, y[0]].exp().logit()  # noqa: E731
     x, y = data(TRAIN[0], TRAIN[2])
     before, maps, slopes, states = {k: v.clone() for k, v in model.state_dict().items()}, [], [], []
     for scale in (1, 2):
@@ -148,7 +150,9 @@ def test_blocks_of_weight_and_bias_together(case):
     x = data(TRAIN[0], TRAIN[2])[0]
     wanted = own = 0
     for layer, a in {"0": x, "2": torch.tanh(model[0](x)).detach()}.items():
-        g, v = (torch.cat([t[f"{layer}.weight"], t[f"{layer}.bias"].unsqueeze(2)], 2).flatten(1) for t in (each, queries))
+        g, v = (
+            torch.cat([t[f"{layer}.weight"], t[f"{layer}.bias"].unsqueeze(2)], 2).flatten(1) for t in (each, queries)
+        )
         a, b = torch.cat([a, torch.ones(len(a), 1)], 1), each[f"{layer}.bias"]
         q = torch.kron(torch.linalg.eigh(b.t() @ b)[1], torch.linalg.eigh(a.t() @ a)[1])
         solve = inverse(q * (g @ q).square().mean(0) @ q.t())

@@ -22,7 +22,9 @@ def fitted(model, loader, likelihood, backend, subset, structure):
     more = {}
     if subset == "subnetwork":
         more["subnetwork_indices"] = torch.tensor([1, 4, 20])
-    la = laplace.Laplace(model, likelihood, subset_of_weights=subset, hessian_structure=structure, backend=backend, **more)
+    la = laplace.Laplace(
+        model, likelihood, subset_of_weights=subset, hessian_structure=structure, backend=backend, **more
+    )
     la.fit(loader)
     return la
 
@@ -45,7 +47,9 @@ def test_posteriors_are_the_same(likelihood, subset, structure, name):
         found = fitted(model, loader, likelihood, plug.FxcurvEF, subset, structure)
         wanted = fitted(model, loader, likelihood, curvature.CurvlinopsEF, subset, "full")
         torch.testing.assert_close(found.H, wanted.H.diagonal(), rtol=1e-4, atol=1e-6)
-        assert not fitted(model, loader, likelihood, curvature.CurvlinopsEF, subset, structure).H.any(), "mended: drop this"
+        assert not fitted(model, loader, likelihood, curvature.CurvlinopsEF, subset, structure).H.any(), (
+            "mended: drop this"
+        )
         return
     found, wanted = (
         fitted(model, loader, likelihood, backend, subset, structure)

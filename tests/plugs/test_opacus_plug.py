@@ -32,7 +32,9 @@ def private(model, data, reduction, by, rate):
     torch.manual_seed(5)
     loader, empty = DataLoader(data, batch_size=rate), 0
     if by != "plug":
-        wrapped, optimizer, loader = engine.make_private(module=model, optimizer=optimizer, data_loader=loader, **options)
+        wrapped, optimizer, loader = engine.make_private(
+            module=model, optimizer=optimizer, data_loader=loader, **options
+        )
     else:
         samples, optimizer, loader = plug.make_private(engine, model, loss, optimizer, loader, **options)
     for _ in range(2):

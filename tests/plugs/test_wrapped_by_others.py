@@ -26,7 +26,9 @@ def test_opacus(name):
     wrapper = getattr(pytest.importorskip("opacus.grad_sample"), name)
     model = network()
     for hooked in (wrapper(model), model):  # hooks stay on the model itself
-        with pytest.raises(CaptureError, match=r"has the backward hook '\w+\.capture_backprops_hook'.*\nWay out: remove it"):
+        with pytest.raises(
+            CaptureError, match=r"has the backward hook '\w+\.capture_backprops_hook'.*\nWay out: remove it"
+        ):
             called(hooked)
 
 

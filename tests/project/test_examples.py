@@ -177,7 +177,11 @@ def test_demo(run):
 def test_train_compiled(run):
     """Three steps, the last batch smaller; in full, with Inductor, by `make examples`."""
     out = run("train_compiled", "--backend", "aot_eager", "--steps", 3, "--batch-size", 700, "--figure", "times.png")
-    assert re.findall(r"^(eager|compiled step|backend=) .* the same losses$", out, re.M) == ["eager", "compiled step", "backend="]
+    assert re.findall(r"^(eager|compiled step|backend=) .* the same losses$", out, re.M) == [
+        "eager",
+        "compiled step",
+        "backend=",
+    ]
     assert is_png(Path("times.png"))
 
 

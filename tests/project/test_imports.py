@@ -27,7 +27,12 @@ FILES = sorted(ROOT.rglob("*.py"))
 def target_of(module: str, name: str) -> Path:
     """The file of `from module import name`."""
     folder = ROOT.joinpath(*module.split(".")[1:])
-    for path in (folder / f"{name}.py", folder / name / "__init__.py", folder.with_suffix(".py"), folder / "__init__.py"):
+    for path in (
+        folder / f"{name}.py",
+        folder / name / "__init__.py",
+        folder.with_suffix(".py"),
+        folder / "__init__.py",
+    ):
         if path.exists():
             return path
     raise AssertionError(f"{module} is no module of the package")
@@ -83,7 +88,9 @@ def test_the_documents_show_the_order():
 def test_private_names_stay_in_their_file(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fxcurv":
-            private = [a.name for a in node.names if a.name.startswith("_") and target_of(node.module, a.name).stem != a.name]
+            private = [
+                a.name for a in node.names if a.name.startswith("_") and target_of(node.module, a.name).stem != a.name
+            ]
             assert not private, f"{path}:{node.lineno}: {private}"
 
 
@@ -101,8 +108,14 @@ NAMED = {
     ("runtime/forward.py", "torch.ops.fxcurv.head.default"): "the same",
     ("runtime/shared.py", "torch.ops.fxcurv.head.default"): "the same",
     ("runtime/stateless.py", "torch.ops.aten.sym_numel.default"): "a size, which Dynamo does not trace",
-    ("ir/emit.py", "torch.ops.aten._efficientzerotensor.default"): "no dense tensor, which a graph cannot hold; made by autograd",
-    ("ir/mixing.py", "torch.ops.aten._native_batch_norm_legit.no_stats"): "below rules/: the way out that a message names",
+    (
+        "ir/emit.py",
+        "torch.ops.aten._efficientzerotensor.default",
+    ): "no dense tensor, which a graph cannot hold; made by autograd",
+    (
+        "ir/mixing.py",
+        "torch.ops.aten._native_batch_norm_legit.no_stats",
+    ): "below rules/: the way out that a message names",
     ("ir/graph.py", "aten.view.default"): "below rules/: a view by sizes is copied as a reshape",
     ("ir/graph.py", "aten._unsafe_view.default"): "the same",
 }

@@ -16,7 +16,20 @@ PAGES = ("index", "guide", "quantities", "api", "gallery/index", "gallery/prunin
 def test_site(tmp_path):
     """Into a folder of its own; the gallery's own pages go to docs/gallery, where they need not be made again."""
     assert find_spec("sphinx"), "pip install -e '.[docs]', or make test-all, which does so"
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-j", "auto", "-b", "html", "-d", tmp_path / "trees"]
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-j",
+        "auto",
+        "-b",
+        "html",
+        "-d",
+        tmp_path / "trees",
+    ]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": paths}
     done = subprocess.run([*command, ROOT / "docs", tmp_path / "html"], env=environment, capture_output=True, text=True)

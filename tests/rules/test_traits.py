@@ -251,7 +251,9 @@ def test_weights(op):
             continue  # one feature, without an axis of its own
         y, seen = first(op, args), set()
         for e in range(args[position].numel()):
-            there = moved(op, args, i, e).movedim(axis, 0).reshape(y.shape[axis], -1).any(1).nonzero().flatten().tolist()
+            there = (
+                moved(op, args, i, e).movedim(axis, 0).reshape(y.shape[axis], -1).any(1).nonzero().flatten().tolist()
+            )
             assert len(there) <= 1
             seen.update(there)
         assert seen == set(range(y.shape[axis])) or op is aten.embedding.default
@@ -297,7 +299,9 @@ def test_matrix_products(op):
         x, z = args[:2]
         if z.ndim < 2:
             continue
-        torch.testing.assert_close(first(op, (x, z, *[None] * (len(args) - 2))), x @ (z.mT if traits.MATRIX_PRODUCTS[op] else z))
+        torch.testing.assert_close(
+            first(op, (x, z, *[None] * (len(args) - 2))), x @ (z.mT if traits.MATRIX_PRODUCTS[op] else z)
+        )
 
 
 def test_convolution():
@@ -363,7 +367,9 @@ def test_sums(op):
             continue
         expected = x
         for d in sorted(dims or range(x.ndim), key=lambda d: d % max(1, x.ndim), reverse=True):
-            expected = torch.stack(expected.unbind(d)).sum(0).unsqueeze(d) if keep else torch.stack(expected.unbind(d)).sum(0)
+            expected = (
+                torch.stack(expected.unbind(d)).sum(0).unsqueeze(d) if keep else torch.stack(expected.unbind(d)).sum(0)
+            )
         torch.testing.assert_close(first(op, args), expected)
 
 
@@ -433,7 +439,11 @@ def of_images(op) -> tuple:
         aten.threshold.default: (x, 0.1, 0.5), aten.pow.Tensor_Scalar: (x, 2),
     }  # fmt: skip
     if op not in given:
-        needed = [a for a in op._schema.arguments if a.default_value is None and not a.kwarg_only and not a.has_default_value()]
+        needed = [
+            a
+            for a in op._schema.arguments
+            if a.default_value is None and not a.kwarg_only and not a.has_default_value()
+        ]
         given[op] = tuple(t(*IMAGE).abs() if "Tensor" in str(a.type) else 1.5 for a in needed)
     return canonical(op, given[op], {})
 
@@ -569,6 +579,7 @@ def recorded(names: list[str]) -> dict[Any, list[tuple]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.testing._internal.common_methods_invocations import op_db
+
         with Everything() as mode, torch.no_grad():
             for info in (i for i in op_db if torch.float64 in i.dtypes and (not names or i.name in names)):
                 for sample in itertools.islice(info.sample_inputs("cpu", torch.float64), 12):
@@ -576,7 +587,10 @@ def recorded(names: list[str]) -> dict[Any, list[tuple]]:
                         info.op(sample.input, *sample.args, **sample.kwargs)
                     except Exception:  # a sample of another backend, or of a mode that records cannot run in
                         continue
-    small = {op: [a for a in found if all(0 < x.numel() <= 125 for x in tensors(a).values())] for op, found in mode.calls.items()}
+    small = {
+        op: [a for a in found if all(0 < x.numel() <= 125 for x in tensors(a).values())]
+        for op, found in mode.calls.items()
+    }
     return {op: found for op, found in small.items() if found and not traits.random(op)}
 
 

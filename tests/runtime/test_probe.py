@@ -106,7 +106,12 @@ def test_every_pair_that_meets_is_found(n):
     """One sample reads one other's value: whichever two they are."""
     net = Net(lambda m, x, rows: m.last(m.first(x)[rows]), first=nn.Linear(4, 3), last=nn.Linear(3, 3))
     compiled = fxcurv.compile(
-        net, F.cross_entropy, [BatchGrad()], rules={aten.index.Tensor: Claims(Shard(0))}, check="probe", batch_dim=(0, None)
+        net,
+        F.cross_entropy,
+        [BatchGrad()],
+        rules={aten.index.Tensor: Claims(Shard(0))},
+        check="probe",
+        batch_dim=(0, None),
     )
     x, y, params = torch.randn(n, 4), torch.randint(3, (n,)), dict(net.named_parameters())
     program = compiled.lower((x, torch.arange(n)), y, after=ANALYSIS[-1].__name__).program
@@ -115,7 +120,9 @@ def test_every_pair_that_meets_is_found(n):
         rows = torch.arange(n)
         rows[to] = of
         given = {"input": (x, rows), "target": (y,)}
-        flat = [params[i.name] if i.kind == "param" else given[i.kind][i.index] for i in program.inputs if i.kind != "seed"]
+        flat = [
+            params[i.name] if i.kind == "param" else given[i.kind][i.index] for i in program.inputs if i.kind != "seed"
+        ]
         if to == of:
             probe.run(flat, n)
             continue

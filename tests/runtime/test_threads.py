@@ -165,7 +165,11 @@ def test_products_and_lowered_programs():
     compiled = fxcurv.compile(model, nn.CrossEntropyLoss(), [GGNMP()])
     x, y = data(5)
     vectors = torch.eye(20, dtype=torch.float64).reshape(20, 5, 4)
-    calls = [lambda: compiled(x, y).ggnmp["0.weight"](vectors), lambda: str(compiled.explain(x, y)), lambda: compiled.lower(x, y)]
+    calls = [
+        lambda: compiled(x, y).ggnmp["0.weight"](vectors),
+        lambda: str(compiled.explain(x, y)),
+        lambda: compiled.lower(x, y),
+    ]
     found = together([*calls, calls[0]])
     want = Oracle(model, nn.CrossEntropyLoss(), x, y).diag_ggn_exact()["0.weight"].flatten()
     for product in (found[0], found[3]):

@@ -237,7 +237,9 @@ def test_kronecker_factors(name):
     if tags == KRON:
         check_factors(name)
         return
-    model, _, _, result = computed(name, [KFLR(others="exact"), SqrtGGNExact()] if tags != "nonconvex" else [BatchGrad()])
+    model, _, _, result = computed(
+        name, [KFLR(others="exact"), SqrtGGNExact()] if tags != "nonconvex" else [BatchGrad()]
+    )
     for key, param in model.named_parameters():
         factors = getattr(result, "kflr", {}).get(key, ())
         if len(factors) == 1 and factors[0].shape == (param.numel(),) * 2:

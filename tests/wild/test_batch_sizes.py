@@ -56,7 +56,13 @@ def of_targets(targets, total, n, dims):
 
 def samples(inputs, batch_dim):
     """(how many there are, the dimensions in which inputs have them)."""
-    every = list(inputs.values()) if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple | list) else [inputs]
+    every = (
+        list(inputs.values())
+        if isinstance(inputs, Mapping)
+        else inputs
+        if isinstance(inputs, tuple | list)
+        else [inputs]
+    )
     if isinstance(batch_dim, Mapping):
         dims = [batch_dim.get(name, 0) for name in inputs]
     else:

@@ -31,7 +31,9 @@ def safe(m: Any, x: Tensor) -> Tensor:
 
 def several(m: Any, x: Tensor) -> Tensor:
     """By a parameter's value, with a structure of results."""
-    out = torch.cond(m.a.weight[0, 0] > 0, lambda h: {"y": h.tanh(), "z": h + 1}, lambda h: {"y": h.sin(), "z": 2 * h}, (m.a(x),))
+    out = torch.cond(
+        m.a.weight[0, 0] > 0, lambda h: {"y": h.tanh(), "z": h + 1}, lambda h: {"y": h.sin(), "z": 2 * h}, (m.a(x),)
+    )
     return m.head(out["y"] * out["z"])
 
 
@@ -67,8 +69,12 @@ def sequences(n: int) -> tuple[Tensor, ...]:
 WORDS = numbers(3, 4)
 ROWS = {
     "cond": Inside("", lambda: Net(chosen, **parts()), MSE, numbers(2), numbers(2), "first ggn hessian products"),
-    "cond, by the operands alone": Inside("", lambda: Net(safe, **two()), MSE, numbers(2), numbers(2), "first ggn hessian"),
-    "cond, several results": Inside("", lambda: Net(several, **two()), MSE, numbers(2), numbers(2), "first ggn hessian products"),
+    "cond, by the operands alone": Inside(
+        "", lambda: Net(safe, **two()), MSE, numbers(2), numbers(2), "first ggn hessian"
+    ),
+    "cond, several results": Inside(
+        "", lambda: Net(several, **two()), MSE, numbers(2), numbers(2), "first ggn hessian products"
+    ),
     "a decoder and its mask": Inside("", decoder, MSE, together(WORDS, WORDS), WORDS, "first"),
     "a transformer and a mask that is an input": Inside("", transformer, MSE, sequences, WORDS, "first"),
     "fake quantisation": Inside("", lambda: Net(quantised, **two()), MSE, numbers(2), numbers(2), "first ggn products"),

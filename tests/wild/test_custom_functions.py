@@ -550,6 +550,7 @@ def test_batch_sizes():
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_is_transparent(reentrant):
     """Reentrant checkpointing is a memory trick: as if it were not there, for every quantity."""
+
     def part(net):
         return lambda t: Exp.apply(t.tanh()) * net.scale
 

@@ -119,7 +119,9 @@ def test_equals_the_op(op):
                 e = e or [torch.zeros_like(t) for t in a]
             for one, other in itertools.zip_longest(a, e):
                 told = (op, kind, [tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in args])
-                torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9, equal_nan=True, msg=lambda m, w=told: f"{w}: {m}")
+                torch.testing.assert_close(
+                    one, other, rtol=1e-7, atol=1e-9, equal_nan=True, msg=lambda m, w=told: f"{w}: {m}"
+                )
 
 
 # ---- whole models ------------------------------

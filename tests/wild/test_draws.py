@@ -55,7 +55,9 @@ DRAWS = {
 QUICK = ("rrelu", "dropout2d", "gumbel_softmax_hard")
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in DRAWS])
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in DRAWS]
+)
 def test_one_draw_for_all(name):
     torch.manual_seed(0)
     model = Net(lambda m, x: m.b(DRAWS[name](m.a(x))), a=nn.Linear(3, 4), b=nn.Linear(4, 2)).double()

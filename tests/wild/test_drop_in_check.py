@@ -85,7 +85,10 @@ def test_a_wrong_rewrite():
 def test_a_wrong_sum():
     extract = BatchGrad.extract
     scaled = lambda self, param: param.emit(torch.mul, extract(self, param), 1.01)  # noqa: E731
-    with mock.patch.object(BatchGrad, "extract", scaled), pytest.raises(SelfCheckError, match="grad_batch.*summed over samples"):
+    with (
+        mock.patch.object(BatchGrad, "extract", scaled),
+        pytest.raises(SelfCheckError, match="grad_batch.*summed over samples"),
+    ):
         backward(extend(Net()), BatchGrad())
 
 

@@ -99,7 +99,9 @@ IMPORTS = """
 
 def test_backpacks_name():
     """In a process of its own: what is imported stays imported."""
-    found = subprocess.run([sys.executable, "-W", "error", "-c", textwrap.dedent(IMPORTS)], capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(IMPORTS)], capture_output=True, text=True
+    )
     assert found.returncode == 0, found.stderr
 
 
@@ -201,7 +203,9 @@ class RootLinear(MatToJacMat):
 
     def bias(self, ext, module, g_inp, g_out, backproped):
         samples = ext.get_subsampling()
-        return self.derivatives.param_mjp("bias", module, g_inp, g_out, backproped, sum_batch=False, subsampling=samples)
+        return self.derivatives.param_mjp(
+            "bias", module, g_inp, g_out, backproped, sum_batch=False, subsampling=samples
+        )
 
 
 class Root(SecondOrderBackpropExtension):
@@ -334,7 +338,9 @@ READ = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", ["copied", *(pytest.param(c, marks=pytest.mark.slow) for c in ("slicing", "one entry"))])
+@pytest.mark.parametrize(
+    "case", ["copied", *(pytest.param(c, marks=pytest.mark.slow) for c in ("slicing", "one entry"))]
+)
 def test_losses_of_entries_of_the_output(case):
     fn, targets, lossfunc = READ[case]
     model, (x, _) = mlp(), data()

@@ -70,7 +70,9 @@ def test_bags_of_any_lengths(mode, scaled, padding):
     """Indices of all samples in a row, and where each sample's begin: a bag's gradient is of its sample alone."""
     net, loop = nets(mode, scaled, uneven=True, padding_idx=padding)
     y = torch.randn(4, 2, dtype=torch.float64)
-    found = fxcurv.compile(net, nn.MSELoss(), [BatchGrad(), DiagGGNExact(), DiagHessian(), HMP()], batch_dim=(None, 0))(BAGS, y)
+    found = fxcurv.compile(net, nn.MSELoss(), [BatchGrad(), DiagGGNExact(), DiagHessian(), HMP()], batch_dim=(None, 0))(
+        BAGS, y
+    )
     true = Oracle(loop, nn.MSELoss(), BAGS, y, kind="mse")
     for field in FIELDS:
         close(getattr(found, field), getattr(true, field)(), field)
@@ -90,7 +92,9 @@ def test_pytorchs_own_function(padding):
     """Without a padding, and with one that counts from the end."""
     net, _ = nets("sum")
     options = (False, 0, False, None, False)
-    bare = Net(lambda m, x: m.b(torch.embedding_bag(m.bag.weight, *BAGS, *options, *padding)[0] * x), bag=net.bag, b=net.b)
+    bare = Net(
+        lambda m, x: m.b(torch.embedding_bag(m.bag.weight, *BAGS, *options, *padding)[0] * x), bag=net.bag, b=net.b
+    )
     bags = BAGS[0].tensor_split(BAGS[1][1:])
     ones = [torch.ones(len(b)).double() for b in bags]
     loop = Net(lambda m, x: m.b(by_loop(m.bag, bags, ones) * x), bag=net.bag, b=net.b)

@@ -53,7 +53,10 @@ def test_no_sample_gives_zeros_and_no_rows(first):
             assert type(value) is type(like)
             for got, want in zip(pytree.tree_leaves(value), pytree.tree_leaves(like), strict=True):
                 axis = ROWS.get(field)
-                assert got.shape == tuple(0 if k == axis else s for k, s in enumerate(want.shape)) and got.dtype == want.dtype
+                assert (
+                    got.shape == tuple(0 if k == axis else s for k, s in enumerate(want.shape))
+                    and got.dtype == want.dtype
+                )
                 assert field == "ekfac" or not got.any()
     if not first:
         assert not any(dense(value).any() for value in empty.ekfac.values())

@@ -62,7 +62,11 @@ class Attention(nn.Module):
         super().__init__()
         self.options, self.groups, self.dropout = options, groups, dropout
         self.norm, self.last = nn.LayerNorm(D), nn.LayerNorm([T, D], elementwise_affine=False)
-        self.q, self.k, self.v = nn.Linear(D, D), nn.Linear(D, D // H * groups, bias=False), nn.Linear(D, D // H * groups)
+        self.q, self.k, self.v = (
+            nn.Linear(D, D),
+            nn.Linear(D, D // H * groups, bias=False),
+            nn.Linear(D, D // H * groups),
+        )
         self.out = nn.Linear(D, C)
 
     def forward(self, x):
@@ -102,7 +106,9 @@ def compile(model, asked=ASKED):  # noqa: A001
     return fxcurv.compile(model, F.cross_entropy, asked, check=None)
 
 
-@pytest.mark.parametrize("options", [padded, *(pytest.param(o, marks=SLOW) for o in (hidden, causal, per_sample, scaled))])
+@pytest.mark.parametrize(
+    "options", [padded, *(pytest.param(o, marks=SLOW) for o in (hidden, causal, per_sample, scaled))]
+)
 def test_masks(options):
     model, x, y = build(options)
     compiled = compile(model)

@@ -49,7 +49,9 @@ def merged(*sizes: int):
     return data.Batch.from_data_list(made)
 
 
-@pytest.mark.parametrize(("convolution", "pool"), [*((c, POOLS[1]) for c in CONVOLUTIONS), *(("sage", p) for p in POOLS[::2])])
+@pytest.mark.parametrize(
+    ("convolution", "pool"), [*((c, POOLS[1]) for c in CONVOLUTIONS), *(("sage", p) for p in POOLS[::2])]
+)
 def test_equals_the_oracle(convolution: str, pool: str) -> None:
     torch.manual_seed(0)
     model = Graphs(convolution, pool).double()
@@ -69,7 +71,9 @@ def test_equals_the_oracle(convolution: str, pool: str) -> None:
 def test_equal_kinds_of_graphs_share_a_program() -> None:
     torch.manual_seed(0)
     for sized in (True, False):
-        compiled = fxcurv.compile(Graphs("gcn", POOLS[0], sized).double(), F.cross_entropy, [BatchGrad()], sample_index="batch")
+        compiled = fxcurv.compile(
+            Graphs("gcn", POOLS[0], sized).double(), F.cross_entropy, [BatchGrad()], sample_index="batch"
+        )
         for _ in range(3):
             compiled(merged(3, 2), torch.tensor([0, 1]))
         assert not compiled.recompiles

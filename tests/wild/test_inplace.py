@@ -215,7 +215,9 @@ def test_spelling(name):
 @pytest.mark.parametrize("name", ["ellipsis", "a_mask", "columns_in_a_loop"])
 def test_the_batch_size_stays_symbolic(name):
     x, y = batch()
-    compiled = fxcurv.compile(between(SPELLINGS[name]), nn.CrossEntropyLoss(), [BatchGrad(), DiagGGNExact(), DiagHessian()])
+    compiled = fxcurv.compile(
+        between(SPELLINGS[name]), nn.CrossEntropyLoss(), [BatchGrad(), DiagGGNExact(), DiagHessian()]
+    )
     assert not compiled.lower(x, y).fixed
 
 

@@ -146,12 +146,16 @@ def test_numbers_where_layouts_meet() -> None:
 
 def test_without_a_sound_convolution_nothing_is_copied() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.Conv2d(4, 4, 1, 2), nn.Flatten(), nn.LazyLinear(CLASSES)).double()
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.Conv2d(4, 4, 1, 2), nn.Flatten(), nn.LazyLinear(CLASSES)
+    ).double()
     x, y = batch()
     model(x)
     program = fxcurv.compile(model, LOSS, [BatchGrad(), DiagGGNExact()]).lower(x, y)
     assert not [n for n in program.graph.nodes if n.kwargs.get("memory_format") is torch.channels_last]
-    images = [n.meta["val"] for n in program.graph.nodes if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].ndim == 4]
+    images = [
+        n.meta["val"] for n in program.graph.nodes if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].ndim == 4
+    ]
     assert images and all(t.stride(1) != 1 or t.shape[1] == 1 for t in images if t.shape[2] * t.shape[3] > 1)
 
 

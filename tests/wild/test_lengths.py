@@ -57,7 +57,11 @@ class Recurrent(nn.Module):
 class Images(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.norm, self.second = nn.Conv2d(2, 3, 3, stride=2), nn.GroupNorm(1, 3), nn.Conv2d(3, 2, 2, padding=1)
+        self.first, self.norm, self.second = (
+            nn.Conv2d(2, 3, 3, stride=2),
+            nn.GroupNorm(1, 3),
+            nn.Conv2d(3, 2, 2, padding=1),
+        )
         self.head = nn.Linear(2 * 4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,7 +127,9 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_one_program_for_all_lengths(name: str) -> None:
     build, loss, data, dynamic, oracle, sizes = CASES[name]
     torch.manual_seed(0)

@@ -57,7 +57,9 @@ def test_a_loop_over_the_batch_has_no_samples() -> None:
         compiled(lambda m, x: m.body(x), [BatchGrad()], each)(x, y)
 
 
-@pytest.mark.parametrize("forward", [lambda m, x: m.body(x).detach().numpy(), lambda m, x: torch.from_numpy(m.body(x).numpy())])
+@pytest.mark.parametrize(
+    "forward", [lambda m, x: m.body(x).detach().numpy(), lambda m, x: torch.from_numpy(m.body(x).numpy())]
+)
 def test_numpy_is_refused(forward: Any) -> None:
     with pytest.raises(FxcurvError):
         compiled(forward)(torch.randn(4, 3), torch.randn(4, 2))

@@ -33,7 +33,9 @@ def case():
     torch.manual_seed(0)
     model, x, y = Net().double(), torch.randn(8, 2, 3).double(), torch.randint(3, (8,))
     compiled = fxcurv.compile(model, nn.NLLLoss(), [DiagGGNExact()], check=None)
-    oracle = Oracle(model, nn.NLLLoss(), x, y, kind="ce", logits=lambda m, x: m.logits(x), head=lambda f: f.log_softmax(1))
+    oracle = Oracle(
+        model, nn.NLLLoss(), x, y, kind="ce", logits=lambda m, x: m.logits(x), head=lambda f: f.log_softmax(1)
+    )
     return compiled, (x, y), list(zip(x.split(SIZES), y.split(SIZES), strict=True)), oracle
 
 
@@ -99,7 +101,9 @@ def test_matrices_of_some_parameters_over_a_loader(case, name):
     torch.testing.assert_close(matrix.T @ torch.eye(rows).double(), want.t(), rtol=1e-9, atol=1e-12)
     operator = matrix.to_scipy()
     assert operator.shape == (rows, columns) and operator.dtype == np.float64
-    assert np.allclose(operator @ np.ones(columns), want.sum(1)) and np.allclose(operator.rmatvec(np.ones(rows)), want.sum(0))
+    assert np.allclose(operator @ np.ones(columns), want.sum(1)) and np.allclose(
+        operator.rmatvec(np.ones(rows)), want.sum(0)
+    )
     assert np.allclose(matrix.T.to_scipy() @ np.ones(rows), want.sum(0))
     if name == "Jacobian":
         for m in (matrix, matrix.T):

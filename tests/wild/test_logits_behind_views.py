@@ -51,7 +51,9 @@ TWINS = {
 QUICK = ("transposed in the model", "rows in the loss", "binary, squeezed")
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TWINS])
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TWINS]
+)
 def test_f_is_the_logits(name):
     end, loss, twin_end, twin_loss, y = TWINS[name]
     torch.manual_seed(0)

@@ -72,7 +72,11 @@ def built(kind: str) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     loss = LOSSES[kind]()
     if kind == "transitions":
-        model, x, y = nn.Sequential(nn.Linear(2, TAGS), nn.Tanh()), torch.randn(5, STEPS, 2), torch.randint(TAGS, (5, STEPS))
+        model, x, y = (
+            nn.Sequential(nn.Linear(2, TAGS), nn.Tanh()),
+            torch.randn(5, STEPS, 2),
+            torch.randint(TAGS, (5, STEPS)),
+        )
     else:
         model, x, y = nn.Sequential(nn.Linear(2, 4), nn.Tanh()), torch.randn(5, 2), torch.randint(3, (5,))
     return model.double(), loss.double(), x.double(), y
@@ -180,7 +184,11 @@ def test_the_gauss_newton_of_a_temperature_is_of_the_scaled_logits() -> None:
     compiled = fxcurv.compile(model, loss, [DiagGGNExact()], loss_params=True)
     for n in (5, 3):
         true = Oracle(Scaled(model, loss), F.cross_entropy, x[:n], y[:n]).diag_ggn_exact()
-        close(compiled(x[:n], y[:n]).diag_ggn_exact, {name.removeprefix("model."): d for name, d in true.items()}, "diag_ggn")
+        close(
+            compiled(x[:n], y[:n]).diag_ggn_exact,
+            {name.removeprefix("model."): d for name, d in true.items()},
+            "diag_ggn",
+        )
 
 
 def test_refusals() -> None:

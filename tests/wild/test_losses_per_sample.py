@@ -19,7 +19,10 @@ LOSSES = {
     "cross_entropy_viewed": (lambda f, y: F.cross_entropy(f, y, reduction="none").view(-1, 1).sum(1).mean(), (LABELS,)),
     "cross_entropy_flat": (lambda f, y: F.cross_entropy(f, y, reduction="none").flatten().mean(), (LABELS,)),
     "margin_ranking": (lambda f, y: F.margin_ranking_loss(f[:, 0], f[:, 1], y, margin=0.5), (SIGNS,)),
-    "margin_ranking_each": (lambda f, y: F.margin_ranking_loss(f[:, 0], f[:, 1], y, 0.5, reduction="none").mean(), (SIGNS,)),
+    "margin_ranking_each": (
+        lambda f, y: F.margin_ranking_loss(f[:, 0], f[:, 1], y, 0.5, reduction="none").mean(),
+        (SIGNS,),
+    ),
     "hinge_embedding": (lambda f, y: F.hinge_embedding_loss(f[:, 0], y, reduction="sum"), (SIGNS,)),
 }
 

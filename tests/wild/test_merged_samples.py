@@ -71,7 +71,9 @@ def shuffled(n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[order], place[edges], of[order], like
 
 
-def row(pool: str, x=graphs, asks: str = "first ggn hessian products", quick: bool = False, loss=F.cross_entropy, **more):
+def row(
+    pool: str, x=graphs, asks: str = "first ggn hessian products", quick: bool = False, loss=F.cross_entropy, **more
+):
     options = {"sample_index": 2, "debug": True}
     return Situation("", lambda: Graphs(pool, **more), loss, x, classes(of=2), asks, bool(more), quick, options=options)
 
@@ -116,7 +118,14 @@ def built(n: int = 3, **options) -> tuple[nn.Module, tuple, Tensor]:
 def test_what_is_made_of_individual_gradients() -> None:
     model, inputs, y = built()
     some = BatchGrad(subsampling=[2, 0, 2], savefield="some")
-    asked = [some, BatchL2Grad(), SumGradSquared(), Variance(), ClippedGrad(0.1), ClippedGrad(0.1, "param", savefield="each")]
+    asked = [
+        some,
+        BatchL2Grad(),
+        SumGradSquared(),
+        Variance(),
+        ClippedGrad(0.1),
+        ClippedGrad(0.1, "param", savefield="each"),
+    ]
     found = fxcurv.compile(model, F.cross_entropy, asked, sample_index=2)(inputs, y)
     true = Oracle(model, F.cross_entropy, inputs, y)
     for field in ("batch_l2", "sum_grad_squared", "variance"):
@@ -145,7 +154,11 @@ def test_the_index_has_a_position_a_keyword_or_a_name() -> None:
     model, inputs, y = built()
     expected = fxcurv.compile(model, F.cross_entropy, [BatchGrad()], sample_index=2)(inputs, y).grad_batch
     named = dict(zip(("x", "edges", "of", "like"), inputs, strict=True))
-    close(fxcurv.compile(model, F.cross_entropy, [BatchGrad()], sample_index="of")(named, y).grad_batch, expected, "keyword")
+    close(
+        fxcurv.compile(model, F.cross_entropy, [BatchGrad()], sample_index="of")(named, y).grad_batch,
+        expected,
+        "keyword",
+    )
     other = OfObject().double()
     other.load_state_dict(model.state_dict())
     compiled = fxcurv.compile(other, F.cross_entropy, [BatchGrad()], sample_index="batch")

@@ -53,7 +53,9 @@ class Recorder:
         handles.append(model[4].register_forward_hook(self.named, with_kwargs=True))
         handles.append(model[1].register_forward_hook(self))
         handles.append(model[3].register_forward_hook(functools.partial(Recorder.keep, self)))
-        handles.append(model[0].register_forward_hook(lambda m, args, output: self.seen.append(output.detach().sum().item())))
+        handles.append(
+            model[0].register_forward_hook(lambda m, args, output: self.seen.append(output.detach().sum().item()))
+        )
         handles.append(model.register_forward_hook(self.keep))
         return handles
 

@@ -33,7 +33,9 @@ class Last(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         rows = x if self.rnn.batch_first else x.transpose(0, 1)
-        packed = pack_padded_sequence(rows, self.lengths(x, lengths), self.rnn.batch_first, enforce_sorted=self.how == "sorted")
+        packed = pack_padded_sequence(
+            rows, self.lengths(x, lengths), self.rnn.batch_first, enforce_sorted=self.how == "sorted"
+        )
         _, state = self.rnn(packed)
         return self.head((state[0] if isinstance(state, tuple) else state)[-1])
 
@@ -185,7 +187,9 @@ def test_a_packed_sequence_is_not_exported() -> None:
     compiled = fxcurv.compile(Given(nn.RNN), F.cross_entropy, [])
     given, y = (packed(3), torch.rand(3)), torch.tensor([0, 1, 2])
     loss = compiled(given, y).loss
-    with pytest.raises(ArgumentError, match="packed sequence is no argument of torch.compile or of an exported program"):
+    with pytest.raises(
+        ArgumentError, match="packed sequence is no argument of torch.compile or of an exported program"
+    ):
         compiled.export(given, y)
     torch.testing.assert_close(torch.compile(lambda x, y: compiled(x, y).loss, backend="eager")(given, y), loss)
 
@@ -225,7 +229,9 @@ class Cut(Last):
 def test_data_of_a_packed_sequence_are_refused() -> None:
     with pytest.raises(CaptureError, match="with a mask") as error:
         fxcurv.compile(Flat(nn.GRU), F.cross_entropy, [])(sentences(3), torch.tensor([0, 1, 2]))
-    assert "class Flat" not in str(error.value) and "pack_padded_sequence(x, lengths, True, False).data" in str(error.value)
+    assert "class Flat" not in str(error.value) and "pack_padded_sequence(x, lengths, True, False).data" in str(
+        error.value
+    )
 
 
 def test_pytorch_is_as_it_was() -> None:

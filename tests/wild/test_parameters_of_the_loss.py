@@ -47,7 +47,10 @@ def diagonals(model: Field, value) -> dict[str, Tensor]:
     found = {}
     for name, p in model.named_parameters():
         (first,) = torch.autograd.grad(value(), [p], create_graph=True)
-        rows = [torch.autograd.grad(entry, [p], retain_graph=True)[0].flatten()[k] for k, entry in enumerate(first.flatten())]
+        rows = [
+            torch.autograd.grad(entry, [p], retain_graph=True)[0].flatten()[k]
+            for k, entry in enumerate(first.flatten())
+        ]
         found[name] = torch.stack(rows).reshape(p.shape)
     return found
 

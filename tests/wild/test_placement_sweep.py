@@ -86,7 +86,9 @@ def calls(op):
 
 def options(x, n):
     """Where the samples of an argument may be."""
-    found = [Shard(d, o, size // (o * n)) for d, size in enumerate(x.shape) for o in (1, 2) if size and size % (o * n) == 0]
+    found = [
+        Shard(d, o, size // (o * n)) for d, size in enumerate(x.shape) for o in (1, 2) if size and size % (o * n) == 0
+    ]
     return [REPLICATE, PARTIAL, MIXED, *found] if x.is_floating_point() else [REPLICATE, *found]
 
 
@@ -207,7 +209,9 @@ def check(op, most):
             seen[type(places[0]).__name__] += 1
             val = run(op, args)
             vals = val if isinstance(val, list | tuple) else [val]
-            told_of = [p for p, v in zip(places, vals, strict=True) if isinstance(v, torch.Tensor) and v.is_floating_point()]
+            told_of = [
+                p for p, v in zip(places, vals, strict=True) if isinstance(v, torch.Tensor) and v.is_floating_point()
+            ]
             for seed in range(4):
                 torch.manual_seed(seed)
                 try:

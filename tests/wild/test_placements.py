@@ -305,7 +305,9 @@ def test_models(name, sizes):
     assert meets(lambda h: run(h, own, edges), x) == (outcome == REFUSED), "the table is wrong"
     net, inputs = model_of(run, sizes), (x, own, edges)
     expected = PerSample(net, inputs, cross_entropy, y)
-    compiled = fxcurv.compile(net, F.cross_entropy, [BatchGrad(), BatchL2Grad(), DiagGGNExact()], batch_dim=(0, 0, None))
+    compiled = fxcurv.compile(
+        net, F.cross_entropy, [BatchGrad(), BatchL2Grad(), DiagGGNExact()], batch_dim=(0, 0, None)
+    )
     if outcome == RIGHT:
         for _ in range(2):
             result = compiled(inputs, y)
@@ -366,7 +368,9 @@ def test_no_number_says_nothing_of_samples():
     """A root of a negative number at whatever value is tried: not constant, and so no sum over samples."""
     op = torch.ops.aten.native_group_norm.default
     mean = lambda m, x: (x * m.w).mean(0).view(1, 4, 1)  # noqa: E731
-    net = Net(lambda m, x: x * m.w + op(mean(m, x), None, None, 1, 4, 1, 2, -0.5)[0].view(4), w=nn.Parameter(torch.ones(4)))
+    net = Net(
+        lambda m, x: x * m.w + op(mean(m, x), None, None, 1, 4, 1, 2, -0.5)[0].view(4), w=nn.Parameter(torch.ones(4))
+    )
     net, x = net.double(), torch.randn(3, 4, dtype=torch.float64) * 10
     with pytest.raises(UnsupportedOpError, match="it gives no numbers"):
         fxcurv.compile(net, nn.MSELoss(), [BatchGrad()])(x, x)
@@ -381,6 +385,8 @@ def test_images_resized(mode):
     y = torch.randn(4, 2, 3, 5, dtype=torch.float64)
     found = fxcurv.compile(net, nn.MSELoss(), [BatchGrad()])(x, y).grad_batch
     for n in range(4):
-        true = torch.autograd.grad(nn.functional.mse_loss(net(x)[n], y[n], reduction="sum") / y.numel(), list(net.parameters()))
+        true = torch.autograd.grad(
+            nn.functional.mse_loss(net(x)[n], y[n], reduction="sum") / y.numel(), list(net.parameters())
+        )
         for (name, _), g in zip(net.named_parameters(), true, strict=True):
             torch.testing.assert_close(found[name][n], g)

@@ -32,7 +32,10 @@ def by_cholesky(k: Tensor, y: Tensor) -> Tensor:
 
 def by_triangles(k: Tensor, y: Tensor) -> Tensor:
     root = torch.linalg.cholesky(k)
-    return 0.5 * torch.linalg.solve_triangular(root, y.unsqueeze(1), upper=False).square().sum() + root.diagonal().log().sum()
+    return (
+        0.5 * torch.linalg.solve_triangular(root, y.unsqueeze(1), upper=False).square().sum()
+        + root.diagonal().log().sum()
+    )
 
 
 def by_determinant(k: Tensor, y: Tensor) -> Tensor:
@@ -48,6 +51,9 @@ def test_the_hessian_of_the_marginal_likelihood(loss, n: int) -> None:
     expected = {}
     for name, p in model.named_parameters():
         (first,) = torch.autograd.grad(loss(model(x), y), [p], create_graph=True)
-        rows = [torch.autograd.grad(entry, [p], retain_graph=True)[0].flatten()[k] for k, entry in enumerate(first.flatten())]
+        rows = [
+            torch.autograd.grad(entry, [p], retain_graph=True)[0].flatten()[k]
+            for k, entry in enumerate(first.flatten())
+        ]
         expected[name] = torch.stack(rows).reshape(p.shape)
     close(fxcurv.compile(model, loss, [DiagHessian()])(x, y).diag_h, expected, "diag_h")

@@ -155,7 +155,10 @@ def by_items(f: Tensor, y: Tensor) -> Tensor:
 
 def span(f: Tensor, y: tuple[Tensor, Tensor]) -> Tensor:
     start, end = f.split(1, dim=-1)
-    losses = [F.cross_entropy(z.squeeze(-1).contiguous(), t, label_smoothing=0.1) for z, t in zip((start, end), y, strict=True)]
+    losses = [
+        F.cross_entropy(z.squeeze(-1).contiguous(), t, label_smoothing=0.1)
+        for z, t in zip((start, end), y, strict=True)
+    ]
     return sum(losses) / 2
 
 
@@ -200,7 +203,12 @@ def many_likelihoods(f: Tensor, y: Tensor) -> Tensor:
 def many_draws(m: Any, h: Tensor) -> Tensor:
     """Noise of a shape, and draws whose parameters are learned."""
     p, scale = torch.sigmoid(h), h.exp()
-    noise = torch.randn_like(h) + torch.rand_like(h) + torch.empty_like(h).uniform_(-1, 1) + torch.zeros_like(h).exponential_()
+    noise = (
+        torch.randn_like(h)
+        + torch.rand_like(h)
+        + torch.empty_like(h).uniform_(-1, 1)
+        + torch.zeros_like(h).exponential_()
+    )
     drawn = torch.bernoulli(p) + torch.normal(h, scale) + torch.poisson(scale)
     return h * noise + drawn * p
 

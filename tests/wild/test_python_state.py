@@ -159,38 +159,59 @@ CHANGES: dict[str, tuple[Callable[[], Net], Callable[[Net], Any]]] = {
         lambda: Net(lambda m, h: h * torch.tensor(0.1, dtype=m.kind).to(h), kind=torch.float64),
         attribute("kind", torch.float32),
     ),
-    "a list": (lambda: Net(lambda m, h: h * m.parts[0] + sum(m.parts), parts=[1.0, 2.0]), lambda m: m.parts.append(3.0)),
+    "a list": (
+        lambda: Net(lambda m, h: h * m.parts[0] + sum(m.parts), parts=[1.0, 2.0]),
+        lambda m: m.parts.append(3.0),
+    ),
     "a dict": (lambda: Net(lambda m, h: h * m.parts["kl"], parts={"kl": 2.0}), inner("parts", "kl", 3.0)),
     "a deque": (lambda: Net(lambda m, h: h * m.parts[0], parts=collections.deque([2.0])), inner("parts", 0, 3.0)),
     "a chain of dicts": (
-        lambda: Net(lambda m, h: h * m.parts["kl"], parts=collections.ChainMap({"kl": 2.0})), inner("parts", "kl", 3.0)
+        lambda: Net(lambda m, h: h * m.parts["kl"], parts=collections.ChainMap({"kl": 2.0})),
+        inner("parts", "kl", 3.0),
     ),
     "an array": (lambda: Net(lambda m, h: h * m.parts[0], parts=array.array("d", [2.0])), inner("parts", 0, 3.0)),
     "a context": (lambda: Net(lambda m, h: h * CONTEXT.get()), lambda m: CONTEXT.set(3.0)),
     "the environment": (
-        lambda: Net(lambda m, h: h * 2 if os.environ.get("TEST_OF_STATE") else h), lambda m: os.environ.update(TEST_OF_STATE="1")
+        lambda: Net(lambda m, h: h * 2 if os.environ.get("TEST_OF_STATE") else h),
+        lambda m: os.environ.update(TEST_OF_STATE="1"),
     ),
     "an inner function's cell": (lambda: Net(with_inner(CELL)), lambda m: CELL.update(factor=3.0)),
     "the default dtype": (
-        lambda: Net(lambda m, h: h + torch.tensor(0.1).double()), lambda m: torch.set_default_dtype(torch.float32)
+        lambda: Net(lambda m, h: h + torch.tensor(0.1).double()),
+        lambda m: torch.set_default_dtype(torch.float32),
     ),
     "a tuple": (lambda: Net(lambda m, h: h * m.parts[1], parts=(1, 2.0)), attribute("parts", (1, 3.0))),
     "a class's attribute": (lambda: Net(lambda m, h: h * m.shared), attribute("shared", 3.0)),
     "an attribute that was absent": (lambda: Net(lambda m, h: h * getattr(m, "late", 1.0)), attribute("late", 3.0)),
     "a config": (lambda: Net(lambda m, h: h * m.config.factor, config=Config()), inner("config", "factor", 3.0)),
-    "another config": (lambda: Net(lambda m, h: h * m.config.factor, config=Config()), attribute("config", Config(3.0))),
+    "another config": (
+        lambda: Net(lambda m, h: h * m.config.factor, config=Config()),
+        attribute("config", Config(3.0)),
+    ),
     "a config that is passed on": (
         lambda: Net(lambda m, h: times_config(h, m.config), config=Config()),
         inner("config", "factor", 3.0),
     ),
-    "a config's method": (lambda: Net(lambda m, h: h * m.config.doubled(), config=Config()), inner("config", "factor", 3.0)),
-    "a config with slots": (lambda: Net(lambda m, h: h * m.config.factor, config=Slotted()), inner("config", "factor", 3.0)),
-    "a property of an object": (lambda: Net(lambda m, h: m.held.scale(h), held=Sampler()), inner("held", "factor", 3.0)),
+    "a config's method": (
+        lambda: Net(lambda m, h: h * m.config.doubled(), config=Config()),
+        inner("config", "factor", 3.0),
+    ),
+    "a config with slots": (
+        lambda: Net(lambda m, h: h * m.config.factor, config=Slotted()),
+        inner("config", "factor", 3.0),
+    ),
+    "a property of an object": (
+        lambda: Net(lambda m, h: m.held.scale(h), held=Sampler()),
+        inner("held", "factor", 3.0),
+    ),
     "a mask replaced": (
         lambda: Net(lambda m, h: h * m.mask, mask=torch.ones(2)),
         attribute("mask", torch.tensor([0.0, 3.0], dtype=torch.float64)),
     ),
-    "a mask of another shape": (lambda: Net(lambda m, h: h * m.mask, mask=torch.ones(2)), attribute("mask", torch.ones(()) * 3)),
+    "a mask of another shape": (
+        lambda: Net(lambda m, h: h * m.mask, mask=torch.ones(2)),
+        attribute("mask", torch.ones(()) * 3),
+    ),
     "a mask in place": (lambda: Net(lambda m, h: h * m.mask, mask=torch.ones(2)), lambda m: m.mask.mul_(3)),
     "a mask in a list": (
         lambda: Net(lambda m, h: h * m.held[0], held=[torch.ones(2)]),
@@ -198,13 +219,19 @@ CHANGES: dict[str, tuple[Callable[[], Net], Callable[[Net], Any]]] = {
     ),
     "a number of a tensor": (lambda: Net(lambda m, h: h * m.t.item(), t=torch.tensor(2.0)), lambda m: m.t.mul_(3)),
     "a submodule": (lambda: Net(lambda m, h: m.act(h), act=nn.LeakyReLU(0.1)), attribute("act", nn.LeakyReLU(0.3))),
-    "a submodule's slope": (lambda: Net(lambda m, h: m.act(h), act=nn.LeakyReLU(0.1)), inner("act", "negative_slope", 0.5)),
+    "a submodule's slope": (
+        lambda: Net(lambda m, h: m.act(h), act=nn.LeakyReLU(0.1)),
+        inner("act", "negative_slope", 0.5),
+    ),
     "a submodule removed": (
         lambda: Net(lambda m, h: m.act(h) if m.act is not None else h, act=nn.Tanh()),
         attribute("act", None),
     ),
     "a norm's eps": (lambda: Net(lambda m, h: m.norm(h), norm=nn.LayerNorm(2)), inner("norm", "eps", 0.5)),
-    "a class's method": (lambda: Patched(lambda m, h: m.half(h)), lambda m: setattr(Patched, "half", lambda self, h: h / 3)),
+    "a class's method": (
+        lambda: Patched(lambda m, h: m.half(h)),
+        lambda m: setattr(Patched, "half", lambda self, h: h / 3),
+    ),
     "a method of the module": (lambda: Net(lambda m, h: h), lambda m: setattr(m, "forward", lambda x: 3 * m.linear(x))),
     "a parametrization": (lambda: parametrized(), lambda m: setattr(m.linear.parametrizations.weight[0], "scale", 3.0)),
 }
@@ -229,8 +256,13 @@ def parametrized() -> Net:
 
 
 QUICK = {
-    "a float", "a branch", "a list",
-    "a config that is passed on", "a property of an object", "a mask replaced", "a submodule",
+    "a float",
+    "a branch",
+    "a list",
+    "a config that is passed on",
+    "a property of an object",
+    "a mask replaced",
+    "a submodule",
 }
 
 
@@ -330,7 +362,9 @@ def losses() -> dict[str, tuple[Callable, Callable[[pytest.MonkeyPatch], Any]]]:
 QUICK_LOSSES = {"a closure", "a global of a function that it calls", "a module", "a bound method"}
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK_LOSSES else pytest.param(n, marks=pytest.mark.slow) for n in losses()])
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK_LOSSES else pytest.param(n, marks=pytest.mark.slow) for n in losses()]
+)
 def test_what_the_loss_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loss, change = losses()[name]
     compiled = fxcurv.compile(Net(lambda m, h: h), loss, [BatchGrad()])

@@ -55,5 +55,7 @@ def test_no_second_derivative_is_refused_by_name():
     bag = nn.EmbeddingBag(4, 2, mode="max", dtype=torch.float64)
     net = Net(lambda m, x: x @ m.bag(indices, offsets), bag=bag)
     x, y = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)
-    with pytest.raises(UnsupportedOpError, match=r"embedding_bag.*\n.*test_second_derivatives.py.*\nhas no second derivative"):
+    with pytest.raises(
+        UnsupportedOpError, match=r"embedding_bag.*\n.*test_second_derivatives.py.*\nhas no second derivative"
+    ):
         fxcurv.compile(net, nn.MSELoss(), [DiagHessian()])(x, y)

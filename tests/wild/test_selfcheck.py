@@ -313,7 +313,9 @@ def settings():
 
 
 def _trains(model):
-    return any(isinstance(m, nn.Dropout | nn.modules.batchnorm._NormBase) or getattr(m, "dropout", 0) for m in model.modules())
+    return any(
+        isinstance(m, nn.Dropout | nn.modules.batchnorm._NormBase) or getattr(m, "dropout", 0) for m in model.modules()
+    )
 
 
 @pytest.mark.parametrize(("name", "training"), [*settings()])

@@ -116,7 +116,9 @@ def test_a_forward_that_keeps_tensors(how):
         fxcurv.compile(nn.Sequential(model), F.cross_entropy, [])(x, y)
     for words in ("module '0' (Keeps)", "side effect", "Way out", "result.output"):
         assert words in str(caught.value)
-    assert not hasattr(model, "h") and model.seen == [] and model.known == {"last": None} and model.nested == {"all": []}
+    assert (
+        not hasattr(model, "h") and model.seen == [] and model.known == {"last": None} and model.nested == {"all": []}
+    )
     assert SEEN == []
     assert no_fake(vars(model)["_buffers"])
 

@@ -37,7 +37,11 @@ class Bert(nn.Module):
 
     def __init__(self, words=7, length=3, width=4, layers=1, classes=3):
         super().__init__()
-        self.words, self.places, self.norm = nn.Embedding(words, width), nn.Embedding(length, width), nn.LayerNorm(width)
+        self.words, self.places, self.norm = (
+            nn.Embedding(words, width),
+            nn.Embedding(length, width),
+            nn.LayerNorm(width),
+        )
         self.layers = nn.Sequential(*(Block(width, 2) for _ in range(layers)))
         self.pool, self.head = nn.Linear(width, width), nn.Linear(width, classes)
         for module in self.modules():

@@ -162,7 +162,10 @@ def test_a_buffer_that_changes() -> None:
     """A size may come from a buffer, which is data as well."""
     torch.manual_seed(0)
     columns = torch.tensor([True, False, True])
-    model, loss = Net(nonzero, body=nn.Linear(2, 3), head=nn.Linear(2, 2), mask=columns).double(), lambda f: f.square().mean()
+    model, loss = (
+        Net(nonzero, body=nn.Linear(2, 3), head=nn.Linear(2, 2), mask=columns).double(),
+        lambda f: f.square().mean(),
+    )
     compiled, x = fxcurv.compile(model, loss, [], check=None), torch.rand(4, 2).double()
     for mask in ([True, False, True], [True, True, False]):
         model.mask.copy_(torch.tensor(mask))
@@ -176,7 +179,11 @@ def test_a_number_of_parameters_follows_them() -> None:
     """`w.abs().max().item()` is what it is at each call."""
     torch.manual_seed(0)
     model = Net(scaled, **parts()).double()
-    compiled, x, y = fxcurv.compile(model, MSE, [BatchGrad()], check=None), torch.randn(3, 2).double(), torch.randn(3, 2).double()
+    compiled, x, y = (
+        fxcurv.compile(model, MSE, [BatchGrad()], check=None),
+        torch.randn(3, 2).double(),
+        torch.randn(3, 2).double(),
+    )
     for _ in range(2):
         result = compiled(x, y)
         for name, g in grads(model, MSE, x, y).items():
@@ -219,10 +226,22 @@ def test_neither_inside_torch_compile_nor_exported() -> None:
 
 
 REFUSED: dict[str, tuple[Any, str, str]] = {
-    "a mask": (lambda m, x: (lambda h: h[h[:, 0] > 0])(m.body(x)), "h[h[:, 0] > 0]", "(loss * mask).sum() / mask.sum()"),
+    "a mask": (
+        lambda m, x: (lambda h: h[h[:, 0] > 0])(m.body(x)),
+        "h[h[:, 0] > 0]",
+        "(loss * mask).sum() / mask.sum()",
+    ),
     "nonzero": (lambda m, x: x[m.body(x)[:, 0].nonzero()], ".nonzero()", "Keep all entries".lower()),
-    "a count": (lambda m, x: m.body(x).repeat_interleave(m.body(x)[:, 0].long().abs(), 0), "repeat_interleave(", "whose size"),
-    "a branch": (lambda m, x: m.body(x) if m.body(x).sum() > 0 else x, "if m.body(x).sum() > 0", "torch.where(c, a, b)"),
+    "a count": (
+        lambda m, x: m.body(x).repeat_interleave(m.body(x)[:, 0].long().abs(), 0),
+        "repeat_interleave(",
+        "whose size",
+    ),
+    "a branch": (
+        lambda m, x: m.body(x) if m.body(x).sum() > 0 else x,
+        "if m.body(x).sum() > 0",
+        "torch.where(c, a, b)",
+    ),
     "an index": (lambda m, x: m.body(x)[:, int(m.body(x).argmax())], "int(m.body(x).argmax())", "number of Python's"),
     "random": (lambda m, x: m.body(x)[torch.rand(4) > 0.5], "torch.rand(4) > 0.5", "whose size"),
     "its router": (routed, "torch.where(which == k)", "torch.where(mask, f(x), x)"),

@@ -32,7 +32,11 @@ def built(kind: type[nn.Module], **options) -> tuple[Words, Tensor, Tensor]:
     return Words(kind, **options).double(), torch.randint(5, (4, 3)), torch.randint(3, (4,))
 
 
-KINDS = {"embedding": (nn.Embedding, {}), "mean": (nn.EmbeddingBag, {"mode": "mean"}), "sum": (nn.EmbeddingBag, {"mode": "sum"})}
+KINDS = {
+    "embedding": (nn.Embedding, {}),
+    "mean": (nn.EmbeddingBag, {"mode": "mean"}),
+    "sum": (nn.EmbeddingBag, {"mode": "sum"}),
+}
 
 
 @pytest.mark.parametrize("name", ["embedding", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mean", "sum"))])

@@ -131,7 +131,13 @@ def own_mean():
 
 def cnn():
     model = nn.Sequential(
-        nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2), nn.Conv2d(3, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(4, 3)
+        nn.Conv2d(2, 3, 3, padding=1),
+        nn.Tanh(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(3, 4, 2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4, 3),
     ).double()
     return model, nn.CrossEntropyLoss(), torch.randn(5, 2, 4, 4).double(), torch.randint(3, (5,))
 
@@ -166,7 +172,10 @@ def asked_of(name, which):
 
 
 QUICK = [("mlp", "first"), ("weighted", "first"), ("tied", "hessian")]
-SLOW = [(m, a) for m in MODELS for a in ("first", "hessian") if (m, a) not in QUICK] + [("mlp", "more"), ("cnn", "more")]
+SLOW = [(m, a) for m in MODELS for a in ("first", "hessian") if (m, a) not in QUICK] + [
+    ("mlp", "more"),
+    ("cnn", "more"),
+]
 SLOW += [("cnn", "joint")]
 
 
@@ -201,7 +210,9 @@ def test_means_and_sizes_read_one_node():
     """After `counts` no value is computed with a size but by the one node that stands for the number of samples."""
     program = lowered(*build("own_mean")[:2], [Variance()], *build("own_mean")[2:])
     (count,) = program.graph.find_nodes(op="call_function", target=number_of_samples)
-    divided = {n for n in program.graph.nodes if str(n.target).startswith("aten.div") and isinstance(n.args[1], fx.Node)}
+    divided = {
+        n for n in program.graph.nodes if str(n.target).startswith("aten.div") and isinstance(n.args[1], fx.Node)
+    }
     sizes = {n.args[1] for n in divided if not isinstance(n.args[1].meta["val"], torch.Tensor)}
     assert sizes and all(count is s or count in s.all_input_nodes for s in sizes)
     assert not program.graph.find_nodes(op="call_function", target=torch.ops.aten.mean.default)

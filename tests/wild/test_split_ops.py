@@ -57,7 +57,9 @@ def check(op, args, expected=None):
     outs = []
     cut = {k: parts_of(leaves[k]) for k in nodes}
     for part in range(len(CUTS)):
-        sizes = [a // N * CUTS[part] if type(a) is int and a % N == 0 else a for a in leaves]  # no other size has N in it
+        sizes = [
+            a // N * CUTS[part] if type(a) is int and a % N == 0 else a for a in leaves
+        ]  # no other size has N in it
         mine = [cut[k][part] if k in nodes else a for k, a in enumerate(sizes)]
         given = [leaves[k].value if nodes.get(k) in lies.complete else a for k, a in enumerate(mine)]
         outs.append(op(*pytree.tree_unflatten(given, spec)))
@@ -256,7 +258,9 @@ def test_entries_added_within_a_sample_stay_with_it():
     """Where the index is every sample's; a sum that is made anew has the size of a part."""
     outs = [torch.empty(N, 5)]
     for index_at, expected in ((R, S0), (S0, MIXED)):
-        sites = [SimpleNamespace(place=place, shape=shape) for place, shape in ((R, (N, 5)), (index_at, (N,)), (S0, (N, N)))]
+        sites = [
+            SimpleNamespace(place=place, shape=shape) for place, shape in ((R, (N, 5)), (index_at, (N,)), (S0, (N, N)))
+        ]
         assert split.PLACES[aten.index_add.default](sites, (None, 1, None, None), outs) == expected
 
 

@@ -56,7 +56,11 @@ def parts() -> dict[str, nn.Module]:
 
 
 def experts() -> dict[str, nn.Module]:
-    return {"body": nn.Linear(3, 4), "experts": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), "head": nn.Linear(4, 2)}
+    return {
+        "body": nn.Linear(3, 4),
+        "experts": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]),
+        "head": nn.Linear(4, 2),
+    }
 
 
 def row(forward: Any, held: Any, quick: bool = False, asks: str = "first ggn hessian products") -> Situation:

@@ -114,7 +114,9 @@ def test_no_value_of_all_logits() -> None:
     assert plain.entries >= n * t * classes
     alone = fxcurv.compile(model, loss, outputs=False, check=None)
     alone(x, y)
-    assert peak(lambda: alone(x, y)) < peak(lambda: torch.autograd.grad(loss(model(x), y), list(model.parameters()))) / 2
+    assert (
+        peak(lambda: alone(x, y)) < peak(lambda: torch.autograd.grad(loss(model(x), y), list(model.parameters()))) / 2
+    )
 
 
 def test_what_it_does_not_compute() -> None:

@@ -160,7 +160,9 @@ def test_f_is_the_output_that_the_user_knows():
 def test_a_regulariser_in_the_model_is_not_of_f():
     torch.manual_seed(0)
     model = Net(dense(), None)
-    model.finish = lambda z, y: Output(F.cross_entropy(z, y) + 0.1 * sum(p.square().sum() for p in model.body.parameters()))
+    model.finish = lambda z, y: Output(
+        F.cross_entropy(z, y) + 0.1 * sum(p.square().sum() for p in model.body.parameters())
+    )
     x, y = batch("classes")
     result = fxcurv.compile(model, lambda out: out.loss, [DiagGGNExact(), DiagHessian(), BatchGrad()])((x, y))
     oracle = Oracle(model.body, F.cross_entropy, x, y)

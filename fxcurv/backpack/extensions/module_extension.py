@@ -79,7 +79,9 @@ class BackpropExtension(abc.ABC):
     def expects_backpropagation_quantities(self) -> bool:
         """Whether columns of the loss Hessian's root are wanted at the modules' outputs."""
 
-    def set_module_extension(self, module: type[nn.Module], extension: ModuleExtension, overwrite: bool = False) -> None:
+    def set_module_extension(
+        self, module: type[nn.Module], extension: ModuleExtension, overwrite: bool = False
+    ) -> None:
         set_module_extension(self, module, extension, overwrite)
 
     def get_subsampling(self) -> list[int] | None:

@@ -111,7 +111,11 @@ def _of_op(walk: Walk, group: Group, fn: Callable, *args: Any, weights: Callable
     """Columns `fn(rule, call, c, *args)` at the term's prediction, with weights `weights(c)`; c: the loss op's cotangent."""
     program = walk.program
     term: Term = program.analysis.terms[group.term]
-    rule, call, origin = rule_of(term.node.target, program.rules), call_of(program, term.node), origin_of(term.node, "columns")
+    rule, call, origin = (
+        rule_of(term.node.target, program.rules),
+        call_of(program, term.node),
+        origin_of(term.node, "columns"),
+    )
     c = program.walked.arrivals[term.node]
     columns = emit(program, fn, rule, call, c, *args, origin=origin)
     real = emit(program, weights, c, origin=origin) if weights is not None else None
@@ -143,6 +147,7 @@ def _of_sampled(walk: Walk, group: Group) -> None:
 
 def carry(walk: Walk, group: Group, heads: list[fx.Node], columns: list[fx.Node], weights, origin: dict) -> None:
     """Columns [V, *head] of `group`, and weights [V or 1, ...], come to `heads`, now or in parts in later sweeps."""
+
     def send(part: Group, start: int, stop: int) -> None:
         for head, stack in zip(heads, columns, strict=True):
             rows = emit(walk.program, some, stack, start, stop, part.paired, origin=origin)

@@ -90,7 +90,9 @@ def _rows(t: Tensor, start: int, of: int) -> Tensor:
     return t.unflatten(0, (of, -1))[start]
 
 
-def _born(walk: Walk, count: int, send: Callable[[Group, int, int], None], paired: bool, divisible: bool = True) -> None:
+def _born(
+    walk: Walk, count: int, send: Callable[[Group, int, int], None], paired: bool, divisible: bool = True
+) -> None:
     group = Group(RESIDUAL, len(walk.residuals), paired=paired)
     walk.residuals.append(group)
     walk.groups.append(group)
@@ -222,7 +224,11 @@ def _residual_pairs(rule: Rule, call: Call, active: tuple, g: Any, place: Shard 
 def _residuals(rule: Rule, call: Call, inputs: dict, slices: dict, gs: tuple, place: Shard | None) -> Tensor:
     """Every sample's Hessian [N, D, D] of <g, op>, jointly in `inputs`, position -> [N, *slice]."""
     leaves, spec = pytree.tree_flatten(call.args)
-    alone = leaves if place is None else [leaf if s is None else said(s) for s, leaf in zip(call.sizes, leaves, strict=True)]
+    alone = (
+        leaves
+        if place is None
+        else [leaf if s is None else said(s) for s, leaf in zip(call.sizes, leaves, strict=True)]
+    )
     constants = {i: t for i, t in slices.items() if i not in inputs}
     first = [slices[i][0] if i in slices else leaf for i, leaf in enumerate(alone)]
     whole = place is not None and not serves_alone(call, first, [t[0] for t in gs])

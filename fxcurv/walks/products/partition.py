@@ -55,7 +55,9 @@ def saved_values(program: Program, vectors: Iterable[fx.Node], results: list[fx.
             continue
         size = size_of(program, node)
         flow.add_edge((node, "in"), (node, "out"), **({} if size is None else {"capacity": size}))
-        if node.op == "placeholder" or not repeatable(node) or node.meta.get("across") == PARTIAL:  # it is added up, once
+        if (
+            node.op == "placeholder" or not repeatable(node) or node.meta.get("across") == PARTIAL
+        ):  # it is added up, once
             flow.add_edge("source", (node, "in"))
     for node in needed:
         for source in node.all_input_nodes:
