@@ -56,7 +56,9 @@ class Attention(Rule):
             return REPLICATE if all(s.place == REPLICATE for s in rest) else MIXED
         place, *others = decisive
         free = any(s.active and s.place == REPLICATE for s in (*inputs, *rest))
-        return MIXED if free or others or place.dim > 1 else place
+        # along positions they attend to each other, and several heads of queries share one of keys
+        apart = place.dim < len(shape) - 2 and all(s.shape[place.dim] == shape[place.dim] for s in sharded)
+        return MIXED if free or others or not apart else place
 
 
 @register(aten._scaled_dot_product_flash_attention_for_cpu.default)

@@ -70,7 +70,7 @@ class MaxPoolBack(Rule):
         g, index = sites[0].place, sites[-1].place
         if g == REPLICATE:
             g = index
-        kept = g == index or index == REPLICATE
+        kept = index in (g, REPLICATE) and sites[1].place in (g, REPLICATE)
         return g if kept and not (isinstance(g, Shard) and g.dim >= len(shape) - 2) else MIXED
 
 

@@ -103,7 +103,17 @@ def _call(
         size = request.arguments.batch_size, lengths
         repeated, ready.size = ready.size == size, size
         plain = repeated and backend.name == "eager" and not values
-        return result, Again.of(ready, request, inputs, targets) if plain else None
+        return result, _again(ready, request, inputs, targets) if plain else None
+
+
+def _again(ready: Ready, request: Request, inputs: Any, targets: tuple) -> Again | None:
+    """How to do the call again; not while another thread traces, which has values of its own in the modules."""
+    if not compile_lock.acquire(blocking=False):
+        return None
+    try:
+        return Again.of(ready, request, inputs, targets)
+    finally:
+        compile_lock.release()
 
 
 def _settled(ready: Ready, backend: Backend) -> bool:
