@@ -39,6 +39,10 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	$(INSTALL) --editable '.[docs]'
 	@touch $@
 
+$(VENV)/.installed-all: $(VENV)/.installed-docs
+	$(INSTALL) --editable '.[models,plugs,estimators]'
+	@touch $@
+
 $(VENV)/.installed-dist: $(VENV)/.installed
 	$(INSTALL) --editable '.[dist]'
 	@touch $@
@@ -50,8 +54,8 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(ARGS)
 
-# The last -m wins over the one in pyproject.toml that leaves slow tests out.
-test-all: $(VENV)/.installed-docs
+# With the packages that people bring and plug into. The last -m wins over the one in pyproject.toml that leaves slow tests out.
+test-all: $(VENV)/.installed-all
 	$(BIN)/python -m pytest -m '' $(ARGS)
 
 # Whether a PyTorch will do, in a minute: a test or two of each part, and all that it has to have.
