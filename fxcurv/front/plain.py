@@ -18,7 +18,15 @@ from torch.export import ExportedProgram
 from fxcurv.ir.emit import emit, signature
 from fxcurv.ir.graph import canonical_args, invoke
 from fxcurv.ir.origin import origin_of
-from fxcurv.ir.private import OpOverload, TorchDispatchMode, decomposes, enable_python_dispatcher, pytree, schema_of
+from fxcurv.ir.private import (
+    OpOverload,
+    TorchDispatchMode,
+    any_autocast,
+    decomposes,
+    enable_python_dispatcher,
+    pytree,
+    schema_of,
+)
 from fxcurv.ir.program import Program
 from fxcurv.passes.normalize import substitute
 
@@ -27,7 +35,9 @@ _SIZE = torch.ops.aten.sym_size.int
 
 
 def is_plain(exported: ExportedProgram) -> bool:
-    """Whether `said_in_plain` makes of this graph what a second trace would."""
+    """Whether `said_in_plain` makes of this graph what a second trace would; that has the casts of an autocast, too."""
+    if any_autocast():
+        return False
     known: dict[Any, bool] = {}
     return all(_is_plain(node, known) for node in exported.graph.nodes if node.op not in ("placeholder", "output"))
 

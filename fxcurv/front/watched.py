@@ -14,14 +14,14 @@ from typing import Any
 from torch.overrides import TorchFunctionMode
 
 _IN_C = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType)
-_IN_PYTHON = {"torch.nn.functional", "torch.functional", "torch._tensor"}
 
 
 class Watched(TorchFunctionMode):
-    """While it is entered, `watch` is the trace function, but not inside of PyTorch's functions.
+    """While it is entered, `watch` is the trace function, but not inside of PyTorch's functions in C.
 
-    A function that is given another one, or a tensor of a class that has functions of its own, may run the user's code, so may
-    an op of another library: these are watched.
+    One that is given a function, or an object of a class that is neither PyTorch's nor Python's (its `__index__`, its
+    `__torch_function__`), may run the user's code: it is watched. So are PyTorch's functions in Python, which look others up by
+    names that a user may have given to functions of his own, and ops of other libraries.
     """
 
     def __init__(self, watch: Callable):
@@ -39,7 +39,7 @@ class Watched(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: D105
         kwargs = kwargs or {}
-        if types or not _of_torch(func) or any(map(callable, (*args, *kwargs.values()))):
+        if types or not isinstance(func, _IN_C) or not all(map(_runs_nothing, (*args, *kwargs.values()))):
             return func(*args, **kwargs)
         sys.settrace(self.before)
         try:
@@ -48,5 +48,10 @@ class Watched(TorchFunctionMode):
             sys.settrace(self.watch)
 
 
-def _of_torch(func: Any) -> bool:
-    return isinstance(func, _IN_C) or isinstance(func, types.FunctionType) and func.__module__ in _IN_PYTHON
+def _runs_nothing(value: Any) -> bool:
+    """Whether a function that is given this value runs none of the user's code."""
+    if type(value) in (tuple, list):
+        return all(map(_runs_nothing, value))
+    if type(value) is slice:
+        return all(map(_runs_nothing, (value.start, value.stop, value.step)))
+    return not callable(value) and type(value).__module__.partition(".")[0] in ("builtins", "torch")

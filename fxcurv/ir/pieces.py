@@ -19,6 +19,7 @@ import torch
 from torch import SymInt, Tensor, fx
 
 from fxcurv.ir.graph import layout
+from fxcurv.ir.origin import is_user_file
 from fxcurv.ir.private import FakeTensor, OpOverload, pytree
 from fxcurv.ir.program import Program
 
@@ -137,7 +138,8 @@ def state_of_torch() -> Hashable:
     return (
         torch.get_default_dtype(), str(torch.get_default_device()), torch.are_deterministic_algorithms_enabled(),
         (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
-        (mkldnn.is_available(), mkldnn.enabled), (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
+        (mkldnn.is_available(), mkldnn.enabled),
+        *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
     )  # fmt: skip
 
 
@@ -152,10 +154,12 @@ def _is_own(fn: Any) -> bool:
         return _is_own(fn.func) and all(map(_is_plain, (*fn.args, *fn.keywords.values())))
     if isinstance(fn, types.MethodType):
         return _is_ours(fn.__func__) and _is_ours(type(fn.__self__))
-    return isinstance(fn, OpOverload) or _is_ours(fn)
+    return fn.namespace in ("aten", "prims", "fxcurv") if isinstance(fn, OpOverload) else _is_ours(fn)
 
 
 def _is_ours(value: Any) -> bool:
+    if isinstance(value, types.FunctionType) and is_user_file(value.__code__.co_filename):
+        return False  # whatever `functools.wraps` says of it
     return (getattr(value, "__module__", None) or "").split(".")[0] in ("fxcurv", "torch", "_operator")
 
 

@@ -57,6 +57,7 @@ SEEN: dict[str, Sequence[str]] = {
     "torch._C.DisableTorchFunction": TRIED,
     "torch._C._are_functorch_transforms_active": TRIED,
     "torch._C._current_graph_task_id": TRIED,
+    "torch._C._is_any_autocast_enabled": TRIED,
     "torch._C._storage_Use_Count": TRIED,
     "torch.UntypedStorage._cdata": TRIED,
     "torch.Tensor._backward_hooks": TRIED,
@@ -212,7 +213,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "FakeTensor", "FakeTensorMode", "FunctionalTensor", "GuardOnDataDependentSymNode", "Loss", "OpOverload", "SEEN",
-    "ShapeEnv", "TRIED", "TorchDispatchMode", "UnsupportedOperatorException", "base_of", "captured_size", "check",
+    "ShapeEnv", "TRIED", "TorchDispatchMode", "UnsupportedOperatorException", "any_autocast", "base_of", "captured_size", "check",
     "collectives_of", "compile_lock", "constant_result", "decomposes", "decomposition_table", "disable_fake_tensor_cache",
     "disable_proxy_modes_tracing", "dispatch_functionalize", "enable_python_dispatcher", "find", "flattened_mesh", "group_named",
     "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform", "is_view", "make_fx",
@@ -402,6 +403,11 @@ def flattened_mesh(mesh: Any) -> Any:
 def no_torch_functions() -> Any:
     """A context without `__torch_function__`, where export notes that gradients are switched on and off."""
     return torch._C.DisableTorchFunction()
+
+
+def any_autocast() -> bool:
+    """Whether `torch.autocast` is on for any kind of device."""
+    return torch._C._is_any_autocast_enabled()
 
 
 def in_function_transform() -> bool:

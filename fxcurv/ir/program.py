@@ -73,7 +73,10 @@ class Numbers:
     def differences(self, flat: Sequence[Any]) -> list[str]:
         """In words, what is another number for these arguments, those of the program's graph."""
         with torch.no_grad():
-            now = [t.item() for t in self.module(*flat)]
+            try:
+                now = [t.item() for t in self.module.forward(*flat)]  # called as a module, it prints where it fails
+            except (RuntimeError, IndexError):
+                return ["values cannot be computed as they were"]  # for a batch of another size
         rows = zip(now, self.values, self.lines, strict=True)
         return [f"a value is {new} instead of {old} ({line})" for new, old, line in rows if new != old]
 

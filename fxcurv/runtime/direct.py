@@ -54,7 +54,9 @@ def constants(graph: fx.Graph) -> dict[fx.Node, Tensor]:
         for node in graph.nodes:
             if node.op == "call_function" and _is_small(node.meta.get("val")) and _is_pure(node.target):
                 if of_no_value(node):
-                    found[node] = _called(node, lambda n: _like(n.meta["val"]))
+                    made = _called(node, lambda n: _like(n.meta["val"]))
+                    if made.shape == node.meta["val"].shape:  # else it reads symbols that stand for numbers
+                        found[node] = made
                 elif node.all_input_nodes and all(n in found for n in node.all_input_nodes):
                     found[node] = _called(node, found.__getitem__)
     returned = next(iter(reversed(graph.nodes))).all_input_nodes

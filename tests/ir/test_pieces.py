@@ -184,3 +184,65 @@ def test_the_users_function_in_one_of_pytorch_is_watched():
     compiled = fxcurv.compile(model, loss, extensions=[])
     for MARGIN in (1.0, 2.0):  # noqa: B007
         torch.testing.assert_close(compiled(x, y).loss, loss(model(x), y))
+
+
+class Places:
+    def __index__(self):
+        return PLACE
+
+
+PLACE = 0
+
+
+def attended(q, k, v, *options, **named):
+    return MARGIN * torch.matmul(q, k.mT).softmax(-1) @ v
+
+
+def test_the_users_function_under_a_name_of_pytorch_is_watched(monkeypatch):
+    global MARGIN
+
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=False)[0].mean(1)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attended)
+    model, x, y = Attending(), torch.randn(3, 5, 4), torch.randint(4, (3,))
+    compiled = fxcurv.compile(model, F.cross_entropy, extensions=[])
+    for MARGIN in (1.0, 3.0):  # noqa: B007
+        torch.testing.assert_close(compiled(x, y).loss, F.cross_entropy(model(x), y))
+
+
+def test_an_index_of_the_users_is_watched():
+    global PLACE
+
+    class Picking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.place = nn.Linear(3, 4), Places()
+
+        def forward(self, x):
+            h = self.layer(x)
+            return h[:, self.place :] * h[:, self.place].unsqueeze(1)
+
+    model, x, y = Picking(), torch.randn(5, 3), torch.randint(2, (5,))
+    compiled = fxcurv.compile(model, F.cross_entropy, extensions=[])
+    for PLACE in (0, 2):  # noqa: B007
+        torch.testing.assert_close(compiled(x, y).loss, F.cross_entropy(model(x), y))
+
+
+# ---- what is around a call ------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_casts_of_an_autocast_around_the_call(dtype):
+    model, x, y = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(6, 3), torch.randn(6, 2)
+    compiled = fxcurv.compile(model, nn.MSELoss(), extensions=[])
+    with torch.autocast("cpu", dtype):
+        result, out = compiled(x, y), model(x)
+        loss = nn.functional.mse_loss(out, y)
+    assert result.output.dtype == out.dtype == dtype
+    assert torch.equal(result.output, out) and torch.equal(result.loss, loss)

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxcurv
-from fxcurv.extensions import BatchGrad, BatchL2Grad, DiagGGNExact, DiagGGNMC
+from fxcurv.extensions import BatchGrad, BatchL2Grad, DiagGGNExact, DiagGGNMC, DiagHessian
 from fxcurv.ir.private import pytree
 from fxcurv.rules.bindings import BINDINGS
 from fxcurv.runtime.direct import constants, direct
@@ -158,3 +158,24 @@ def test_the_short_way_is_taken(monkeypatch):
     monkeypatch.setattr(made.lower(x, y).graph_module, "forward", None)
     again = made(2 * x, y)
     assert not again.loss.equal(first.loss) and made(x, y).loss.equal(first.loss)
+
+
+def test_a_constant_of_sizes_that_are_symbols_elsewhere():
+    """A batch that an op has fixed is a number at that op, and a symbol at what it reads."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 4)).double()
+
+    def loss(f, y):
+        return (f[:, 2:] + 0.5 * ((y - f[:, :2]) / f[:, 2:].exp()) ** 2).sum(1).mean()
+
+    compiled = fxcurv.compile(model, loss, [DiagHessian()])
+    bias = model[2].bias
+    for n in (5, 5, 5, 3, 3):
+        x, y = torch.randn(n, 2, dtype=torch.float64), torch.randn(n, 2, dtype=torch.float64)
+        hidden = model[:2](x).detach()
+
+        def of_bias(b, hidden=hidden, y=y):
+            return loss(hidden @ model[2].weight.T.detach() + b, y)
+
+        expected = torch.autograd.functional.hessian(of_bias, bias.detach()).diag()
+        torch.testing.assert_close(compiled(x, y).diag_h["2.bias"], expected)

@@ -240,3 +240,30 @@ def test_pytorch_is_as_it_was() -> None:
     assert before == (pack_padded_sequence.__code__, pack_padded_sequence.__defaults__, nn.LSTM.forward)
     packed = pack_padded_sequence(*sentences(3), True, False)
     assert packed.data.shape == (6, 3) and pad_packed_sequence(packed)[0].shape == (3, 3, 3)
+
+
+class SortedByHand(nn.Module):
+    """Sentences sorted by their lengths, which become a list; the last states of each."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(3, 2, batch_first=True), nn.Linear(2, 3)
+
+    def forward(self, x, lengths):
+        ordered, places = lengths.sort(descending=True)
+        out, _ = self.rnn(pack_padded_sequence(x[places], ordered.tolist(), batch_first=True))
+        out, _ = pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])
+        return self.head(out[places.argsort()][torch.arange(len(x)), lengths - 1])
+
+
+def test_a_list_of_lengths_in_batches_of_other_sizes(capfd):
+    torch.manual_seed(0)
+    model = SortedByHand().double()
+    compiled = fxcurv.compile(model, F.cross_entropy, [])
+    for n in (3, 2, 1, 3):
+        x, lengths, y = torch.randn(n, 4, 3, dtype=torch.float64), torch.tensor([4, 3, 2])[:n], torch.arange(n)
+        result = compiled((x, lengths), y)
+        want = torch.autograd.grad(F.cross_entropy(model(x, lengths), y), list(model.parameters()))
+        for (name, _), g in zip(model.named_parameters(), want, strict=True):
+            torch.testing.assert_close(result.grad[name], g)
+    assert not capfd.readouterr().err
