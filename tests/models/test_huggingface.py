@@ -9,7 +9,7 @@ from cases_huggingface import MODELS
 from covering import covering
 from model_checks import GROUPS, Checked
 
-from fxcurv.errors import CaptureError, MixedSamplesError
+from fxcurv.errors import CaptureError, MixedSamplesError, UnsupportedOpError
 
 pytest.importorskip("transformers", reason="checks models of transformers, of the extra `models`")
 
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
-REFUSED = {"mixtral_eager": (CaptureError, "expert"), "mixtral_grouped_mm": (MixedSamplesError, "experts")}
+REFUSED = {"mixtral_eager": (CaptureError, "expert"), "mixtral_grouped_mm": (UnsupportedOpError, "grouped_mm_fallback")}
 WORKING = [name for name in MODELS if name not in REFUSED]
 FIRST = [g for g in GROUPS if g not in ("Hessian", "products")]
 DTYPES = [torch.float64, torch.float32]
