@@ -46,6 +46,7 @@ from fxcurv.front.schedules import Number
 from fxcurv.front.side_effects import hook_of
 from fxcurv.front.watched import Watched
 from fxcurv.ir.origin import is_ours
+from fxcurv.rules.custom import backwards
 
 _LAYERS = os.path.dirname(nn.__file__)
 # what the machinery of every module reads; `_flat_weights` of a recurrent one are its parameters again
@@ -135,6 +136,8 @@ class Reads:
         nn.Module.__setattr__ = self._setattr  # type: ignore[method-assign]
         if error[0] is None:
             self._closures()
+            for function in backwards():
+                self._to_be_run(function)
             self._changes()
         self._codes, self._closed, self._born = {}, [], {}
 
@@ -251,6 +254,21 @@ class Reads:
             self.of_code(function)
             for code in _with_inner(function.__code__):  # a function that it made may have read them, and be gone
                 self._cells(cells, function.__qualname__, self._codes.get(id(code), (code, []))[1])
+
+    def _to_be_run(self, function: Any) -> None:
+        """What a function that did not run yet will read, and so will those that it names."""
+        code = getattr(function, "__code__", None)
+        if code is None or id(code) in self._codes or not holds_state(code.co_filename):
+            return
+        instructions = _instructions(code)
+        self._codes[id(code)] = code, instructions
+        cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
+        self._globals(code, function.__globals__)
+        self._cells(cells, function.__qualname__, instructions)
+        self.of_code(function)
+        for value in (*map(function.__globals__.get, code.co_names), *map(_content, cells.values())):
+            if isinstance(value, types.FunctionType):
+                self._to_be_run(value)
 
     def _cells(self, cells: dict[str, Any], where: str, instructions: list) -> None:
         for k, i in enumerate(instructions):

@@ -386,6 +386,11 @@ def _stopped(t: Tensor, error: Exception) -> Tensor:
 ORIGINALS: dict[tuple[type, str], Callable] = {}
 
 
+def backwards() -> list[Callable]:
+    """The backward passes of the functions that the running capture has met, which run when their rules are traced."""
+    return [_original(kind.cls, "backward") for kind in KINDS]
+
+
 def _original(cls: type, name: str) -> Callable:
     """A function of the class as its author wrote it, also while it is replaced; `vjp` is another name of `backward`."""
     found = ORIGINALS.get((cls, name)) or getattr(cls, name)

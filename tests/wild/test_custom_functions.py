@@ -687,3 +687,59 @@ def test_gradient_inside_of_a_model():
     found = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()), materialize_grads=True)
     for (name, _), g in zip(model.named_parameters(), found, strict=True):
         torch.testing.assert_close(result.grad[name], g)
+
+
+# ---- what a backward pass reads ------------------------------
+
+STRENGTH = 1.0
+
+
+def strength():
+    return 2 * STRENGTH
+
+
+def reversal_of(closed):
+    class Reversal(torch.autograd.Function):
+        factor = 1.0
+
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, g):
+            return -STRENGTH * strength() * closed["by"] * Reversal.factor * g
+
+    return Reversal
+
+
+def test_values_that_a_backward_pass_reads_count_at_every_call():
+    global STRENGTH
+    torch.manual_seed(0)
+    closed = {"by": 1.0}
+    reversal, layer = reversal_of(closed), nn.Linear(4, 2)
+
+    class Reversed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return reversal.apply(self.layer(x))
+
+    model, x, y = Reversed(), torch.randn(3, 4), torch.arange(3) % 2
+    compiled = fxcurv.compile(model, nn.functional.cross_entropy, [BatchGrad()])
+
+    def check():
+        (want,) = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), [layer.weight])
+        torch.testing.assert_close(compiled(x, y).grad["layer.weight"], want)
+
+    check(), check()
+    STRENGTH = 3.0  # of the function, and of one that it calls
+    check()
+    closed["by"] = 0.5
+    check()
+    reversal.factor = 4.0
+    check()
+    STRENGTH = 1.0
+    check()
