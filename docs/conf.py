@@ -30,12 +30,8 @@ myst_heading_anchors = 3
 suppress_warnings = ["config.cache"]
 
 
-SHOWN_ONLY = (
-    "train_compiled",
-    "all_extensions",
-    "train_distributed",
-    "fsdp_kfac",
-)  # these take a minute, or several processes
+# These take a minute, or several processes.
+SHOWN_ONLY = ("train_compiled", "all_extensions", "train_distributed", "fsdp_kfac")
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",

@@ -33,9 +33,8 @@ class DiagHessian(Extension):
     def extract(self, param: Param) -> fx.Node:
         if not _read_past_the_heads(param):
             return param.contract(power=2, reduce="vn")
-        if param.node not in ancestors(
-            param.program.heads
-        ):  # with f held constant, it is all; the walk has parts of it
+        if param.node not in ancestors(param.program.heads):
+            # with f held constant, it is all; the walk has parts of it
             return _of_regulariser(param)
         _check_apart(param)
         return param.emit(torch.add, param.contract(power=2, reduce="vn"), _of_regulariser(param))

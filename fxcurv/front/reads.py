@@ -198,9 +198,8 @@ class Reads:
         own = name in module.__dict__
         found = MISSING if own else next((vars(c)[name] for c in type(module).__mro__ if name in vars(c)), MISSING)
         if isinstance(found, types.FunctionType):
-            if name == "forward" or holds_state(
-                found.__code__.co_filename
-            ):  # read by the module, which may get its own
+            # read by the module, which may get its own
+            if name == "forward" or holds_state(found.__code__.co_filename):
                 self._add(path.step("attr", "__func__"), found)
                 self.of_code(found)
             return

@@ -32,9 +32,8 @@ def _(x):
     return torch.empty_like(x)
 
 
-head.register_autograd(
-    lambda ctx, g: g
-)  # so that a loss that asks for a derivative of the output sees what is before it
+# so that a loss that asks for a derivative of the output sees what is before it
+head.register_autograd(lambda ctx, g: g)
 
 
 class _Record:

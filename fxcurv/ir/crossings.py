@@ -67,9 +67,8 @@ class Sum:
 
     def __call__(self, terms: Sequence[Tensor]) -> list[Tensor]:
         sums = unpacked(self.triangles, _Add.apply(torch.cat(packed(self.triangles, terms)), self.group), terms)
-        return [
-            s if t.requires_grad else s.detach() for s, t in zip(sums, terms, strict=True)
-        ]  # what travels with one that does
+        # a term without a gradient may travel beside one that has
+        return [s if t.requires_grad else s.detach() for s, t in zip(sums, terms, strict=True)]
 
     def alone(self) -> Callable:
         return list

@@ -194,9 +194,8 @@ class Attribution:
                 of_losses = self.features(dim, seed, to=folders[1])
                 kernel = phi.t() @ phi + damping * torch.eye(dim, dtype=phi.dtype, device=phi.device)
                 ensemble.append((torch.linalg.solve(kernel, of_queries.t()).t(), phi))
-                slopes.append(
-                    -((of_losses * phi).sum(1) / phi.square().sum(1)).nan_to_num()
-                )  # zero, where there is no gradient
+                # zero, where there is no gradient
+                slopes.append(-((of_losses * phi).sum(1) / phi.square().sum(1)).nan_to_num())
         if not ensemble:
             raise ArgumentError("models is empty: pass a state dict at least, or None for the model as it is")
         r = torch.stack(slopes).mean(0)

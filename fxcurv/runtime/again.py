@@ -100,11 +100,8 @@ class Again:
         """Whether nothing has changed but values of tensors."""
         try:
             return self._same(inputs, arguments)
-        except (
-            AttributeError,
-            RuntimeError,
-        ):  # of a value that is no tensor; of modules that another thread is compiling
-            return False
+        except (AttributeError, RuntimeError):
+            return False  # of a value that is no tensor; of modules that another thread is compiling
 
     def _same(self, inputs: Any, arguments: tuple) -> bool:
         return (

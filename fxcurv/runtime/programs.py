@@ -374,9 +374,8 @@ class Programs(Generic[M]):
             two = self.captured(dataclasses.replace(request, arguments=doubled(request.arguments)), numbers)
         except FxcurvError:  # targets that only fit an output that was squeezed at one sample, say
             return self._analysed_alone(self.captured(request, numbers), tell)
-        if (
-            two.fixed or two.reads is not None
-        ):  # by the model, or by the values of two samples: so the graph is of these only
+        # by the model, or by the values of two samples: so the graph is of these only
+        if two.fixed or two.reads is not None:
             return self._analysed_alone(self.captured(request, numbers), tell)
         try:
             one = self.captured(request, numbers)

@@ -548,9 +548,8 @@ class _Rounded(TorchDispatchMode):
             self.generators[t.device] = torch.Generator(t.device).manual_seed(self.seed)
         wide = t.dtype if t.dtype in (torch.float32, torch.float64) else torch.float32
         noise = torch.rand(t.shape, generator=self.generators[t.device], device=t.device, dtype=wide) * 2 - 1
-        t.copy_(
-            (t + t * noise * unit(t)).where(t.isfinite(), t)
-        )  # infinity, of a mask say, would be NaN, and all behind it
+        # infinity, of a mask say, would be NaN, and all behind it
+        t.copy_((t + t * noise * unit(t)).where(t.isfinite(), t))
 
 
 def unit(t: Tensor) -> float:

@@ -532,9 +532,8 @@ def main() -> None:
     options = parser.parse_args()
     infos = [i for i in database() if not options.only or i.name in options.only or name_of(i) in options.only]
     random.Random(0).shuffle(infos)  # what has run when time is up is any part of the database, not its beginning
-    list(
-        outcomes(options_of(next(i for i in database() if i.name == "exp"))[0], 0)
-    )  # what PyTorch imports late is imported once
+    # what PyTorch imports late is imported once
+    list(outcomes(options_of(next(i for i in database() if i.name == "exp"))[0], 0))
     sweep(infos, options.path, time.time() + 60 * options.minutes, options.every, options.limit)
     print(summary(options.path))
 

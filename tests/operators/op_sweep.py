@@ -67,9 +67,8 @@ class Sample:
 
     def call(self, leaves: list[Any]) -> Any:
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        with mock.patch.object(
-            methods(), "wrapper_set_seed", lambda op, *a, **k: op(*a, **k)
-        ):  # it hides that ops are random
+        # it hides that ops are random
+        with mock.patch.object(methods(), "wrapper_set_seed", lambda op, *a, **k: op(*a, **k)):
             return self.process(self.info.gradcheck_wrapper(self.info.op, *args, **kwargs))
 
     @property

@@ -8,9 +8,8 @@ import fxcurv
 
 def compiled_case(case, extensions, **kwargs):
     model, loss, inputs, targets = case.build()
-    kwargs.setdefault(
-        "check", None
-    )  # the oracle checks more; wild/test_selfcheck.py runs the program's own check on all cases
+    # the oracle checks more; extensions/test_quantities.py runs the program's own check on all cases
+    kwargs.setdefault("check", None)
     compiled = fxcurv.compile(model, loss, extensions, batch_dim=case.batch_dim, debug=True, **kwargs)
     arguments = (inputs,) if targets is None else (inputs, targets)
     return compiled, arguments, Oracle(model, loss, inputs, targets, **case.oracle)

@@ -28,9 +28,8 @@ def test_one_column_at_a_time(name):
     extensions = [DiagGGNExact(), BatchDiagGGNExact(), DiagHessian(), BatchDiagHessian(), BatchGrad()]
     compiled, arguments, oracle = compiled_case(CASES[name], extensions, memory_budget=1)
     program = compiled.lower(*arguments)
-    assert all(
-        n == (2 if g.paired else 1) for g, n in program.walked.columns.items() if g.part
-    )  # a pair stays together
+    # a pair stays together
+    assert all(n == (2 if g.paired else 1) for g, n in program.walked.columns.items() if g.part)
     assert program.walked.sweeps > 2
     result = compiled(*arguments)
     for field in ("diag_ggn_exact", "diag_h", "diag_h_batch", "grad_batch"):

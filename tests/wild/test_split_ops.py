@@ -57,9 +57,8 @@ def check(op, args, expected=None):
     outs = []
     cut = {k: parts_of(leaves[k]) for k in nodes}
     for part in range(len(CUTS)):
-        sizes = [
-            a // N * CUTS[part] if type(a) is int and a % N == 0 else a for a in leaves
-        ]  # no other size has N in it
+        # no other size has N in it
+        sizes = [a // N * CUTS[part] if type(a) is int and a % N == 0 else a for a in leaves]
         mine = [cut[k][part] if k in nodes else a for k, a in enumerate(sizes)]
         given = [leaves[k].value if nodes.get(k) in lies.complete else a for k, a in enumerate(mine)]
         outs.append(op(*pytree.tree_unflatten(given, spec)))

@@ -55,9 +55,8 @@ def saved_values(program: Program, vectors: Iterable[fx.Node], results: list[fx.
             continue
         size = size_of(program, node)
         flow.add_edge((node, "in"), (node, "out"), **({} if size is None else {"capacity": size}))
-        if (
-            node.op == "placeholder" or not repeatable(node) or node.meta.get("across") == PARTIAL
-        ):  # it is added up, once
+        # what is added up over ranks is so once
+        if node.op == "placeholder" or not repeatable(node) or node.meta.get("across") == PARTIAL:
             flow.add_edge("source", (node, "in"))
     for node in needed:
         for source in node.all_input_nodes:
