@@ -58,9 +58,9 @@ test: $(VENV)/.installed
 test-all: $(VENV)/.installed-all
 	$(BIN)/python -m pytest -m '' $(ARGS)
 
-# Whether a PyTorch will do, in a minute: a test or two of each part, and all that it has to have.
+# Whether a PyTorch will do, in a minute: a test or two of each part, slow ones too, and all that it has to have.
 smoke: $(VENV)/.installed
-	$(BIN)/python -m pytest @tests/smoke.txt $(ARGS)
+	$(BIN)/python -m pytest -m '' @tests/smoke.txt $(ARGS)
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
