@@ -9,12 +9,13 @@ classes in fxcurv or, for the model's output, among those that the user has impo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import math
 import operator
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -225,32 +226,83 @@ class _Writer:
 def read(kept: dict[str, Any], extensions: tuple, options: Any) -> tuple[Program, Any]:
     """(the program that was `written`, for these extensions and options, without Python's values and constants; what else was).
 
+    Values of nodes and assumptions on the batch size are made when they are first asked for, which few calls do.
+
     Raises:
         Exception: of any kind, for what is no program of this version.
     """
     fields = kept["fields"]
-    names, size, whole = fields["batch"]
-    reader = _Reader(names, size)
-    gm, nodes = reader.graph(kept["graph"], kept["vals"], kept["metas"])
+    reader = _Reader(kept)
+    gm, nodes = reader.graph(kept["graph"])
     plain = {name: reader.value(fields[name], nodes) for name in _PLAIN}
     own = {name: reader.value(value) for name, value in fields["options"].items()}
     program = Program(
-        gm=gm, inputs=[Input(*row) for row in fields["inputs"]], batch=Batch(frozenset(reader.symbols.values()), size, whole), heads=[],
-        extensions=extensions, covers={extensions[k]: covered for k, covered in fields["covers"]},
-        options=dataclasses.replace(options, **own), output_template=_templated(fields["template"], reader),
-        buffers=[Memory(reader.val(kept["vals"][k]), reader.value(results)) for k, results in fields["buffers"]], **plain,
+        gm=gm, inputs=[Input(*row) for row in fields["inputs"]], batch=reader.batch, heads=[], extensions=extensions,
+        covers={extensions[k]: covered for k, covered in fields["covers"]}, options=dataclasses.replace(options, **own),
+        output_template=_templated(fields["template"], reader), fake_mode=SimpleNamespace(shape_env=_Assumed(reader, kept["guards"])),
+        buffers=[_Memory(reader, k, reader.value(results)) for k, results in fields["buffers"]], **plain,
     )  # fmt: skip
-    program.analysis = Analysis(terms=[SimpleNamespace(node=known or None) for known in fields["terms"]],
-                                **reader.value(fields["analysis"]))  # fmt: skip
+    terms = [SimpleNamespace(node=known or None) for known in fields["terms"]]
+    program.analysis = Analysis(terms=terms, **reader.value(fields["analysis"]))
     program.walked = Walked(direct=dict.fromkeys(fields["direct"]), **reader.value(fields["walked"]))
     if fields["check"] is not None:
         graph, messages = fields["check"]
-        program.check_module, _ = _Reader(names, size).graph(graph, [], [])
+        program.check_module, _ = reader.graph(graph)
         program.verdicts = [_verdict(*message) for message in messages]
-    program.fake_mode = reader.mode
-    if reader.symbols:
-        reader.mode.shape_env.guards[:] = [SimpleNamespace(expr=reader.value(g)) for g in kept["guards"]]
     return program, reader.value(kept["more"])
+
+
+class _Assumed:
+    """What was assumed of the batch size, in the place of a trace's shape environment."""
+
+    def __init__(self, reader: _Reader, kept: list[Any]):
+        self._reader, self._kept = reader, kept
+        self.replacements: dict[Any, Any] = {}
+
+    @functools.cached_property
+    def guards(self) -> list[Any]:
+        """As a shape environment has them."""
+        return [SimpleNamespace(expr=self._reader.value(guard)) for guard in self._kept]
+
+
+class _Memory(Memory):
+    """A buffer whose fake value is made when it is asked for: memory of the captured size needs none."""
+
+    def __init__(self, reader: _Reader, number: int, results: Any):
+        shape, _, dtype, _ = reader.parts(number)
+        object.__setattr__(self, "results", results)
+        object.__setattr__(self, "_known", (reader, number, shape, dtype))
+
+    @property
+    def val(self) -> Any:  # type: ignore[override]
+        """See `Memory`."""
+        reader, number, _, _ = self._known
+        return reader.made(number)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Memory`."""
+        return self._known[3]
+
+    def shape(self, batch: Batch, n: int, lengths: Any) -> tuple[int, ...]:
+        """See `Memory`."""
+        reader, _, shape, _ = self._known
+        return tuple(reader.number(s, n) for s in shape)
+
+
+class _Meta(dict):
+    """What is known of a node; its value is made when it is first asked for."""
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        return value() if key == "val" and isinstance(value, functools.partial) else value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As a dictionary's."""
+        return self[key] if key in self else default
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()  # so that `dict(meta)` asks for the values
 
 
 def _verdict(kind: str, message: str) -> Callable[[], Exception]:
@@ -259,24 +311,59 @@ def _verdict(kind: str, message: str) -> Callable[[], Exception]:
 
 
 class _Reader:
-    """Makes values of plain ones, with symbols of its own for the batch size."""
+    """Makes values of plain ones.
 
-    def __init__(self, names: Sequence[str], size: int):
-        self.mode = FakeTensorMode(shape_env=ShapeEnv() if names else None, allow_non_fake_inputs=True)
-        self.size = size
-        self.symbols: dict[str, Any] = {name: new_size(self.mode.shape_env, size, name) for name in names}
+    Attributes:
+        batch: with symbols of its own; those of fake values are added when there are any.
+    """
+
+    def __init__(self, kept: dict[str, Any]):
+        names, size, whole = kept["fields"]["batch"]
+        self.vals, self.metas = kept["vals"], kept["metas"]
+        self.symbols: dict[str, Any] = {name: sympy.Symbol(name, positive=True, integer=True) for name in names}
+        self.batch = Batch(frozenset(self.symbols.values()), size, whole)
+        self._made: dict[int, Any] = {}
         self._sizes: dict[Any, Any] = {}
 
-    def graph(self, rows: list[Any], vals: list[Any], metas: list[Any]) -> tuple[fx.GraphModule, list[fx.Node]]:
+    @functools.cached_property
+    def _mode(self) -> FakeTensorMode:
+        return FakeTensorMode(shape_env=ShapeEnv() if self.symbols else None, allow_non_fake_inputs=True)
+
+    @functools.cached_property
+    def _traced(self) -> dict[Any, Any]:
+        """Symbol -> the one of the fake values' own shape environment."""
+        found = {s: new_size(self._mode.shape_env, self.batch.size, name) for name, s in self.symbols.items()}
+        self.batch.symbols |= frozenset(found.values())
+        return found
+
+    def graph(self, rows: list[Any]) -> tuple[fx.GraphModule, list[fx.Node]]:
         """The graph, and its nodes in order."""
         graph, nodes = fx.Graph(), list[fx.Node]()
-        made, known = list(map(self.val, vals)), list(map(_meta, metas))
+        known = list(map(_meta, self.metas))
         for op, name, target, args, kwargs, val, meta in rows:
             args, kwargs = self.value(args, nodes), self.value(kwargs, nodes)
             node = graph.create_node(op, self._target(op, target), args, kwargs, name)
-            node.meta = {**(known[meta] if meta is not None else {}), **({"val": made[val]} if val is not None else {})}
+            node.meta = _Meta(known[meta] if meta is not None else {})
+            if val is not None:
+                node.meta["val"] = functools.partial(self.made, val)
+                node.meta["symbolic"] = "symbol" in str(self.vals[val])  # known without making it
             nodes.append(node)
         return fx.GraphModule(nn.Module(), graph), nodes
+
+    def made(self, number: int) -> Any:
+        """The fake value of this number."""
+        if number not in self._made:
+            self._made[number] = self._val(self.vals[number])
+        return self._made[number]
+
+    def parts(self, number: int) -> Any:
+        """(sizes as they are written, strides, dtype, device) of a tensor."""
+        shape, stride, dtype, device = self.vals[number]["tensor"]
+        return shape["tuple"], stride, self.value(dtype), device
+
+    def number(self, size: Any, n: int) -> int:
+        """A size as it is written, at `n` samples."""
+        return size if isinstance(size, int) else int(self.value(size).subs(dict.fromkeys(self.symbols.values(), n)))
 
     def _target(self, op: str, target: Any) -> Any:
         if op in ("placeholder", "output"):
@@ -288,23 +375,23 @@ class _Reader:
             raise ValueError(target)
         return getattr(getattr(getattr(torch.ops, namespace), name), overload)
 
-    def val(self, kept: Any) -> Any:
-        """The fake value of a node."""
+    def _val(self, kept: Any) -> Any:
         ((kind, what),) = kept.items()
         if kind == "tensor":
             shape, stride, dtype, device = self.value(what)
-            with self.mode:
-                return torch.empty_strided([self._size(s) for s in shape], [self._size(s) for s in stride], dtype=dtype, device=device)
+            sizes, strides = (list(map(self._size, part)) for part in (shape, stride))
+            with self._mode:
+                return torch.empty_strided(sizes, strides, dtype=dtype, device=device)
         if kind in ("list", "tuple"):
-            return (list if kind == "list" else tuple)(map(self.val, what))
+            return (list if kind == "list" else tuple)(map(self._val, what))
         return self._size(self.value(what)) if kind == "size" else self.value(what)
 
     def _size(self, size: Any) -> Any:
         if isinstance(size, int) or size.is_Integer:
             return int(size)
         if size not in self._sizes:
-            hint = int(size.subs(dict.fromkeys(self.symbols.values(), self.size)))
-            self._sizes[size] = self.mode.shape_env.create_symintnode(size, hint=hint)
+            hint = int(size.subs(dict.fromkeys(self.symbols.values(), self.batch.size)))
+            self._sizes[size] = self._mode.shape_env.create_symintnode(size.xreplace(self._traced), hint=hint)
         return self._sizes[size]
 
     def value(self, kept: Any, nodes: Sequence[fx.Node] = ()) -> Any:
