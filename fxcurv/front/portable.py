@@ -57,8 +57,11 @@ class NotPortable(Exception):
     """Something that the program depends on cannot be compared in another process; says what it is."""
 
 
-def portable(state: State, subject: Subject) -> dict[str, Any]:
+def portable(state: State, subject: Subject, constants: Iterable[Tensor]) -> dict[str, Any]:
     """What a program depends on in Python, for `restored` in another process; of plain values that JSON holds.
+
+    Args:
+        constants: tensors that the program holds, beside those that it reads anew at every call.
 
     Raises:
         NotPortable: where something is not known to be comparable.
@@ -76,6 +79,8 @@ def portable(state: State, subject: Subject) -> dict[str, Any]:
     places = Places(subject, names)
     describe = Describer(subject)
     leaves = [_said(path, how, places, describe, modules) for path, how in state.leaves]
+    if describe.seen & set(map(id, constants)):
+        raise NotPortable("a tensor is read that a list, or several attributes, hold: in a buffer it is read at every call")
     sources = {name: [places.root(path), path.steps, path.title] for name, path in state.sources.items()}
     code = {json.dumps(places.of_code(code)): _code(places.function(code)) for code, _ in state.ran}
     files = {name: _file(name) for name in sorted({*names, *(type(m).__module__ for m in modules)})}
@@ -249,36 +254,27 @@ _PARTS: dict[type, tuple[str, ...]] = {
 
 
 def _within(value: Any) -> Iterator[tuple[Place, Any]]:
-    """(steps, member) of what an object of the user's holds."""
+    """(steps, member) of what an object of the user's holds; runs none of the user's code."""
     kind = type(value)
     if kind in _PARTS:
-        names: Iterable[str] = _PARTS[kind]
+        names = [name for name in _PARTS[kind] if name != "cell_contents" or _content(value) is not MISSING]
+        yield from (((("attr", name),), v) for name in names if (v := getattr(value, name, None)) is not None)
     elif isinstance(value, types.ModuleType):
-        names = ["__dict__"] if holds_state(getattr(value, "__file__", None) or "") else []
+        if holds_state(getattr(value, "__file__", None) or ""):
+            yield (("attr", "__dict__"),), vars(value)
     elif isinstance(value, type):
         if _is_users(value):
-            yield from (((("attr", "__dict__"), ("item", name)), v) for name, v in vars(value).items())
+            yield from (((("attr", "__dict__"), ("item", name)), v) for name, v in list(vars(value).items()))
             yield from (((("attr", "__mro__"), ("item", k)), c) for k, c in enumerate(value.__mro__))
-        return
-    elif isinstance(value, dict):
-        yield from (((("item", k),), v) for k, v in list(value.items()) if isinstance(k, str | int))
-        return
-    elif isinstance(value, list | tuple):
+    elif kind is dict:
+        yield from (((("item", k),), v) for k, v in list(value.items()) if type(k) in (str, int))
+    elif kind in (list, tuple):
         yield from (((("item", k),), v) for k, v in enumerate(value))
-        return
-    elif isinstance(value, nn.Module):
-        names = ["__class__", *(name for name in vars(value) if name not in _STANDARD)]
-    elif is_plain(value):
-        names = ["__class__", *members_of(value)]
-    else:
-        names = ["__wrapped__"]  # of a function that is cached, say
-    for name in names:
-        try:
-            member = getattr(value, name, None)
-        except ValueError:  # an empty cell
-            continue
-        if member is not None:
-            yield (("attr", name),), member
+    elif isinstance(value, nn.Module) or is_plain(value):
+        yield (("attr", "__class__"),), kind
+        yield from (((("attr", name),), v) for name, v in members_of(value).items() if name not in _STANDARD)
+    elif kind.__module__ == "functools":
+        yield (("attr", "__wrapped__"),), getattr(value, "__wrapped__", None)  # of a function that is cached
 
 
 def _is_users(kind: type) -> bool:
@@ -301,10 +297,14 @@ class Describer:
 
     A function is its code and what it is bound to, though what code *reads* is compared for itself: so where a
     function's closure or a class' members cannot be said, their types are.
+
+    Attributes:
+        seen: the tensors that were said by their entries, by id.
     """
 
     def __init__(self, subject: Subject):
         self._modules = {id(m): k for k, m in reversed(list(enumerate(subject.modules())))}
+        self.seen: set[int] = set()
         self._own = {
             id(t): f"{k}.{name}"
             for k, root in reversed(list(enumerate(subject.roots())))
@@ -398,6 +398,7 @@ class Describer:
     def _tensor(self, t: Tensor) -> Any:
         if id(t) in self._own:
             return ["own", self._own[id(t)]]
+        self.seen.add(id(t))
         if type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided or t.numel() > ENTRIES:
             raise NotPortable("a tensor of this kind, or size, is compared by identity")
         flat = t.detach().cpu().contiguous().view(-1).view(torch.uint8) if t.numel() else torch.empty(0)

@@ -79,9 +79,10 @@ class Disk:
         """A program for these arguments and what Python holds, if there is one in the folder."""
         try:
             name = digest(request, key, extensions, options)
-            files = sorted(self.path.glob(f"{name}-*.fxcurv"))
-        except (NotPortable, OSError):
-            return None  # `keep` says why
+            sizes = "any", request.arguments.batch_size
+            files = [file for size in sizes for file in sorted(self.path.glob(f"{name}-{size}-*.fxcurv"))]
+        except Exception:  # also of the user's objects, which are looked at: `keep` says why
+            return None
         for file in files:
             if str(file) not in self._set_aside:
                 found = self._read(file, request, extensions, options)
@@ -91,8 +92,7 @@ class Disk:
 
     def _read(self, file: Path, request: Request, extensions: tuple, options: Options) -> Ready | None:
         try:
-            with torch.random.fork_rng([]):
-                found = _opened(file, request, extensions, options)
+            found = _opened(file, request, extensions, options)
         except Exception as error:  # whatever a file that is cut off, or made by hand, leads to
             self._set_aside.add(str(file))
             self._warn(f"{file} cannot be read ({type(error).__name__}: {error}): the program is made anew")
@@ -108,9 +108,10 @@ class Disk:
     def keep(self, ready: Ready, request: Request, key: Key, extensions: tuple, options: Options) -> None:
         """Write a program down that has served a call, or note why not."""
         try:
-            content = _content(ready, request)
+            content, guarded = _content(ready, request)
             name = digest(request, key, extensions, options)
-            file = self.path / f"{name}-{content[len(_FIRST) :][:16].decode()}.fxcurv"
+            size = ready.program.batch.size if ready.program.fixed else "any"
+            file = self.path / f"{name}-{size}-{hashlib.sha256(guarded).hexdigest()[:16]}.fxcurv"
             self._write(file, content)
             ready.kept = f"kept in {self.path}"
             self._set_aside.discard(str(file))
@@ -119,6 +120,8 @@ class Disk:
         except OSError as error:
             ready.kept = f"not kept, because {error}"
             self._warn(f"programs cannot be kept in {self.path} ({error})")
+        except Exception as error:  # of the user's objects, which are looked at
+            ready.kept = f"not kept, because of an error: {type(error).__name__}: {error}"
         ready.program.notes = [*ready.program.notes, f"on disk: {ready.kept}"]
         log.info("on disk: %s", ready.kept)
 
@@ -164,8 +167,8 @@ class Disk:
 # ---- a file ------------------------------
 
 
-def _content(ready: Ready, request: Request) -> bytes:
-    """A line with the digest of the rest; a line of JSON; constants, as `torch.save` writes them.
+def _content(ready: Ready, request: Request) -> tuple[bytes, bytes]:
+    """(a line with the digest of the rest, a line of JSON, and constants as `torch.save` writes them; what it holds of Python).
 
     Raises:
         NotPortable, Unwritable: see there.
@@ -175,12 +178,14 @@ def _content(ready: Ready, request: Request) -> bytes:
         raise Unwritable("check= is another than 'first', or debug= or sample_index= is set")
     check = ready.selfcheck
     noted = (check.random, check.jacobian, check.note) if check is not None else None
-    described = {"python": portable(program.python, subject), "program": written(program, noted)}
-    held = {name: t for name, t in program.constants.items() if name not in _live(program, subject)}
+    live = _live(program, subject)
+    held = {name: t for name, t in program.constants.items() if name not in live}
+    python = portable(program.python, subject, held.values())
+    described = {"python": python, "program": written(program, noted)}
     blob = io.BytesIO()
     torch.save(held, blob)
     rest = json.dumps(described).encode() + b"\n" + (blob.getvalue() if held else b"")
-    return _FIRST + hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest
+    return _FIRST + hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest, json.dumps(python).encode()
 
 
 def _live(program: Program, subject: Any) -> dict[str, Tensor]:
@@ -202,9 +207,6 @@ def _opened(file: Path, request: Request, extensions: tuple, options: Options) -
         raise ValueError("it is not as it was written")
     text, _, blob = rest.partition(b"\n")
     described = json.loads(text)
-    _, size, _ = described["program"]["fields"]["batch"]
-    if not described["program"]["fields"]["batch"][0] and size != request.arguments.batch_size:
-        return f"it is of {size} samples"
     python = restored(described["python"], request.subject)
     if isinstance(python, str):
         return python

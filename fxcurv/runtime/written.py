@@ -25,6 +25,7 @@ from torch import SymInt, fx, nn
 
 from fxcurv import errors
 from fxcurv.front.arguments import Slot
+from fxcurv.front.python_state import is_plain
 from fxcurv.ir.batch import Batch
 from fxcurv.ir.pieces import Kind
 from fxcurv.ir.private import FakeTensor, FakeTensorMode, OpOverload, ShapeEnv, function_of_sizes, new_size
@@ -205,8 +206,10 @@ class _Writer:
         kind = type(value)
         if kind is Slot:
             return {"slot": [value.index, value.joined]}
-        if value is None or kind in (bool, int, str, float):
+        if value is None or kind in (bool, int, str, float, torch.dtype, torch.device):
             return self.value(value)
+        if isinstance(value, type):
+            return {"class": [value.__module__, value.__qualname__]}
         if kind in (list, tuple):
             return {kind.__name__: [self.template(v) for v in value]}
         members = {name: self.template(v) for name, v in getattr(value, "__dict__", {}).items()}
@@ -215,7 +218,7 @@ class _Writer:
             return {"mapping": [*where, [[k, self.template(v)] for k, v in value.items()], members]}
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return {"named": [*where, [self.template(v) for v in value]]}
-        if dataclasses.is_dataclass(value):
+        if is_plain(value) or dataclasses.is_dataclass(value):
             return {"object": [*where, members]}
         raise Unwritable(f"a {kind.__name__} that the model returns")
 
@@ -341,7 +344,7 @@ class _Reader:
         graph, nodes = fx.Graph(), list[fx.Node]()
         known = list(map(_meta, self.metas))
         for op, name, target, args, kwargs, val, meta in rows:
-            args, kwargs = self.value(args, nodes), self.value(kwargs, nodes)
+            args, kwargs = self.value(args, nodes), {_name(k): v for k, v in self.value(kwargs, nodes).items()}
             node = graph.create_node(op, self._target(op, target), args, kwargs, name)
             node.meta = _Meta(known[meta] if meta is not None else {})
             if val is not None:
@@ -367,7 +370,7 @@ class _Reader:
 
     def _target(self, op: str, target: Any) -> Any:
         if op in ("placeholder", "output"):
-            return target
+            return _name(target)  # it becomes Python code
         if isinstance(target, str):
             return FUNCTIONS[target]
         namespace, name, overload = target
@@ -451,9 +454,11 @@ class _Reader:
         if name in constants:
             return constants[name]
         cls = function_of_sizes(name) or getattr(sympy, name, None)
-        if not (isinstance(cls, type) and issubclass(cls, sympy.Basic)):
+        parts = self.value(args)
+        # SymPy evaluates texts
+        if not (isinstance(cls, type) and issubclass(cls, sympy.Basic) and all(isinstance(a, sympy.Basic) for a in parts)):
             raise ValueError(name)
-        return cls(*self.value(args))
+        return cls(*parts)
 
     def _new(self, what: Any, nodes: Any) -> Any:
         module, name, members = what
@@ -466,6 +471,12 @@ class _Reader:
         for member, value in members.items():
             object.__setattr__(made, member, self.value(value, nodes))
         return made
+
+
+def _name(text: str) -> str:
+    if not text.isidentifier():
+        raise ValueError(text)
+    return text
 
 
 def _meta(kept: dict[str, Any]) -> dict[str, Any]:
@@ -485,9 +496,11 @@ def _templated(kept: Any, reader: _Reader) -> Any:
         return Slot(*what)
     if kind in ("list", "tuple"):
         return (list if kind == "list" else tuple)(map(inside, what))
-    if kind not in ("mapping", "named", "object"):
+    if kind not in ("mapping", "named", "object", "class"):
         return reader.value(kept)
     cls = _named(sys.modules[what[0]], what[1])
+    if kind == "class":
+        return cls
     if kind == "named":
         return tuple.__new__(cls, map(inside, what[2]))
     if kind == "mapping":
