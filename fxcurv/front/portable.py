@@ -192,6 +192,7 @@ class Places:
         self._codes: dict[int, tuple[Place, Any]] = {}
         self._queue: collections.deque[tuple[Place, Any]] = collections.deque()
         self._held: list[Any] = []  # so that no id is given twice
+        self._modules = {id(vars(m)): k for k, m in enumerate(subject.modules())}
         for k, m in enumerate(subject.modules()):
             self._note((("module", k),), m)
         if subject.loss is not None:
@@ -205,8 +206,11 @@ class Places:
         Raises:
             NotPortable: it was not found.
         """
-        if path.module is not None:
-            return (("module", path.module),)
+        # export makes stand-ins of modules that are held twice, of the same attributes
+        stands_for = self._modules.get(id(vars(path.root))) if isinstance(path.root, nn.Module) else None
+        k = path.module if path.module is not None else stands_for
+        if k is not None:
+            return (("module", k),)
         place = self._search(self._found, path.root)
         if place is None:
             raise NotPortable(f"the {type(path.root).__name__} that holds it is reached from no module and not from the loss")
@@ -303,7 +307,7 @@ class Describer:
     """
 
     def __init__(self, subject: Subject):
-        self._modules = {id(m): k for k, m in reversed(list(enumerate(subject.modules())))}
+        self._modules = {id(vars(m)): k for k, m in enumerate(subject.modules())}
         self.seen: set[int] = set()
         self._own = {
             id(t): f"{k}.{name}"
@@ -328,8 +332,8 @@ class Describer:
             return ["missing"]
         if id(value) in outer:
             return ["again", len(outer) - outer.index(id(value))]
-        if id(value) in self._modules:
-            return ["module", self._modules[id(value)]]
+        if isinstance(value, nn.Module) and id(vars(value)) in self._modules:
+            return ["module", self._modules[id(vars(value))]]
         if len(outer) > DEEPEST or left[0] < 0:
             if soft:
                 return ["deep", _name(kind)]
@@ -390,7 +394,7 @@ class Describer:
             return ["array", _name(kind), *shown, hashlib.sha256(value.tobytes()).hexdigest()]
         if kind.__module__.startswith("fxcurv.") and is_dataclass(value):
             return ["fields", _name(kind), [[f.name, inside(getattr(value, f.name))] for f in fields(value)]]
-        if is_plain(value) and not isinstance(value, CONTAINERS):
+        if is_plain(value) and not isinstance(value, CONTAINERS) and kind.__module__ != "builtins":  # an iterator, say
             members = [[name, inside(v)] for name, v in sorted(members_of(value).items())]
             return ["object", inside(kind, True), members]
         raise NotPortable(f"a {kind.__name__} is compared by identity")

@@ -27,11 +27,13 @@ from fxcurv import errors
 from fxcurv.front.arguments import Slot
 from fxcurv.front.python_state import is_plain
 from fxcurv.ir.batch import Batch
+from fxcurv.ir.emit import number_of_samples
 from fxcurv.ir.pieces import Kind
 from fxcurv.ir.private import FakeTensor, FakeTensorMode, OpOverload, ShapeEnv, function_of_sizes, new_size
 from fxcurv.ir.program import Input, Memory, Program
 from fxcurv.ir.state import Analysis, Walked
 from fxcurv.kronecker import Eigenbasis, Kronecker
+from fxcurv.rules.base import AGAIN
 
 # What nodes may call beside ops, by name.
 FUNCTIONS: dict[str, Callable] = {
@@ -39,6 +41,7 @@ FUNCTIONS: dict[str, Callable] = {
                                                                "neg", "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_")},
     **{f"math.{name}": getattr(math, name) for name in ("sqrt", "floor", "ceil", "trunc", "prod")},
     **{f"torch.{name}": getattr(torch, name) for name in ("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite")},
+    "fxcurv.number_of_samples": number_of_samples,
 }  # fmt: skip
 _NAMES = {id(fn): name for name, fn in FUNCTIONS.items()}
 # Ops whose inside is of this process; of all other libraries' ops no version is known.
@@ -66,7 +69,7 @@ def written(program: Program, more: Any = None) -> dict[str, Any]:
         (program.borrowing, "a product is a program of its own"),
         (program.observed, "forward hooks look at its values"),
         (program.reads is not None, "numbers are made of the data's values"),
-        (program.rules or program.options.rules, "rules= are of this process"),
+        (program.options.rules, "rules= are of this process"),
         (program.options.ranks, "it is of several ranks, or parts"),
     ):
         if refused:
@@ -85,6 +88,7 @@ def written(program: Program, more: Any = None) -> dict[str, Any]:
     })  # fmt: skip
     fields["terms"] = [term.node is not None for term in program.analysis.terms]
     fields["walked"] = writer.value({name: getattr(program.walked, name) for name in ("columns", "residuals", "parts", "sweeps")})
+    fields["again"] = bool(program.rules)
     fields["direct"] = list(program.walked.direct)
     check = program.check_module
     fields["check"] = None if check is None else [_Writer(program, check.graph).graph(check.graph), _messages(program)]
@@ -248,6 +252,7 @@ def read(kept: dict[str, Any], extensions: tuple, options: Any) -> tuple[Program
     terms = [SimpleNamespace(node=known or None) for known in fields["terms"]]
     program.analysis = Analysis(terms=terms, **reader.value(fields["analysis"]))
     program.walked = Walked(direct=dict.fromkeys(fields["direct"]), **reader.value(fields["walked"]))
+    program.rules = dict(AGAIN) if fields["again"] else {}
     if fields["check"] is not None:
         graph, messages = fields["check"]
         program.check_module, _ = reader.graph(graph)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -326,14 +327,10 @@ def test_what_no_trace_sees_is_found_by_the_check(runs):
 # ---- what is not kept ------------------------------
 
 
-class Counting(Net):
-    def forward(self, x):
-        self.calls = getattr(self, "calls", 0)
-        return super().forward(x)
-
-
 class Counted(Net):
-    calls = 0
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
 
     def forward(self, x):
         self.calls += 1
@@ -491,7 +488,8 @@ def test_a_report_and_its_graph_are_the_same(kept, written_once):
     for field in ("rows", "totals", "plain", "columns", "sweeps", "fallbacks", "said", "batch", "output", "python"):
         assert getattr(one, field) == getattr(other, field), field
     graphs = [c.lower(X, Y).program.gm.print_readable(print_output=False) for c in (made, read)]
-    assert graphs[0] == graphs[1]
+    shown = [re.sub(r"\bs\d+", "s", text) for text in graphs]  # symbols have names of their own
+    assert shown[0] == shown[1]
 
 
 @pytest.mark.slow
