@@ -16,6 +16,6 @@ __version__ = "0.1.0"
 cache_dir: str | os.PathLike[str] | None = os.environ.get("FXCURV_CACHE_DIR") or None
 
 __all__ = [
-    "Compiled", "Contraction", "Pointwise", "Program", "Result", "Rows", "Rule", "Totals", "accumulate", "cache_dir", "compile", "errors",
-    "extensions", "linear", "optim", "over", "register", "rewrite",
+    "Compiled", "Contraction", "Pointwise", "Program", "Result", "Rows", "Rule", "Totals", "accumulate", "cache_dir", "compile",
+    "errors", "extensions", "linear", "optim", "over", "register", "rewrite",
 ]  # fmt: skip

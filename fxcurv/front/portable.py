@@ -1,9 +1,9 @@
 """What a trace read of Python, said so that another process can compare it: `python_state` compares objects, which no file holds.
 
-Two questions are answered for every value that was read. Where it is: a path from the model's modules, the loss or a Python module
-by its name, that another process can follow (`Places`). What it is: a text (`Describer`), of a function its code, of a class its
-members, of a container all that is in it. The same is noted of the code that ran, and of the files that hold it. What has no
-such path, or no such text, makes a program one that is not kept on disk: `NotPortable` says which value it is.
+Two questions are answered for every value that was read. Where it is: a path from the model's modules, the loss or a Python
+module by its name, that another process can follow (`Places`). What it is: a text (`Describer`), of a function its code, of a
+class its members, of a container all that is in it. The same is noted of the code that ran, and of the files that hold it. What has
+no such path, or no such text, makes a program one that is not kept on disk: `NotPortable` says which value it is.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def portable(state: State, subject: Subject, constants: Iterable[Tensor]) -> dic
     describe = Describer(subject)
     leaves = [_said(path, how, places, describe, modules) for path, how in state.leaves]
     if describe.seen & set(map(id, constants)):
-        raise NotPortable("a tensor is read that a list, or several attributes, hold: in a buffer it is read at every call")
+        raise NotPortable(
+            "a tensor is read that a list, or several attributes, hold: in a buffer it is read at every call"
+        )
     sources = {name: [places.root(path), path.steps, path.title] for name, path in state.sources.items()}
     code = {json.dumps(places.of_code(code)): _code(places.function(code)) for code, _ in state.ran}
     files = {name: _file(name) for name in sorted({*names, *(type(m).__module__ for m in modules)})}
@@ -213,7 +215,9 @@ class Places:
             return (("module", k),)
         place = self._search(self._found, path.root)
         if place is None:
-            raise NotPortable(f"the {type(path.root).__name__} that holds it is reached from no module and not from the loss")
+            raise NotPortable(
+                f"the {type(path.root).__name__} that holds it is reached from no module and not from the loss"
+            )
         return place
 
     def of_code(self, code: types.CodeType) -> Place:
@@ -357,7 +361,11 @@ class Describer:
             return ["function", value.__module__, value.__qualname__, _code(value), bound]
         if isinstance(value, type):
             members = vars(value).items() if _is_users(value) else ()
-            own = [[name, inside(v, True)] for name, v in sorted(members, key=lambda pair: pair[0]) if isinstance(v, _STILL)]
+            own = [
+                [name, inside(v, True)]
+                for name, v in sorted(members, key=lambda pair: pair[0])
+                if isinstance(v, _STILL)
+            ]
             return ["class", _name(value), own, [_name(c) for c in value.__mro__]]
         if isinstance(value, types.ModuleType):
             return ["python", value.__name__]

@@ -209,7 +209,12 @@ from torch._subclasses.functional_tensor import FunctionalTensor, dispatch_funct
 from torch.distributed.distributed_c10d import _resolve_process_group as group_named
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_slot, make_fx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode as proxy_mode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, GuardOnDataDependentSymNode, ShapeEnv, free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    free_unbacked_symbols,
+)
 from torch.nn.modules.loss import _Loss as Loss
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -219,7 +224,8 @@ __all__ = [
     "FakeTensor", "FakeTensorMode", "FunctionalTensor", "GuardOnDataDependentSymNode", "Loss", "OpOverload", "SEEN",
     "ShapeEnv", "TRIED", "TorchDispatchMode", "UnsupportedOperatorException", "any_autocast", "base_of", "captured_size", "check",
     "collectives_of", "compile_lock", "constant_result", "decomposes", "decomposition_table", "disable_fake_tensor_cache",
-    "disable_proxy_modes_tracing", "dispatch_functionalize", "enable_python_dispatcher", "find", "flattened_mesh", "function_of_sizes", "group_named",
+    "disable_proxy_modes_tracing", "dispatch_functionalize", "enable_python_dispatcher", "find", "flattened_mesh",
+    "function_of_sizes", "group_named",
     "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform", "is_view", "make_fx",
     "maybe_mark_dynamic", "memory_of", "new_size", "no_hooks", "no_torch_functions", "node_of", "original", "own_buffers",
     "own_forward_hooks", "own_parameters", "patched", "precision_of_fsdp", "proxy_mode", "pytree", "rerouted",

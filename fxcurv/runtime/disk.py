@@ -2,9 +2,9 @@
 
 A file's name is a digest of all that is known of a call without tracing: versions, the processor, PyTorch's state, extensions and
 options, kinds of arguments, structure and code of the model and the loss. In the file is what tracing read of Python, and the
-code that ran (`front.portable`), which have to hold where it is read; then the program (`runtime.written`). What cannot be compared in another
-process with certainty is not kept, and the report says why. A program that was read is held against plain PyTorch at its first
-call, as one that was made; where it differs its file is deleted, and the program made anew.
+code that ran (`front.portable`), which have to hold where it is read; then the program (`runtime.written`). What cannot be
+compared in another process with certainty is not kept, and the report says why. A program that was read is held against plain
+PyTorch at its first call, as one that was made; where it differs its file is deleted, and the program made anew.
 
 Nothing that goes wrong here breaks a call: a file that cannot be read is warned of once, and written again.
 """
@@ -131,8 +131,8 @@ class Disk:
         log.info("%s is set aside", ready.loaded)
         if wrong:
             warnings.warn(
-                f"{ready.loaded} holds a program that is not this model's, by the check of its first call: it is deleted, and the "
-                "program made anew. Please report it.",
+                f"{ready.loaded} holds a program that is not this model's, by the check of its first call: it is deleted, and "
+                "the program made anew. Please report it.",
                 RuntimeWarning, stacklevel=2,
             )  # fmt: skip
             with contextlib.suppress(OSError):
@@ -174,7 +174,11 @@ def _content(ready: Ready, request: Request) -> tuple[bytes, bytes]:
         NotPortable, Unwritable: see there.
     """
     program, subject = ready.program, request.subject
-    if program.options.check not in (None, "first") or program.options.debug or program.options.sample_index is not None:
+    if (
+        program.options.check not in (None, "first")
+        or program.options.debug
+        or program.options.sample_index is not None
+    ):
         raise Unwritable("check= is another than 'first', or debug= or sample_index= is set")
     check = ready.selfcheck
     noted = (check.random, check.jacobian, check.note) if check is not None else None
@@ -248,8 +252,9 @@ def digest(request: Request, key: Key, extensions: tuple, options: Options) -> s
     describe = Describer(subject)
     tensors = [t for root in subject.roots() for _, t in tensors_in(root)]
     said = [
-        FORM, _process(), state_of_torch(), str(machine(subject.device())), request.mode, request.create_graph, subject.loss_params,
-        subject.watched, [(type(e).__qualname__, describe(e)) for e in extensions], describe(asked), key.inputs, key.targets,
+        FORM, _process(), state_of_torch(), str(machine(subject.device())), request.mode, request.create_graph,
+        subject.loss_params, subject.watched, [(type(e).__qualname__, describe(e)) for e in extensions], describe(asked),
+        key.inputs, key.targets,
         describe([arguments.input_template, arguments.target_template, arguments.batch_dims, arguments.rows]),
         (arguments.index, arguments.edges, key.single, key.dtype), key.tensors, _ties(subject),
         [_laid_out(t) for t in (*arguments.inputs, *arguments.targets, *tensors)],
@@ -280,7 +285,15 @@ def _process() -> tuple:
     """The versions of all that computes, and the processor."""
     found = [_version(name) for name in _VERSIONS]
     processor = platform.machine(), torch.backends.cpu.get_cpu_capability(), platform.system()
-    return (sys.version, str(torch.__version__), torch.version.git_version, torch.version.cuda, *found, processor, _sources())
+    return (
+        sys.version,
+        str(torch.__version__),
+        torch.version.git_version,
+        torch.version.cuda,
+        *found,
+        processor,
+        _sources(),
+    )
 
 
 def _version(name: str) -> str:

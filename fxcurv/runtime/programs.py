@@ -342,12 +342,13 @@ class Programs(Generic[M]):
         Args:
             wrong: its numbers were.
         """
-        made: list[Any] = [m for m in self._made.get(self._key(request), []) if getattr(m, "loaded", "") and m.size is None]
-        for one in made:
-            assert self.folder is not None
-            self._made[self._key(request)].remove(one)
-            self.folder.distrust(one, wrong)
-        return bool(made)
+        some: list[Any] = self._made.get(self._key(request), [])
+        unused = [made for made in some if getattr(made, "loaded", "") and made.size is None]
+        for made in unused:
+            some.remove(made)
+            if self.folder is not None:
+                self.folder.distrust(made, wrong)
+        return bool(unused)
 
     def name_of(self, made: M) -> str:
         """The name of what was found among `named`."""

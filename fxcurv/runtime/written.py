@@ -2,8 +2,8 @@
 
 Written are the graph (ops by name, arguments, and of every node its kind of value and where it comes from), what the placeholders
 are bound to, results, what a call and a report read, and what was assumed of the batch size. Reading makes nodes, fake tensors
-and fxcurv's own data classes of it, and runs nothing that a file says: ops are looked up in `torch.ops`, functions in a short list,
-classes in fxcurv or, for the model's output, among those that the user has imported.
+and fxcurv's own data classes of it, and runs nothing that a file says: ops are looked up in `torch.ops`, functions in a short
+list, classes in fxcurv or, for the model's output, among those that the user has imported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import SymInt, fx, nn
 
@@ -37,8 +37,10 @@ from fxcurv.rules.base import AGAIN
 
 # What nodes may call beside ops, by name.
 FUNCTIONS: dict[str, Callable] = {
-    **{f"operator.{name}": getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "pow",
-                                                               "neg", "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_")},
+    **{f"operator.{name}": getattr(operator, name) for name in (
+        "getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg", "eq", "ne", "lt", "le", "gt", "ge",
+        "and_", "or_",
+    )},
     **{f"math.{name}": getattr(math, name) for name in ("sqrt", "floor", "ceil", "trunc", "prod")},
     **{f"torch.{name}": getattr(torch, name) for name in ("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite")},
     "fxcurv.number_of_samples": number_of_samples,
@@ -48,8 +50,10 @@ _NAMES = {id(fn): name for name, fn in FUNCTIONS.items()}
 _HERE = {"custom_function", "unchanged", "on_ranks"}
 _LIBRARIES = ("aten", "prims", "fxcurv")
 # Of a program's fields, those that are written as they are.
-_PLAIN = ("loss", "output_leaves", "params", "shapes", "mutations", "results", "extras", "decisions", "fixed_by", "notes", "largest",
-          "lengths", "timings", "seed")  # fmt: skip
+_PLAIN = (
+    "loss", "output_leaves", "params", "shapes", "mutations", "results", "extras", "decisions", "fixed_by", "notes", "largest",
+    "lengths", "timings", "seed",
+)  # fmt: skip
 _OWN = ("create_graph", "batch_dims", "alone", "index", "edges")
 
 
@@ -87,13 +91,22 @@ def written(program: Program, more: Any = None) -> dict[str, Any]:
         f.name: getattr(program.analysis, f.name) for f in dataclasses.fields(Analysis) if f.name != "terms"
     })  # fmt: skip
     fields["terms"] = [term.node is not None for term in program.analysis.terms]
-    fields["walked"] = writer.value({name: getattr(program.walked, name) for name in ("columns", "residuals", "parts", "sweeps")})
+    fields["walked"] = writer.value(
+        {name: getattr(program.walked, name) for name in ("columns", "residuals", "parts", "sweeps")}
+    )
     fields["again"] = bool(program.rules)
     fields["direct"] = list(program.walked.direct)
     check = program.check_module
     fields["check"] = None if check is None else [_Writer(program, check.graph).graph(check.graph), _messages(program)]
     guards = [] if not writer.symbols else [writer.value(g.expr) for g in program.fake_mode.shape_env.guards]
-    return {"graph": graph, "vals": writer.vals, "metas": writer.metas, "guards": guards, "fields": fields, "more": writer.value(more)}
+    return {
+        "graph": graph,
+        "vals": writer.vals,
+        "metas": writer.metas,
+        "guards": guards,
+        "fields": fields,
+        "more": writer.value(more),
+    }
 
 
 def _messages(program: Program) -> list[list[str]]:
@@ -133,8 +146,15 @@ class _Writer:
 
     def _meta(self, node: fx.Node) -> int:
         modules = [[path, str(kind)] for path, kind in (node.meta.get("nn_module_stack") or {}).values()]
-        origin = {k: v if isinstance(v, str | bool | int | float | None) else str(v) for k, v in node.meta.get("origin", {}).items()}
-        known = {"stack_trace": node.meta.get("stack_trace"), "active": bool(node.meta.get("active")), "modules": modules}
+        origin = {
+            k: v if isinstance(v, str | bool | int | float | None) else str(v)
+            for k, v in node.meta.get("origin", {}).items()
+        }
+        known = {
+            "stack_trace": node.meta.get("stack_trace"),
+            "active": bool(node.meta.get("active")),
+            "modules": modules,
+        }
         return self._once(self.metas, {**known, "origin": origin if "origin" in node.meta else None})
 
     def _once(self, table: list[Any], value: Any) -> int:
@@ -184,7 +204,9 @@ class _Writer:
         if isinstance(value, torch.device):
             return {"device": str(value)}
         if isinstance(value, Kronecker | Eigenbasis):
-            return {kind.__name__: [[self.value(v) for v in value], self.value(value.arrangement), self.value(value.owner)]}
+            return {
+                kind.__name__: [[self.value(v) for v in value], self.value(value.arrangement), self.value(value.owner)]
+            }
         if isinstance(value, sympy.Basic):
             return self._expr(value)
         if kind is tuple:
@@ -246,7 +268,8 @@ def read(kept: dict[str, Any], extensions: tuple, options: Any) -> tuple[Program
     program = Program(
         gm=gm, inputs=[Input(*row) for row in fields["inputs"]], batch=reader.batch, heads=[], extensions=extensions,
         covers={extensions[k]: covered for k, covered in fields["covers"]}, options=dataclasses.replace(options, **own),
-        output_template=_templated(fields["template"], reader), fake_mode=SimpleNamespace(shape_env=_Assumed(reader, kept["guards"])),
+        output_template=_templated(fields["template"], reader),
+        fake_mode=SimpleNamespace(shape_env=_Assumed(reader, kept["guards"])),
         buffers=[_Memory(reader, k, reader.value(results)) for k, results in fields["buffers"]], **plain,
     )  # fmt: skip
     terms = [SimpleNamespace(node=known or None) for known in fields["terms"]]
@@ -274,7 +297,9 @@ class _Assumed:
 
 
 class _Memory(Memory):
-    """A buffer whose fake value is made when it is asked for: memory of the captured size needs none."""
+    """A buffer whose fake value is made when it is asked for: its sizes are known without."""
+
+    _known: tuple[_Reader, int, Any, torch.dtype]
 
     def __init__(self, reader: _Reader, number: int, results: Any):
         shape, _, dtype, _ = reader.parts(number)
@@ -307,7 +332,7 @@ class _Meta(dict):
 
     def get(self, key: str, default: Any = None) -> Any:
         """As a dictionary's."""
-        return self[key] if key in self else default
+        return self[key] if super().__contains__(key) else default
 
     def __iter__(self) -> Iterator[str]:
         return super().__iter__()  # so that `dict(meta)` asks for the values
@@ -461,7 +486,9 @@ class _Reader:
         cls = function_of_sizes(name) or getattr(sympy, name, None)
         parts = self.value(args)
         # SymPy evaluates texts
-        if not (isinstance(cls, type) and issubclass(cls, sympy.Basic) and all(isinstance(a, sympy.Basic) for a in parts)):
+        if not (
+            isinstance(cls, type) and issubclass(cls, sympy.Basic) and all(isinstance(a, sympy.Basic) for a in parts)
+        ):
             raise ValueError(name)
         return cls(*parts)
 
