@@ -126,6 +126,10 @@ SCATTERS = {aten.max_pool2d_with_indices_backward.default, torch.ops.fxcurv.max_
 # ---- memory ------------------------------
 
 
+# They give back their argument's memory, and their schemas do not say so.
+UNSAID_VIEWS = {aten._unsafe_view.default}
+
+
 def borrows(node: fx.Node, lenders: set[fx.Node]) -> bool:
     """Whether a value may lie in the memory of one of `lenders`, by the schemas of the ops between them."""
     if node in lenders:
@@ -138,7 +142,7 @@ def borrows(node: fx.Node, lenders: set[fx.Node]) -> bool:
 def _has_own_memory(op: Any) -> bool:
     """Whether an op never returns an argument or a view: a composite one without an annotation may."""
     schema = schema_of(op)
-    if schema is None or any(r.alias_info is not None for r in schema.returns):
+    if schema is None or op in UNSAID_VIEWS or any(r.alias_info is not None for r in schema.returns):
         return False
     return op in PRODUCTS or not decomposes(op)
 
