@@ -127,18 +127,7 @@ def compile(  # noqa: A001
         ArgumentError: if `model` is no module or has no trainable parameter, or `params` matches none; for
             `loss_params` without a loss that is a module, or where the model has a parameter of such a name.
     """
-    if not isinstance(model, nn.Module):
-        staged = type(model).__module__.startswith("torch.distributed.pipelining")
-        way = "pipeline stages are not supported, pass the whole model" if staged else "wrap it in one"
-        raise ArgumentError(f"model is a {type(model).__name__}, not an nn.Module: {way}")
-    if loss is not None and not callable(loss):
-        raise ArgumentError(
-            f"loss is a {type(loss).__name__}, not callable: pass a module or a function (output, target)"
-        )
-    if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 1):
-        raise ArgumentError(f"memory_budget={memory_budget!r}: pass a number of bytes")
-    if check not in (None, "first", "always", "probe"):
-        raise ArgumentError(f"check={check!r}: pass 'first', 'always', 'probe' or None")
+    _check_kinds(model, loss, memory_budget, check)
     subject = Subject(model, loss, bool(loss_params))
     check_loss_params(subject)
     check_trainable(subject)
@@ -147,17 +136,10 @@ def compile(  # noqa: A001
         names = ", ".join(type(e).__name__ for e in found if e.requires.needs_loss)
         if names or not found:
             raise ArgumentError(f"{names or 'the gradient'} needs a loss: pass one as the second argument")
-    if sample not in ("sequence", "token"):
-        raise ArgumentError(f"sample={sample!r}: use 'sequence' or 'token'")
-    if sample_index is not None and (batch_dim != 0 or sample != "sequence"):
-        raise ArgumentError("sample_index= says where the samples are: drop batch_dim= and sample=")
+    _check_samples(sample, sample_index, batch_dim)
     ranks = ranks_of(mesh, model, found, backend)
-    if ranks is not None and loss_params:
-        raise ArgumentError(
-            "mesh= and loss_params=True: let one module hold model and loss, and pass its method as the loss"
-        )
-    if ranks is not None and sample_index is not None:
-        raise ArgumentError("mesh= and sample_index=: merged samples are of one process, drop one")
+    if ranks is not None:
+        _check_on_ranks(loss_params, sample_index)
     if not outputs:
         _check_in_turns(loss, found, backend, plain=sample == "sequence" and sample_index is None and ranks is None)
     options = Options(
@@ -184,6 +166,40 @@ def compile(  # noqa: A001
     compiled = Compiled(unwrapped(model), loss, found, options, Backend(backend, mode, dynamic), ranks)
     compiled.covered()
     return compiled
+
+
+def _check_kinds(model: Any, loss: Any, memory_budget: Any, check: Any) -> None:
+    """Refuse arguments of `compile` that are not what they have to be."""
+    if not isinstance(model, nn.Module):
+        staged = type(model).__module__.startswith("torch.distributed.pipelining")
+        way = "pipeline stages are not supported, pass the whole model" if staged else "wrap it in one"
+        raise ArgumentError(f"model is a {type(model).__name__}, not an nn.Module: {way}")
+    if loss is not None and not callable(loss):
+        raise ArgumentError(
+            f"loss is a {type(loss).__name__}, not callable: pass a module or a function (output, target)"
+        )
+    if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 1):
+        raise ArgumentError(f"memory_budget={memory_budget!r}: pass a number of bytes")
+    if check not in (None, "first", "always", "probe"):
+        raise ArgumentError(f"check={check!r}: pass 'first', 'always', 'probe' or None")
+
+
+def _check_samples(sample: str, sample_index: Any, batch_dim: Any) -> None:
+    """Refuse what says in two ways where the samples are."""
+    if sample not in ("sequence", "token"):
+        raise ArgumentError(f"sample={sample!r}: use 'sequence' or 'token'")
+    if sample_index is not None and (batch_dim != 0 or sample != "sequence"):
+        raise ArgumentError("sample_index= says where the samples are: drop batch_dim= and sample=")
+
+
+def _check_on_ranks(loss_params: bool, sample_index: Any) -> None:
+    """Refuse what several processes do not compute together."""
+    if loss_params:
+        raise ArgumentError(
+            "mesh= and loss_params=True: let one module hold model and loss, and pass its method as the loss"
+        )
+    if sample_index is not None:
+        raise ArgumentError("mesh= and sample_index=: merged samples are of one process, drop one")
 
 
 def _check_in_turns(loss: Any, found: Sequence[Extension], backend: Any, plain: bool) -> None:

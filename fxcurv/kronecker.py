@@ -422,15 +422,18 @@ class Blocks(Mapping):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(D, D), D the number of entries of the parameters."""
         total = sum(map(prod, self._shapes.values()))
         return total, total
 
     @property
     def dtype(self) -> torch.dtype:
+        """The factors'."""
         return next(iter(self._factors.values()))[0].dtype
 
     @property
     def device(self) -> torch.device:
+        """The factors'."""
         return _device_of(next(iter(self._factors.values())))
 
     @property

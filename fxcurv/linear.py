@@ -112,10 +112,12 @@ class Matrix:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The parameters'."""
         return self._like.dtype
 
     @property
     def device(self) -> torch.device:
+        """The parameters'."""
         return self._like.device
 
     @property
@@ -125,10 +127,12 @@ class Matrix:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(rows, columns); D for parameters, R for outputs."""
         return self.size, self.size
 
     @property
     def T(self) -> Any:  # noqa: N802
+        """Its transpose."""
         return self
 
     def adjoint(self) -> Any:
@@ -302,6 +306,7 @@ class Jacobian(_OfRows):
         return self._columnwise(v, self.size, lambda x: self._j(self._parted(x)))
 
     def diag(self) -> Tensor:
+        """Raises `ExtensionError`: the matrix is not square."""
         raise ExtensionError(
             "a Jacobian is not square, so it has no diagonal: use NTK(...).diag(), or the extension Jacobian"
         )

@@ -313,14 +313,17 @@ class Operator(Saved):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The parameters'."""
         return next(iter(self._code.dtypes.values()))
 
     @property
     def device(self) -> torch.device:
+        """The parameters'."""
         return next(iter(self._code.devices.values()))
 
     @property
     def T(self) -> Operator:  # noqa: N802
+        """The same: it is symmetric."""
         return self
 
     def adjoint(self) -> Operator:
@@ -329,6 +332,7 @@ class Operator(Saved):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(D, D), D the number of entries of the parameters."""
         total = sum(prod(s) for s in self._code.shapes.values())
         return total, total
 

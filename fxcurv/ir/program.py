@@ -187,6 +187,7 @@ class Program:
 
     @property
     def graph(self) -> fx.Graph:
+        """The graph of `gm`."""
         return self.gm.graph
 
     @property
@@ -196,6 +197,7 @@ class Program:
 
     @property
     def output(self) -> fx.Node:
+        """The node that returns."""
         return next(iter(reversed(self.graph.nodes)))  # PyTorch 2.11 gives no iterator
 
     @property
