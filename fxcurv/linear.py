@@ -21,6 +21,7 @@ from fxcurv.errors import ArgumentError, ExtensionError
 from fxcurv.extensions import GGNMP, HMP, DiagGGNExact, DiagGGNMC, DiagHessian, Extension, SqrtGGNMC
 from fxcurv.extensions.ggn import DiagEmpirical, JacobianNorms, SqrtEmpirical
 from fxcurv.extensions.parameters import Choice, chosen, hashable
+from fxcurv.kronecker import linear_operator
 from fxcurv.over import over
 
 __all__ = ["GGN", "NTK", "EmpiricalFisher", "Hessian", "Jacobian", "MCFisher"]
@@ -184,20 +185,7 @@ class Matrix:
 
     def to_scipy(self):
         """As a `scipy.sparse.linalg.LinearOperator` (needs scipy)."""
-        from scipy.sparse.linalg import LinearOperator
-
-        def of(matrix):
-            def apply(x):
-                return (matrix @ torch.as_tensor(x).to(self._like)).cpu().numpy()
-
-            return apply
-
-        forward, back = of(self), of(self.T)
-        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
-        return LinearOperator(
-            self.shape, matvec=lambda x: forward(x.reshape(-1)), rmatvec=lambda x: back(x.reshape(-1)), matmat=forward,
-            rmatmat=back, dtype=dtype,
-        )  # fmt: skip
+        return linear_operator(self)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.shape[0]} x {self.shape[1]})"

@@ -149,8 +149,8 @@ def _has_own_memory(op: Any) -> bool:
 
 # ---- what is saved ------------------------------
 
-# Little more work than reading and writing memory, and the same result again; so are pointwise ops and views, which say so by
-# their tags and schemas. Matrix products and convolutions are not; neither are sorts and decompositions.
+# These cost little more than their memory traffic, and give the same result again. Pointwise ops and views do too; they are
+# recognised by tag and schema. Matrix products, convolutions, sorts and decompositions do not.
 CHEAP = {
     aten.clone.default, aten._to_copy.default, aten.cat.default, aten.where.self, aten.gather.default,
     aten.scatter.value, aten.scatter.src, aten.scatter_add.default, aten.embedding.default, aten.index.Tensor,
