@@ -10,6 +10,7 @@ from fxcurv.ir.program import Program
 from fxcurv.ir.state import Options
 from fxcurv.passes.average import average
 from fxcurv.passes.channels_last import channels_last
+from fxcurv.passes.chunks import chunks
 from fxcurv.passes.counts import counts
 from fxcurv.passes.distribute import distribute
 from fxcurv.passes.ends import ends
@@ -41,7 +42,7 @@ PIPELINE = [
 ]
 
 
-_FOR_RANKS = {placements: [counts, simplify, placements, distribute], schedule: [schedule, gathers]}
+_FOR_RANKS = {placements: [counts, simplify, placements, distribute], schedule: [chunks, schedule, gathers]}
 SPREAD = [p for step in PIPELINE for p in _FOR_RANKS.get(step, [step])]
 """For a batch whose parts are on several ranks; equal values are united before, so that each travels once."""
 

@@ -128,6 +128,10 @@ class Split:
             return found
         if torch.Tag.pointwise in getattr(node.target, "tags", ()):
             return placement.pointwise([s for s in sites if s], len(outs[0]), linear=False)
+        return self._tried(node, leaves, sites)
+
+    def _tried(self, node: fx.Node, leaves: list, sites: list[Site | None]) -> Placement:
+        """What trying the op has shown at capture."""
         tried = node.meta.get("active") and all(_as_captured(a, s) for a, s in zip(leaves, sites, strict=True))
         return node.meta["place"] if tried else MIXED
 
@@ -334,10 +338,22 @@ def _select_backward(sites: Sites, args: tuple, outs: list) -> Found:
 
 
 def _nll(sites: Sites, args: tuple, outs: list) -> Found:
+    """Of predictions [rows, C] or [N, C, *positions], along any axis but the classes'; targets have no such axis."""
     z, target, weight = sites[:3]
-    if not z or z.place != Shard(0) or not target or target.place != Shard(0) or (weight and weight.place != REPLICATE):
+    if not z or not target or not isinstance(z.place, Shard) or z.place.dim == 1 or (weight and weight.place != REPLICATE):
         return MIXED
-    return [Shard(0) if args[3] == 0 else PARTIAL, PARTIAL]
+    where = replace(z.place, dim=max(z.place.dim - 1, 0))
+    if target.place != where:
+        return MIXED
+    return [where if args[3] == 0 else PARTIAL, PARTIAL]
+
+
+def _nll_backward(sites: Sites, args: tuple, outs: list) -> Found:
+    """nll_loss_backward(g, z, target, weight, ...), g for every target or the same for all."""
+    g, z, target, weight = sites[:4]
+    each = _nll((z, target, weight), (None, None, None, 0), outs)
+    same = isinstance(each, list) and g is not None and g.place in (REPLICATE, each[0])
+    return z.place if same and z else MIXED
 
 
 def _like_the_prediction(sites: Sites, args: tuple, outs: list) -> Found:
@@ -469,9 +485,10 @@ PLACES: dict[Any, Callable[[Sites, tuple, list], Found]] = {
     aten.select_backward.default: _select_backward,
     aten.nll_loss_forward.default: _nll,
     aten.nll_loss2d_forward.default: _nll,
+    **dict.fromkeys((aten.nll_loss_backward.default, aten.nll_loss2d_backward.default), _nll_backward),
     **dict.fromkeys(
-        (aten.nll_loss_backward.default, aten.nll_loss2d_backward.default, aten.mse_loss_backward.default,
-         aten.smooth_l1_loss_backward.default, aten.huber_loss_backward.default), _like_the_prediction),
+        (aten.mse_loss_backward.default, aten.smooth_l1_loss_backward.default, aten.huber_loss_backward.default),
+        _like_the_prediction),
     **dict.fromkeys((aten.mse_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default), _reduced_loss),
     aten.embedding_dense_backward.default: _embedding_backward,
     aten.index_add.default: _added_rows,
