@@ -20,10 +20,11 @@ class Chunked:
     """A node's target: runs `part` chunk by chunk, on slices of the arguments along an axis of positions.
 
     Attributes:
-        part: (number of positions, *arguments) -> values; some of its sizes are made of that number.
+        part: (number of positions, *totals, *arguments) -> values; some of its sizes are made of that number.
         count: how many positions there are.
         given: for each argument where its positions are, None for what every chunk reads whole.
         made: for each value the same, None for a sum over positions.
+        own: for each value whether the part adds to its total itself, which it is given (None for the first chunk).
         entries: of one position of one sample, in the first argument that has positions.
         bytes: of one position of one sample, in the widest value.
     """
@@ -32,6 +33,7 @@ class Chunked:
     count: int
     given: tuple[Shard | None, ...]
     made: tuple[Shard | None, ...]
+    own: tuple[bool, ...]
     entries: int
     bytes: int
     __name__: ClassVar[str] = "chunked"
@@ -47,22 +49,24 @@ class Chunked:
 
     def __call__(self, *args: Any) -> list[Tensor]:
         """The values of all positions."""
-        size, found = self.size(args), list[list[Tensor]]()
+        size = self.size(args)
+        totals: list[Tensor | None] = [None] * len(self.made)
+        pieces: list[list[Tensor]] = [[] for _ in self.made]
         for start in range(0, self.count, size):
             here = min(size, self.count - start)
             given = [a if p is None else self._some(a, p, start, here) for a, p in zip(args, self.given, strict=True)]
-            values = list(self.part(here, *given))
-            if not found:
-                found = [[v if p else v.to(_wide(v.dtype), copy=True)] for v, p in zip(values, self.made, strict=True)]
-                dtypes = [v.dtype for v in values]
-                continue
-            for known, place in zip(found, self.made, strict=True):
+            values = list(self.part(here, *(t for t, own in zip(totals, self.own, strict=True) if own), *given))
+            dtypes = [v.dtype for v in values]
+            for k, place in enumerate(self.made):
                 value = values.pop(0)  # a term dies when it is added
-                if place is None:
-                    known[0].add_(value)
+                if place is not None:
+                    pieces[k].append(value)
+                elif (known := totals[k]) is None or self.own[k]:
+                    totals[k] = value if self.own[k] else value.to(_wide(value.dtype), copy=True)
                 else:
-                    known.append(value)
-        return [self._joined(found.pop(0), p).to(d) for p, d in zip(self.made, dtypes, strict=True)]
+                    known.add_(value)
+        ends = [self._joined(p, made) if t is None else t for t, p, made in zip(totals, pieces, self.made, strict=True)]
+        return [end.to(dtype) for end, dtype in zip(ends, dtypes, strict=True)]
 
     def _some(self, t: Tensor, place: Shard, start: int, size: int) -> Tensor:
         outer = t.shape[place.dim] // (self.count * place.inner)
@@ -71,8 +75,8 @@ class Chunked:
         apart = t.unflatten(place.dim, (outer, self.count * place.inner))
         return apart.narrow(place.dim + 1, start * place.inner, size * place.inner).flatten(place.dim, place.dim + 1)
 
-    def _joined(self, values: list[Tensor], place: Shard | None) -> Tensor:
-        if place is None or len(values) == 1:
+    def _joined(self, values: list[Tensor], place: Any) -> Tensor:
+        if len(values) == 1:
             return values[0]
         outer = sum(v.shape[place.dim] for v in values) // (self.count * place.inner)
         if outer == 1:
@@ -81,6 +85,11 @@ class Chunked:
         return apart.flatten(place.dim, place.dim + 1)
 
 
+def narrow(dtype: torch.dtype) -> bool:
+    """Whether sums of many terms are not to be added up in it."""
+    return dtype in (torch.float16, torch.bfloat16)
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums of many terms are added up in."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    """What they are added up in."""
+    return torch.float32 if narrow(dtype) else dtype

@@ -30,12 +30,15 @@ from fxcurv.passes.schedule import schedule
 from fxcurv.passes.select import select
 from fxcurv.passes.shorten import shorten
 from fxcurv.passes.simplify import simplify
+from fxcurv.passes.slice_first import slice_first
 from fxcurv.passes.sum_first import sum_first
 from fxcurv.passes.tokens import tokens
 from fxcurv.passes.verify import verify
 from fxcurv.passes.whole_batch import whole_batch
 
-ANALYSIS = [normalize, pool_first, channels_last, independence, fuse, ends, whole_batch, objective, tokens]
+ANALYSIS = [
+    *(normalize, pool_first, slice_first, channels_last, independence, fuse, ends, whole_batch, objective, tokens),
+]
 PIPELINE = [
     *(propagate, average, products, extract, placements, simplify, select, simplify, sum_first, shorten),
     *(schedule, finish, recycle),

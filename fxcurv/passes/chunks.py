@@ -16,14 +16,16 @@ import torch
 from torch import SymInt, Tensor, fx
 
 from fxcurv.contractions.contract import Contract
-from fxcurv.ir.chunked import ROOM, Chunked
+from fxcurv.ir.chunked import ROOM, Chunked, narrow
+from fxcurv.ir.emit import part_samples
 from fxcurv.ir.graph import copied, is_tensor
-from fxcurv.ir.placement import MIXED, REPLICATE, Placement, Shard
+from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Shard
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
 from fxcurv.ir.ranks import IN_TURNS
 from fxcurv.passes.distribute import in_order
 from fxcurv.rules.positions import Positions, of_sizes
+from fxcurv.rules.traits import ADDED
 
 # At this many samples the part is run without values, to see its shapes.
 SAMPLES = 3
@@ -56,6 +58,7 @@ def chunks(program: Program) -> Program:
         return program
     program.heads = []  # the walk is over, and nothing else reads the output where it is no result
     program.refresh_output()
+    _sizes_of_inputs(program)
     why = []
     for place, count in _axes(program, head):
         part = _Part(program, head, place, count)
@@ -66,6 +69,24 @@ def chunks(program: Program) -> Program:
         why.append(part.refusal)
     program.notes.append(f"head and loss: the output {_said(program, head)} is whole, since {why[0] if why else 'it has no positions'}")
     return program
+
+
+def _sizes_of_inputs(program: Program) -> None:
+    """Let sizes be read from inputs: whoever asks the output for its batch size would need it whole."""
+    batch, base = program.batch, part_samples(program)
+    for node in list(program.graph.nodes):
+        val = node.meta.get("val")
+        if not isinstance(val, SymInt) or not any(is_tensor(i) and i.op != "placeholder" for i in node.all_input_nodes):
+            continue
+        per, new = batch.evaluate(val, 1), base
+        if batch.evaluate(val, 2) != 2 * per or batch.evaluate(val, 3) != 3 * per:
+            continue
+        if per > 1:
+            with program.graph.inserting_after(base):
+                new = program.graph.call_function(operator.mul, (base, per))
+            new.meta = dict(node.meta)
+        program.replace(node, new)
+        program.graph.erase_node(node)
 
 
 def _said(program: Program, head: fx.Node) -> str:
@@ -177,18 +198,28 @@ class _Part:
     def _build(self) -> None:
         graph = fx.Graph()
         here = graph.placeholder("positions")
+        self.at, self.made = (
+            tuple(p if isinstance(p := self._place(n), Shard) else None for n in nodes) for nodes in (self.given, self.ends)
+        )
+        totals = {n: graph.placeholder(f"total_{k}") for k, n in enumerate(self.ends) if self._adds(n)}
+        self.own = tuple(n in totals for n in self.ends)
         env = {node: graph.placeholder(f"given_{k}") for k, node in enumerate(self.given)}
         for node in self.members:
             new = env[node] = copied(graph, node, env)
             places = self._place(node)
-            if isinstance(places, Shard):
+            if node in totals:
+                new.target, new.args = ADDED[node.target], (totals[node], *new.args)
+            elif isinstance(places, Shard):
                 for k in of_sizes(node):
                     self._resize(graph, new, k, places, here)
         graph.output([env[n] for n in self.ends])
         self.part = fx.GraphModule(self.program.gm, graph)
-        self.at = tuple(p if isinstance(p := self._place(n), Shard) else None for n in self.given)
-        self.made = tuple(p if isinstance(p := self._place(n), Shard) else None for n in self.ends)
         self._try()
+
+    def _adds(self, node: fx.Node) -> bool:
+        """Whether a sum over positions, which nothing in the part reads, is added up where it is made."""
+        alone = not any(u in set(self.members) for u in node.users)
+        return alone and self._place(node) == PARTIAL and node.target in ADDED and not narrow(node.meta["val"].dtype)
 
     def _resize(self, graph: fx.Graph, node: fx.Node, k: int, place: Shard, here: fx.Node) -> None:
         """Let the size that holds the positions be that of a chunk."""
@@ -210,7 +241,7 @@ class _Part:
         given = [self._without_values(n, p, some) for n, p in zip(self.given, self.at, strict=True)]
         try:
             with torch.no_grad():
-                shapes = [tuple(v.shape) for v in self.part(some, *given)]
+                shapes = [tuple(v.shape) for v in self.part(some, *[None] * sum(self.own), *given)]
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             self.refusal = f"it cannot be computed in parts: {str(error).splitlines()[0][:100]}"
             return
@@ -232,20 +263,24 @@ class _Part:
         first = next(n for n, p in zip(self.given, self.at, strict=True) if p)
         widest = max(batch.per_sample(v) * v.element_size() for n in self.members if self._apart(n) for v in _vals(n))
         target = Chunked(
-            self.part, self.count, self.at, self.made, batch.per_sample(first.meta["val"]) // self.count, widest // self.count
+            self.part, self.count, self.at, self.made, self.own, batch.per_sample(first.meta["val"]) // self.count, widest // self.count
         )
         origin = {"stage": "columns", "op": "head and loss in chunks", "module": ""}
         with self.graph.inserting_before(self.program.output):
             whole = self.graph.call_function(target, tuple(self.given))
             whole.meta = {"val": [n.meta["val"] for n in self.ends], "origin": origin}
+            values = []
             for k, node in enumerate(self.ends):
                 new = self.graph.call_function(operator.getitem, (whole, k))
-                new.meta = dict(node.meta)
+                new.meta = {**node.meta, "origin": origin}
                 self.program.replace(node, new)
+                values.append(new)
         self.program.refresh_output()
         for node in reversed(self.members):
             self.graph.erase_node(node)
         in_order(self.program)
+        for new in values:  # the list of them dies
+            whole.append(new)
 
 
 def _vals(node: fx.Node) -> list[Tensor]:

@@ -112,7 +112,7 @@ class Split:
         if outs[0] is None and node.target not in PLACES:
             return MIXED
         alike = not random and all(isinstance(s.place, Alike) for s in here if isinstance(s.place, Shard))
-        found = self._by_rule(node, leaves, [_plain(s) for s in sites], outs)
+        found = self._by_rule(node, leaves, _beside_others(sites), outs)
         if alike and isinstance(found, Shard):
             return Alike(found.dim, found.outer, found.inner)
         return found
@@ -207,6 +207,20 @@ class Split:
             return found
         place, sources = node.meta["declared"]
         return place if all(MIXED not in _listed(self.across.get(s, REPLICATE)) for s in sources) else found
+
+
+def _beside_others(sites: list[Site | None]) -> list[Site | None]:
+    """Sites for rules, which know no `Alike`: what is the same for all samples has them where another value has its own."""
+    own = {s.place for s in sites if s and isinstance(s.place, Shard) and not isinstance(s.place, Alike)}
+    kinds = {(p.outer, p.inner) for p in own}
+    out = [_plain(s) for s in sites]
+    if len(kinds) != 1:
+        return out
+    ((outer, inner),) = kinds
+    for k, (site, given) in enumerate(zip(out, sites, strict=True)):
+        if site and given and isinstance(given.place, Alike) and given.place.outer * given.place.inner == outer * inner:
+            out[k] = replace(site, place=Shard(given.place.dim, outer, inner))
+    return out
 
 
 def _plain(site: Site | None) -> Site | None:

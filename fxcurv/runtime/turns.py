@@ -23,9 +23,10 @@ from fxcurv.ir.private import compile_lock, pytree
 from fxcurv.ir.program import Program
 from fxcurv.passes.recycle import without_memory
 from fxcurv.result import Result
-from fxcurv.rules.traits import over_ranks
+from fxcurv.rules.traits import IN_PLACE, over_ranks
 from fxcurv.runtime.bind import bind, cuda_devices, seed_tensor
 from fxcurv.runtime.call import refuse_values
+from fxcurv.runtime.memory import alone
 from fxcurv.runtime.programs import Programs, Ready
 
 # A part has at least one sample and at most a quarter of them, and its widest value so many bytes in between.
@@ -158,7 +159,7 @@ class Turns:
             for k, part in enumerate(parts):
                 part.run(here, totals)
                 for node in sums:
-                    _add(totals, node, part.take(node.args[0]))
+                    _add(totals, node, [part.take(node.args[0])])
                 for node in dict.fromkeys(ends):
                     value = part.take(node)
                     if not k or self.every[node]:
@@ -194,10 +195,22 @@ class _Part:
             elif over_ranks(node) == "sum":  # its argument was taken when it was added
                 self.values[node] = totals[node]
             else:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
-                self.values[node] = args[0] if over_ranks(node) else node.target(*args, **kwargs)  # type: ignore[operator]
+                self.values[node] = self._call(node)
                 for read in node.all_input_nodes:
                     self._read(read)
+
+    def _call(self, node: fx.Node) -> Any:
+        first = node.args[0] if node.args else None
+        if node.target in IN_PLACE and isinstance(first, fx.Node) and self.left[first] == 1:
+            box = [self.values[first]]
+            self.values[first] = None
+            if node.args.count(first) == 1 and _fits(box[0], node.meta["val"]) and alone(box):
+                args, kwargs = fx.node.map_arg((node.args[1:], node.kwargs), self.values.__getitem__)
+                if all(t.numel() <= box[0].numel() for t in args if isinstance(t, Tensor)):
+                    return IN_PLACE[node.target](box.pop(), *args, **kwargs)
+            self.values[first] = box.pop()
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        return args[0] if over_ranks(node) else node.target(*args, **kwargs)  # type: ignore[operator]
 
     def take(self, node: Any) -> Any:
         """A value for a reader."""
@@ -211,9 +224,26 @@ class _Part:
             del self.values[node]
 
 
-def _add(totals: dict[fx.Node, Tensor], node: fx.Node, term: Tensor) -> None:
+def _add(totals: dict[fx.Node, Tensor], node: fx.Node, box: list[Tensor]) -> None:
     """The first term may lie in memory that something else reads."""
-    totals[node] = totals[node].add_(term) if node in totals else term.clone()
+    if node in totals:
+        totals[node].add_(box.pop())
+    else:
+        totals[node] = box.pop() if alone(box) and _dense(box[0]) else box.pop().clone()
+
+
+# Values that are smaller are not worth the questions.
+LARGE = 1 << 20
+
+
+def _fits(value: Any, like: Any) -> bool:
+    """Whether a result of this kind may be written over a value: of its dtype, which has its memory to itself."""
+    large = isinstance(value, Tensor) and value.numel() * value.element_size() >= LARGE
+    return large and value.dtype == like.dtype and value.ndim == like.ndim and _dense(value)
+
+
+def _dense(value: Tensor) -> bool:
+    return value.is_contiguous() and value.untyped_storage().nbytes() == value.numel() * value.element_size()
 
 
 def _places(program: Program) -> list[Any]:
