@@ -47,10 +47,13 @@ class Chunked:
         chunks = -(-self.count // most)
         return -(-self.count // chunks)
 
-    def __call__(self, *args: Any) -> list[Tensor]:
-        """The values of all positions."""
-        size = self.size(args)
-        totals: list[Tensor | None] = [None] * len(self.made)
+    def __call__(self, *args: Any, begun: dict[int, Tensor] | None = None) -> list[Tensor]:
+        """The values of all positions.
+
+        Args:
+            begun: totals of the part's own, by number of the value, which are added to.
+        """
+        size, totals = self.size(args), [(begun or {}).get(k) for k in range(len(self.made))]
         pieces: list[list[Tensor]] = [[] for _ in self.made]
         for start in range(0, self.count, size):
             here = min(size, self.count - start)

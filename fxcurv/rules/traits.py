@@ -150,6 +150,9 @@ IN_PLACE = {
     aten.index_add.default: aten.index_add_.default,
 }  # fmt: skip
 
+# Of these, the ones that add to their first argument, and do nothing else to it.
+ADDING = {aten.add.Tensor, aten.sub.Tensor, aten.index_add.default}
+
 
 def _mm(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b) if total is None else total.addmm_(a, b)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,12 +19,14 @@ from torch import Tensor, fx
 
 from fxcurv.errors import ArgumentError
 from fxcurv.front.requests import Request, Subject
+from fxcurv.ir.chunked import Chunked
+from fxcurv.ir.graph import layout
 from fxcurv.ir.placement import Shard, samples_back, samples_first
 from fxcurv.ir.private import compile_lock, pytree
 from fxcurv.ir.program import Program
 from fxcurv.passes.recycle import without_memory
 from fxcurv.result import Result
-from fxcurv.rules.traits import IN_PLACE, over_ranks
+from fxcurv.rules.traits import ADDING, IN_PLACE, over_ranks
 from fxcurv.runtime.bind import bind, cuda_devices, seed_tensor
 from fxcurv.runtime.call import refuse_values
 from fxcurv.runtime.memory import alone
@@ -146,6 +149,7 @@ class Turns:
         self.outputs: list[fx.Node] = list(self.gm.graph.output_node().args[0])
         self.every = dict(zip(self.outputs, every, strict=True))
         self.level = _levels(self.nodes, self.every)
+        self.begun = _begun(self.nodes, self.level)
 
     def run(self, flats: Sequence[list[Any]]) -> list[list[Any]]:
         """For each output its values, from what the placeholders of each part are bound to."""
@@ -181,12 +185,37 @@ def _levels(nodes: list[fx.Node], outputs: dict[fx.Node, bool]) -> dict[fx.Node,
     return level
 
 
+def _begun(nodes: list[fx.Node], level: dict[fx.Node, int]) -> dict[fx.Node, dict[int, fx.Node]]:
+    """Sums over parts that are sums over positions, but for what is added to these: one total serves both.
+
+    By node that is run by chunks, which of its values it is, and the sum.
+    """
+    found: dict[fx.Node, dict[int, fx.Node]] = {}
+    for node in [n for n in nodes if over_ranks(n) == "sum"]:
+        value = node.args[0]
+        while isinstance(value, fx.Node) and len(value.users) == 1 and _adds(value):
+            value = value.args[0]
+        of = value.args[0] if isinstance(value, fx.Node) and value.target is operator.getitem else None
+        if isinstance(of, fx.Node) and isinstance(of.target, Chunked) and len(value.users) == 1:
+            k = value.args[1]
+            if of.target.own[k] and level[of] + 1 == level[node]:
+                found.setdefault(of, {})[k] = node
+    return found
+
+
+def _adds(node: fx.Node) -> bool:
+    """Whether a node is its first argument and something else, in its shape and dtype."""
+    x, y = (n.meta.get("val") if isinstance(n, fx.Node) else None for n in (node, node.args[0] if node.args else None))
+    return node.target in ADDING and not node.kwargs and isinstance(y, Tensor) and (layout(x)[0], x.dtype) == (layout(y)[0], y.dtype)
+
+
 class _Part:
     """One part's values, each kept until all of its readers have run."""
 
     def __init__(self, turns: Turns, flat: list[Any]):
         self.gm, self.values = turns.gm, dict(zip(turns.given, flat, strict=True))
         self.left = {n: len(n.users) for n in turns.nodes}  # an output's reader is the end of the graph
+        self.begun = turns.begun
 
     def run(self, nodes: Sequence[fx.Node], totals: dict[fx.Node, Tensor]) -> None:
         for node in nodes:
@@ -195,11 +224,15 @@ class _Part:
             elif over_ranks(node) == "sum":  # its argument was taken when it was added
                 self.values[node] = totals[node]
             else:
-                self.values[node] = self._call(node)
+                self.values[node] = self._call(node, totals)
                 for read in node.all_input_nodes:
                     self._read(read)
 
-    def _call(self, node: fx.Node) -> Any:
+    def _call(self, node: fx.Node, totals: dict[fx.Node, Tensor]) -> Any:
+        if node in self.begun:
+            args = fx.node.map_arg(node.args, self.values.__getitem__)
+            known = {k: totals.pop(total) for k, total in self.begun[node].items() if total in totals}
+            return node.target(*args, begun=known)  # type: ignore[operator]
         first = node.args[0] if node.args else None
         if node.target in IN_PLACE and isinstance(first, fx.Node) and self.left[first] == 1:
             box = [self.values[first]]
