@@ -22,13 +22,13 @@ def mixing(program: Program) -> str | None:
         if any(p == MIXED for p in (place if isinstance(place, list) else [place])):
             if of_reduced_loss(program, node):
                 return (
-                    f"{_literal(locate(node))}\nis a non-linear function of the reduced loss, for which {{asked}} is not "
+                    f"{literal(locate(node))}\nis a non-linear function of the reduced loss, for which {{asked}} is not "
                     "defined.\nWay out: a loss that is a sum or mean over samples, or ask for the gradient or products."
                 )
             norm = "GroupNorm" if node.target is NO_STATISTICS else "model.eval() or GroupNorm"
             why = "without running statistics" if node.target is NO_STATISTICS else "in training mode"
             return (
-                f"{_literal(locate(node))}\nmixes samples, so {{asked}} (per sample) does not exist for the parameters before "
+                f"{literal(locate(node))}\nmixes samples, so {{asked}} (per sample) does not exist for the parameters before "
                 f"it.\nWay out: {norm} in place of batch norm {why}; batch_dim= if the batch "
                 "is not dimension 0; a loss that is a sum or mean over samples; or ask for what the whole batch has: the "
                 "gradient, DiagGGNExact, DiagHessian, products."
@@ -36,11 +36,11 @@ def mixing(program: Program) -> str | None:
     for head in program.heads:
         if head.meta.get("active") and not isinstance(head.meta["place"], Shard):
             return (
-                f"{_literal(locate(head))}\nis a model output without a sample axis, so {{asked}} (per sample) does not exist. "
+                f"{literal(locate(head))}\nis a model output without a sample axis, so {{asked}} (per sample) does not exist. "
                 "Return one slice per sample, and reduce in the loss."
             )
     if program.loss is not None and program.loss.meta["place"] != PARTIAL:
-        return f"{_literal(locate(program.loss))}\nis no sum over samples, so {{asked}} does not exist for it."
+        return f"{literal(locate(program.loss))}\nis no sum over samples, so {{asked}} does not exist for it."
     return None
 
 
@@ -67,6 +67,6 @@ def of_reduced_loss(program: Program, node: fx.Node) -> bool:
     )
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """The user's own line may have braces."""
     return text.replace("{", "{{").replace("}", "}}")

@@ -206,7 +206,7 @@ class Split:
         if "declared" not in node.meta:
             return found
         place, sources = node.meta["declared"]
-        return place if all(MIXED not in _listed(self.across.get(s, REPLICATE)) for s in sources) else found
+        return place if all(MIXED not in listed(self.across.get(s, REPLICATE)) for s in sources) else found
 
 
 def _beside_others(sites: list[Site | None]) -> list[Site | None]:
@@ -230,7 +230,8 @@ def _plain(site: Site | None) -> Site | None:
     return replace(site, place=Shard(site.place.dim, site.place.outer, site.place.inner))
 
 
-def _listed(place: Found) -> list[Placement]:
+def listed(place: Found) -> list[Placement]:
+    """The placements of all outputs."""
     return place if isinstance(place, list) else [place]
 
 
