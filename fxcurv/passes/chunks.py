@@ -67,7 +67,8 @@ def chunks(program: Program) -> Program:
             program.notes.append(f"head and loss: {count} positions of the output {_said(program, head)} in chunks")
             return program
         why.append(part.refusal)
-    program.notes.append(f"head and loss: the output {_said(program, head)} is whole, since {why[0] if why else 'it has no positions'}")
+    reason = why[0] if why else "it has no positions"
+    program.notes.append(f"head and loss: the output {_said(program, head)} is whole, since {reason}")
     return program
 
 
@@ -133,7 +134,9 @@ class _Part:
     def _apart(self, node: fx.Node) -> bool:
         """Whether all that a node has of the output is slice by slice."""
         places = self._place(node)
-        return node in self.after and all(isinstance(p, Shard) for p in (places if isinstance(places, list) else [places]))
+        return node in self.after and all(
+            isinstance(p, Shard) for p in (places if isinstance(places, list) else [places])
+        )
 
     # ---- what is computed from the output ------------------------------
 
@@ -147,7 +150,11 @@ class _Part:
         first = min(self.order[n] for n in chain)
         self.after = set(chain)
         for node in self.graph.nodes:
-            if self.order[node] > first and node.op == "call_function" and any(i in self.after for i in node.all_input_nodes):
+            if (
+                self.order[node] > first
+                and node.op == "call_function"
+                and any(i in self.after for i in node.all_input_nodes)
+            ):
                 self.after.add(node)
         inner = [n for n in self.graph.nodes if n in chain]
         if not self.positions.begin(inner, place):
@@ -199,7 +206,8 @@ class _Part:
         graph = fx.Graph()
         here = graph.placeholder("positions")
         self.at, self.made = (
-            tuple(p if isinstance(p := self._place(n), Shard) else None for n in nodes) for nodes in (self.given, self.ends)
+            tuple(p if isinstance(p := self._place(n), Shard) else None for n in nodes)
+            for nodes in (self.given, self.ends)
         )
         totals = {n: graph.placeholder(f"total_{k}") for k, n in enumerate(self.ends) if self._adds(n)}
         self.own = tuple(n in totals for n in self.ends)
@@ -262,9 +270,8 @@ class _Part:
         batch = self.program.batch
         first = next(n for n, p in zip(self.given, self.at, strict=True) if p)
         widest = max(batch.per_sample(v) * v.element_size() for n in self.members if self._apart(n) for v in _vals(n))
-        target = Chunked(
-            self.part, self.count, self.at, self.made, self.own, batch.per_sample(first.meta["val"]) // self.count, widest // self.count
-        )
+        entries = batch.per_sample(first.meta["val"]) // self.count
+        target = Chunked(self.part, self.count, self.at, self.made, self.own, entries, widest // self.count)
         origin = {"stage": "columns", "op": "head and loss in chunks", "module": ""}
         with self.graph.inserting_before(self.program.output):
             whole = self.graph.call_function(target, tuple(self.given))

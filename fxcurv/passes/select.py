@@ -122,9 +122,7 @@ def _together(program: Program, group: list[fx.Node], by_positions: dict[fx.Node
     return dict(zip(group, news, strict=True))
 
 
-def _select(
-    program: Program, node: fx.Node, source: fx.Node | None, by_positions: dict[fx.Node, bool]
-) -> fx.Node:
+def _select(program: Program, node: fx.Node, source: fx.Node | None, by_positions: dict[fx.Node, bool]) -> fx.Node:
     spec = node.target.spec
     factors, weights = node.target.parts(node.args)
     fake = _fake(factors)

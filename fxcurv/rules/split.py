@@ -355,7 +355,13 @@ def _select_backward(sites: Sites, args: tuple, outs: list) -> Found:
 def _nll(sites: Sites, args: tuple, outs: list) -> Found:
     """Of predictions [rows, C] or [N, C, *positions], along any axis but the classes'; targets have no such axis."""
     z, target, weight = sites[:3]
-    if not z or not target or not isinstance(z.place, Shard) or z.place.dim == 1 or (weight and weight.place != REPLICATE):
+    if (
+        not z
+        or not target
+        or not isinstance(z.place, Shard)
+        or z.place.dim == 1
+        or (weight and weight.place != REPLICATE)
+    ):
         return MIXED
     where = replace(z.place, dim=max(z.place.dim - 1, 0))
     if target.place != where:

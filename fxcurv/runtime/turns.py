@@ -205,8 +205,10 @@ def _begun(nodes: list[fx.Node], level: dict[fx.Node, int]) -> dict[fx.Node, dic
 
 def _adds(node: fx.Node) -> bool:
     """Whether a node is its first argument and something else, in its shape and dtype."""
-    x, y = (n.meta.get("val") if isinstance(n, fx.Node) else None for n in (node, node.args[0] if node.args else None))
-    return node.target in ADDING and not node.kwargs and isinstance(y, Tensor) and (layout(x)[0], x.dtype) == (layout(y)[0], y.dtype)
+    if node.target not in ADDING or node.kwargs or not isinstance(node.args[0], fx.Node):
+        return False
+    x, y = node.meta["val"], node.args[0].meta.get("val")
+    return isinstance(y, Tensor) and x.dtype == y.dtype and layout(x)[0] == layout(y)[0]
 
 
 class _Part:
