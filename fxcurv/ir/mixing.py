@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
@@ -30,8 +32,8 @@ def mixing(program: Program) -> str | None:
             first = _joined(node)
             how = "" if first is node else f" ({_literal(_after(first, node))} makes more of its result than a sum)"
             return (
-                f"{_literal(locate(first))}\nmixes samples{how}, so {{asked}} (per sample) does not exist for the parameters before "
-                f"it.\nWay out: {norm} in place of batch norm {why}; batch_dim= if the batch "
+                f"{_literal(locate(first))}\nmixes samples{how}, so {{asked}} (per sample) does not exist for the parameters "
+                f"before it.\nWay out: {norm} in place of batch norm {why}; batch_dim= if the batch "
                 "is not dimension 0; a loss that is a sum or mean over samples; or ask for what the whole batch has: the "
                 "gradient, DiagGGNExact, DiagHessian, products."
             )
@@ -59,12 +61,13 @@ def _differentiated(targets: list[fx.Node]) -> list[fx.Node]:
 
 
 def _joined(node: fx.Node) -> fx.Node:
-    """Where samples come together that `node` mixes: itself, or the op that has made a sum over samples of them, or a selection."""
+    """Where samples come together that `node` mixes: itself, or an op before it that sums over samples or takes some of them."""
     found: list[fx.Node] = []
     seen, stack = {node}, [node]
     while stack:
         here = stack.pop()
-        summed = [i for i in here.all_input_nodes if i.meta.get("active") and i.meta["place"] == PARTIAL]
+        active = [i for i in here.all_input_nodes if i.meta.get("active")]
+        summed = [i for i in active if i.meta["place"] == PARTIAL or here.target is operator.getitem]
         if not summed and here.op == "call_function":
             found.append(here)
         stack.extend(i for i in summed if i not in seen)

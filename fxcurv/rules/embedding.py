@@ -65,8 +65,7 @@ class AddedRows(Rule):
     def factors(self, call: Call, position: int, g) -> Factor:
         """Of a source without samples: a sample's part of it are the rows that go to the sample's own slice."""
         x, dim, index, *_ = call.args
-        own = isinstance(call.place, Shard) and x.ndim and (call.place.dim, call.place.outer, call.place.inner) == (dim % x.ndim, 1, 1)
-        if position == 0 or not own:
+        if position == 0 or not x.ndim or call.place != Shard(dim % x.ndim):
             return super().factors(call, position, g)
         (rows,) = self.transpose(call, (position,), g)
         samples = torch.arange(x.shape[call.place.dim], device=index.device, dtype=index.dtype)

@@ -1,7 +1,7 @@
 """Fake quantisation, said in mathematics: its derivative is that of the identity where nothing is clamped, and zero elsewhere.
 
-Scales are float32 in PyTorch's kernels, whatever the dtype of what is quantised, and so is the value on the grid where there is one
-scale for all; one per channel promotes (aten/src/ATen/native/cpu/QuantizedOpKernels.cpp).
+Scales are float32 in PyTorch's kernels, whatever the dtype of what is quantised, and so is the value on the grid where there is
+one scale for all; one per channel promotes (aten/src/ATen/native/cpu/QuantizedOpKernels.cpp).
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ def _straight_through(
 ) -> tuple[Tensor, Tensor]:
     """The nearest value of the grid, whose values are of the dtype `grid`, and where that is within its range."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    scale = scale.float() if isinstance(scale, Tensor) else torch.scalar_tensor(scale, dtype=torch.float32, device=x.device)
+    scale = (
+        scale.float() if isinstance(scale, Tensor) else torch.scalar_tensor(scale, dtype=torch.float32, device=x.device)
+    )
     at = x.detach().to(wide) * (1 / scale)
     whole = not isinstance(zero_point, Tensor) or not zero_point.is_floating_point()
     steps = torch.round(at) + zero_point if whole else torch.round(at + zero_point)
     within = (steps >= low) & (steps <= high)
     y = ((steps.clamp(low, high) - zero_point).to(grid) * scale.to(grid)).to(x.dtype)
-    passing = torch.where(within, x, x.detach())
-    return passing + (y - passing).detach(), within
+    passing = torch.where(within, x, 0.0)
+    return y.detach() + (passing - passing.detach()), within  # zero: the sum is y itself, to the bit

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import fxcurv
 from fxcurv.extensions import BatchGrad, DiagGGNExact
+from fxcurv.rules import REWRITES
 
-MSE = nn.MSELoss()
+aten, MSE = torch.ops.aten, nn.MSELoss()
 
 
 def chosen(m: Any, x: Tensor) -> Tensor:
@@ -90,6 +91,21 @@ ROWS = {
     ),
     "fake quantisation": Inside("", lambda: Net(quantised, **two()), MSE, numbers(2), numbers(2), "first ggn products"),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_grids_of_pytorch(dtype: torch.dtype) -> None:
+    """What stands for the ops has their values to the bit, also those that are clamped."""
+    torch.manual_seed(0)
+    x = 3 * torch.randn(50, 3).to(dtype)
+    scale, zero = torch.tensor([0.1, 0.03, 0.25]), torch.tensor([3, 1, 4], dtype=torch.int32)
+    for op, *args in (
+        (aten.fake_quantize_per_tensor_affine_cachemask.default, 0.1, 3),
+        (aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams.default, scale[1:2], zero[:1], torch.ones(1)),
+        (aten.fake_quantize_per_channel_affine_cachemask.default, scale, zero, 1),
+    ):
+        for found, true in zip(REWRITES[op](x, *args, -8, 17), op(x, *args, -8, 17), strict=True):
+            assert found.dtype == true.dtype and torch.equal(found, true), op
 
 
 @pytest.fixture
