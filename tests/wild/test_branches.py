@@ -16,6 +16,7 @@ from fxcurv.extensions import BatchGrad, DiagGGNExact
 from fxcurv.rules import REWRITES
 
 aten, MSE = torch.ops.aten, nn.MSELoss()
+SCALE = torch.tensor([0.1, 0.03, 0.07])
 
 
 def chosen(m: Any, x: Tensor) -> Tensor:
@@ -44,10 +45,9 @@ def quantised(m: Any, x: Tensor) -> Tensor:
 
 def quantised_finely(m: Any, x: Tensor) -> Tensor:
     """Scales that float32 rounds: PyTorch's kernels know no other, whatever the dtype of what they quantise."""
-    scale, zero = torch.tensor([0.1, 0.03, 0.07]), torch.zeros(3, dtype=torch.int32)
-    w = torch.fake_quantize_per_channel_affine(m.a.weight, scale, zero, 0, -8, 7)
+    w = torch.fake_quantize_per_channel_affine(m.a.weight, m.scale, m.zero, 0, -8, 7)
     h = torch.fake_quantize_per_tensor_affine(torch.nn.functional.linear(x, w, m.a.bias), 0.1, 0, -8, 7)
-    return m.head(torch.fake_quantize_per_tensor_affine(h.tanh(), scale[1], zero[0], -8, 7))
+    return m.head(torch.fake_quantize_per_tensor_affine(h.tanh(), m.scale[1], m.zero[0], -8, 7))
 
 
 def parts() -> dict[str, nn.Module]:
@@ -87,7 +87,8 @@ ROWS = {
     "a decoder and its mask": Inside("", decoder, MSE, together(WORDS, WORDS), WORDS, "first"),
     "a transformer and a mask that is an input": Inside("", transformer, MSE, sequences, WORDS, "first"),
     "fake quantisation on fine grids": Inside(
-        "", lambda: Net(quantised_finely, **two()), MSE, numbers(2), numbers(2), "first ggn hessian products"
+        "", lambda: Net(quantised_finely, scale=SCALE, zero=SCALE.int(), **two()), MSE, numbers(2), numbers(2),
+        "first ggn hessian products",
     ),
     "fake quantisation": Inside("", lambda: Net(quantised, **two()), MSE, numbers(2), numbers(2), "first ggn products"),
 }
