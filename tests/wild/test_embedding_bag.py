@@ -10,7 +10,7 @@ from oracle import Oracle
 from torch import nn
 
 import fxcurv
-from fxcurv.errors import UnsupportedOpError
+from fxcurv.errors import ArgumentError, MixedSamplesError, UnsupportedOpError
 from fxcurv.extensions import HMP, BatchGrad, DiagGGNExact, DiagHessian
 
 ROWS = torch.tensor([[0, 1, 2], [1, 1, 1], [4, 3, 3], [2, 1, 4]])
@@ -131,6 +131,16 @@ def test_what_no_derivative_says_is_refused():
     net, _ = nets("sum", scale_grad_by_freq=True)
     with pytest.raises(UnsupportedOpError, match="embedding_bag"):
         fxcurv.compile(net, nn.MSELoss())(ROWS, torch.randn(4, 2).double())
+
+
+def test_offsets_with_a_last_one_are_no_samples():
+    """In bags of any lengths: they are one more than the targets."""
+    net, _ = nets("sum", uneven=True, include_last_offset=True)
+    bags, y = (BAGS[0], torch.cat([BAGS[1], torch.tensor([7])])), torch.randn(4, 2).double()
+    with pytest.raises(ArgumentError, match="no input has a batch"):
+        fxcurv.compile(net, nn.MSELoss(), [BatchGrad()], batch_dim=None)(bags, y)
+    with pytest.raises(MixedSamplesError, match="without a sample axis"):
+        fxcurv.compile(net, nn.MSELoss(), [BatchGrad()], batch_dim=(None, 0))(bags, y)
 
 
 @pytest.mark.parametrize("padding", [(), (-1,)])
