@@ -87,7 +87,11 @@ ROWS = {
     "a decoder and its mask": Inside("", decoder, MSE, together(WORDS, WORDS), WORDS, "first"),
     "a transformer and a mask that is an input": Inside("", transformer, MSE, sequences, WORDS, "first"),
     "fake quantisation on fine grids": Inside(
-        "", lambda: Net(quantised_finely, scale=SCALE, zero=SCALE.int(), **two()), MSE, numbers(2), numbers(2),
+        "",
+        lambda: Net(quantised_finely, scale=SCALE, zero=SCALE.int(), **two()),
+        MSE,
+        numbers(2),
+        numbers(2),
         "first ggn hessian products",
     ),
     "fake quantisation": Inside("", lambda: Net(quantised, **two()), MSE, numbers(2), numbers(2), "first ggn products"),
