@@ -24,15 +24,15 @@ def mixing(program: Program) -> str | None:
         if any(p == MIXED for p in (place if isinstance(place, list) else [place])):
             if of_reduced_loss(program, node):
                 return (
-                    f"{_literal(locate(node))}\nis a non-linear function of the reduced loss, for which {{asked}} is not "
+                    f"{literal(locate(node))}\nis a non-linear function of the reduced loss, for which {{asked}} is not "
                     "defined.\nWay out: a loss that is a sum or mean over samples, or ask for the gradient or products."
                 )
             norm = "GroupNorm" if node.target is NO_STATISTICS else "model.eval() or GroupNorm"
             why = "without running statistics" if node.target is NO_STATISTICS else "in training mode"
             first = _joined(node)
-            how = "" if first is node else f" ({_literal(_after(first, node))} makes more of its result than a sum)"
+            how = "" if first is node else f" ({literal(_after(first, node))} makes more of its result than a sum)"
             return (
-                f"{_literal(locate(first))}\nmixes samples{how}, so {{asked}} (per sample) does not exist for the parameters "
+                f"{literal(locate(first))}\nmixes samples{how}, so {{asked}} (per sample) does not exist for the parameters "
                 f"before it.\nWay out: {norm} in place of batch norm {why}; batch_dim= if the batch "
                 "is not dimension 0; a loss that is a sum or mean over samples; or ask for what the whole batch has: the "
                 "gradient, DiagGGNExact, DiagHessian, products."
@@ -40,11 +40,11 @@ def mixing(program: Program) -> str | None:
     for head in program.heads:
         if head.meta.get("active") and not isinstance(head.meta["place"], Shard):
             return (
-                f"{_literal(locate(head))}\nis a model output without a sample axis, so {{asked}} (per sample) does not exist. "
+                f"{literal(locate(head))}\nis a model output without a sample axis, so {{asked}} (per sample) does not exist. "
                 "Return one slice per sample, and reduce in the loss."
             )
     if program.loss is not None and program.loss.meta["place"] != PARTIAL:
-        return f"{_literal(locate(program.loss))}\nis no sum over samples, so {{asked}} does not exist for it."
+        return f"{literal(locate(program.loss))}\nis no sum over samples, so {{asked}} does not exist for it."
     return None
 
 
@@ -92,6 +92,6 @@ def of_reduced_loss(program: Program, node: fx.Node) -> bool:
     )
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """The user's own line may have braces."""
     return text.replace("{", "{{").replace("}", "}}")

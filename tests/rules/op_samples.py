@@ -125,14 +125,14 @@ def _of_database(op, limit: int) -> list[Sample]:
             leaves, spec = pytree.tree_flatten(((sample.input, *sample.args), sample.kwargs))
             leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             for args in _recorded(op, info.op, leaves, spec):
-                key = _shapes(args)
+                key = shapes(args)
                 if key not in seen and len(out) < limit:
                     seen.add(key)
                     out.append((op, args))
     return out
 
 
-def _shapes(args: tuple) -> str:
+def shapes(args: tuple) -> str:
     return str(pytree.tree_map(lambda a: tuple(a.shape) if isinstance(a, Tensor) else a, args))
 
 
