@@ -101,7 +101,7 @@ def test_one_program_for_all_numbers_of_indices(mode, training):
     bag, head = nn.EmbeddingBag(5, 3, mode=mode, dtype=torch.float64), nn.Linear(3, 2, dtype=torch.float64)
     net = Net(lambda m, x, begins: m.head(m.bag(x, begins).tanh()), bag=bag, head=head).train(training)
     compiled = fxcurv.compile(net, nn.MSELoss(), [BatchGrad(), DiagGGNExact()], batch_dim=(None, 0))
-    for n, count in ((3, 7), (3, 9), (2, 5), (4, 12), (1, 3), (3, 8)):
+    for n, count in ((3, 7), (1, 2), (3, 9), (2, 2), (4, 12), (3, 8)):
         x, y = ragged(n, count), torch.randn(n, 2, dtype=torch.float64)
         loop = Net(
             lambda m, x, begins: m.head(by_loop(m.bag, x.tensor_split(begins[1:]), ones(x, begins)).tanh()),
