@@ -106,6 +106,15 @@ class Memory:
     val: Tensor
     results: tuple[tuple[str, str], ...]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers in it."""
+        return self.val.dtype
+
+    def shape(self, batch: Batch, n: int, lengths: Any) -> tuple[int, ...]:
+        """Its sizes at `n` samples."""
+        return batch.shape(self.val, n, lengths)
+
 
 @dataclass
 class Program:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcurv.errors import ArgumentError
+from fxcurv.errors import ArgumentError, FxcurvError, SelfCheckError
 from fxcurv.front.arguments import Arguments, described, filled
 from fxcurv.front.observers import run_observers, silent
 from fxcurv.front.requests import Request, Subject
@@ -56,6 +56,11 @@ def call(
         if not request.arguments.batch_size:
             with request.apart():
                 return of_no_sample(programs.like(request).program, request, values or {}), None
+        try:
+            return _call(programs, request, backend, alone, inputs, targets, seed, generator, kept, out, values, first)
+        except FxcurvError as error:
+            if not programs.distrust(request, isinstance(error, SelfCheckError)):
+                raise
         return _call(programs, request, backend, alone, inputs, targets, seed, generator, kept, out, values, first)
 
 
@@ -97,6 +102,7 @@ def _call(
         if program.observed:
             given = dict(zip(program.output.args[0], found, strict=True))
             run_observers(program.observed, subject.modules(), given.__getitem__)
+        programs.keep(ready, request)
         program.python.run_effects(subject.modules())
         if out is not None:
             out._memory = None
