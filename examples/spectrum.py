@@ -2,7 +2,8 @@
 ===============================
 
 `GGNMP` and `HMP` multiply with the Gauss-Newton and the Hessian without making them; of a network this small, products with all
-unit vectors make them whole, and their eigenvalues show how they differ.
+unit vectors make them whole, and their eigenvalues show how they differ. So do their diagonals, by `DiagHessian` and
+`DiagGGNExact`, which need no matrix.
 """
 
 # %%
@@ -16,7 +17,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import fxcurv
-from fxcurv.extensions import GGNMP, HMP
+from fxcurv.extensions import GGNMP, HMP, DiagGGNExact, DiagHessian
 
 torch.manual_seed(0)
 digits = load_digits()
@@ -25,6 +26,7 @@ x = nn.functional.avg_pool2d(x.unsqueeze(1), 2).flatten(1)
 model = nn.Sequential(nn.Linear(16, 14), nn.Tanh(), nn.Linear(14, 10), nn.Tanh(), nn.Linear(10, 10)).double()
 loss = nn.CrossEntropyLoss()
 compiled = fxcurv.compile(model, loss, [GGNMP(), HMP()])
+diagonals = fxcurv.compile(model, loss, [DiagHessian(), DiagGGNExact()])(x, y)  # before training
 
 
 def spectra() -> dict[str, Tensor]:
@@ -47,8 +49,9 @@ for _ in range(500):
     optimizer.step()
 found["after 500 steps"] = spectra()
 
-figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
-for axes, (title, values) in zip(panels, found.items(), strict=True):
+figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+panels[1].sharey(panels[0])
+for axes, (title, values) in zip(panels, found.items(), strict=False):
     for name, style in {"Hessian": ".", "Gauss-Newton": "-"}.items():
         axes.plot(values[name], style, markersize=4, label=name)
         share = values[name][:9].sum() / values[name].sum()
@@ -60,4 +63,16 @@ for axes, (title, values) in zip(panels, found.items(), strict=True):
     axes.set(title=title, xlabel="index")
 panels[0].set(ylabel="eigenvalue")
 panels[0].legend()
+
+# %%
+# Entry by entry: the Hessian's diagonal is the Gauss-Newton's where the parameter is behind all activations (the last layer), and
+# may be negative elsewhere.
+
+for name, layer in {"0.weight": "first layer", "4.weight": "last layer"}.items():
+    hessian, ggn = diagonals.diag_h[name].flatten(), diagonals.diag_ggn_exact[name].flatten()
+    panels[2].plot(ggn, hessian, ".", markersize=4, label=layer)
+    print(f"{layer}: {int((hessian < -1e-12).sum())} of {len(hessian)} entries of the Hessian's diagonal are negative")
+panels[2].axhline(0, color="black", linewidth=0.5)
+panels[2].set(title="diagonals, before training", xlabel="Gauss-Newton", ylabel="Hessian")
+panels[2].legend()
 plt.show()

@@ -76,8 +76,8 @@ def compile(  # noqa: A001
         rules: {op: Rule}, which override registered ones.
         update_buffers: write what training mode updates (running statistics) to the model, as a forward pass
             would; otherwise it is returned as `result.buffers`.
-        memory_budget: bytes that the columns of the walk may take (default: half of the free memory); what is more
-            goes down in several sweeps, but where a result holds all columns.
+        memory_budget: bytes that the columns of the walk may take (default: half of the free memory). Larger stacks
+            are split into several sweeps, unless a result holds all columns anyway.
         check: "first" (default): at the first call of every new program, before it returns, loss, output, gradient and new
             buffers are compared with a plain forward and backward pass of the model as it is, sums of individual
             quantities with their totals, and samples are exchanged (as under "probe"); a difference raises
@@ -89,7 +89,7 @@ def compile(  # noqa: A001
         debug: verify the program between passes and check values at every call.
         params: the parameters that the gradient and all quantities are of (default: all that are trainable); all others
             are treated as frozen. A name, a prefix ("encoder.layer.1") or pattern ("head.*"), a list of these, or a
-            predicate (name, parameter) -> bool, asked once per program. Extensions take `params=` of their own.
+            predicate (name, parameter) -> bool, called once per program. Extensions take `params=` of their own.
         loss_params: the parameters of a loss that is a module (a temperature, a field's transitions) are among them, named
             "loss.<name>"; otherwise they are constants, which `explain()` says. One that is also the model's has its name.
         sample: "sequence" (one per entry of the batch), or "token": every position of the model's output [N, T, C] has a
@@ -102,22 +102,23 @@ def compile(  # noqa: A001
             output. Inputs have no `batch_dim` then. Quantities of individual gradients and sums over samples are exact; the
             walk carries a column per sample for them. At the first call for a kind of input, samples that move another's
             output (an edge between them) raise `MixedSamplesError`, and at every call edges in an input named `edge_index`.
-        outputs: False: the result has no `output`, and the batch is computed in parts, one after the other, so that what is as
-            large as logits of a large vocabulary never exists for all samples. All sums and quantities per sample are those of
-            the whole batch. Not for products, `subsampling=`, other backends, `create_graph`, `out=` and `params=`.
+        outputs: False: the result has no `output`, and the batch is computed in parts, one after the other, so that large
+            values, such as the logits of a large vocabulary, never exist for all samples at once. All sums and quantities per
+            sample are those of the whole batch. Not for products, `subsampling=`, other backends, `create_graph`, `out=` and
+            `params=`.
         dynamic_shapes: the sizes of inputs, beside the batch's, that vary from call to call, as `torch.export` takes them: a dict
             {dimension: name} for each input, by keyword or in order (for one tensor alone: that dict), None for an input without.
-            Sizes of the targets that are equal to those vary with them. What is not said here is found: the second call that
-            differs in sizes alone gets a program for any; `explain()` names what makes a number of one, and every size has its
-            program then. `torch._dynamo.mark_dynamic` on an argument says the same.
+            Sizes of the targets that are equal to those vary with them. Other varying sizes are found: the second call that
+            differs in sizes alone gets a program for any size; where an op fixes a size, `explain()` names the op, and every
+            size has a program of its own. `torch._dynamo.mark_dynamic` on an argument says the same.
         backend: "eager" runs the emitted graph op by op; "inductor", or another backend of `torch.compile`, compiles it
             with `fullgraph=True`. (A call inside a `torch.compile`d function is compiled with that function.)
         mode, dynamic: passed to `torch.compile`, for such a backend. The batch size is dynamic where it is symbolic. With
             "reduce-overhead" on a GPU, results are overwritten by the next call.
         mesh: a `torch.distributed.device_mesh.DeviceMesh`. Every rank compiles and calls with its own part of the batch (of
-            any size, empty ones included), and gets what one process computes on the concatenated batch, in the order of
-            the ranks: sums and the loss whole on every rank, what is per sample of the rank's own samples
-            (`result.whole(field)` gathers it, `result.sizes` says how many each rank has). A rank that raises makes all
+            any size, empty ones included), and gets what one process computes on the batch concatenated in the order of
+            the ranks: every rank has whole sums and the loss, and per-sample results of its own samples
+            (`result.whole(field)` gathers these, `result.sizes` says how many each rank has). A rank that raises makes all
             raise. A `DistributedDataParallel` model is unwrapped.
 
     Returns:
@@ -129,18 +130,7 @@ def compile(  # noqa: A001
         ArgumentError: if `model` is no module or has no trainable parameter, or `params` matches none; for
             `loss_params` without a loss that is a module, or where the model has a parameter of such a name.
     """
-    if not isinstance(model, nn.Module):
-        staged = type(model).__module__.startswith("torch.distributed.pipelining")
-        way = "pipeline stages are not supported, pass the whole model" if staged else "wrap it in one"
-        raise ArgumentError(f"model is a {type(model).__name__}, not an nn.Module: {way}")
-    if loss is not None and not callable(loss):
-        raise ArgumentError(
-            f"loss is a {type(loss).__name__}, not callable: pass a module or a function (output, target)"
-        )
-    if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 1):
-        raise ArgumentError(f"memory_budget={memory_budget!r}: pass a number of bytes")
-    if check not in (None, "first", "always", "probe"):
-        raise ArgumentError(f"check={check!r}: pass 'first', 'always', 'probe' or None")
+    _check_kinds(model, loss, memory_budget, check)
     subject = Subject(model, loss, bool(loss_params))
     check_loss_params(subject)
     check_trainable(subject)
@@ -149,17 +139,10 @@ def compile(  # noqa: A001
         names = ", ".join(type(e).__name__ for e in found if e.requires.needs_loss)
         if names or not found:
             raise ArgumentError(f"{names or 'the gradient'} needs a loss: pass one as the second argument")
-    if sample not in ("sequence", "token"):
-        raise ArgumentError(f"sample={sample!r}: use 'sequence' or 'token'")
-    if sample_index is not None and (batch_dim != 0 or sample != "sequence"):
-        raise ArgumentError("sample_index= says where the samples are: drop batch_dim= and sample=")
+    _check_samples(sample, sample_index, batch_dim)
     ranks = ranks_of(mesh, model, found, backend)
-    if ranks is not None and loss_params:
-        raise ArgumentError(
-            "mesh= and loss_params=True: let one module hold model and loss, and pass its method as the loss"
-        )
-    if ranks is not None and sample_index is not None:
-        raise ArgumentError("mesh= and sample_index=: merged samples are of one process, drop one")
+    if ranks is not None:
+        _check_on_ranks(loss_params, sample_index)
     if not outputs:
         _check_in_turns(loss, found, backend, plain=sample == "sequence" and sample_index is None and ranks is None)
     options = Options(
@@ -186,6 +169,40 @@ def compile(  # noqa: A001
     compiled = Compiled(unwrapped(model), loss, found, options, Backend(backend, mode, dynamic), ranks)
     compiled.covered()
     return compiled
+
+
+def _check_kinds(model: Any, loss: Any, memory_budget: Any, check: Any) -> None:
+    """Refuse arguments of `compile` that are not what they have to be."""
+    if not isinstance(model, nn.Module):
+        staged = type(model).__module__.startswith("torch.distributed.pipelining")
+        way = "pipeline stages are not supported, pass the whole model" if staged else "wrap it in one"
+        raise ArgumentError(f"model is a {type(model).__name__}, not an nn.Module: {way}")
+    if loss is not None and not callable(loss):
+        raise ArgumentError(
+            f"loss is a {type(loss).__name__}, not callable: pass a module or a function (output, target)"
+        )
+    if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 1):
+        raise ArgumentError(f"memory_budget={memory_budget!r}: pass a number of bytes")
+    if check not in (None, "first", "always", "probe"):
+        raise ArgumentError(f"check={check!r}: pass 'first', 'always', 'probe' or None")
+
+
+def _check_samples(sample: str, sample_index: Any, batch_dim: Any) -> None:
+    """Refuse what says in two ways where the samples are."""
+    if sample not in ("sequence", "token"):
+        raise ArgumentError(f"sample={sample!r}: use 'sequence' or 'token'")
+    if sample_index is not None and (batch_dim != 0 or sample != "sequence"):
+        raise ArgumentError("sample_index= says where the samples are: drop batch_dim= and sample=")
+
+
+def _check_on_ranks(loss_params: bool, sample_index: Any) -> None:
+    """Refuse what several processes do not compute together."""
+    if loss_params:
+        raise ArgumentError(
+            "mesh= and loss_params=True: let one module hold model and loss, and pass its method as the loss"
+        )
+    if sample_index is not None:
+        raise ArgumentError("mesh= and sample_index=: merged samples are of one process, drop one")
 
 
 def _check_in_turns(loss: Any, found: Sequence[Extension], backend: Any, plain: bool) -> None:
@@ -215,7 +232,7 @@ class Compiled:
     """A model and loss, compiled for a set of quantities; programs are made per kind of input and cached.
 
     Attributes:
-        recompiles: for every program after the first, why it was needed: what is not as the nearest earlier one has it.
+        recompiles: for every program after the first, why it was needed: how it differs from the nearest earlier one.
             The logger "fxcurv" says so at level INFO when it happens (`TORCH_LOGS=fxcurv` in the environment shows it).
     """
 
@@ -234,7 +251,7 @@ class Compiled:
         self._forget()
 
     def _forget(self) -> None:
-        """Have no programs, nor anything that is known of them."""
+        """Drop all programs, and all that is known of them."""
         self._programs: Programs[Ready] = Programs(self.extensions, self._options, emitted, serves_one, Ready)
         self._programs.folder = folder(getattr(sys.modules[__package__], "cache_dir", None))
         on_ranks: Any = functools.partial(call_on_ranks, self._ranks, self._programs, self._subject, self._backend)  # type: ignore
@@ -244,7 +261,7 @@ class Compiled:
         self.recompiles = self._programs.recompiles
 
     def __getstate__(self) -> dict[str, Any]:
-        """What it was made of: a copy, also one by `pickle`, makes its own programs."""
+        """Keep what it was made of: a copy, also one by `pickle`, makes its own programs."""
         made = ("recompiles", "_programs", "_steps", "_again", "_counting")
         return {name: value for name, value in vars(self).items() if name not in made}
 
@@ -370,7 +387,7 @@ class Compiled:
         return result
 
     def counting(self) -> Compiled:
-        """What serves `part` with any `first`: this object, or where columns are sampled one whose programs take that number."""
+        """This object, or where columns are sampled one whose programs take the number `first`, for `part`."""
         drawn = any(getattr(e.requires, "mc", None) for e in self.extensions)
         if not drawn or self._ranks is not None or self._options.counted:
             return self
@@ -457,7 +474,7 @@ class Compiled:
         return Compiled(self.model, self.loss, found, options, self._backend, self._ranks)
 
     def alone(self, asked: str) -> None:
-        """Refuse what is not of several ranks.
+        """Refuse what does not work on several ranks.
 
         Raises:
             ArgumentError: with `mesh=`.

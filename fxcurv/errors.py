@@ -36,7 +36,7 @@ class UnsupportedOpError(FxcurvError):
 
 
 class FieldError(FxcurvError):
-    """A field would not be of all that the gradient beside it is of: change the backward pass."""
+    """A field would not cover all that the gradient beside it covers: change the backward pass."""
 
 
 class SelfCheckError(FxcurvError):

@@ -12,7 +12,7 @@ column: its arrangement is a `Joint`, its vectors are pairs (of the weight, of t
 `Blocks` is the block-diagonal matrix of all parameters: products, inverses, roots, determinants, samples.
 
 Under `mesh=`, `KFAC(assign="layers")` leaves each layer's factors at one rank, its `owner`: that rank alone multiplies, inverts
-and solves, and `Blocks` broadcasts what comes of it (a step [*P] per parameter: MEM-OPT of Pauloski et al. 2021, "KAISA").
+and solves, and `Blocks` broadcasts the results (a step [*P] per parameter: MEM-OPT of Pauloski et al. 2021, "KAISA").
 `Blocks.everywhere` broadcasts the eigendecompositions themselves (COMM-OPT there), after which nothing travels.
 """
 
@@ -187,23 +187,23 @@ class Owner:
         return out
 
 
-class Kronecker(list):
-    """[B, A] or [B], with the `arrangement` of the parameter that they belong to, and the `owner` if one rank has them."""
+class _Factors(list):
+    """Tensors, with the `arrangement` of the parameter that they belong to, and the `owner` if one rank has them."""
 
     def __init__(self, factors: Iterable[Any], arrangement: Arrangement | Joint, owner: Owner | None = None):
         super().__init__(factors)
         self.arrangement, self.owner = arrangement, owner
 
 
-class Eigenbasis(list):
+class Kronecker(_Factors):
+    """[B, A] or [B], with the `arrangement` of the parameter that they belong to, and the `owner` if one rank has them."""
+
+
+class Eigenbasis(_Factors):
     """[Q_B, Q_A, lambda] or [Q_B, lambda]: the block is (Q_B (x) Q_A) diag(lambda) (Q_B (x) Q_A)^T.
 
     lambda: [out, in], or [out] without inputs. A vector of ones stands for the eigenvectors of a diagonal factor.
     """
-
-    def __init__(self, factors: Iterable[Any], arrangement: Arrangement | Joint, owner: Owner | None = None):
-        super().__init__(factors)
-        self.arrangement, self.owner = arrangement, owner
 
 
 for _cls in (Kronecker, Eigenbasis):
@@ -214,14 +214,14 @@ pytree.register_pytree_node(Within, lambda x: ([], x.weight), lambda _, weight: 
 
 
 def plain(arrangement: Arrangement | Joint) -> list[Any]:
-    """As lists of numbers and names, for a state that is saved; `arranged` is the way back."""
+    """Make lists of numbers and names of an arrangement, for a state that is saved; `arranged` reverses it."""
     if isinstance(arrangement, Joint):
         return [plain(arrangement.weight), plain(arrangement.bias), arrangement.bias_name]
     return [list(x) for x in (arrangement.shape, arrangement.sizes, arrangement.outputs, arrangement.inputs)]
 
 
 def arranged(saved: list[Any]) -> Arrangement | Joint:
-    """The arrangement that `plain` has made lists of."""
+    """Make an arrangement of the lists that `plain` made of it."""
     if len(saved) == 3:
         return Joint(arranged(saved[0]), arranged(saved[1]), saved[2])  # type: ignore[arg-type]
     return Arrangement(*map(tuple, saved))
@@ -422,20 +422,23 @@ class Blocks(Mapping):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(D, D), D the number of entries of the parameters."""
         total = sum(map(prod, self._shapes.values()))
         return total, total
 
     @property
     def dtype(self) -> torch.dtype:
+        """The factors'."""
         return next(iter(self._factors.values()))[0].dtype
 
     @property
     def device(self) -> torch.device:
+        """The factors'."""
         return _device_of(next(iter(self._factors.values())))
 
     @property
     def T(self) -> Blocks:  # noqa: N802
-        """The same: it is symmetric."""
+        """The matrix itself, which is symmetric."""
         return self
 
     def adjoint(self) -> Blocks:
@@ -444,18 +447,7 @@ class Blocks(Mapping):
 
     def to_scipy(self):
         """As a `scipy.sparse.linalg.LinearOperator` (needs scipy)."""
-        from scipy.sparse.linalg import LinearOperator
-
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
-
-        def times(x):
-            return (self @ torch.as_tensor(x).to(like)).cpu().numpy()
-
-        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
-        return LinearOperator(
-            self.shape, matvec=lambda x: times(x.reshape(-1)), rmatvec=lambda x: times(x.reshape(-1)), matmat=times,
-            rmatmat=times, dtype=dtype,
-        )  # fmt: skip
+        return linear_operator(self)
 
     def __matmul__(self, v: Vector) -> Vector:
         """The product with a vector; see the class.
@@ -492,7 +484,7 @@ class Blocks(Mapping):
         return {name: found[name] for name in self._shapes}
 
     def everywhere(self) -> Blocks:
-        """The same on all ranks, by eigendecompositions, each of which its owner takes; all ranks have to call this."""
+        """The same on all ranks, by eigendecompositions: each owner computes its own. All ranks have to call this."""
         new: dict[str, Any] = dict(self._given)
         for name, f in self._factors.items():
             if f.owner is not None:
@@ -632,6 +624,22 @@ class Blocks(Mapping):
             return f[-1].sum()
         traces = [t.sum() if t.ndim == 1 else t.trace() for t in f]
         return traces[0] if len(traces) == 1 else traces[0] * traces[1]
+
+
+def linear_operator(matrix: Any) -> Any:
+    """A `scipy.sparse.linalg.LinearOperator` of what has `@`, `T`, `shape`, `dtype` and `device` (needs scipy)."""
+    from scipy.sparse.linalg import LinearOperator
+
+    like = torch.empty(0, dtype=matrix.dtype)
+
+    def times(m: Any) -> Callable[[Any], Any]:
+        return lambda x: (m @ torch.as_tensor(x).to(matrix.device, matrix.dtype)).cpu().numpy()
+
+    forward, back = times(matrix), times(matrix.T)
+    return LinearOperator(
+        matrix.shape, matvec=lambda x: forward(x.reshape(-1)), rmatvec=lambda x: back(x.reshape(-1)), matmat=forward,
+        rmatmat=back, dtype=like.numpy().dtype,
+    )  # fmt: skip
 
 
 def _device_of(factors: Kronecker | Eigenbasis) -> torch.device:

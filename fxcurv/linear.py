@@ -21,6 +21,7 @@ from fxcurv.errors import ArgumentError, ExtensionError
 from fxcurv.extensions import GGNMP, HMP, DiagGGNExact, DiagGGNMC, DiagHessian, Extension, SqrtGGNMC
 from fxcurv.extensions.ggn import DiagEmpirical, JacobianNorms, SqrtEmpirical
 from fxcurv.extensions.parameters import Choice, chosen, hashable
+from fxcurv.kronecker import linear_operator
 from fxcurv.over import over
 
 __all__ = ["GGN", "NTK", "EmpiricalFisher", "Hessian", "Jacobian", "MCFisher"]
@@ -112,10 +113,12 @@ class Matrix:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The parameters'."""
         return self._like.dtype
 
     @property
     def device(self) -> torch.device:
+        """The parameters'."""
         return self._like.device
 
     @property
@@ -125,10 +128,12 @@ class Matrix:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(rows, columns); D for parameters, R for outputs."""
         return self.size, self.size
 
     @property
     def T(self) -> Any:  # noqa: N802
+        """Its transpose."""
         return self
 
     def adjoint(self) -> Any:
@@ -180,20 +185,7 @@ class Matrix:
 
     def to_scipy(self):
         """As a `scipy.sparse.linalg.LinearOperator` (needs scipy)."""
-        from scipy.sparse.linalg import LinearOperator
-
-        def of(matrix):
-            def apply(x):
-                return (matrix @ torch.as_tensor(x).to(self._like)).cpu().numpy()
-
-            return apply
-
-        forward, back = of(self), of(self.T)
-        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
-        return LinearOperator(
-            self.shape, matvec=lambda x: forward(x.reshape(-1)), rmatvec=lambda x: back(x.reshape(-1)), matmat=forward,
-            rmatmat=back, dtype=dtype,
-        )  # fmt: skip
+        return linear_operator(self)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.shape[0]} x {self.shape[1]})"
@@ -302,6 +294,7 @@ class Jacobian(_OfRows):
         return self._columnwise(v, self.size, lambda x: self._j(self._parted(x)))
 
     def diag(self) -> Tensor:
+        """Raises `ExtensionError`: the matrix is not square."""
         raise ExtensionError(
             "a Jacobian is not square, so it has no diagonal: use NTK(...).diag(), or the extension Jacobian"
         )

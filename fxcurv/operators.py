@@ -19,6 +19,7 @@ from fxcurv.errors import ArgumentError
 from fxcurv.ir.private import compile_lock, make_fx, pytree, version_of
 from fxcurv.ir.program import Program
 from fxcurv.ir.ranks import summed
+from fxcurv.kronecker import linear_operator
 from fxcurv.walks.products.partition import restrict
 
 # ---- at a call ------------------------------
@@ -313,14 +314,17 @@ class Operator(Saved):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The parameters'."""
         return next(iter(self._code.dtypes.values()))
 
     @property
     def device(self) -> torch.device:
+        """The parameters'."""
         return next(iter(self._code.devices.values()))
 
     @property
     def T(self) -> Operator:  # noqa: N802
+        """The matrix itself, which is symmetric."""
         return self
 
     def adjoint(self) -> Operator:
@@ -329,6 +333,7 @@ class Operator(Saved):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(D, D), D the number of entries of the parameters."""
         total = sum(prod(s) for s in self._code.shapes.values())
         return total, total
 
@@ -381,18 +386,7 @@ class Operator(Saved):
 
     def to_scipy(self):
         """This matrix as a `scipy.sparse.linalg.LinearOperator` (needs scipy)."""
-        from scipy.sparse.linalg import LinearOperator
-
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
-
-        def times(x):
-            return (self @ torch.as_tensor(x).to(like)).cpu().numpy()
-
-        dtype = torch.empty(0, dtype=like.dtype).numpy().dtype
-        return LinearOperator(
-            self.shape, matvec=lambda x: times(x.reshape(-1)), rmatvec=lambda x: times(x.reshape(-1)), matmat=times,
-            rmatmat=times, dtype=dtype,
-        )  # fmt: skip
+        return linear_operator(self)
 
     def __repr__(self) -> str:
         return f"Operator({self.shape[0]} x {self.shape[1]})"

@@ -11,8 +11,8 @@ that curvature and damping do not depend on the batch size::
 
     C <- decay C + (1 - decay) C_batch        (C + damping)^-1 (gradient + weight_decay p)
 
-with the bias of a short average undone, as in Adam (Kingma & Ba 2015). Momentum is PyTorch's SGD's. What a group holds (`lr`,
-`momentum`, `damping`, `weight_decay`) is read at every step, so schedulers, and loops that lower a group's damping, take effect.
+The bias of a short average is corrected as in Adam (Kingma & Ba 2015). Momentum works as in PyTorch's SGD. A step reads `lr`,
+`momentum`, `damping` and `weight_decay` from the groups, so schedulers, and loops that lower a group's damping, take effect.
 
 Parameters of `fully_shard` (under `mesh=`) keep diagonals and momentum in shards; Kronecker factors, and the directions of
 conjugate gradients, are whole on every rank.
@@ -41,7 +41,7 @@ from fxcurv.runtime.sharded import like, whole
 __all__ = ["EKFAC", "KFAC", "DiagGGN", "NaturalGradientCG"]
 
 Named = dict[str, Tensor]
-# of a parameter's state: tensors that keep their dtype, whatever the parameter's, and what is no tensor
+# In a parameter's state: tensors that keep their dtype, whatever the parameter's is, and entries that are no tensors.
 AVERAGES, NOTES = ("curvature", "basis", "moments"), ("arrangement", "within")
 
 
@@ -56,7 +56,7 @@ class _Curved(Optimizer):
         lr: step size.
         momentum: of the preconditioned gradient.
         damping: what is added to the curvature's eigenvalues.
-        weight_decay: of an L2 penalty, in the gradient: of a parameter that the loss does not read it is all there is.
+        weight_decay: weight of an L2 penalty, which is added to the gradient, also where the loss does not read the parameter.
         decay: of the running average of the curvature.
         interval: steps from one curvature to the next.
         options: those of `fxcurv.compile`.
@@ -163,7 +163,7 @@ class _Curved(Optimizer):
         return self._curved
 
     def _curve(self, result: Result, call: Callable[[Compiled], Result]) -> None:
-        """Take up a batch's curvature."""
+        """Add a batch's curvature to the average."""
         field = result[self._extension]
         for name, p, _ in self._held():
             self.state[p]["curvature"] = self._mixed(self.state[p].get("curvature"), pytree.tree_leaves(field[name]))
@@ -181,7 +181,7 @@ class _Curved(Optimizer):
         raise NotImplementedError
 
     def _moves(self, directions: Named) -> Named:
-        """What is added to each parameter."""
+        """The step of each parameter."""
         moves: Named = {}
         for name, p, group in self._held():
             direction = like(directions[name].to(p.dtype), p)
@@ -391,7 +391,7 @@ class EKFAC(_Factored):
                 self.state[p]["moments"] = self._mixed(self.state[p].get("moments"), [moments[name]])
 
     def _turn(self) -> None:
-        """To the basis of the factors as they are now. Its tensors stay, since the program of the moments reads them."""
+        """Turn to the basis of the present factors. Its tensors stay, since the program of the moments reads them."""
         for name, p, _ in self._held():
             factors = self._factors(p)
             if isinstance(factors, Within):

@@ -54,36 +54,36 @@ def over(
     every: int = 100,
     progress: bool = True,
 ) -> Result:
-    """All quantities of `compiled` over all samples of a loader, in one pass (two for `EKFAC`).
+    """Compute all quantities of `compiled` over all samples of a loader, in one pass (two for `EKFAC`).
 
-    Sums and means over samples are those of one call on the whole data set; what is per sample is concatenated in order.
-    The result has no `output`. Under `mesh=` every rank has a loader of its own part of the data, the data set is these parts one
-    after the other, and the result is as that of a call: sums of all, what is per sample of the rank's own.
+    Sums and means over samples equal those of one call on the whole data set; per-sample values are concatenated in order.
+    The result has no `output`. Under `mesh=` every rank has a loader of its own part of the data. The parts, one after the other,
+    are the data set. As after a call, sums are of all samples, and per-sample values are of the rank's own.
 
     Args:
         compiled: from `fxcurv.compile`. Samples must not interact (eval mode, with batch norm).
         loader: yields batches (inputs, *targets), or inputs alone if there is no loss; tensors are moved to the model's
             device. Empty batches are skipped. Two passes go over it twice, so an iterator will not do.
         unpack: batch -> (inputs, *targets), for a loader that yields something else.
-        reduction: how the loss is reduced. By default that is found out from the loss, a function of the model's output:
-            a sum, or a mean over any weights (samples, counted positions, class weights). "sum" and "mean" (over samples)
-            say so, for a loss that the model computes itself; a function (inputs, *targets) -> Z gives the weight that a
-            batch has in a mean, as the number of its tokens.
-        seed: of sampled columns, which are those of one call with this seed; under `mesh=` every batch has a seed of its own,
-            made of this one and the number of samples before it.
+        reduction: how the loss is reduced. By default this is found out by calls of the loss, a function of the model's output:
+            a sum, or a mean over any weights (samples, counted positions, class weights). If the model computes the loss
+            itself, say "sum" or "mean" (over samples), or pass a function (inputs, *targets) -> Z, which gives the weight
+            of a batch in a mean, such as the number of its tokens.
+        seed: seed of sampled columns, which equal those of one call with this seed. Under `mesh=` every batch has a seed of its
+            own, made of this one and the number of samples before it.
         decay: the result is the running average of the batches' values, as each batch gives them, with weights decay**age
             that add up to 1. Not for what is per sample: the norms beside `ClippedGrad`'s sums are left out.
-        to: a folder for what is per sample: a file `<field>.<parameter>.npy` each (`numpy.memmap`), of which the result
-            holds tensors that read from the file. Another pass with this folder writes over them.
+        to: a folder for per-sample values: one file `<field>.<parameter>.npy` each (`numpy.memmap`). The result holds tensors
+            that read from these files. Another pass with this folder overwrites them.
         checkpoint: a file for the state of the pass, written every `every` batches and where the pass is interrupted. If
-            it is there the pass goes on from it, given the same batches in the same order; it is removed at the end.
+            the file exists, the pass resumes from it, given the same batches in the same order; the end of the pass removes it.
         every: see `checkpoint`.
         progress: show a bar on a terminal, or a counter if the loader has no length.
 
     Raises:
-        ArgumentError: for a batch of another form; for a sample of which something is not finite, by its number; if the
-            model has changed since the pass began; if a checkpoint is of other batches; for `to=` or `checkpoint=` under
-            `mesh=`; on all ranks, for one without any batch.
+        ArgumentError: for a batch of another form; for a sample with a value that is not finite (the message has its number);
+            if the model has changed since the pass began; if a checkpoint belongs to other batches; for `to=` or
+            `checkpoint=` under `mesh=`; on all ranks, if one of them has no batch.
         ExtensionError: for an extension that batches do not say (`KFRA`, products), or `subsampling=`.
         LossError: for a loss that is no sum or mean over samples, or (a sum) one with a regulariser.
         MixedSamplesError: where samples interact in the model.
@@ -104,17 +104,17 @@ def accumulate(
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Result:
-    """One call on the micro-batches together, of which only one at a time is computed: for a batch that is too large.
+    """Compute a batch that is too large in micro-batches, one at a time.
 
-    The result is that of `compiled(inputs, *targets, seed=seed)` on their concatenation, to rounding, sampled columns included;
-    it has no `output`. Under `mesh=` every rank has micro-batches of its own, any number of them: the batch is those of rank 0,
-    then those of rank 1, and so on, as in a call.
+    The result equals that of `compiled(inputs, *targets, seed=seed)` on their concatenation, to rounding, sampled columns
+    included; it has no `output`. Under `mesh=` every rank has any number of micro-batches of its own: the batch is those of
+    rank 0, then those of rank 1, and so on, as in a call.
 
     Args:
         compiled: from `fxcurv.compile`. Samples must not interact (eval mode, with batch norm).
         micro_batches: batches (inputs, *targets), or inputs alone if there is no loss; all are held in a list.
-        unpack, reduction: see `over`. By default the loss is asked for the weight of every micro-batch in its mean, which takes
-            a few evaluations of it on the output; "sum" or "mean" (over samples) spares that.
+        unpack, reduction: see `over`. By default the weight of every micro-batch in the mean is found by a few evaluations of
+            the loss on the output; "sum" or "mean" (over samples) saves these.
         seed, generator: as in a call.
 
     Raises:
@@ -131,12 +131,12 @@ def accumulate(
 
 
 class Totals:
-    """What `over` sums up, between batches: `run` goes on where an earlier one was interrupted.
+    """What `over` has summed up between two batches; `run` resumes where an earlier one was interrupted.
 
     Attributes:
-        samples: the number of samples that are counted in the present pass; `batches`: that of batches.
-        counted: that of the last pass that was finished.
-        weight: the denominator of a mean over all its samples, in units of one of them; None where the loss is a sum.
+        samples: the number of samples counted in the present pass; `batches`: the number of batches.
+        counted: the number of samples in the last finished pass.
+        weight: the denominator of a mean over all these samples, in units of one of them; None where the loss is a sum.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class Totals:
         self._plan()  # refuses what cannot be combined before anything is computed
 
     def _start(self) -> None:
-        """Nothing is counted."""
+        """Start counting at zero."""
         self.samples = self.batches = self._averaged = 0
         self._sizes = [0] * (1 if self._all.ranks is None else self._all.ranks.size)  # the samples of every rank
         self._marks: list[int] = []
@@ -486,7 +486,7 @@ class Totals:
 
     @contextlib.contextmanager
     def _kept(self, checkpoint: Path | None) -> Iterator[None]:
-        """Leave a state behind, whatever ends the pass."""
+        """Save the state, whatever ends the pass."""
         try:
             yield
         except BaseException:
@@ -496,7 +496,7 @@ class Totals:
             raise
 
     def _save(self, file: Path) -> None:
-        """Written beside the old state, which it then replaces."""
+        """Write the state beside the old one, then replace that."""
         new = file.with_name(file.name + ".new")
         torch.save(self.state_dict(), new)
         os.replace(new, file)
@@ -525,7 +525,7 @@ class Totals:
         return f"decay={self._decay}, reduction={reduction}"
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state of an equal object.
+        """Restore the state of an equal object.
 
         Raises:
             ArgumentError: if it is of other extensions, another seed, decay, reduction or folder.

@@ -79,7 +79,7 @@ class Quantity:
     """Base: what a set of extensions needs to be carried backward.
 
     Attributes:
-        needs_loss: whether it is of the loss.
+        needs_loss: whether it is a quantity of the loss.
         first_order: whether it is known without second derivatives.
         of_gradients: whether it is of individual gradients, which exist by token as well.
         of_loss: whether it has the curvature of the loss in f.

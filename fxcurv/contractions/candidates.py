@@ -1,6 +1,6 @@
 """Candidates: the ways to compute a `contract` node, each with the cost that `select` compares.
 
-All compute what `contract` computes. A candidate is a class, which nothing else lists. V columns, N samples, S shared
+All compute what `contract` computes. A candidate is a class that registers itself (`@candidate`). V columns, N samples, S shared
 positions, K groups, O outputs, I inputs.
 """
 
@@ -31,10 +31,12 @@ class Candidate:
     Attributes:
         name: of the way, in reports.
         differentiable: whether autograd can differentiate it again.
+        by_positions: whether it reads columns in one sum over shared positions, which may come in parts.
     """
 
     name: ClassVar[str]
     differentiable: ClassVar[bool] = True
+    by_positions: ClassVar[bool] = False
 
     def applies(self, spec: Spec, factors: list[Any]) -> bool:
         """Whether it computes this one; factors hold fake tensors."""
@@ -53,7 +55,7 @@ CANDIDATES: list[Candidate] = []
 
 
 def candidate(cls: type[Candidate]) -> type[Candidate]:
-    """Class decorator: one more of the candidates; of two at one price, the first."""
+    """Class decorator: register a candidate. Of two candidates with equal costs the first is taken."""
     CANDIDATES.append(cls())
     return cls
 
@@ -75,10 +77,10 @@ def _block_cost(factor: Factor) -> Cost:
     return Cost(0, 2 * IN_CACHE * d.item * d.unfold, 0, d.n) if implicit(factor) else _unfold_cost(d)
 
 
-# What a pass over a block in the cache takes, of a pass over memory.
+# Time of a pass over a cached block, as a fraction of a pass over memory.
 IN_CACHE = 0.6
 
-# Of a vector whose norm is added up without a tree, in as many sums as a vector register has lanes.
+# Longest vector whose norm is still precise: it is added up without a tree, in as many sums as a vector register has lanes.
 LONGEST = 1 << 13
 
 
@@ -102,6 +104,7 @@ class Materialise(Candidate):
     """Make P, and reduce it."""
 
     name = "materialise"
+    by_positions = True
 
     def applies(self, spec, factors):
         return True
@@ -126,6 +129,7 @@ class Direct(Candidate):
     """Sums of P itself need no P."""
 
     name = "direct"
+    by_positions = True
 
     def applies(self, spec, factors):
         return spec.power == 1 and set(spec.reduce) == set("vn") and spec.samples is None

@@ -321,6 +321,11 @@ def positions(t: Tensor, place: Shard, lead: int, groups: int) -> Tensor:
     return t.permute(*axes, rest, position, group, channel).flatten(lead + 1, lead + 2)
 
 
+def materialised(factor: Factor) -> Tensor:
+    """P itself."""
+    return factor.materialise()
+
+
 def summed(t: Tensor, d: int) -> Tensor:
     """The sum over an axis, a view where its size is one."""
     return t.squeeze(d) if is_one(t.shape[d]) else t.sum(d)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcurv.contractions.contract import Contract, Spec
-from fxcurv.contractions.factors import Explicit, Factor, declare_factor
+from fxcurv.contractions.factors import Explicit, Factor, declare_factor, materialised
 from fxcurv.contractions.pairs import squares_of
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.parameters import hashable
@@ -18,6 +18,7 @@ from fxcurv.ir.emit import call, declare, emit
 from fxcurv.ir.placement import Shard, samples_first
 from fxcurv.ir.precision import HALF, wide, widened
 from fxcurv.ir.program import Program
+from fxcurv.ir.traced import sum_of
 from fxcurv.quantity import GRADIENT, KINDS, Gradient, Group
 from fxcurv.walks.groups import groups_of
 from fxcurv.walks.uses import Use, pull_back, select_group
@@ -49,8 +50,8 @@ class Extension:
     Attributes:
         savefield: the field of the result; every instance may choose another.
         params: the parameters that the quantity is of, all if not given: a name, a prefix ("encoder.layer.1") or a
-            pattern ("head.*"), a list of these, or a predicate (name, parameter) -> bool, asked once per program (make it
-            once: another function is another extension). Frozen parameters are never among them. Its columns go down to
+            pattern ("head.*"), a list of these, or a predicate (name, parameter) -> bool, called once per program (reuse one
+            function object: a new one counts as a new extension). Frozen parameters are never among them. Its columns go down to
             these parameters only; the gradient stays whole. Of two extensions that set the same extra result
             (`sample_norms`, `ggn`, `hessian`) over different parameters, the later one's is `<name>_<savefield>`.
         requires: the columns it needs.
@@ -94,7 +95,7 @@ class Extension:
         """Validate the arguments; raise `ExtensionError`."""
 
     def gather(self) -> Steps:
-        """How the value of a data set is had: yields what to sum over its batches, is sent those totals, returns the value.
+        """Compute the value of a data set: yield what to sum over its batches, receive these totals, return the value.
 
         Every `yield` is a pass over the data.
 
@@ -159,11 +160,11 @@ class Param:
         parts = [self._of_group(spec, g, weights, precise) for g in groups]
         if len(parts) == 1:
             return parts[0]
-        return self.emit(_added if "v" in reduce else _joined, parts)
+        return self.emit(sum_of if "v" in reduce else _joined, parts)
 
     @property
     def positions(self) -> int | None:
-        """T, where the samples of this quantity are tokens: N T of them. Else None."""
+        """The number T of positions if the samples of this quantity are tokens, N T of them; else None."""
         tokens = self.extension is not None and self.extension.requires.of_gradients
         return self.program.analysis.positions[0] if tokens and self.program.analysis.positions is not None else None
 
@@ -179,7 +180,7 @@ class Param:
             own = self.emit(_of_columns, weights, start, stop, rows) if weights is not None else None
             parts.append(self._of_group(spec, group, own, precise))
             start = stop
-        value = parts[0] if len(parts) == 1 else self.emit(_added if "n" in reduce else _joined, parts)
+        value = parts[0] if len(parts) == 1 else self.emit(sum_of if "n" in reduce else _joined, parts)
         if rows:
             return self.emit(_sample_rows, value, tuple(samples or ()), "n" in reduce, "v" in reduce)
         return self.emit(_sample_axes, value, "n" in reduce, "v" in reduce)
@@ -219,7 +220,7 @@ class Param:
 
     def _at_parameter(self, factor: Factor, use: Use) -> Explicit:
         """Uses of different kinds meet at the parameter itself, materialised."""
-        p = self.emit(_materialised, factor)
+        p = self.emit(materialised, factor)
         declare(p, Shard(1), factor)
         return Explicit(pull_back(self.program, use, p, ""))
 
@@ -243,14 +244,6 @@ class Param:
         if not KINDS[group.kind].carried:
             return group.draws or sum(self.program.batch.columns(h.meta["val"]) for h in self.program.heads)
         return self.program.walked.columns.get(group, 1)
-
-
-def _materialised(factor: Factor) -> Tensor:
-    return factor.materialise()
-
-
-def _added(parts: list[Tensor]) -> Tensor:
-    return sum(parts[1:], parts[0])
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

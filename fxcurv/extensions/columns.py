@@ -18,6 +18,7 @@ from fxcurv.ir.placement import Shard
 from fxcurv.ir.precision import HALF, widened
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Decision
+from fxcurv.ir.traced import sum_of
 from fxcurv.kernels.outer_gram import costs, outer_dots, outer_gram
 from fxcurv.quantity import Group
 from fxcurv.walks.uses import Use, select_group
@@ -63,7 +64,7 @@ def combined(param: Param, groups: Sequence[Group], weights: fx.Node) -> fx.Node
             each = [param.contract(power=1, reduce="vn", weights=w, groups=[group], precise=True) for w in rows]
             parts.append(param.emit(_stacked, each))
         start = stop
-    return param.emit(_added, parts)
+    return param.emit(sum_of, parts)
 
 
 def dense(param: Param, group: Group) -> Any:
@@ -199,7 +200,3 @@ def _combined(f: Dense, weights: Tensor) -> Tensor:
 
 def _stacked(parts: list[Tensor]) -> Tensor:
     return torch.stack(parts)
-
-
-def _added(parts: list[Tensor]) -> Tensor:
-    return sum(parts[1:], parts[0])

@@ -34,6 +34,7 @@ from fxcurv.ir.placement import Shard
 from fxcurv.ir.precision import wide, widely
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Decision, Program
+from fxcurv.ir.traced import sum_of
 from fxcurv.kronecker import Arrangement, Eigenbasis, Joint, Kronecker, Within
 from fxcurv.quantity import GRADIENT, KINDS, Group
 from fxcurv.rules.base import rule_of
@@ -329,11 +330,6 @@ def _moment(rows: Tensor) -> Tensor:
 def embedded(t: Tensor, embed: Embed | None, dim: int) -> Tensor:
     """`m` with rows and columns of zeros where an embedding or slice leaves entries out."""
     return t if embed is None else embed(t, dim)
-
-
-def sum_of(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of a list of tensors."""
-    return sum(parts[1:], parts[0])
 
 
 def _exact_block(p: Tensor) -> Tensor:

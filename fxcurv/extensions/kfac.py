@@ -27,10 +27,11 @@ from fxcurv.contractions.contract import Spec
 from fxcurv.contractions.factors import Arrange, Dense, Explicit, Factor, Gather
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.base import Combine, Extension, Param, Steps
-from fxcurv.extensions.factored import Factored, dtype_of, embedded, flat, source_of, sum_of, with_ones
+from fxcurv.extensions.factored import Factored, dtype_of, embedded, flat, source_of, with_ones
 from fxcurv.extensions.layers import Layer, features, inputs
 from fxcurv.ir.emit import constant
 from fxcurv.ir.precision import widely
+from fxcurv.ir.traced import sum_of
 from fxcurv.kronecker import Arrangement, Eigenbasis, Joint, Kronecker, Within
 from fxcurv.quantity import Group, Quantity, SqrtGGN
 

@@ -15,6 +15,7 @@ from fxcurv.extensions.base import Combine, Extension, Param
 from fxcurv.extensions.columns import WHOLE, combined, dots, pair, record
 from fxcurv.ir.emit import constant
 from fxcurv.ir.placement import samples_first
+from fxcurv.ir.traced import sum_of
 from fxcurv.quantity import GRADIENT, Gradient, Identity, Quantity, SqrtGGN
 from fxcurv.walks.groups import groups_of
 
@@ -107,9 +108,9 @@ class EighGGN(_OfRoots):
     def extract_all(self, params: list[Param]) -> tuple[dict[str, Any], dict[str, fx.Node]]:
         first = params[0]
         groups = groups_of(first.program, self.requires)
-        gram = first.emit(_total, [pair(p, groups, groups) for p in params])
+        gram = first.emit(sum_of, [pair(p, groups, groups) for p in params])
         values, weights, second = first.emit(_eigenpairs, gram, self.top)
-        slopes = first.emit(_total, [pair(p, [GRADIENT], groups) for p in params])
+        slopes = first.emit(sum_of, [pair(p, [GRADIENT], groups) for p in params])
         vectors = {p.name: p.emit(_as_param, combined(p, groups, weights), p.node) for p in params}
         along = {"values": values, "first": first.emit(_along, slopes, weights), "second": second}
         return vectors, {self.field_of(part): node for part, node in along.items()}
@@ -181,7 +182,7 @@ class PerSample(Extension):
         found = {p.name: self.extract(p) for p in params}
         if not self.total:
             return found, {}
-        return {}, {f"{self.savefield}_total": params[0].emit(_total, list(found.values()))}
+        return {}, {f"{self.savefield}_total": params[0].emit(sum_of, list(found.values()))}
 
 
 @dataclass(frozen=True)
@@ -232,10 +233,6 @@ class Dots(PerSample):
 
 def _first(t: Tensor) -> Tensor:
     return t[0]
-
-
-def _total(parts: list[Tensor]) -> Tensor:
-    return sum(parts[1:], parts[0])
 
 
 def _of_gradients(gram: Tensor, rows: bool | None) -> Tensor:

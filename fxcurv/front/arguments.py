@@ -110,8 +110,8 @@ class Arguments:
     def target_dims(self) -> list[int | None]:
         """For each target the dimension that follows the batch size, where there is one.
 
-        A target says nothing of its samples, so its sizes do: the inputs' batch dimension is asked first, the
-        others in order, then sizes that are a multiple of N (positions of all samples flattened together).
+        Nothing marks a target's sample dimension, so it is inferred from its sizes: the inputs' batch dimension is tried first,
+        the others in order, then sizes that are a multiple of N (positions of all samples flattened together).
         """
         return self._target_dims
 

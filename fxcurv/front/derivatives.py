@@ -17,11 +17,12 @@ from torch import Tensor, fx
 
 from fxcurv.errors import CaptureError, FxcurvError
 from fxcurv.ir.emit import emit
-from fxcurv.ir.graph import ancestors, canonical_args, dependent
+from fxcurv.ir.graph import ancestors, canonical_args, dependent, has_floats
 from fxcurv.ir.origin import locate, origin_of, running_line
 from fxcurv.ir.placement import REPLICATE
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
+from fxcurv.ir.traced import sum_of, zeros_behind
 from fxcurv.passes.normalize import rewritten
 from fxcurv.rules.base import FAILURES, Rule, rule_of
 from fxcurv.rules.call import Call
@@ -160,7 +161,7 @@ def _between(program: Program, node: fx.Node) -> set[fx.Node]:
 
 def _result(walk: _Walk, x: fx.Node, g: fx.Node | None, some: fx.Node, several: bool) -> fx.Node:
     if g is None:
-        return walk.emit(_zeros if several else torch.zeros_like, *((some, x) if several else (x,)))
+        return walk.emit(zeros_behind if several else torch.zeros_like, *((some, x) if several else (x,)))
     return g if several else walk.emit(_unstacked, g)
 
 
@@ -187,7 +188,7 @@ class _Walk:
         """The cotangent that has come so far, as one node."""
         parts = self.stacks.get(value, [])
         if len(parts) > 1:
-            self.stacks[value] = parts = [self.emit(_sum, parts, of=value)]
+            self.stacks[value] = parts = [self.emit(sum_of, parts, of=value)]
         return parts[0] if parts else None
 
     def visit(self, value: fx.Node) -> None:
@@ -198,7 +199,9 @@ class _Walk:
             return
         leaves = pytree.tree_leaves(canonical_args(value))
         wrt = tuple(
-            i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node) and leaf in self.between and _is_float(leaf)
+            i
+            for i, leaf in enumerate(leaves)
+            if isinstance(leaf, fx.Node) and leaf in self.between and has_floats(leaf)
         )
         if not wrt:
             return
@@ -246,8 +249,8 @@ class _Walk:
     def _filled(self, outputs: Sequence[fx.Node | None], gs: Sequence[fx.Node | None]) -> tuple:
         """Cotangents of all outputs that have one, zeros where nothing came."""
         some = next(g for g in gs if g is not None)
-        pairs = [(n, g) for n, g in zip(outputs, gs, strict=True) if n is not None and _is_float(n)]
-        return tuple([self.emit(_zeros, some, n) if g is None else g for n, g in pairs])
+        pairs = [(n, g) for n, g in zip(outputs, gs, strict=True) if n is not None and has_floats(n)]
+        return tuple([self.emit(zeros_behind, some, n) if g is None else g for n, g in pairs])
 
     def _item(self, value: fx.Node, k: int, known: fx.Node | None) -> fx.Node | None:
         val = value.meta["val"][k]
@@ -268,22 +271,9 @@ def _call(node: fx.Node, y: Any) -> Call:
     return Call(node.target, args, y, REPLICATE, tuple(REPLICATE for _ in nothing), nothing)
 
 
-def _is_float(node: fx.Node) -> bool:
-    vals = pytree.tree_leaves(node.meta.get("val"))
-    return any(isinstance(v, Tensor) and v.is_floating_point() for v in vals)
-
-
 def _stacked(g: Tensor) -> Tensor:
     return g.unsqueeze(0)
 
 
 def _unstacked(g: Tensor) -> Tensor:
     return g.squeeze(0)
-
-
-def _sum(parts: list[Tensor]) -> Tensor:
-    return sum(parts[1:], parts[0])
-
-
-def _zeros(some: Tensor, like: Tensor) -> Tensor:
-    return like.new_zeros(some.shape[0], *like.shape)

@@ -15,7 +15,7 @@ import torch
 from torch import SymInt, Tensor, fx
 
 from fxcurv.ir import lengths, pieces
-from fxcurv.ir.graph import layout
+from fxcurv.ir.graph import layout, mutates
 from fxcurv.ir.placement import Placement, Shard
 from fxcurv.ir.private import (
     disable_fake_tensor_cache,
@@ -23,7 +23,6 @@ from fxcurv.ir.private import (
     enable_python_dispatcher,
     make_fx,
     pytree,
-    schema_of,
 )
 from fxcurv.ir.program import Input, Program
 
@@ -80,6 +79,11 @@ def number_of_samples(x: Tensor, dim: int) -> Any:
     return x.shape[dim]
 
 
+def number_in_part(x: Tensor, dim: int) -> Any:
+    """`number_of_samples` of this part of the batch alone."""
+    return x.shape[dim]
+
+
 def length(x: Tensor, dim: int) -> Any:
     """The size of an axis whose length is symbolic."""
     return x.shape[dim]
@@ -106,6 +110,12 @@ def samples(program: Program) -> Any:
         return program.batch.samples
     found = program.graph.find_nodes(op="call_function", target=number_of_samples)
     return found[0] if found else _at_front(program, number_of_samples, *_an_input(program))
+
+
+def part_samples(program: Program) -> fx.Node:
+    """How many samples the tensors of this program have: a part of those of the batch, where that is split."""
+    found = program.graph.find_nodes(op="call_function", target=number_in_part)
+    return found[0] if found else _at_front(program, number_in_part, *_an_input(program))
 
 
 def first_sample(program: Program) -> fx.Node:
@@ -202,7 +212,7 @@ def _trace(program: Program, fn: Callable, leaves: list[Any], spec: pytree.TreeS
         # nodes of one traced piece share their values, and a trace tells its inputs apart by identity
         vals = [*_apart(program, [node.meta["val"] for node in nodes]), *program.length_values()]
         gm = make_fx(flat, MATERIALISED)(*vals)
-        if any(_mutates(node) for node in gm.graph.nodes):
+        if any(mutates(node) for node in gm.graph.nodes):
             gm = make_fx(dispatch_functionalize(flat), MATERIALISED)(*vals)
     gm.graph.eliminate_dead_code()
     return Piece(gm.graph, out_spec, gm)
@@ -215,11 +225,6 @@ def _apart(program: Program, vals: list[Any]) -> list[Any]:
         val if kind is None else pieces.like(program, val, kinds[:k].count(kind))
         for k, (val, kind) in enumerate(zip(vals, kinds, strict=True))
     ]
-
-
-def _mutates(node: fx.Node) -> bool:
-    schema = schema_of(node.target)
-    return schema is not None and schema.is_mutable
 
 
 def _splice(program: Program, piece: Piece, nodes: list[fx.Node], origin: dict[str, Any], before: fx.Node) -> Any:

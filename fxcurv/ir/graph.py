@@ -83,6 +83,26 @@ def is_tensor(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
 
 
+def has_floats(node: fx.Node) -> bool:
+    """Whether there are floating-point tensors in a node's value."""
+    vals = pytree.tree_leaves(node.meta.get("val"))
+    return any(isinstance(v, Tensor) and v.is_floating_point() for v in vals)
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether an op writes to an argument."""
+    schema = schema_of(node.target)
+    return schema is not None and schema.is_mutable
+
+
+def replaced(leaves: Sequence[Any], positions: Sequence[int], values: Iterable[Any]) -> list[Any]:
+    """A copy of `leaves` with `values` at `positions`."""
+    new = list(leaves)
+    for i, value in zip(positions, values, strict=True):
+        new[i] = value
+    return new
+
+
 def pruned(graph: fx.Graph) -> fx.Graph:
     """A copy of `graph` without dead code."""
     new = fx.Graph()

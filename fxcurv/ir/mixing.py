@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
@@ -22,25 +24,27 @@ def mixing(program: Program) -> str | None:
         if any(p == MIXED for p in (place if isinstance(place, list) else [place])):
             if of_reduced_loss(program, node):
                 return (
-                    f"{_literal(locate(node))}\nis a non-linear function of the reduced loss, for which {{asked}} is not "
+                    f"{literal(locate(node))}\nis a non-linear function of the reduced loss, for which {{asked}} is not "
                     "defined.\nWay out: a loss that is a sum or mean over samples, or ask for the gradient or products."
                 )
             norm = "GroupNorm" if node.target is NO_STATISTICS else "model.eval() or GroupNorm"
             why = "without running statistics" if node.target is NO_STATISTICS else "in training mode"
+            first = _joined(node)
+            how = "" if first is node else f" ({literal(_after(first, node))} makes more of its result than a sum)"
             return (
-                f"{_literal(locate(node))}\nmixes samples, so {{asked}} (per sample) does not exist for the parameters before "
-                f"it.\nWay out: {norm} in place of batch norm {why}; batch_dim= if the batch "
+                f"{literal(locate(first))}\nmixes samples{how}, so {{asked}} (per sample) does not exist for the parameters "
+                f"before it.\nWay out: {norm} in place of batch norm {why}; batch_dim= if the batch "
                 "is not dimension 0; a loss that is a sum or mean over samples; or ask for what the whole batch has: the "
                 "gradient, DiagGGNExact, DiagHessian, products."
             )
     for head in program.heads:
         if head.meta.get("active") and not isinstance(head.meta["place"], Shard):
             return (
-                f"{_literal(locate(head))}\nis a model output without a sample axis, so {{asked}} (per sample) does not exist. "
+                f"{literal(locate(head))}\nis a model output without a sample axis, so {{asked}} (per sample) does not exist. "
                 "Return one slice per sample, and reduce in the loss."
             )
     if program.loss is not None and program.loss.meta["place"] != PARTIAL:
-        return f"{_literal(locate(program.loss))}\nis no sum over samples, so {{asked}} does not exist for it."
+        return f"{literal(locate(program.loss))}\nis no sum over samples, so {{asked}} does not exist for it."
     return None
 
 
@@ -56,6 +60,27 @@ def _differentiated(targets: list[fx.Node]) -> list[fx.Node]:
     return [n for n in targets[0].graph.nodes if n in found]
 
 
+def _joined(node: fx.Node) -> fx.Node:
+    """Where samples come together that `node` mixes: itself, or an op before it that sums over samples or takes some of them."""
+    found: list[fx.Node] = []
+    seen, stack = {node}, [node]
+    while stack:
+        here = stack.pop()
+        active = [i for i in here.all_input_nodes if i.meta.get("active")]
+        summed = [i for i in active if i.meta["place"] == PARTIAL or here.target is operator.getitem]
+        if not summed and here.op == "call_function":
+            found.append(here)
+        stack.extend(i for i in summed if i not in seen)
+        seen.update(summed)
+    return min(found, default=node)
+
+
+def _after(first: fx.Node, node: fx.Node) -> str:
+    """`node` as the op that comes after `first`, with its line where that is another."""
+    name, *line = locate(node).splitlines()
+    return ",".join([name, *(part for part in line if part not in locate(first))])
+
+
 def of_reduced_loss(program: Program, node: fx.Node) -> bool:
     """Whether `node` reads nothing of the model but one number that the loss has summed over samples, as in `loss**2`."""
     sources = [i for i in node.all_input_nodes if i.meta.get("active")]
@@ -67,6 +92,6 @@ def of_reduced_loss(program: Program, node: fx.Node) -> bool:
     )
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """The user's own line may have braces."""
     return text.replace("{", "{{").replace("}", "}}")

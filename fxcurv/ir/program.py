@@ -145,7 +145,7 @@ class Program:
             them, and `verdicts`, the errors that go with them.
         decisions: what was chosen for each contraction.
         largest: the batch size up to which the columns fit the memory budget, if more sweeps would help.
-        stale: nodes that read a value of other strides than the one that they were traced with.
+        stale: nodes whose input now has other strides than when they were traced.
         lengths: what became of sizes beside the batch's that should be symbolic, for a report.
         served: batch sizes, or (batch size, lengths), that were asked for -> whether the guards allow them.
         conditions: what else a batch size has to fulfil, where samples are kept apart by indices made of it.
@@ -196,6 +196,7 @@ class Program:
 
     @property
     def graph(self) -> fx.Graph:
+        """The graph of `gm`."""
         return self.gm.graph
 
     @property
@@ -205,6 +206,7 @@ class Program:
 
     @property
     def output(self) -> fx.Node:
+        """The node that returns."""
         return next(iter(reversed(self.graph.nodes)))  # PyTorch 2.11 gives no iterator
 
     @property
@@ -339,7 +341,7 @@ class Program:
 
     @property
     def fixed(self) -> bool:
-        """Whether the batch size became a number: by the model's capture, or by a traced piece since."""
+        """Whether the batch size became a number, by the model's capture or by a traced piece since."""
         if not self.batch.symbols:
             return True
         replaced = self.fake_mode.shape_env.replacements
@@ -347,7 +349,7 @@ class Program:
 
     @property
     def batch_note(self) -> str:
-        """Whether the batch size is symbolic, or what fixed it: op, module path and the user's line."""
+        """Whether the batch size is symbolic, or the op, module path and user's line that fixed it."""
         if not self.fixed:
             return f"symbolic (captured at {self.batch.size})"
         if self.batch.size == 1:

@@ -72,11 +72,18 @@ def _(a, g, total, squares, norms):
 
 
 def _empty(a: Tensor, g: Tensor, total: bool, squares: bool, norms: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_of(g, (g.shape[2], a.shape[2]), total, squares, norms)
+
+
+def _empty_of(
+    g: Tensor, weight: tuple[int, ...], total: bool, squares: bool, norms: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what is wanted: two sums of the weight's shape, and a norm per sample."""
+
     def new(wanted, *shape):
         return g.new_empty(shape if wanted else (0,), dtype=wide(g.dtype))
 
-    matrix = (g.shape[2], a.shape[2])
-    return new(total, *matrix), new(squares, *matrix), new(norms, g.shape[0])
+    return new(total, *weight), new(squares, *weight), new(norms, g.shape[0])
 
 
 @register_flop_formula(torch.ops.fxcurv.outer_moments)
@@ -147,11 +154,7 @@ def _(x, g, total, squares, norms, kernel, stride, padding, dilation, groups):
 
 
 def _empty_conv(x, g, total, squares, norms, kernel, groups):
-    def new(wanted, *shape):
-        return g.new_empty(shape if wanted else (0,), dtype=wide(g.dtype))
-
-    weight = (g.shape[1], x.shape[1] // groups, *kernel)
-    return new(total, *weight), new(squares, *weight), new(norms, g.shape[0])
+    return _empty_of(g, (g.shape[1], x.shape[1] // groups, *kernel), total, squares, norms)
 
 
 @register_flop_formula(torch.ops.fxcurv.outer_moments_conv)

@@ -17,6 +17,7 @@ from fxcurv.ir.placement import Shard
 from fxcurv.ir.precision import widely
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program, is_active, is_sharded
+from fxcurv.ir.traced import sum_of
 from fxcurv.quantity import Averaged
 from fxcurv.rules.base import rule_of
 from fxcurv.rules.call import call_of
@@ -63,7 +64,7 @@ class _Walk:
                 found[node] = Matrix(self._summed(node), step.y, True)
             elif node not in skipped or node in self.arrived:
                 parts = self.arrived[node]
-                m = parts[0] if len(parts) == 1 else self._emit(node, averages.total, parts)
+                m = parts[0] if len(parts) == 1 else self._emit(node, sum_of, parts)
                 found[node] = Matrix(m, step.y)
                 if node in self.below and node not in skipped:
                     self.arrived.setdefault(self.below[node], []).append(self._through(node, m))
@@ -204,7 +205,7 @@ class _Walk:
     def _summed(self, bottom: fx.Node) -> fx.Node:
         tail, by_offsets = self.tails[bottom].ops, self.tails[bottom].by_offsets
         parts = self.arrived[tail[-1]]
-        m = parts[0] if len(parts) == 1 else self._emit(tail[-1], averages.total, parts)
+        m = parts[0] if len(parts) == 1 else self._emit(tail[-1], sum_of, parts)
         given: list[Any] = [
             (rule_of(n.target, self.program.rules), call_of(self.program, n), self.steps[n], self._kind(n))
             for n in reversed(tail)

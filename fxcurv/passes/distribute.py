@@ -1,7 +1,7 @@
 """distribute: the program of a batch whose parts are on the ranks of a process group (`compile(mesh=)`).
 
-A `Partial` value is added up over the ranks where an op reads it complete, or where it is a result; what is linear in values
-that are added up anyway is computed from their sums. Values that need no other sums are of stage 0, those that read sums
+A `Partial` value is added up over the ranks where an op reads it complete, or where it is a result. A value that is linear in
+values that are added up anyway is computed from their sums. Values that need no other sums are of stage 0, those that read sums
 of stage k - 1 are of stage k. The values of a stage travel together, in buckets of one dtype, those that are ready first in
 the first one, and of a symmetric matrix only a triangle does. Results of sharded parameters are left in shards
 (`passes.scatters`). The number of samples, and that of the first one, become inputs of the program.
@@ -31,9 +31,10 @@ from fxcurv.ir.state import Spread
 from fxcurv.passes.owners import at_one_rank, owners
 from fxcurv.passes.scatters import in_shards
 from fxcurv.passes.schedule import as_soon_as_possible
+from fxcurv.rules.split import listed
 from fxcurv.rules.traits import over_ranks
 
-# One collective takes at most so many bytes, but for a value that is larger.
+# One collective takes at most this many bytes, unless a single value is larger.
 BUCKET = 25 << 20
 BEGUN = ("sum", "scatter", "replicas", "reduce", "gather")
 """What nodes do that begin a collective (`rules.traits.over_ranks`)."""
@@ -56,7 +57,7 @@ def distribute(program: Program) -> Program:
     _check(program)
     given(program)
     _Sums(program).add_up()
-    _sort(program)
+    in_order(program)
     program.spread.summed = {"grad", *(e.savefield for e in program.extensions if e.sample_axis is None)}
     program.spread.places = {
         "output": [_place(n) for n in program.output_leaves],
@@ -81,7 +82,7 @@ def _check(program: Program) -> None:
         if root in checks or root in program.heads and root not in program.output_leaves:
             continue
         if root.meta["across"] == MIXED:
-            first = next(n for n in ancestors([root]) if MIXED in _listed(n.meta["across"]))
+            first = next(n for n in ancestors([root]) if MIXED in listed(n.meta["across"]))
             fields = {**program.results, **program.extras}
             field = next((f for f, nodes in fields.items() if root in pytree.tree_leaves(nodes)), "the model's output")
             among, others, alone = _words(program)
@@ -93,14 +94,10 @@ def _check(program: Program) -> None:
 
 
 def _words(program: Program) -> tuple[str, str, str]:
-    """For messages: what a batch is split into, the others of them, and how not to."""
+    """Words for messages: what the batch is split into, the other parts, and how to avoid it."""
     if program.options.ranks == IN_TURNS:
         return "into parts, as outputs=False computes it", "other parts", "ask for it without outputs=False"
     return "over the ranks of mesh=", "other ranks", "ask for it without mesh=, of each rank's own batch"
-
-
-def _listed(place: Any) -> list:
-    return place if isinstance(place, list) else [place]
 
 
 # ---- inputs ------------------------------
@@ -252,7 +249,7 @@ class _Sums:
         """Let autograd add up the derivatives in what all ranks have, where each reads it for its own terms and samples."""
         known: dict[fx.Node, fx.Node] = {}
         for node in list(self.graph.nodes):
-            if node.op != "call_function" or all(place == REPLICATE for place in _listed(node.meta["across"])):
+            if node.op != "call_function" or all(place == REPLICATE for place in listed(node.meta["across"])):
                 continue
             for value in node.all_input_nodes:
                 val = value.meta["val"]
@@ -334,8 +331,8 @@ def _buckets(nodes: Sequence[fx.Node], most: int | None = None) -> list[list[fx.
 # ---- order ------------------------------
 
 
-def _sort(program: Program) -> None:
-    """Every node behind what it reads, otherwise in the order that was: collectives came last."""
+def in_order(program: Program) -> None:
+    """Every node behind what it reads, otherwise in the order that was."""
     done: set[fx.Node] = set()
     order: list[fx.Node] = []
     for root in program.graph.nodes:

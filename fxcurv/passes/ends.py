@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from fxcurv.errors import LossError
 from fxcurv.ir.graph import canonical_args, descendants, is_tensor
+from fxcurv.ir.mixing import literal
 from fxcurv.ir.origin import locate
 from fxcurv.ir.placement import PARTIAL, REPLICATE, Shard
 from fxcurv.ir.private import pytree
@@ -79,7 +80,7 @@ def _inside(program: Program, head: fx.Node, linearly: bool) -> list[fx.Node] | 
     if stops and (linearly and (number or losses) or number and losses):
         at = (others or losses)[0]
         program.analysis.hidden = (
-            f"{_literal(locate(at))}\nis inside a loss that the model computes itself, so it is not known where it ends and "
+            f"{literal(locate(at))}\nis inside a loss that the model computes itself, so it is not known where it ends and "
             "the loss begins, and {asked} (of the Gauss-Newton) does not exist.\nWay out: split='path of the submodule whose "
             "output is f'; or return that output from the model, and compute the loss in the loss function."
         )
@@ -109,10 +110,6 @@ def _summands(program: Program, head: fx.Node) -> list[fx.Node] | None:
 
 def _named(nodes: list[fx.Node]) -> str:
     return "; ".join(locate(n).replace("\n ", "") for n in nodes)
-
-
-def _literal(text: str) -> str:
-    return text.replace("{", "{{").replace("}", "}}")
 
 
 def _read_linearly(program: Program) -> set[fx.Node]:

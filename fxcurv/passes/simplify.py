@@ -1,4 +1,4 @@
-"""simplify: common subexpressions once, dead code never, views that change nothing away. Random ops are not merged."""
+"""simplify: merge common subexpressions, delete dead code, drop views that change nothing. Random ops are not merged."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from fxcurv.contractions.factors import is_one
 from fxcurv.ir.emit import emit
 from fxcurv.ir.graph import layout
 from fxcurv.ir.program import Program
@@ -25,7 +26,7 @@ def sum_first(program: Program) -> Program:
         while source.target in REARRANGED:
             source = source.args[0]
         if source.target in SCATTERS and _over_positions(node, source):
-            ones = tuple(d for d, s in enumerate(node.meta["val"].shape) if _is_one(s))
+            ones = tuple(d for d, s in enumerate(node.meta["val"].shape) if is_one(s))
             new = emit(program, _sum_sent, source.args[0], ones, origin=node.meta["origin"], before=node)
             program.stand_in(node, new)
             replaced[node] = new
@@ -42,9 +43,9 @@ def _over_positions(node: fx.Node, source: fx.Node) -> bool:
     summed = {d % val.ndim for d in dims}
     sizes, strides = layout(val)
     (*_, h, w), (*_, row, column) = layout(source.meta["val"])
-    kept = [t for d, (s, t) in enumerate(zip(sizes, strides, strict=True)) if d not in summed and not _is_one(s)]
-    lead = [t for s, t in zip(*(part[:-2] for part in layout(source.meta["val"])), strict=True) if not _is_one(s)]
-    positions = [(s, t) for d, (s, t) in enumerate(zip(sizes, strides, strict=True)) if d in summed and not _is_one(s)]
+    kept = [t for d, (s, t) in enumerate(zip(sizes, strides, strict=True)) if d not in summed and not is_one(s)]
+    lead = [t for s, t in zip(*(part[:-2] for part in layout(source.meta["val"])), strict=True) if not is_one(s)]
+    positions = [(s, t) for d, (s, t) in enumerate(zip(sizes, strides, strict=True)) if d in summed and not is_one(s)]
     count = 1
     for s, _ in positions:
         count = count * s
@@ -54,11 +55,7 @@ def _over_positions(node: fx.Node, source: fx.Node) -> bool:
 def _sum_sent(g: Tensor, ones: Sequence[int]) -> Tensor:
     """[..., C, h, w] -> [..., C], its axes of size one where `ones` has them."""
     t = g.sum((-2, -1))
-    t = t.squeeze([d for d, s in enumerate(t.shape) if _is_one(s)])
+    t = t.squeeze([d for d, s in enumerate(t.shape) if is_one(s)])
     for d in ones:
         t = t.unsqueeze(d)
     return t
-
-
-def _is_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1

@@ -1,8 +1,8 @@
 """tokens: whether every position of the model's output can be a sample of its own, `compile(sample="token")`.
 
-It can where the loss is a sum over positions as well as over samples. Past the output, a position is followed by the
-algebra that follows a sample (`placement`), one axis of positions at a time. A function that is such a sum along each of
-several axes is one over all of them together, since no mixed difference is left.
+It can where the loss is a sum over positions as well as over samples. Beyond the output, positions are tracked by the
+same algebra as samples (`placement`), one axis of positions at a time. A function that is such a sum along each of several axes
+is one over all of them together, since no mixed difference is left.
 
 Under `sample_index=` the batch is one sample, and its positions are the rows of the output: a row is what the user calls a
 sample. Its individual gradient is that of its term of the loss, whatever entries it depends on.

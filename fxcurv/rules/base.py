@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxcurv.contractions.factors import Explicit, Factor
-from fxcurv.ir.graph import invoke
+from fxcurv.ir.graph import invoke, replaced
 from fxcurv.ir.lengths import said
 from fxcurv.ir.placement import Placement, Shard, Site, samples_first
 from fxcurv.ir.private import OpOverload, pytree
@@ -86,7 +86,7 @@ class Rule:
         leaves, spec = pytree.tree_flatten(call.args)
 
         def op(*xs):
-            return floats(invoke(call.op, pytree.tree_unflatten(_substitute(leaves, wrt, xs), spec)))
+            return floats(invoke(call.op, pytree.tree_unflatten(replaced(leaves, wrt, xs), spec)))
 
         _, pull = torch.func.vjp(op, *(leaves[i] for i in wrt))
         g = g if isinstance(g, tuple) else (g,)
@@ -105,13 +105,13 @@ class Rule:
 
         def one(g_n, *slices_n):
             def op(h):
-                values = _substitute(fixed, (*sharded, position), (*slices_n, h))
+                values = replaced(fixed, (*sharded, position), (*slices_n, h))
                 return floats(invoke(call.op, pytree.tree_unflatten(values, spec)))
 
             _, pull = torch.func.vjp(op, leaves[position])
             return torch.vmap(pull)(g_n)[0]
 
-        alone = _substitute(fixed, sharded, [s[0] for s in slices])
+        alone = replaced(fixed, sharded, [s[0] for s in slices])
         if serves_alone(call, alone, [t[0, 0] for t in g]):
             with contextlib.suppress(*FAILURES):  # some ops notice the missing samples in their backward only
                 p = torch.vmap(one, in_dims=(1, *[0] * len(slices)))(g, *slices)
@@ -152,7 +152,7 @@ def _one_hot(call: Call, position: int, g: tuple[Tensor, ...]) -> Tensor:
     leaves, spec = pytree.tree_flatten(call.args)
 
     def op(h):
-        out = floats(invoke(call.op, pytree.tree_unflatten(_substitute(leaves, [position], [h]), spec)))
+        out = floats(invoke(call.op, pytree.tree_unflatten(replaced(leaves, [position], [h]), spec)))
         return _samples_first(call, out)
 
     _, pull = torch.func.vjp(op, leaves[position])
@@ -167,13 +167,6 @@ def _one_hot(call: Call, position: int, g: tuple[Tensor, ...]) -> Tensor:
 def floats(out: Any) -> tuple[Tensor, ...]:
     """The differentiable tensors among an op's outputs."""
     return tuple(t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point())
-
-
-def _substitute(leaves: Sequence[Any], positions: Sequence[int], values: Sequence[Any]) -> list[Any]:
-    new = list(leaves)
-    for i, value in zip(positions, values, strict=True):
-        new[i] = value
-    return new
 
 
 FAILURES = (RuntimeError, ValueError, IndexError)

@@ -16,6 +16,7 @@ from fxcurv.ir.graph import canonical_args, invoke
 from fxcurv.ir.origin import origin_of
 from fxcurv.ir.private import OpOverload, schema_of
 from fxcurv.ir.program import Program
+from fxcurv.ir.traced import in_dtype
 from fxcurv.rules.traits import CUTS
 
 aten = torch.ops.aten
@@ -105,7 +106,7 @@ def _moved(program: Program, source: fx.Node, moves: list[fx.Node], before: dict
         z: Any = source.args[0]
         dtype = source.meta["val"].dtype
         if z.meta["val"].dtype != dtype:  # log_softmax(z, 1, dtype=...)
-            z = emit(program, _cast, z, dtype, origin=origin_of(source, "forward"), before=source)
+            z = emit(program, in_dtype, z, dtype, origin=origin_of(source, "forward"), before=source)
         before[source] = z
     for node in moves:
         if node not in before:
@@ -113,10 +114,6 @@ def _moved(program: Program, source: fx.Node, moves: list[fx.Node], before: dict
                 before[node] = program.graph.node_copy(node, lambda a: before.get(a, a))
             before[node].meta = {**node.meta, "origin": origin_of(node, "forward")}
     return before[(source, *moves)[-1]]
-
-
-def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t.to(dtype)
 
 
 def _only_loss_reads(node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fxcurv.contractions.factors import Explicit, Factor
+from fxcurv.contractions.factors import Explicit, Factor, is_one
 from fxcurv.ir import placement
 from fxcurv.ir.lengths import said
 from fxcurv.ir.placement import Shard, samples_first
@@ -61,7 +61,7 @@ class Smooth(Pointwise):
         self.backward = backward
 
     def pull(self, g, x, y, *constants):
-        if _is_one(g.shape[0]):
+        if is_one(g.shape[0]):
             return self.backward(g, x.unsqueeze(0), y.unsqueeze(0), *constants)
         return g * self.backward(torch.ones_like(x), x, y, *constants)
 
@@ -182,20 +182,16 @@ def unbroadcast(g: Tensor, shape: Sequence[int], lead: int = 1) -> Tensor:
     extra = g.ndim - lead - len(shape)
     if extra:
         g = total(g, range(lead, lead + extra))
-    ones = [lead + d for d, s in enumerate(shape) if isinstance(s, int) and s == 1 and not _is_one(g.shape[lead + d])]
+    ones = [lead + d for d, s in enumerate(shape) if isinstance(s, int) and s == 1 and not is_one(g.shape[lead + d])]
     return g.sum(ones, keepdim=True) if ones else g
 
 
 def total(t: Tensor, axes: Sequence[int]) -> Tensor:
     """The sum over `axes`; those of size one are dropped, not summed, which would copy."""
-    ones = [d for d in axes if _is_one(t.shape[d])]
+    ones = [d for d in axes if is_one(t.shape[d])]
     rest = [d for d in axes if d not in ones]
     t = t.sum(rest, keepdim=True) if rest else t
     return t.squeeze(list(axes))
-
-
-def _is_one(size) -> bool:
-    return isinstance(size, int) and size == 1
 
 
 class Arithmetic(Rule):
@@ -218,7 +214,7 @@ class Arithmetic(Rule):
         x, place = call.args[position], call.place
         p = self.pull(call, position, g)
         along = place.dim + 1 - (p.ndim - x.ndim)
-        if 0 <= along < x.ndim and not _is_one(x.shape[along]):
+        if 0 <= along < x.ndim and not is_one(x.shape[along]):
             return Explicit(unbroadcast(_own_slices(p, place), x.shape, lead=2))
         # the sample axis first, then what the parameter was broadcast over is summed
         return Explicit(unbroadcast(samples_first(p, place, lead=1), x.shape, lead=2))

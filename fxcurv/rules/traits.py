@@ -12,7 +12,7 @@ import re
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxcurv.ir.graph import canonical_args
 from fxcurv.ir.private import decomposes, schema_of
@@ -126,6 +126,10 @@ SCATTERS = {aten.max_pool2d_with_indices_backward.default, torch.ops.fxcurv.max_
 # ---- memory ------------------------------
 
 
+# They give back their argument's memory, and their schemas do not say so.
+UNSAID_VIEWS = {aten._unsafe_view.default}
+
+
 def borrows(node: fx.Node, lenders: set[fx.Node]) -> bool:
     """Whether a value may lie in the memory of one of `lenders`, by the schemas of the ops between them."""
     if node in lenders:
@@ -138,15 +142,37 @@ def borrows(node: fx.Node, lenders: set[fx.Node]) -> bool:
 def _has_own_memory(op: Any) -> bool:
     """Whether an op never returns an argument or a view: a composite one without an annotation may."""
     schema = schema_of(op)
-    if schema is None or any(r.alias_info is not None for r in schema.returns):
+    if schema is None or op in UNSAID_VIEWS or any(r.alias_info is not None for r in schema.returns):
         return False
     return op in PRODUCTS or not decomposes(op)
 
 
+# Elementwise in all tensors, or adding to the first: the same, written over the first argument.
+IN_PLACE = {
+    aten.add.Tensor: aten.add_.Tensor, aten.sub.Tensor: aten.sub_.Tensor, aten.mul.Tensor: aten.mul_.Tensor,
+    aten.div.Tensor: aten.div_.Tensor, aten.pow.Tensor_Scalar: aten.pow_.Scalar,
+    aten.index_add.default: aten.index_add_.default,
+}  # fmt: skip
+
+# Of these, the ones that add to their first argument, and do nothing else to it.
+ADDING = {aten.add.Tensor, aten.sub.Tensor, aten.index_add.default}
+
+
+def _mm(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b) if total is None else total.addmm_(a, b)
+
+
+def _bmm(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    return torch.bmm(a, b) if total is None else total.baddbmm_(a, b)
+
+
+# The same, added to a total, where there is one.
+ADDED = {aten.mm.default: _mm, aten.bmm.default: _bmm}
+
 # ---- what is saved ------------------------------
 
-# Little more work than reading and writing memory, and the same result again; so are pointwise ops and views, which say so by
-# their tags and schemas. Matrix products and convolutions are not; neither are sorts and decompositions.
+# These cost little more than their memory traffic, and give the same result again. Pointwise ops and views do too; they are
+# recognised by tag and schema. Matrix products, convolutions, sorts and decompositions do not.
 CHEAP = {
     aten.clone.default, aten._to_copy.default, aten.cat.default, aten.where.self, aten.gather.default,
     aten.scatter.value, aten.scatter.src, aten.scatter_add.default, aten.embedding.default, aten.index.Tensor,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcurv.ir.graph import ancestors, canonical_args, invoke
+from fxcurv.ir.graph import ancestors, canonical_args, invoke, is_tensor
 from fxcurv.ir.placement import MIXED, PARTIAL, Mixed, Partial, Placement, Shard, halves, samples_first
 from fxcurv.ir.private import OpOverload, pytree, schema_of
 from fxcurv.ir.program import Program
@@ -45,7 +45,7 @@ def try_op(program: Program, node: fx.Node, count: int) -> Found:
         Uninformative: if no values were found that say something.
         OneSize: if they are to be found at the batch size of the capture.
     """
-    places = [a.meta["place"] for a in pytree.tree_leaves(canonical_args(node)) if _is_value(a)]
+    places = [a.meta["place"] for a in pytree.tree_leaves(canonical_args(node)) if is_tensor(a)]
     active = [a.meta["place"] for a in node.all_input_nodes if a.meta.get("active")]
     summed = any(isinstance(p, Partial) for p in active)
     if any(isinstance(p, Mixed) for p in active) or (summed and any(isinstance(p, Shard) for p in places)):
@@ -177,12 +177,8 @@ def _names(node: fx.Node) -> list[str]:
     return [a.name for a, v in zip(arguments, canonical_args(node), strict=False) for _ in pytree.tree_leaves(v)]
 
 
-def _is_value(leaf: Any) -> bool:
-    return isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("val"), Tensor)
-
-
 def _is_index(leaf: Any) -> bool:
-    return _is_value(leaf) and not leaf.meta["val"].is_floating_point()
+    return is_tensor(leaf) and not leaf.meta["val"].is_floating_point()
 
 
 # ---- values that depend on no input ------------------------------
@@ -243,7 +239,7 @@ def _affine(node: fx.Node) -> bool:
         return _affine(node.args[0])  # type: ignore[arg-type]
     if node.target in _AFFINE:
         terms = [a for a in node.args if isinstance(a, fx.Node)]
-        return len(terms) == 1 and _is_value(terms[0]) and _affine(terms[0])
+        return len(terms) == 1 and is_tensor(terms[0]) and _affine(terms[0])
     return False
 
 
@@ -279,9 +275,9 @@ class Trial:
         self.program, self.node, self.n, self.domain, self.seed = program, node, n, domain, seed
         self.exact = exact or not program.batch.symbols
         self.leaves, self.spec = pytree.tree_flatten(numeric_args(program, node, n))
-        self.active = [i for i, a in enumerate(self.leaves) if _is_value(a) and a.meta["active"]]
+        self.active = [i for i, a in enumerate(self.leaves) if is_tensor(a) and a.meta["active"]]
         self.sharded = {
-            i: a.meta["place"] for i, a in enumerate(self.leaves) if _is_value(a) and isinstance(a.meta["place"], Shard)
+            i: a.meta["place"] for i, a in enumerate(self.leaves) if is_tensor(a) and isinstance(a.meta["place"], Shard)
         }
         generator = torch.Generator().manual_seed(seed)
         self.values = [self._draw(leaf, generator) for leaf in self.leaves]
@@ -290,7 +286,7 @@ class Trial:
             self._draw_integers(generator)
 
     def _draw(self, leaf: Any, generator: torch.Generator) -> Any:
-        if not _is_value(leaf):
+        if not is_tensor(leaf):
             return leaf
         val = leaf.meta["val"]
         shape = self.program.batch.shape(val, self.n)

@@ -1,4 +1,4 @@
-"""A call of the same kind as the last one: a few comparisons in C say that all that was found and checked then still holds.
+"""Repeat a call of the same kind as an earlier one: a few comparisons in C show that all that was checked then still holds.
 
 What a program depends on is spread over many objects (`runtime/keys.py`, `front/python_state.py`). `Again` keeps them as flat
 lists, and what the placeholders were bound to; where nothing has changed but the values of tensors, the graph runs at once.

@@ -8,7 +8,7 @@ a derivative (then modules' cotangents are compared) or a rule is wrong (then ev
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,12 +39,18 @@ def first_difference(check: Any, forward: bool, pairs: dict[str, Pair], wrong: S
     events = _Events()
     graph = _Differentiable(check)
     if forward:
-        check.run(watch=events.put_hooks)
+        check.run(watch=lambda model: _put_hooks(model, events.note))
         return _of_forward(check, events, graph)
     if not wrong:
         name = next(name for name, pair in pairs.items() if unequal([pair]))
         return f"capture, in the {name.replace('buffer', 'update of buffer')}:"
     return _of_gradient(check, events, graph, wrong, pairs)
+
+
+def _put_hooks(model: nn.Module, note: Callable[[str, nn.Module, Any], None]) -> None:
+    """Have every module tell `note` what it returns."""
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda m, _args, out, name=name: note(name, m, out))
 
 
 class _Events:
@@ -54,11 +60,8 @@ class _Events:
         self.found: list[tuple[str, nn.Module, Tensor]] = []
         self.live = live
 
-    def put_hooks(self, model: nn.Module) -> None:
-        for name, module in model.named_modules():
-            module.register_forward_hook(lambda m, _args, out, name=name: self._note(name, m, out))
-
-    def _note(self, name: str, module: nn.Module, out: Any) -> None:
+    def note(self, name: str, module: nn.Module, out: Any) -> None:
+        """For `_put_hooks`."""
         for t in pytree.tree_leaves(out):
             if isinstance(t, Tensor) and t.is_floating_point():
                 self.found.append((name, module, t if self.live else t.detach().clone()))
@@ -179,13 +182,9 @@ class _Live:
     def __init__(self, check: Any):
         self.events = _Events(live=True)
         self.grads: dict[int, Tensor] = {}
-        check.run(watch=self._put_hooks)
+        check.run(watch=lambda model: _put_hooks(model, self._note))
         found = [(name, module, self.grads.get(k)) for k, (name, module, _) in enumerate(self.events.found)]
         self.cotangents = [(name, module, g) for name, module, g in found if g is not None]
-
-    def _put_hooks(self, model: nn.Module) -> None:
-        for name, module in model.named_modules():
-            module.register_forward_hook(lambda m, _args, out, name=name: self._note(name, m, out))
 
     def _note(self, name: str, module: nn.Module, out: Any) -> None:
         for t in pytree.tree_leaves(out):

@@ -83,7 +83,7 @@ def _call(
         if _settled(ready, backend):
             alone.close()
         try:
-            check_values(ready, flat)
+            check_values(ready, flat, request.arguments.batch_size)
             if values:
                 _check_own(ready, request, backend, hooks)
             selfcheck = None if values else begin_selfcheck(ready, request, flat, hooks)
@@ -162,18 +162,21 @@ def take_memory(
 # ---- checks ------------------------------
 
 
-def check_values(ready: Ready, flat: list[Any]) -> None:
-    """Check placements at a program's first call; conditions on values also where `debug` or changing floats ask for it."""
+def check_values(ready: Ready, flat: list[Any], n: int) -> None:
+    """Check placements at a program's first call; conditions on values also where `debug` or changing floats ask for it.
+
+    n: the batch size of the call, which need not be that of the capture; one sample shows nothing for a program of more.
+    """
     program = ready.program
     if ready.checked and not program.options.debug and not program.python.numbers:
         return
     if ready.probe is not None and not ready.checked:
         with torch.random.fork_rng(cuda_devices(flat)):
-            ready.probe.run(flat, program.batch.size)
+            ready.probe.run(flat, n)
     with torch.random.fork_rng(cuda_devices(flat)):  # dropout is drawn once, by the program
         holds = program.check_module(*flat) if program.check_module is not None else ()
     refuse_values(program, holds)
-    ready.checked = True
+    ready.checked = n > 1 or program.batch.size == 1
 
 
 def refuse_values(program: Program, holds: Any) -> None:

@@ -1,4 +1,4 @@
-"""The processes of a device mesh that have a part of the batch each: what they tell each other around a call."""
+"""The processes of a device mesh, each of which has a part of the batch, and what they tell each other around a call."""
 
 from __future__ import annotations
 

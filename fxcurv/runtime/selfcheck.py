@@ -1,8 +1,8 @@
 """A program checks itself: its first numbers against plain PyTorch (`compile(check="first")`).
 
-Whatever tracing lost, whatever a rule says wrongly: the loss, the output, the gradient and new values of buffers are compared
-with a plain forward and backward pass of the model as it is, and sums of individual quantities with their totals. (The third
-check, samples exchanged, is `probe`.) The plain pass leaves everything as it found it, and the check changes no result.
+This finds what tracing lost and what a rule says wrongly. The loss, the output, the gradient and new values of buffers are
+compared with a plain forward and backward pass of the model as it is, and sums of individual quantities with their totals.
+(The third check exchanges samples: `probe`.) The plain pass leaves everything as it found it, and the check changes no result.
 
 * Random ops: the order of draws is the program's own, so both sides run with the same numbers for every op that draws
   (`_FixedDraws`), once more each.
@@ -50,7 +50,7 @@ from fxcurv.runtime.bind import cuda_devices
 from fxcurv.runtime.bisect import first_difference
 from fxcurv.runtime.sums import Jacobians, Pair, sums, unequal
 
-# How many times what rounding of single ops moves a value it may differ by: the order of sums inside an op is unknown.
+# A value may differ by this many times the distance that rounding of single ops moves it: the order of sums in an op is unknown.
 FACTOR = 64
 
 Values = tuple[Any, list[Tensor], dict[str, Tensor], dict[str, Any], dict[str, Any]]

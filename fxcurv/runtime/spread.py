@@ -1,8 +1,8 @@
-"""One call on the ranks of a mesh: agree on the program, check it, run it, own, return. Where a rank raises, all do.
+"""One call on the ranks of a mesh: agree on the program, check it, run it, own its results, return them.
 
-At the first call for a kind of input every rank says what it compiles, and then which collectives its program has; where these
-differ, all raise with the difference. Before every call the ranks tell each other how many samples they have and which
-program they take, after it that it went well.
+If one rank raises, all do. At the first call for a kind of input every rank says what it compiles, and then which collectives
+its program has; where these differ, all raise with the difference. Before every call the ranks tell each other how many samples
+they have and which program they take, and after it that it went well.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fxcurv.runtime.programs import Programs, Ready
 from fxcurv.runtime.ranks import Ranks
 from fxcurv.runtime.sharded import Sharded, stand_ins
 
-# A check of so many samples costs nothing, and less of them may have nothing to compare (all may be ignored).
+# A check takes at least this many samples, which costs little: fewer may leave nothing to compare (all may be ignored).
 FEW = 16
 
 # (program, seed, whether the caller gave it) of a program, for a message

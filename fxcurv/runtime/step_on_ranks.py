@@ -1,4 +1,4 @@
-"""A call under `mesh=` inside `torch.compile`: one op of the step, which does what a call outside of it does.
+"""A call under `mesh=` inside `torch.compile`: one op of the step, which makes the same call as outside of it.
 
 The op talks to other ranks, so Dynamo does not trace into it: it knows the shapes that a program returns. The program is made
 when the step is traced, which every rank does at the first call of a kind.

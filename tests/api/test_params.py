@@ -257,7 +257,7 @@ def test_a_body_that_the_quantity_could_not_pass() -> None:
     model = nn.Sequential(body, nn.Linear(4, 3)).double()
     x, y = torch.randn(N, 3, dtype=torch.float64), torch.tensor([0, 2, 1, 1])
     with pytest.raises(errors.ExtensionError, match=r"0\.1\.weight"):
-        fxcurv.compile(model, CE, [KFAC()])(x, y)
+        fxcurv.compile(model, CE, [KFAC(others="error")])(x, y)
     for e in (KFAC(params="1"), KFLR(params="1"), KFRA(params="1")):
         actual = getattr(fxcurv.compile(model, CE, [e])(x, y, seed=1), e.savefield)
         head = fxcurv.compile(model[1], CE, [dataclasses.replace(e, params=None)])

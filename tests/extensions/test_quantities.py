@@ -6,6 +6,8 @@ import pytest
 import torch
 from cases import CASES
 from compiled import close, compiled_case
+from fewer import fewer
+from oracle import Oracle
 
 from fxcurv.extensions import (
     BatchDiagGGNExact,
@@ -42,6 +44,7 @@ TOGETHER = [*EXACT, *SAMPLED, Jacobian()]
 PLAIN = (
     "grad", "grad_batch", "batch_l2", "sum_grad_squared", "variance", "diag_ggn_exact", "diag_ggn_exact_batch", "jacobian",
 )  # fmt: skip
+AT_ANY_SIZE = ("grad", "grad_batch", "diag_ggn_exact", "diag_ggn_exact_batch")
 
 
 def wanted(extension, case):
@@ -60,9 +63,10 @@ def gram(columns):
 QUICK = {"residual_net", "tied_embedding_lm", "ce_maps_ignore_weights"}
 
 
+@pytest.mark.filterwarnings("ignore:std.*degrees of freedom")
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_all_quantities(name):
-    """Of one program, which finds nothing wrong with itself either."""
+    """Of one program, which finds nothing wrong with itself either; then of one sample and of two."""
     case = CASES[name]
     compiled, arguments, oracle = compiled_case(case, [e for e in TOGETHER if wanted(e, case)], check="first")
     result = compiled(*arguments, seed=7)
@@ -77,6 +81,14 @@ def test_all_quantities(name):
     if "nonconvex" not in case.tags:
         check_columns(result, oracle, "ambiguous_columns" in case.tags)
         check_sampled(result, compiled(*arguments, seed=7), oracle)
+    inputs, targets = (*arguments, None)[:2]
+    for n, x, y in fewer(name, inputs, targets):
+        result = compiled(x) if y is None else compiled(x, y)
+        oracle = Oracle(compiled.model, compiled.loss, x, y, **case.oracle)
+        torch.testing.assert_close(result.loss, oracle.loss(), equal_nan=True)
+        for field in AT_ANY_SIZE:
+            if hasattr(result, field):
+                close(getattr(result, field), getattr(oracle, field)(), f"{field} at {n} samples")
 
 
 def check_columns(result, oracle, ambiguous):
@@ -100,7 +112,7 @@ def check_sampled(result, again, oracle):
         torch.testing.assert_close(result.diag_ggn_mc[param], p.square().sum((0, 1)))
 
 
-# ---- alone: fewer values are kept than where all are asked for; wild/test_batch_sizes.py has diagonals alone of every case
+# ---- alone: fewer values are kept than where all are asked for; wild/test_batch_sizes.py has diagonals alone of more
 
 FEW = [
     "mlp_relu", "residual_net", "transformer_decoder_lm", "lstm", "ce_maps_ignore_weights", "mse_maps", "bce_weights_soft",

@@ -19,5 +19,5 @@ def close(actual, expected, name):
     assert set(actual) == set(expected), name
     for param, value in expected.items():
         torch.testing.assert_close(
-            actual[param], value, rtol=1e-7, atol=1e-10, msg=lambda m, p=param: f"{name} of {p}: {m}"
+            actual[param], value, rtol=1e-7, atol=1e-10, equal_nan=True, msg=lambda m, p=param: f"{name} of {p}: {m}"
         )

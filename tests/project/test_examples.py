@@ -155,8 +155,9 @@ def test_pruning(shown):
 @pytest.mark.slow
 def test_spectrum(shown):
     out, axes = shown("spectrum")
-    negative = numbers(out, r"negative +(\d+)")
-    assert negative[1] == negative[3] == 0 < negative[2] < negative[0] and len(axes) == 2
+    negative, (first, last) = numbers(out, r"negative +(\d+)"), numbers(out, r"layer: (\d+) of")
+    assert negative[1] == negative[3] == 0 < negative[2] < negative[0] and len(axes) == 3
+    assert last == 0 < first  # behind the activations there is no curvature but the loss'
 
 
 @pytest.mark.slow

@@ -1,26 +1,35 @@
-"""What `rules/traits.py` and the attributes of rules claim of ops, tried on random values: no derivative rule takes part."""
+"""What `rules/traits.py`, tables of other rules and the attributes of rules claim of ops, tried: no derivative rule takes part.
+
+Every claim is tried on a few calls of its op. `test_all_claims_on_the_whole_database` takes the calls of every sample of
+PyTorch's operator database instead.
+"""
 
 from __future__ import annotations
 
+import ast
 import collections
 import functools
 import itertools
 import math
+import random
+import re
 import sys
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from op_samples import aten, canonical, floats, run, samples, t, tensors, with_leaves
+from op_samples import aten, canonical, floats, run, samples, shapes, t, tensors, with_leaves
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxcurv.kernels.max_pool_columns import max_pool_columns  # noqa: F401  (registers the op)
-from fxcurv.rules import RULES, traits
+from fxcurv.rules import RULES, bindings, split, traits, trial
 from fxcurv.rules.base import FALLBACK, rule_of
 
 MOST = 12
@@ -59,6 +68,11 @@ def by_hand() -> dict[Any, list[tuple]]:
         aten.zeros_like.default: [(t(3, 2),)], aten.ones_like.default: [(t(3, 2),)], aten.full_like.default: [(t(3, 2), 2.5)],
         aten.empty_like.default: [(t(3, 2),)], aten.arange.default: [(5,)], aten.arange.start_step: [(0, 6, 2)],
         aten.eye.default: [(3,)], aten.fill.Scalar: [(t(3, 2), 2.5)], aten.zero.default: [(t(3, 2),)],
+        aten.nll_loss_forward.default: [
+            (t(5, 3), classes, w, r, -100) for classes in (torch.tensor([2, 0, -100, 1, 1]),) for w in (None, t(3).abs())
+            for r in (1, 2)
+        ],
+        aten.nll_loss2d_forward.default: [(t(2, 3, 1, 3), index[:, None] % 3, w, 1, -100) for w in (None, t(3).abs())],
         aten.detach.default: [(t(3, 2),)], aten.prod.dim_int: [(t(3, 4, 2), 1), (t(3, 4), -1, True)],
         aten.logsumexp.default: [(t(3, 4, 2), [1])], aten.softmax.int: [(t(3, 4, 2), 1), (t(3, 4), -1)],
         aten.log_softmax.int: [(t(3, 4, 2), 1), (t(3, 4), -1)],
@@ -141,8 +155,19 @@ def having(name: str) -> list[Any]:
     return [op for op, rule in RULES.items() if getattr(rule, name)]
 
 
+CLAIMS: list[tuple[Callable, list[Any]]] = []
+"""(a test of one op, the ops of which its claim is made)"""
+
+
 def each(ops):
-    return pytest.mark.parametrize("op", sorted(ops, key=str), ids=str)
+    """A test for each of `ops`, which is a claim."""
+    ops = sorted(ops, key=str)
+
+    def claimed(test):
+        CLAIMS.append((test, ops))
+        return pytest.mark.parametrize("op", ops, ids=str)(test)
+
+    return claimed
 
 
 # ---- what rules say ------------------------------
@@ -183,10 +208,14 @@ def test_index_map(op):
             drawn = torch.Generator().manual_seed(seed)
             new = {i: torch.rand(tensors(args)[i].shape, generator=drawn, dtype=torch.float64) + 2 for i in able(args)}
             y = first(op, with_leaves(args, new))
+            if not y.is_floating_point():
+                break  # integers may be equal
             values = torch.cat([x.flatten() for x in new.values()]).to(y.dtype)
             match = y.flatten().unsqueeze(1) == values
             assert (match.sum(1) <= 1).all()
             found.append((match, y.flatten()))
+        if not found:
+            continue
         (one, y), (two, z) = found
         assert one.equal(two)
         assert y[~one.any(1)].equal(z[~one.any(1)])
@@ -373,6 +402,37 @@ def test_sums(op):
         torch.testing.assert_close(first(op, args), expected)
 
 
+SAMPLES_IN_PLACE = {
+    aten.pow.Tensor_Scalar: (2,), aten.index_add.default: (0, torch.tensor([2, 0, 2]), t(3, 4)),
+}  # fmt: skip
+
+
+@each(traits.IN_PLACE)
+def test_in_place(op):
+    """The same numbers, in the memory of the first argument."""
+    x, rest = t(3, 4), SAMPLES_IN_PLACE.get(op, (t(3, 4) + 2,))
+    expected, there = op(x, *rest), x.clone()
+    assert traits.IN_PLACE[op](there, *rest).data_ptr() == there.data_ptr()
+    torch.testing.assert_close(there, expected)
+
+
+@each(traits.ADDING)
+def test_adding(op):
+    """What is added to the first argument before is added to the result."""
+    x, z, rest = t(3, 4), t(3, 4), SAMPLES_IN_PLACE.get(op, (t(3, 4),))
+    torch.testing.assert_close(op(x + z, *rest), op(x, *rest) + z)
+
+
+@each(traits.ADDED)
+def test_added(op):
+    lead = (2,) if op is aten.bmm.default else ()
+    a, b, total = t(*lead, 3, 4), t(*lead, 4, 5), t(*lead, 3, 5)
+    expected = total + op(a, b)
+    torch.testing.assert_close(traits.ADDED[op](None, a, b), op(a, b))
+    assert traits.ADDED[op](total, a, b) is total
+    torch.testing.assert_close(total, expected)
+
+
 @each(traits.SCATTERS)
 def test_scatters(op):
     """Every value is at one position of its own plane."""
@@ -385,6 +445,189 @@ def test_scatters(op):
             y = first(op, (one, *args[1:]))
             assert y.sum() == 1 and (y != 0).sum() == 1
             torch.testing.assert_close(y.sum((-2, -1)), one.sum((-2, -1)))
+
+
+@each(traits.MEANS)
+def test_means(op):
+    """The sum over as many entries as one output is of."""
+    total = {aten.mean.default: aten.sum.default, aten.mean.dim: aten.sum.dim_IntList}[op]
+    for args in calls(op):
+        y = first(op, args)
+        torch.testing.assert_close(y * (args[0].numel() / y.numel()), first(total, args))
+
+
+@each(traits.WEIGHED)
+def test_weighed(op):
+    """(loss, sum of the weights): a mean is the sum of the losses over it."""
+    for args in calls(op):
+        x, target, weight, _, ignored = args
+        weight = torch.ones(x.shape[1 if x.ndim > 1 else 0], dtype=x.dtype) if weight is None else weight
+        kept = target[target != ignored]
+        loss, total = run(op, (x, target, weight, 1, ignored))
+        torch.testing.assert_close(total, weight[kept].sum())
+        if total == 0:
+            assert loss.isnan()
+            continue
+        torch.testing.assert_close(loss * total, run(op, (x, target, weight, 2, ignored))[0])
+
+
+# ---- linear, by the tables of `rules.split` and `rules.trial` ------------------------------
+
+
+def outputs(op, args) -> list[Tensor]:
+    with torch.no_grad():
+        return pytree.tree_leaves(run(op, args))
+
+
+def is_linear(op, args, where: list[int], shift: bool = False) -> bool:
+    """Whether the op is homogeneous and linear in the tensors at `where` together; or affine, by `shift`."""
+    xs = {i: tensors(args)[i] for i in where}
+    other = {i: x.flip(list(range(x.ndim))) * 0.7 + 0.2 for i, x in xs.items()}
+    mixed = {i: 2 * x - (1 if shift else 3) * other[i] for i, x in xs.items()}
+    for a, b, c in zip(*(outputs(op, with_leaves(args, new)) for new in (mixed, xs, other)), strict=True):
+        if not torch.allclose(a, 2 * b - (1 if shift else 3) * c):
+            return False
+    return True
+
+
+@each(split.OF_ALL)
+def test_of_all(op):
+    assert all(is_linear(op, args, able(args)) for args in calls(op) if able(args) == list(tensors(args)))
+
+
+@each(split.OF_ONE)
+def test_of_one(op):
+    """From floats to floats, which `rules.split` asks for."""
+    for args in calls(op):
+        if 0 in able(args) and all(y.is_floating_point() for y in outputs(op, args)):
+            assert is_linear(op, args, [0])
+
+
+@each(split.OF_EITHER)
+def test_of_either(op):
+    """What is added, the third argument of a linear layer, is left out."""
+    for args in calls(op):
+        args = (*args[:2], *[None] * (len(args) - 2))
+        assert all(is_linear(op, args, [i]) for i in able(args))
+
+
+@each(trial._AFFINE)
+def test_affine(op):
+    assert all(is_linear(op, args, [i], shift=True) for args in calls(op) for i in able(args))
+
+
+# ---- what is read ------------------------------
+
+
+@each(traits.ITEMS)
+def test_items(op):
+    for value in (2.5, 3, True):
+        assert op(torch.tensor(value)) == value == op(torch.tensor([[value]]))
+
+
+@each(traits.LITERALS)
+def test_literals(op):
+    assert op(x := torch.tensor([1.5, 2.0])).equal(x)
+
+
+SIZES = {
+    aten.sym_size.int: (0,),
+    aten.sym_stride.int: (1,),
+    aten.sym_numel.default: (),
+    aten.sym_storage_offset.default: (),
+}
+EMPTY = {
+    aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default, aten.empty.memory_format,
+    aten.empty_strided.default,
+}  # fmt: skip
+
+
+@each(traits.OF_SHAPE | split.CONSTANT | bindings.FILLED | bindings.FACTORIES)
+def test_of_shape(op):
+    """The same of other values of the first argument; no other argument is a tensor."""
+    if op in SIZES:
+        assert op(t(2, 3), *SIZES[op]) == op(t(2, 3), *SIZES[op])
+        return
+    for args in calls(op):
+        here = tensors(args)
+        assert not here or list(here) == [0]
+        one, two = (run(op, with_leaves(args, {i: x * 0.5 + k for i, x in here.items()})) for k in (0, 1))
+        assert (
+            one.shape == two.shape
+            and one.dtype == two.dtype
+            and (op in EMPTY or (one == two).logical_or(one != one).all())
+        )
+
+
+# The indices that each of `trial._CHECKED` reads, of the size 3 along the axis.
+OUTSIDE = torch.tensor([[5, 0, 1]])
+AT_INDEX: dict[str, Callable[[Tensor], Any]] = {
+    "embedding": lambda i: F.embedding(i, t(3, 2)),
+    "embedding_bag": lambda i: F.embedding_bag(i, t(3, 2)),
+    "gather": lambda i: t(3, 3).gather(0, i),
+    "index": lambda i: t(3, 3)[i[0]],
+    "index_add": lambda i: t(3, 3).index_add(0, i[0], t(3, 3)),
+    "index_copy": lambda i: t(3, 3).index_copy(0, i[0], t(3, 3)),
+    "index_fill": lambda i: t(3, 3).index_fill(0, i[0], 1.0),
+    "index_put": lambda i: t(3, 3).index_put((i[0],), t(3, 3)),
+    "index_reduce": lambda i: t(3, 3).index_reduce(0, i[0], t(3, 3), "amax"),
+    "index_select": lambda i: t(3, 3).index_select(0, i[0]),
+    "max_unpool2d": lambda i: F.max_unpool2d(t(1, 1, 3), i[None], (1, 1), output_size=(1, 3)),
+    "max_unpool3d": lambda i: F.max_unpool3d(t(1, 1, 1, 3), i[None, None], (1, 1, 1), output_size=(1, 1, 3)),
+    "multi_margin_loss": lambda i: F.multi_margin_loss(t(3, 3), i[0]),
+    "multilabel_margin_loss": lambda i: F.multilabel_margin_loss(t(1, 3), i),
+    "put": lambda i: t(3).put(i[0], t(3)),
+    "scatter": lambda i: t(3, 3).scatter(0, i, t(3, 3)),
+    "scatter_add": lambda i: t(3, 3).scatter_add(0, i, t(3, 3)),
+    "scatter_reduce": lambda i: t(3, 3).scatter_reduce(0, i, t(3, 3), "amax"),
+    "take": lambda i: t(3).take(i[0]),
+    "nll_loss": lambda i: F.nll_loss(t(3, 3), i[0]),
+    "nll_loss2d": lambda i: F.nll_loss(t(1, 3, 1, 3), i[None]),
+    "nll_loss_nd": lambda i: aten.nll_loss_nd(t(3, 3), i[0]),
+    "cross_entropy_loss": lambda i: F.cross_entropy(t(3, 3), i[0]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:index_reduce")
+@pytest.mark.parametrize("name", sorted(trial._CHECKED))
+def test_indices_are_checked(name):
+    """An index out of range raises, and one in range does not."""
+    AT_INDEX[name](OUTSIDE.clamp(max=2))
+    for index in (OUTSIDE, -OUTSIDE):
+        with pytest.raises((IndexError, RuntimeError)):
+            AT_INDEX[name](index)
+
+
+def test_named_loss():
+    losses = [n for n in dir(F) if n.endswith("_loss") or n.startswith("binary_cross_entropy") or n == "kl_div"]
+    named = [n for n in losses if hasattr(aten, n)]
+    assert len(named) > 10 and all(traits.named_loss(f"aten.{n}.default") for n in named)
+    assert not any(traits.named_loss(str(op)) for op in (*traits.PRODUCTS, *traits.CHEAP, *traits.SUMS))
+
+
+def test_takes_sizes():
+    assert all(
+        traits.takes_sizes(op) for op in (aten.view.default, aten.expand.default, aten.slice.Tensor, aten.full.default)
+    )
+    assert not any(
+        traits.takes_sizes(op) for op in (aten.mm.default, aten.relu.default, aten.sum.dim_IntList, aten.t.default)
+    )
+    assert traits.takes_sizes(len)  # which has no schema
+
+
+@each(op for op in RULES if op._schema.name.startswith("aten::") and not traits.random(op))
+def test_borrows(op):
+    """What is said to have memory of its own shares none with an argument."""
+    for args in calls(op):
+        call = node(op, args)
+        if not traits.borrows(call, set(call.all_input_nodes)):
+            given = {x.untyped_storage().data_ptr() for x in tensors(args).values()}
+            mine = {
+                y.untyped_storage().data_ptr() for y in pytree.tree_leaves(call.meta["val"]) if isinstance(y, Tensor)
+            }
+            assert not given & mine
+        else:
+            assert not traits.borrows(call, set())
 
 
 # ---- what is saved, what is no function of its arguments ------------------------------
@@ -405,7 +648,7 @@ def test_cheap(op):
 @each(traits.CUTS)
 def test_cuts(op):
     """Autograd has no derivative or zeros."""
-    for args in calls(op):
+    for args in calls(op) if op not in SIZES else []:  # those give numbers
         xs = {i: tensors(args)[i].clone().requires_grad_() for i in able(args)}
         outs = [y for y in floats(run(op, with_leaves(args, xs))) if y.requires_grad]
         if outs and xs:
@@ -474,6 +717,29 @@ def test_views(op):
         assert y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
         assert (y.storage_offset(), y.dtype) == (x.storage_offset(), x.dtype)
         assert set(y.flatten().tolist()) == set(x.flatten().tolist())
+
+
+@each(traits.VIEWS)
+def test_views_never_copy(op):
+    """Where strides allow no view, they raise."""
+    shared = 0
+    for args in calls(op):
+        x = args[0].T.contiguous().T if args[0].ndim == 2 else args[0]
+        try:
+            y = first(op, (x, *args[1:]))
+        except RuntimeError as error:
+            assert "view size is not compatible" in str(error)
+            continue
+        assert y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+        shared += 1
+    assert shared
+
+
+@each(traits.UNSAID_VIEWS)
+def test_unsaid_views(op):
+    assert all(r.alias_info is None for r in op._schema.returns)
+    for args in calls(op):
+        assert first(op, args).untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()
 
 
 def test_on_rows():
@@ -562,36 +828,93 @@ def test_zero_padding():
 
 
 class Everything(TorchDispatchMode):
-    """Keeps the calls of all ops."""
+    """Keeps up to `kept` calls of different shapes of every op, or of those `wanted`."""
 
-    def __init__(self):
+    def __init__(self, kept: int, wanted: set[Any] | None = None):
         super().__init__()
-        self.calls: dict[Any, list[tuple]] = collections.defaultdict(list)
+        self.kept, self.wanted = kept, wanted
+        self.calls: dict[Any, dict[str, tuple]] = collections.defaultdict(dict)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if len(self.calls[func]) < 6 and not func._schema.is_mutable:
-            self.calls[func].append(canonical(func, args, kwargs or {}))
+        found = self.calls[func]
+        if len(found) < self.kept and not func._schema.is_mutable and (self.wanted is None or func in self.wanted):
+            call = canonical(func, args, kwargs or {})
+            found.setdefault(shapes(call), pytree.tree_map_only(Tensor, Tensor.detach, call))
         return func(*args, **(kwargs or {}))
 
 
-def recorded(names: list[str]) -> dict[Any, list[tuple]]:
-    """The calls of all ops that samples of the database come down to, in float64: of the ops named, else of all."""
-    with warnings.catch_warnings():
+def recorded(names: list[str], mode: Everything, most: int | None = 12) -> dict[Any, list[tuple]]:
+    """The calls that samples of the database come down to, in float64: of the entries named, else of all."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        random.seed(0)
         from torch.testing._internal.common_methods_invocations import op_db
 
-        with Everything() as mode, torch.no_grad():
+        with mode, torch.no_grad():
             for info in (i for i in op_db if torch.float64 in i.dtypes and (not names or i.name in names)):
-                for sample in itertools.islice(info.sample_inputs("cpu", torch.float64), 12):
+                for sample in itertools.islice(info.sample_inputs("cpu", torch.float64), most):
                     try:
                         info.op(sample.input, *sample.args, **sample.kwargs)
                     except Exception:  # a sample of another backend, or of a mode that records cannot run in
                         continue
     small = {
-        op: [a for a in found if all(0 < x.numel() <= 125 for x in tensors(a).values())]
+        op: [a for a in found.values() if all(0 < x.numel() <= 125 for x in tensors(a).values())]
         for op, found in mode.calls.items()
     }
     return {op: found for op, found in small.items() if found and not traits.random(op)}
+
+
+def kinds(args) -> tuple:
+    return tuple((x.is_floating_point(), x.is_complex()) for x in tensors(args).values())
+
+
+@functools.cache
+def database() -> dict[Any, list[tuple]]:
+    """Of each op that something is claimed of: the calls of all samples of its own entries, and of the other entries'."""
+    ops = {op for _, claimed in CLAIMS for op in claimed}
+    found = {op: calls(op) + [args for _, args in samples(op, 10**6)] for op in ops if op not in WITHOUT}
+    for op, more in recorded([], Everything(40, ops), most=None).items():
+        known = {kinds(args) for args in found.get(op, [])}
+        finite = [a for a in more if kinds(a) in known and all(x.isfinite().all() for x in tensors(a).values())]
+        found[op] = found.get(op, []) + finite
+    return {
+        op: [a for a in of if all(x.numel() <= LARGEST for x in tensors(a).values())] or of for op, of in found.items()
+    }
+
+
+WITHOUT = traits.ITEMS | set(SIZES) | {aten.lift.default, aten.lift_fresh.default}
+"""Tried on values of the test's own."""
+
+
+@pytest.mark.slow
+def test_all_claims_on_the_whole_database(monkeypatch):
+    """No call of any sample of PyTorch's operator database contradicts what is said of its op."""
+    found = database()
+    assert sum(map(len, found.values())) > 2000
+    monkeypatch.setitem(globals(), "calls", lambda op: found[op])
+    wrong = []
+    for test, ops in CLAIMS:
+        for op in ops:
+            try:
+                test(op)
+            except Exception as error:
+                wrong.append(f"{test.__name__}[{op}]: {type(error).__name__} {str(error)[:200]}")
+    for test in (test_convolution, test_on_rows, test_sliced, test_window, test_zero_padding):
+        test()
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_table_is_tried():
+    """Besides what goes on between processes, which tests/distributed runs."""
+    tree = ast.parse(Path(traits.__file__).read_text())
+    named = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+    for n in tree.body:
+        targets = n.targets if isinstance(n, ast.Assign) else [n.target] if isinstance(n, ast.AnnAssign) else []
+        named |= {t.id for t in targets if isinstance(t, ast.Name)}
+    public = {n for n in named if not n.startswith("_")} - {"aten", "over_ranks"}
+    text = Path(__file__).read_text()
+    assert {n for n in public if not re.search(rf"traits\.{n}\b", text)} == set()
 
 
 def holds(check, op, found) -> bool:
@@ -618,7 +941,7 @@ def moves_along_axis(op, args) -> bool:
 
 def survey(names: list[str]) -> dict[str, set]:
     """What ops of the database have by trial, and no table says: each may be an entry that is missing."""
-    found = recorded(names)
+    found = recorded(names, Everything(6))
     rules = {op for name in ("elementwise", "in_order") for op in having(name)}
     known = {
         "elementwise": (is_elementwise, rules | {op for op in found if traits.pointwise(op)}),

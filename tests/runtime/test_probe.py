@@ -57,7 +57,7 @@ def test_without_the_probe_a_rule_is_believed():
 
 
 def test_the_truth_passes():
-    """As it does in wild/test_batch_sizes.py, of every case."""
+    """As it does in wild/test_batch_sizes.py, of more cases."""
     compiled, arguments, oracle = compiled_case(CASES["ce_ignore_weights_smoothing"], [BatchGrad()], check="probe")
     result = compiled(*arguments)
     for param, value in oracle.grad_batch().items():

@@ -111,6 +111,39 @@ def test_a_temperature_in_a_loss_in_closed_form(title: str) -> None:
         fxcurv.compile(model, model.regularised, [BatchDiagHessian()])(x, y)
 
 
+class Coupled(nn.Module):
+    """The loss reads a parameter again that f depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    def product(self, f: Tensor, y: Tensor) -> Tensor:
+        return (f.square() * self.layer.bias).mean()
+
+    def square(self, f: Tensor, y: Tensor) -> Tensor:
+        return (f + self.layer.bias - y).square().sum()
+
+
+@pytest.mark.parametrize("title", ["product", "square"])
+def test_a_parameter_of_output_and_loss(title: str) -> None:
+    torch.manual_seed(0)
+    model, x, y = Coupled().double(), torch.randn(4, 4).double(), torch.randn(4, 3).double()
+    loss = getattr(model, title)
+    compiled = fxcurv.compile(model, loss, [DiagHessian(), HMP()])
+    for n in (4, 1):
+        found, value = compiled(x[:n], y[:n]), lambda n=n: loss(model(x[:n]), y[:n])
+        close(found.diag_h, diagonals(model, value), "diag_h")
+        for name, p in model.named_parameters():
+            v = torch.randn_like(p)
+            (first,) = torch.autograd.grad(value(), [p], create_graph=True)
+            (expected,) = torch.autograd.grad((first * v).sum(), [p])
+            torch.testing.assert_close(found.hmp[name](v[None])[0], expected)
+
+
 class OfEmissions(nn.Module):
     def __init__(self, field: Field) -> None:
         super().__init__()

@@ -89,9 +89,14 @@ def HBP(  # noqa: N802
     return extensions.KFRA(savefield=savefield)
 
 
+def _get_subsampling(self: Extension) -> list[int] | None:
+    """The numbers of the samples that count, None for all."""
+    return getattr(self, "subsampling", None)
+
+
 # what BackPACK's extensions are asked for by code that is written for them
 Extension.set_module_extension = set_module_extension  # type: ignore[attr-defined]
-Extension.get_subsampling = lambda self: getattr(self, "subsampling", None)  # type: ignore[attr-defined]
+Extension.get_subsampling = _get_subsampling  # type: ignore[attr-defined]
 
 __all__ = [
     *(name for name in extensions.__all__ if name != "Param"), "BackpropStrategy", "Curvature",

@@ -82,6 +82,7 @@ class BackpropExtension(abc.ABC):
     def set_module_extension(
         self, module: type[nn.Module], extension: ModuleExtension, overwrite: bool = False
     ) -> None:
+        """Let `extension` say what this is of the parameters of modules of the class `module`."""
         set_module_extension(self, module, extension, overwrite)
 
     def get_subsampling(self) -> list[int] | None:

@@ -65,11 +65,6 @@ def summed_general(h: Tensor) -> Tensor:
     return h.sum(0)
 
 
-def total(parts: list[Tensor]) -> Tensor:
-    """The sum of what several loss terms bring to a value."""
-    return sum(parts[1:], parts[0])
-
-
 def identity(m: Tensor, dtype: torch.dtype) -> Tensor:
     """Through an op that only reshapes."""
     return m.to(dtype)

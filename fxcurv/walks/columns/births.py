@@ -40,7 +40,17 @@ BIRTHS: dict[str, Birth] = {}
 
 
 def born(name: str, at: Callable[[Program, Group], fx.Node], title: str = "", by_class: bool = False):
-    """Register how columns of a kind are made: a decorator. With a title, of a new kind."""
+    """Register how columns of a kind are made: a decorator of a function (walk, group), which calls `carry`.
+
+    Args:
+        name: of the kind.
+        at: (program, group) -> the node that the columns are born at.
+        title: of a new kind, what the report calls its columns.
+        by_class: of a new kind, see `quantity.Kind`.
+
+    Raises:
+        ValueError: if a new kind has the name of another one.
+    """
 
     def add(give: Callable[[Walk, Group], None]):
         BIRTHS[kind(name, title, by_class=by_class) if title else name] = Birth(at, give)

@@ -13,6 +13,7 @@ from fxcurv.ir.emit import emit
 from fxcurv.ir.graph import descendants
 from fxcurv.ir.origin import origin_of
 from fxcurv.ir.program import Program
+from fxcurv.ir.traced import sum_of
 from fxcurv.quantity import GRADIENT, Group
 from fxcurv.walks.uses import Use
 
@@ -102,7 +103,7 @@ def merged(walk: Walk, node: fx.Node, stacks: list[Stack]) -> Stack:
         return Stack(
             first.groups,
             first.columns,
-            emit(walk.program, add_stacks, [s.node for s in stacks], origin=origin),
+            emit(walk.program, sum_of, [s.node for s in stacks], origin=origin),
             first.per_sample,
         )
     groups = [g for g in walk.groups if any(g in s.groups for s in stacks)]
@@ -125,13 +126,8 @@ def _rows(t: Tensor, start: int, stop: int, of: int) -> Tensor:
     return t.unflatten(0, (of, -1))[start:stop].flatten(0, 1)
 
 
-def add_stacks(tensors: list[Tensor]) -> Tensor:
-    """Add what arrives at a value to what is there, group by group."""
-    return sum(tensors[1:], tensors[0])
-
-
 def _unite(parts) -> Tensor:
-    return torch.cat([add_stacks([_rows(*slot) for slot in slots]) for slots in parts])
+    return torch.cat([sum_of([_rows(*slot) for slot in slots]) for slots in parts])
 
 
 def narrowed(walk: Walk, stack: Stack, groups: tuple[Group, ...], node: fx.Node) -> Stack:

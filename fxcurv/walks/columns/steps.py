@@ -5,10 +5,9 @@ from __future__ import annotations
 import operator
 from dataclasses import replace
 
-import torch
 from torch import Tensor, fx
 
-from fxcurv.contractions.factors import Explicit, Factor, declare_factor
+from fxcurv.contractions.factors import Explicit, Factor, declare_factor, materialised
 from fxcurv.errors import UnsupportedOpError
 from fxcurv.ir.emit import declare, emit
 from fxcurv.ir.graph import canonical_args
@@ -16,11 +15,12 @@ from fxcurv.ir.origin import locate, origin_of
 from fxcurv.ir.placement import REPLICATE, Shard, shifted
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import is_active, place
+from fxcurv.ir.traced import in_dtype, sum_of, zeros_behind
 from fxcurv.quantity import GRADIENT, Group
 from fxcurv.rules.base import FAILURES, Rule, rule_of
 from fxcurv.rules.call import Call, call_of, outputs_of, place_of_outputs
 from fxcurv.walks.columns import residuals as curvature
-from fxcurv.walks.columns.stack import Stack, Walk, add_stacks, merged, narrowed
+from fxcurv.walks.columns.stack import Stack, Walk, merged, narrowed
 from fxcurv.walks.uses import Use, pull_back, select_group
 
 
@@ -81,12 +81,8 @@ def _fill(walk: Walk, node: fx.Node, given: dict[int, fx.Node]) -> tuple:
         if k in given:
             out.append(given[k])
         elif type(rule).transpose is Rule.transpose and isinstance(val, Tensor) and val.is_floating_point():
-            out.append(emit(walk.program, _zeros, some, outputs_of(walk.program, node)[k]))
+            out.append(emit(walk.program, zeros_behind, some, outputs_of(walk.program, node)[k]))
     return tuple(out)
-
-
-def _zeros(some: Tensor, like: Tensor) -> Tensor:
-    return like.new_zeros(some.shape[0], *like.shape)
 
 
 def _step(walk: Walk, node: fx.Node, stack: Stack) -> None:
@@ -108,7 +104,7 @@ def _step(walk: Walk, node: fx.Node, stack: Stack) -> None:
         if wrt:
             for i, g in zip(wrt, emit(program, rule.transpose, call, wrt, stack.node, origin=origin), strict=True):
                 if g.meta["val"].dtype != leaves[i].meta["val"].dtype:  # the op promoted it
-                    g = emit(program, _in_dtype, g, leaves[i].meta["val"].dtype, origin=origin)
+                    g = emit(program, in_dtype, g, leaves[i].meta["val"].dtype, origin=origin)
                 _declare(node, stack, leaves[i], g, call)
                 there = Stack(stack.groups, stack.columns, g, stack.per_sample)
                 walk.add(leaves[i], narrowed(walk, there, kept[i], node))
@@ -123,10 +119,6 @@ def _step(walk: Walk, node: fx.Node, stack: Stack) -> None:
             f"{locate(node)}\nhas no rule, and the general fallback failed: {type(error).__name__}: {str(error)[:300]}\n"
             "Way out: pass rules={op: rule}, or write the op in other PyTorch ops."
         ) from error
-
-
-def _in_dtype(g: Tensor, dtype: torch.dtype) -> Tensor:
-    return g.to(dtype)
 
 
 def _declare(node: fx.Node, stack: Stack, leaf: fx.Node, g: fx.Node, call: Call) -> None:
@@ -151,7 +143,7 @@ def _leave_uses(walk: Walk, node: fx.Node) -> None:
         here = [u for u in uses if group in u.groups]
         columns = here[0].columns[here[0].groups.index(group)]
         if walk.wants(group, node):
-            p = _total(walk, node, here, group, _materialised, "")
+            p = _total(walk, node, here, group, materialised, "")
             rows = emit(walk.program, _flatten_rows, p, origin=origin_of(node, "propagate"))
             walk.add(node, Stack((group,), (columns,), rows, per_sample=True))
         else:
@@ -168,7 +160,7 @@ def _total(walk: Walk, node: fx.Node, uses: list[Use], group: Group, fn, reduce:
         if not reduce:
             declare(value, Shard(1), factor)
         parts.append(pull_back(walk.program, use, value, reduce))
-    return emit(walk.program, add_stacks, parts, origin=origin_of(node, "propagate"))
+    return emit(walk.program, sum_of, parts, origin=origin_of(node, "propagate"))
 
 
 def _several_positions(node: fx.Node, source: fx.Node) -> bool:
@@ -177,10 +169,6 @@ def _several_positions(node: fx.Node, source: fx.Node) -> bool:
 
 def _flatten_rows(p: Tensor) -> Tensor:
     return p.flatten(0, 1)
-
-
-def _materialised(factor: Factor) -> Tensor:
-    return factor.materialise()
 
 
 def _summed(factor: Factor) -> Tensor:

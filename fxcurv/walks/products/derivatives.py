@@ -12,9 +12,11 @@ from torch import Tensor, fx
 
 from fxcurv.errors import FxcurvError, UnsupportedOpError
 from fxcurv.ir.emit import emit
+from fxcurv.ir.graph import replaced
 from fxcurv.ir.origin import locate, origin_of
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
+from fxcurv.ir.traced import sum_of
 from fxcurv.rules.base import FAILURES, FALLBACK, Rule, rule_of
 from fxcurv.rules.call import Call, call_of
 
@@ -93,24 +95,11 @@ def residual(rule: Rule, call: Call, wrt: tuple[int, ...], g: list[Tensor], ts: 
     return [t.unsqueeze(0) for t in direct], [t.unsqueeze(0) for t in at_y]
 
 
-def replaced(leaves: list[Any], positions: tuple[int, ...], values: Iterable[Any]) -> list[Any]:
-    """A copy of `leaves` with `values` at `positions`."""
-    new = list(leaves)
-    for i, value in zip(positions, values, strict=True):
-        new[i] = value
-    return new
-
-
 def _with(call: Call, rule: Rule, ys: list[Tensor]) -> Any:
     if not isinstance(call.y, tuple):
         return ys[0]
     new = dict(zip(outputs(rule, call.y), ys, strict=True))
     return tuple(new.get(k, t) for k, t in enumerate(call.y))
-
-
-def sum_of(tensors: list[Tensor]) -> Tensor:
-    """The sum of a list of tensors."""
-    return sum(tensors[1:], tensors[0])
 
 
 def op_of(program: Program, node: fx.Node) -> tuple[Rule, Call]:

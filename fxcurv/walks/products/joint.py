@@ -15,8 +15,9 @@ from fxcurv.ir.graph import ancestors, canonical_args, descendants
 from fxcurv.ir.origin import origin_of
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program, is_active
+from fxcurv.ir.traced import sum_of
 from fxcurv.rules.call import call_of
-from fxcurv.walks.products.derivatives import emitted, op_of, outputs, sum_of, transposed
+from fxcurv.walks.products.derivatives import emitted, op_of, outputs, transposed
 from fxcurv.walks.products.zeros import is_zero
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcurv.ir.graph import Subgraph, canonical_args
+from fxcurv.ir.graph import Subgraph, canonical_args, replaced
 from fxcurv.ir.placement import PARTIAL, Shard, samples_back, samples_first
 from fxcurv.ir.precision import widened
 from fxcurv.ir.private import pytree
@@ -27,7 +27,7 @@ from fxcurv.rules.call import Call
 from fxcurv.rules.pointwise import unbroadcast
 from fxcurv.rules.traits import ALONG_AXIS, ALONG_LAST_AXES, MATRIX_PRODUCTS, pointwise
 from fxcurv.walks.loss import find_terms
-from fxcurv.walks.products.derivatives import emitted, replaced, residual, transposed
+from fxcurv.walks.products.derivatives import emitted, residual, transposed
 from fxcurv.walks.products.joint import JointGraph
 from fxcurv.walks.products.walk import Product
 

@@ -28,6 +28,7 @@ from fxcurv.contractions.factors import channels_last
 from fxcurv.ir.graph import canonical_args
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import is_active
+from fxcurv.ir.traced import sum_of
 from fxcurv.rules.base import Rule
 from fxcurv.rules.call import Call
 from fxcurv.rules.traits import PRODUCTS, convolution
@@ -36,7 +37,6 @@ from fxcurv.walks.products.derivatives import (
     op_of,
     outputs,
     residual,
-    sum_of,
     tangent,
     tangent_of_product,
     transposed,
