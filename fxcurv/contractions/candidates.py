@@ -31,10 +31,12 @@ class Candidate:
     Attributes:
         name: of the way, in reports.
         differentiable: whether autograd can differentiate it again.
+        by_positions: whether it reads columns in one sum over shared positions, which may come in parts.
     """
 
     name: ClassVar[str]
     differentiable: ClassVar[bool] = True
+    by_positions: ClassVar[bool] = False
 
     def applies(self, spec: Spec, factors: list[Any]) -> bool:
         """Whether it computes this one; factors hold fake tensors."""
@@ -102,6 +104,7 @@ class Materialise(Candidate):
     """Make P, and reduce it."""
 
     name = "materialise"
+    by_positions = True
 
     def applies(self, spec, factors):
         return True
@@ -126,6 +129,7 @@ class Direct(Candidate):
     """Sums of P itself need no P."""
 
     name = "direct"
+    by_positions = True
 
     def applies(self, spec, factors):
         return spec.power == 1 and set(spec.reduce) == set("vn") and spec.samples is None

@@ -79,6 +79,11 @@ def number_of_samples(x: Tensor, dim: int) -> Any:
     return x.shape[dim]
 
 
+def number_in_part(x: Tensor, dim: int) -> Any:
+    """`number_of_samples` of this part of the batch alone."""
+    return x.shape[dim]
+
+
 def length(x: Tensor, dim: int) -> Any:
     """The size of an axis whose length is symbolic."""
     return x.shape[dim]
@@ -105,6 +110,12 @@ def samples(program: Program) -> Any:
         return program.batch.samples
     found = program.graph.find_nodes(op="call_function", target=number_of_samples)
     return found[0] if found else _at_front(program, number_of_samples, *_an_input(program))
+
+
+def part_samples(program: Program) -> fx.Node:
+    """How many samples the tensors of this program have: a part of those of the batch, where that is split."""
+    found = program.graph.find_nodes(op="call_function", target=number_in_part)
+    return found[0] if found else _at_front(program, number_in_part, *_an_input(program))
 
 
 def first_sample(program: Program) -> fx.Node:

@@ -10,6 +10,7 @@ from fxcurv.ir.program import Program
 from fxcurv.ir.state import Options
 from fxcurv.passes.average import average
 from fxcurv.passes.channels_last import channels_last
+from fxcurv.passes.chunks import chunks
 from fxcurv.passes.counts import counts
 from fxcurv.passes.distribute import distribute
 from fxcurv.passes.ends import ends
@@ -29,19 +30,22 @@ from fxcurv.passes.schedule import schedule
 from fxcurv.passes.select import select
 from fxcurv.passes.shorten import shorten
 from fxcurv.passes.simplify import simplify
+from fxcurv.passes.slice_first import slice_first
 from fxcurv.passes.sum_first import sum_first
 from fxcurv.passes.tokens import tokens
 from fxcurv.passes.verify import verify
 from fxcurv.passes.whole_batch import whole_batch
 
-ANALYSIS = [normalize, pool_first, channels_last, independence, fuse, ends, whole_batch, objective, tokens]
+ANALYSIS = [
+    *(normalize, pool_first, slice_first, channels_last, independence, fuse, ends, whole_batch, objective, tokens),
+]
 PIPELINE = [
     *(propagate, average, products, extract, placements, simplify, select, simplify, sum_first, shorten),
     *(schedule, finish, recycle),
 ]
 
 
-_FOR_RANKS = {placements: [counts, simplify, placements, distribute], schedule: [schedule, gathers]}
+_FOR_RANKS = {placements: [counts, simplify, placements, distribute], schedule: [chunks, schedule, gathers]}
 SPREAD = [p for step in PIPELINE for p in _FOR_RANKS.get(step, [step])]
 """For a batch whose parts are on several ranks; equal values are united before, so that each travels once."""
 

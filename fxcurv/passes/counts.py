@@ -56,6 +56,8 @@ def _spell_out(program: Program, node: fx.Node) -> None:
             x = args[names.index("self")]
             if _of_samples(program, x, None):
                 _replace(program, node, _over_entries, node.target, summed, x)
+    elif node.target in WEIGHED and args[names.index("reduction")] == SUM:
+        _count_early(program, node, args)
 
 
 def _of_samples(program: Program, x: fx.Node, dims: Any) -> bool:
@@ -97,20 +99,21 @@ def _weighed(program: Program, node: fx.Node, args: tuple) -> None:
 
 
 def _count_early(program: Program, node: fx.Node, args: tuple) -> None:
-    """Without weights, their sum is a count of targets: so no part waits for it with its logits in memory."""
+    """The sum of the targets' weights reads no logits: so no part waits for it with its logits in memory."""
     _, target, weight, _, ignored = args
-    if weight is not None:
-        return
     like = node.meta["val"][1].dtype
-    count = emit(program, _targets, target, ignored, like, origin=node.meta.get("origin"), before=node)
+    count = emit(program, _weights, target, weight, ignored, like, origin=node.meta.get("origin"), before=node)
     for user in list(node.users):
         if user.target is operator.getitem and user.args[1] == 1:
             program.replace(user, count)
             program.graph.erase_node(user)
 
 
-def _targets(target: Tensor, ignored: int, dtype: torch.dtype) -> Tensor:
-    return (target != ignored).to(dtype).sum()
+def _weights(target: Tensor, weight: Tensor | None, ignored: int, dtype: torch.dtype) -> Tensor:
+    counted = target != ignored
+    if weight is None:
+        return counted.to(dtype).sum()
+    return torch.where(counted, weight[torch.where(counted, target, 0)], 0).sum()
 
 
 class _Counts:

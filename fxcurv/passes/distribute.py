@@ -57,7 +57,7 @@ def distribute(program: Program) -> Program:
     _check(program)
     given(program)
     _Sums(program).add_up()
-    _sort(program)
+    in_order(program)
     program.spread.summed = {"grad", *(e.savefield for e in program.extensions if e.sample_axis is None)}
     program.spread.places = {
         "output": [_place(n) for n in program.output_leaves],
@@ -331,8 +331,8 @@ def _buckets(nodes: Sequence[fx.Node], most: int | None = None) -> list[list[fx.
 # ---- order ------------------------------
 
 
-def _sort(program: Program) -> None:
-    """Every node behind what it reads, otherwise in the order that was: collectives came last."""
+def in_order(program: Program) -> None:
+    """Every node behind what it reads, otherwise in the order that was."""
     done: set[fx.Node] = set()
     order: list[fx.Node] = []
     for root in program.graph.nodes:

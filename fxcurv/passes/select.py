@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx
 
-from fxcurv.contractions.candidates import CANDIDATES, TOGETHER, Candidate
+from fxcurv.contractions.candidates import CANDIDATES, TOGETHER, Candidate, Materialise
 from fxcurv.contractions.contract import Contract, Spec, reduce_p
 from fxcurv.contractions.sizes import dims
 from fxcurv.cost import Cost, Machine
 from fxcurv.ir.emit import emit
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Decision, Program
+from fxcurv.passes.chunks import sums_of_positions
 
 
 def select(program: Program) -> Program:
     """Replace every `contract` node by the nodes of its cheapest candidate."""
     nodes = [n for n in program.graph.nodes if isinstance(n.target, Contract)]
+    by_positions = _by_positions(program, nodes)
     shared = _materialised_anyway(nodes)
     for key, p in shared.items():
         first = next(n for n in nodes if _key(n) == key)
@@ -27,10 +30,10 @@ def select(program: Program) -> Program:
     order = [*shared.values(), *(n for n in nodes if n not in shared.values())]
     done: dict[fx.Node, fx.Node] = {}
     for group in _groups([n for n in nodes if _key(n) not in shared]):
-        done.update(_together(program, group))
+        done.update(_together(program, group, by_positions))
     for node in (n for n in order if n not in done):
         source = done.get(shared.get(_key(node)))
-        done[node] = _select(program, node, source)
+        done[node] = _select(program, node, source, by_positions)
     program.rename(done)
     program.refresh_output()
     return program
@@ -75,19 +78,36 @@ def ranked(spec: Spec, factors: list, machine: Machine, again: bool = False) -> 
     return sorted(((c, c.cost(spec, factors)) for c in allowed), key=lambda option: option[1].seconds(machine))
 
 
-def _options(program: Program, spec: Spec, fake) -> list[tuple[Candidate, Cost]]:
-    return ranked(spec, fake, program.machine, bool(program.options.create_graph))
+def _by_positions(program: Program, nodes: list[fx.Node]) -> dict[fx.Node, bool]:
+    """The contractions that are to be sums over positions, and whether P is to be there for them.
+
+    It is for weighted samples, since what their weights come from may be computed from the same columns; and where
+    several quantities are of it.
+    """
+    wide = [n for n in nodes if sums_of_positions(program, n)]
+    parts = {n: n.target.parts(n.args) for n in wide}
+    read = Counter(f.g for factors, _ in parts.values() for f in factors)
+    return {n: weights is not None or any(read[f.g] > 1 for f in factors) for n, (factors, weights) in parts.items()}
 
 
-def _together(program: Program, group: list[fx.Node]) -> dict[fx.Node, fx.Node]:
+def _options(program: Program, node: fx.Node, fake, by_positions: dict[fx.Node, bool]) -> list[tuple[Candidate, Cost]]:
+    found = ranked(node.target.spec, fake, program.machine, bool(program.options.create_graph))
+    if node not in by_positions:
+        return found
+    found = [option for option in found if option[0].by_positions]
+    return [option for option in found if isinstance(option[0], Materialise)] if by_positions[node] else found
+
+
+def _together(program: Program, group: list[fx.Node], by_positions: dict[fx.Node, bool]) -> dict[fx.Node, fx.Node]:
     """Give the contractions of one P by one op, if this is cheaper than the cheapest way for each."""
     specs = [node.target.spec for node in group]
     factors, weights = group[0].target.parts(group[0].args)
     fake = _fake(factors)
-    if program.options.create_graph or weights is not None or not TOGETHER.applies(specs, fake):
+    apart_only = program.options.create_graph or weights is not None or group[0] in by_positions
+    if apart_only or not TOGETHER.applies(specs, fake):
         return {}
     cost = TOGETHER.cost(specs, fake)
-    apart = [_options(program, spec, fake)[0] for spec in specs]
+    apart = [_options(program, node, fake, by_positions)[0] for node in group]
     alone = sum(k.seconds(program.machine) for _, k in apart)
     if cost.seconds(program.machine) >= alone:
         return {}
@@ -102,12 +122,12 @@ def _together(program: Program, group: list[fx.Node]) -> dict[fx.Node, fx.Node]:
     return dict(zip(group, news, strict=True))
 
 
-def _select(program: Program, node: fx.Node, source: fx.Node | None) -> fx.Node:
+def _select(program: Program, node: fx.Node, source: fx.Node | None, by_positions: dict[fx.Node, bool]) -> fx.Node:
     spec = node.target.spec
     factors, weights = node.target.parts(node.args)
     fake = _fake(factors)
     options: list[tuple[str, Cost, Callable, Any]] = [
-        (c.name, cost, c.run, factors) for c, cost in _options(program, spec, fake)
+        (c.name, cost, c.run, factors) for c, cost in _options(program, node, fake, by_positions)
     ]
     if source is not None and "v" in spec.reduce:
         options.append(("reuse P", _reuse_cost(spec, fake), _from_p, source))

@@ -91,7 +91,25 @@ def _plus_zero(make: Make, node: fx.Node) -> fx.Node | None:
     """Zeros are no term; parts that lie in zeros side by side are put together."""
     if node.kwargs:
         return None
-    return _beside(node, is_zero) if not node.meta["val"].is_floating_point() else _put_together(make, node)
+    if not node.meta["val"].is_floating_point():
+        return _beside(node, is_zero)
+    return _put_together(make, node) or _rows_added(make, node)
+
+
+def _rows_added(make: Make, node: fx.Node) -> fx.Node | None:
+    """Rows that are added to zeros, and these to a value, are added to the value."""
+    x, rows = node.args
+    if not is_tensor(x) or not is_tensor(rows) or not same_kind(x, node) or not same_kind(rows, node):  # type: ignore[arg-type]
+        return None
+    inner = rows.args[0] if rows.target in BY_SIZES and len(rows.users) == 1 else rows  # type: ignore[union-attr]
+    if inner.target is not aten.index_add.default or inner.kwargs or len(inner.users) > 1:  # type: ignore[union-attr]
+        return None
+    zeros, dim, index, source = inner.args  # type: ignore[union-attr]
+    if not makes_zeros(zeros) or zeros.target is not aten.new_zeros.default:  # type: ignore[arg-type, union-attr]
+        return None
+    into = x if inner is rows else make(aten.reshape.default, x, zeros.args[1], like=zeros)  # type: ignore[union-attr]
+    added = make(aten.index_add.default, into, dim, index, source, like=inner)
+    return added if inner is rows else make(aten.reshape.default, added, rows.args[1], like=node)  # type: ignore[union-attr]
 
 
 def _put_together(make: Make, node: fx.Node) -> fx.Node | None:

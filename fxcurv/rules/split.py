@@ -112,7 +112,7 @@ class Split:
         if outs[0] is None and node.target not in PLACES:
             return MIXED
         alike = not random and all(isinstance(s.place, Alike) for s in here if isinstance(s.place, Shard))
-        found = self._by_rule(node, leaves, [_plain(s) for s in sites], outs)
+        found = self._by_rule(node, leaves, _beside_others(sites), outs)
         if alike and isinstance(found, Shard):
             return Alike(found.dim, found.outer, found.inner)
         return found
@@ -128,6 +128,10 @@ class Split:
             return found
         if torch.Tag.pointwise in getattr(node.target, "tags", ()):
             return placement.pointwise([s for s in sites if s], len(outs[0]), linear=False)
+        return self._tried(node, leaves, sites)
+
+    def _tried(self, node: fx.Node, leaves: list, sites: list[Site | None]) -> Placement:
+        """What trying the op has shown at capture."""
         tried = node.meta.get("active") and all(_as_captured(a, s) for a, s in zip(leaves, sites, strict=True))
         return node.meta["place"] if tried else MIXED
 
@@ -203,6 +207,20 @@ class Split:
             return found
         place, sources = node.meta["declared"]
         return place if all(MIXED not in listed(self.across.get(s, REPLICATE)) for s in sources) else found
+
+
+def _beside_others(sites: list[Site | None]) -> list[Site | None]:
+    """Sites for rules, which know no `Alike`: what is the same for all samples has them where another value has its own."""
+    own = {s.place for s in sites if s and isinstance(s.place, Shard) and not isinstance(s.place, Alike)}
+    kinds = {(p.outer, p.inner) for p in own}
+    out = [_plain(s) for s in sites]
+    if len(kinds) != 1:
+        return out
+    ((outer, inner),) = kinds
+    for k, (site, given) in enumerate(zip(out, sites, strict=True)):
+        if site and given and isinstance(given.place, Alike) and given.place.outer * given.place.inner == outer * inner:
+            out[k] = replace(site, place=Shard(given.place.dim, outer, inner))
+    return out
 
 
 def _plain(site: Site | None) -> Site | None:
@@ -335,10 +353,28 @@ def _select_backward(sites: Sites, args: tuple, outs: list) -> Found:
 
 
 def _nll(sites: Sites, args: tuple, outs: list) -> Found:
+    """Of predictions [rows, C] or [N, C, *positions], along any axis but the classes'; targets have no such axis."""
     z, target, weight = sites[:3]
-    if not z or z.place != Shard(0) or not target or target.place != Shard(0) or (weight and weight.place != REPLICATE):
+    if (
+        not z
+        or not target
+        or not isinstance(z.place, Shard)
+        or z.place.dim == 1
+        or (weight and weight.place != REPLICATE)
+    ):
         return MIXED
-    return [Shard(0) if args[3] == 0 else PARTIAL, PARTIAL]
+    where = replace(z.place, dim=max(z.place.dim - 1, 0))
+    if target.place != where:
+        return MIXED
+    return [where if args[3] == 0 else PARTIAL, PARTIAL]
+
+
+def _nll_backward(sites: Sites, args: tuple, outs: list) -> Found:
+    """nll_loss_backward(g, z, target, weight, ...), g for every target or the same for all."""
+    g, z, target, weight = sites[:4]
+    each = _nll((z, target, weight), (None, None, None, 0), outs)
+    same = isinstance(each, list) and g is not None and g.place in (REPLICATE, each[0])
+    return z.place if same and z else MIXED
 
 
 def _like_the_prediction(sites: Sites, args: tuple, outs: list) -> Found:
@@ -470,9 +506,10 @@ PLACES: dict[Any, Callable[[Sites, tuple, list], Found]] = {
     aten.select_backward.default: _select_backward,
     aten.nll_loss_forward.default: _nll,
     aten.nll_loss2d_forward.default: _nll,
+    **dict.fromkeys((aten.nll_loss_backward.default, aten.nll_loss2d_backward.default), _nll_backward),
     **dict.fromkeys(
-        (aten.nll_loss_backward.default, aten.nll_loss2d_backward.default, aten.mse_loss_backward.default,
-         aten.smooth_l1_loss_backward.default, aten.huber_loss_backward.default), _like_the_prediction),
+        (aten.mse_loss_backward.default, aten.smooth_l1_loss_backward.default, aten.huber_loss_backward.default),
+        _like_the_prediction),
     **dict.fromkeys((aten.mse_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default), _reduced_loss),
     aten.embedding_dense_backward.default: _embedding_backward,
     aten.index_add.default: _added_rows,

@@ -12,7 +12,7 @@ import re
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxcurv.ir.graph import canonical_args
 from fxcurv.ir.private import decomposes, schema_of
@@ -146,6 +146,28 @@ def _has_own_memory(op: Any) -> bool:
         return False
     return op in PRODUCTS or not decomposes(op)
 
+
+# Elementwise in all tensors, or adding to the first: the same, written over the first argument.
+IN_PLACE = {
+    aten.add.Tensor: aten.add_.Tensor, aten.sub.Tensor: aten.sub_.Tensor, aten.mul.Tensor: aten.mul_.Tensor,
+    aten.div.Tensor: aten.div_.Tensor, aten.pow.Tensor_Scalar: aten.pow_.Scalar,
+    aten.index_add.default: aten.index_add_.default,
+}  # fmt: skip
+
+# Of these, the ones that add to their first argument, and do nothing else to it.
+ADDING = {aten.add.Tensor, aten.sub.Tensor, aten.index_add.default}
+
+
+def _mm(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b) if total is None else total.addmm_(a, b)
+
+
+def _bmm(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    return torch.bmm(a, b) if total is None else total.baddbmm_(a, b)
+
+
+# The same, added to a total, where there is one.
+ADDED = {aten.mm.default: _mm, aten.bmm.default: _bmm}
 
 # ---- what is saved ------------------------------
 

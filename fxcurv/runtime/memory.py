@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,6 +88,19 @@ class Storage:
 
 def _ours_alone(kept: Tensor) -> bool:
     return uses_of_storage(kept) <= _HELD
+
+
+def alone(box: list[Tensor]) -> bool:
+    """Whether nothing but `box` holds its one tensor, or its memory."""
+    return sys.getrefcount(box[0]) <= _REFERRED and _ours_alone(box[0])
+
+
+def _referred() -> int:
+    box = [torch.empty(1)]
+    return sys.getrefcount(box[0])
+
+
+_REFERRED = _referred()
 
 
 def _held() -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,14 +19,17 @@ from torch import Tensor, fx
 
 from fxcurv.errors import ArgumentError
 from fxcurv.front.requests import Request, Subject
+from fxcurv.ir.chunked import Chunked
+from fxcurv.ir.graph import layout
 from fxcurv.ir.placement import Shard, samples_back, samples_first
 from fxcurv.ir.private import compile_lock, pytree
 from fxcurv.ir.program import Program
 from fxcurv.passes.recycle import without_memory
 from fxcurv.result import Result
-from fxcurv.rules.traits import over_ranks
+from fxcurv.rules.traits import ADDING, IN_PLACE, over_ranks
 from fxcurv.runtime.bind import bind, cuda_devices, seed_tensor
 from fxcurv.runtime.call import refuse_values
+from fxcurv.runtime.memory import alone
 from fxcurv.runtime.programs import Programs, Ready
 
 # A part has at least one sample and at most a quarter of them, and its widest value so many bytes in between.
@@ -145,6 +149,7 @@ class Turns:
         self.outputs: list[fx.Node] = list(self.gm.graph.output_node().args[0])
         self.every = dict(zip(self.outputs, every, strict=True))
         self.level = _levels(self.nodes, self.every)
+        self.begun = _begun(self.nodes, self.level)
 
     def run(self, flats: Sequence[list[Any]]) -> list[list[Any]]:
         """For each output its values, from what the placeholders of each part are bound to."""
@@ -158,7 +163,7 @@ class Turns:
             for k, part in enumerate(parts):
                 part.run(here, totals)
                 for node in sums:
-                    _add(totals, node, part.take(node.args[0]))
+                    _add(totals, node, [part.take(node.args[0])])
                 for node in dict.fromkeys(ends):
                     value = part.take(node)
                     if not k or self.every[node]:
@@ -180,12 +185,39 @@ def _levels(nodes: list[fx.Node], outputs: dict[fx.Node, bool]) -> dict[fx.Node,
     return level
 
 
+def _begun(nodes: list[fx.Node], level: dict[fx.Node, int]) -> dict[fx.Node, dict[int, fx.Node]]:
+    """Sums over parts that are sums over positions, but for what is added to these: one total serves both.
+
+    By node that is run by chunks, which of its values it is, and the sum.
+    """
+    found: dict[fx.Node, dict[int, fx.Node]] = {}
+    for node in [n for n in nodes if over_ranks(n) == "sum"]:
+        value = node.args[0]
+        while isinstance(value, fx.Node) and len(value.users) == 1 and _adds(value):
+            value = value.args[0]
+        of = value.args[0] if isinstance(value, fx.Node) and value.target is operator.getitem else None
+        if isinstance(of, fx.Node) and isinstance(of.target, Chunked) and len(value.users) == 1:
+            k = value.args[1]
+            if of.target.own[k] and level[of] + 1 == level[node]:
+                found.setdefault(of, {})[k] = node
+    return found
+
+
+def _adds(node: fx.Node) -> bool:
+    """Whether a node is its first argument and something else, in its shape and dtype."""
+    if node.target not in ADDING or node.kwargs or not isinstance(node.args[0], fx.Node):
+        return False
+    x, y = node.meta["val"], node.args[0].meta.get("val")
+    return isinstance(y, Tensor) and x.dtype == y.dtype and layout(x)[0] == layout(y)[0]
+
+
 class _Part:
     """One part's values, each kept until all of its readers have run."""
 
     def __init__(self, turns: Turns, flat: list[Any]):
         self.gm, self.values = turns.gm, dict(zip(turns.given, flat, strict=True))
         self.left = {n: len(n.users) for n in turns.nodes}  # an output's reader is the end of the graph
+        self.begun = turns.begun
 
     def run(self, nodes: Sequence[fx.Node], totals: dict[fx.Node, Tensor]) -> None:
         for node in nodes:
@@ -194,10 +226,26 @@ class _Part:
             elif over_ranks(node) == "sum":  # its argument was taken when it was added
                 self.values[node] = totals[node]
             else:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
-                self.values[node] = args[0] if over_ranks(node) else node.target(*args, **kwargs)  # type: ignore[operator]
+                self.values[node] = self._call(node, totals)
                 for read in node.all_input_nodes:
                     self._read(read)
+
+    def _call(self, node: fx.Node, totals: dict[fx.Node, Tensor]) -> Any:
+        if node in self.begun:
+            args = fx.node.map_arg(node.args, self.values.__getitem__)
+            known = {k: totals.pop(total) for k, total in self.begun[node].items() if total in totals}
+            return node.target(*args, begun=known)  # type: ignore[operator]
+        first = node.args[0] if node.args else None
+        if node.target in IN_PLACE and isinstance(first, fx.Node) and self.left[first] == 1:
+            box = [self.values[first]]
+            self.values[first] = None
+            if node.args.count(first) == 1 and _fits(box[0], node.meta["val"]) and alone(box):
+                args, kwargs = fx.node.map_arg((node.args[1:], node.kwargs), self.values.__getitem__)
+                if all(t.numel() <= box[0].numel() for t in args if isinstance(t, Tensor)):
+                    return IN_PLACE[node.target](box.pop(), *args, **kwargs)
+            self.values[first] = box.pop()
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        return args[0] if over_ranks(node) else node.target(*args, **kwargs)  # type: ignore[operator]
 
     def take(self, node: Any) -> Any:
         """A value for a reader."""
@@ -211,9 +259,26 @@ class _Part:
             del self.values[node]
 
 
-def _add(totals: dict[fx.Node, Tensor], node: fx.Node, term: Tensor) -> None:
+def _add(totals: dict[fx.Node, Tensor], node: fx.Node, box: list[Tensor]) -> None:
     """The first term may lie in memory that something else reads."""
-    totals[node] = totals[node].add_(term) if node in totals else term.clone()
+    if node in totals:
+        totals[node].add_(box.pop())
+    else:
+        totals[node] = box.pop() if alone(box) and _dense(box[0]) else box.pop().clone()
+
+
+# Values that are smaller are not worth the questions.
+LARGE = 1 << 20
+
+
+def _fits(value: Any, like: Any) -> bool:
+    """Whether a result of this kind may be written over a value: of its dtype, which has its memory to itself."""
+    large = isinstance(value, Tensor) and value.numel() * value.element_size() >= LARGE
+    return large and value.dtype == like.dtype and value.ndim == like.ndim and _dense(value)
+
+
+def _dense(value: Tensor) -> bool:
+    return value.is_contiguous() and value.untyped_storage().nbytes() == value.numel() * value.element_size()
 
 
 def _places(program: Program) -> list[Any]:

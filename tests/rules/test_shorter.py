@@ -235,3 +235,18 @@ def test_parts_that_something_else_reads_stay():
     before = fx.GraphModule(nn.Module(), made)(x)
     shortened(made)
     assert fx.GraphModule(nn.Module(), made)(x).equal(before) and ops(made).count(aten.cat.default) == 1
+
+
+@pytest.mark.parametrize("viewed", [True, False])
+def test_rows_that_are_added_to_zeros_are_added_to_the_value(viewed):
+    def graph(call, x, index, g):
+        sizes = [3, 4] if viewed else [2, 6]
+        rows = call(aten.index_add.default, call(aten.new_zeros.default, g, sizes), 0, index, g)
+        return call(aten.add.Tensor, x, call(aten.reshape.default, rows, [2, 6]) if viewed else rows)
+
+    x, index, g = torch.randn(2, 6), torch.tensor([1, 0, 1]), torch.randn(3, 4 if viewed else 6)
+    made = graph_of(graph, x, index, g)
+    before = fx.GraphModule(nn.Module(), made)(x, index, g)
+    shortened(made)
+    assert aten.add.Tensor not in ops(made) and aten.new_zeros.default not in ops(made)
+    torch.testing.assert_close(fx.GraphModule(nn.Module(), made)(x, index, g), before)

@@ -402,6 +402,37 @@ def test_sums(op):
         torch.testing.assert_close(first(op, args), expected)
 
 
+SAMPLES_IN_PLACE = {
+    aten.pow.Tensor_Scalar: (2,), aten.index_add.default: (0, torch.tensor([2, 0, 2]), t(3, 4)),
+}  # fmt: skip
+
+
+@each(traits.IN_PLACE)
+def test_in_place(op):
+    """The same numbers, in the memory of the first argument."""
+    x, rest = t(3, 4), SAMPLES_IN_PLACE.get(op, (t(3, 4) + 2,))
+    expected, there = op(x, *rest), x.clone()
+    assert traits.IN_PLACE[op](there, *rest).data_ptr() == there.data_ptr()
+    torch.testing.assert_close(there, expected)
+
+
+@each(traits.ADDING)
+def test_adding(op):
+    """What is added to the first argument before is added to the result."""
+    x, z, rest = t(3, 4), t(3, 4), SAMPLES_IN_PLACE.get(op, (t(3, 4),))
+    torch.testing.assert_close(op(x + z, *rest), op(x, *rest) + z)
+
+
+@each(traits.ADDED)
+def test_added(op):
+    lead = (2,) if op is aten.bmm.default else ()
+    a, b, total = t(*lead, 3, 4), t(*lead, 4, 5), t(*lead, 3, 5)
+    expected = total + op(a, b)
+    torch.testing.assert_close(traits.ADDED[op](None, a, b), op(a, b))
+    assert traits.ADDED[op](total, a, b) is total
+    torch.testing.assert_close(total, expected)
+
+
 @each(traits.SCATTERS)
 def test_scatters(op):
     """Every value is at one position of its own plane."""
