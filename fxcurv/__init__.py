@@ -1,5 +1,7 @@
 """fxcurv: a compiler for individual gradients and curvature of PyTorch models."""
 
+import os
+
 from fxcurv import errors, extensions, linear, optim
 from fxcurv.api import Compiled, compile  # noqa: A004
 from fxcurv.front.arguments import Rows
@@ -10,7 +12,10 @@ from fxcurv.rules import Contraction, Pointwise, Rule, register, rewrite
 
 __version__ = "0.1.0"
 
+# The folder that programs are kept in from process to process (docs/keeping_programs.md), for what is compiled from then on.
+cache_dir: str | os.PathLike[str] | None = os.environ.get("FXCURV_CACHE_DIR") or None
+
 __all__ = [
-    "Compiled", "Contraction", "Pointwise", "Program", "Result", "Rows", "Rule", "Totals", "accumulate", "compile", "errors",
-    "extensions", "linear", "optim", "over", "register", "rewrite",
+    "Compiled", "Contraction", "Pointwise", "Program", "Result", "Rows", "Rule", "Totals", "accumulate", "cache_dir", "compile",
+    "errors", "extensions", "linear", "optim", "over", "register", "rewrite",
 ]  # fmt: skip

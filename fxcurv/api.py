@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from fxcurv.runtime.again import Again
 from fxcurv.runtime.backend import Backend
 from fxcurv.runtime.bind import bind, seed_tensor
 from fxcurv.runtime.call import call, run_error
+from fxcurv.runtime.disk import folder
 from fxcurv.runtime.export import export
 from fxcurv.runtime.one import serves_one
 from fxcurv.runtime.programs import Programs, Ready, covered, emitted
@@ -251,6 +253,7 @@ class Compiled:
     def _forget(self) -> None:
         """Drop all programs, and all that is known of them."""
         self._programs: Programs[Ready] = Programs(self.extensions, self._options, emitted, serves_one, Ready)
+        self._programs.folder = folder(getattr(sys.modules[__package__], "cache_dir", None))
         on_ranks: Any = functools.partial(call_on_ranks, self._ranks, self._programs, self._subject, self._backend)  # type: ignore
         self._steps = Steps(self._programs, self._subject, on_ranks)
         self._again: list[Again] = []  # the kinds of the last calls, the latest first

@@ -438,7 +438,7 @@ class Blocks(Mapping):
 
     @property
     def T(self) -> Blocks:  # noqa: N802
-        """The same: it is symmetric."""
+        """The matrix itself, which is symmetric."""
         return self
 
     def adjoint(self) -> Blocks:

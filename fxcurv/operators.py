@@ -324,7 +324,7 @@ class Operator(Saved):
 
     @property
     def T(self) -> Operator:  # noqa: N802
-        """The same: it is symmetric."""
+        """The matrix itself, which is symmetric."""
         return self
 
     def adjoint(self) -> Operator:

@@ -77,21 +77,32 @@ class Read:
 
 # nodes of autograd's graph behind which every entry is one that was given
 _MOVING = {
-    "AliasBackward0", "AsStridedBackward0", "CloneBackward0", "PermuteBackward0", "ReshapeAliasBackward0", "SelectBackward0",
-    "SliceBackward0", "SqueezeBackward0", "SqueezeBackward1", "TBackward0", "TransposeBackward0", "UnsafeViewBackward0",
-    "UnsqueezeBackward0", "ViewBackward0",
+    "AliasBackward0", "AsStridedBackward0", "CatBackward0", "CloneBackward0", "DiagonalBackward0", "FlipBackward0",
+    "GatherBackward0", "IndexBackward0", "IndexSelectBackward0", "MaskedSelectBackward0", "PermuteBackward0",
+    "ReshapeAliasBackward0", "RollBackward0", "SelectBackward0", "SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0",
+    "SqueezeBackward0", "SqueezeBackward1", "StackBackward0", "TakeBackward0", "TBackward0", "TransposeBackward0",
+    "UnbindBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0",
 }  # fmt: skip
 _EXACT = 1 << 8  # numbers up to it are exact in every floating dtype
 
 
 def moved_from(z: Tensor) -> GradientEdge | None:
     """Where in autograd's graph the entries of `z` come from, through ops that move them."""
-    if z.grad_fn is None:
-        return None
-    node, number = z.grad_fn, z.output_nr
-    while node.name() in _MOVING and len(node.next_functions) == 1 and node.next_functions[0][0] is not None:
-        ((node, number),) = node.next_functions
-    return GradientEdge(node, number)
+    ends: set[tuple[Any, int]] = set()
+    seen: set[tuple[Any, int]] = set()
+    stack = [(z.grad_fn, z.output_nr)]
+    while stack:
+        node, number = stack.pop()
+        if (node, number) in seen:
+            continue
+        seen.add((node, number))
+        if node is not None and node.name() in _MOVING:
+            stack.extend(node.next_functions)
+        else:
+            ends.add((node, number))
+    if len(ends) != 1 or (None, 0) in ends:
+        return None  # of several values, or partly of constants
+    return GradientEdge(*ends.pop())
 
 
 def pass_of(edge: GradientEdge | None) -> Any:

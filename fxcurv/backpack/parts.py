@@ -347,8 +347,9 @@ def _check_calls(calls: list[LossCall], extensions: tuple[Extension, ...]) -> No
     if not calls or not all(c.known for c in calls):
         second = next(e for e in extensions if not e.requires.first_order)
         raise LossError(
-            f"{second} needs the loss's Hessian at the model's output, and no extended loss read it (a reshape or a "
-            "permutation of it at most). Way out: loss = extend(lossfunc)(extend(model)(x), y), or fxcurv.compile."
+            f"{second} needs the loss's Hessian at the model's output, and no extended loss read it (as it is, or its entries in "
+            "another order or some of them, each sample's together and none twice). Way out: loss = "
+            "extend(lossfunc)(extend(model)(x), y), or what is computed of the output as part of the model; or fxcurv.compile."
         )
 
 

@@ -164,7 +164,7 @@ class Param:
 
     @property
     def positions(self) -> int | None:
-        """T, where the samples of this quantity are tokens: N T of them. Else None."""
+        """The number T of positions if the samples of this quantity are tokens, N T of them; else None."""
         tokens = self.extension is not None and self.extension.requires.of_gradients
         return self.program.analysis.positions[0] if tokens and self.program.analysis.positions is not None else None
 

@@ -243,6 +243,7 @@ class State:
         leaves: (place, how it is compared), a key of `_HOW`.
         numbers: places of floats that are inputs of the graph.
         effects: what every call does to the model's attributes.
+        ran: the user's code that ran while tracing, and its globals; `custom`: some of it is of custom autograd functions.
     """
 
     leaves: list[tuple[Path, str]] = field(default_factory=list)
@@ -250,6 +251,8 @@ class State:
     effects: list[Effect] = field(default_factory=list)
     sources: dict[str, Path] = field(default_factory=dict)
     kept: list[Any] = field(default_factory=list)
+    ran: list[tuple[types.CodeType, dict[str, Any]]] = field(default_factory=list)
+    custom: bool = False
 
     def freeze(self, modules: Sequence[nn.Module]) -> State:
         """Write the one function that reads all values, and take those that hold now."""

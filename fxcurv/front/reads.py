@@ -72,6 +72,8 @@ class Reads:
         self._born: dict[int, Any] = {}
         self._codes: dict[int, tuple[types.CodeType, list]] = {}
         self._closed: list[tuple[types.CodeType, dict[str, Any]]] = []
+        self._ran: list[tuple[types.CodeType, dict[str, Any]]] = []
+        self._custom = False
         self._changed: list[Path] = []
         self._effects: list[Effect] = []
         self.of_code(loss)
@@ -137,6 +139,7 @@ class Reads:
         if error[0] is None:
             self._closures()
             for function in backwards():
+                self._custom = True
                 self._to_be_run(function)
             self._changes()
         self._codes, self._closed, self._born = {}, [], {}
@@ -148,6 +151,7 @@ class Reads:
             watched = holds_state(code.co_filename) and code.co_name not in _OF_MODES
             self._codes[id(code)] = (code, _instructions(code) if watched else [])
             if self._codes[id(code)][1]:
+                self._ran.append((code, frame.f_globals))
                 self._globals(code, frame.f_globals)
         instructions = self._codes[id(code)][1]
         if code is _NEW_COPY:
@@ -393,7 +397,7 @@ class Reads:
         """
         names = {id(t): name for name, t in constants.items()}
         known = {id(t) for t in own}
-        state = State(numbers=self.promoted, effects=self._effects)
+        state = State(numbers=self.promoted, effects=self._effects, ran=self._ran, custom=self._custom)
         inputs = {path.key for path in self.promoted}
         places: dict[str, list[Path]] = {}
         state.leaves += [(path, "number") for path in self.promoted]
@@ -402,7 +406,7 @@ class Reads:
                 continue
             value = path.get(self.modules)
             if value is MISSING:
-                state.leaves += [(_Absent(path.module, path.root, path.steps, path.title), "scalar")]
+                state.leaves += [(Absent(path.module, path.root, path.steps, path.title), "scalar")]
             elif id(value) in names:
                 places.setdefault(names[id(value)], []).append(path)
             elif id(value) not in known:
@@ -424,7 +428,7 @@ def _by_index(path: Path) -> Path:
     return path if path.module is None else replace(path, root=None)
 
 
-class _Absent(Path):
+class Absent(Path):
     """A place that held nothing."""
 
     def source(self, objects: list[Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
@@ -27,9 +29,11 @@ def mixing(program: Program) -> str | None:
                 )
             norm = "GroupNorm" if node.target is NO_STATISTICS else "model.eval() or GroupNorm"
             why = "without running statistics" if node.target is NO_STATISTICS else "in training mode"
+            first = _joined(node)
+            how = "" if first is node else f" ({literal(_after(first, node))} makes more of its result than a sum)"
             return (
-                f"{literal(locate(node))}\nmixes samples, so {{asked}} (per sample) does not exist for the parameters before "
-                f"it.\nWay out: {norm} in place of batch norm {why}; batch_dim= if the batch "
+                f"{literal(locate(first))}\nmixes samples{how}, so {{asked}} (per sample) does not exist for the parameters "
+                f"before it.\nWay out: {norm} in place of batch norm {why}; batch_dim= if the batch "
                 "is not dimension 0; a loss that is a sum or mean over samples; or ask for what the whole batch has: the "
                 "gradient, DiagGGNExact, DiagHessian, products."
             )
@@ -54,6 +58,27 @@ def _differentiated(targets: list[fx.Node]) -> list[fx.Node]:
             found.add(node)
             stack.extend(i for i in node.all_input_nodes if i.meta.get("active"))
     return [n for n in targets[0].graph.nodes if n in found]
+
+
+def _joined(node: fx.Node) -> fx.Node:
+    """Where samples come together that `node` mixes: itself, or an op before it that sums over samples or takes some of them."""
+    found: list[fx.Node] = []
+    seen, stack = {node}, [node]
+    while stack:
+        here = stack.pop()
+        active = [i for i in here.all_input_nodes if i.meta.get("active")]
+        summed = [i for i in active if i.meta["place"] == PARTIAL or here.target is operator.getitem]
+        if not summed and here.op == "call_function":
+            found.append(here)
+        stack.extend(i for i in summed if i not in seen)
+        seen.update(summed)
+    return min(found, default=node)
+
+
+def _after(first: fx.Node, node: fx.Node) -> str:
+    """`node` as the op that comes after `first`, with its line where that is another."""
+    name, *line = locate(node).splitlines()
+    return ",".join([name, *(part for part in line if part not in locate(first))])
 
 
 def of_reduced_loss(program: Program, node: fx.Node) -> bool:

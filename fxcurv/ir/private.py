@@ -41,7 +41,9 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.fx.experimental.symbolic_shapes.ShapeEnv": TRIED,
     "torch.fx.experimental.symbolic_shapes.free_unbacked_symbols": TRIED,
     "torch.fx.experimental.sym_node.SymNode._expr": TRIED,
+    "torch._dynamo.source.ConstantSource": ("2.13",),
     "torch.utils._pytree": TRIED,
+    "torch.utils._sympy.functions": ("2.13",),
     "torch.utils._python_dispatch.TorchDispatchMode": TRIED,
     # operators
     "torch._decomp.decomposition_table": TRIED,
@@ -193,6 +195,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import assume_constant_result as constant_result
 from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.convert_frame import compile_lock
+from torch._dynamo.source import ConstantSource
 from torch._guards import tracing
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
@@ -206,18 +209,25 @@ from torch._subclasses.functional_tensor import FunctionalTensor, dispatch_funct
 from torch.distributed.distributed_c10d import _resolve_process_group as group_named
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_slot, make_fx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode as proxy_mode
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv, free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    free_unbacked_symbols,
+)
 from torch.nn.modules.loss import _Loss as Loss
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._sympy import functions
 
 __all__ = [
     "FakeTensor", "FakeTensorMode", "FunctionalTensor", "GuardOnDataDependentSymNode", "Loss", "OpOverload", "SEEN",
     "ShapeEnv", "TRIED", "TorchDispatchMode", "UnsupportedOperatorException", "any_autocast", "base_of", "captured_size", "check",
     "collectives_of", "compile_lock", "constant_result", "decomposes", "decomposition_table", "disable_fake_tensor_cache",
-    "disable_proxy_modes_tracing", "dispatch_functionalize", "enable_python_dispatcher", "find", "flattened_mesh", "group_named",
+    "disable_proxy_modes_tracing", "dispatch_functionalize", "enable_python_dispatcher", "find", "flattened_mesh",
+    "function_of_sizes", "group_named",
     "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform", "is_view", "make_fx",
-    "maybe_mark_dynamic", "memory_of", "no_hooks", "no_torch_functions", "node_of", "original", "own_buffers",
+    "maybe_mark_dynamic", "memory_of", "new_size", "no_hooks", "no_torch_functions", "node_of", "original", "own_buffers",
     "own_forward_hooks", "own_parameters", "patched", "precision_of_fsdp", "proxy_mode", "pytree", "rerouted",
     "reshards_after_forward", "reshards_to_some", "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing",
     "uses_of_storage", "version_of", "without_fake_mode", "without_forward_hooks",
@@ -274,6 +284,16 @@ def schema_of(target: Any) -> Any:
 def decomposes(op: OpOverload) -> bool:
     """Whether an operator is said in others."""
     return op._can_decompose()
+
+
+def new_size(env: ShapeEnv, value: int, name: str) -> Any:
+    """A symbol of a shape environment for a size that was not traced, of this value."""
+    return env.create_symbol(value, ConstantSource(name), DimDynamic.DYNAMIC)
+
+
+def function_of_sizes(name: str) -> Any:
+    """PyTorch's own function of symbolic sizes with this name; None if there is none."""
+    return getattr(functions, name, None)
 
 
 def captured_size(size: torch.SymInt) -> Any:

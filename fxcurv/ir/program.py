@@ -106,6 +106,15 @@ class Memory:
     val: Tensor
     results: tuple[tuple[str, str], ...]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers in it."""
+        return self.val.dtype
+
+    def shape(self, batch: Batch, n: int, lengths: Any) -> tuple[int, ...]:
+        """Its sizes at `n` samples."""
+        return batch.shape(self.val, n, lengths)
+
 
 @dataclass
 class Program:
@@ -332,7 +341,7 @@ class Program:
 
     @property
     def fixed(self) -> bool:
-        """Whether the batch size became a number: by the model's capture, or by a traced piece since."""
+        """Whether the batch size became a number, by the model's capture or by a traced piece since."""
         if not self.batch.symbols:
             return True
         replaced = self.fake_mode.shape_env.replacements
@@ -340,7 +349,7 @@ class Program:
 
     @property
     def batch_note(self) -> str:
-        """Whether the batch size is symbolic, or what fixed it: op, module path and the user's line."""
+        """Whether the batch size is symbolic, or the op, module path and user's line that fixed it."""
         if not self.fixed:
             return f"symbolic (captured at {self.batch.size})"
         if self.batch.size == 1:

@@ -1,11 +1,11 @@
-"""Lookups in a table."""
+"""Lookups in a table, and rows that are added up by an index."""
 
 from __future__ import annotations
 
 import torch
 
-from fxcurv.contractions.factors import Factor, Gather
-from fxcurv.ir.placement import MIXED, Replicate, samples_first
+from fxcurv.contractions.factors import Explicit, Factor, Gather
+from fxcurv.ir.placement import MIXED, Replicate, Shard, samples_first
 from fxcurv.rules.base import Rule, register
 from fxcurv.rules.call import Call
 
@@ -43,3 +43,32 @@ class Embedding(Rule):
         index = samples_first(index, call.places[1]).flatten(1)
         g = samples_first(g, call.place, lead=1).flatten(2, -2)
         return Gather(index, g, weight.shape[0], int(padding))
+
+
+@register(aten.index_add.default)
+class AddedRows(Rule):
+    """y = x, to whose slices index[k] along an axis alpha * source[k] is added. PyTorch's own backward fixes symbolic sizes."""
+
+    name = "index_add"
+
+    def linear(self, active):
+        return True
+
+    def transpose(self, call: Call, wrt, g):
+        x, dim, index, source, alpha = call.args
+        if not x.ndim:
+            return super().transpose(call, wrt, g)
+        rows = g.index_select(dim % x.ndim + 1, index.reshape(-1)).reshape(g.shape[0], *source.shape)
+        of_source = rows if alpha == 1 else rows * alpha
+        return [g if i == 0 else of_source for i in wrt]
+
+    def factors(self, call: Call, position: int, g) -> Factor:
+        """Of a source without samples: a sample's part of it are the rows that go to the sample's own slice."""
+        x, dim, index, *_ = call.args
+        if position == 0 or not x.ndim or call.place != Shard(dim % x.ndim):
+            return super().factors(call, position, g)
+        (rows,) = self.transpose(call, (position,), g)
+        samples = torch.arange(x.shape[call.place.dim], device=index.device, dtype=index.dtype)
+        mine = index.reshape(-1) == samples.unsqueeze(1)
+        mine = mine.view(*mine.shape[:1], *[1] * call.place.dim, *mine.shape[1:], *[1] * (x.ndim - call.place.dim - 1))
+        return Explicit(rows.unsqueeze(1) * mine)

@@ -114,7 +114,7 @@ def _where_masked(x: Tensor, mask: Tensor, value: Tensor, lead: int, rest: int, 
 @idiom(aten.embedding_bag.padding_idx)
 @idiom(aten.embedding_bag.default)
 def _embedding_bag(program: Program, node: fx.Node) -> tuple[fx.Node, ...] | None:
-    """Lookups and sums, but where it scales its gradient, or takes a maximum in bags of any lengths.
+    """Lookups and sums, but where it scales its gradient.
 
     Of indices [N, K] the offsets are arange(0, N * K, K), so a bag is a slice.
     """
@@ -124,7 +124,7 @@ def _embedding_bag(program: Program, node: fx.Node) -> tuple[fx.Node, ...] | Non
     even = isinstance(step, int) and step > 0 and offsets.args[0] == 0 and sizes[0] == (sizes[1][0] * step,)
     even = even and not with_last
     read = {user.args[1] for user in node.users if user.users}
-    if not read <= {0} or by_frequency or not (even or mode != _MAXIMUM):
+    if not read <= {0} or by_frequency:
         return None
     args = (weight, indices, scale, step if even else (offsets, with_last), mode, padding)
     return (emit(program, _even_bags if even else _bags, *args, origin=origin_of(node, "forward"), before=node),) * 4
@@ -148,7 +148,7 @@ def _even_bags(
 
 
 def _bags(weight: Tensor, indices: Tensor, scale: Tensor | None, bags: tuple, mode: int, padding: int | None) -> Tensor:
-    """The same for sums and means over bags that begin at the offsets; an empty one is zero."""
+    """The same over bags that begin at the offsets; an empty one is zero."""
     offsets, with_last = bags
     begins = offsets[: offsets.shape[0] - with_last]
     bag = (
@@ -157,12 +157,24 @@ def _bags(weight: Tensor, indices: Tensor, scale: Tensor | None, bags: tuple, mo
         )
         - 1
     )
-    rows, kept = _rows(weight, indices, scale, padding, 0.0)
+    rows, kept = _rows(weight, indices, scale, padding, -torch.inf if mode == _MAXIMUM else 0.0)
+    if mode == _MAXIMUM:
+        rows = rows.where(_first_largest(rows.detach(), bag, begins.shape[0]), 0.0)
     y = rows.new_zeros(begins.shape[0], rows.shape[1]).index_add(0, bag, rows)
     if mode != _MEAN:
         return y
     ones = torch.ones_like(indices) if kept is None else kept.to(indices.dtype)
     return y / ones.new_zeros(begins.shape[0]).index_add(0, bag, ones).clamp(min=1).unsqueeze(1)
+
+
+def _first_largest(rows: Tensor, bag: Tensor, bags: int) -> Tensor:
+    """[L, D]: which entries are the largest of their bag and column; the first of equal ones, as PyTorch has it."""
+    where, count = bag.unsqueeze(1).expand_as(rows), rows.shape[0]
+    largest = rows.new_full((bags, rows.shape[1]), -torch.inf).scatter_reduce(0, where, rows, "amax")
+    at = torch.arange(count, device=rows.device).unsqueeze(1)
+    at = torch.where((rows == largest[bag]) & (rows > -torch.inf), at, count)
+    first = torch.full_like(largest, count, dtype=at.dtype).scatter_reduce(0, where, at, "amin")
+    return (at == first[bag]) & (at < count)
 
 
 def _rows(weight: Tensor, indices: Tensor, scale: Tensor | None, padding: int | None, fill: float):

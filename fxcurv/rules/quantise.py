@@ -1,4 +1,8 @@
-"""Fake quantisation, said in mathematics: its derivative is that of the identity where nothing is clamped, and zero elsewhere."""
+"""Fake quantisation, said in mathematics: its derivative is that of the identity where nothing is clamped, and zero elsewhere.
+
+Scales are float32 in PyTorch's kernels, whatever the dtype of what is quantised, and so is the value on the grid where there is
+one scale for all; one per channel promotes (aten/src/ATen/native/cpu/QuantizedOpKernels.cpp).
+"""
 
 from __future__ import annotations
 
@@ -25,13 +29,22 @@ def _by_tensors(x, scale, zero_point, enabled, low, high):
 @rewrite(aten.fake_quantize_per_channel_affine_cachemask.default)
 def _per_channel(x, scale, zero_point, axis, low, high):
     shape = [-1 if d == axis % x.ndim else 1 for d in range(x.ndim)]
-    return _straight_through(x, scale.view(shape), zero_point.view(shape), low, high)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return _straight_through(x, scale.view(shape), zero_point.view(shape), low, high, wide)
 
 
-def _straight_through(x: Tensor, scale, zero_point, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """The nearest value of the grid, and where that is within its range."""
-    steps = torch.round(x.detach() * (1 / scale)) + zero_point
+def _straight_through(
+    x: Tensor, scale, zero_point, low: int, high: int, grid: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """The nearest value of the grid, whose values are of the dtype `grid`, and where that is within its range."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale = (
+        scale.float() if isinstance(scale, Tensor) else torch.scalar_tensor(scale, dtype=torch.float32, device=x.device)
+    )
+    at = x.detach().to(wide) * (1 / scale)
+    whole = not isinstance(zero_point, Tensor) or not zero_point.is_floating_point()
+    steps = torch.round(at) + zero_point if whole else torch.round(at + zero_point)
     within = (steps >= low) & (steps <= high)
-    y = (steps.clamp(low, high) - zero_point) * scale
-    passing = torch.where(within, x, x.detach())
-    return passing + (y - passing).detach(), within
+    y = ((steps.clamp(low, high) - zero_point).to(grid) * scale.to(grid)).to(x.dtype)
+    passing = torch.where(within, x, 0.0)
+    return y.detach() + (passing - passing.detach()), within  # zero: the sum is y itself, to the bit

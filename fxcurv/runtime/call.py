@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcurv.errors import ArgumentError
+from fxcurv.errors import ArgumentError, FxcurvError, SelfCheckError
 from fxcurv.front.arguments import Arguments, described, filled
 from fxcurv.front.observers import run_observers, silent
 from fxcurv.front.requests import Request, Subject
@@ -56,6 +56,11 @@ def call(
         if not request.arguments.batch_size:
             with request.apart():
                 return of_no_sample(programs.like(request).program, request, values or {}), None
+        try:
+            return _call(programs, request, backend, alone, inputs, targets, seed, generator, kept, out, values, first)
+        except FxcurvError as error:
+            if not programs.distrust(request, isinstance(error, SelfCheckError)):
+                raise
         return _call(programs, request, backend, alone, inputs, targets, seed, generator, kept, out, values, first)
 
 
@@ -78,7 +83,7 @@ def _call(
         if _settled(ready, backend):
             alone.close()
         try:
-            check_values(ready, flat)
+            check_values(ready, flat, request.arguments.batch_size)
             if values:
                 _check_own(ready, request, backend, hooks)
             selfcheck = None if values else begin_selfcheck(ready, request, flat, hooks)
@@ -97,6 +102,7 @@ def _call(
         if program.observed:
             given = dict(zip(program.output.args[0], found, strict=True))
             run_observers(program.observed, subject.modules(), given.__getitem__)
+        programs.keep(ready, request)
         program.python.run_effects(subject.modules())
         if out is not None:
             out._memory = None
@@ -156,18 +162,21 @@ def take_memory(
 # ---- checks ------------------------------
 
 
-def check_values(ready: Ready, flat: list[Any]) -> None:
-    """Check placements at a program's first call; conditions on values also where `debug` or changing floats ask for it."""
+def check_values(ready: Ready, flat: list[Any], n: int) -> None:
+    """Check placements at a program's first call; conditions on values also where `debug` or changing floats ask for it.
+
+    n: the batch size of the call, which need not be that of the capture; one sample shows nothing for a program of more.
+    """
     program = ready.program
     if ready.checked and not program.options.debug and not program.python.numbers:
         return
     if ready.probe is not None and not ready.checked:
         with torch.random.fork_rng(cuda_devices(flat)):
-            ready.probe.run(flat, program.batch.size)
+            ready.probe.run(flat, n)
     with torch.random.fork_rng(cuda_devices(flat)):  # dropout is drawn once, by the program
         holds = program.check_module(*flat) if program.check_module is not None else ()
     refuse_values(program, holds)
-    ready.checked = True
+    ready.checked = n > 1 or program.batch.size == 1
 
 
 def refuse_values(program: Program, holds: Any) -> None:

@@ -52,12 +52,17 @@ def constants(graph: fx.Graph) -> dict[fx.Node, Tensor]:
     found: dict[fx.Node, Tensor] = {}
     with torch.no_grad():
         for node in graph.nodes:
-            if node.op == "call_function" and _is_small(node.meta.get("val")) and _is_pure(node.target):
-                if of_no_value(node):
+            if node.op != "call_function":
+                continue
+            of_none = of_no_value(node)
+            if not of_none and not (node.all_input_nodes and all(n in found for n in node.all_input_nodes)):
+                continue
+            if _is_pure(node.target) and not node.meta.get("symbolic") and _is_small(node.meta.get("val")):
+                if of_none:
                     made = _called(node, lambda n: _like(n.meta["val"]))
                     if made.shape == node.meta["val"].shape:  # else it reads symbols that stand for numbers
                         found[node] = made
-                elif node.all_input_nodes and all(n in found for n in node.all_input_nodes):
+                else:
                     found[node] = _called(node, found.__getitem__)
     returned = next(iter(reversed(graph.nodes))).all_input_nodes
     return {n: value for n, value in found.items() if not any(borrows(r, {n}) for r in returned)}

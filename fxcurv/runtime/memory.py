@@ -74,7 +74,7 @@ class Storage:
         shape = self._shape(index, n, lengths)
         kept, numel = self._kept.pop(index, None), math.prod(shape)  # of several threads, one gets it
         if kept is None or free and (kept.numel() < numel or not _ours_alone(kept)):
-            kept = torch.empty(numel, dtype=self._program.buffers[index].val.dtype)
+            kept = torch.empty(numel, dtype=self._program.buffers[index].dtype)
         view = kept[:numel].view(shape)
         self._kept[index] = kept  # now held twice
         return view
@@ -82,7 +82,7 @@ class Storage:
     def _shape(self, index: int, n: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
         key = index, n, lengths
         if key not in self._shapes:
-            self._shapes[key] = self._program.batch.shape(self._program.buffers[index].val, n, lengths or None)
+            self._shapes[key] = self._program.buffers[index].shape(self._program.batch, n, lengths or None)
         return self._shapes[key]
 
 

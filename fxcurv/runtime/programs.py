@@ -70,6 +70,7 @@ class Ready:
         size: the batch size and the lengths of the last call that went the long way.
         digest: of what travels between ranks, where these have a part of the batch each.
         finished: what other models with an equal graph may have of this.
+        kept: what became of it on disk, "" while that is open; `loaded`: the file that it was read from.
     """
 
     program: Program
@@ -83,6 +84,8 @@ class Ready:
     size: Any = None
     digest: int = 0
     finished: Finished | None = None
+    kept: str = ""
+    loaded: str = ""
 
     @classmethod
     def adopted(cls, finished: Finished, captured: Program) -> Ready:
@@ -112,6 +115,19 @@ def emitted(program: Program, tell: Tell) -> Ready:
     return Ready(program, Storage(program), probe, selfcheck)
 
 
+class Folder(Protocol):
+    """Programs that outlive the process (`runtime.disk`)."""
+
+    def find(self, request: Request, key: Key, extensions: tuple, options: Options) -> Any:
+        """One for these arguments and what Python holds, if there is one."""
+
+    def keep(self, ready: Any, request: Request, key: Key, extensions: tuple, options: Options) -> None:
+        """Write a program down that has served a call, or note why not."""
+
+    def distrust(self, ready: Any, wrong: bool) -> None:
+        """Read this one's file no more; `wrong`: delete it."""
+
+
 class Programs(Generic[M]):
     """The programs of a subject, one per kind of input.
 
@@ -125,6 +141,7 @@ class Programs(Generic[M]):
     Attributes:
         recompiles: for every program after the first, why it was needed (see `Compiled`).
         latest: what the last call on several ranks took.
+        folder: where programs are kept on disk, if they are.
         named: what was made, as attributes: Dynamo guards the length of a list or dict that it reads.
     """
 
@@ -140,6 +157,7 @@ class Programs(Generic[M]):
         self.recompiles: list[str] = []
         self.named = SimpleNamespace()
         self.latest: M | None = None
+        self.folder: Folder | None = None
         self._made: dict[tuple[Key, Autocast, bool], list[M]] = {}
         self._schedule = Schedule()
         # programs for any lengths, and the sizes that are open in them; what made numbers of lengths, "" if nothing did
@@ -227,6 +245,11 @@ class Programs(Generic[M]):
             if made.program.python.holds(modules) and not numbers_differ(made.program, request):
                 self._made.setdefault(key, []).append(made)
                 return made
+        loaded = self.folder.find(request, key[0], self.extensions, self.options) if self.folder is not None else None
+        if loaded is not None:
+            self._made.setdefault(key, []).append(loaded)
+            setattr(self.named, f"program_{len(vars(self.named))}", loaded)
+            return loaded
         changed: list[Any] = min((made.program.python.differences(modules) for made in serving), key=len, default=[])
         known = {key: [made.program for made in some] for key, some in self._made.items()}
         found = reasons(changed) or numbers
@@ -307,6 +330,25 @@ class Programs(Generic[M]):
         """Whether `made`, which was found for these arguments, still is what `find` would give."""
         python = made.program.python.holds(request.subject.modules())
         return made in self._made.get(self._key(request), []) and python and not numbers_differ(made.program, request)
+
+    def keep(self, made: Any, request: Request) -> None:
+        """Write a program that has served a call to disk, if programs are kept there and it is not."""
+        if self.folder is not None and not made.kept:
+            self.folder.keep(made, request, self._key(request)[0], self.extensions, self.options)
+
+    def distrust(self, request: Request, wrong: bool) -> bool:
+        """Whether a program from disk was about to serve its first call here, and is forgotten now.
+
+        Args:
+            wrong: its numbers were.
+        """
+        some: list[Any] = self._made.get(self._key(request), [])
+        unused = [made for made in some if getattr(made, "loaded", "") and made.size is None]
+        for made in unused:
+            some.remove(made)
+            if self.folder is not None:
+                self.folder.distrust(made, wrong)
+        return bool(unused)
 
     def name_of(self, made: M) -> str:
         """The name of what was found among `named`."""

@@ -100,7 +100,7 @@ class SelfCheck:
         graph.graph_copy(program.graph, env)
         for old, new in env.items():
             new.meta = dict(old.meta)
-        self.forward = fx.GraphModule(program.gm, graph)
+        self.forward: fx.GraphModule | None = fx.GraphModule(program.gm, graph)
         self.forward_loss = env.get(program.loss)
         self.exchanged = exchanged
         self.inputs = program.inputs[:]
@@ -108,6 +108,15 @@ class SelfCheck:
         self.jacobian = self._head(program)
         self.random = any(_draws(n.target) for n in program.graph.nodes)
         self.note = "not yet: at the first call"
+
+    @classmethod
+    def again(cls, program: Program, random: bool, jacobian: tuple[int, Shard] | None, made: str) -> SelfCheck:
+        """For a program that was checked when it was made, in another process, where that said `made`."""
+        check = cls.__new__(cls)
+        check.forward = check.forward_loss = None  # where a difference begins is not searched: the program is made anew
+        check.exchanged, check.inputs, check.observed = False, program.inputs[:], []
+        check.jacobian, check.random, check.note = jacobian, random, made
+        return check
 
     def _head(self, program: Program) -> tuple[int, Shard] | None:
         """(index of the output leaf that a Jacobian is of, its placement), where it is just one."""

@@ -98,17 +98,17 @@ def graph_key(program: Program, *also: Hashable) -> Hashable | None:
     """What the finished program of a captured one depends on; None if that is not known."""
     options = program.options
     own = program.reads is not None or program.observed or program.python.numbers or program.python.effects
-    if own or options.rules or options.ranks or not all(map(_is_own, program.extensions)):
+    if own or options.rules or options.ranks or not all(map(is_own, program.extensions)):
         return None
     try:
-        key = (_graph(program), _fields(program), state_of_torch(), _compiler(), also)
+        key = (_graph(program), _fields(program), state_of_torch(), compiler(), also)
         hash(key)
     except (_Unknown, TypeError):
         return None
     return key
 
 
-def _is_own(extension: Any) -> bool:
+def is_own(extension: Any) -> bool:
     """Whether nothing but its fields decides what an extension computes, and none of them can be written to."""
     own = type(extension).__module__.startswith("fxcurv.")
     values = pytree.tree_leaves([getattr(extension, f.name) for f in dataclasses.fields(extension)])
@@ -214,7 +214,7 @@ def _fields(program: Program) -> Hashable:
     )
 
 
-def _compiler() -> Hashable:
+def compiler() -> Hashable:
     """The passes, and all that a user adds to the compiler: rules, candidates, kinds of columns."""
     tables: list[dict] = [RULES, KINDS, BIRTHS, FUSED, IDIOMS, SHORT]
     known = [(name, id(value)) for table in tables for name, value in table.items()]

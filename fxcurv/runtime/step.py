@@ -157,7 +157,7 @@ def _ready(
                 "outside of the compiled function."
             )
         flat = bind(program, subject, request.arguments, 0, None)
-        check_values(ready, flat)
+        check_values(ready, flat, request.arguments.batch_size)
         selfcheck = begin_selfcheck(ready, request, flat)
         if selfcheck is not None:
             with torch.random.fork_rng(cuda_devices(flat)):

@@ -274,6 +274,15 @@ def test_compiled_objects_are_copied_without_their_programs() -> None:
     assert copy.copy(compiled).model is compiled.model and not compiled.recompiles
 
 
+def test_a_loss_that_has_no_name_is_copied_and_not_pickled() -> None:
+    compiled = fxcurv.compile(nn.Linear(3, 2), lambda f, y: (f - y).square().mean(), [BatchGrad()])
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    copied = copy.deepcopy(compiled)
+    torch.testing.assert_close(copied(x, y).grad, compiled(x, y).grad)
+    with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
+        pickle.dumps(compiled)
+
+
 def test_attach() -> None:
     x, y = batch()
     model = mlp()

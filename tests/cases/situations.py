@@ -44,8 +44,9 @@ class Refused:
 
 @dataclass(frozen=True)
 class Situation:
-    """One row. `x`, `y`: what draws inputs and targets of n samples; `trains`: whether training mode is another model.
+    """One row. `x`, `y`: what draws inputs and targets of n samples.
 
+    trains: whether training mode is another model; `modes` has both then.
     source: the thread; empty where a situation has no single one.
     """
 
@@ -64,6 +65,11 @@ class Situation:
     def __post_init__(self) -> None:
         if self.source and not re.fullmatch(r"[\w-]+/[\w-]+#\d+", self.source):
             raise ValueError(f"{self.source}: a thread is owner/repository#number")
+
+    @property
+    def modes(self) -> tuple[bool, ...]:
+        """Training mode where the row is about it, and evaluation mode where nothing is refused."""
+        return (True, False) if self.trains and self.refused is None else (self.trains,)
 
     def built(self, n: int, training: bool = False) -> tuple[nn.Module, Any, Any]:
         """(model, inputs, targets), equal at every call."""

@@ -81,8 +81,8 @@ def test_all_in_one() -> None:
     every = (
         extensions.HMP(),
         extensions.GGNMP(),
-        extensions.PCHMP(savefield="clipped", modify="clip"),
-        extensions.PCHMP(savefield="abs", modify="abs"),
+        extensions.PCHMP(savefield="pchmp_clip", modify="clip"),
+        extensions.PCHMP(savefield="pchmp_abs", modify="abs"),
     )
     with backpack(*every):
         loss(model(x), y).backward()
@@ -90,7 +90,7 @@ def test_all_in_one() -> None:
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         v = torch.randn(2, *p.shape)
         true = torch.stack([hessian_vector_product(value, [q], [one])[0].detach() for one in v])
-        for field in ("hmp", "ggnmp", "clipped", "abs"):  # one layer: all of them are the Hessian
+        for field in ("hmp", "ggnmp", "pchmp_clip", "pchmp_abs"):  # one layer: all of them are the Hessian
             close([getattr(p, field)(v)], [true])
 
 
@@ -243,6 +243,7 @@ def test_extension_hook() -> None:
 
 
 @slow
+@pytest.mark.filterwarnings("ignore:Using backward")  # as the script does
 def test_gradient_of_variance() -> None:
     """The numbers of example_gradient_of_variance."""
     (x, y), plain, loss = images(), convolutional(), nn.CrossEntropyLoss(reduction="sum")
@@ -362,6 +363,7 @@ class Characters(nn.Module):
 
 
 @slow
+@pytest.mark.filterwarnings("ignore:TF32")  # of PyTorch's own, where oneDNN is turned off
 def test_rnn() -> None:
     """example_rnn: by the converter, and of modules alone."""
     x, loss = torch.randint(5, (2, 3)), nn.CrossEntropyLoss()

@@ -54,7 +54,10 @@ def multilabel_margin(x: Tensor, t: Tensor) -> Tensor:
 
 
 def bag_of(index: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    """`F.embedding_bag` of indices [N, K], with weights per sample and no other option."""
+    """`F.embedding_bag` of indices [N, K], or of bags that are not empty, with weights per sample and no other option."""
+    if index.ndim == 1:
+        bags = index.tensor_split(rest[0][1:].tolist())
+        return torch.cat([bag_of(bag.unsqueeze(0), weight, *rest) for bag in bags])
     mode, scale, found = rest[4], rest[6], weight[index]
     found = found if scale is None else found * scale.unsqueeze(-1)
     return found.amax(1) if mode == "max" else getattr(found, mode)(1)

@@ -7,14 +7,19 @@ do not run. `python tests/project/test_documents.py [document ...]` writes what 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import inspect
 import io
 import linecache
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+
+import fxcurv
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = (ROOT, ROOT / "docs", ROOT / "examples", ROOT / "bench", ROOT / "tests", ROOT / ".github" / "ISSUE_TEMPLATE")
@@ -67,6 +72,22 @@ def test_document(document, tmp_path, monkeypatch):
     with torch.random.fork_rng():
         for code, expected in blocks(document):
             assert lasting(run(code, namespace)) == lasting(expected), code
+
+
+@pytest.mark.parametrize("module", ["fxcurv.optim", "fxcurv.backpack", "fxcurv.plugs.attribution"])
+def test_example_of_a_module(module, tmp_path, monkeypatch):
+    """The first block of its docstring, on a model of the reader's; examples of other packages run with these, tests/plugs."""
+    monkeypatch.chdir(tmp_path)
+    found = importlib.import_module(module)
+    (code,) = re.findall(r"^(?:::|Example:)\n+((?:(?: {4}.*)?\n)+)", inspect.getdoc(found) or "", re.MULTILINE)[:1]
+    names = {name: getattr(found, name) for name in found.__all__} | {"fxcurv": fxcurv, "nn": torch.nn}
+    with torch.random.fork_rng():
+        x, y = torch.randn(6, 4), torch.randint(3, (6,))
+        data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=3)
+        names |= {"model": torch.nn.Linear(4, 3), "x": x, "y": y}
+        names |= dict.fromkeys(("loss", "lossfunc"), torch.nn.CrossEntropyLoss())
+        names |= dict.fromkeys(("loader", "train_loader", "query_loader"), data)
+        run(textwrap.dedent(code), names)
 
 
 def test_what_a_user_reads_first_runs():

@@ -154,12 +154,16 @@ def by_hand() -> dict[Any, list[tuple]]:
         aten.sub.Scalar: [(t(3, 4), 2.5, 3), (t(3, 4), 1)],
         aten.rsub.Scalar: [(t(3, 4), 2.5, 3), (t(3, 4), 1)],
         aten.mul.Scalar: [(t(3, 4), 2.5)],
-        aten.fake_quantize_per_tensor_affine_cachemask.default: [(t(3, 4), 0.25, 3, 0, 9)],
+        aten.index_add.default: [
+            (t(3, 4), 0, torch.tensor([2, 0, 2, 1, 2]), t(5, 4), 1), (t(2, 3), -1, torch.tensor([1, 1]), t(2, 2), 2.5),
+        ],
+        aten.fake_quantize_per_tensor_affine_cachemask.default: [(t(3, 4), 0.25, 3, 0, 9), (t(30, 4), 0.1, 3, 0, 9)],
         aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams.default: [
             (t(3, 4), torch.tensor(0.25), torch.tensor(3, dtype=torch.int32), torch.tensor([on]), 0, 9) for on in (0, 1)
         ],
         aten.fake_quantize_per_channel_affine_cachemask.default: [
-            (t(3, 4), torch.tensor([0.25, 0.5, 0.125]), torch.tensor([3, 1, 4], dtype=torch.int32), 0, 0, 9)
+            (t(3, 4), torch.tensor([0.25, 0.1, 0.125]), torch.tensor(zero, dtype=kind), 0, 0, 9)
+            for zero, kind in (([3, 1, 4], torch.int32), ([3.2, 1.0, 3.7], torch.float32))
         ],
         aten.div.Scalar: [(t(3, 4), 2.5)],
         aten.pow.Tensor_Scalar: [(t(3, 4), p) for p in (0, 1, 2, 3, -1)] + [(t(3, 4).abs() + 0.1, p) for p in (0.5, 2.5)],

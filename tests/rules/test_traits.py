@@ -208,10 +208,14 @@ def test_index_map(op):
             drawn = torch.Generator().manual_seed(seed)
             new = {i: torch.rand(tensors(args)[i].shape, generator=drawn, dtype=torch.float64) + 2 for i in able(args)}
             y = first(op, with_leaves(args, new))
+            if not y.is_floating_point():
+                break  # integers may be equal
             values = torch.cat([x.flatten() for x in new.values()]).to(y.dtype)
             match = y.flatten().unsqueeze(1) == values
             assert (match.sum(1) <= 1).all()
             found.append((match, y.flatten()))
+        if not found:
+            continue
         (one, y), (two, z) = found
         assert one.equal(two)
         assert y[~one.any(1)].equal(z[~one.any(1)])
@@ -461,6 +465,9 @@ def test_weighed(op):
         kept = target[target != ignored]
         loss, total = run(op, (x, target, weight, 1, ignored))
         torch.testing.assert_close(total, weight[kept].sum())
+        if total == 0:
+            assert loss.isnan()
+            continue
         torch.testing.assert_close(loss * total, run(op, (x, target, weight, 2, ignored))[0])
 
 
@@ -490,7 +497,10 @@ def test_of_all(op):
 
 @each(split.OF_ONE)
 def test_of_one(op):
-    assert all(is_linear(op, args, [0]) for args in calls(op) if 0 in able(args))
+    """From floats to floats, which `rules.split` asks for."""
+    for args in calls(op):
+        if 0 in able(args) and all(y.is_floating_point() for y in outputs(op, args)):
+            assert is_linear(op, args, [0])
 
 
 @each(split.OF_EITHER)
@@ -542,7 +552,11 @@ def test_of_shape(op):
         here = tensors(args)
         assert not here or list(here) == [0]
         one, two = (run(op, with_leaves(args, {i: x * 0.5 + k for i, x in here.items()})) for k in (0, 1))
-        assert one.shape == two.shape and one.dtype == two.dtype and (op in EMPTY or one.equal(two))
+        assert (
+            one.shape == two.shape
+            and one.dtype == two.dtype
+            and (op in EMPTY or (one == two).logical_or(one != one).all())
+        )
 
 
 # The indices that each of `trial._CHECKED` reads, of the size 3 along the axis.
@@ -859,9 +873,7 @@ def kinds(args) -> tuple:
 def database() -> dict[Any, list[tuple]]:
     """Of each op that something is claimed of: the calls of all samples of its own entries, and of the other entries'."""
     ops = {op for _, claimed in CLAIMS for op in claimed}
-    found = {
-        op: calls(op) + [args for _, args in samples(op, 10**6)] for op in ops if op not in SIZES and op not in WITHOUT
-    }
+    found = {op: calls(op) + [args for _, args in samples(op, 10**6)] for op in ops if op not in WITHOUT}
     for op, more in recorded([], Everything(40, ops), most=None).items():
         known = {kinds(args) for args in found.get(op, [])}
         finite = [a for a in more if kinds(a) in known and all(x.isfinite().all() for x in tensors(a).values())]
@@ -871,7 +883,7 @@ def database() -> dict[Any, list[tuple]]:
     }
 
 
-WITHOUT = traits.ITEMS | traits.LITERALS
+WITHOUT = traits.ITEMS | set(SIZES) | {aten.lift.default, aten.lift_fresh.default}
 """Tried on values of the test's own."""
 
 

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 import fxcurv
 from fxcurv.extensions import BatchGrad, DiagGGNExact
+from fxcurv.rules import REWRITES
 
-MSE = nn.MSELoss()
+aten, MSE = torch.ops.aten, nn.MSELoss()
+SCALE = torch.tensor([0.1, 0.03, 0.07])
 
 
 def chosen(m: Any, x: Tensor) -> Tensor:
@@ -39,6 +41,13 @@ def several(m: Any, x: Tensor) -> Tensor:
 
 def quantised(m: Any, x: Tensor) -> Tensor:
     return m.head(torch.fake_quantize_per_tensor_affine(m.a(x), 0.25, 0, -8, 7))
+
+
+def quantised_finely(m: Any, x: Tensor) -> Tensor:
+    """Scales that float32 rounds: PyTorch's kernels know no other, whatever the dtype of what they quantise."""
+    w = torch.fake_quantize_per_channel_affine(m.a.weight, m.scale, m.zero, 0, -8, 7)
+    h = torch.fake_quantize_per_tensor_affine(torch.nn.functional.linear(x, w, m.a.bias), 0.1, 0, -8, 7)
+    return m.head(torch.fake_quantize_per_tensor_affine(h.tanh(), m.scale[1], m.zero[0], -8, 7))
 
 
 def parts() -> dict[str, nn.Module]:
@@ -77,8 +86,31 @@ ROWS = {
     ),
     "a decoder and its mask": Inside("", decoder, MSE, together(WORDS, WORDS), WORDS, "first"),
     "a transformer and a mask that is an input": Inside("", transformer, MSE, sequences, WORDS, "first"),
+    "fake quantisation on fine grids": Inside(
+        "",
+        lambda: Net(quantised_finely, scale=SCALE, zero=SCALE.int(), **two()),
+        MSE,
+        numbers(2),
+        numbers(2),
+        "first ggn hessian products",
+    ),
     "fake quantisation": Inside("", lambda: Net(quantised, **two()), MSE, numbers(2), numbers(2), "first ggn products"),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_grids_of_pytorch(dtype: torch.dtype) -> None:
+    """What stands for the ops has their values to the bit, also those that are clamped."""
+    torch.manual_seed(0)
+    x = 3 * torch.randn(50, 3).to(dtype)
+    scale, zero = torch.tensor([0.1, 0.03, 0.25]), torch.tensor([3, 1, 4], dtype=torch.int32)
+    for op, *args in (
+        (aten.fake_quantize_per_tensor_affine_cachemask.default, 0.1, 3),
+        (aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams.default, scale[1:2], zero[:1], torch.ones(1)),
+        (aten.fake_quantize_per_channel_affine_cachemask.default, scale, zero, 1),
+    ):
+        for found, true in zip(REWRITES[op](x, *args, -8, 17), op(x, *args, -8, 17), strict=True):
+            assert found.dtype == true.dtype and torch.equal(found, true), op
 
 
 @pytest.fixture

@@ -335,11 +335,18 @@ READ = {
     "copied": (
         lambda f: f.view(-1, 2, 3).transpose(1, 2).reshape(-1, 2), lambda n: torch.randint(0, 2, (3 * n,)), nn.CrossEntropyLoss(),
     ),
+    "a list of columns": (lambda f: f[:, [4, 0]], lambda n: torch.randn(n, 2).double(), nn.MSELoss()),
+    "joined": (
+        lambda f: torch.cat([f[:, 4:], f.flip(1)[:, 3:5]], 1), lambda n: torch.randint(0, 3, (n,)), nn.CrossEntropyLoss(),
+    ),
+    "one each": (
+        lambda f: f.gather(1, torch.arange(len(f))[:, None]), lambda n: torch.randn(n, 1).double(), nn.MSELoss(),
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "case", ["copied", *(pytest.param(c, marks=pytest.mark.slow) for c in ("slicing", "one entry"))]
+    "case", [c if c in ("copied", "joined") else pytest.param(c, marks=pytest.mark.slow) for c in READ]
 )
 def test_losses_of_entries_of_the_output(case):
     fn, targets, lossfunc = READ[case]
@@ -358,6 +365,8 @@ def test_samples_that_change_places_are_refused():
         extend(nn.CrossEntropyLoss())(model(x).flip(0), y).backward()
     with backpack(DiagGGNExact()), pytest.raises(LossError, match="no extended loss read it"):
         extend(nn.CrossEntropyLoss())(model(x)[:3], y[:3]).backward()
+    with backpack(DiagGGNExact()), pytest.raises(LossError, match="each sample's together and none twice"):
+        extend(nn.CrossEntropyLoss())(model(x)[:, [0, 1, 1]], y % 3).backward()
 
 
 # ---- traces of an extended model ------------------------------

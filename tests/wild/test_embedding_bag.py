@@ -10,7 +10,7 @@ from oracle import Oracle
 from torch import nn
 
 import fxcurv
-from fxcurv.errors import UnsupportedOpError
+from fxcurv.errors import ArgumentError, MixedSamplesError, UnsupportedOpError
 from fxcurv.extensions import HMP, BatchGrad, DiagGGNExact, DiagHessian
 
 ROWS = torch.tensor([[0, 1, 2], [1, 1, 1], [4, 3, 3], [2, 1, 4]])
@@ -65,7 +65,10 @@ def test_a_bag_per_sample(mode, scaled, padding):
         close(getattr(found, field), getattr(true, field)(), field)
 
 
-@pytest.mark.parametrize("mode, scaled, padding", [("sum", True, 1), ("mean", False, 1), ("mean", False, None)])
+UNEVEN = [("sum", True, 1), ("mean", False, 1), ("mean", False, None), ("max", False, 1), ("max", False, None)]
+
+
+@pytest.mark.parametrize("mode, scaled, padding", UNEVEN)
 def test_bags_of_any_lengths(mode, scaled, padding):
     """Indices of all samples in a row, and where each sample's begin: a bag's gradient is of its sample alone."""
     net, loop = nets(mode, scaled, uneven=True, padding_idx=padding)
@@ -81,10 +84,63 @@ def test_bags_of_any_lengths(mode, scaled, padding):
         close({name: found.hmp[name](v)}, {name: (h @ v.flatten()).reshape(v.shape)}, "hmp")
 
 
+def ragged(n, count):
+    """`count` indices in `n` bags, the last but one of them empty where there are three."""
+    torch.manual_seed(n + count)
+    inner = torch.randint(1, count, (n - 1,)).sort().values
+    begins = torch.cat([torch.zeros(1, dtype=torch.long), inner])
+    return torch.randint(5, (count,)), begins if n < 3 else begins.index_copy(0, torch.tensor([n - 2]), begins[-1:])
+
+
+@pytest.mark.parametrize(
+    "mode, training", [("max", True), *(pytest.param(m, False, marks=pytest.mark.slow) for m in ("mean", "sum", "max"))]
+)
+def test_one_program_for_all_numbers_of_indices(mode, training):
+    """A second number of indices makes the program for any, at any number of bags, one included."""
+    torch.manual_seed(0)
+    bag, head = nn.EmbeddingBag(5, 3, mode=mode, dtype=torch.float64), nn.Linear(3, 2, dtype=torch.float64)
+    net = Net(lambda m, x, begins: m.head(m.bag(x, begins).tanh()), bag=bag, head=head).train(training)
+    compiled = fxcurv.compile(net, nn.MSELoss(), [BatchGrad(), DiagGGNExact()], batch_dim=(None, 0))
+    for n, count in ((3, 7), (1, 2), (3, 9), (2, 2), (4, 12), (3, 8)):
+        x, y = ragged(n, count), torch.randn(n, 2, dtype=torch.float64)
+        loop = Net(
+            lambda m, x, begins: m.head(by_loop(m.bag, x.tensor_split(begins[1:]), ones(x, begins)).tanh()),
+            bag=bag, head=head,
+        )  # fmt: skip
+        found, true = compiled(x, y), Oracle(loop, nn.MSELoss(), x, y, kind="mse")
+        for field in FIELDS[:3]:
+            close(getattr(found, field), getattr(true, field)(), field)
+    assert len(compiled.recompiles) == 1
+
+
+def ones(x, begins):
+    return torch.ones(x.shape, dtype=torch.float64).tensor_split(begins[1:])
+
+
+def test_of_equal_entries_the_first_is_the_largest():
+    net, _ = nets("max", uneven=True)
+    with torch.no_grad():
+        net.bag.weight[1] = net.bag.weight[4]
+    y = torch.randn(4, 2, dtype=torch.float64)
+    found = fxcurv.compile(net, nn.MSELoss(), [], batch_dim=(None, 0))(BAGS, y)
+    true = torch.autograd.grad(nn.functional.mse_loss(net(*BAGS), y), list(net.parameters()))
+    close(found.grad, dict(zip(dict(net.named_parameters()), true, strict=True)), "grad")
+
+
 def test_what_no_derivative_says_is_refused():
     net, _ = nets("sum", scale_grad_by_freq=True)
     with pytest.raises(UnsupportedOpError, match="embedding_bag"):
         fxcurv.compile(net, nn.MSELoss())(ROWS, torch.randn(4, 2).double())
+
+
+def test_offsets_with_a_last_one_are_no_samples():
+    """In bags of any lengths: they are one more than the targets."""
+    net, _ = nets("sum", uneven=True, include_last_offset=True)
+    bags, y = (BAGS[0], torch.cat([BAGS[1], torch.tensor([7])])), torch.randn(4, 2).double()
+    with pytest.raises(ArgumentError, match="no input has a batch"):
+        fxcurv.compile(net, nn.MSELoss(), [BatchGrad()], batch_dim=None)(bags, y)
+    with pytest.raises(MixedSamplesError, match="without a sample axis"):
+        fxcurv.compile(net, nn.MSELoss(), [BatchGrad()], batch_dim=(None, 0))(bags, y)
 
 
 @pytest.mark.parametrize("padding", [(), (-1,)])

@@ -199,6 +199,38 @@ def test_what_a_mask_leaves_is_no_sample() -> None:
     assert "[x[:, 0] > -0.7]" in str(caught.value)
 
 
+def smoothed_rows(m: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(m.body(x))
+    h = h[x[:, 0].argsort()]
+    h = 2 * h
+    h = h.sin()
+    return m.head(h)
+
+
+def spread(m: Any, x: Tensor) -> Tensor:
+    h = m.body(x)
+    mean = h.sum(0)
+    mean = mean / 3
+    return m.head((h - mean).tanh())
+
+
+@pytest.mark.parametrize(
+    ("forward", "first", "then"),
+    [
+        pytest.param(smoothed_rows, "op aten.index.Tensor", "aten.sin.default"),
+        pytest.param(spread, "op aten.sum.dim_IntList", "aten.sub.Tensor", marks=pytest.mark.slow),
+    ],
+)
+def test_what_mixes_is_where_samples_come_together(forward: Any, first: str, then: str) -> None:
+    """Lines before the one that makes more of it than a sum, which is named beside it."""
+    with pytest.raises(MixedSamplesError) as caught:
+        fxcurv.compile(Net(forward, **parts()), lambda f: f.square().sum(), [BatchGrad()])(torch.randn(4, 2))
+    where, line, how, *_ = str(caught.value).splitlines()
+    assert where == first and ("argsort" in line or "h.sum(0)" in line), caught.value
+    assert how.startswith(f"mixes samples (op {then}") and "makes more of its result than a sum" in how, caught.value
+    assert "h.sin()" in how or "h - mean" in how, caught.value
+
+
 @pytest.mark.slow
 def test_individual_gradients_beside_a_number() -> None:
     """A number of the batch is a constant: the gradient of each sample's own term."""
