@@ -60,6 +60,7 @@ def export(
 
     shapes = {**dict(zip(("inputs", "targets"), pytree.tree_map(spec, (inputs, targets)), strict=True)), "seed": None}
     whole = Exported(subject.model, subject.loss, Stateless(program, arguments))
-    whole.train(subject.model.training)
+    # not `train()`, which is of all submodules: each has a mode of its own
+    whole.training = whole.step.training = subject.model.training
     with torch.no_grad():
         return torch.export.export(whole, (inputs, targets, seed), dynamic_shapes=shapes, strict=False)

@@ -332,6 +332,16 @@ def test_an_exported_program_is_saved_and_loaded(tmp_path):
         same(factors, pytree.tree_leaves(expected.kfac[name]))
 
 
+def test_export_leaves_modes_alone():
+    """A frozen layer in evaluation mode, inside a model in training mode; and the loss, which has a mode too."""
+    model, loss = mlp(), nn.CrossEntropyLoss()
+    model[1].eval()
+    loss.train(not model.training)
+    modes = [m.training for m in (*model.modules(), loss)]
+    fxcurv.compile(model, loss, [ext.BatchGrad()]).export(*features(4))
+    assert [m.training for m in (*model.modules(), loss)] == modes
+
+
 def test_products_are_not_exported():
     with pytest.raises(ArgumentError, match="GGNMP"):
         fxcurv.compile(mlp(), nn.CrossEntropyLoss(), [ext.GGNMP()]).export(*features(4))
