@@ -222,7 +222,10 @@ class _Part:
                     self._resize(graph, new, k, places, here)
         graph.output([env[n] for n in self.ends])
         self.part = fx.GraphModule(self.program.gm, graph)
-        self._try()
+        if any(self.at):
+            self._try()
+        else:
+            self.refusal = "nothing that it is computed from has positions"
 
     def _adds(self, node: fx.Node) -> bool:
         """Whether a sum over positions, which nothing in the part reads, is added up where it is made."""

@@ -3,6 +3,7 @@
     python tests/operators/coverage_models.py --jobs 4 --results coverage.json       # hours on two cores; may be stopped, goes on
     python tests/operators/coverage_models.py --models gpt2 vit --modes float64-eval
     python tests/operators/coverage_models.py --results coverage.json --write # the table in docs/models.md, of what has run
+    python tests/operators/coverage_models.py --attention                     # its last column alone, anew: minutes
 
 Needs `transformers` (the extra `models`).
 """
@@ -119,6 +120,62 @@ def _checked(case: str, mode: str, groups: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
+# ---- what became of attention ------------------------------
+
+ATTENTION = "attention"
+
+
+def attention(case: str) -> str:
+    """What the program of first-order quantities has for attention, as the report says it: in 64 bits and eval mode."""
+    import torch
+    from cases import CASES
+    from cases_huggingface import MODELS
+
+    import fxcurv
+    from fxcurv.errors import FxcurvError
+    from fxcurv.extensions import BatchGrad
+
+    torch.manual_seed(0)
+    described = {**CASES, **MODELS}[case]
+    model, loss, inputs, targets = described.build(torch.float64)
+    compiled = fxcurv.compile(model.eval(), loss, [BatchGrad()], batch_dim=described.batch_dim, check=None)
+    try:
+        program = compiled.lower(inputs, targets, after="fuse").program
+    except FxcurvError:  # the other columns say why
+        return "–"
+    found = [why for op, _, why in program.analysis.said if op == "scaled_dot_product_attention"]
+    kernels = [f"fused ({found.count('')})"] if "" in found else []
+    others = [f"mathematics ({found.count(why)}): {why}" for why in dict.fromkeys(found) if why]
+    own = [] if found else [f"its own softmax ({n})" for n in [_softmaxes(program)] if n]
+    return "; ".join([*kernels, *others, *own]) or "none"
+
+
+def _softmaxes(program: Any) -> int:
+    """How many the model has, without those of its loss."""
+    from fxcurv.ir.graph import ancestors
+
+    names = [str(n.target) for n in ancestors(program.heads)]
+    return sum("softmax" in name and "log_softmax" not in name for name in names)
+
+
+def with_column(text: str, found: dict[str, str]) -> str:
+    """The table with a last column of what became of attention, which it may have already."""
+    lines = []
+    for line in text.splitlines():
+        cells = line.strip("|").split("|")
+        title = cells[0].strip()
+        if line.startswith("| | "):
+            line = f"|{'|'.join(c for c in cells if c.strip() != ATTENTION)}| {ATTENTION} |"
+            width = line.count("|") - 1
+        elif line.startswith("|---"):
+            line = "|---" * width + "|"
+        elif title in ROWS and line.startswith("|"):
+            before = cells[width - 1].strip() if len(cells) >= width else "·"
+            line = f"|{'|'.join(cells[: width - 1])}| {found.get(ROWS[title], before)} |"
+        lines.append(line)
+    return "\n".join(lines)
+
+
 # ---- the table ------------------------------
 
 
@@ -172,6 +229,11 @@ def _reason(verdict: str) -> str:
     return text.replace("|", "\\|")[:300]
 
 
+def _written() -> str:
+    """The table in the document."""
+    return DOCUMENT.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].strip("\n")
+
+
 def write(text: str) -> None:
     """Put the table between its markers in the document."""
     document = DOCUMENT.read_text(encoding="utf-8")
@@ -191,7 +253,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--results", type=Path, help="a file that keeps what has run, so that it need not run again")
     parser.add_argument("--write", action="store_true", help="write the table into docs/models.md, and run nothing")
+    parser.add_argument(
+        "--attention", action="store_true", help="write what became of attention into the table that there is"
+    )
     options = parser.parse_args(arguments)
+    if options.attention:
+        found = {case: attention(case) for case in track(options.models, ATTENTION, console=Console(stderr=True))}
+        print(json.dumps(found, indent=1))
+        write(with_column(_written(), found))
+        return 0
     kept = options.results is not None and options.results.exists()
     results: dict[str, dict[str, str]] = json.loads(options.results.read_text()) if kept else {}
     if not options.write:
@@ -207,7 +277,7 @@ def main(arguments: list[str]) -> int:
                 results.setdefault(f"{case} {mode}", {}).update(future.result())
                 if options.results is not None:
                     options.results.write_text(json.dumps(results, indent=1))
-    text = table(results)
+    text = with_column(table(results), {case: attention(case) for case in options.models})
     print(text)
     if options.write:
         write(text)

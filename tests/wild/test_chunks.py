@@ -45,6 +45,21 @@ class Tokens(nn.Module):
         return self.head(self.norm(self.tokens(x)))
 
 
+class Decoder(nn.Module):
+    """A block of causal attention with two heads, and a table of positions."""
+
+    def __init__(self, classes: int, width: int, length: int):
+        super().__init__()
+        self.tokens, self.at = nn.Embedding(classes, width), nn.Parameter(torch.randn(length, width))
+        self.qkv, self.proj, self.norm = nn.Linear(width, 3 * width), nn.Linear(width, width), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.tokens(x) + self.at
+        q, k, v = (part.unflatten(2, (2, -1)).transpose(1, 2) for part in self.qkv(self.norm(h)).chunk(3, 2))
+        h = h + self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return F.linear(h, self.tokens.weight)
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of two positions, also where all would fit, and values written over whatever their size."""
@@ -156,3 +171,19 @@ def test_half_the_peak(tied: bool) -> None:
         compiled = fxcurv.compile(model, rows, extensions, outputs=False, check=None)
         compiled(x, y)
         assert peak(lambda c=compiled: c(x, y)) < plain / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extensions", [[], [BatchL2Grad()], [SumGradSquared()]], ids=["gradient", "norms", "squares"])
+def test_memory_grows_with_the_length(extensions: list) -> None:
+    """Not with its square: twice the tokens take twice the memory, of 4096 tokens hardly more than a plain gradient's."""
+    found = {}
+    for t in (2048, 4096):
+        torch.manual_seed(0)
+        model, x = Decoder(64, 32, t), torch.randint(64, (1, t))
+        plain = peak(lambda model=model, x=x: torch.autograd.grad(rows(model(x), x), list(model.parameters())))
+        compiled = fxcurv.compile(model, rows, extensions, check=None)
+        compiled(x, x)
+        found[t] = peak(lambda compiled=compiled, x=x: compiled(x, x))
+        assert found[t] < 1.2 * plain
+    assert found[4096] < 2.1 * found[2048]
