@@ -63,6 +63,7 @@ class Extension:
         by_op: whether the result depends on which ops the model is written in, so that none may be said in others.
         sample_axis: the axis of the result that the samples are on, None where it is one of all of them.
         leaves_out: whether the result may be of some of its parameters only.
+        pairs: whether it is of pairs of samples, for which `mesh=` sends the factors of P.
         holds_samples: whether the result is a sum over columns for every sample, which each part of them would write anew.
         combine: how each tensor of a parameter's value is made of those of several batches; () where it is not.
         extras: the same of the extra results, by field.
@@ -77,6 +78,7 @@ class Extension:
     needs_convex: ClassVar[bool] = False
     any_sample: ClassVar[bool] = False
     shows_columns: ClassVar[Any] = False
+    pairs: ClassVar[bool] = False
     holds_samples: ClassVar[bool] = False
     leaves_out: ClassVar[Any] = False
     by_op: ClassVar[bool] = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -13,11 +13,13 @@ from fxcurv.contractions.contract import Spec, combine
 from fxcurv.contractions.factors import Conv, Dense, Factor, Gather
 from fxcurv.contractions.sizes import dims
 from fxcurv.extensions.base import Param
-from fxcurv.ir.emit import declare
-from fxcurv.ir.placement import Shard
+from fxcurv.ir.crossings import Rows, Untraced
+from fxcurv.ir.emit import call, declare, first_sample, samples
+from fxcurv.ir.placement import PARTIAL, REPLICATE, Placement, Shard
 from fxcurv.ir.precision import HALF, widened
 from fxcurv.ir.private import pytree
-from fxcurv.ir.program import Decision
+from fxcurv.ir.program import Decision, Program
+from fxcurv.ir.ranks import IN_TURNS
 from fxcurv.ir.traced import sum_of
 from fxcurv.kernels.outer_gram import costs, outer_dots, outer_gram
 from fxcurv.quantity import Group
@@ -29,8 +31,11 @@ FACTORS, BLOCKS, WHOLE = "products of factors", "blocks of P", "materialise"
 def pair(param: Param, left: Sequence[Group], right: Sequence[Group]) -> fx.Node:
     """<P[v, n], P[w, m]> for the columns v of `left` and w of `right`, [V, N, W, M].
 
-    Of matrix products P is not formed; of an embedding, and of what is used in several ways, it is.
+    Of matrix products P is not formed; of an embedding, and of what is used in several ways, it is. Across ranks n is a
+    sample here and m one of all of them, whose factors (or P) travel.
     """
+    if across(param.program):
+        return _of_all(param, left, right)
     return param.emit(_tiled, [[_block(param, one, other) for other in right] for one in left])
 
 
@@ -49,6 +54,47 @@ def dots(param: Param, group: Group, vectors: fx.Node) -> fx.Node | None:
     return param.emit(_dots, found, vectors)
 
 
+def across(program: Program) -> bool:
+    """Whether samples are paired with those of other ranks."""
+    return program.options.ranks not in ("", IN_TURNS)
+
+
+def paired(param: Param, place: Placement | list[Placement], fn: Callable, *args: Any) -> fx.Node:
+    """`fn` of what `pair` gave: nodes, and lists of these, then what is none. Across ranks it lies at `place`."""
+    if not across(param.program):
+        return param.emit(fn, *args)
+    nodes = [a for a in args if isinstance(a, fx.Node | list)]
+    value = call(param.program, Untraced(fn, tuple(args[len(nodes) :])), *nodes, origin=param.origin())
+    declare(value, place, nodes)
+    return value
+
+
+def rows_of_all(param: Param, t: fx.Node, dim: int) -> fx.Node:
+    """The samples of all ranks, where `t` has those here along a dimension."""
+    program = param.program
+    target = Rows(dim, program.options.ranks)
+    value = call(program, target, t, samples(program), first_sample(program), origin=param.origin())
+    declare(value, REPLICATE, [t])
+    return value
+
+
+def _of_all(param: Param, left: Sequence[Group], right: Sequence[Group]) -> fx.Node:
+    groups = list(dict.fromkeys([*left, *right]))
+    factors = [dense(param, g) for g in groups]
+    if all(f is not None and f.arrange == factors[0].arrange for f in factors):
+        record(param, FACTORS if all(_sizes(f).s == 1 for f in factors) else BLOCKS)
+        own = {g: param.emit(_without_groups, [f]) for g, f in zip(groups, factors, strict=True)}
+        for (a, g), f in zip(own.values(), factors, strict=True):
+            declare(a, Shard(0), [f.a])
+            declare(g, Shard(1), [f.g])
+    else:
+        record(param, WHOLE)
+        own = {g: [param.contract(power=1, groups=[g], precise=True)] for g in groups}
+    every = {g: [rows_of_all(param, t, k if len(own[g]) > 1 else 1) for k, t in enumerate(own[g])] for g in right}
+    pairs = [own[g] for g in left], [every[g] for g in right]
+    return paired(param, Shard(1), _all_pairs, *pairs, bool(param.program.options.create_graph))
+
+
 def combined(param: Param, groups: Sequence[Group], weights: fx.Node) -> fx.Node:
     """sum_{v,n} weights[k, v, n] P[v, n], [K, *P]; the columns v are those of all groups in order."""
     parts, start = [], 0
@@ -57,7 +103,9 @@ def combined(param: Param, groups: Sequence[Group], weights: fx.Node) -> fx.Node
         own = param.emit(_some, weights, start, stop)
         found = dense(param, group)
         if found is not None:
-            parts.append(param.emit(_combined, found, own))
+            part = param.emit(_combined, found, own)
+            declare(part, PARTIAL, [own])
+            parts.append(part)
         else:
             count = int(weights.meta["val"].shape[0])
             rows = [param.emit(_row, own, k) for k in range(count)]
@@ -140,6 +188,19 @@ def _as_dense(factors: list[Any]) -> Factor:
 
 def _without_groups(factors: list[Dense]) -> list[Tensor]:
     return [t for f in factors for t in (f.a.squeeze(2), f.g.squeeze(3))]
+
+
+def _all_pairs(left: list[list[Tensor]], right: list[list[Tensor]], smooth: bool) -> Tensor:
+    """`smooth`: by ops that autograd follows."""
+    return _tiled([[_one_pair(p, q, smooth) for q in right] for p in left])
+
+
+def _one_pair(p: list[Tensor], q: list[Tensor], smooth: bool) -> Tensor:
+    if len(p) == 1:
+        return _inner(p[0], q[0])
+    if not smooth:
+        return outer_gram(*p, *q)
+    return _inner(*(torch.einsum("vnso,nsi->vnoi", g, a) for a, g in (p, q)))
 
 
 def _apart(f: Dense, vectors: Tensor) -> list[Tensor]:

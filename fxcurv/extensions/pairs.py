@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -12,9 +13,9 @@ from torch import Tensor, fx
 
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.base import Combine, Extension, Param
-from fxcurv.extensions.columns import WHOLE, combined, dots, pair, record
-from fxcurv.ir.emit import constant
-from fxcurv.ir.placement import samples_first
+from fxcurv.extensions.columns import WHOLE, across, combined, dots, pair, paired, record, rows_of_all
+from fxcurv.ir.emit import constant, first_sample
+from fxcurv.ir.placement import REPLICATE, Shard, samples_first
 from fxcurv.ir.traced import sum_of
 from fxcurv.quantity import GRADIENT, Gradient, Identity, Quantity, SqrtGGN
 from fxcurv.walks.groups import groups_of
@@ -26,16 +27,18 @@ class GramGrad(Extension):
 
     Of a matrix product with S positions it is sum_{s,t} <a_{n,s}, a_{m,t}> <b_{n,s}, b_{m,t}>, where that is cheaper than blocks
     of P: the report says which. Summed over parameters it is that of the whole gradients, the empirical tangent kernel
-    (Dangel et al. 2022, ViViT).
+    (Dangel et al. 2022, ViViT). Under `mesh=`, this and the others here have a row for each sample of this process, and a column
+    for each of all of them.
     """
 
     savefield = "gram_grad"
     sample_axis = 0
+    pairs = True
 
     def extract(self, param: Param) -> fx.Node:
         groups = groups_of(param.program, Gradient())
         rows = None if param.positions is None else param.program.analysis.rows
-        return param.emit(_of_gradients, pair(param, groups, groups), rows)
+        return paired(param, Shard(0), _of_gradients, pair(param, groups, groups), rows)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class GramGGN(_OfRoots):
 
     savefield = "gram_ggn"
     sample_axis = 1
+    pairs = True
     shows_columns = True
 
     def extract(self, param: Param) -> fx.Node:
@@ -99,6 +103,7 @@ class EighGGN(_OfRoots):
 
     top: int = 10
     savefield = "eigh_ggn"
+    pairs = True
 
     def check(self) -> None:
         super().check()
@@ -108,11 +113,21 @@ class EighGGN(_OfRoots):
     def extract_all(self, params: list[Param]) -> tuple[dict[str, Any], dict[str, fx.Node]]:
         first = params[0]
         groups = groups_of(first.program, self.requires)
-        gram = first.emit(sum_of, [pair(p, groups, groups) for p in params])
-        values, weights, second = first.emit(_eigenpairs, gram, self.top)
-        slopes = first.emit(sum_of, [pair(p, [GRADIENT], groups) for p in params])
-        vectors = {p.name: p.emit(_as_param, combined(p, groups, weights), p.node) for p in params}
-        along = {"values": values, "first": first.emit(_along, slopes, weights), "second": second}
+        gram = paired(first, Shard(1), sum_of, [pair(p, groups, groups) for p in params])
+        slopes = paired(first, Shard(1), sum_of, [pair(p, [GRADIENT], groups) for p in params])
+        if across(first.program):  # every rank takes the eigendecomposition of all samples, and its own of the rest
+            found = paired(first, [REPLICATE] * 3, _eigenpairs, rows_of_all(first, gram, 1), self.top)
+            values, weights, second = (paired(first, REPLICATE, operator.getitem, found, k) for k in range(3))
+            here = [gram, first_sample(first.program)]
+            own, second = (
+                paired(first, Shard(2), _own, weights, *here, 2),
+                paired(first, Shard(0), _own, second, *here, 0),
+            )
+        else:
+            values, weights, second = first.emit(_eigenpairs, gram, self.top)
+            own = weights
+        vectors = {p.name: p.emit(_as_param, combined(p, groups, own), p.node) for p in params}
+        along = {"values": values, "first": paired(first, Shard(0), _along, slopes, weights), "second": second}
         return vectors, {self.field_of(part): node for part, node in along.items()}
 
 
@@ -126,12 +141,13 @@ class NTK(Extension):
 
     savefield = "ntk"
     sample_axis = 0
+    pairs = True
     requires = Identity()
 
     def extract(self, param: Param) -> fx.Node:
         groups = groups_of(param.program, self.requires)
         head = param.program.heads[0]
-        return param.emit(_by_outputs, pair(param, groups, groups), head, head.meta["place"])
+        return paired(param, Shard(0), _by_outputs, pair(param, groups, groups), head, head.meta["place"])
 
 
 class Vectors(Mapping):
@@ -255,6 +271,11 @@ def _eigenpairs(gram: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
     second = (values.reshape(-1, 1) * vectors.square().sum(1)).t()
     scale = torch.where(known, values, 1).rsqrt() * known
     return values, vectors * scale.reshape(-1, 1, 1), second
+
+
+def _own(t: Tensor, gram: Tensor, first: Tensor, dim: int) -> Tensor:
+    """This rank's samples of all of them along `dim`; `gram` has its own in dimension 1."""
+    return t.index_select(dim, first + torch.arange(gram.shape[1], device=t.device))
 
 
 def _along(slopes: Tensor, weights: Tensor) -> Tensor:

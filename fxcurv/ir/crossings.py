@@ -74,5 +74,54 @@ class Sum:
         return list
 
 
-def _itself(t: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Rows:
+    """This rank's samples along a dimension -> those of all ranks there, in order: a sum of what is zero but for its own.
+
+    Called with the samples, how many all ranks have, and the number of the first one here.
+    """
+
+    dim: int
+    group: str
+    __name__: ClassVar[str] = "rows_of_all"
+    __qualname__: ClassVar[str] = "crossings"
+    over_ranks: ClassVar[str] = "rows"
+
+    def __call__(self, t: Tensor, total: int, first: Tensor) -> Tensor:
+        out = self._zeros(t, total)
+        out.narrow(self.dim, int(first), t.shape[self.dim]).copy_(t)
+        return _Add.apply(out, self.group)
+
+    def nothing(self, t: Tensor, total: int) -> Tensor:
+        """The same collective without samples of its own."""
+        return all_reduce(self._zeros(t, total), self.group)
+
+    def _zeros(self, t: Tensor, total: int) -> Tensor:
+        shape = [total if d == self.dim else int(size) for d, size in enumerate(t.shape)]
+        return torch.zeros(shape, dtype=t.dtype, device=t.device)
+
+    def value(self, t: Tensor, total: Any, first: Tensor) -> Tensor:
+        """A fake value: sizes count the samples of one process."""
+        return torch.empty_like(t)
+
+    def alone(self) -> Callable:
+        return _itself
+
+
+@dataclass(frozen=True)
+class Untraced:
+    """A function that is run as it is: axes that have one size in a trace, this rank's samples and all of them, have two."""
+
+    fn: Callable
+    static: tuple
+    __name__: ClassVar[str] = "untraced"
+    __qualname__: ClassVar[str] = "crossings"
+
+    def __call__(self, *values: Any) -> Any:
+        return self.fn(*values, *self.static)
+
+    value = __call__
+
+
+def _itself(t: Tensor, *_: Any) -> Tensor:
     return t

@@ -153,7 +153,7 @@ def _at_front(program: Program, target: Any, *args: Any, **kwargs: Any) -> fx.No
     return node
 
 
-def declare(node: Any, place: Placement, sources: Any) -> None:
+def declare(node: Any, place: Placement | list[Placement], sources: Any) -> None:
     """Say where the samples are on an emitted value, which holds if those of its `sources` are not mixed.
 
     For what the ops inside a traced function do not show (see `rules.split`).

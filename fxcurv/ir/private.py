@@ -229,7 +229,7 @@ __all__ = [
     "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform", "is_view", "make_fx",
     "maybe_mark_dynamic", "memory_of", "new_size", "no_hooks", "no_torch_functions", "node_of", "original", "own_buffers",
     "own_forward_hooks", "own_parameters", "patched", "precision_of_fsdp", "proxy_mode", "pytree", "rerouted",
-    "reshards_after_forward", "reshards_to_some", "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing",
+    "reshards_after_forward", "reshards_to", "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing",
     "uses_of_storage", "version_of", "without_fake_mode", "without_forward_hooks",
 ]  # fmt: skip
 
@@ -381,9 +381,10 @@ def reshards_after_forward(module: Any, outermost: bool) -> bool:
     return all(group._reshard_after_forward for group in _groups_of(state))
 
 
-def reshards_to_some(module: Any) -> bool:
-    """Whether an `FSDPModule` keeps larger shards between its passes, on some of its ranks (`reshard_after_forward=2`, say)."""
-    return any(group._use_post_forward_mesh for group in _groups_of(module._get_fsdp_state()))
+def reshards_to(module: Any) -> Any:
+    """The group of ranks that hold an `FSDPModule`'s parameters between its passes (`reshard_after_forward=2`); else None."""
+    found = [g.post_forward_mesh_info for g in _groups_of(module._get_fsdp_state()) if g._use_post_forward_mesh]
+    return found[0].shard_process_group if found else None
 
 
 def _groups_of(state: Any) -> list[Any]:

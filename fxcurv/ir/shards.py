@@ -8,8 +8,8 @@ are; `alone` is what one process computes in their place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -54,11 +54,43 @@ class Cut:
         missing = rows - t.shape[0]
         return torch.cat([t, t.new_zeros(missing, *t.shape[1:])]).reshape(-1) if missing else t.reshape(-1)
 
+    def of(self, t: Tensor) -> Tensor:
+        """This rank's piece, in memory of its own."""
+        return t.narrow(self.dim, min(self.rank * self.rows, t.shape[self.dim]), self.own).clone()
+
     def back(self, flat: Tensor, rows: int) -> Tensor:
         """The first rows of what `filled` gave."""
         rest = (*self.shape[: self.dim], *self.shape[self.dim + 1 :])
         t = flat.reshape(flat.numel() // max(math.prod(rest), 1), *rest)[:rows]
         return t.movedim(0, self.dim).contiguous()
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """What a mixed precision policy says of parameters.
+
+    Attributes:
+        own: their dtype; `computed`: as which they are gathered, and the graph computes with them.
+        reduced: as which terms of their results are added up over ranks, None for the terms' own.
+    """
+
+    own: torch.dtype
+    computed: torch.dtype
+    reduced: torch.dtype | None = None
+
+    def result(self, computed: torch.dtype) -> torch.dtype:
+        """The dtype of a result whose terms are of this one: the parameters' own, unless that is coarser."""
+        return self.own if torch.finfo(self.own).eps <= torch.finfo(computed).eps else computed
+
+    @property
+    def mixed(self) -> bool:
+        """Whether anything is of another dtype than the parameters."""
+        return self.computed != self.own or self.reduced not in (None, self.own)
+
+    @property
+    def coarsest(self) -> torch.dtype:
+        """The one with the largest rounding."""
+        return max((self.own, self.computed, self.reduced or self.own), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 @dataclass(frozen=True)
@@ -69,14 +101,30 @@ class Bucket:
         names: of the parameters; `cuts`: how each is cut.
         group: the name of the process group whose ranks hold a shard each.
         replicas: that of the group whose ranks hold the same shard, "" if there is none.
+        dtypes: of the parameters.
         again: gathered anew for the backward pass (`reshard_after_forward`).
+        between: (name, size, this one's number) of the group whose ranks hold a larger piece each from the forward pass to the
+            backward pass, which is gathered there (`reshard_after_forward=<number of ranks>`).
     """
 
     names: tuple[str, ...]
     cuts: tuple[Cut, ...]
     group: str
-    replicas: str = ""
+    replicas: str
+    dtypes: Dtypes
     again: bool = True
+    between: tuple[str, int, int] | None = None
+
+    def only(self, names: Container[str]) -> Bucket:
+        """Without other parameters."""
+        kept = [(n, c) for n, c in zip(self.names, self.cuts, strict=True) if n in names]
+        return replace(self, names=tuple(n for n, _ in kept), cuts=tuple(c for _, c in kept))
+
+    def held(self) -> Bucket:
+        """The pieces that are held between the passes."""
+        assert self.between is not None
+        group, size, rank = self.between
+        return replace(self, cuts=tuple(Cut(c.shape, c.dim, size, rank) for c in self.cuts), group=group, replicas="")
 
 
 class _Named:
@@ -95,7 +143,7 @@ class Begin(_Named):
 
     def __call__(self, shards: Sequence[Tensor]) -> Any:
         cuts = self.bucket.cuts
-        flat = [c.filled(t, c.rows) for c, t in zip(cuts, shards, strict=True)]
+        flat = [c.filled(t, c.rows).to(self.bucket.dtypes.computed) for c, t in zip(cuts, shards, strict=True)]
         mine = torch.cat(flat) if len(flat) > 1 else flat[0].contiguous()
         return torch.ops._c10d_functional.all_gather_into_tensor(mine, cuts[0].size, self.bucket.group)
 
@@ -122,11 +170,31 @@ class End(_Named):
 
 
 @dataclass(frozen=True)
+class Hold(_Named):
+    """Parameters -> this rank's piece of each, which is held until they are gathered again."""
+
+    bucket: Bucket
+    __name__: ClassVar[str] = "hold"
+    over_ranks: ClassVar[str] = "hold"
+
+    def __call__(self, whole: Sequence[Tensor]) -> list[Tensor]:
+        return [c.of(t) for c, t in zip(self.bucket.cuts, whole, strict=True)]
+
+    def alone(self) -> Callable:
+        return list
+
+
+@dataclass(frozen=True)
 class Scatter(_Named):
-    """Terms -> this rank's shards of their sums over the ranks of a group, flat, on their way."""
+    """Terms -> this rank's shards of their sums over the ranks of a group, flat, on their way.
+
+    Attributes:
+        dtype: as which they travel, None for their own.
+    """
 
     cuts: tuple[Cut, ...]
     group: str
+    dtype: torch.dtype | None = None
     __name__: ClassVar[str] = "begin_scatter"
     over_ranks: ClassVar[str] = "scatter"
 
@@ -134,7 +202,8 @@ class Scatter(_Named):
         size = self.cuts[0].size
         pieces = [c.filled(t, c.rows * size).view(size, -1) for c, t in zip(self.cuts, terms, strict=True)]
         joined = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
-        return torch.ops._c10d_functional.reduce_scatter_tensor(joined.reshape(-1), "sum", size, self.group)
+        joined = joined.reshape(-1).to(self.dtype or joined.dtype)
+        return torch.ops._c10d_functional.reduce_scatter_tensor(joined, "sum", size, self.group)
 
     def alone(self) -> Callable:
         return list
@@ -142,10 +211,15 @@ class Scatter(_Named):
 
 @dataclass(frozen=True)
 class Scattered(_Named):
-    """What `Scatter` gave -> the shards, added up over the replicas."""
+    """What `Scatter` gave -> the shards, added up over the replicas.
+
+    Attributes:
+        dtype: of the shards.
+    """
 
     cuts: tuple[Cut, ...]
-    replicas: str = ""
+    replicas: str
+    dtype: torch.dtype
     __name__: ClassVar[str] = "end_scatter"
 
     @property
@@ -158,6 +232,7 @@ class Scattered(_Named):
         own = ops.wait_tensor(flat)
         if self.replicas:
             own = ops.wait_tensor(ops.all_reduce(own, "sum", self.replicas))
+        own = own.to(self.dtype)
         parts = own.split([c.numel for c in self.cuts])
         return [c.back(p, c.own) for c, p in zip(self.cuts, parts, strict=True)]
 

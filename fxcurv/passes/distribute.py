@@ -26,7 +26,7 @@ from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Placement
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Input, Program
 from fxcurv.ir.ranks import IN_TURNS, plain_text, summed
-from fxcurv.ir.shards import Reduce, Reduced, Scatter, Scattered
+from fxcurv.ir.shards import Dtypes, Reduce, Reduced, Scatter, Scattered
 from fxcurv.ir.state import Spread
 from fxcurv.passes.owners import at_one_rank, owners
 from fxcurv.passes.scatters import in_shards
@@ -36,7 +36,7 @@ from fxcurv.rules.traits import over_ranks
 
 # One collective takes at most this many bytes, unless a single value is larger.
 BUCKET = 25 << 20
-BEGUN = ("sum", "scatter", "replicas", "reduce", "gather")
+BEGUN = ("sum", "scatter", "replicas", "reduce", "gather", "rows")
 """What nodes do that begin a collective (`rules.traits.over_ranks`)."""
 
 
@@ -208,14 +208,15 @@ class _Sums:
         title = node.meta["origin"]["op"]
         return [self._node(operator.getitem, (node, k), val, title) for k, val in enumerate(node.meta["val"])]
 
-    def _scatter(self, bucket: list[fx.Node], places: tuple[str, str], title: str) -> None:
+    def _scatter(self, bucket: list[fx.Node], places: tuple[str, str, Dtypes], title: str) -> None:
         """Sums over ranks of which every rank gets its shard."""
-        cuts, (group, replicas) = tuple(self.layouts[n][0] for n in bucket), places
+        cuts, (group, replicas, dtypes) = tuple(self.layouts[n][0] for n in bucket), places
+        sent, given = dtypes.reduced, dtypes.result(bucket[0].meta["val"].dtype)
         with self.program.fake_mode:
-            vals = [n.meta["val"].new_empty(cut.local()) for n, cut in zip(bucket, cuts, strict=True)]
-            flat = bucket[0].meta["val"].new_empty(sum(cut.numel for cut in cuts))
-        begun = self._node(Scatter(cuts, group), (bucket,), flat, title)
-        ended = self._node(Scattered(cuts, replicas), (begun,), vals, title)
+            flat = bucket[0].meta["val"].new_empty(sum(cut.numel for cut in cuts), dtype=sent)
+            vals = [n.meta["val"].new_empty(cut.local(), dtype=given) for n, cut in zip(bucket, cuts, strict=True)]
+        begun = self._node(Scatter(cuts, group, sent), (bucket,), flat, title)
+        ended = self._node(Scattered(cuts, replicas, given), (begun,), vals, title)
         self.shards |= dict(zip(bucket, self._items(ended), strict=True))
 
     def _shards_of_results(self) -> set[tuple[str, str]]:
@@ -382,11 +383,18 @@ def _copied(graph: fx.Graph) -> fx.Graph:
     return new
 
 
-def rest(gm: fx.GraphModule, done: int) -> Iterator[Callable[[], Any]]:
-    """What a rank that broke off, after `done` collectives, still has to do that others wait for: the same, on zeros."""
+def rest(gm: fx.GraphModule, done: int, total: int) -> Iterator[Callable[[], Any]]:
+    """What a rank that broke off, after `done` collectives, still has to do that others wait for: the same, on zeros.
+
+    Args:
+        total: the number of samples of all ranks.
+    """
     for n in gm.graph.nodes:
         if over_ranks(n) in BEGUN:
             if done <= 0:
                 given = fx.node.map_arg(n.args, lambda a: a.meta["val"])
+                if over_ranks(n) == "rows":
+                    yield functools.partial(n.target.nothing, given[0], total)  # type: ignore[union-attr]
+                    continue
                 yield functools.partial(n.target, *pytree.tree_map_only(Tensor, _zeros_like, given))
             done -= 1

@@ -1,8 +1,9 @@
 """gathers: parameters of `fully_shard` arrive as shards, and are gathered where they are used, a bucket at a time.
 
 A bucket is gathered for the forward pass, and again behind it, where `reshard_after_forward` says so; between and after its
-uses nobody holds it. What is computed of parameters alone (a transposed weight) and read in both halves is computed in both.
-The next bucket is on its way while one is used. This comes behind `schedule`, whose order it keeps.
+uses nobody holds it, but for larger pieces where that is a number of ranks, which are gathered over these. What is computed of
+parameters alone (a transposed weight) and read in both halves is computed in both. The next bucket is on its way while one is
+used. This comes behind `schedule`, whose order it keeps.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import fx
 
 from fxcurv.ir.origin import stage_of
 from fxcurv.ir.program import Program
-from fxcurv.ir.shards import Begin, Bucket, End
+from fxcurv.ir.shards import Begin, Bucket, End, Hold
 from fxcurv.rules.traits import over_ranks, random
 
 
@@ -26,9 +27,14 @@ def gathers(program: Program) -> Program:
         for name, node in given.items():
             with program.fake_mode:
                 node.meta["whole"] = node.meta["val"]
-                node.meta["val"] = node.meta["val"].new_empty(cuts[name].local())
-        for half in _halves(program, list(given.values()), bucket.again):
-            _gather(program, _only(bucket, set(given)), list(given.values()), half)
+                node.meta["val"] = node.meta["val"].new_empty(cuts[name].local(), dtype=bucket.dtypes.own)
+        params, bucket = list(given.values()), bucket.only(given)
+        pieces, halves = params, _halves(program, params, bucket.again)
+        for k, half in enumerate(halves):
+            whole = _gather(program, bucket, pieces, params, half)
+            if bucket.between and k + 1 < len(halves):
+                bucket = bucket.held()
+                pieces = _hold(program, bucket, whole)
     _ahead(program)
     program.refresh_output()
     program.graph.lint()
@@ -39,12 +45,6 @@ def _given(program: Program) -> Iterator[tuple[str, fx.Node]]:
     for what, node in zip(program.inputs, program.graph.find_nodes(op="placeholder"), strict=True):
         if what.kind == "param":
             yield what.name, node
-
-
-def _only(bucket: Bucket, names: set[str]) -> Bucket:
-    """Without parameters that nothing reads."""
-    kept = [(n, c) for n, c in zip(bucket.names, bucket.cuts, strict=True) if n in names]
-    return Bucket(tuple(n for n, _ in kept), tuple(c for _, c in kept), bucket.group, bucket.replicas, bucket.again)
 
 
 def _halves(program: Program, params: list[fx.Node], again: bool) -> list[list[fx.Node]]:
@@ -100,11 +100,17 @@ def _again(
     return copies[value]
 
 
-def _gather(program: Program, bucket: Bucket, params: list[fx.Node], reads: list[fx.Node]) -> None:
-    """Gather the bucket in front of the first of these nodes, and let all of them read it."""
+def _gather(
+    program: Program, bucket: Bucket, pieces: list[fx.Node], params: list[fx.Node], reads: list[fx.Node]
+) -> list[fx.Node]:
+    """Gather the bucket in front of the first of these nodes, and let all of them read it.
+
+    Args:
+        pieces: what is gathered, in place of `params`.
+    """
     graph, origin = program.graph, {"stage": "distribute", "op": "gather", "module": ""}
     with graph.inserting_before(reads[0]):
-        begun = graph.call_function(Begin(bucket), (params,))
+        begun = graph.call_function(Begin(bucket), (pieces,))
         ended = graph.call_function(End(bucket), (begun,))
         whole = [graph.call_function(operator.getitem, (ended, k)) for k in range(len(params))]
     vals = [p.meta["whole"] for p in params]
@@ -115,14 +121,38 @@ def _gather(program: Program, bucket: Bucket, params: list[fx.Node], reads: list
             reader.replace_input_with(param, node)
     if any(r.op == "output" for r in reads):
         program.rename(dict(zip(params, whole, strict=True)))
+    return whole
+
+
+def _hold(program: Program, bucket: Bucket, whole: list[fx.Node]) -> list[fx.Node]:
+    """The pieces that this rank keeps of what was gathered, right behind it."""
+    graph, origin = program.graph, {"stage": "distribute", "op": "hold", "module": ""}
+    with program.fake_mode:
+        vals = [n.meta["val"].new_empty(c.local()) for n, c in zip(whole, bucket.cuts, strict=True)]
+    with graph.inserting_after(whole[-1]):
+        held = graph.call_function(Hold(bucket), (whole,))
+    held.meta = {"val": vals, "origin": origin}
+    pieces: list[fx.Node] = []
+    for k, val in enumerate(vals):
+        with graph.inserting_after(pieces[-1] if pieces else held):
+            pieces.append(graph.call_function(operator.getitem, (held, k)))
+        pieces[-1].meta = {"val": val, "origin": origin}
+    return pieces
 
 
 def _ahead(program: Program) -> None:
     """Begin every gather right behind the arrival of the one before it."""
     begun = [n for n in program.graph.nodes if over_ranks(n) == "gather"]
     for one, other in zip(begun, begun[1:], strict=False):
-        (ended,) = one.users
-        last = ended
-        while last.next.target is operator.getitem and last.next.args[0] is ended:
+        (last,) = one.users
+        arrived = {last}
+        while _comes_of(last.next, arrived):
             last = last.next
+            arrived.add(last)
         last.append(other)
+
+
+def _comes_of(node: fx.Node, arrived: set[fx.Node]) -> bool:
+    """Whether this is a part of what arrived, or is held of it."""
+    plain = node.target is operator.getitem or over_ranks(node) == "hold"
+    return plain and all(i in arrived for i in node.all_input_nodes)

@@ -13,16 +13,16 @@ from fxcurv.ir.graph import is_tensor
 from fxcurv.ir.graph import layout as laid_out
 from fxcurv.ir.placement import PARTIAL
 from fxcurv.ir.program import Program
-from fxcurv.ir.shards import Cut
+from fxcurv.ir.shards import Cut, Dtypes
 from fxcurv.rules.traits import pointwise
 
-Layout = tuple[Cut, str, str]  # how a value is cut, over which group, and its replicas
+Layout = tuple[Cut, str, str, Dtypes]  # how a value is cut, over which group, its replicas, and as what it travels
 
 
 def layouts(program: Program) -> dict[str, Layout]:
     """By parameter."""
     return {
-        name: (cut, bucket.group, bucket.replicas)
+        name: (cut, bucket.group, bucket.replicas, bucket.dtypes)
         for bucket in program.options.sharded
         for name, cut in zip(bucket.names, bucket.cuts, strict=True)
     }

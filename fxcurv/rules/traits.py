@@ -344,8 +344,8 @@ WEIGHED = {aten.nll_loss_forward.default, aten.nll_loss2d_forward.default}
 def over_ranks(node: fx.Node) -> str:
     """What a node does between the ranks of a process group.
 
-    "sum", "wait" for one, "gather" shards, sum and "scatter", wait for that and sum over "replicas", "reduce" to one rank
-    (`ir.shards`), what each rank may "read" (`ir.crossings`), or nothing, "".
+    "sum", "wait" for one, "gather" shards, "hold" some, sum and "scatter", wait for that and sum over "replicas", "reduce" to one
+    rank (`ir.shards`), what each rank may "read", all ranks' "rows" (`ir.crossings`), or nothing, "".
     """
     ops = torch.ops._c10d_functional
     known = {ops.all_reduce.default: "sum", ops.wait_tensor.default: "wait"}

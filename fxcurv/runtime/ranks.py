@@ -98,17 +98,19 @@ class Ranks:
         gm: fx.GraphModule,
         arguments: Callable[[], Sequence[Any]],
         compiled: Callable[[list[Any]], tuple] | None = None,
+        total: int = 0,
     ) -> tuple:
         """Run a graph with collectives; if it breaks off here, the ones that others wait for are still done.
 
         Args:
             compiled: runs in place of the graph, with its collectives in their order.
+            total: the number of samples of all ranks.
         """
         before = self._begun()
         try:
             return gm(*arguments()) if compiled is None else compiled(list(arguments()))
         except Exception:
-            for collective in rest(gm, self._begun() - before):
+            for collective in rest(gm, self._begun() - before, total):
                 begun = collective()
                 if isinstance(begun, OnItsWay):
                     begun.wait()
@@ -156,7 +158,7 @@ def ranks_of(mesh: Any, model: nn.Module, extensions: Sequence[Extension], backe
 
     Raises:
         ArgumentError: for what is no mesh, or is not of the ranks that the model is wrapped for; other backends than "eager"
-            with factors at one rank each.
+            with factors at one rank each, and with pairs of samples.
         ExtensionError: for samples by their numbers.
     """
     if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
@@ -183,6 +185,9 @@ def ranks_of(mesh: Any, model: nn.Module, extensions: Sequence[Extension], backe
         raise ArgumentError(
             f"mesh= with assign='layers' and backend={backend!r} is not supported: use 'eager', or assign='all'"
         )
+    for e in extensions if backend != "eager" else ():
+        if e.pairs:
+            raise ArgumentError(f"mesh= with {type(e).__name__} and backend={backend!r} is not supported: use 'eager'")
     no_numbers(extensions)
     return ranks
 

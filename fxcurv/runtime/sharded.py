@@ -7,7 +7,8 @@ program is found by. Only where a program is made or checked, at its first call,
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,15 +18,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fxcurv.errors import ArgumentError
+from fxcurv.front.arguments import map_leaves
 from fxcurv.ir.private import (
     own_forward_hooks,
     own_parameters,
     precision_of_fsdp,
     reshards_after_forward,
-    reshards_to_some,
+    reshards_to,
 )
 from fxcurv.ir.program import Program
-from fxcurv.ir.shards import Bucket, Cut
+from fxcurv.ir.shards import Bucket, Cut, Dtypes
 from fxcurv.runtime.ranks import Ranks
 
 
@@ -33,7 +35,7 @@ class Sharded:
     """The parameters of a model that are sharded, for one call.
 
     Attributes:
-        params: name -> the `DTensor`; `buckets`: how graphs gather them.
+        params: name -> the `DTensor`; `buckets`: how graphs gather them; `dtypes`: as which they are computed with.
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks):
@@ -46,7 +48,8 @@ class Sharded:
                 f"parameter '{min(others)}' is a DTensor that fully_shard has not made (tensor parallelism), which is not "
                 "supported with mesh=. Way out: fully_shard in its place"
             )
-        self._stands = {name: _without_memory(p) for name, p in self.params.items()}
+        self.dtypes = {name: bucket.dtypes for bucket in self.buckets for name in bucket.names}
+        self._stands = {name: _without_memory(p, self.dtypes[name].computed) for name, p in self.params.items()}
 
     def local(self) -> dict[str, Tensor]:
         """This rank's shards, by name."""
@@ -69,17 +72,33 @@ class Sharded:
                 stand.untyped_storage().resize_(0)
 
     def results(self, program: Program, fields: dict[str, Any]) -> dict[str, Any]:
-        """Results with the mesh and placements of their parameters, where they have the parameter's shape."""
+        """Results with the mesh, placements and dtype of their parameters, where they have the parameter's shape."""
         known = {field: fields[field] for field in program.spread.summed if isinstance(fields.get(field), dict)}
         return {
             **fields,
             **{f: {n: self._placed(program, f, n, v) for n, v in table.items()} for f, table in known.items()},
         }
 
+    def compared(self, program: Program, fields: dict[str, Any]) -> dict[str, Any]:
+        """Whole results in the dtype of their largest rounding, which a comparison allows for."""
+        out = dict(fields)
+        for field in program.spread.summed.intersection(fields):
+            if isinstance(table := fields[field], dict):
+                out[field] = {name: self._coarse(name, value) for name, value in table.items()}
+        return out
+
+    def _coarse(self, name: str, value: Any) -> Any:
+        p, dtypes = self.params.get(name), self.dtypes.get(name)
+        if dtypes is None or not dtypes.mixed or not isinstance(value, Tensor) or value.shape != p.shape:  # type: ignore[union-attr]
+            return value
+        return value.to(dtypes.coarsest)
+
     def _placed(self, program: Program, field: str, name: str, value: Any) -> Any:
         p = self.params.get(name)
         if p is None or not isinstance(value, Tensor) or isinstance(value, DTensor):
             return value
+        if value.shape == p.shape:
+            value = value.to(self.dtypes[name].result(value.dtype))
         if (field, name) in program.spread.shards:
             stride = torch.empty(p.shape, device="meta").stride()
             return DTensor.from_local(value, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=stride)
@@ -88,11 +107,10 @@ class Sharded:
 
 @contextlib.contextmanager
 def stand_ins(model: nn.Module, ranks: Ranks) -> Iterator[Sharded]:
-    """With plain tensors without memory for the parameters that are sharded, and without what FSDP does around a forward pass.
+    """With plain tensors without memory for the parameters that are sharded, and of what FSDP does around a forward pass casts.
 
     Raises:
-        ArgumentError: for parameters on another mesh, or cut in another way, a mixed precision policy that is of other dtypes
-            than they are, and parameters that are cut in another way between the passes.
+        ArgumentError: for parameters on another mesh, or cut in another way.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -111,9 +129,12 @@ def stand_ins(model: nn.Module, ranks: Ranks) -> Iterator[Sharded]:
             for name, p in list(own_parameters(module).items()):
                 if id(p) in stands:
                     own_parameters(module)[name] = stands[id(p)]
-            for hooks in own_forward_hooks(module):
+            for hooks, cast in zip(own_forward_hooks(module), _casts(module), strict=True):
                 for key in [k for k, hook in hooks.items() if _of_fsdp(hook)]:
-                    del hooks[key]
+                    if cast is None:
+                        del hooks[key]
+                    else:
+                        hooks[key] = cast
         yield sharded
     finally:
         for table, old in undo:
@@ -121,8 +142,8 @@ def stand_ins(model: nn.Module, ranks: Ranks) -> Iterator[Sharded]:
             table.update(old)
 
 
-def _without_memory(p: DTensor) -> nn.Parameter:
-    t = torch.empty(p.shape, dtype=p.dtype, device=p.device)
+def _without_memory(p: DTensor, dtype: torch.dtype) -> nn.Parameter:
+    t = torch.empty(p.shape, dtype=dtype, device=p.device)
     t.untyped_storage().resize_(0)
     return nn.Parameter(t, p.requires_grad)
 
@@ -140,17 +161,31 @@ def _buckets(model: nn.Module, params: dict[str, DTensor], ranks: Ranks) -> Iter
             dim = next(k for k, place in enumerate(alike[0].placements) if isinstance(place, Shard))
             group = _group(alike[0], dim, ranks)
             others = [_group(alike[0], k, ranks) for k in range(alike[0].device_mesh.ndim) if k != dim]
+            between = reshards_to(module)
             yield Bucket(
                 tuple(names[id(p)] for p in alike),
                 tuple(_cut(p, dim) for p in alike),
                 group.group_name,
                 others[0].group_name if others else "",
+                _dtypes(alike[0], precision_of_fsdp(module)),
                 reshards_after_forward(module, id(module) not in inside),
+                (_noted(between, ranks).group_name, between.size(), between.rank()) if between is not None else None,
             )
 
 
+def _dtypes(p: Tensor, policy: Any) -> Dtypes:
+    """Of a parameter, by the policy of its module."""
+    if not p.is_floating_point():
+        return Dtypes(p.dtype, p.dtype)
+    return Dtypes(p.dtype, policy.param_dtype or p.dtype, policy.reduce_dtype)
+
+
 def _group(p: DTensor, dim: int, ranks: Ranks) -> Any:
-    group = p.device_mesh.get_group(dim)
+    return _noted(p.device_mesh.get_group(dim), ranks)
+
+
+def _noted(group: Any, ranks: Ranks) -> Any:
+    """A group, which graphs have collectives over."""
     if group.group_name not in {g.group_name for g in ranks.others}:
         ranks.others.append(group)
     return group
@@ -159,6 +194,28 @@ def _group(p: DTensor, dim: int, ranks: Ranks) -> Any:
 def _cut(p: DTensor, dim: int) -> Cut:
     place: Any = p.placements[dim]
     return Cut(tuple(p.shape), place.dim, p.device_mesh.size(dim), p.device_mesh.get_local_rank(dim))
+
+
+def _casts(module: nn.Module) -> tuple[Callable | None, Callable | None]:
+    """What runs before and after the forward pass of a module that has a mixed precision policy, in place of FSDP's own hooks."""
+    if not isinstance(module, FSDPModule):
+        return None, None
+    policy = precision_of_fsdp(module)
+    before = functools.partial(_cast_inputs, policy.param_dtype) if policy.cast_forward_inputs else None
+    after = functools.partial(_cast_output, policy.output_dtype)
+    return before if policy.param_dtype else None, after if policy.output_dtype else None
+
+
+def _cast_inputs(dtype: torch.dtype, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    return _cast(args, dtype), _cast(kwargs, dtype)
+
+
+def _cast_output(dtype: torch.dtype, module: nn.Module, args: tuple, output: Any) -> Any:
+    return _cast(output, dtype)
+
+
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    return map_leaves(values, Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
 def _of_fsdp(hook: Any) -> bool:
@@ -186,27 +243,6 @@ def _check(model: nn.Module, sharded: dict[str, DTensor], ranks: Ranks) -> None:
                 f"parameter '{name}' is placed {list(p.placements)}, and mesh= takes what fully_shard has cut along one "
                 "dimension. Way out: fully_shard alone; layers that are cut for tensor parallelism are not supported"
             )
-    for name, module in model.named_modules():
-        if isinstance(module, FSDPModule):
-            _check_wrapped(name, module)
-
-
-def _check_wrapped(name: str, module: FSDPModule) -> None:
-    """Refuse what a `fully_shard` asks for and graphs do not do."""
-    of = f"fully_shard of '{name}'" if name else "fully_shard of the model"
-    policy = precision_of_fsdp(module)
-    dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}  # type: ignore[attr-defined]
-    asked = {field: getattr(policy, field) for field in ("param_dtype", "reduce_dtype", "output_dtype")}
-    others = [f"{field}={dtype}" for field, dtype in asked.items() if dtype is not None and dtypes - {dtype}]
-    if others:
-        raise ArgumentError(
-            f"{of} has a mixed precision policy, {', '.join(others)} for parameters of {' and '.join(map(str, dtypes))}, which "
-            "is not supported with mesh=. Way out: torch.autocast around the call, or parameters of that dtype"
-        )
-    if reshards_to_some(module):
-        raise ArgumentError(
-            f"{of} has reshard_after_forward=<number of ranks>, which is not supported with mesh=. Way out: True or False"
-        )
 
 
 def whole(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from fxcurv.front.arguments import Arguments
 from fxcurv.front.requests import Request, Subject
 from fxcurv.ir.private import pytree
 from fxcurv.ir.ranks import plain_text
+from fxcurv.ir.shards import Bucket
 from fxcurv.kronecker import Owner
 from fxcurv.passes.recycle import functional
 from fxcurv.result import Result
@@ -181,7 +182,7 @@ class _Call:
         """Compute the result."""
         backend, flat = self.backend, self.bound(self.request.arguments, self.part)
         memory = functools.partial(take_memory, self.ready, backend, self.request.arguments, flat, kept)
-        values, _ = self.ranks.together(lambda: self._values(self.request.arguments, flat, memory))
+        values, _ = self.ranks.together(lambda: self._values(self.request.arguments, flat, memory, self.part[0]))
         result = result_of(self.ready, self.subject, backend, flat, values)
         self.program.python.run_effects(self.subject.modules())
         if out is not None:
@@ -196,10 +197,10 @@ class _Call:
         )
         return result
 
-    def _values(self, arguments: Arguments, flat: list[Any], memory: Callable[[], list[Tensor]]) -> tuple:
+    def _values(self, arguments: Arguments, flat: list[Any], memory: Callable[[], list[Tensor]], total: int) -> tuple:
         try:
             if self.backend.name == "eager":
-                return self.ranks.run(self.program.gm, lambda: [*flat, *memory()])
+                return self.ranks.run(self.program.gm, lambda: [*flat, *memory()], total=total)
             self.ready.runner = self.ready.runner or self.backend.runner(self.program)
             return self.ranks.run(self.program.gm, lambda: flat, self.ready.runner)
         except torch.OutOfMemoryError:
@@ -244,7 +245,7 @@ class _Call:
             self.bound(mine, (sum(sizes), sum(sizes[: self.ranks.rank]))),
         )
         with torch.random.fork_rng(cuda_devices(flat)):
-            values, _ = self.ranks.together(lambda: self._values(mine, part, memory))
+            values, _ = self.ranks.together(lambda: self._values(mine, part, memory, sum(sizes)))
         loss, leaves, mutations, results, extras = self.program.unpack(values, lambda t: t)
         results = self.sharded.results(self.program, results)
         places, together = self.program.spread.places, functools.partial(self.ranks.whole, sizes=sizes)
@@ -253,7 +254,7 @@ class _Call:
             {field: together(fields[field], known) for field, known in places[kind].items()}
             for kind, fields in (("results", results), ("extras", extras))
         )
-        unpacked = loss, leaves, mutations, results, extras
+        unpacked = loss, leaves, mutations, self.sharded.compared(self.program, results), extras
 
         def here() -> None:
             with torch.random.fork_rng(cuda_devices(flat)):
@@ -307,10 +308,19 @@ def what_is_asked(programs: Programs[Ready], request: Request) -> dict[str, list
         "the parameters": [
             f"{name} {tuple(shape)} {dtype} requires_grad={on}" for name, on, dtype, _, shape in key.tensors
         ],
+        "the sharded parameters": [_sharding(bucket) for bucket in request.sharded],
         "the inputs": [f"{shape} {dtype}" for shape, dtype, _ in key.inputs],
         "the targets": [f"{shape} {dtype}" for shape, dtype, _ in key.targets],
         "autocast": [str(request.mode.dtype)],
     }
+
+
+def _sharding(bucket: Bucket) -> str:
+    """How a bucket travels, but for what is another on every rank."""
+    between = bucket.between and bucket.between[1]
+    return (
+        f"{', '.join(bucket.names)}: {bucket.dtypes}, gathered again: {bucket.again}, held by {between} ranks between"
+    )
 
 
 def _agree(ranks: Ranks, mine: dict[str, list[str]]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from fxcurv.errors import ArgumentError
 from fxcurv.ir.private import pytree, tracing
 from fxcurv.result import Result
+from fxcurv.rules.traits import over_ranks
 from fxcurv.runtime.bind import seed_tensor
 from fxcurv.runtime.programs import Ready
 from fxcurv.runtime.stateless import fields_of, parted, refuse_packed
@@ -49,7 +50,8 @@ def call_in_step_on_ranks(steps: Steps, inputs: Any, targets: tuple, seed: int |
     """`Compiled.__call__` under `mesh=`, where Dynamo traces it.
 
     Raises:
-        ArgumentError: for products, buffers that a call writes, sharded parameters, factors at one rank each, and autocast.
+        ArgumentError: for products, buffers that a call writes, sharded parameters, factors at one rank each, pairs of samples,
+            and autocast.
     """
     refuse_packed(inputs)
     subject = steps.subject
@@ -81,6 +83,7 @@ def form_for(name: str, skeleton: Any, modes: list[bool], *tensors: Tensor) -> s
         others = {
             "products": program.borrowing, "new values of buffers (batch norm in training mode)": program.mutations,
             "assign='layers'": program.spread.owners,
+            "pairs of samples": [n for n in program.graph.nodes if over_ranks(n) == "rows"],
         }  # fmt: skip
         for what in [what for what, found in others.items() if found]:
             raise ArgumentError(f"mesh= inside torch.compile with {what} is not supported: call it outside")

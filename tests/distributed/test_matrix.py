@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fxcurv
-from fxcurv.errors import ArgumentError, MixedSamplesError
+from fxcurv.errors import MixedSamplesError
 from fxcurv.extensions import (
     GGNMP,
     HMP,
@@ -29,7 +29,6 @@ from fxcurv.extensions import (
     BatchDiagHessian,
     DiagHessian,
     Dots,
-    EighGGN,
     Extension,
     GramGGN,
     GramGrad,
@@ -42,10 +41,10 @@ WRAPPERS = ("plain", "ddp", "fsdp", "hsdp")
 MODELS = ("mlp", "cnn", "transformer", "batch_norm")
 CUTS = {2: [[5, 2], [0, 7], [6, 1]], 4: [[3, 0, 2, 2], [1, 1, 1, 4], [0, 0, 0, 7]]}
 PRODUCTS = (GGNMP(), HMP())
-# What is refused on several ranks: samples in pairs, KFRA across max-pooling, Hessians of what is traced at numbers for sizes.
+# What is refused on several ranks: KFRA across max-pooling, Hessians of what is traced at numbers for sizes.
 # Across batch norm in training mode samples interact, so the gradient (and new statistics) are all there is.
 REFUSED: dict[str, tuple[type[Extension], ...]] = {
-    "mlp": (NTK, GramGrad, GramGGN, EighGGN),
+    "mlp": (),
     "cnn": (KFRA,),
     "transformer": (DiagHessian, BatchDiagHessian),
     "batch_norm": (),
@@ -62,7 +61,7 @@ def asked_of(name: str) -> list[Extension]:
     without = (*REFUSED[name], *((KFRA,) if name == "transformer" else ()))  # which no process has there
     found = [e for e in EVERY if not isinstance(e, without)]
     found = [dataclasses.replace(e, joint=True) if name == "cnn" and isinstance(e, KFLR) else e for e in found]
-    more = [Dots(vectors), Projected(3)]
+    more = [Dots(vectors), Projected(3), NTK(), GramGrad(), GramGGN()]
     if name == "mlp":
         factors = fxcurv.compile(model, loss, [KFLR()], check=None)(x, y).kflr
         more += [Quadratic(Blocks(factors).inverse(0.1)), *PRODUCTS]
@@ -140,18 +139,6 @@ def refusals(rank: int, count: int) -> list[str]:
     return missed
 
 
-def fewer(rank: int, count: int) -> list[str]:
-    """The same of shards that are larger between the passes."""
-    model, loss, x, y = made("mlp", count)
-    fully_shard(model[0], mesh=mesh_of(count), reshard_after_forward=2)
-    compiled = fxcurv.compile(fully_shard(model, mesh=mesh_of(count)), loss, mesh=mesh_of(count), check=None)
-    try:
-        compiled(x[:1], y[:1])
-    except ArgumentError as error:
-        return [] if "reshard_after_forward=<number of ranks>" in str(error) else [str(error)]
-    return ["reshard_after_forward=2: not refused"]
-
-
 def cells(rank: int, count: int, known: dict) -> dict[str, str]:
     """What is wrong, by cell."""
     wrong: dict[str, str] = {}
@@ -161,7 +148,7 @@ def cells(rank: int, count: int, known: dict) -> dict[str, str]:
                 cell(rank, count, wrapper, name, asked, want)
             except Exception:
                 wrong[f"{count} ranks, {wrapper}, {name}"] = traceback.format_exc()
-    missed = refusals(rank, count) if count == 2 else fewer(rank, count)
+    missed = refusals(rank, count) if count == 2 else []
     return {**wrong, **({"refusals": "\n".join(missed)} if missed else {})}
 
 

@@ -9,7 +9,7 @@ from processes import each, on_ranks
 from subjects import alone, compare, made, mesh_of, part
 from test_ranks import raised
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor, Shard
@@ -147,7 +147,7 @@ def first_order(model, x, y):
 
 
 def gathered(rank, count=2, shape=(2,), modes=(True,)):
-    """At no time are more than two layers' parameters whole; results are computed in shards."""
+    """At no time are more than two layers' parameters whole; results are computed in shards. `modes`: `reshard_after_forward`."""
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     torch.manual_seed(1)
     x, y = torch.randn(count, 15).double(), torch.randint(3, (count,))
@@ -170,16 +170,19 @@ def gathered(rank, count=2, shape=(2,), modes=(True,)):
         sums = [n.meta["val"].numel() for n in program.graph.nodes if over_ranks(n) == "sum"]
         assert sum(sums) < 5, "the loss and what it is divided by; all else is left in shards"
         pieces = -(-15 // shape[-1]) * shape[-1]  # a layer's rows, filled up
+        held_between = [n.meta["val"][0].shape for n in program.graph.nodes if over_ranks(n) == "hold"]
+        assert held_between == ([(8 - rank % 2, 15)] * (LAYERS - 1) if again == 2 and shape == (4,) else [])
         found[again] = held.most / (8 * (pieces * 15 + pieces)), held.gathers
     return found
 
 
 def check_gathers(found):
-    most, gathers = found[True]
-    assert most <= 2, "two buckets: the one that is used, and the next one"
-    assert gathers == LAYERS + 1 + (LAYERS - 1), (
-        "forward, the root's once, and backward, where the first layer needs no weight"
-    )
+    for again in [mode for mode in found if mode]:
+        most, gathers = found[again]
+        assert most <= 2, "two buckets: the one that is used, and the next one"
+        assert gathers == LAYERS + 1 + (LAYERS - 1), (
+            "forward, the root's once, and backward, where the first layer needs no weight"
+        )
     if False in found:
         assert found[False] == (LAYERS - 1, LAYERS + 1), (
             "gathered once, and kept for the backward pass where it is read there"
@@ -194,7 +197,7 @@ def test_sharded_parameters_are_gathered_a_bucket_at_a_time(found):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(4,), (2, 2)], ids=["fsdp", "hsdp"])
 def test_four_ranks_gather_a_bucket_at_a_time(shape):
-    for found in on_ranks(4, gathered, 4, shape, (True, False), limit=600):
+    for found in on_ranks(4, gathered, 4, shape, (True, False, 2), limit=600):
         check_gathers(found)
 
 
@@ -330,6 +333,20 @@ def test_what_is_on_other_meshes_is_refused(found, key, said):
         assert name in ("ArgumentError", "RankError") and said in message, (name, message)
 
 
+def outside(rank):
+    """A mesh of some of the processes: of the others' it is refused, and its own have the quantities of their samples."""
+    mesh, (model, loss, x, y) = DeviceMesh("cpu", [0]), made("mlp", 4)
+    refused = raised(lambda: fxcurv.compile(model, loss, mesh=mesh)) if rank else None
+    found = fxcurv.compile(model, loss, mesh=None if rank else mesh, check=None)(x, y)
+    return refused, float(found.loss) - float(loss(model(x), y))
+
+
+def test_a_mesh_of_some_processes(found):
+    (nothing, one), ((kind, message), other) = (ranks["outside"] for ranks in found)
+    assert nothing is None and max(abs(one), abs(other)) < 1e-12
+    assert kind == "ArgumentError" and "this process is no part of mesh=" in message
+
+
 def test_the_group_works_afterwards(found):
     a, b = (ranks["meshes"][1] for ranks in found)
     assert a == b > 0
@@ -340,7 +357,7 @@ def test_the_group_works_afterwards(found):
 
 def everything(rank):
     """All of the above: to start processes takes longer than what they do."""
-    return each((micro, gathered, assigned, meshes), rank)
+    return each((micro, gathered, assigned, outside, meshes), rank)
 
 
 @pytest.fixture(scope="module")

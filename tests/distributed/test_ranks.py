@@ -6,7 +6,7 @@ from processes import each, on_ranks
 from subjects import alone, compare, made, mesh_of, part
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -117,32 +117,9 @@ def sharded(rank, count=2, name="squares", sizes=(4, 2), shape=(2,), asked=SHARD
     assert list(vars(compiled._programs.named)) == ["program_0"], compiled._programs._made.keys()
 
 
-def policies(rank):
-    """What a mixed precision policy raises; one of the parameters' own dtype changes nothing."""
-    found, mesh = {}, mesh_of(2)
-    _, loss, x, y = made("squares", 2)
-    x, y = part(x, [1, 1], rank), part(y, [1, 1], rank)
-    for key in ("param_dtype", "reduce_dtype", "output_dtype"):
-        for dtype in (torch.bfloat16, torch.float64):
-            model = nn.Sequential(nn.Linear(3, 2)).double()
-            fully_shard(model[0], mesh=mesh, mp_policy=MixedPrecisionPolicy(**{key: dtype}))
-            compiled = fxcurv.compile(fully_shard(model, mesh=mesh), loss, mesh=mesh, check=None)
-            found[key, dtype] = raised(lambda compiled=compiled: compiled(x, y))
-    return found
-
-
 def test_sharded_parameters_have_sharded_results(found):
     for ranks in found:
         assert ranks["sharded"] is None, ranks["sharded"]
-
-
-def test_a_policy_of_other_dtypes_is_refused(found):
-    for ranks in found:
-        for (key, dtype), refused in ranks["policies"].items():
-            if dtype == torch.float64:
-                assert refused is None, (key, refused)
-            else:
-                assert refused[0] == "ArgumentError" and f"'0' has a mixed precision policy, {key}=" in refused[1]
 
 
 def products(rank, name="mlp", asked=GGN, sizes=(4, 3), blocks=1):
@@ -267,7 +244,7 @@ def refused(rank):
 
 def everything(rank):
     """All of the above in the same two processes: to start them takes longer than what they do."""
-    return each((quick, normed, sharded, policies, products, failing, wrong_rule, refused), rank)
+    return each((quick, normed, sharded, products, failing, wrong_rule, refused), rank)
 
 
 @pytest.fixture(scope="module")
