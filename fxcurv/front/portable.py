@@ -2,8 +2,8 @@
 
 Two questions are answered for every value that was read. Where it is: a path from the model's modules, the loss or a Python
 module by its name, that another process can follow (`Places`). What it is: a text (`Describer`), of a function its code, of a
-class its members, of a container all that is in it. The same is noted of the code that ran, and of the files that hold it. What has
-no such path, or no such text, makes a program one that is not kept on disk: `NotPortable` says which value it is.
+class its members, of a container all that is in it. The same is noted of the code that ran, and of the files that hold it.
+What has no such path, or no such text, makes a program one that is not kept on disk: `NotPortable` says which value it is.
 """
 
 from __future__ import annotations

@@ -63,15 +63,29 @@ def bag_of(index: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return found.amax(1) if mode == "max" else getattr(found, mode)(1)
 
 
+def group_norm(x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+    """`F.group_norm` by its mathematics."""
+    rows = x.reshape(len(x), groups, -1)
+    centred = rows - rows.mean(2, keepdim=True)
+    y = (centred / (centred.square().mean(2, keepdim=True) + eps).sqrt()).reshape(x.shape)
+    shape = [-1, *[1] * (x.ndim - 2)]
+    y = y if weight is None else y * weight.view(shape)
+    return y if bias is None else y + bias.view(shape)
+
+
 @contextmanager
 def plain_mathematics() -> Iterator[None]:
-    """Without the kernels whose second derivative is missing (attention, margins, bags) or wrong (weight norm, in v)."""
+    """Without the kernels whose second derivative is missing (attention, margins, bags) or wrong (weight norm, in v).
+
+    The kernel of group norm, where channels are last, dies of a derivative in its weight alone (PyTorch 2.13).
+    """
     with (
         sdpa_kernel(SDPBackend.MATH),
         patch.object(torch, "_weight_norm", weight_norm),
         patch.object(torch.nn.functional, "multi_margin_loss", multi_margin),
         patch.object(torch.nn.functional, "multilabel_margin_loss", multilabel_margin),
         patch.object(torch.nn.functional, "embedding_bag", bag_of),
+        patch.object(torch.nn.functional, "group_norm", group_norm),
     ):
         yield
 

@@ -1,5 +1,6 @@
 """Programs outlive the process, and none serves another model than its own: every change is held against plain PyTorch."""
 
+import dataclasses
 import errno
 import importlib
 import json
@@ -29,7 +30,8 @@ from fxcurv.extensions import (
     Jacobian,
     Variance,
 )
-from fxcurv.ir.state import Options
+from fxcurv.ir.program import Program
+from fxcurv.ir.state import Options, Walked
 from fxcurv.runtime import disk, programs, shared, written
 
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
@@ -526,6 +528,26 @@ def test_what_a_file_says_is_not_run(written_once):
     refused(lambda bad: bad["guards"].__setitem__(slice(None), [{"expr": ["Integral", ["print(1)"]]}]))
     refused(lambda bad: bad["fields"].__setitem__("notes", {"new": ["subprocess", "Popen", {}]}))
     refused(lambda bad: bad["fields"].__setitem__("notes", {"new": ["fxcurv.api", "Compiled", {}]}))
+
+
+def test_every_field_of_a_program_is_written_or_known_not_to_be():
+    """So that a new one is not forgotten."""
+    other = {"gm", "inputs", "batch", "buffers", "output_template", "options", "covers", "analysis", "walked", "check_module",
+             "verdicts", "rules", "fake_mode"}  # fmt: skip
+    made = {"extensions", "constants", "python", "heads", "checks", "served"}
+    refused = {"conditions", "borrowing", "observed", "reads"}
+    of_passes = {"pieces", "blanks", "stale", "spread"}
+    fields = {f.name for f in dataclasses.fields(Program)}
+    assert fields == {*written._PLAIN, *other, *made, *refused, *of_passes}
+    of_the_walk = {"uses", "weights", "arrivals", "products", "averaged"}
+    assert {f.name for f in dataclasses.fields(Walked)} == {
+        "direct",
+        "columns",
+        "residuals",
+        "parts",
+        "sweeps",
+        *of_the_walk,
+    }
 
 
 # ---- all else that a program is asked for ------------------------------
