@@ -185,9 +185,10 @@ class Cat(Movement):
 
     def transpose(self, call: Call, wrt, g):
         xs, dim = call.args
-        dim = dim % xs[0].ndim
-        pieces = torch.split(g, [x.shape[dim] for x in xs], dim + 1)
-        return [pieces[i] for i in wrt]
+        ndim = g.ndim - 1
+        dim %= ndim  # an empty vector beside values with more axes is left out: a cache that holds nothing yet
+        pieces = torch.split(g, [x.shape[dim] if x.ndim == ndim else 0 for x in xs], dim + 1)
+        return [pieces[i].reshape(g.shape[0], *xs[i].shape) for i in wrt]
 
 
 @register(aten.constant_pad_nd.default)

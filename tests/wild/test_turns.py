@@ -164,3 +164,22 @@ def test_batch_norm_needs_sums_between() -> None:
         torch.testing.assert_close(result.grad[name], p.grad)
     for name, buffer in same.named_buffers():
         torch.testing.assert_close(model.get_buffer(name), buffer)
+
+
+def test_a_cache_that_holds_nothing_yet() -> None:
+    """An empty vector before values with more axes, as in models of `transformers`, has no samples to keep apart."""
+
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([torch.empty(0, dtype=x.dtype), self.inner(x)], -2).sum(1)
+
+    torch.manual_seed(0)
+    model, loss, x, y = Cached().double(), nn.CrossEntropyLoss(), torch.randn(5, 2, 3).double(), torch.arange(5) % 3
+    result = fxcurv.compile(model, loss, [BatchL2Grad()], outputs=False)(x, y)
+    oracle = Oracle(model, loss, x, y)
+    torch.testing.assert_close(result.grad, oracle.grad())
+    torch.testing.assert_close(result.batch_l2, oracle.batch_l2())
