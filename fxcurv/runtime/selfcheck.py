@@ -247,7 +247,7 @@ class Check:
 
     def _backward(self, plain: Plain, loss, leaves, template, targets, autocast) -> None:
         named = dict(self.request.subject.named_parameters())
-        params = {name: named[name] for name in self.program.params}
+        params = _with_company(self.model, {name: named[name] for name in self.program.params}, named)
         asked = {type(e).__name__ for e in self.program.extensions}
         if self.known.jacobian is not None and "Jacobian" in asked:
             leaf = leaves[self.known.jacobian[0]]
@@ -386,6 +386,17 @@ def _decided(program: Program, pair: Pair) -> str:
     return "".join(
         f"{d.extension} of '{d.param}', by the rule of {d.rule} and the algorithm {d.algorithm}:\n" for d in found[:1]
     )
+
+
+def _with_company(model: nn.Module, params: dict[str, Tensor], named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters, and all that are trained where those of a group norm are asked for.
+
+    PyTorch's kernel of its backward on a CPU is not sound for every part of what a backward pass asks for; for all of it it is.
+    """
+    own = {id(p) for m in model.modules() if isinstance(m, nn.GroupNorm) for p in m.parameters(recurse=False)}
+    if not own & set(map(id, params.values())):
+        return params
+    return params | {name: p for name, p in named.items() if p.requires_grad}
 
 
 def _grads(

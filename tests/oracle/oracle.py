@@ -77,7 +77,7 @@ def group_norm(x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps
 def plain_mathematics() -> Iterator[None]:
     """Without the kernels whose second derivative is missing (attention, margins, bags) or wrong (weight norm, in v).
 
-    The kernel of group norm, where channels are last, dies of a derivative in its weight alone (PyTorch 2.13).
+    That of group norm is not sound where a part of its gradients is asked for (PyTorch 2.13).
     """
     with (
         sdpa_kernel(SDPBackend.MATH),

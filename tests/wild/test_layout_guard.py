@@ -199,3 +199,23 @@ def test_every_processor_gets_the_same_layouts() -> None:
     for other in others:
         found, _ = other.communicate(timeout=300)
         assert other.returncode == 0 and found.strip() == here
+
+
+def test_a_group_norms_gradient_is_asked_for_in_company(monkeypatch):
+    """PyTorch's kernel is sound for what a backward pass asks for: the check under `params=` asks for that."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(16, CLASSES)
+    ).double()
+    x, y = torch.randn(3, 2, 4, 4, dtype=torch.float64), torch.tensor([0, 2, 1])
+    asked, grad = [], torch.autograd.grad
+
+    def noted(outputs, inputs, *args, **options):
+        asked.append(set(map(id, inputs)))
+        return grad(outputs, inputs, *args, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", noted)
+    result = fxcurv.compile(model, LOSS, [BatchGrad()], params="1.weight")(x, y)
+    every = set(map(id, model.parameters()))
+    assert [ids for ids in asked if id(model[1].weight) in ids] == [every]
+    torch.testing.assert_close(result.grad_batch["1.weight"], Oracle(model, LOSS, x, y).grad_batch()["1.weight"])
