@@ -41,10 +41,12 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.fx.experimental.symbolic_shapes.ShapeEnv": TRIED,
     "torch.fx.experimental.symbolic_shapes.free_unbacked_symbols": TRIED,
     "torch.fx.experimental.sym_node.SymNode._expr": TRIED,
-    "torch._dynamo.source.ConstantSource": ("2.13",),
     "torch.utils._pytree": TRIED,
-    "torch.utils._sympy.functions": ("2.13",),
     "torch.utils._python_dispatch.TorchDispatchMode": TRIED,
+    # programs on disk
+    "torch._dynamo.source.ConstantSource": TRIED[1:],
+    "torch.fx.experimental.symbolic_shapes.DimDynamic": TRIED[1:],
+    "torch.utils._sympy.functions": TRIED[1:],
     # operators
     "torch._decomp.decomposition_table": TRIED,
     "torch._ops.OpOverload": TRIED,

@@ -33,6 +33,7 @@ AROUND_ONLY = {
     "torch._weight_norm",
     "torch.backends.cuda.matmul.fp32_precision",
     "torch.nn.functional.embedding_bag",
+    "torch.nn.functional.group_norm",
     "torch.nn.functional.multi_margin_loss",
     "torch.nn.functional.multilabel_margin_loss",
     "torch.nn.modules.batchnorm._NormBase",

@@ -301,7 +301,7 @@ CHANGES = {
     "the loss": lambda patch: (Net(), smoothed(0.2)),
     "an option of an extension": lambda patch: (Net(), None, (BatchGrad(), DiagGGNMC(mc_samples=2))),
     "an extension": lambda patch: (Net(), None, (BatchGrad(),)),
-    "the version of PyTorch": lambda patch: patch.setattr(torch, "__version__", "2.13.0+other") or (Net(),),
+    "the version of PyTorch": lambda patch: patch.setitem(vars(torch), "__version__", "2.13.0+other") or (Net(),),
 }
 
 

@@ -194,7 +194,7 @@ def check(op, most):
         for n, where, active in whole_set[:: max(1, len(whole_set) // most)]:
             if not any(p != REPLICATE for p in where.values()):
                 continue
-            told = (op, op_samples._shapes(args), n, where)
+            told = (op, op_samples.shapes(args), n, where)
             try:
                 places = placed(op, args, n, where, active)
             except UnsupportedOpError:
