@@ -23,8 +23,9 @@ import pytest
 
 HERE = Path(__file__).parent
 NOTES = HERE.parent / ".fast"
-# They run files of tests in Triton's interpreter, which nothing else does without a GPU.
+# Files of tests in Triton's interpreter, which nothing else runs without a GPU; what is worth more than one function's share.
 ALWAYS = {f"kernels/test_kernels{kind}_triton.py::test_in_the_interpreter" for kind in ("", "_layers")}
+ALWAYS |= {"extensions/test_products.py::test_second_order", "wild/test_chunks.py::test_a_tied_head"}
 TOGETHER = {"distributed/test_ranks.py", "distributed/test_parts.py"}
 
 
