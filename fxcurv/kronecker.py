@@ -98,7 +98,7 @@ class Arrangement:
         k = matrices.ndim - 2
         lead, order = matrices.shape[:k], (*self.outputs, *self.inputs)
         t = matrices.reshape(*lead, *(self.sizes[d] for d in order))
-        return t.permute(*range(k), *(k + order.index(d) for d in range(len(order)))).reshape(*lead, *self.shape)
+        return t.permute(*range(k), *(k + order.index(d) for d in range(len(order)))).reshape((*lead, *self.shape))
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,11 @@ class Weights:
     ) -> Callable[[], Question]:
         @functools.cache
         def asked() -> Question:
+            if "output" not in dir(result):
+                raise ArgumentError(
+                    "over() finds by the model's output whether the loss is a mean, and outputs=False keeps none.\n"
+                    "Way out: reduction='sum', 'mean' (of all samples alike), or a function (inputs, *targets) -> its divisor"
+                )
             outputs: list[Tensor] = []
             template = templated(result.output, outputs)
             dims = _sample_dims(outputs, inputs, targets, arguments, compiled) if arguments.batch_size else ([], [])

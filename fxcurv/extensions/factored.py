@@ -332,8 +332,13 @@ def embedded(t: Tensor, embed: Embed | None, dim: int) -> Tensor:
     return t if embed is None else embed(t, dim)
 
 
+def entries(p: Tensor) -> Tensor:
+    """[V, N, *P] -> [V, N, entries of the parameter], which may have no dimension."""
+    return p.flatten(2) if p.ndim > 2 else p.unsqueeze(2)
+
+
 def _exact_block(p: Tensor) -> Tensor:
-    return _moment(p.flatten(2).flatten(0, 1))
+    return _moment(entries(p).flatten(0, 1))
 
 
 def _square_zeros(param: Tensor, size: int) -> Tensor:

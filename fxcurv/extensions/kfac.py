@@ -27,7 +27,7 @@ from fxcurv.contractions.contract import Spec
 from fxcurv.contractions.factors import Arrange, Dense, Explicit, Factor, Gather
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.base import Combine, Extension, Param, Steps
-from fxcurv.extensions.factored import Factored, dtype_of, embedded, flat, source_of, with_ones
+from fxcurv.extensions.factored import Factored, dtype_of, embedded, entries, flat, source_of, with_ones
 from fxcurv.extensions.layers import Layer, features, inputs
 from fxcurv.ir.emit import constant
 from fxcurv.ir.precision import widely
@@ -261,7 +261,7 @@ def _rotated_bias(given: Sequence[tuple], basis: Sequence[Tensor], dtype: torch.
 
 
 def _moments(p: Tensor, basis: Tensor) -> Tensor:
-    return (p.flatten(2) @ basis).square().sum((0, 1))
+    return (entries(p) @ basis).square().sum((0, 1))
 
 
 def _transposed(t: Tensor) -> Tensor:

@@ -72,11 +72,13 @@ class Chunked:
         return [end.to(dtype) for end, dtype in zip(ends, dtypes, strict=True)]
 
     def _some(self, t: Tensor, place: Shard, start: int, size: int) -> Tensor:
+        """Some positions of an argument, in memory of their own: not every kernel heeds the strides that a slice has."""
         outer = t.shape[place.dim] // (self.count * place.inner)
         if outer == 1:
-            return t.narrow(place.dim, start * place.inner, size * place.inner)
+            return t.narrow(place.dim, start * place.inner, size * place.inner).contiguous()
         apart = t.unflatten(place.dim, (outer, self.count * place.inner))
-        return apart.narrow(place.dim + 1, start * place.inner, size * place.inner).flatten(place.dim, place.dim + 1)
+        some = apart.narrow(place.dim + 1, start * place.inner, size * place.inner)
+        return some.flatten(place.dim, place.dim + 1).contiguous()
 
     def _joined(self, values: list[Tensor], place: Any) -> Tensor:
         if len(values) == 1:

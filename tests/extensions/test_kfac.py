@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from case_tools import Net
 from cases import CASES
+from oracle import Oracle
 from oracle_kron import LAYERS, KroneckerOracle, in_parameter_order, matrix
 from torch import nn
 
 import fxcurv
 from fxcurv import kronecker
 from fxcurv.errors import ExtensionError, LossError
-from fxcurv.extensions import EKFAC, KFAC, KFLR, SqrtGGNExact, SqrtGGNMC
+from fxcurv.extensions import EKFAC, KFAC, KFLR, DiagGGNMC, SqrtGGNExact, SqrtGGNMC
 
 NAMES = [
     "logistic_regression", "linear_regression", "mlp_relu", "mlp_deep_nobias", "mlp_sequence", "mlp_single_sample",
@@ -427,3 +428,30 @@ def test_curvlinops_has_the_same_blocks(name, sharing):
     found = fxcurv.compile(model, loss(), [KFLR(weight_sharing=sharing)])(x, y.flatten()).kflr
     expected = torch.block_diag(*[kronecker.dense(f) for f in found.values()])
     close(expected, dense, name)
+
+
+class Scaled(nn.Module):
+    """A layer's output times a parameter without a dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(4, 3), nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * self.scale
+
+
+def test_a_parameter_without_a_dimension_has_its_exact_block():
+    torch.manual_seed(0)
+    model, x, y = Scaled().double(), torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    asked = [KFLR(), EKFAC(mc_samples=2), DiagGGNMC(mc_samples=2)]
+    found, oracle = (
+        fxcurv.compile(model, nn.CrossEntropyLoss(), asked)(x, y, seed=0),
+        Oracle(model, nn.CrossEntropyLoss(), x, y),
+    )
+    exact = oracle.diag_ggn_exact()["scale"]
+    (block,) = found.kflr["scale"]
+    torch.testing.assert_close(block, exact.reshape(1, 1))
+    torch.testing.assert_close(kronecker.dense(found.ekfac["scale"]).reshape(()), found.diag_ggn_mc["scale"])
+    one = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    torch.testing.assert_close((kronecker.Blocks(found.kflr) @ one)["scale"], exact)

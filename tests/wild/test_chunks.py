@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxcurv
+from fxcurv.errors import ArgumentError
 from fxcurv.extensions import (
     KFAC,
     BatchGrad,
@@ -114,6 +116,26 @@ def test_a_tied_head(small: None) -> None:
     ]
     assert all(program.batch.per_sample(v) < T * CLASSES for v in vals), "no output of all positions"
     assert f"{T} positions of the output" in str(compiled.explain(*batch()))
+
+
+def test_a_norm_before_the_head_in_several_columns(small: None) -> None:
+    """Where columns times the width are more than the vocabulary, the norm's backward runs by chunks too."""
+    torch.manual_seed(0)
+    compiled = check(Tokens(CLASSES, 4, tied=False).double(), rows, [BatchGrad()], [DiagGGNMC(mc_samples=4)])
+    (node,) = nodes(compiled)
+    assert "native_layer_norm_backward" in str(node.part.graph)
+
+
+def test_over_a_data_set(small: None) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = Tokens(CLASSES, 4, tied=True).double(), batch()
+    loader = [(x[:3], y[:3]), (x[3:], y[3:])]
+    summed = fxcurv.compile(model, functools.partial(rows, reduction="sum"), [BatchL2Grad()], outputs=False)
+    found = fxcurv.over(summed, loader, progress=False, reduction="sum")
+    expected = Oracle(model, functools.partial(rows, reduction="sum"), x, y)
+    torch.testing.assert_close(found.grad, expected.grad(), rtol=1e-8, atol=1e-11)
+    with pytest.raises(ArgumentError, match="outputs=False keeps none"):
+        fxcurv.over(fxcurv.compile(model, rows, [BatchL2Grad()], outputs=False), loader, progress=False)
 
 
 def test_a_head_of_its_own_with_weights_of_classes(small: None) -> None:
