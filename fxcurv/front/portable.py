@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import sys
 import types
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,6 +37,7 @@ from fxcurv.front.python_state import (
     Path,
     State,
     holds_state,
+    is_own_file,
     is_plain,
     members_of,
 )
@@ -85,15 +87,15 @@ def portable(state: State, subject: Subject, constants: Iterable[Tensor]) -> dic
         )
     sources = {name: [places.root(path), path.steps, path.title] for name, path in state.sources.items()}
     code = {json.dumps(places.of_code(code)): _code(places.function(code)) for code, _ in state.ran}
-    files = {name: _file(name) for name in sorted({*names, *(type(m).__module__ for m in modules)})}
+    files = {path: _of_file(path) for path in _files({*names, *(type(m).__module__ for m in modules)})}
     return {"leaves": leaves, "sources": sources, "code": code, "files": files}
 
 
 def restored(kept: dict[str, Any], subject: Subject) -> State | str:
     """The same values here, to be compared at every call; or in words what differs."""
-    changed = next((name for name, digest in kept["files"].items() if _file(name) != digest), None)
+    changed = next((path for path, digest in kept["files"].items() if _of_file(path) != digest), None)
     if changed is not None:
-        return f"the file of {changed} has changed"
+        return f"{changed} has changed"
     modules, describe = subject.modules(), Describer(subject)
     for place, digest in kept["code"].items():
         try:
@@ -353,7 +355,11 @@ class Describer:
 
     def _of_code(self, value: Any, inside: Any) -> Any:
         """Of a function, a class or a module; None for anything else."""
+        if value is os.getenv:
+            raise NotPortable("the model or loss reads os.environ")
         if isinstance(value, types.FunctionType):
+            if value.__code__.co_filename.startswith("<") and not value.__code__.co_filename.startswith("<frozen"):
+                raise NotPortable(f"the code of {value.__name__} was made while the program ran")
             if not holds_state(value.__code__.co_filename):
                 return ["function", value.__module__, value.__qualname__]
             cells = [inside(_content(c), True) for c in value.__closure__ or ()]
@@ -478,18 +484,23 @@ def _constant(value: Any) -> Any:
     return type(value).__name__, repr(value)
 
 
-def _file(name: str) -> str:
-    """A digest of a Python module's file, "" if it has none."""
-    file = getattr(sys.modules.get(name), "__file__", None)
+def _files(names: Iterable[str]) -> list[str]:
+    """The files of these Python modules, and of all that are imported and in no environment's packages.
+
+    What a trace reads in other ways than by globals and attributes (an import in a function, a class' attribute by `type(self)`,
+    a registry) is noted nowhere, and comes from one of these files.
+    """
+    found = {vars(m).get("__file__"): name for name, m in list(sys.modules.items()) if isinstance(m, types.ModuleType)}
+    return sorted(f for f, name in found.items() if isinstance(f, str) and (name in names or is_own_file(f)))
+
+
+def _of_file(path: str) -> str:
+    """A digest of a file, "" where there is none."""
     try:
-        return _of_file(file) if file else ""
+        with open(path, "rb") as f:
+            return _digest(f.read())
     except OSError:
         return ""
-
-
-def _of_file(file: str) -> str:
-    with open(file, "rb") as f:
-        return _digest(f.read())
 
 
 def _digest(data: bytes) -> str:

@@ -202,6 +202,11 @@ def holds_state(path: str) -> bool:
     return installed is None or installed[1] not in _LIBRARIES
 
 
+def is_own_file(path: str) -> bool:
+    """Whether code of this file is the user's own, in no environment's packages."""
+    return holds_state(path) and _INSTALLED.match(path) is None
+
+
 def _described(t: Any) -> Any:
     """What the program depends on of a tensor that it reads anew."""
     return (t.shape, t.dtype, t.device, t.layout) if isinstance(t, Tensor) else type(t)

@@ -72,7 +72,7 @@ def _call(
     """`call`, of some samples; `alone`: what is closed where other threads may go on."""
     subject, create_graph = request.subject, request.create_graph
     with request.apart(), contextlib.ExitStack() as within, contextlib.ExitStack() as unseen:
-        ready = programs.find(request)
+        ready = programs.find(request, kept=True)
         program, lengths = ready.program, lengths_of(ready.program, request.arguments)
         within.enter_context(at(lengths))
         # those of all modules would see the graph's own

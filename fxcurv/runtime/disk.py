@@ -23,6 +23,7 @@ import os
 import platform
 import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcurv.cost import machine
+from fxcurv.errors import ArgumentError
 from fxcurv.front.arguments import Rows
 from fxcurv.front.portable import Describer, NotPortable, checked_modules, code_of, portable, restored
 from fxcurv.front.requests import Request, tensors_in
@@ -49,18 +51,26 @@ from fxcurv.runtime.written import Unwritable, read, written
 log = logging.getLogger("fxcurv")
 
 # Of the file's form. A file of another one has another name, so that it is neither read nor written over.
-FORM = 1
+FORM = 2
 _FIRST = b"fxcurv "
 # Files in the folder: beyond, those that were used last are kept.
 MOST = 512
+# Seconds, after which what a process began to write is taken for left behind.
+DAY = 86_400
 _VERSIONS = ("numpy", "sympy", "networkx", "triton")
 # What a user adds to the compiler is in no file: the tables as they are once it is imported.
 _OWN = compiler()
 
 
 def folder(path: str | os.PathLike[str] | None) -> Disk | None:
-    """The folder of this path, which is made when it is needed."""
-    return Disk(Path(path)) if path else None
+    """The folder of this path, which is made when it is needed.
+
+    Raises:
+        ArgumentError: for what is no path.
+    """
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise ArgumentError(f"fxcurv.cache_dir = {path!r}: set it to a path, or None")
+    return Disk(Path(path).expanduser()) if path else None
 
 
 class Disk:
@@ -85,14 +95,14 @@ class Disk:
             return None
         for file in files:
             if str(file) not in self._set_aside:
-                found = self._read(file, request, extensions, options)
+                found = self._read(file, name, request, extensions, options)
                 if found is not None:
                     return found
         return None
 
-    def _read(self, file: Path, request: Request, extensions: tuple, options: Options) -> Ready | None:
+    def _read(self, file: Path, name: str, request: Request, extensions: tuple, options: Options) -> Ready | None:
         try:
-            found = _opened(file, request, extensions, options)
+            found = _opened(file, name, request, extensions, options)
         except Exception as error:  # whatever a file that is cut off, or made by hand, leads to
             self._set_aside.add(str(file))
             self._warn(f"{file} cannot be read ({type(error).__name__}: {error}): the program is made anew")
@@ -108,8 +118,8 @@ class Disk:
     def keep(self, ready: Ready, request: Request, key: Key, extensions: tuple, options: Options) -> None:
         """Write a program down that has served a call, or note why not."""
         try:
-            content, guarded = _content(ready, request)
             name = digest(request, key, extensions, options)
+            content, guarded = _content(ready, name, request)
             size = ready.program.batch.size if ready.program.fixed else "any"
             file = self.path / f"{name}-{size}-{hashlib.sha256(guarded).hexdigest()[:16]}.fxcurv"
             self._write(file, content)
@@ -154,7 +164,8 @@ class Disk:
 
     def _tidy(self) -> None:
         files = sorted((f.stat().st_mtime, str(f)) for f in self.path.glob("*.fxcurv"))
-        for _, name in files[: max(len(files) - MOST, 0)]:
+        halves = [(at, str(f)) for f in self.path.glob("*.part") if (at := f.stat().st_mtime) < time.time() - DAY]
+        for _, name in [*halves, *files[: max(len(files) - MOST, 0)]]:
             with contextlib.suppress(OSError):
                 os.remove(name)
 
@@ -167,7 +178,7 @@ class Disk:
 # ---- a file ------------------------------
 
 
-def _content(ready: Ready, request: Request) -> tuple[bytes, bytes]:
+def _content(ready: Ready, name: str, request: Request) -> tuple[bytes, bytes]:
     """(a line with the digest of the rest, a line of JSON, and constants as `torch.save` writes them; what it holds of Python).
 
     Raises:
@@ -185,7 +196,7 @@ def _content(ready: Ready, request: Request) -> tuple[bytes, bytes]:
     live = _live(program, subject)
     held = {name: t for name, t in program.constants.items() if name not in live}
     python = portable(program.python, subject, held.values())
-    described = {"python": python, "program": written(program, noted)}
+    described = {"name": name, "python": python, "program": written(program, noted)}
     blob = io.BytesIO()
     torch.save(held, blob)
     rest = json.dumps(described).encode() + b"\n" + (blob.getvalue() if held else b"")
@@ -200,7 +211,7 @@ def _live(program: Program, subject: Any) -> dict[str, Tensor]:
     return {**live, **program.python.tensors(subject.modules())}
 
 
-def _opened(file: Path, request: Request, extensions: tuple, options: Options) -> Ready | str:
+def _opened(file: Path, name: str, request: Request, extensions: tuple, options: Options) -> Ready | str:
     """What is in a file, or in words why it does not serve.
 
     Raises:
@@ -211,6 +222,8 @@ def _opened(file: Path, request: Request, extensions: tuple, options: Options) -
         raise ValueError("it is not as it was written")
     text, _, blob = rest.partition(b"\n")
     described = json.loads(text)
+    if described["name"] != name:
+        raise ValueError("it was written under another name")
     python = restored(described["python"], request.subject)
     if isinstance(python, str):
         return python
@@ -259,9 +272,17 @@ def digest(request: Request, key: Key, extensions: tuple, options: Options) -> s
         (arguments.index, arguments.edges, key.single, key.dtype), key.tensors, _ties(subject),
         [_laid_out(t) for t in (*arguments.inputs, *arguments.targets, *tensors)],
         [(f"{kind.__module__}.{kind.__qualname__}", training) for kind, training in key.modules],
-        [code_of(m.forward) for m in subject.modules()], describe(subject.loss),
+        [code_of(m.forward) for m in subject.modules()], _nested(subject), describe(subject.loss),
     ]  # fmt: skip
     return hashlib.sha256(repr(said).encode()).hexdigest()[:32]
+
+
+def _nested(subject: Any) -> list[list[tuple[str, int]]]:
+    """Every name that a module has, with the number of the module, which has a name for every place where it is held."""
+    number = {id(m): k for k, m in enumerate(subject.modules())}
+    return [
+        [(name, number[id(m)]) for name, m in root.named_modules(remove_duplicate=False)] for root in subject.roots()
+    ]
 
 
 def _ties(subject: Any) -> list[list[str]]:

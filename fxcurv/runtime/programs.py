@@ -209,8 +209,12 @@ class Programs(Generic[M]):
         key = key._replace(hooks=(*key.hooks, *request.sharded))
         return key, request.mode, request.create_graph
 
-    def find(self, request: Request, schedules: bool = True) -> M:
-        """The program for these arguments and what Python holds; `schedules`: whether floats may be inputs of it.
+    def find(self, request: Request, schedules: bool = True, kept: bool = False) -> M:
+        """The program for these arguments and what Python holds.
+
+        Args:
+            schedules: whether floats may be inputs of it.
+            kept: whether it may be one from disk, which the first call checks.
 
         Raises:
             ArgumentError: if there is no sample, so no program.
@@ -218,9 +222,9 @@ class Programs(Generic[M]):
         if not request.arguments.batch_size:
             raise ArgumentError("the batch is empty, so there is no program: pass at least one sample")
         with compile_lock:
-            return self._find(request, schedules)
+            return self._find(request, schedules, kept)
 
-    def _find(self, request: Request, schedules: bool) -> M:
+    def _find(self, request: Request, schedules: bool, kept: bool) -> M:
         n, modules = request.arguments.batch_size, request.subject.modules()
         key = self._key(request)
         serving = [made for made in self._made.get(key, []) if serves(made.program, request.arguments)]
@@ -245,7 +249,8 @@ class Programs(Generic[M]):
             if made.program.python.holds(modules) and not numbers_differ(made.program, request):
                 self._made.setdefault(key, []).append(made)
                 return made
-        loaded = self.folder.find(request, key[0], self.extensions, self.options) if self.folder is not None else None
+        disk = self.folder if kept else None
+        loaded = disk.find(request, key[0], self.extensions, self.options) if disk is not None else None
         if loaded is not None:
             self._made.setdefault(key, []).append(loaded)
             setattr(self.named, f"program_{len(vars(self.named))}", loaded)

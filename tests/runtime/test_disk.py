@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from os import getenv
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxcurv
-from fxcurv.errors import LossError
+from fxcurv.errors import ArgumentError, LossError
 from fxcurv.extensions import (
     EKFAC,
     GGNMP,
@@ -320,6 +321,56 @@ def test_a_change_makes_another_program(kept, change, monkeypatch):
     assert captured == 0
 
 
+class Nested(nn.Module):
+    """Linear layers and one activation, held where `places` says."""
+
+    def __init__(self, places):
+        super().__init__()
+        torch.manual_seed(0)
+        parts = {"l": nn.Linear(3, 3), "a": nn.ReLU(), "b": nn.Linear(3, 3)}
+        self.steps = nn.ModuleList([nn.Sequential(*(parts[p] for p in place)) for place in places])
+
+    def forward(self, x):
+        for step in self.steps:
+            x = x + step(x)
+        return x
+
+
+def test_where_modules_are_held(runs):
+    """The same modules with the same parameters, one of them in another place, or twice."""
+    for places in (["lab"], ["laba"], ["la", "b"], ["l", "ab"]):
+        assert runs(Nested(places), extensions=(BatchGrad(),))[1], places
+    assert runs(Nested(["la", "b"]), extensions=(BatchGrad(),))[1] == 0
+
+
+class Imports(Net):
+    def forward(self, x):
+        import factor_of_a_test
+
+        return super().forward(x) * factor_of_a_test.FACTOR
+
+
+def test_a_file_that_only_a_call_imports(runs, tmp_path, monkeypatch):
+    """What a trace reads there is noted nowhere, so the file is."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for factor, captured in ((2.0, True), (2.0, False), (3.0, True)):
+        (tmp_path / "factor_of_a_test.py").write_text(f"FACTOR = {factor}\n")
+        sys.modules.pop("factor_of_a_test", None)
+        importlib.import_module("factor_of_a_test")
+        assert bool(runs(Imports(), extensions=(BatchGrad(),))[1]) == captured
+    sys.modules.pop("factor_of_a_test", None)
+
+
+def test_only_calls_read_what_is_kept(kept):
+    """Which check it; an exported program, and a compiled step, have one of their own."""
+    shared.forget()
+    compiled = fxcurv.compile(Net(), nn.CrossEntropyLoss(), EXTENSIONS)
+    before = kept.captured
+    compiled.lower(X, Y)
+    assert kept.captured > before
+
+
 @pytest.mark.slow
 def test_closures_of_one_function(runs):
     for amount, captured in ((0.1, True), (0.3, True), (0.1, False)):
@@ -430,6 +481,15 @@ class Opaque(Net):
         return super().forward(x) if self.known else x
 
 
+class Getenv(Net):
+    def forward(self, x):
+        return super().forward(x) * float(getenv("NO_SUCH_VARIABLE", "1"))
+
+
+def evaluated():
+    return Net(act=eval("lambda x: 2 * x"))
+
+
 def hooked():
     model = Net()
     model.a.register_forward_hook(lambda module, args, output: output * 2)
@@ -445,7 +505,8 @@ def made_of_text():
 REFUSED = {
     "every call changes": (Counted, ()), "custom autograd function": (Custom, ()), "that a list": (Listed, ()),
     "os.environ": (Environment, ()), "compared by identity": (Opaque, ()), "hooks": (hooked, ()),
-    "was made while the program ran": (made_of_text, ()), "a product is a program of its own": (Net, (GGNMP(),)),
+    "was made while the program ran": (made_of_text, ()), "the code of <lambda> was made while": (evaluated, ()),
+    "reads os.environ": (Getenv, ()), "a product is a program of its own": (Net, (GGNMP(),)),
 }  # fmt: skip
 
 
@@ -481,6 +542,22 @@ def test_a_file_that_cannot_be_read_is_written_again(kept, content):
     assert len(warned) == 1
     assert list(Path(fxcurv.cache_dir).iterdir()) == [file]
     assert kept(Net())[1] == 0
+
+
+def test_a_file_under_the_name_of_another(kept):
+    (file,) = Path(fxcurv.cache_dir).iterdir()
+    _, captured, _ = kept(Net(), extensions=(BatchGrad(),))
+    (other,) = set(Path(fxcurv.cache_dir).iterdir()) - {file}
+    assert captured
+    file.replace(other)
+    with pytest.warns(RuntimeWarning, match="under another name"):
+        assert kept(Net(), extensions=(BatchGrad(),))[1]
+
+
+def test_what_is_no_path():
+    with pytest.raises(ArgumentError, match="cache_dir = 5"):
+        disk.folder(5)
+    assert disk.folder("~/programs").path == Path.home() / "programs"
 
 
 @pytest.mark.slow
