@@ -58,7 +58,7 @@ for row, query, score in zip(panels, queries, scores, strict=True):
     helpful, harmful = score.topk(3).indices, (-score).topk(3).indices
     same += int((y[helpful] == labels[query]).sum())
     for axes, i in zip(row, [query, *helpful, *harmful], strict=True):
-        axes.imshow(x[i].reshape(8, 8), cmap="gray_r")
+        axes.imshow(x[i].reshape(8, 8).numpy(), cmap="gray_r")
         axes.set_title(str(int(y[i])), fontsize=9)
         axes.set_axis_off()
 for column, title in {0: "query", 2: "helpful", 5: "harmful"}.items():

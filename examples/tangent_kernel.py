@@ -66,6 +66,6 @@ order = labels[train].argsort()
 for axis, k, name in zip(axes, (before, after), ("before training", "after training"), strict=True):
     own = k[train, train][order][:, order]
     scale = own.diagonal().sqrt()
-    axis.imshow(own / scale / scale[:, None], vmin=-1, vmax=1, cmap="RdBu")
+    axis.imshow((own / scale / scale[:, None]).numpy(), vmin=-1, vmax=1, cmap="RdBu")
     axis.set(title=name, xticks=[], yticks=[])
 plt.show()

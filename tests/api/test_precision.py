@@ -155,9 +155,9 @@ def test_sampled_columns_of_half_precision():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mlp_gelu", "cnn_two_layers", "transformer_encoder"])
+@pytest.mark.parametrize("name", ["mlp_gelu", "cnn_two_layers", "transformer_encoder_norm_first"])
 def test_autocast(name):
-    """float32 parameters, bfloat16 matrix products: results have the parameters' dtype."""
+    """float32 parameters, bfloat16 matrix products: results have the parameters' dtype. No kink is within rounding of a value."""
     case = CASES[name]
     model, loss, x, y = case.build(torch.float32)
     oracle = Oracle(*case.build(), **case.oracle)
