@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fxcurv
-from fxcurv.errors import ArgumentError, ExtensionError, MixedSamplesError
+from fxcurv.errors import ArgumentError, ExtensionError
 from fxcurv.extensions import NTK, BatchGrad, Dots, GramGrad, Variance
 from fxcurv.linear import GGN
 from fxcurv.optim import DiagGGN
@@ -33,11 +33,14 @@ def test_other_programs_are_of_all_ranks_too(mesh):
     assert [optimizer.step(batch, seed=k).sizes for k in range(2)] == [(6,), (6,)]
 
 
-@pytest.mark.parametrize("extension", [GramGrad(), pytest.param(NTK(), marks=pytest.mark.slow)], ids=["gram", "ntk"])
-def test_pairs_of_samples_on_different_ranks_are_refused(mesh, extension):
+def test_products_of_samples_in_pairs(mesh):
+    """Of one rank they are those without a mesh."""
+    torch.manual_seed(0)
     model, batch = nn.Linear(4, 3), (torch.randn(6, 4), torch.randint(3, (6,)))
-    compiled = fxcurv.compile(model, nn.CrossEntropyLoss(), [extension], mesh=mesh)
-    with pytest.raises(MixedSamplesError, match="samples of other ranks.*Way out"):
-        compiled(*batch)
     vectors = {name: torch.randn(2, *p.shape) for name, p in model.named_parameters()}  # which all ranks have
-    assert compiled.asking([Dots(vectors)])(*batch).dots["weight"].shape == (6, 2)
+    asked = [GramGrad(), NTK(), Dots(vectors)]
+    found = fxcurv.compile(model, nn.CrossEntropyLoss(), asked, mesh=mesh)(*batch)
+    expected = fxcurv.compile(model, nn.CrossEntropyLoss(), asked)(*batch)
+    for e in asked:
+        torch.testing.assert_close(found[e], expected[e])
+    assert found.dots["weight"].shape == (6, 2)

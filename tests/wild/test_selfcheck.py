@@ -493,7 +493,7 @@ def test_state_that_changes_later_is_seen_by_always():
     model = net(lambda m, x: m.last(m.first(x) * m.scale), scale=2.0)
     compiled = fxcurv.compile(model, CE, check="always")
     compiled(*data())
-    with mock.patch.object(programs.Programs, "find", lambda self, *_: self.named.program_0):
+    with mock.patch.object(programs.Programs, "find", lambda self, *_, **__: self.named.program_0):
         model.scale = 3.0
         with pytest.raises(SelfCheckError, match="the loss is"):
             compiled(*data())
