@@ -29,6 +29,7 @@ from fxcurv.front.requests import Subject
 from fxcurv.front.side_effects import no_side_effects
 from fxcurv.front.transforms import traced_transforms
 from fxcurv.front.wrapped import Captured, not_traced
+from fxcurv.ir.emit import in_order
 from fxcurv.ir.private import UnsupportedOperatorException
 from fxcurv.ir.program import Program
 
@@ -124,7 +125,7 @@ def _traced(wrapped: Captured, args: tuple, shapes: Any) -> ExportedProgram:
             kept_functions(), no_branches(), padded_sequences(), traced_transforms(wrapped), user_frames(), Followed(wrapped),
         )  # fmt: skip
         with contextlib.ExitStack() as stack:
-            for context in (torch.enable_grad(), *seen_through):
+            for context in (torch.enable_grad(), in_order(), *seen_through):
                 stack.enter_context(context)
             return torch.export.export(wrapped, args, dynamic_shapes=shapes, strict=False)
     finally:

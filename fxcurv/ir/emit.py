@@ -195,6 +195,11 @@ def _traced(program: Program, key: Any, fn: Callable, leaves: list[Any], spec: p
     return piece
 
 
+def in_order() -> contextlib.AbstractContextManager[None]:
+    """`torch.einsum` takes operands from left to right, as without opt_einsum, which makes numbers of symbolic sizes."""
+    return torch.backends.opt_einsum.flags(enabled=False)
+
+
 def _trace(program: Program, fn: Callable, leaves: list[Any], spec: pytree.TreeSpec, origin) -> Piece:
     out_spec = None
 
@@ -207,7 +212,7 @@ def _trace(program: Program, fn: Callable, leaves: list[Any], spec: pytree.TreeS
         return out
 
     nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
-    with tracing(program, origin), warnings.catch_warnings():
+    with tracing(program, origin), warnings.catch_warnings(), in_order():
         warnings.simplefilter("ignore")
         # nodes of one traced piece share their values, and a trace tells its inputs apart by identity
         vals = [*_apart(program, [node.meta["val"] for node in nodes]), *program.length_values()]
