@@ -128,7 +128,7 @@ class Weights:
     ) -> Callable[[], Question]:
         @functools.cache
         def asked() -> Question:
-            if "output" not in dir(result):
+            if not hasattr(result, "output"):
                 raise ArgumentError(
                     "over() finds by the model's output whether the loss is a mean, and outputs=False keeps none.\n"
                     "Way out: reduction='sum', 'mean' (of all samples alike), or a function (inputs, *targets) -> its divisor"

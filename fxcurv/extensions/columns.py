@@ -18,8 +18,8 @@ from fxcurv.ir.emit import call, declare, first_sample, samples
 from fxcurv.ir.placement import PARTIAL, REPLICATE, Placement, Shard
 from fxcurv.ir.precision import HALF, widened
 from fxcurv.ir.private import pytree
-from fxcurv.ir.program import Decision, Program
-from fxcurv.ir.ranks import IN_TURNS
+from fxcurv.ir.program import Decision
+from fxcurv.ir.ranks import across
 from fxcurv.ir.traced import sum_of
 from fxcurv.kernels.outer_gram import costs, outer_dots, outer_gram
 from fxcurv.quantity import Group
@@ -34,7 +34,7 @@ def pair(param: Param, left: Sequence[Group], right: Sequence[Group]) -> fx.Node
     Of matrix products P is not formed; of an embedding, and of what is used in several ways, it is. Across ranks n is a
     sample here and m one of all of them, whose factors (or P) travel.
     """
-    if across(param.program):
+    if across(param.program.options.ranks):
         return _of_all(param, left, right)
     return param.emit(_tiled, [[_block(param, one, other) for other in right] for one in left])
 
@@ -54,14 +54,9 @@ def dots(param: Param, group: Group, vectors: fx.Node) -> fx.Node | None:
     return param.emit(_dots, found, vectors)
 
 
-def across(program: Program) -> bool:
-    """Whether samples are paired with those of other ranks."""
-    return program.options.ranks not in ("", IN_TURNS)
-
-
 def paired(param: Param, place: Placement | list[Placement], fn: Callable, *args: Any) -> fx.Node:
     """`fn` of what `pair` gave: nodes, and lists of these, then what is none. Across ranks it lies at `place`."""
-    if not across(param.program):
+    if not across(param.program.options.ranks):
         return param.emit(fn, *args)
     nodes = [a for a in args if isinstance(a, fx.Node | list)]
     value = call(param.program, Untraced(fn, tuple(args[len(nodes) :])), *nodes, origin=param.origin())

@@ -20,7 +20,7 @@ from fxcurv.extensions.factored import Factored, dtype_of, embedded, input_facto
 from fxcurv.extensions.layers import Embed, Layer, LayerUse, NoLayer, is_weight, read
 from fxcurv.ir.graph import canonical_args
 from fxcurv.ir.origin import locate
-from fxcurv.ir.placement import Shard
+from fxcurv.ir.placement import Shard, places_of
 from fxcurv.ir.precision import widely
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Decision, is_active
@@ -97,8 +97,7 @@ def _readers(param: Param, found: dict[fx.Node, Matrix]) -> list[fx.Node]:
 
 
 def _per_sample(node: fx.Node) -> bool:
-    place = node.meta.get("place")
-    return any(isinstance(p, Shard) for p in (place if isinstance(place, list) else [place]))
+    return any(isinstance(p, Shard) for p in places_of(node.meta.get("place")))
 
 
 def _record(param: Param, layer: Layer, m: fx.Node) -> None:

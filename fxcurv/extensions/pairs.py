@@ -13,9 +13,10 @@ from torch import Tensor, fx
 
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.base import Combine, Extension, Param
-from fxcurv.extensions.columns import WHOLE, across, combined, dots, pair, paired, record, rows_of_all
+from fxcurv.extensions.columns import WHOLE, combined, dots, pair, paired, record, rows_of_all
 from fxcurv.ir.emit import constant, first_sample
 from fxcurv.ir.placement import REPLICATE, Shard, samples_first
+from fxcurv.ir.ranks import across
 from fxcurv.ir.traced import sum_of
 from fxcurv.quantity import GRADIENT, Gradient, Identity, Quantity, SqrtGGN
 from fxcurv.walks.groups import groups_of
@@ -115,7 +116,8 @@ class EighGGN(_OfRoots):
         groups = groups_of(first.program, self.requires)
         gram = paired(first, Shard(1), sum_of, [pair(p, groups, groups) for p in params])
         slopes = paired(first, Shard(1), sum_of, [pair(p, [GRADIENT], groups) for p in params])
-        if across(first.program):  # every rank takes the eigendecomposition of all samples, and its own of the rest
+        if across(first.program.options.ranks):
+            # every rank takes the eigendecomposition of all samples, and its own of the rest
             found = paired(first, [REPLICATE] * 3, _eigenpairs, rows_of_all(first, gram, 1), self.top)
             values, weights, second = (paired(first, REPLICATE, operator.getitem, found, k) for k in range(3))
             here = [gram, first_sample(first.program)]

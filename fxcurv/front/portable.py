@@ -41,7 +41,7 @@ from fxcurv.front.python_state import (
     is_plain,
     members_of,
 )
-from fxcurv.front.reads import Absent
+from fxcurv.front.reads import Absent, content, with_inner
 from fxcurv.front.requests import Subject
 
 # Where something is: ("module", k), ("loss", "") or ("python", name), then ("attr", name) and ("item", key).
@@ -252,7 +252,7 @@ class Places:
         self._held.append(value)
         self._queue.append((place, value))
         if isinstance(value, types.FunctionType):
-            for code in _with_inner(value.__code__):
+            for code in with_inner(value.__code__):
                 self._codes.setdefault(id(code), (place, value))
 
 
@@ -267,7 +267,7 @@ def _within(value: Any) -> Iterator[tuple[Place, Any]]:
     """(steps, member) of what an object of the user's holds; runs none of the user's code."""
     kind = type(value)
     if kind in _PARTS:
-        names = [name for name in _PARTS[kind] if name != "cell_contents" or _content(value) is not MISSING]
+        names = [name for name in _PARTS[kind] if name != "cell_contents" or content(value) is not MISSING]
         yield from (((("attr", name),), v) for name in names if (v := getattr(value, name, None)) is not None)
     elif isinstance(value, types.ModuleType):
         if holds_state(getattr(value, "__file__", None) or ""):
@@ -362,7 +362,7 @@ class Describer:
                 raise NotPortable(f"the code of {value.__name__} was made while the program ran")
             if not holds_state(value.__code__.co_filename):
                 return ["function", value.__module__, value.__qualname__]
-            cells = [inside(_content(c), True) for c in value.__closure__ or ()]
+            cells = [inside(content(c), True) for c in value.__closure__ or ()]
             bound = [inside(value.__defaults__, True), inside(value.__kwdefaults__, True), cells]
             return ["function", value.__module__, value.__qualname__, _code(value), bound]
         if isinstance(value, type):
@@ -427,13 +427,6 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return MISSING
-
-
 def _builtin(value: Any) -> Any:
     """Of a function in C: its name, if it is one of Python's, PyTorch's or NumPy's."""
     holder = value.__self__
@@ -447,13 +440,6 @@ def _builtin(value: Any) -> Any:
 
 
 # ---- what code is ------------------------------
-
-
-def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for value in code.co_consts:
-        if isinstance(value, types.CodeType):
-            yield from _with_inner(value)
 
 
 def code_of(function: Any) -> str:

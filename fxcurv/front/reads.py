@@ -252,10 +252,10 @@ class Reads:
                 continue
             cells = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
             frames = [seen for code, seen in self._closed if code is function.__code__]
-            if not any(all(_content(c) is seen[name] for name, c in cells.items()) for seen in frames):
+            if not any(all(content(c) is seen[name] for name, c in cells.items()) for seen in frames):
                 continue
             self.of_code(function)
-            for code in _with_inner(function.__code__):  # a function that it made may have read them, and be gone
+            for code in with_inner(function.__code__):  # a function that it made may have read them, and be gone
                 self._cells(cells, function.__qualname__, self._codes.get(id(code), (code, []))[1])
 
     def _to_be_run(self, function: Any) -> None:
@@ -269,7 +269,7 @@ class Reads:
         self._globals(code, function.__globals__)
         self._cells(cells, function.__qualname__, instructions)
         self.of_code(function)
-        for value in (*map(function.__globals__.get, code.co_names), *map(_content, cells.values())):
+        for value in (*map(function.__globals__.get, code.co_names), *map(content, cells.values())):
             if isinstance(value, types.FunctionType):
                 self._to_be_run(value)
 
@@ -279,7 +279,7 @@ class Reads:
             if "DEREF" in i.opname and "LOAD" in i.opname and names[-1] in cells:
                 cell = cells[names[-1]]
                 path = Path(None, cell, (("attr", "cell_contents"),), f"'{names[-1]}' in {where}")
-                self._follow(path, _content(cell), instructions, k + 1)
+                self._follow(path, content(cell), instructions, k + 1)
 
     def _follow(self, path: Path, value: Any, instructions: list, at: int) -> None:
         """Record the value that the code takes from here: a member of a member, or all of it."""
@@ -465,19 +465,20 @@ def _held(module: nn.Module, name: str) -> Any:
     return module.__dict__.get(name, MISSING)
 
 
-def _content(cell: Any) -> Any:
+def content(cell: Any) -> Any:
+    """What a cell of a closure holds; it may be empty."""
     try:
         return cell.cell_contents
     except ValueError:
         return MISSING
 
 
-def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
+def with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
     """Code, and that of the functions in it."""
     yield code
     for value in code.co_consts:
         if isinstance(value, types.CodeType):
-            yield from _with_inner(value)
+            yield from with_inner(value)
 
 
 def _instructions(code: types.CodeType) -> list:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcurv.ir.placement import Shard
+from fxcurv.ir.precision import wide
 
 # A chunk has so many positions of all samples together, and more while the widest value in it has no more bytes.
 LEAST, ROOM = 32, 4 << 20
@@ -65,7 +66,7 @@ class Chunked:
                 if place is not None:
                     pieces[k].append(value)
                 elif (known := totals[k]) is None or self.own[k]:
-                    totals[k] = value if self.own[k] else value.to(_wide(value.dtype), copy=True)
+                    totals[k] = value if self.own[k] else value.to(wide(value.dtype), copy=True)
                 else:
                     known.add_(value)
         ends = [self._joined(p, made) if t is None else t for t, p, made in zip(totals, pieces, self.made, strict=True)]
@@ -88,13 +89,3 @@ class Chunked:
             return torch.cat(values, place.dim)
         apart = torch.cat([v.unflatten(place.dim, (outer, -1)) for v in values], place.dim + 1)
         return apart.flatten(place.dim, place.dim + 1)
-
-
-def narrow(dtype: torch.dtype) -> bool:
-    """Whether sums of many terms are not to be added up in it."""
-    return dtype in (torch.float16, torch.bfloat16)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What they are added up in."""
-    return torch.float32 if narrow(dtype) else dtype

@@ -9,7 +9,7 @@ from torch import fx
 
 from fxcurv.ir.graph import ancestors, is_tensor
 from fxcurv.ir.origin import locate
-from fxcurv.ir.placement import MIXED, PARTIAL, Shard
+from fxcurv.ir.placement import MIXED, PARTIAL, Shard, places_of
 from fxcurv.ir.program import Program
 
 # batch norm by the batch's own statistics, in evaluation mode as well
@@ -20,8 +20,7 @@ def mixing(program: Program) -> str | None:
     """Where samples interact, as the message for quantities per sample, `{asked}`; None where they do not."""
     targets = [program.loss] if program.loss is not None else program.heads
     for node in _differentiated(targets):
-        place = node.meta.get("place")
-        if any(p == MIXED for p in (place if isinstance(place, list) else [place])):
+        if MIXED in places_of(node.meta.get("place")):
             if of_reduced_loss(program, node):
                 return (
                     f"{literal(locate(node))}\nis a non-linear function of the reduced loss, for which {{asked}} is not "

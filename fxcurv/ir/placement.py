@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from fxcurv.ir.lengths import said
 
@@ -48,6 +49,11 @@ class Mixed:
 
 Placement = Shard | Replicate | Partial | Mixed
 REPLICATE, PARTIAL, MIXED = Replicate(), Partial(), Mixed()
+
+
+def places_of(place: Placement | list[Placement] | None) -> list[Any]:
+    """The placements of all outputs of an op: of one, or of several in a list."""
+    return place if isinstance(place, list) else [place]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,11 @@ from torch import Tensor
 IN_TURNS = "in turns"
 
 
+def across(ranks: str) -> bool:
+    """Whether these are several processes, and not one, or parts that one computes."""
+    return ranks not in ("", IN_TURNS)
+
+
 def summed(triangles: Sequence[bool], group: str, values: Sequence[Tensor]) -> list[Tensor]:
     """The values' sums over the ranks of a group, by one collective; `triangles`: which of them are symmetric matrices."""
     if len(values) == 1 and not triangles[0]:

@@ -13,7 +13,7 @@ from fxcurv.ir.emit import emit
 from fxcurv.ir.graph import canonical_args, descendants
 from fxcurv.ir.lengths import LengthFixed
 from fxcurv.ir.origin import locate, origin_of
-from fxcurv.ir.placement import Shard
+from fxcurv.ir.placement import Shard, places_of
 from fxcurv.ir.precision import widely
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program, is_active, is_sharded
@@ -95,7 +95,7 @@ class _Walk:
                 )
             position = data[0] if data else -1
             below = leaves[data[0]] if data else value
-            places = node.meta["place"] if isinstance(node.meta["place"], list) else [node.meta["place"]]
+            places = places_of(node.meta["place"])
             self.steps[node] = Step(
                 output, position, below.meta["place"], value.meta["place"], tuple(places),
                 _slice_shape(self.program, below), _slice_shape(self.program, value),

@@ -16,10 +16,11 @@ import torch
 from torch import SymInt, Tensor, fx
 
 from fxcurv.contractions.contract import Contract
-from fxcurv.ir.chunked import ROOM, Chunked, narrow
+from fxcurv.ir.chunked import ROOM, Chunked
 from fxcurv.ir.emit import part_samples
 from fxcurv.ir.graph import copied, is_tensor
-from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Shard
+from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Shard, places_of
+from fxcurv.ir.precision import HALF
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
 from fxcurv.ir.ranks import IN_TURNS
@@ -133,10 +134,7 @@ class _Part:
 
     def _apart(self, node: fx.Node) -> bool:
         """Whether all that a node has of the output is slice by slice."""
-        places = self._place(node)
-        return node in self.after and all(
-            isinstance(p, Shard) for p in (places if isinstance(places, list) else [places])
-        )
+        return node in self.after and all(isinstance(p, Shard) for p in places_of(self._place(node)))
 
     # ---- what is computed from the output ------------------------------
 
@@ -187,9 +185,8 @@ class _Part:
 
     def _known(self, node: fx.Node) -> bool:
         """Whether a reader can be run by chunks."""
-        places = self._place(node)
-        places = places if isinstance(places, list) else [places]
-        return node in self.after and not isinstance(node.meta.get("val"), SymInt) and MIXED not in places
+        known = not isinstance(node.meta.get("val"), SymInt) and MIXED not in places_of(self._place(node))
+        return node in self.after and known
 
     def _add(self, found: set[fx.Node], nodes: list[fx.Node]) -> list[fx.Node]:
         """Nodes and what they need of the output; returns those that are new."""
@@ -230,7 +227,7 @@ class _Part:
     def _adds(self, node: fx.Node) -> bool:
         """Whether a sum over positions, which nothing in the part reads, is added up where it is made."""
         alone = not any(u in set(self.members) for u in node.users)
-        return alone and self._place(node) == PARTIAL and node.target in ADDED and not narrow(node.meta["val"].dtype)
+        return alone and self._place(node) == PARTIAL and node.target in ADDED and node.meta["val"].dtype not in HALF
 
     def _resize(self, graph: fx.Graph, node: fx.Node, k: int, place: Shard, here: fx.Node) -> None:
         """Let the size that holds the positions be that of a chunk."""

@@ -22,7 +22,7 @@ from fxcurv.ir.crossings import Read, Sum
 from fxcurv.ir.emit import emit, number_of_samples
 from fxcurv.ir.graph import ancestors, is_tensor
 from fxcurv.ir.origin import locate, stage_of
-from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Placement
+from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Placement, places_of
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Input, Program
 from fxcurv.ir.ranks import IN_TURNS, plain_text, summed
@@ -31,7 +31,6 @@ from fxcurv.ir.state import Spread
 from fxcurv.passes.owners import at_one_rank, owners
 from fxcurv.passes.scatters import in_shards
 from fxcurv.passes.schedule import as_soon_as_possible
-from fxcurv.rules.split import listed
 from fxcurv.rules.traits import over_ranks
 
 # One collective takes at most this many bytes, unless a single value is larger.
@@ -82,7 +81,7 @@ def _check(program: Program) -> None:
         if root in checks or root in program.heads and root not in program.output_leaves:
             continue
         if root.meta["across"] == MIXED:
-            first = next(n for n in ancestors([root]) if MIXED in listed(n.meta["across"]))
+            first = next(n for n in ancestors([root]) if MIXED in places_of(n.meta["across"]))
             fields = {**program.results, **program.extras}
             field = next((f for f, nodes in fields.items() if root in pytree.tree_leaves(nodes)), "the model's output")
             among, others, alone = _words(program)
@@ -250,7 +249,7 @@ class _Sums:
         """Let autograd add up the derivatives in what all ranks have, where each reads it for its own terms and samples."""
         known: dict[fx.Node, fx.Node] = {}
         for node in list(self.graph.nodes):
-            if node.op != "call_function" or all(place == REPLICATE for place in listed(node.meta["across"])):
+            if node.op != "call_function" or all(place == REPLICATE for place in places_of(node.meta["across"])):
                 continue
             for value in node.all_input_nodes:
                 val = value.meta["val"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import fx
 
 from fxcurv.ir.program import Program
-from fxcurv.ir.ranks import IN_TURNS
+from fxcurv.ir.ranks import across
 from fxcurv.rules.traits import over_ranks
 
 SPINE = ("forward", "columns", "propagate")
@@ -24,7 +24,7 @@ def schedule(program: Program) -> Program:
     position = {n: k for k, n in enumerate(nodes)}
     ready = as_soon_as_possible(program)
     _as_late_as_possible(nodes, _spine(nodes), ready)
-    if program.options.ranks not in ("", IN_TURNS):
+    if across(program.options.ranks):
         _wait_late(nodes, _spine(nodes), ready)
     order = sorted((n for n in nodes if n.op not in ("placeholder", "output")), key=lambda n: (ready[n], position[n]))
     last = next((n for n in reversed(nodes) if n.op == "placeholder"), None)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from torch import SymInt, fx
 
 from fxcurv.ir.graph import is_tensor
-from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Alike, Placement, Shard
+from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Alike, Placement, Shard, places_of
 from fxcurv.ir.private import schema_of
 from fxcurv.ir.program import Program
 from fxcurv.rules.split import Found, Sites, Split
@@ -70,7 +70,7 @@ class Positions(Split):
         for seeds in self._ways(outside):
             self.across.update(zip(outside, seeds, strict=True))
             found = self.visit(node).place
-            if MIXED not in (found if isinstance(found, list) else [found]):
+            if MIXED not in places_of(found):
                 self.across[node] = found
                 return
         for value in outside:

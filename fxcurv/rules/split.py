@@ -21,7 +21,7 @@ from fxcurv.contractions.contract import Contract
 from fxcurv.ir import placement
 from fxcurv.ir.graph import canonical_args
 from fxcurv.ir.origin import stage_of
-from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Alike, Placement, Shard, Site
+from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Alike, Placement, Shard, Site, places_of
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
 from fxcurv.rules.base import rule_of
@@ -206,7 +206,7 @@ class Split:
         if "declared" not in node.meta:
             return found
         place, sources = node.meta["declared"]
-        return place if all(MIXED not in listed(self.across.get(s, REPLICATE)) for s in sources) else found
+        return place if all(MIXED not in places_of(self.across.get(s, REPLICATE)) for s in sources) else found
 
 
 def _beside_others(sites: list[Site | None]) -> list[Site | None]:
@@ -228,11 +228,6 @@ def _plain(site: Site | None) -> Site | None:
     if site is None or not isinstance(site.place, Alike):
         return site
     return replace(site, place=Shard(site.place.dim, site.place.outer, site.place.inner))
-
-
-def listed(place: Found) -> list[Placement]:
-    """The placements of all outputs."""
-    return place if isinstance(place, list) else [place]
 
 
 def _as_captured(leaf: Any, site: Site | None) -> bool:

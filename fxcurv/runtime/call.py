@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,12 +57,15 @@ def call(
         if not request.arguments.batch_size:
             with request.apart():
                 return of_no_sample(programs.like(request).program, request, values or {}), None
+        run = functools.partial(
+            _call, programs, request, backend, alone, inputs, targets, seed, generator, kept, out, values, first
+        )
         try:
-            return _call(programs, request, backend, alone, inputs, targets, seed, generator, kept, out, values, first)
+            return run()
         except FxcurvError as error:
             if not programs.distrust(request, isinstance(error, SelfCheckError)):
                 raise
-        return _call(programs, request, backend, alone, inputs, targets, seed, generator, kept, out, values, first)
+        return run()  # with a program that is made here
 
 
 def _call(

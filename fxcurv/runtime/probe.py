@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from fxcurv.errors import MixedSamplesError
 from fxcurv.ir.origin import locate
-from fxcurv.ir.placement import MIXED, PARTIAL, Placement, Shard, halves, samples_back, samples_first
+from fxcurv.ir.placement import MIXED, PARTIAL, Placement, Shard, halves, places_of, samples_back, samples_first
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program, is_active
 
@@ -100,7 +100,7 @@ class _InStep(fx.Interpreter):
             return n.target(*args, **kwargs)
 
     def _check(self, n: fx.Node, out: list[Any]) -> None:
-        places = n.meta["place"] if isinstance(n.meta["place"], list) else [n.meta["place"]]
+        places = places_of(n.meta["place"])
         columns = zip(*[v if isinstance(v, tuple | list) else [v] for v in out], strict=True)
         for place, values in zip(places, columns, strict=True):
             if isinstance(values[0], Tensor) and values[0].is_floating_point():
