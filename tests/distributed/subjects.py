@@ -9,32 +9,9 @@ from torch.distributed.device_mesh import init_device_mesh
 import fxcurv
 from fxcurv import kronecker
 from fxcurv.extensions import (
-    EKFAC,
-    KFAC,
-    KFLR,
-    KFRA,
-    BatchDiagGGNExact,
-    BatchDiagGGNMC,
-    BatchDiagHessian,
-    BatchGrad,
-    BatchL2Grad,
     ClippedGrad,
-    DiagGGNExact,
-    DiagGGNMC,
-    DiagHessian,
-    Jacobian,
-    SqrtGGNExact,
-    SqrtGGNMC,
-    SumGradSquared,
-    Variance,
 )
 from fxcurv.ir.private import pytree
-
-FIRST = [BatchGrad(), SumGradSquared(), Variance(), BatchL2Grad(), ClippedGrad(0.05)]
-SAMPLED = [DiagGGNMC(2), KFAC(), BatchDiagGGNMC(2)]
-ROOTS = [DiagGGNExact(), KFLR(), SqrtGGNExact(), SqrtGGNMC(), EKFAC(), KFRA(), Jacobian(), BatchDiagGGNExact()]
-HESSIAN = [DiagHessian(), BatchDiagHessian()]
-EVERY = [*FIRST, *SAMPLED, *ROOTS, *HESSIAN]
 
 
 def mlp(n: int):

@@ -10,8 +10,9 @@ import traceback
 
 import pytest
 import torch
+from asked import arrays
 from processes import on_ranks
-from subjects import EVERY, compare, made, mesh_of, part
+from subjects import compare, made, mesh_of, part
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -59,7 +60,7 @@ def asked_of(name: str) -> list[Extension]:
     torch.manual_seed(1)
     vectors = {n: torch.randn(2, *p.shape, dtype=p.dtype) for n, p in model.named_parameters()}
     without = (*REFUSED[name], *((KFRA,) if name == "transformer" else ()))  # which no process has there
-    found = [e for e in EVERY if not isinstance(e, without)]
+    found = [e for e in arrays(max_norm=0.05, mc_samples=2) if not isinstance(e, without)]
     found = [dataclasses.replace(e, joint=True) if name == "cnn" and isinstance(e, KFLR) else e for e in found]
     more = [Dots(vectors), Projected(3), NTK(), GramGrad(), GramGGN()]
     if name == "mlp":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from asked import arrays
 from case_tools import Net, mlp, param
 from oracle import call, derivative, plain_mathematics, second_derivative, tensors
 from torch import nn
@@ -12,33 +13,20 @@ from torch import nn
 import fxcurv
 from fxcurv.errors import LossError, MixedSamplesError
 from fxcurv.extensions import (
-    EKFAC,
     GGNMP,
     HMP,
     KFAC,
-    KFLR,
-    KFRA,
-    BatchDiagGGNExact,
-    BatchDiagGGNMC,
-    BatchDiagHessian,
     BatchGrad,
-    BatchL2Grad,
-    ClippedGrad,
     DiagGGNExact,
     DiagGGNMC,
     DiagHessian,
     Jacobian,
-    SqrtGGNExact,
-    SqrtGGNMC,
-    SumGradSquared,
-    Variance,
 )
 
 N = 4
-PER_SAMPLE = [
-    BatchGrad(), BatchL2Grad(), SumGradSquared(), Variance(), ClippedGrad(1.0), BatchDiagGGNExact(), BatchDiagGGNMC(),
-    SqrtGGNExact(), SqrtGGNMC(), BatchDiagHessian(), KFAC(), KFLR(), KFRA(), EKFAC(),
-]  # fmt: skip
+# what exists for the whole batch
+WHOLE = (DiagGGNExact, DiagGGNMC, DiagHessian, Jacobian)
+PER_SAMPLE = [e for e in arrays() if not isinstance(e, WHOLE)]
 
 
 def X(*shape):

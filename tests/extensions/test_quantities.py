@@ -4,43 +4,29 @@ from __future__ import annotations
 
 import pytest
 import torch
+from asked import exact, first, sampled
 from cases import CASES
 from compiled import close, compiled_case
 from fewer import fewer
 from oracle import Oracle
 
 from fxcurv.extensions import (
-    BatchDiagGGNExact,
-    BatchDiagGGNMC,
     BatchGrad,
-    BatchL2Grad,
     ClippedGrad,
-    DiagGGNExact,
-    DiagGGNMC,
     Jacobian,
     SqrtGGNExact,
-    SqrtGGNMC,
-    SumGradSquared,
-    Variance,
 )
 
 MAX_NORM = 0.1
 SUBSAMPLING = [0, 0]
 EXACT = [
-    BatchGrad(),
+    *first(MAX_NORM),
     BatchGrad(subsampling=SUBSAMPLING, savefield="grad_batch_sub"),
-    BatchL2Grad(),
-    SumGradSquared(),
-    Variance(),
-    ClippedGrad(MAX_NORM),
     ClippedGrad(MAX_NORM, over="param", savefield="grad_clipped_param"),
-    DiagGGNExact(),
-    BatchDiagGGNExact(),
-    SqrtGGNExact(),
+    *exact(),
     SqrtGGNExact(subsampling=SUBSAMPLING, savefield="sqrt_sub"),
 ]
-SAMPLED = [DiagGGNMC(mc_samples=3), BatchDiagGGNMC(mc_samples=3), SqrtGGNMC(mc_samples=3)]
-TOGETHER = [*EXACT, *SAMPLED, Jacobian()]
+TOGETHER = [*EXACT, *sampled(3), Jacobian()]
 PLAIN = (
     "grad", "grad_batch", "batch_l2", "sum_grad_squared", "variance", "diag_ggn_exact", "diag_ggn_exact_batch", "jacobian",
 )  # fmt: skip
@@ -127,5 +113,5 @@ def test_jacobian(name):
 
 @pytest.mark.parametrize("name", FEW)
 def test_sampled_quantities(name):
-    compiled, arguments, oracle = compiled_case(CASES[name], SAMPLED)
+    compiled, arguments, oracle = compiled_case(CASES[name], sampled(3))
     check_sampled(compiled(*arguments, seed=7), compiled(*arguments, seed=7), oracle)

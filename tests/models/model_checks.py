@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from asked import exact, first, hessian, kronecker, sampled
 from case_tools import Case
 from oracle import Named
 from oracle_kron import NORMS, KroneckerOracle, is_layer, matrix, outer
@@ -19,41 +20,23 @@ from torch.utils._pytree import tree_map_only
 
 import fxcurv
 from fxcurv.extensions import (
-    EKFAC,
     GGNMP,
     HMP,
-    KFAC,
-    KFLR,
-    BatchDiagGGNExact,
-    BatchDiagGGNMC,
-    BatchDiagHessian,
-    BatchGrad,
-    BatchL2Grad,
-    ClippedGrad,
-    DiagGGNExact,
-    DiagGGNMC,
-    DiagHessian,
     Jacobian,
-    SqrtGGNExact,
-    SqrtGGNMC,
-    SumGradSquared,
-    Variance,
 )
 
 SAMPLES, MAX_NORM, SEED = 2, 0.1, 1
 
 GROUPS: dict[str, list[Any]] = {
     "gradient": [],
-    "first order": [BatchGrad(), BatchL2Grad(), SumGradSquared(), Variance(), ClippedGrad(MAX_NORM)],
-    "Gauss-Newton": [DiagGGNExact(), BatchDiagGGNExact(), SqrtGGNExact()],
-    "sampled": [DiagGGNMC(mc_samples=SAMPLES), BatchDiagGGNMC(mc_samples=SAMPLES), SqrtGGNMC(mc_samples=SAMPLES)],
+    "first order": first(MAX_NORM),
+    "Gauss-Newton": exact(),
+    "sampled": sampled(SAMPLES),
     "Jacobian": [Jacobian()],
-    "Kronecker": [
-        KFAC(mc_samples=SAMPLES, others="exact"), KFLR(others="exact"), EKFAC(mc_samples=SAMPLES, others="exact"),
-    ],
-    "Hessian": [DiagHessian(), BatchDiagHessian()],
+    "Kronecker": kronecker(SAMPLES, others="exact"),
+    "Hessian": hessian(),
     "products": [GGNMP(), HMP()],
-}  # fmt: skip
+}
 # what a group's check reads besides
 ALSO = {"Kronecker": [*GROUPS["sampled"]]}
 PLAIN = {

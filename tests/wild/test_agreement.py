@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import asked
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,37 +13,24 @@ from torch import Tensor, nn
 import fxcurv
 from fxcurv.errors import LossError
 from fxcurv.extensions import (
-    EKFAC,
     GGNMP,
     HMP,
     KFAC,
     KFLR,
     KFRA,
     PCHMP,
-    BatchDiagGGNExact,
-    BatchDiagGGNMC,
-    BatchDiagHessian,
     BatchGrad,
     BatchL2Grad,
     ClippedGrad,
     DiagGGNExact,
     DiagGGNMC,
-    DiagHessian,
     Extension,
     Jacobian,
     SqrtGGNExact,
     SqrtGGNMC,
-    SumGradSquared,
-    Variance,
 )
 
 N, M = 4, 3
-SECOND = [
-    DiagGGNExact(), BatchDiagGGNExact(), SqrtGGNExact(), DiagGGNMC(mc_samples=M), BatchDiagGGNMC(mc_samples=M),
-    SqrtGGNMC(mc_samples=M), GGNMP(), HMP(), DiagHessian(), BatchDiagHessian(),
-]  # fmt: skip
-FIRST = [BatchGrad(), BatchL2Grad(), SumGradSquared(), Variance()]
-FACTORS = [KFLR(), KFAC(mc_samples=M), EKFAC(mc_samples=M)]
 
 
 class Two(nn.Module):
@@ -140,7 +128,7 @@ def gram(columns: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", names())
 def test_second_order(name):
     """Diagonals are those of products and of squared roots, and sums of what is said per sample; all of them are right."""
-    model, x, loss, result = computed(name, SECOND)
+    model, x, loss, result = computed(name, [*asked.exact(), *asked.sampled(M), *asked.hessian(), GGNMP(), HMP()])
     for key, param in model.named_parameters():
         shape = param.shape
         hessian = matrix(result.hmp[key], shape)
@@ -172,7 +160,7 @@ def test_second_order(name):
 @pytest.mark.parametrize("name", names())
 def test_first_order(name):
     """Sums of individual gradients, their norms, squares and variance."""
-    model, x, loss, result = computed(name, FIRST)
+    model, x, loss, result = computed(name, asked.first())
     expected = torch.autograd.grad(loss(model(x)), list(model.parameters()))
     for (key, _), g in zip(model.named_parameters(), expected, strict=True):
         each = result.grad_batch[key]
@@ -187,9 +175,9 @@ def test_first_order(name):
 def test_individual_gradients(name):
     """Rows that are asked for, clipped sums, the columns of the Jacobian: all are of the same individual gradients."""
     rows = [2, 0, 0]
-    asked = [BatchGrad(), BatchGrad(subsampling=rows, savefield="rows"), ClippedGrad(0.1), BatchL2Grad(),
-             ClippedGrad(0.1, over="param", savefield="clipped_param")]  # fmt: skip
-    model, x, loss, result = computed(name, asked)
+    extensions = [BatchGrad(), BatchGrad(subsampling=rows, savefield="rows"), ClippedGrad(0.1), BatchL2Grad(),
+                  ClippedGrad(0.1, over="param", savefield="clipped_param")]  # fmt: skip
+    model, x, loss, result = computed(name, extensions)
     norms = sum(result.batch_l2.values()).sqrt()
     same(result.sample_norms, norms)
     outputs = model(x)
@@ -207,8 +195,8 @@ def test_individual_gradients(name):
 @pytest.mark.parametrize("name", names("nonconvex"))
 def test_operators(name):
     """Blocks of the matrices over all parameters are the products of one; of the last layer all curvatures are the same."""
-    asked = [GGNMP(), HMP(), PCHMP(), PCHMP(savefield="pchmp_abs", modify="abs"), DiagGGNExact()]
-    model, x, loss, result = computed(name, asked)
+    extensions = [GGNMP(), HMP(), PCHMP(), PCHMP(savefield="pchmp_abs", modify="abs"), DiagGGNExact()]
+    model, x, loss, result = computed(name, extensions)
     sizes = {key: p.shape for key, p in model.named_parameters()}
     start, total = 0, sum(shape.numel() for shape in sizes.values())
     every = {"ggnmp": result.ggn, "hmp": result.hessian}
@@ -247,7 +235,7 @@ def test_kronecker_factors(name):
 
 
 def check_factors(name):
-    model, x, loss, result = computed(name, [*FACTORS, SqrtGGNExact(), SqrtGGNMC(mc_samples=M)])
+    model, x, loss, result = computed(name, [*asked.kronecker(M), SqrtGGNExact(), SqrtGGNMC(mc_samples=M)])
     inputs = {}
     hooks = [
         layer.register_forward_hook(lambda _, given, __, key=key: inputs.update({key: given[0].detach()}))
