@@ -26,15 +26,13 @@ def mixing(program: Program) -> str | None:
                     f"{literal(locate(node))}\nis a non-linear function of the reduced loss, for which {{asked}} is not "
                     "defined.\nWay out: a loss that is a sum or mean over samples, or ask for the gradient or products."
                 )
-            norm = "GroupNorm" if node.target is NO_STATISTICS else "model.eval() or GroupNorm"
-            why = "without running statistics" if node.target is NO_STATISTICS else "in training mode"
             first = _joined(node)
             how = "" if first is node else f" ({literal(_after(first, node))} makes more of its result than a sum)"
             return (
                 f"{literal(locate(first))}\nmixes samples{how}, so {{asked}} (per sample) does not exist for the parameters "
-                f"before it.\nWay out: {norm} in place of batch norm {why}; batch_dim= if the batch "
-                "is not dimension 0; a loss that is a sum or mean over samples; or ask for what the whole batch has: the "
-                "gradient, DiagGGNExact, DiagHessian, products."
+                f"before it.\nWay out: {_instead_of_batch_norm(first)}batch_dim= if the batch is not dimension 0 (extended "
+                "models have it first: batch_first=True); a loss that is a sum or mean over samples; or ask for what the whole "
+                "batch has: the gradient, DiagGGNExact, DiagHessian, products."
             )
     for head in program.heads:
         if head.meta.get("active") and not isinstance(head.meta["place"], Shard):
@@ -45,6 +43,14 @@ def mixing(program: Program) -> str | None:
     if program.loss is not None and program.loss.meta["place"] != PARTIAL:
         return f"{literal(locate(program.loss))}\nis no sum over samples, so {{asked}} does not exist for it."
     return None
+
+
+def _instead_of_batch_norm(node: fx.Node) -> str:
+    if "batch_norm" not in locate(node):
+        return ""
+    if node.target is NO_STATISTICS:
+        return "GroupNorm in place of batch norm without running statistics; "
+    return "model.eval() or GroupNorm in place of batch norm in training mode; "
 
 
 def _differentiated(targets: list[fx.Node]) -> list[fx.Node]:

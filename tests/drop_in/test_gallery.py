@@ -24,6 +24,7 @@ from fxcurv.backpack.extensions.module_extension import FirstOrderModuleExtensio
 from fxcurv.backpack.hessianfree.ggnvp import ggn_vector_product
 from fxcurv.backpack.hessianfree.hvp import hessian_vector_product
 from fxcurv.backpack.utils.examples import autograd_diag_ggn_exact
+from fxcurv.errors import MixedSamplesError
 
 slow = pytest.mark.slow
 
@@ -389,7 +390,7 @@ def test_rnn() -> None:
 
 @slow
 def test_an_lstm_that_takes_time_first() -> None:
-    """As `nn.LSTM` does by default: the samples are the second axis of input and output."""
+    """As `nn.LSTM` does by default: the samples are the second axis inside. Those of an input are the first."""
 
     class TimeFirst(nn.Module):
         def __init__(self) -> None:
@@ -406,6 +407,9 @@ def test_an_lstm_that_takes_time_first() -> None:
         extend(loss)(model(x), y).backward()
     close([p.grad_batch for p in model.parameters()], rows)
     close([flat(model, "diag_ggn_exact")], [ggn])
+    alone = extend(nn.LSTM(2, 3))
+    with backpack(extensions.BatchGrad()), pytest.raises(MixedSamplesError, match="(?s)lstm.*batch_first=True"):
+        alone(x)[0][-1].sum().backward()
 
 
 @slow
