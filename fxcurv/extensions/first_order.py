@@ -6,6 +6,7 @@ output [N, T, C], through every position that it depends on. N is two axes then,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, fx
 
 from fxcurv.errors import ExtensionError
 from fxcurv.extensions.base import Combine, Extension, Param, Steps
-from fxcurv.ir.emit import samples
+from fxcurv.ir.emit import constant, samples
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,46 @@ def _count(like: Tensor, samples: int, positions: int) -> Tensor:
     return like.new_ones(()) * (samples * positions)
 
 
+class Bounds:
+    """Bounds of norms that may change: a tensor, or numbers and tensors by parameter name. Equal to itself alone.
+
+    Raises:
+        ExtensionError: if one is not positive, or a tensor with dimensions.
+    """
+
+    def __init__(self, given: Any):
+        self.by_name = isinstance(given, Mapping)
+        self._given: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {"": given}
+        for name, bound in self._given.items():
+            _check_bound(bound, name and f" of '{name}'")
+
+    def __repr__(self) -> str:
+        """By value, so that the state of a pass over data knows them again."""
+        said = {name: float(bound) for name, bound in self._given.items()}
+        return f"Bounds({said if self.by_name else said['']})"
+
+    def of(self, param: Param) -> Any:
+        """A number, or the node of a tensor.
+
+        Raises:
+            ExtensionError: if the parameter has none.
+        """
+        if self.by_name and param.name not in self._given:
+            raise ExtensionError(f"ClippedGrad: no bound for parameter '{param.name}': pass one, or params= without it")
+        bound = self._given[param.name if self.by_name else ""]
+        if not isinstance(bound, Tensor):
+            return float(bound)
+        with param.program.graph.inserting_before(param.program.output):
+            return constant(param.program, bound.detach().to(param.node.meta["val"].device))
+
+
+def _check_bound(bound: Any, whose: str = "") -> None:
+    if isinstance(bound, Tensor) and bound.ndim:
+        raise ExtensionError(f"ClippedGrad(max_norm={list(bound.shape)}){whose}: a tensor is to have no dimensions")
+    if not isinstance(bound, Tensor | int | float) or not bound > 0:
+        raise ExtensionError(f"ClippedGrad(max_norm={bound!r}){whose}: use a positive number")
+
+
 @dataclass(frozen=True)
 class ClippedGrad(Extension):
     """The clipped gradient sum, sum_n min(1, max_norm / ||g_n||) g_n, [*P] (Abadi et al. 2016, Algorithm 1).
@@ -107,11 +148,13 @@ class ClippedGrad(Extension):
     `result.sample_norms`, the norms ||g_n|| over all parameters, [N].
 
     Args:
-        max_norm: positive bound.
+        max_norm: positive bound. A tensor without dimensions is read at every call, so that the bound may be changed in place
+            (adaptive clipping); it is to lie on the model's device. A dict from parameter names to bounds (either kind), for
+            `over="param"`: of every parameter that the quantity is of.
         over: "all" (the norm over all parameters) or "param" (of each parameter by itself).
     """
 
-    max_norm: float
+    max_norm: Any
     over: str = "all"
     savefield = "grad_clipped"
     combine = (Combine("sum", None),)
@@ -120,8 +163,12 @@ class ClippedGrad(Extension):
     def check(self) -> None:
         if self.over not in ("all", "param"):
             raise ExtensionError(f"ClippedGrad(over={self.over!r}): use 'all' or 'param'")
-        if not self.max_norm > 0:
-            raise ExtensionError(f"ClippedGrad(max_norm={self.max_norm}): use a positive number")
+        if isinstance(self.max_norm, Tensor | Mapping):
+            object.__setattr__(self, "max_norm", Bounds(self.max_norm))
+        if not isinstance(self.max_norm, Bounds):
+            _check_bound(self.max_norm)
+        elif self.max_norm.by_name and self.over == "all":
+            raise ExtensionError("ClippedGrad: a bound for each parameter clips each by itself: pass over='param'")
 
     def extract_all(self, params: list[Param]):
         squared = {p.name: p.contract(power=2, reduce="vp") for p in params}
@@ -129,7 +176,8 @@ class ClippedGrad(Extension):
         out = {}
         for param in params:
             norm = norms if self.over == "all" else param.emit(_norm, [squared[param.name]])
-            weights = param.emit(_clip, norm, float(self.max_norm))
+            bound = self.max_norm.of(param) if isinstance(self.max_norm, Bounds) else float(self.max_norm)
+            weights = param.emit(_clip, norm, bound)
             total = param.contract(power=1, reduce="vn", weights=weights, precise=True)
             dtype = param.node.meta["val"].dtype
             out[param.name] = total if total.meta["val"].dtype == dtype else param.emit(Tensor.to, total, dtype)
@@ -140,7 +188,7 @@ def _norm(squares: list[Tensor]) -> Tensor:
     return sum(squares[1:], squares[0]).sqrt()
 
 
-def _clip(norm: Tensor, max_norm: float) -> Tensor:
+def _clip(norm: Tensor, max_norm: float | Tensor) -> Tensor:
     return torch.where(norm > max_norm, max_norm / norm, torch.ones_like(norm)).unsqueeze(0)
 
 

@@ -9,6 +9,8 @@
         optimizer.step()
         optimizer.zero_grad()
 
+With `make_private(..., grad_sample_mode="ghost")` the sum of clipped gradients is computed without a gradient per sample.
+
 A training loop that is to stay as it is, with its `loss.backward()`, takes the engine of `fxcurv.backpack.opacus`.
 
 Opacus' optimizers take the gradients of each sample's own loss, whatever the reduction: of a mean, fxcurv's carry 1/N, which is
@@ -20,18 +22,48 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn, optim
 
 from fxcurv.api import compile as compile_model
 from fxcurv.data.weights import Weights
-from fxcurv.errors import LossError
-from fxcurv.extensions import BatchGrad
+from fxcurv.errors import ArgumentError, LossError
+from fxcurv.extensions import BatchGrad, ClippedGrad, Extension
 from fxcurv.result import Result
 
-__all__ = ["GradSamples", "add_rows", "make_private"]
+__all__ = ["ClippedGradients", "GradSamples", "add_rows", "make_private"]
 
 
-class GradSamples:
+class _OfOwnLoss:
+    """What the loss is, for gradients of each sample's own: a sum over samples or their mean."""
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Tensor], extension: Extension, options: dict[str, Any]):
+        self.model = model
+        self.compiled = compile_model(model, loss, [extension], **options)
+        self.compiled.alone(type(self).__name__)
+        self._weights = Weights(model, loss, None)
+
+    @property
+    def reduction(self) -> str | None:
+        """What the loss is, "mean" or "sum"; None before the first batch."""
+        return None if self._weights.mean is None else "mean" if self._weights.mean else "sum"
+
+    def _find(self, result: Result, inputs: Any, targets: tuple, n: int) -> None:
+        """Find out what the loss is, if no batch has said so."""
+        if self._weights.mean is None and n:
+            z = self._weights.of(result, inputs, targets, self.compiled.arguments(inputs, *targets), self.compiled)
+            if z is not None and abs(z - n) > 1e-3 * n:
+                raise LossError(
+                    "the loss is a mean in which samples have weights of their own, so a sample's gradient is not its own. Way "
+                    "out: a sum, or a mean over samples."
+                )
+
+    def _factor(self, n: int) -> float:
+        """What makes gradients of the loss, [N, *P], those of each sample's own."""
+        return float(n) if self._weights.mean and n else 1.0
+
+
+class GradSamples(_OfOwnLoss):
     """Writes `p.grad_sample`, [N, *P], on every trainable parameter: of each sample's own loss, for a mean and a sum alike.
 
     A call before `optimizer.zero_grad()` adds another batch, as Opacus does (virtual steps, `BatchMemoryManager`). An empty batch
@@ -43,15 +75,7 @@ class GradSamples:
     """
 
     def __init__(self, model: nn.Module, loss: Callable[..., Tensor], **options: Any):
-        self.model = model
-        self.compiled = compile_model(model, loss, [BatchGrad()], **options)
-        self.compiled.alone("GradSamples")
-        self._weights = Weights(model, loss, None)
-
-    @property
-    def reduction(self) -> str | None:
-        """What the loss is, "mean" or "sum"; None before the first batch."""
-        return None if self._weights.mean is None else "mean" if self._weights.mean else "sum"
+        super().__init__(model, loss, BatchGrad(), options)
 
     def __call__(self, inputs: Any, *targets: Any) -> Result:
         """Compute and write; returns the result, of the loss as it is.
@@ -61,22 +85,49 @@ class GradSamples:
         """
         result = self.compiled(inputs, *targets)
         n = self.compiled.arguments(inputs, *targets).batch_size
-        factor = self._factor(result, inputs, targets, n) if n else 1.0
-        named = dict(self.model.named_parameters())
+        self._find(result, inputs, targets, n)
+        factor, named = self._factor(n), dict(self.model.named_parameters())
         for name, g in result.grad_batch.items():
             add_rows(named[name], g * factor if factor != 1 else g)
         return result
 
-    def _factor(self, result: Result, inputs: Any, targets: tuple, n: int) -> float:
-        if self._weights.mean is None:
-            arguments = self.compiled.arguments(inputs, *targets)
-            z = self._weights.of(result, inputs, targets, arguments, self.compiled)
-            if z is not None and abs(z - n) > 1e-3 * n:
-                raise LossError(
-                    "the loss is a mean in which samples have weights of their own, so a sample's gradient is not its own. Way "
-                    "out: a sum, or a mean over samples."
-                )
-        return float(n) if self._weights.mean else 1.0
+
+class ClippedGradients(_OfOwnLoss):
+    """Adds the sum of clipped gradients, [*P], to `p.grad`: of each sample's own loss, for a mean and a sum alike.
+
+    This is what Opacus' `DPOptimizerFastGradientClipping` reads. Gradients per sample, [N, *P], are not stored.
+
+    Args:
+        model, loss, options: as for `GradSamples`.
+        max_norm: what each gradient is clipped to, over all parameters.
+
+    Attributes:
+        max_norm: may be changed between calls.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Tensor], max_norm: float, **options: Any):
+        self.max_norm = max_norm
+        some = next(model.parameters())
+        self._bound = torch.tensor(float(max_norm), dtype=torch.float64, device=some.device)
+        super().__init__(model, loss, ClippedGrad(self._bound), options)
+
+    def __call__(self, inputs: Any, *targets: Any) -> Result:
+        """Compute and add; returns the result, of the loss as it is.
+
+        Raises:
+            LossError: for a loss that is neither a sum nor a mean over samples.
+        """
+        n = self.compiled.arguments(inputs, *targets).batch_size
+        if self.reduction is None:
+            with torch.random.fork_rng():
+                self._find(self.compiled(inputs, *targets), inputs, targets, n)
+        factor, named = self._factor(n), dict(self.model.named_parameters())
+        self._bound.fill_(self.max_norm / factor)
+        result = self.compiled(inputs, *targets)
+        for name, g in result.grad_clipped.items():
+            own = g * factor if factor != 1 else g
+            named[name].grad = own if named[name].grad is None else named[name].grad + own
+        return result
 
 
 def add_rows(p: Any, rows: Tensor) -> None:
@@ -92,7 +143,7 @@ def make_private(
     optimizer: optim.Optimizer,
     data_loader: Any,
     **options: Any,
-) -> tuple[GradSamples, Any, Any]:
+) -> tuple[GradSamples | ClippedGradients, Any, Any]:
     """`engine.make_private` without hooks on the model.
 
     Args:
@@ -100,11 +151,39 @@ def make_private(
         model, loss: as for `GradSamples`.
         optimizer, data_loader: what is made private.
         options: of `PrivacyEngine.make_private` (`noise_multiplier`, `max_grad_norm`, `clipping`, `poisson_sampling`, ...).
+            `grad_sample_mode="ghost"`: by `ClippedGradients`, no gradient per sample is stored; for flat clipping.
 
     Returns:
-        (the gradients of samples, Opacus' optimizer, its loader).
+        (what computes a batch's gradients, Opacus' optimizer, its loader).
+
+    Raises:
+        ArgumentError: for another mode, or for ghost clipping that is not flat.
     """
+    mode = options.pop("grad_sample_mode", "no_op")
+    if mode not in ("no_op", "ghost"):
+        raise ArgumentError(f"grad_sample_mode={mode!r}: pass 'ghost', or leave it out")
     _, private, loader = engine.make_private(
         module=model, optimizer=optimizer, data_loader=data_loader, criterion=loss, grad_sample_mode="no_op", **options
     )
-    return GradSamples(model, loss), private, loader
+    if mode == "no_op":
+        return GradSamples(model, loss), private, loader
+    taker = _of_sums(private)
+    return ClippedGradients(model, loss, options["max_grad_norm"]), taker, loader
+
+
+def _of_sums(private: Any) -> Any:
+    """The optimizer that takes sums of clipped gradients, in place of one that clips."""
+    # whoever has an engine has the package; the rest of this module does without
+    from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping  # type: ignore[import-not-found, unused-ignore]
+
+    if type(private) is not DPOptimizer:
+        raise ArgumentError(
+            f"grad_sample_mode='ghost' with {type(private).__name__}: it is for clipping='flat' on one process"
+        )
+    found = DPOptimizerFastGradientClipping(
+        private.original_optimizer, noise_multiplier=private.noise_multiplier, max_grad_norm=private.max_grad_norm,
+        expected_batch_size=private.expected_batch_size, loss_reduction=private.loss_reduction,
+        generator=private.generator, secure_mode=private.secure_mode,
+    )  # fmt: skip
+    found.attach_step_hook(private.step_hook)
+    return found

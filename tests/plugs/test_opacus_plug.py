@@ -61,6 +61,58 @@ def test_private_training_is_the_same(reduction, rate):
             assert not torch.allclose(got, before)
 
 
+def by_ghost_clipping(model, data, reduction, theirs):
+    """The parameters after 20 steps and more, some batches of them virtual."""
+    model = copy.deepcopy(model)
+    loss, optimizer = nn.CrossEntropyLoss(reduction=reduction), torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, noise = opacus.PrivacyEngine(), torch.Generator().manual_seed(3)
+    options = {
+        "noise_multiplier": 0.3, "max_grad_norm": 0.5, "loss_reduction": reduction, "noise_generator": noise,
+        "grad_sample_mode": "ghost", "poisson_sampling": False,
+    }  # fmt: skip
+    loader = DataLoader(data, batch_size=5)
+    if theirs:
+        wrapped, optimizer, criterion, loader = engine.make_private(
+            module=model, optimizer=optimizer, data_loader=loader, criterion=loss, **options
+        )
+        step = lambda x, y: criterion(wrapped(x), y).backward()  # noqa: E731
+    else:
+        step, optimizer, loader = plug.make_private(engine, model, loss, optimizer, loader, **options)
+    for epoch in range(5):
+        for x, y in loader:
+            optimizer.zero_grad()
+            if epoch == 2:
+                optimizer.signal_skip_step(do_skip=True)
+                step(x[:3], y[:3])
+                optimizer.step()
+                optimizer.zero_grad()
+                x, y = x[3:], y[3:]
+            step(x, y)
+            optimizer.step()
+    return [p.detach() for p in model.parameters()], engine.get_epsilon(1e-5), step
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_ghost_clipping_is_the_same(reduction):
+    model, data = case()
+    wanted, epsilon, _ = by_ghost_clipping(model, data, reduction, True)
+    found, same, gradients = by_ghost_clipping(model, data, reduction, False)
+    assert epsilon == same and gradients.reduction == reduction
+    for got, want, before in zip(found, wanted, model.parameters(), strict=True):
+        torch.testing.assert_close(got, want)
+        assert not torch.allclose(got, before)
+
+
+def test_modes_and_clippings():
+    model, data = case()
+    asked = model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(data, batch_size=5)
+    options = {"noise_multiplier": 1.0, "max_grad_norm": [1.0] * 4}
+    with pytest.raises(ArgumentError, match="DPPerLayerOptimizer.*flat"):
+        plug.make_private(opacus.PrivacyEngine(), *asked, grad_sample_mode="ghost", clipping="per_layer", **options)
+    with pytest.raises(ArgumentError, match="'ew'.*'ghost'"):
+        plug.make_private(opacus.PrivacyEngine(), *asked, grad_sample_mode="ew", **options)
+
+
 class SamplesSecond(nn.Module):
     def __init__(self):
         super().__init__()
