@@ -154,6 +154,13 @@ IN_PLACE = {
     aten.index_add.default: aten.index_add_.default,
 }  # fmt: skip
 
+
+def of_one(op: Any, x: Any = None, dims: Any = None, *more: Any, **dtype: Any) -> bool:
+    """Whether a call is a sum over axes of size one: `x` without them."""
+    sums = op is aten.sum.dim_IntList and not more and not dtype and bool(dims)
+    return sums and x.is_floating_point() and all(x.shape[d] == 1 for d in dims)
+
+
 # Of these, the ones that add to their first argument, and do nothing else to it.
 ADDING = {aten.add.Tensor, aten.sub.Tensor, aten.index_add.default}
 

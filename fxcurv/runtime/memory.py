@@ -73,7 +73,7 @@ class Storage:
     def _view(self, index: int, n: int, lengths: tuple[int, ...], free: bool) -> Tensor:
         shape = self._shape(index, n, lengths)
         kept, numel = self._kept.pop(index, None), math.prod(shape)  # of several threads, one gets it
-        if kept is None or free and (kept.numel() < numel or not _ours_alone(kept)):
+        if kept is None or free and (kept.numel() < numel or uses_of_storage(kept) > _OF_ONE[1]):
             kept = torch.empty(numel, dtype=self._program.buffers[index].dtype)
         view = kept[:numel].view(shape)
         self._kept[index] = kept  # now held twice
@@ -86,26 +86,16 @@ class Storage:
         return self._shapes[key]
 
 
-def _ours_alone(kept: Tensor) -> bool:
-    return uses_of_storage(kept) <= _HELD
-
-
 def alone(box: list[Tensor]) -> bool:
-    """Whether nothing but `box` holds its one tensor, or its memory."""
-    return sys.getrefcount(box[0]) <= _REFERRED and _ours_alone(box[0])
+    """Whether nothing but `box` holds its one tensor, or its memory. It may be a view of a tensor that nothing else holds."""
+    usual = _OF_ONE if base_of(box[0]) is None else _OF_VIEW
+    return all(found <= known for found, known in zip(_holders(box), usual, strict=True))
 
 
-def _referred() -> int:
-    box = [torch.empty(1)]
-    return sys.getrefcount(box[0])
+def _holders(box: list[Tensor]) -> tuple[int, int, int]:
+    """How often the tensor of `box`, its storage, and the tensor that it is a view of are held, by this function too."""
+    base = base_of(box[0])
+    return sys.getrefcount(box[0]), uses_of_storage(box[0]), 0 if base is None else sys.getrefcount(base)
 
 
-_REFERRED = _referred()
-
-
-def _held() -> int:
-    """How often a storage is counted when only one tensor (and the object that asks) holds it."""
-    return uses_of_storage(torch.empty(1))
-
-
-_HELD = _held()
+_OF_ONE, _OF_VIEW = _holders([torch.empty(1)]), _holders([torch.empty(1).view(1, 1)])

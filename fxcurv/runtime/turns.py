@@ -26,7 +26,7 @@ from fxcurv.ir.private import compile_lock, pytree
 from fxcurv.ir.program import Program
 from fxcurv.passes.recycle import without_memory
 from fxcurv.result import Result
-from fxcurv.rules.traits import ADDING, IN_PLACE, over_ranks
+from fxcurv.rules.traits import ADDING, IN_PLACE, of_one, over_ranks
 from fxcurv.runtime.bind import bind, cuda_devices, seed_tensor
 from fxcurv.runtime.call import refuse_values
 from fxcurv.runtime.memory import alone
@@ -161,9 +161,7 @@ class Turns:
             sums = [n for n in self.nodes if self.level[n] == level + 1 and over_ranks(n) == "sum"]
             ends = [n for n in self.outputs if self.level[n] == level]
             for k, part in enumerate(parts):
-                part.run(here, totals)
-                for node in sums:
-                    _add(totals, node, [part.take(node.args[0])])
+                part.run(here, sums, totals)
                 for node in dict.fromkeys(ends):
                     value = part.take(node)
                     if not k or self.every[node]:
@@ -219,7 +217,13 @@ class _Part:
         self.left = {n: len(n.users) for n in turns.nodes}  # an output's reader is the end of the graph
         self.begun = turns.begun
 
-    def run(self, nodes: Sequence[fx.Node], totals: dict[fx.Node, Tensor]) -> None:
+    def run(self, nodes: Sequence[fx.Node], sums: Sequence[fx.Node], totals: dict[fx.Node, Tensor]) -> None:
+        """Compute nodes; what is to be added up is added as soon as it is there, so that it need not be kept."""
+        waiting: dict[fx.Node, list[fx.Node]] = {}
+        for total in sums:
+            waiting.setdefault(total.args[0], []).append(total)  # type: ignore[arg-type]
+        for value in [v for v in waiting if v in self.values]:
+            self._add(value, waiting[value], totals)
         for node in nodes:
             if node.op == "get_attr":
                 self.values[node] = getattr(self.gm, node.target)  # type: ignore[arg-type]
@@ -229,6 +233,11 @@ class _Part:
                 self.values[node] = self._call(node, totals)
                 for read in node.all_input_nodes:
                     self._read(read)
+            self._add(node, waiting.get(node, ()), totals)
+
+    def _add(self, node: fx.Node, sums: Sequence[fx.Node], totals: dict[fx.Node, Tensor]) -> None:
+        for total in sums:
+            _add(totals, total, [self.take(node)])
 
     def _call(self, node: fx.Node, totals: dict[fx.Node, Tensor]) -> Any:
         if node in self.begun:
@@ -245,6 +254,8 @@ class _Part:
                     return IN_PLACE[node.target](box.pop(), *args, **kwargs)
             self.values[first] = box.pop()
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        if of_one(node.target, *args, **kwargs):
+            return args[0].squeeze(args[1])
         return args[0] if over_ranks(node) else node.target(*args, **kwargs)  # type: ignore[operator]
 
     def take(self, node: Any) -> Any:
