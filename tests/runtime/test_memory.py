@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 import fxcurv
 from fxcurv import extensions as ext
+from fxcurv.runtime.memory import alone
 
 
 def peak(call: Callable[[], Any]) -> tuple[int, Any]:
@@ -118,3 +119,23 @@ def test_reductions_take_little_more_than_the_gradient(extension: Any) -> None:
     stack = widest * sum(program.walked.columns.values())
     results = sum(t.nbytes for t in pytree.tree_leaves(getattr(result, extension.savefield)))
     assert most <= max(1.5 * gradient, gradient + 2 * stack) + results
+
+
+def test_memory_that_nothing_else_holds() -> None:
+    """A tensor, or a view of one; whoever holds either, another view or a part keeps it from being written over."""
+    with torch.no_grad():
+        given = torch.randn(4)
+        for make in (lambda t: t, lambda t: t.view(2, 2), lambda t: t[1:], lambda t: t.view(2, 2).view(1, 4)):
+            box, also = [make(given.clone())], []
+            assert alone(box)
+            also.append(box[0])
+            assert not alone(box)
+            also[0] = box[0][:1]
+            assert not alone(box)
+            also.clear()
+            assert alone(box)
+            owner = given.clone()
+            box[0] = make(owner)
+            assert not alone(box)
+            del owner
+            assert alone(box)

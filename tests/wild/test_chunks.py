@@ -195,6 +195,19 @@ def test_half_the_peak(tied: bool) -> None:
         assert peak(lambda c=compiled: c(x, y)) < plain / 2
 
 
+@pytest.mark.parametrize(
+    ("extension", "copies"), [(BatchL2Grad(), 3), pytest.param(SumGradSquared(), 4, marks=pytest.mark.slow)]
+)
+def test_what_a_large_weight_takes(extension: Any, copies: int) -> None:
+    """The results, of one sample its P, and no more of that size: squares are written over it."""
+    torch.manual_seed(0)
+    model, x = Tokens(20000, 256, tied=True), torch.randint(20000, (4, 64))
+    compiled = fxcurv.compile(model, rows, [extension], outputs=False, check=None)
+    compiled(x, x)
+    weight = model.tokens.weight
+    assert peak(lambda: compiled(x, x)) < copies * weight.numel() * weight.element_size()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("extensions", [[], [BatchL2Grad()], [SumGradSquared()]], ids=["gradient", "norms", "squares"])
 def test_memory_grows_with_the_length(extensions: list) -> None:
