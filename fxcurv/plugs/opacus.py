@@ -11,8 +11,8 @@
 
 A training loop that is to stay as it is, with its `loss.backward()`, takes the engine of `fxcurv.backpack.opacus`.
 
-Opacus' optimizers take the gradients of each sample's own loss, whatever the reduction: of a mean, fxcurv's carry 1/N, which is
-undone here.
+Opacus' optimizers take the gradients of each sample's own loss, whatever the reduction. For a mean, fxcurv's gradients
+have a factor 1/N, which is undone here.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class GradSamples:
         return None if self._weights.mean is None else "mean" if self._weights.mean else "sum"
 
     def __call__(self, inputs: Any, *targets: Any) -> Result:
-        """Compute and write; returns the result, of the loss as it is.
+        """Compute and write the gradients; return the result, for the loss as it is.
 
         Raises:
             LossError: for a loss that is neither a sum nor a mean over samples.
@@ -80,7 +80,7 @@ class GradSamples:
 
 
 def add_rows(p: Any, rows: Tensor) -> None:
-    """`p.grad_sample` of one more batch, as Opacus keeps several."""
+    """Add one more batch to `p.grad_sample`, which is a list for several, as in Opacus."""
     before = getattr(p, "grad_sample", None)
     p.grad_sample = rows if before is None else [*before, rows] if isinstance(before, list) else [before, rows]
 
