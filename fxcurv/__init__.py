@@ -12,7 +12,7 @@ from fxcurv.rules import Contraction, Pointwise, Rule, register, rewrite
 
 __version__ = "0.1.0"
 
-# The folder that programs are kept in from process to process (docs/keeping_programs.md), for what is compiled from then on.
+# The folder that keeps programs between processes (docs/keeping_programs.md); `compile` reads it.
 cache_dir: str | os.PathLike[str] | None = os.environ.get("FXCURV_CACHE_DIR") or None
 
 __all__ = [

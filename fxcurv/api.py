@@ -71,46 +71,50 @@ def compile(  # noqa: A001
         loss: `loss(output, *targets) -> scalar`, a module or a callable; None for `Jacobian` alone.
         extensions: instances of classes in `fxcurv.extensions`.
         batch_dim: the samples' dimension in the inputs: an int, or one per input (tuple, or dict by keyword),
-            None for an input without samples, `Rows(k)` for one with k rows per sample, next to each other.
+            None for an input without samples, `Rows(k)` for an input with k adjacent rows per sample.
         split: path of the submodule whose output is f (default: the model's output).
         rules: {op: Rule}, which override registered ones.
         update_buffers: write what training mode updates (running statistics) to the model, as a forward pass
-            would; otherwise it is returned as `result.buffers`.
+            would; otherwise the new values are returned as `result.buffers`.
         memory_budget: bytes that the columns of the walk may take (default: half of the free memory). Larger stacks
             are split into several sweeps, unless a result holds all columns anyway.
-        check: "first" (default): at the first call of every new program, before it returns, loss, output, gradient and new
-            buffers are compared with a plain forward and backward pass of the model as it is, sums of individual
-            quantities with their totals, and samples are exchanged (as under "probe"); a difference raises
-            `SelfCheckError`, naming where it begins. It takes a few plain steps per compilation, which `explain()` shows,
-            at most a plain step's memory and one more gradient, and changes no result. "always": at every call, for
-            debugging. "probe": samples alone, exchanged in runs of the forward pass at the first call for each kind of
-            input; raises `MixedSamplesError` where a sample moves another's values though the placements say that it
-            does not (a wrong rule in `rules`, say). None: nothing is checked.
+        check: "first" (default): the first call of every new program checks its numbers before it returns. It compares
+            loss, output, gradient and new buffers with a plain forward and backward pass of the model as it is,
+            compares sums of individual quantities with their totals, and exchanges samples (as under "probe"). A
+            difference raises `SelfCheckError`, which names where it begins. The check takes a few plain steps per
+            compilation (`explain()` shows them), at most a plain step's memory and one more gradient, and changes no
+            result. "always": the same at every call, for debugging. "probe": only exchange samples, in runs of the
+            forward pass at the first call for each kind of input; raises `MixedSamplesError` where a sample moves
+            another's values although the placements say that it does not (a wrong rule in `rules`, say). None: no
+            check.
         debug: verify the program between passes and check values at every call.
-        params: the parameters that the gradient and all quantities are of (default: all that are trainable); all others
-            are treated as frozen. A name, a prefix ("encoder.layer.1") or pattern ("head.*"), a list of these, or a
-            predicate (name, parameter) -> bool, called once per program. Extensions take `params=` of their own.
-        loss_params: the parameters of a loss that is a module (a temperature, a field's transitions) are among them, named
-            "loss.<name>"; otherwise they are constants, which `explain()` says. One that is also the model's has its name.
-        sample: "sequence" (one per entry of the batch), or "token": every position of the model's output [N, T, C] has a
-            loss of its own, so individual gradients are [N, T, *P], and what is made of them is of all N T. For a loss
-            that is a sum over positions; they all count as samples, also those that a mask or `ignore_index` leaves out,
-            whose gradient is zero. Sums over samples of the GGN and the Hessian are the same for both.
-        sample_index: the input that says which sample an entry belongs to, where samples of different sizes are merged (graphs,
-            bags): its position, its keyword, or its name as an attribute of an input (`"batch"` of PyTorch Geometric's). A
-            vector of sample numbers; N is the length of the targets, and the loss is a sum over the N rows of the model's
-            output. Inputs have no `batch_dim` then. Quantities of individual gradients and sums over samples are exact; the
-            walk carries a column per sample for them. At the first call for a kind of input, samples that move another's
-            output (an edge between them) raise `MixedSamplesError`, and at every call edges in an input named `edge_index`.
-        outputs: False: the result has no `output`, and the batch is computed in parts, one after the other, so that large
-            values, such as the logits of a large vocabulary, never exist for all samples at once. All sums and quantities per
-            sample are those of the whole batch. Not for products, `subsampling=`, other backends, `create_graph`, `out=` and
-            `params=`.
-        dynamic_shapes: the sizes of inputs, beside the batch's, that vary from call to call, as `torch.export` takes them: a dict
-            {dimension: name} for each input, by keyword or in order (for one tensor alone: that dict), None for an input without.
-            Sizes of the targets that are equal to those vary with them. Other varying sizes are found: the second call that
-            differs in sizes alone gets a program for any size; where an op fixes a size, `explain()` names the op, and every
-            size has a program of its own. `torch._dynamo.mark_dynamic` on an argument says the same.
+        params: the parameters of the gradient and of all quantities (default: all trainable ones); all others are
+            treated as frozen. A name, a prefix ("encoder.layer.1") or pattern ("head.*"), a list of these, or a
+            predicate (name, parameter) -> bool, called once per program. Extensions have a `params=` of their own.
+        loss_params: include the parameters of a loss that is a module (a temperature, the transitions of a conditional
+            random field), named "loss.<name>"; by default they are constants, as `explain()` says. A parameter that is
+            also the model's keeps the model's name.
+        sample: "sequence": a sample is an entry of the batch. "token": a sample is a position of the model's output
+            [N, T, C], so individual gradients are [N, T, *P], and quantities made of them are over all N T positions.
+            The loss has to be a sum or mean over positions. Positions that a mask or `ignore_index` leaves out count as
+            samples with gradient zero. Sums over samples of the GGN and the Hessian are the same for both.
+        sample_index: where samples of different sizes are merged (graphs, bags), the input that says which sample each
+            entry belongs to, a vector of sample numbers: given by its position, its keyword, or its name as an
+            attribute of an input (`"batch"` in PyTorch Geometric). N is then the length of the targets, the loss is a
+            sum over the N rows of the model's output, and inputs have no `batch_dim`. Quantities of individual
+            gradients and sums over samples are exact; the walk carries a column per sample for them.
+            `MixedSamplesError` is raised at the first call for a kind of input if a sample moves another's output
+            (through an edge between them), and at every call if an input named `edge_index` holds such an edge.
+        outputs: False: the result has no `output`, and the batch is computed in parts, one after the other, so that
+            large values, such as the logits of a large vocabulary, never exist for all samples at once. All sums and
+            quantities per sample are those of the whole batch. Not available with products, `subsampling=`, other
+            backends, `create_graph`, `out=` and `params=` of a call.
+        dynamic_shapes: the input sizes, other than the batch's, that vary from call to call, in the form of
+            `torch.export`: a dict {dimension: name} for each input, by keyword or in order (for a single tensor that
+            dict itself), None for an input without any. Target sizes that are equal to them vary with them. Other
+            varying sizes are detected: the second call that differs only in sizes gets a program for any size. Where an
+            op fixes a size, `explain()` names the op, and every size gets a program of its own.
+            `torch._dynamo.mark_dynamic` on an argument has the same effect.
         backend: "eager" runs the emitted graph op by op; "inductor", or another backend of `torch.compile`, compiles it
             with `fullgraph=True`. (A call inside a `torch.compile`d function is compiled with that function.)
         mode, dynamic: passed to `torch.compile`, for such a backend. The batch size is dynamic where it is symbolic. With
@@ -118,7 +122,7 @@ def compile(  # noqa: A001
         mesh: a `torch.distributed.device_mesh.DeviceMesh`. Every rank compiles and calls with its own part of the batch (of
             any size, empty ones included), and gets what one process computes on the batch concatenated in the order of
             the ranks: every rank has whole sums and the loss, and per-sample results of its own samples
-            (`result.whole(field)` gathers these, `result.sizes` says how many each rank has). A rank that raises makes all
+            (`result.whole(field)` gathers these, `result.sizes` says how many each rank has). If a rank raises, all
             raise. A `DistributedDataParallel` model is unwrapped.
 
     Returns:
@@ -172,7 +176,7 @@ def compile(  # noqa: A001
 
 
 def _check_kinds(model: Any, loss: Any, memory_budget: Any, check: Any) -> None:
-    """Refuse arguments of `compile` that are not what they have to be."""
+    """Refuse arguments of `compile` of a wrong kind or value."""
     if not isinstance(model, nn.Module):
         staged = type(model).__module__.startswith("torch.distributed.pipelining")
         way = "pipeline stages are not supported, pass the whole model" if staged else "wrap it in one"
@@ -188,7 +192,7 @@ def _check_kinds(model: Any, loss: Any, memory_budget: Any, check: Any) -> None:
 
 
 def _check_samples(sample: str, sample_index: Any, batch_dim: Any) -> None:
-    """Refuse what says in two ways where the samples are."""
+    """Refuse an unknown `sample`, and `sample_index` beside another argument that says where the samples are."""
     if sample not in ("sequence", "token"):
         raise ArgumentError(f"sample={sample!r}: use 'sequence' or 'token'")
     if sample_index is not None and (batch_dim != 0 or sample != "sequence"):
@@ -196,7 +200,7 @@ def _check_samples(sample: str, sample_index: Any, batch_dim: Any) -> None:
 
 
 def _check_on_ranks(loss_params: bool, sample_index: Any) -> None:
-    """Refuse what several processes do not compute together."""
+    """Refuse arguments that `mesh=` does not support."""
     if loss_params:
         raise ArgumentError(
             "mesh= and loss_params=True: let one module hold model and loss, and pass its method as the loss"
@@ -206,7 +210,7 @@ def _check_on_ranks(loss_params: bool, sample_index: Any) -> None:
 
 
 def _check_in_turns(loss: Any, found: Sequence[Extension], backend: Any, plain: bool) -> None:
-    """Refuse what `outputs=False` does not compute."""
+    """Refuse extensions and arguments that `outputs=False` does not support."""
     products = [type(e).__name__ for e in found if e.requires.of_vectors]
     numbered = [str(e) for e in found if getattr(e, "subsampling", None) is not None]
     if products or numbered:
@@ -219,12 +223,12 @@ def _check_in_turns(loss: Any, found: Sequence[Extension], backend: Any, plain: 
 
 
 def _any_lengths(found: Iterable[Extension], sample: str, sample_index: Any, ranks: Ranks | None) -> bool:
-    """Whether sizes beside the batch's may be symbolic: not where positions or rows are samples, nor in products."""
+    """Whether sizes other than the batch's may be symbolic: not on ranks, in products, or by positions or rows."""
     plain = sample == "sequence" and sample_index is None and ranks is None
     return plain and not any(e.requires.of_vectors for e in found)
 
 
-# How many kinds of calls are recognised: training and evaluation, say, of two sizes each.
+# How many kinds of calls are recognised, the latest ones: enough for training and evaluation at two sizes each.
 KINDS = 4
 
 
@@ -261,7 +265,7 @@ class Compiled:
         self.recompiles = self._programs.recompiles
 
     def __getstate__(self) -> dict[str, Any]:
-        """Keep what it was made of: a copy, also one by `pickle`, makes its own programs."""
+        """Leave out the programs: a copy, also one by `pickle`, makes its own."""
         made = ("recompiles", "_programs", "_steps", "_again", "_counting")
         return {name: value for name, value in vars(self).items() if name not in made}
 
@@ -288,19 +292,21 @@ class Compiled:
             generator: a `torch.Generator` that draws the seed. With neither, the default generator does.
             create_graph: results (loss and output too) can be differentiated again, by `torch.autograd.grad`, with
                 respect to parameters and inputs; only algorithms that autograd can follow are chosen.
-            out: an earlier result of this object, whose memory this call writes to, though it is still held: large
-                results on the CPU (of 1 MiB and more: individual gradients, roots, diagonals per sample) take the storage
-                that theirs had there, for a batch that is not larger; smaller ones are new. Those fields of the earlier
-                result, their views, and what `attach` put on parameters then hold this call's numbers (after a smaller
-                batch, with old ones behind them), its other fields stay as they were, and it cannot be `out` again.
-                Without `out`, memory is used again only when nobody holds it.
-            params: parameter name -> tensor [*P], used in place of the module's own by the same program; of stacks [E, *P], for
-                E models in a row, every tensor of the result has that axis in front. The module stays as it is.
+            out: an earlier result of this object, whose memory this call overwrites although it is still held. Large
+                results on the CPU (1 MiB and more: individual gradients, roots, diagonals per sample) are written to
+                the storage of the same fields there; the batch must not be larger than the earlier one. Smaller results
+                get new memory. Afterwards those fields of the earlier result, their views, and what `attach` put on
+                parameters hold this call's numbers (followed by old ones, if the batch is smaller). The earlier
+                result's other fields stay as they were, and it cannot be `out` again. Without `out`, memory is reused
+                only when nobody holds it.
+            params: parameter name -> tensor [*P], which the same program reads in place of the module's own. With
+                stacks [E, *P] it runs for E models in a row, and every tensor of the result has E as its first axis.
+                The module stays as it is.
 
         Raises:
-            ArgumentError: also for another name, shape, dtype or device in `params`, and for an `out` that cannot serve: no
-                result of this program, or too small a one, fields that were replaced, or with `create_graph`, another backend
-                than "eager", or inside `torch.compile`.
+            ArgumentError: also for a name, shape, dtype or device in `params` that is not the parameter's; for an `out`
+                that is no result of this program, is too small, or has replaced fields; and for `out` with
+                `create_graph`, with another backend than "eager", or inside `torch.compile`.
             FxcurvError: see `fxcurv.errors`; nothing on the model has changed then.
         """
         if self._ranks is not None:
@@ -322,7 +328,7 @@ class Compiled:
             return call_in_turns(self._programs, self._subject, inputs, targets, seed=seed, generator=generator)
         values, models = given_values(self._subject, params) if params is not None else ({}, None)
         if models is not None:
-            return self._of_models(values, models, inputs, targets, seed, generator, create_graph, out)
+            return self._call_models(values, models, inputs, targets, seed, generator, create_graph, out)
         if torch.compiler.is_dynamo_compiling():
             if out is not None:
                 raise ArgumentError("out= inside torch.compile: drop it, the compiled step plans its own memory")
@@ -340,11 +346,11 @@ class Compiled:
             self._again = [new, *(again for again in self._again if again.ready is not new.ready)][:KINDS]
         return result
 
-    def _of_models(
+    def _call_models(
         self, values: dict[str, Tensor], models: int, inputs: Any, targets: tuple, seed: Any, generator: Any, create_graph: bool,
         out: Result | None,
     ) -> Result:  # fmt: skip
-        """A call for each of several models' values, and their results as one; all draw the same columns."""
+        """Call once for each model in the stacks `values`, and stack the results. All calls draw the same columns."""
         if out is not None:
             raise ArgumentError("out= with stacks in params=: drop it, every model's result is new")
         products = [type(e).__name__ for e in self.extensions if e.requires.of_vectors]
@@ -363,22 +369,22 @@ class Compiled:
         return Result(fields, self.extensions, self._subject.holder)
 
     def part(self, inputs: Any, *targets: Any, seed: int, first: int | None) -> Result:
-        """The call for a batch that is one of several (`fxcurv.over`) or a part of one (`fxcurv.accumulate`).
+        """Call on one of several batches (`fxcurv.over`), or on a part of a batch (`fxcurv.accumulate`).
 
         Args:
             inputs, targets, seed: as in a call.
-            first: the number of this part's first sample in the whole, which sampled columns are drawn by (under `mesh=`, of
-                this rank's first one; see `counting`). None: they count from zero.
+            first: the number of this part's first sample in the whole (under `mesh=`, of this rank's first one), by
+                which sampled columns are drawn; see `counting`. None: samples count from zero.
 
         Raises:
-            MixedSamplesError: under `mesh=`, where samples interact; otherwise `over` has seen to that.
+            MixedSamplesError: under `mesh=`, where samples interact; without it, `over` has checked that.
         """
         if self._ranks is not None:
             return call_on_ranks(
                 self._ranks, self._programs, self._subject, self._backend, inputs, targets,
                 seed=seed, generator=None, out=None, part=True, first=first,
             )  # fmt: skip
-        if not self._options.counted:  # so nothing is drawn
+        if not self._options.counted:  # no columns are sampled
             return self(inputs, *targets, seed=seed)
         result, _ = call(
             self._programs, self._subject, self._backend, inputs, targets,
@@ -387,7 +393,7 @@ class Compiled:
         return result
 
     def counting(self) -> Compiled:
-        """This object, or where columns are sampled one whose programs take the number `first`, for `part`."""
+        """This object; or, if columns are sampled, one whose programs take the number `first` of `part`."""
         drawn = any(getattr(e.requires, "mc", None) for e in self.extensions)
         if not drawn or self._ranks is not None or self._options.counted:
             return self
@@ -399,12 +405,12 @@ class Compiled:
         return self._counting
 
     def lower(self, inputs: Any, *targets: Any, after: str | None = None) -> Lowered:
-        """The program for this kind of input, to be looked at: `.graph_module`, `.print_readable()`, `.draw("graph.svg")`.
+        """The program for this kind of input, to inspect: `.graph_module`, `.print_readable()`, `.draw("graph.svg")`.
 
         Args:
             inputs, targets: as in a call.
-            after: the name of a stage ("capture", or a pass in `fxcurv.passes`): the program as it is after that stage, made
-                anew and not to be called.
+            after: the name of a stage ("capture", or a pass in `fxcurv.passes`): give the program as it is after that
+                stage, made anew, which cannot be called.
 
         Raises:
             ArgumentError: for a stage that does not exist; the message lists them.
@@ -428,7 +434,7 @@ class Compiled:
         own ops need `import fxcurv.kernels` where they run.
 
         Raises:
-            ArgumentError: with products, which are callables.
+            ArgumentError: with products, which are callables; with `outputs=False` or `mesh=`.
         """
         if not self._options.outputs:
             raise ArgumentError(
@@ -447,7 +453,7 @@ class Compiled:
 
         Args:
             inputs, targets: as in a call.
-            measure: run the eager graph a few times on these values, and show what each choice took beside the prediction.
+            measure: run the eager graph a few times on these values, and show measured times beside the predicted ones.
         """
         request = self._request(inputs, targets)
         with request.apart():
@@ -474,7 +480,7 @@ class Compiled:
         return Compiled(self.model, self.loss, found, options, self._backend, self._ranks)
 
     def alone(self, asked: str) -> None:
-        """Refuse what does not work on several ranks.
+        """Refuse `asked`, a feature that does not work on several ranks.
 
         Raises:
             ArgumentError: with `mesh=`.
@@ -492,7 +498,7 @@ class Compiled:
 
     def program_of(self, inputs: Any, *targets: Any) -> Program:
         """The program that a call with these arguments has just run."""
-        latest = self._programs.latest  # of several ranks: to find it again, parameters would have to be gathered
+        latest = self._programs.latest  # set on several ranks, where a look-up would have to gather parameters
         return self.lower(inputs, *targets).program if latest is None else latest.program
 
     @property
@@ -505,7 +511,7 @@ class Compiled:
         return flatten_arguments(inputs, targets, self._options.batch_dim, self._options.sample_index)
 
     def covered(self) -> tuple[list[str], dict[Extension, list[str]]]:
-        """(the parameters of all quantities, those of each extension that chose its own), by name."""
+        """(the names of the parameters of all quantities, those of each extension that chose its own)."""
         return covered(self._subject, self.params, self.extensions)
 
     def _request(self, inputs: Any, targets: tuple) -> Request:

@@ -31,8 +31,8 @@ class Machine:
 
 # Two x86 cores.
 CPU = Machine(flops=120e9, bandwidth=20e9, fresh=4.5e9, dispatch=5e-6)
-# NVIDIA H100 SXM, by its data sheet: 67 TFLOP/s in float32 (no tensor cores), 3.35 TB/s. PyTorch's allocator keeps pages;
-# the launch of an op takes the host as long as it takes a CPU.
+# NVIDIA H100 SXM, by its data sheet: 67 TFLOP/s in float32 (no tensor cores), 3.35 TB/s. PyTorch's allocator keeps
+# pages, so none are fresh. Launching an op takes the host as long as dispatching one on a CPU.
 H100 = Machine(flops=67e12, bandwidth=3.35e12, fresh=math.inf, dispatch=5e-6)
 DEFAULTS = {"cpu": CPU, "cuda": H100}
 
@@ -60,21 +60,21 @@ class Cost:
 
 
 def machine(device: torch.device) -> Machine:
-    """The constants that `select` goes by on this device: what `calibrate` set for its kind, else the defaults."""
+    """The constants that `select` uses on this device: what `calibrate` set for its kind, else the defaults."""
     return _calibrated.get(device.type) or DEFAULTS.get(device.type, CPU)
 
 
 def calibrate(device: str = "cpu", constants: Machine | None = None) -> Machine:
     """Let later compilations in this process choose by these constants; programs that exist stay as they are.
 
-    Without a call the choice is by `DEFAULTS`, so that it is the same at every run and on every machine.
+    Without a call, compilations choose by `DEFAULTS`, so choices are the same at every run and on every machine.
 
     Args:
         device: "cpu" or "cuda".
         constants: default: `measured(device)`. `calibrate("cpu", fxcurv.cost.CPU)` undoes it.
 
     Returns:
-        the constants that hold now.
+        the constants now in use.
 
     Raises:
         ValueError: for another kind of device.
@@ -86,9 +86,9 @@ def calibrate(device: str = "cpu", constants: Machine | None = None) -> Machine:
 
 
 def measured(device: str = "cpu") -> Machine:
-    """The defaults with FLOP/s and bytes/s as a matrix product and a copy reach them here, measured once per process.
+    """The defaults, with FLOP/s and bytes/s measured here on a matrix product and a copy, once per process.
 
-    At the number of threads that PyTorch has at the first call; takes about 0.1 s.
+    Measures with the number of threads that PyTorch has at the first call; takes about 0.1 s.
     """
     return _measured(device)
 

@@ -24,11 +24,11 @@ class CustomFunctionError(CaptureError):
 
 
 class LossError(FxcurvError, ValueError):
-    """The loss does not have what the quantity needs (scalar, differentiable, convex, a sum over samples)."""
+    """The loss lacks a property that the quantity needs (scalar, differentiable, convex, a sum over samples)."""
 
 
 class MixedSamplesError(FxcurvError):
-    """An op mixes samples, so quantities per sample do not exist behind it."""
+    """An op mixes samples, so quantities per sample do not exist for the parameters before it."""
 
 
 class UnsupportedOpError(FxcurvError):
@@ -36,7 +36,7 @@ class UnsupportedOpError(FxcurvError):
 
 
 class FieldError(FxcurvError):
-    """A field would not cover all that the gradient beside it covers: change the backward pass."""
+    """A field would cover less than the gradient beside it: change the backward pass."""
 
 
 class SelfCheckError(FxcurvError):
@@ -48,4 +48,4 @@ class InternalError(FxcurvError):
 
 
 class RankError(FxcurvError):
-    """Another rank of the mesh failed, or ranks do not agree: the message says which, and what is the matter there."""
+    """Another rank of the mesh failed, or ranks do not agree: the message says which rank, and why."""

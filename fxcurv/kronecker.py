@@ -3,17 +3,19 @@
     block = B (x) A  on the parameter arranged as a matrix [out, in]
 
 `KFAC`, `KFLR` and `KFRA` give a `Kronecker`: [B, A] for a weight, [B] for a bias. `EKFAC` gives an `Eigenbasis`:
-[Q_B, Q_A, lambda]. A factor that is diagonal (A of an embedding, B of which only the diagonal is known) is a vector of its
-entries. Both know how the parameter is arranged (`.arrangement`), so everything here takes and gives vectors in the
-parameter's own shape.
+[Q_B, Q_A, lambda]. A diagonal factor (A of an embedding, or B where only its diagonal is known) is the vector of its
+diagonal. Both classes know how the parameter is arranged as a matrix (`.arrangement`), so all functions here take and
+return vectors in the parameter's own shape.
 
-Under `joint=True` the entry of a layer's weight is the block of weight and bias together, [out, in + 1] with the bias as the last
-column: its arrangement is a `Joint`, its vectors are pairs (of the weight, of the bias). The bias' own entry is `Within(weight)`.
-`Blocks` is the block-diagonal matrix of all parameters: products, inverses, roots, determinants, samples.
+Under `joint=True` the entry of a layer's weight is the block of weight and bias together, [out, in + 1] with the bias
+as the last column: its arrangement is a `Joint`, its vectors are pairs (weight, bias). The bias' own entry is
+`Within(weight)`. `Blocks` is the block-diagonal matrix of all parameters: products, inverses, roots, determinants,
+samples.
 
-Under `mesh=`, `KFAC(assign="layers")` leaves each layer's factors at one rank, its `owner`: that rank alone multiplies, inverts
-and solves, and `Blocks` broadcasts the results (a step [*P] per parameter: MEM-OPT of Pauloski et al. 2021, "KAISA").
-`Blocks.everywhere` broadcasts the eigendecompositions themselves (COMM-OPT there), after which nothing travels.
+Under `mesh=`, `KFAC(assign="layers")` leaves each layer's factors on one rank, its `owner`: only that rank multiplies,
+inverts and solves, and `Blocks` broadcasts the results (a step [*P] per parameter: MEM-OPT of Pauloski et al. 2021,
+"KAISA"). `Blocks.everywhere` broadcasts the eigendecompositions themselves (COMM-OPT there), after which nothing
+travels.
 """
 
 from __future__ import annotations
@@ -34,16 +36,16 @@ __all__ = [
     "Arrangement", "Blocks", "Eigenbasis", "Joint", "Kronecker", "Owner", "Within", "dense", "eigenbasis", "matmul", "solve",
 ]  # fmt: skip
 
-Vectors = Any  # a tensor [*lead, *P]; of a joint block a pair of these, of the weight and of the bias
+Vectors = Any  # a tensor [*lead, *P]; for a joint block a pair of these, (weight, bias)
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """A parameter as a matrix: seen in `sizes`, the axes `outputs` are its rows and `inputs` its columns.
+    """A parameter as a matrix: in a view of shape `sizes`, the axes `outputs` are the rows and `inputs` the columns.
 
     Attributes:
-        shape: the parameter's.
-        sizes: a row-major view of it whose axes are each of outputs or of inputs.
+        shape: the parameter's shape.
+        sizes: the shape of a row-major view of it, in which each axis belongs to the outputs or to the inputs.
     """
 
     shape: tuple[int, ...]
@@ -67,7 +69,7 @@ class Arrangement:
         return prod(self.shape)
 
     def named(self, name: str) -> dict[str, tuple[int, ...]]:
-        """Parameter name -> shape, of the parameters that the block of `name` is of."""
+        """Parameter name -> shape, for the parameters in the block of `name`."""
         return {name: self.shape}
 
     def flat(self, vectors: Vectors) -> Tensor:
@@ -103,10 +105,10 @@ class Arrangement:
 
 @dataclass(frozen=True)
 class Joint:
-    """A layer's weight and bias as one matrix [out, in + 1], of which the bias is the last column; vectors are pairs.
+    """A layer's weight and bias as one matrix [out, in + 1], whose last column is the bias; vectors are pairs.
 
     Attributes:
-        weight, bias: their arrangements, of equal rows.
+        weight, bias: their arrangements, with equally many rows.
         bias_name: the name of the bias among the parameters.
     """
 
@@ -130,7 +132,7 @@ class Joint:
         return self.weight.numel + self.bias.numel
 
     def named(self, name: str) -> dict[str, tuple[int, ...]]:
-        """Parameter name -> shape, of the parameters that the block of `name` is of."""
+        """Parameter name -> shape, for the parameters in the block of `name`."""
         return {name: self.weight.shape, self.bias_name: self.bias.shape}
 
     def flat(self, vectors: Vectors) -> Tensor:
@@ -156,10 +158,10 @@ class Joint:
 
 @dataclass(frozen=True)
 class Within:
-    """In place of a bias' factors: its block is that of the layer's weight, together (`joint=True`).
+    """Stands for the factors of a bias that is in the block of its layer's weight (`joint=True`).
 
     Attributes:
-        weight: the name of that parameter.
+        weight: the name of the weight.
     """
 
     weight: str
@@ -167,12 +169,12 @@ class Within:
 
 @dataclass(frozen=True)
 class Owner:
-    """The rank that has a parameter's factors; elsewhere these are tensors without values, of the "meta" device.
+    """The rank that has a parameter's factors; on the others these are tensors without values, on the "meta" device.
 
     Attributes:
-        rank: in the group of all ranks of the mesh; `here`: whether it is this one.
+        rank: its number in the group of all ranks of the mesh; `here`: whether it is this rank.
         group: the name of that group.
-        device: of the parameters.
+        device: the device of the parameters.
     """
 
     rank: int
@@ -181,7 +183,7 @@ class Owner:
     device: torch.device
 
     def send(self, t: Tensor) -> Tensor:
-        """The owner's `t` on all ranks, which all call this; elsewhere `t` says the shape."""
+        """Broadcast the owner's `t`. All ranks have to call this; elsewhere `t` gives only the shape and dtype."""
         out = t.contiguous() if self.here else torch.empty(t.shape, dtype=t.dtype, device=self.device)
         dist.broadcast(out, group=group_named(self.group), group_src=self.rank)
         return out
@@ -214,14 +216,14 @@ pytree.register_pytree_node(Within, lambda x: ([], x.weight), lambda _, weight: 
 
 
 def plain(arrangement: Arrangement | Joint) -> list[Any]:
-    """Make lists of numbers and names of an arrangement, for a state that is saved; `arranged` reverses it."""
+    """Turn an arrangement into lists of numbers and names, to be saved; `arranged` reverses it."""
     if isinstance(arrangement, Joint):
         return [plain(arrangement.weight), plain(arrangement.bias), arrangement.bias_name]
     return [list(x) for x in (arrangement.shape, arrangement.sizes, arrangement.outputs, arrangement.inputs)]
 
 
 def arranged(saved: list[Any]) -> Arrangement | Joint:
-    """Make an arrangement of the lists that `plain` made of it."""
+    """Restore an arrangement from the lists that `plain` made of it."""
     if len(saved) == 3:
         return Joint(arranged(saved[0]), arranged(saved[1]), saved[2])  # type: ignore[arg-type]
     return Arrangement(*map(tuple, saved))
@@ -232,10 +234,10 @@ def matmul(factors: Kronecker | Eigenbasis, vectors: Vectors) -> Vectors:
 
     Args:
         factors: of one parameter.
-        vectors: [*lead, *P], any number of leading axes; of a joint block a pair of these, (weight, bias).
+        vectors: [*lead, *P], any number of leading axes; for a joint block a pair of these, (weight, bias).
 
     Returns:
-        The same.
+        the products, in the form of `vectors`.
     """
     m = factors.arrangement.matrix(vectors)
     if isinstance(factors, Eigenbasis):
@@ -249,16 +251,16 @@ def solve(factors: Kronecker | Eigenbasis, vectors: Vectors, damping: float | tu
 
     Args:
         factors: of one parameter.
-        vectors: [*lead, *P]; of a joint block a pair of these.
-        damping: a number d for (B (x) A + d I)^-1; or a pair for (B + d_B I)^-1 (x) (A + d_A I)^-1 (of a `Kronecker` only; d_A
-            does nothing for [B]).
+        vectors: [*lead, *P]; for a joint block a pair of these, (weight, bias).
+        damping: a number d for (B (x) A + d I)^-1; or a pair for (B + d_B I)^-1 (x) (A + d_A I)^-1 (for a `Kronecker`
+            only; d_A has no effect on [B]).
 
     Returns:
-        The same.
+        the solutions, in the form of `vectors`.
 
     Raises:
-        ValueError: for a pair of an eigenbasis.
-        ArgumentError: for damping 0 of a singular block.
+        ValueError: for a pair with an eigenbasis.
+        ArgumentError: for damping 0 with a singular block.
     """
     m = factors.arrangement.matrix(vectors)
     if not isinstance(damping, tuple):
@@ -275,17 +277,17 @@ def solve(factors: Kronecker | Eigenbasis, vectors: Vectors, damping: float | tu
 
 
 def eigenbasis(factors: Kronecker | Eigenbasis, start: Eigenbasis | None = None, steps: int = 1) -> Eigenbasis:
-    """The block by eigenvectors and eigenvalues, which are not negative: what rounding has made so is zero.
+    """The block's eigenvectors and eigenvalues; eigenvalues that are negative by rounding become zero.
 
     Args:
         factors: of one parameter.
-        start: the basis of factors that were much the same, to go on from in place of a decomposition: `steps` orthogonal
-            iterations, Q <- qr(F Q), with Rayleigh quotients for eigenvalues (Vyas et al. 2024, SOAP). What comes of it is
-            orthogonal, has the trace of the block, and tends to its eigenvectors.
+        start: the eigenbasis of similar factors. In place of a decomposition, `steps` orthogonal iterations
+            Q <- qr(F Q) start from it, with Rayleigh quotients as eigenvalues (Vyas et al. 2024, SOAP). The result is
+            orthogonal, keeps the block's trace, and converges to its eigenvectors.
         steps: see `start`.
 
     Raises:
-        ArgumentError: for a start of another arrangement.
+        ArgumentError: if `start` has another arrangement.
     """
     if isinstance(factors, Eigenbasis):
         return Eigenbasis([*factors[:-1], factors[-1].clamp(min=0)], factors.arrangement, factors.owner)
@@ -305,7 +307,7 @@ def _decomposed(factors: Kronecker, start: Eigenbasis | None = None, steps: int 
 
 
 def _product(sides: list[Tensor]) -> Tensor:
-    """The eigenvalues [out, in], or [out], from those of each factor."""
+    """The block's eigenvalues [out, in], or [out], from those of each factor."""
     return sides[0] if len(sides) == 1 else sides[0].unsqueeze(1) * sides[1]
 
 
@@ -318,7 +320,7 @@ def _eigh(t: Tensor, start: Tensor | None = None, steps: int = 1) -> tuple[Tenso
         values, vectors = torch.linalg.eigh(t)
         return values.clamp(min=0), vectors
     vectors = start
-    for _ in range(steps):  # the largest first, which converge first
+    for _ in range(steps):  # in descending order: the largest converge first
         vectors = torch.linalg.qr(t @ vectors[:, _quotients(t, vectors).argsort(descending=True)])[0]
     return _quotients(t, vectors).clamp(min=0), vectors
 
@@ -328,7 +330,7 @@ def _quotients(t: Tensor, vectors: Tensor) -> Tensor:
 
 
 def dense(factors: Kronecker | Eigenbasis) -> Tensor:
-    """The block as a matrix [numel, numel], in the order of the parameter flattened (of a weight, then its bias)."""
+    """The block as a matrix [numel, numel], in the order of the flattened parameter (weight, then bias)."""
     eye = torch.eye(factors.arrangement.numel, dtype=factors[0].dtype, device=factors[0].device)
     return factors.arrangement.flat(matmul(factors, factors.arrangement.shaped(eye)))
 
@@ -350,7 +352,7 @@ def _left(b: Tensor, m: Tensor) -> Tensor:
 
 
 def _scaled(basis: Eigenbasis, m: Tensor, values: Tensor) -> Vectors:
-    """m in the eigenbasis, times the eigenvalues, and back."""
+    """Rotate m into the eigenbasis, multiply by the eigenvalues, and rotate back."""
     q_b, q_a = basis[0], basis[1] if len(basis) == 3 else basis[0].new_ones(1)
     values = values.reshape(basis.arrangement.rows, basis.arrangement.columns)
     inside = _right(_left(q_b.mT if q_b.ndim == 2 else q_b, m), q_a) * values
@@ -369,9 +371,9 @@ class Blocks(Mapping):
     are clamped at zero, so factors that are indefinite by rounding give no NaN.
 
     Args:
-        factors: a field of `KFAC`, `KFLR`, `KFRA` or `EKFAC`. Where a block is of a weight and its bias (`joint=True`), both are
-            names of the matrix.
-        start: blocks of factors that were much the same, whose eigenvectors to go on from, see `eigenbasis`.
+        factors: a field of `KFAC`, `KFLR`, `KFRA` or `EKFAC`. Where a block is of a weight and its bias (`joint=True`),
+            the matrix and its vectors have both names.
+        start: the `Blocks` of similar factors, from whose eigenvectors decompositions start; see `eigenbasis`.
         steps: see `start`.
 
     Attributes:
@@ -393,7 +395,7 @@ class Blocks(Mapping):
         self._bases: dict[str, tuple[Eigenbasis, list[Tensor]]] = {}
 
     def _ordered(self) -> dict[str, tuple[int, ...]]:
-        """Parameter name -> shape, in the order of the names; a bias whose name is not given comes behind its weight."""
+        """Parameter name -> shape, in the order of the names; a bias whose name is not given comes after its weight."""
         shapes = {n: shape for name, f in self._factors.items() for n, shape in f.arrangement.named(name).items()}
         order: list[str] = []
         for name, f in self._given.items():
@@ -417,7 +419,7 @@ class Blocks(Mapping):
 
     @property
     def factors(self) -> dict[str, Kronecker | Eigenbasis]:
-        """Parameter name -> factors, without those that are `Within` another's block."""
+        """Parameter name -> factors, without the biases that are `Within` a weight's block."""
         return dict(self._factors)
 
     @property
@@ -428,12 +430,12 @@ class Blocks(Mapping):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The factors'."""
+        """The dtype of the factors."""
         return next(iter(self._factors.values()))[0].dtype
 
     @property
     def device(self) -> torch.device:
-        """The factors'."""
+        """The device of the factors."""
         return _device_of(next(iter(self._factors.values())))
 
     @property
@@ -442,11 +444,11 @@ class Blocks(Mapping):
         return self
 
     def adjoint(self) -> Blocks:
-        """The same."""
+        """The matrix itself, which is symmetric."""
         return self
 
     def to_scipy(self):
-        """As a `scipy.sparse.linalg.LinearOperator` (needs scipy)."""
+        """The matrix as a `scipy.sparse.linalg.LinearOperator` (needs scipy)."""
         return linear_operator(self)
 
     def __matmul__(self, v: Vector) -> Vector:
@@ -478,13 +480,13 @@ class Blocks(Mapping):
         for name, f in self._factors.items():
             own = list(f.arrangement.named(name))
             if len(own) == 1:
-                found[name] = _at_owner(f, v[name])
+                found[name] = _multiply_at_owner(f, v[name])
             else:
-                found |= zip(own, _at_owner(f, tuple(v[n] for n in own)), strict=True)
+                found |= zip(own, _multiply_at_owner(f, tuple(v[n] for n in own)), strict=True)
         return {name: found[name] for name in self._shapes}
 
     def everywhere(self) -> Blocks:
-        """The same on all ranks, by eigendecompositions: each owner computes its own. All ranks have to call this."""
+        """The same matrix, whole on all ranks: owners send eigendecompositions. All ranks have to call this."""
         new: dict[str, Any] = dict(self._given)
         for name, f in self._factors.items():
             if f.owner is not None:
@@ -496,58 +498,59 @@ class Blocks(Mapping):
         return self.inverse(damping, pi) @ v
 
     def damped(self, damping: float, pi: bool = False) -> Blocks:
-        """self + damping I, by its eigenvectors.
+        """self + damping I, as eigenvectors and eigenvalues.
 
         Args:
             damping: a number d >= 0.
-            pi: (B + sqrt(d)/pi I) (x) (A + pi sqrt(d) I) in its place, with pi^2 = (tr A / dim A) / (tr B / dim B)
-                (Martens & Grosse 2015, section 6.3); of a block without A, B + d I.
+            pi: damp the factors instead, (B + sqrt(d)/pi I) (x) (A + pi sqrt(d) I), where
+                pi^2 = (tr A / dim A) / (tr B / dim B) (Martens & Grosse 2015, section 6.3); a block without A becomes
+                B + d I.
 
         Raises:
-            ArgumentError: for a negative number, or `pi` of an eigenbasis that has no two factors.
+            ArgumentError: for a negative number, or for `pi` with an eigenbasis, which has no two factors.
         """
         if not damping >= 0:
             raise ArgumentError(f"damping={damping!r}: pass a number that is not negative")
-        return self._of_values(lambda name, values: self._damped(name, values, damping, pi))
+        return self._map_eigenvalues(lambda name, values: self._damped(name, values, damping, pi))
 
     def inverse(self, damping: float = 0.0, pi: bool = False) -> Blocks:
-        """(self + damping I)^-1, as such a matrix; see `damped`.
+        """(self + damping I)^-1, as `Blocks`; see `damped`.
 
         Raises:
-            ArgumentError: also where it is singular.
+            ArgumentError: as `damped`, and if the matrix is singular.
         """
-        return self.damped(damping, pi)._of_values(_inverted)
+        return self.damped(damping, pi)._map_eigenvalues(_inverted)
 
     def sqrt(self) -> Blocks:
-        """The symmetric root."""
-        return self._of_values(lambda name, values: values.sqrt())
+        """The symmetric square root."""
+        return self._map_eigenvalues(lambda name, values: values.sqrt())
 
     def logdet(self, damping: float = 0.0, pi: bool = False) -> Tensor:
         """log det(self + damping I), 0-dim; minus infinity where it is singular."""
-        damped = self._here("logdet").damped(damping, pi)
+        damped = self._require_here("logdet").damped(damping, pi)
         return torch.stack([f[-1].log().sum() for f in damped._factors.values()]).sum()
 
     def trace(self) -> Tensor:
         """The sum of its eigenvalues, 0-dim."""
-        return torch.stack([self._trace(f) for f in self._here("trace")._factors.values()]).sum()
+        return torch.stack([self._trace(f) for f in self._require_here("trace")._factors.values()]).sum()
 
     def diag(self) -> dict[str, Tensor]:
         """Parameter name -> the diagonal, [*P]."""
         found: dict[str, Tensor] = {}
-        for name, f in self._here("diag")._factors.items():
+        for name, f in self._require_here("diag")._factors.items():
             own, diagonal = f.arrangement.named(name), _diagonal(f)
             found |= zip(own, diagonal if len(own) > 1 else (diagonal,), strict=True)
         return {name: found[name] for name in self._shapes}
 
     def quadratic(self, v: Vector) -> Tensor:
-        """v^T self v: 0-dim, or one for each of several vectors."""
+        """v^T self v: 0-dim, or one value per vector."""
         w = self @ v
         if isinstance(v, Tensor):
             return (v * w).sum(0)
         return sum((t * w[n]).flatten(t.ndim - len(self._shapes[n])).sum(-1) for n, t in v.items())
 
     def sample(self, count: int = 1, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Draws from N(0, self), [count, *P] by name: `blocks.inverse(damping).sample()` is of the Laplace posterior."""
+        """Draws from N(0, self), [count, *P] by name; `inverse(damping).sample()` draws from the Laplace posterior."""
         where = generator.device if generator is not None else self.device
         noise: dict[str, Tensor] = {}
         for name, f in self._factors.items():
@@ -557,16 +560,16 @@ class Blocks(Mapping):
         return self.sqrt() @ noise
 
     def scaled(self, factor: float) -> Blocks:
-        """Times a number that is not negative."""
-        return self._of_values(lambda name, values: values * factor)
+        """The matrix times a number that is not negative."""
+        return self._map_eigenvalues(lambda name, values: values * factor)
 
     def basis(self) -> Blocks:
-        """The same by eigenvectors and eigenvalues, as which it can be kept, and be a `start` of others."""
-        return self._of_values(lambda name, values: values)
+        """The same matrix as eigenvectors and eigenvalues: to be kept, or as the `start` of others."""
+        return self._map_eigenvalues(lambda name, values: values)
 
     def dense(self) -> Tensor:
-        """[D, D]."""
-        self._here("dense")
+        """The whole matrix, [D, D]."""
+        self._require_here("dense")
         found = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         places = dict(zip(
             self._shapes, torch.arange(self.shape[0]).split([prod(s) for s in self._shapes.values()]), strict=True
@@ -576,11 +579,11 @@ class Blocks(Mapping):
             found[at.unsqueeze(1), at] = dense(f)
         return found
 
-    def _here(self, asked: str) -> Blocks:
-        """This matrix, all of whose blocks are on this rank.
+    def _require_here(self, asked: str) -> Blocks:
+        """This matrix, if all of its blocks are on this rank.
 
         Raises:
-            ArgumentError: where they are not.
+            ArgumentError: if they are not.
         """
         away = [(name, f.owner.rank) for name, f in self._factors.items() if f.owner is not None]
         if away:
@@ -593,7 +596,7 @@ class Blocks(Mapping):
         return f"Blocks({', '.join(self._shapes)}: {self.shape[0]} x {self.shape[1]})"
 
     def _basis(self, name: str) -> tuple[Eigenbasis, list[Tensor]]:
-        """(the basis of a block, the eigenvalues of each of its factors: none of an `Eigenbasis`)."""
+        """(the eigenbasis of a block, the eigenvalues of each of its factors; an `Eigenbasis` has none)."""
         if name not in self._bases:
             f = self._factors[name]
             start: Any = self._start[name] if self._start is not None else None
@@ -602,7 +605,7 @@ class Blocks(Mapping):
         return self._bases[name]
 
     def _damped(self, name: str, values: Tensor, damping: float, pi: bool) -> Tensor:
-        """The eigenvalues of a block, damped."""
+        """The damped eigenvalues of a block."""
         if not pi or len(self._factors[name]) == 1:
             return values + damping
         if isinstance(self._factors[name], Eigenbasis):
@@ -613,7 +616,8 @@ class Blocks(Mapping):
         root = damping**0.5
         return _product([b + root / ratio, a + root * ratio])
 
-    def _of_values(self, fn: Callable[[str, Tensor], Tensor]) -> Blocks:
+    def _map_eigenvalues(self, fn: Callable[[str, Tensor], Tensor]) -> Blocks:
+        """The matrix with the same eigenvectors, and the eigenvalues `fn(name, eigenvalues)`."""
         bases = {name: self._basis(name)[0] for name in self._factors}
         new = {name: Eigenbasis([*b[:-1], fn(name, b[-1])], b.arrangement, b.owner) for name, b in bases.items()}
         return Blocks({name: new.get(name, given) for name, given in self._given.items()})
@@ -627,7 +631,7 @@ class Blocks(Mapping):
 
 
 def linear_operator(matrix: Any) -> Any:
-    """A `scipy.sparse.linalg.LinearOperator` of what has `@`, `T`, `shape`, `dtype` and `device` (needs scipy)."""
+    """A `scipy.sparse.linalg.LinearOperator` of a matrix with `@`, `T`, `shape`, `dtype`, `device` (needs scipy)."""
     from scipy.sparse.linalg import LinearOperator
 
     like = torch.empty(0, dtype=matrix.dtype)
@@ -646,8 +650,8 @@ def _device_of(factors: Kronecker | Eigenbasis) -> torch.device:
     return factors[0].device if factors.owner is None else factors.owner.device
 
 
-def _at_owner(factors: Kronecker | Eigenbasis, vectors: Vectors) -> Vectors:
-    """The block times vectors, which its owner computes for all ranks."""
+def _multiply_at_owner(factors: Kronecker | Eigenbasis, vectors: Vectors) -> Vectors:
+    """The block times vectors; its owner computes this for all ranks."""
     owner = factors.owner
     if owner is None:
         return matmul(factors, vectors)

@@ -1,8 +1,9 @@
 """Matrices of a data set that are never formed: Gauss-Newton, Hessian, Fisher, Jacobian, and the kernel J J^T.
 
-Each is made of a compiled model and data: one batch (inputs, *targets), or a loader of batches, which every product goes over
-once (`NTK` twice). On the model's device and in its dtype. Vectors over parameters are dicts of tensors [*P] by name, flat
-[D], or columns [D, K], in the order of `named_parameters()`; over outputs they are [R] or [R, K], R = N C, sample by sample.
+Each is made from a compiled model and data: one batch (inputs, *targets), or a loader of batches, which every product
+goes over once (`NTK` twice). It has the model's device and dtype. Vectors over parameters are dicts of tensors [*P] by
+name, flat [D], or columns [D, K], in the order of `named_parameters()`; over outputs they are [R] or [R, K], R = N C,
+sample by sample.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ __all__ = ["GGN", "NTK", "EmpiricalFisher", "Hessian", "Jacobian", "MCFisher"]
 
 
 class Matrix:
-    """What all of them share.
+    """Base of all matrices here.
 
     Args:
         compiled: from `fxcurv.compile`; its extensions do not matter.
-        data: a tuple (inputs, *targets), or an iterable of batches that can be gone over again.
+        data: a tuple (inputs, *targets), or an iterable of batches that can be gone over several times.
         params: the parameters that the matrix is over, as for `compile`.
         unpack: batch -> (inputs, *targets).
         reduction: see `fxcurv.over`.
@@ -42,7 +43,7 @@ class Matrix:
         T: its transpose.
 
     Raises:
-        ArgumentError: for an iterator, which could be gone over once.
+        ArgumentError: for an iterator, which can be gone over only once.
         MixedSamplesError, LossError: as `fxcurv.over`, for several batches.
     """
 
@@ -69,7 +70,7 @@ class Matrix:
     # ---- data ------------------------------
 
     def _batches(self) -> Iterator[tuple[Any, tuple]]:
-        """(inputs, targets); of a loader those that have samples."""
+        """(inputs, targets) of each batch; a loader's empty batches are left out."""
         if isinstance(self._data, tuple):
             yield self._data[0], self._data[1:]
             return
@@ -79,7 +80,7 @@ class Matrix:
                 yield inputs, tuple(targets)
 
     def _count(self) -> None:
-        """Go over the data once, for the weights of batches and the number of outputs."""
+        """Go over the data once, for the weights of batches and the number of samples."""
         plain = self._plain
         weights = Weights(plain.model, plain.loss, self._reduction)
         single = isinstance(self._data, tuple)
@@ -101,7 +102,7 @@ class Matrix:
             yield factor, inputs, targets
 
     def _diagonal(self, extension: Extension, seed: int = 0) -> dict[str, Tensor]:
-        """What an extension gives over the data."""
+        """The value of an extension over the data, by parameter name."""
         compiled = self._compiled.asking([extension])
         if isinstance(self._data, tuple):
             return compiled(*self._data, seed=seed)[extension]
@@ -113,12 +114,12 @@ class Matrix:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameters'."""
+        """The dtype of the parameters."""
         return self._like.dtype
 
     @property
     def device(self) -> torch.device:
-        """The parameters'."""
+        """The device of the parameters."""
         return self._like.device
 
     @property
@@ -128,7 +129,7 @@ class Matrix:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, columns); D for parameters, R for outputs."""
+        """(rows, columns): D over parameters, R over outputs."""
         return self.size, self.size
 
     @property
@@ -137,21 +138,21 @@ class Matrix:
         return self
 
     def adjoint(self) -> Any:
-        """Its transpose, `.T`, as it is real."""
+        """Its transpose, `.T`: the matrix is real."""
         return self.T
 
     def _times(self, v: dict[str, Tensor]) -> dict[str, Tensor]:
         raise NotImplementedError
 
     def __matmul__(self, v: Any) -> Any:
-        """The product with a vector or columns; returned as it was given.
+        """The product with a vector or with columns, in the form in which these are given.
 
         Raises:
-            ArgumentError: for another structure.
+            ArgumentError: for a vector of another structure.
         """
         if isinstance(v, Mapping):
             return self._times(self._named(v))
-        return self._columnwise(v, self.shape[1], lambda x: self._joined(self._times(self._parted(x))))
+        return self._columnwise(v, self.shape[1], lambda x: self._flatten(self._times(self._unflatten(x))))
 
     def _columnwise(self, v: Any, size: int, fn: Callable[[Tensor], Tensor]) -> Tensor:
         if not isinstance(v, Tensor) or v.ndim not in (1, 2) or v.shape[0] != size:
@@ -168,11 +169,11 @@ class Matrix:
             )
         return {name: v[name] for name in self.names}
 
-    def _parted(self, v: Tensor) -> dict[str, Tensor]:
+    def _unflatten(self, v: Tensor) -> dict[str, Tensor]:
         parts = v.split([prod(s) for s in self._shapes.values()])
         return {name: t.reshape(s) for (name, s), t in zip(self._shapes.items(), parts, strict=True)}
 
-    def _joined(self, v: Mapping[str, Tensor]) -> Tensor:
+    def _flatten(self, v: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([v[name].flatten() for name in self.names])
 
     def diag(self) -> Tensor:
@@ -184,7 +185,7 @@ class Matrix:
         return self.diag().sum()
 
     def to_scipy(self):
-        """As a `scipy.sparse.linalg.LinearOperator` (needs scipy)."""
+        """The matrix as a `scipy.sparse.linalg.LinearOperator` (needs scipy)."""
         return linear_operator(self)
 
     def __repr__(self) -> str:
@@ -192,7 +193,7 @@ class Matrix:
 
 
 class _Product(Matrix):
-    """By an extension's own product, of each batch."""
+    """A matrix whose product with a vector is an extension's, on each batch."""
 
     extension: Any
     field: str
@@ -210,7 +211,7 @@ class _Product(Matrix):
         return total
 
     def diag(self) -> Tensor:
-        return self._joined(self._diagonal(self.diagonal(**self._given)))
+        return self._flatten(self._diagonal(self.diagonal(**self._given)))
 
 
 class GGN(_Product):
@@ -220,13 +221,13 @@ class GGN(_Product):
 
 
 class Hessian(_Product):
-    """The Hessian of the loss, [D, D], a regulariser in it."""
+    """The Hessian of the loss, including a regulariser, [D, D]."""
 
     extension, field, diagonal = HMP, "hessian", DiagHessian
 
 
 class _OfRows(Matrix):
-    """By J and its transpose, of each batch."""
+    """A matrix whose products are made of those with J and J^T of each batch."""
 
     def __init__(self, compiled: Compiled, data: Any, **options: Any):
         super().__init__(compiled, data, **options)
@@ -237,14 +238,14 @@ class _OfRows(Matrix):
     def _parts(self) -> Iterator[tuple[float, Halves, list[Any]]]:
         for factor, inputs, targets in self._weighted():
             arguments = self._compiled.arguments(inputs, *targets)
-            halves = self._half(inputs, targets, arguments)
+            halves = self._halves_for(inputs, targets, arguments)
             flat = halves.flat(arguments)
             if not self._checked:
                 halves.check(flat, self._plain(inputs, *targets).grad)
                 self._checked = True
             yield factor, halves, flat
 
-    def _half(self, inputs: Any, targets: tuple, arguments: Any) -> Halves:
+    def _halves_for(self, inputs: Any, targets: tuple, arguments: Any) -> Halves:
         n = arguments.batch_size
         shapes = [(t.shape[1:], t.dtype) for t in (*arguments.inputs, *arguments.split_targets())], arguments.structure
         for known, halves in self._halves:
@@ -272,13 +273,13 @@ class _OfRows(Matrix):
         for _, halves, flat in self._parts():
             like = halves.rows([h.detach() for h in halves.outputs(flat)[0]])
             rows = u[start : start + like.numel()].reshape(like.shape)
-            total += self._joined(dict(zip(halves.names, halves.transposed(flat, rows), strict=True)))
+            total += self._flatten(dict(zip(halves.names, halves.transposed(flat, rows), strict=True)))
             start += like.numel()
         return total
 
 
 class Jacobian(_OfRows):
-    """The derivative of the model's output, [R, D]; `.T` its transpose."""
+    """The derivative of the model's output, [R, D]; `.T` is its transpose."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -291,7 +292,7 @@ class Jacobian(_OfRows):
     def __matmul__(self, v: Any) -> Tensor:
         if isinstance(v, Mapping):
             return self._j(self._named(v))
-        return self._columnwise(v, self.size, lambda x: self._j(self._parted(x)))
+        return self._columnwise(v, self.size, lambda x: self._j(self._unflatten(x)))
 
     def diag(self) -> Tensor:
         """Raises `ExtensionError`: the matrix is not square."""
@@ -323,7 +324,7 @@ class NTK(_OfRows):
     """The Gram matrix of the outputs' derivatives, J J^T, [R, R]: the neural tangent kernel.
 
     Args:
-        other: a second batch or loader, of which the right side is: J(data) J(other)^T, [R, R'].
+        other: a second batch or loader, for the right side: J(data) J(other)^T, [R, R'].
     """
 
     def __init__(self, compiled: Compiled, data: Any, *, other: Any = None, **options: Any):
@@ -342,7 +343,7 @@ class NTK(_OfRows):
         )
 
     def __matmul__(self, u: Any) -> Tensor:
-        return self._columnwise(u, self._right.rows, lambda x: self._j(self._parted(self._right._jt(x))))
+        return self._columnwise(u, self._right.rows, lambda x: self._j(self._unflatten(self._right._jt(x))))
 
     def diag(self) -> Tensor:
         """[R], the squared norms of the outputs' derivatives.
@@ -370,26 +371,29 @@ class _Fisher(_OfRows):
             jv = halves.times(flat, [v[n] for n in halves.names])
             weights = torch.einsum("vnc,nc->vn", s, jv) * factor
             rows = torch.einsum("vnc,vn->nc", s, weights)
-            total += self._joined(dict(zip(halves.names, halves.transposed(flat, rows), strict=True)))
+            total += self._flatten(dict(zip(halves.names, halves.transposed(flat, rows), strict=True)))
             first += len(jv)
-        return self._parted(total)
+        return self._unflatten(total)
 
 
 class EmpiricalFisher(_Fisher):
-    """The empirical Fisher, sum_n g_n g_n^T / c, [D, D]: of the individual gradients of the likelihood (see `KFAC(fisher=)`)."""
+    """The empirical Fisher, sum_n g_n g_n^T / c, [D, D] (see `KFAC(fisher=)`).
+
+    g_n are the individual gradients, and c is the factor of the log-likelihood in the loss.
+    """
 
     root = SqrtEmpirical()
 
     def diag(self) -> Tensor:
-        return self._joined(self._diagonal(DiagEmpirical(**self._given)))
+        return self._flatten(self._diagonal(DiagEmpirical(**self._given)))
 
 
 class MCFisher(_Fisher):
-    """The Gauss-Newton estimated by `mc_samples` columns per sample, which every product draws alike, [D, D].
+    """The Gauss-Newton, estimated with `mc_samples` columns per sample, the same in every product, [D, D].
 
     Args:
         mc_samples: the number of columns.
-        seed: of the columns, as for `fxcurv.over` and a call.
+        seed: the seed of the columns, as for `fxcurv.over` and a call.
     """
 
     def __init__(self, compiled: Compiled, data: Any, *, mc_samples: int = 1, seed: int = 0, **options: Any):
@@ -397,4 +401,4 @@ class MCFisher(_Fisher):
         super().__init__(compiled, data, **options)
 
     def diag(self) -> Tensor:
-        return self._joined(self._diagonal(DiagGGNMC(self.root.mc_samples, **self._given), self.seed))
+        return self._flatten(self._diagonal(DiagGGNMC(self.root.mc_samples, **self._given), self.seed))

@@ -1,8 +1,8 @@
 """Matrix-free products as programs of their own: what they keep of the forward pass, and the objects that call them.
 
-The pass `products` emits them: `walks/products` gives one joint graph from the captured inputs and the vectors to the
-products, cut in two. The main program computes what the cut saves, next to its other results; the product program starts
-there.
+The pass `products` emits them: `walks/products` builds one joint graph from the captured inputs and the vectors to the
+products, and cuts it in two. The main program computes the values that the cut saves, next to its other results; the
+product program starts from these.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class Code:
         raise NotImplementedError
 
     def prologue(self, name: str) -> fx.GraphModule | None:
-        """What a block computes once from the saved values, (*saved) -> kept; None: kept is what is saved."""
+        """What a block computes once from the saved values, (*saved) -> kept; None: it keeps the saved values."""
         return None
 
     def complete(self, names: Sequence[str], values: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The results `names`, where their samples are on several ranks."""
+        """The results `names` for the samples of all ranks, from this rank's `values`."""
         return values
 
     def prepare(self) -> None:
@@ -97,7 +97,7 @@ class Code:
 
 
 def _one_by_one(gm: fx.GraphModule, count: int) -> Callable[..., tuple[Tensor, ...]]:
-    """`gm` over the leading axis of its arguments but the first `count`, in a loop."""
+    """`gm` in a loop over the leading axis of its arguments, without the first `count` of them."""
 
     def run(*args: Any) -> tuple[Tensor, ...]:
         rows = [gm(*args[:count], *vectors) for vectors in zip(*args[count:], strict=True)]
@@ -111,7 +111,7 @@ class AllBlocks(Code):
 
     Attributes:
         whole: (*saved, a vector per name in `inputs`) -> a result per name in `outputs`.
-        summed: the outputs that are sums over samples, to be added up over ranks that have a part of these each.
+        summed: the outputs that are sums over samples, which ranks with a part of the samples each add up.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class Saved:
 
     @property
     def labels(self) -> list[str]:
-        """What is kept of the forward pass."""
+        """The names of the values that are kept of the forward pass."""
         return self._code.labels
 
     def _note_versions(self) -> None:
@@ -222,7 +222,7 @@ class Saved:
                 )
 
     def _kept(self, name: str) -> list[Any]:
-        """What a program reads beside its vectors."""
+        """The values that a program reads besides its vectors."""
         prologue = self._code.prologue(name) if name else None
         if prologue is None:
             return self._saved
@@ -272,7 +272,7 @@ class Block:
             vectors: [V, *P] or [*P].
 
         Raises:
-            ArgumentError: for another shape, dtype or device, or when a value that the product keeps was changed in place.
+            ArgumentError: for another shape, dtype or device, or if a value that is kept was changed in place.
         """
         code = self._products._code
         _check_vectors(code, self.name, vectors)
@@ -306,7 +306,7 @@ class Operator(Saved):
 
     Attributes:
         shape: (D, D), D the number of entries of these parameters.
-        dtype, device: of the first of them, as which flat vectors are given.
+        dtype, device: those of the first of these parameters.
         T: itself, as it is symmetric.
     """
 
@@ -314,12 +314,12 @@ class Operator(Saved):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameters'."""
+        """The dtype of the parameters."""
         return next(iter(self._code.dtypes.values()))
 
     @property
     def device(self) -> torch.device:
-        """The parameters'."""
+        """The device of the parameters."""
         return next(iter(self._code.devices.values()))
 
     @property
@@ -328,7 +328,7 @@ class Operator(Saved):
         return self
 
     def adjoint(self) -> Operator:
-        """Itself."""
+        """The matrix itself, which is symmetric."""
         return self
 
     @property
@@ -346,7 +346,7 @@ class Operator(Saved):
         """The product with a dict of tensors [*P] by name, a flat vector [D], or columns [D, K]; returned likewise.
 
         Raises:
-            ArgumentError: for another structure, or when a value that the product keeps was changed in place.
+            ArgumentError: for a vector of another structure, or if a value that the product keeps was changed in place.
         """
         shapes = self._code.shapes
         if isinstance(v, Mapping):

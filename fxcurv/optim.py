@@ -1,4 +1,4 @@
-"""Optimizers that divide the gradient by the curvature: by a running average of it, or by that of the batch, matrix-free.
+"""Optimizers that divide the gradient by the curvature: by a running average of it, or matrix-free by the batch's own.
 
 ::
 
@@ -6,16 +6,16 @@
     for x, y in loader:
         optimizer.step((x, y))  # in place of forward, backward and step; returns the result of the batch
 
-A step computes the loss and the gradient, and every `interval` steps the curvature, in one program. For a mean over samples, so
-that curvature and damping do not depend on the batch size::
+A step computes the loss and the gradient, and every `interval` steps the curvature, in one program. The loss should be
+a mean over samples, so that curvature and damping do not depend on the batch size::
 
     C <- decay C + (1 - decay) C_batch        (C + damping)^-1 (gradient + weight_decay p)
 
 The bias of a short average is corrected as in Adam (Kingma & Ba 2015). Momentum works as in PyTorch's SGD. A step reads `lr`,
 `momentum`, `damping` and `weight_decay` from the groups, so schedulers, and loops that lower a group's damping, take effect.
 
-Parameters of `fully_shard` (under `mesh=`) keep diagonals and momentum in shards; Kronecker factors, and the directions of
-conjugate gradients, are whole on every rank.
+For parameters of `fully_shard` (under `mesh=`), diagonals and momentum are kept in shards; Kronecker factors, and the
+directions of conjugate gradients, are whole on every rank.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from fxcurv.runtime.sharded import like, whole
 __all__ = ["EKFAC", "KFAC", "DiagGGN", "NaturalGradientCG"]
 
 Named = dict[str, Tensor]
-# In a parameter's state: tensors that keep their dtype, whatever the parameter's is, and entries that are no tensors.
+# Entries of a parameter's state: tensors that keep their dtype, whatever the parameter's is; and other values.
 AVERAGES, NOTES = ("curvature", "basis", "moments"), ("arrangement", "within")
 
 
 class _Curved(Optimizer):
-    """What all share; see the module.
+    """Base of all optimizers here; see the module.
 
     Args:
         model, loss: as for `fxcurv.compile`.
@@ -54,11 +54,11 @@ class _Curved(Optimizer):
         params: parameters or groups of them, as for any optimizer (default: all that are trainable). A group may set `lr`,
             `momentum`, `damping` and `weight_decay`.
         lr: step size.
-        momentum: of the preconditioned gradient.
-        damping: what is added to the curvature's eigenvalues.
-        weight_decay: weight of an L2 penalty, which is added to the gradient, also where the loss does not read the parameter.
-        decay: of the running average of the curvature.
-        interval: steps from one curvature to the next.
+        momentum: momentum of the preconditioned gradient.
+        damping: added to the curvature's eigenvalues.
+        weight_decay: weight of an L2 penalty, whose gradient is added, also where the loss does not read the parameter.
+        decay: decay of the running average of the curvature.
+        interval: number of steps from one curvature to the next.
         options: those of `fxcurv.compile`.
 
     Raises:
@@ -82,10 +82,10 @@ class _Curved(Optimizer):
         self._steps = self._updates = 0
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As PyTorch's, while the optimizer is made.
+        """Add a group as in PyTorch, but only while the optimizer is made.
 
         Raises:
-            ArgumentError: later, for its programs are of the parameters that it was made with.
+            ArgumentError: later, because the programs are of the parameters that the optimizer was made with.
         """
         if hasattr(self, "_plain"):
             raise ArgumentError(
@@ -113,7 +113,7 @@ class _Curved(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """What `torch.amp.GradScaler.step` asks first of an optimizer."""
+        """The attribute that `torch.amp.GradScaler.step` reads first."""
         raise ArgumentError(
             f"GradScaler scales a loss and reads p.grad, and {type(self).__name__}.step computes both itself. Way out: call "
             "optimizer.step(batch) without the scaler, under torch.autocast(dtype=torch.bfloat16), which needs none"
@@ -121,17 +121,17 @@ class _Curved(Optimizer):
 
     @torch.no_grad()
     def step(self, batch: Iterable[Any] | None = None, seed: int | Tensor | None = None) -> Result:  # type: ignore[override]
-        """One step on a batch (inputs, *targets); none on a batch without samples, which says nothing of the curvature.
+        """Take a step on a batch (inputs, *targets). A batch without samples changes nothing, as it has no curvature.
 
         Args:
-            batch: what the compiled model is called with.
-            seed: of sampled columns, as for a call.
+            batch: the arguments of the compiled model.
+            seed: the seed of sampled columns, as for a call.
 
         Returns:
-            its result, from before the step: loss, output and gradient.
+            the result of the batch before the step: loss, output and gradient.
 
         Raises:
-            ArgumentError: for what is no batch.
+            ArgumentError: for an argument that is no batch.
         """
         if callable(batch) or isinstance(batch, Tensor) or batch is None:
             raise ArgumentError(
@@ -143,13 +143,13 @@ class _Curved(Optimizer):
             return compiled(inputs, *targets, seed=seed)
 
         update = self._steps % self.interval == 0
-        result = call(self._due() if update else self._plain)
+        result = call(self._updating_program() if update else self._plain)
         samples = self._plain.arguments(inputs, *targets).batch_size
         if not sum(getattr(result, "sizes", (samples,))):
             return result
         if update:
             self._updates += 1
-            self._curve(result, call)
+            self._add_curvature(result, call)
         self._steps += 1
         gradients: Named = {}
         for name, p, group in self._held():
@@ -158,17 +158,19 @@ class _Curved(Optimizer):
         self._step_by(gradients, self._moves(self._directions(gradients)), call, result)
         return result
 
-    def _due(self) -> Compiled:
-        """The program of a step with curvature."""
+    def _updating_program(self) -> Compiled:
+        """The program of a step that updates the curvature."""
         return self._curved
 
-    def _curve(self, result: Result, call: Callable[[Compiled], Result]) -> None:
-        """Add a batch's curvature to the average."""
+    def _add_curvature(self, result: Result, call: Callable[[Compiled], Result]) -> None:
+        """Add a batch's curvature to the running average."""
         field = result[self._extension]
         for name, p, _ in self._held():
-            self.state[p]["curvature"] = self._mixed(self.state[p].get("curvature"), pytree.tree_leaves(field[name]))
+            self.state[p]["curvature"] = self._running_average(
+                self.state[p].get("curvature"), pytree.tree_leaves(field[name])
+            )
 
-    def _mixed(self, before: list[Tensor] | None, new: list[Tensor]) -> list[Tensor]:
+    def _running_average(self, before: list[Tensor] | None, new: list[Tensor]) -> list[Tensor]:
         """The running average, which starts from zero."""
         old = before if before is not None else [torch.zeros_like(t) for t in new]
         return [torch.lerp(a, b, 1 - self.decay) for a, b in zip(old, new, strict=True)]
@@ -199,11 +201,11 @@ class _Curved(Optimizer):
     def _counts(self) -> dict[str, int]:
         return {"steps": self._steps, "updates": self._updates}
 
-    def _count(self, counts: dict[str, int]) -> None:
+    def _restore_counts(self, counts: dict[str, int]) -> None:
         self._steps, self._updates = counts["steps"], counts["updates"]
 
     def state_dict(self) -> dict[str, Any]:
-        """That of any optimizer, and the counts of steps."""
+        """The state of any optimizer, and the counts of steps and updates."""
         return {**super().state_dict(), **self._counts()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -213,8 +215,8 @@ class _Curved(Optimizer):
         for (_, p, _), own in zip(self._held(), saved, strict=True):
             for key in set(own).intersection(AVERAGES):
                 self.state[p][key] = [t.detach().to(p.device, copy=True) for t in own[key]]
-            self.state[p].update({key: own[key] for key in NOTES if key in own})  # PyTorch casts the letters of a name
-        self._count(state_dict)  # type: ignore[arg-type]
+            self.state[p].update({key: own[key] for key in NOTES if key in own})  # PyTorch's cast takes names apart
+        self._restore_counts(state_dict)  # type: ignore[arg-type]
 
 
 class DiagGGN(_Curved):
@@ -222,7 +224,7 @@ class DiagGGN(_Curved):
 
     Args:
         model, loss, params, lr, momentum, damping, weight_decay, decay, interval, options: see `KFAC`.
-        mc_samples: sampled columns; None for the exact diagonal.
+        mc_samples: number of sampled columns; None for the exact diagonal.
     """
 
     def __init__(
@@ -245,14 +247,14 @@ class DiagGGN(_Curved):
 
 
 class _Factored(_Curved):
-    """What those with Kronecker factors share: a matrix of blocks per group, inverted once and used until it changes."""
+    """Base of those with Kronecker factors: a group's matrix of blocks is inverted once, and used until it changes."""
 
     def __init__(self, *args: Any, **known: Any):
         super().__init__(*args, **known)
         self._inverses: dict[int, tuple[float, Blocks]] = {}
 
-    def _curve(self, result: Result, call: Callable[[Compiled], Result]) -> None:
-        super()._curve(result, call)
+    def _add_curvature(self, result: Result, call: Callable[[Compiled], Result]) -> None:
+        super()._add_curvature(result, call)
         self._inverses = {}
         field = result[self._extension]
         together = {name: group for name, _, group in self._held()}
@@ -272,10 +274,10 @@ class _Factored(_Curved):
         own = self.state[p]
         if "within" in own:
             return Within(own["within"])
-        return Kronecker(self._unbiased(own["curvature"], self._turns()), arranged(own["arrangement"]))
+        return Kronecker(self._unbiased(own["curvature"], self._factor_updates()), arranged(own["arrangement"]))
 
-    def _turns(self) -> int:
-        """How many batches the averages of factors are of."""
+    def _factor_updates(self) -> int:
+        """The number of batches in the averages of factors."""
         return self._updates
 
     def _inverse(self, named: dict[str, Tensor], damping: float) -> Blocks:
@@ -299,19 +301,19 @@ class _Factored(_Curved):
 
 
 class KFAC(_Factored):
-    """Steps by Kronecker factors (Martens & Grosse 2015), damped by their pi; see the module.
+    """Steps by Kronecker factors (Martens & Grosse 2015), each damped by the paper's pi; see the module.
 
     Args:
         model, loss: as for `fxcurv.compile`.
         params: parameters or groups of them (default: all that are trainable); groups may set `lr`, `momentum`, `damping`,
             `weight_decay`.
         lr: step size.
-        momentum: of the preconditioned gradient.
+        momentum: momentum of the preconditioned gradient.
         damping: d in (B + sqrt(d)/pi I) (x) (A + pi sqrt(d) I), see `fxcurv.kronecker.Blocks.damped`.
-        weight_decay: of an L2 penalty, in the gradient.
-        decay: of the running averages of the factors.
-        interval: steps from one curvature to the next; factors are decomposed then, and used in between.
-        mc_samples: sampled columns; None for the exact ones.
+        weight_decay: weight of an L2 penalty, whose gradient is added.
+        decay: decay of the running averages of the factors.
+        interval: number of steps from one curvature to the next; factors are decomposed only then.
+        mc_samples: number of sampled columns; None for the exact ones.
         weight_sharing: "backpack", "expand" or "reduce", as for the extension.
         joint: one block for a layer's weight and bias, as for the extension; both have to be in one group.
         options: those of `fxcurv.compile`.
@@ -336,19 +338,20 @@ class KFAC(_Factored):
 class EKFAC(_Factored):
     """Steps by second moments in the eigenbasis of Kronecker factors (George et al. 2018); see the module.
 
-    Every `interval` steps the moments of the batch enter their average, in the basis of the factors' averages, to which every
-    `basis_interval`-th time the batch's factors are added first: that step calls a second program on the batch. Where the basis
-    turns, the average goes along: what its matrix has on the diagonal in the new basis.
+    Every `interval` steps the batch's moments in the current basis enter their running average. Every
+    `basis_interval`-th of these updates first adds the batch's factors to their averages, and takes the basis from
+    those; it calls a second program on the batch. When the basis turns, the averaged moments turn with it: seen as a
+    diagonal matrix in the old basis, their new values are its diagonal in the new one.
 
     Args:
         model, loss, params, lr, momentum, weight_decay, weight_sharing, joint, options: see `KFAC`.
-        damping: what is added to the moments.
-        decay: of the running averages of factors and moments.
-        interval: steps from one update of the moments to the next.
-        basis_interval: these updates from one basis to the next.
-        iterations: None for eigendecompositions; a number for as many orthogonal iterations from the basis before
-            (`fxcurv.kronecker.eigenbasis`), which cost less and follow slowly.
-        mc_samples: sampled columns.
+        damping: added to the moments.
+        decay: decay of the running averages of factors and moments.
+        interval: number of steps from one update of the moments to the next.
+        basis_interval: number of these updates from one basis to the next.
+        iterations: None for eigendecompositions; a number for that many orthogonal iterations from the last basis
+            (`fxcurv.kronecker.eigenbasis`), which cost less but follow the factors slowly.
+        mc_samples: number of sampled columns.
         fisher: "mc" or "empirical", as for the extension.
         others: as for the extension.
     """
@@ -363,35 +366,35 @@ class EKFAC(_Factored):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ArgumentError(f"{key}={value!r}: use a positive integer")
         self.basis_interval, self.iterations = basis_interval, iterations
-        self._asked: Any = {
+        self._extension_options: Any = {
             "mc_samples": mc_samples, "fisher": fisher, "weight_sharing": weight_sharing, "others": others, "joint": joint
         }  # fmt: skip
         self._bases: dict[str, Any] = {}
         self._moments: tuple[MomentsIn, Compiled] | None = None
         super().__init__(
-            model, loss, KFACExtension(**self._asked), params, lr=lr, momentum=momentum, damping=damping,
+            model, loss, KFACExtension(**self._extension_options), params, lr=lr, momentum=momentum, damping=damping,
             weight_decay=weight_decay, decay=decay, interval=interval, options=options,
         )  # fmt: skip
 
-    def _due(self) -> Compiled:
+    def _updating_program(self) -> Compiled:
         return self._curved if self._updates % self.basis_interval == 0 or self._moments is None else self._moments[1]
 
-    def _turns(self) -> int:
+    def _factor_updates(self) -> int:
         return 1 + (self._updates - 1) // self.basis_interval
 
-    def _curve(self, result: Result, call: Callable[[Compiled], Result]) -> None:
+    def _add_curvature(self, result: Result, call: Callable[[Compiled], Result]) -> None:
         if self._extension in result.extensions:
-            super()._curve(result, call)
-            self._turn()
+            super()._add_curvature(result, call)
+            self._turn_basis()
             result = call(self._moments[1])  # type: ignore[index]
         self._inverses = {}
         moments = whole(result[self._moments[0]])  # type: ignore[index]
         for name, p, _ in self._held():
             if name in self._bases:
-                self.state[p]["moments"] = self._mixed(self.state[p].get("moments"), [moments[name]])
+                self.state[p]["moments"] = self._running_average(self.state[p].get("moments"), [moments[name]])
 
-    def _turn(self) -> None:
-        """Turn to the basis of the present factors. Its tensors stay, since the program of the moments reads them."""
+    def _turn_basis(self) -> None:
+        """Turn to the basis of the current factors, in the same tensors, which the program of the moments reads."""
         for name, p, _ in self._held():
             factors = self._factors(p)
             if isinstance(factors, Within):
@@ -402,7 +405,7 @@ class EKFAC(_Factored):
             if old is None:
                 self._bases[name] = Kronecker(new, factors.arrangement)
             else:
-                self.state[p]["moments"] = [_turned(m, old, new) for m in self.state[p]["moments"]]
+                self.state[p]["moments"] = [_turn_moments(m, old, new) for m in self.state[p]["moments"]]
                 for q, fresh in zip(old, new, strict=True):
                     q.copy_(fresh)
             self.state[p]["basis"] = list(self._bases[name])
@@ -410,7 +413,7 @@ class EKFAC(_Factored):
 
     def _program_of_moments(self) -> tuple[MomentsIn, Compiled]:
         known: dict[str, Any] = {name: self._factors(p) for name, p, _ in self._held() if "within" in self.state[p]}
-        extension = MomentsIn(**self._asked, bases=Bases(known | self._bases))
+        extension = MomentsIn(**self._extension_options, bases=Bases(known | self._bases))
         return extension, self._plain.asking([extension])
 
     def _inverse(self, named: dict[str, Tensor], damping: float) -> Blocks:
@@ -432,29 +435,29 @@ class EKFAC(_Factored):
         self._moments = self._program_of_moments() if self._bases else None
 
 
-def _turned(moments: Tensor, old: list[Tensor], new: list[Tensor]) -> Tensor:
-    """The diagonal, in another basis, of the matrix that has these moments on the diagonal in the old one."""
+def _turn_moments(moments: Tensor, old: list[Tensor], new: list[Tensor]) -> Tensor:
+    """The diagonal, in the new basis, of the matrix that is diag(moments) in the old one."""
     turns = [None if q.ndim == 1 else (fresh.mT @ q).square() for q, fresh in zip(old, new, strict=True)]
     found = moments if turns[0] is None else turns[0] @ moments
     return found if len(turns) == 1 or turns[1] is None else found @ turns[1].mT
 
 
 class NaturalGradientCG(_Curved):
-    """Steps by conjugate gradients with the batch's Gauss-Newton, matrix-free (Martens 2010): (G + damping I) d = gradient.
+    """Steps d from (G + damping I) d = gradient by conjugate gradients, matrix-free (Martens 2010).
 
-    For the losses that are logarithms of likelihoods G is the Fisher matrix, and this the natural gradient. A step costs a
-    product per iteration beside the gradient, and no memory of the size of factors. Where the batch is small, G has few
-    eigenvalues above zero, and the damping decides how far a step goes.
+    G is the batch's Gauss-Newton. If the loss is a negative log-likelihood, G is the Fisher matrix and d the natural
+    gradient. A step costs the gradient and one product per iteration, and stores no factors. With a small batch G has
+    few eigenvalues above zero, so the damping decides how far a step goes.
 
     Args:
         model, loss, params, lr, momentum, weight_decay, options: see `KFAC`.
-        damping: what is added to G's eigenvalues, a number per group.
-        iterations: most of conjugate gradients in a step.
-        tol: where they end: at a residual of this times the gradient's norm.
-        warm: they start from the last direction times this.
-        adaptive: change all dampings after every step as Levenberg and Marquardt do: times 3/2 where the loss falls by less than
-            1/4 of what the quadratic model says, times 2/3 where by more than 3/4. It costs a forward pass on the same batch, and
-            means something for models without dropout.
+        damping: added to G's eigenvalues, a number per group.
+        iterations: the largest number of iterations in a step.
+        tol: iterations end when the norm of the residual is at most `tol` times that of the gradient.
+        warm: iterations start from the last direction times `warm`.
+        adaptive: change all dampings after every step (Levenberg-Marquardt): times 3/2 if the loss falls by less than
+            1/4 of what the quadratic model predicts, times 2/3 if by more than 3/4. It costs a forward pass on the same
+            batch, and is meaningful only for models without dropout.
     """
 
     def __init__(
@@ -477,7 +480,7 @@ class NaturalGradientCG(_Curved):
         self._trial: Compiled | None = compile_model(model, loss, [], params=names, **trial) if adaptive else None
         self._matrix: Any = None
 
-    def _curve(self, result: Result, call: Callable[[Compiled], Result]) -> None:
+    def _add_curvature(self, result: Result, call: Callable[[Compiled], Result]) -> None:
         self._matrix = result.ggn
 
     def _directions(self, gradients: Named) -> Named:
@@ -516,8 +519,8 @@ def conjugate_gradients(times: Callable[[Named], Named], b: Named, x: Named, ite
     Args:
         times: the product with A.
         x: where to start.
-        iterations: at most so many products, beside the first one.
-        tol: the norm of the residual over that of b, at which to stop.
+        iterations: the largest number of products, besides the first one.
+        tol: stop when the norm of the residual is at most `tol` times that of b.
     """
     r = {n: b[n] - t for n, t in times(x).items()}
     p, squared, enough = r, _dot(r, r), tol**2 * _dot(b, b)

@@ -1,9 +1,9 @@
 """Quantities of a data set: those of its batches, combined while a loader goes by.
 
-Over the samples of all batches the loss is a sum (`reduction="sum"`), or a mean whose denominator Z adds up. So with w = 1,
-or w = Z_b / sum Z_b, the loss of batch b enters with the factor w, and a value of degree d in the loss (`Combine`) with w**d.
-Nothing is kept of a batch but sums and rows. Under `mesh=` every rank goes over a loader of its own, and a batch is that of all
-ranks.
+Over the samples of all batches the loss is a sum (`reduction="sum"`), or a mean whose denominators Z_b add up. So the
+loss of batch b has the factor w = 1, or w = Z_b / sum Z_b, and a value of degree d in the loss (`Combine`) has w**d.
+Only sums and rows of a batch are kept. Under `mesh=` every rank goes over a loader of its own, and a batch is made of
+the parts on all ranks.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def over(
             of a batch in a mean, such as the number of its tokens.
         seed: seed of sampled columns, which equal those of one call with this seed. Under `mesh=` every batch has a seed of its
             own, made of this one and the number of samples before it.
-        decay: the result is the running average of the batches' values, as each batch gives them, with weights decay**age
-            that add up to 1. Not for what is per sample: the norms beside `ClippedGrad`'s sums are left out.
+        decay: the result is the running average of the values of single batches, with weights proportional to
+            decay**age that add up to 1. Not for per-sample values; the norms of `ClippedGrad` are left out.
         to: a folder for per-sample values: one file `<field>.<parameter>.npy` each (`numpy.memmap`). The result holds tensors
             that read from these files. Another pass with this folder overwrites them.
         checkpoint: a file for the state of the pass, written every `every` batches and where the pass is interrupted. If
@@ -84,8 +84,9 @@ def over(
         ArgumentError: for a batch of another form; for a sample with a value that is not finite (the message has its number);
             if the model has changed since the pass began; if a checkpoint belongs to other batches; for `to=` or
             `checkpoint=` under `mesh=`; on all ranks, if one of them has no batch.
-        ExtensionError: for an extension that batches do not say (`KFRA`, products), or `subsampling=`.
-        LossError: for a loss that is no sum or mean over samples, or (a sum) one with a regulariser.
+        ExtensionError: for an extension whose value does not follow from those of batches (`KFRA`, products), or for
+            `subsampling=`.
+        LossError: for a loss that is no sum or mean over samples, or for a sum with a regulariser.
         MixedSamplesError: where samples interact in the model.
     """
     totals = Totals(compiled, unpack=unpack, reduction=reduction, seed=seed, decay=decay, to=to)
@@ -118,10 +119,11 @@ def accumulate(
         seed, generator: as in a call.
 
     Raises:
-        ArgumentError: for micro-batches of another form, or without a sample; for `ClippedGrad` of a mean, whose bound is of
-            gradients over the number of all samples.
-        ExtensionError: for an extension that batches do not say (`KFRA`, products), or `subsampling=`.
-        LossError: for a loss that is no sum or mean over samples, or (a sum) one with a regulariser.
+        ArgumentError: for micro-batches of another form, or without a sample; for `ClippedGrad` of a mean, whose bound
+            applies to gradients divided by the number of all samples.
+        ExtensionError: for an extension whose value does not follow from those of batches (`KFRA`, products), or for
+            `subsampling=`.
+        LossError: for a loss that is no sum or mean over samples, or for a sum with a regulariser.
         MixedSamplesError: where samples interact in the model.
     """
     batches = list(micro_batches)
@@ -131,7 +133,7 @@ def accumulate(
 
 
 class Totals:
-    """What `over` has summed up between two batches; `run` resumes where an earlier one was interrupted.
+    """The sums of `over` between two batches; `run` resumes where an earlier one was interrupted.
 
     Attributes:
         samples: the number of samples counted in the present pass; `batches`: the number of batches.
@@ -159,13 +161,13 @@ class Totals:
         self._reduction = reduction
         self._compiled: dict[int, Compiled] = {}
         self._all = Together(compiled.ranks, lambda batch: emptied(self._read(compiled, batch)[2]))
-        self._first: int | None = None  # of one call in parts: the number of the first sample here
+        self._first: int | None = None  # for one call in parts: the number of this rank's first sample
         self._earlier: list[dict[str, Any]] = []  # the totals of finished passes
         self.counted = 0
         self.weight: float | None = None
         self._model: dict[str, str] = {}
         self._start()
-        self._plan()  # refuses what cannot be combined before anything is computed
+        self._plan()  # refuses extensions that cannot be combined, before anything is computed
 
     def _start(self) -> None:
         """Start counting at zero."""
@@ -177,7 +179,7 @@ class Totals:
         self._rows: dict[str, dict[str, Rows]] = {}
 
     def count_on(self, batches: list[Any], seed: Any, generator: torch.Generator | None) -> None:
-        """Draw the columns of one call on all of these batches, the only ones that are gone over."""
+        """Draw the columns that one call on all of these batches draws; no other batches may follow."""
         ranks = self._all.ranks
 
         def read() -> tuple[int, int]:
@@ -185,13 +187,13 @@ class Totals:
             return sum(self._read(self.compiled, b)[2].batch_size for b in batches if ranks is not None), drawn
 
         (_, drawn), rows = self._all.do(read, lambda known: known)
-        self._seed = drawn if seed is not None else rows[0][1]  # a call refuses seeds that are not the same
+        self._seed = drawn if seed is not None else rows[0][1]  # `compiled` refuses seeds that differ between ranks
         self._first = sum(row[0] for row in rows[: ranks.rank]) if ranks is not None else 0
 
     # ---- passes ------------------------------
 
     def _plan(self) -> tuple[list[Extension], dict[str, Any]]:
-        """(what this pass sums, none if all is known; the values that are known by field)."""
+        """(the extensions that this pass sums, none if all is known; the known values by field)."""
         asked: list[Extension] = []
         known: dict[str, Any] = {}
         for e in self.compiled.extensions:
@@ -216,7 +218,7 @@ class Totals:
         return asked, known
 
     def _averages(self, e: Extension) -> bool:
-        """Whether a running average is of the extension's own values, that are no sum over all batches (a variance)."""
+        """Whether `decay=` averages an extension's own values, which are no sum over batches (a variance)."""
         return (
             self._decay is not None and type(e).gather is not Extension.gather and not e.combine and e.data_passes == 1
         )
@@ -224,10 +226,10 @@ class Totals:
     def run(
         self, loader: Iterable[Any], *, checkpoint: Path | None = None, every: int = 100, progress: bool = True
     ) -> Result:
-        """Go over the loader as often as it takes, past batches that are counted already.
+        """Go over the loader as often as it takes, skipping batches that are counted already.
 
         Raises:
-            FxcurvError: see `over`. What is counted stays, so that another `run` goes on behind it.
+            FxcurvError: see `over`. Batches that are counted stay counted, so another `run` continues after them.
         """
         passes = max((e.data_passes for e in self.compiled.extensions), default=1)
         if checkpoint is not None and self._all.ranks is not None:
@@ -267,7 +269,7 @@ class Totals:
         return result
 
     def _spread(self, result: Result, ranks: Ranks, sizes: list[int]) -> None:
-        """Note that what is per sample is of this rank's own."""
+        """Note on the result that per-sample values are of this rank's own samples."""
         hows = {e.savefield: (e.combine or (LOSS,), e.sample_axis or 0) for e in self.compiled.extensions}
         extras = {
             n: ((how,), 0)
@@ -298,7 +300,7 @@ class Totals:
     # ---- a batch ------------------------------
 
     def _read(self, compiled: Compiled, batch: Any) -> tuple[Any, tuple, Arguments]:
-        """(inputs, targets, both flat)."""
+        """(inputs, targets, the tensors of both, flat)."""
         inputs, targets = (batch.inputs, batch.targets) if isinstance(batch, Empty) else self._unpacked(batch)
         return inputs, targets, compiled.arguments(inputs, *targets)
 
@@ -309,9 +311,9 @@ class Totals:
         """Count one batch; if anything fails, nothing of it is counted."""
         read = lambda: self._read(compiled, batch)  # noqa: E731
         (inputs, targets, arguments), rows = self._all.do(read, lambda found: (found[2].batch_size,))
-        n = sum(row[0] for row in rows)  # of an empty batch nothing is computed
+        n = sum(row[0] for row in rows)  # nothing is computed on an empty batch
         if n:
-            result = self._called(compiled, inputs, targets)
+            result = self._call(compiled, inputs, targets)
             values = dict(self._values(asked, result))
             self._all.do(lambda: self._check_finite(values, arguments))
             z = self._weights.of(result, inputs, targets, arguments, compiled, self._all)
@@ -332,10 +334,10 @@ class Totals:
 
     @property
     def _own(self) -> int:
-        """How many of the samples are this rank's."""
+        """The number of counted samples that are this rank's."""
         return self._sizes[self._all.ranks.rank if self._all.ranks is not None else 0]
 
-    def _called(self, compiled: Compiled, inputs: Any, targets: tuple) -> Result:
+    def _call(self, compiled: Compiled, inputs: Any, targets: tuple) -> Result:
         if self._all.ranks is None and not self.samples:
             self._check_apart(compiled, inputs, targets)
         if self._first is not None:
@@ -364,7 +366,7 @@ class Totals:
                 yield (field, ""), (fields[field], (how,), 0)
 
     def _accumulate(self, values: dict, n: int, z: Any) -> None:
-        """Rows first, which may fail for want of room on a disk, then sums, which do not."""
+        """Add rows first, which fails where a disk is full, then sums, which does not."""
         for (field, name), (value, hows, axis) in values.items():
             if hows[0].how == "rows":
                 rows = self._rows.setdefault(field, {})
@@ -438,7 +440,7 @@ class Totals:
                     )
 
     def _check_finite(self, values: dict, arguments: Any) -> None:
-        if self._first is not None:  # a call returns what is not finite
+        if self._first is not None:  # a call returns values that are not finite, too
             return
         known = {k: pytree.tree_leaves(value) for k, (value, *_) in values.items() if k[0] != "loss"}
         leaves = {k: [local(t) for t in ts if not t.is_meta] for k, ts in known.items()}  # some are another rank's
@@ -448,7 +450,8 @@ class Totals:
             self._raise_not_finite(bad, arguments)
 
     def _raise_not_finite(self, bad: list[str], arguments: Any) -> None:
-        said = f"something of batch {self.batches} is not finite"  # a sharded model runs on all ranks alone
+        # under mesh= a sharded model runs only on all ranks at once, so samples cannot be tried one by one
+        said = f"something of batch {self.batches} is not finite"
         if self._all.ranks is None:
             said = bad_sample(self.compiled.model, self.compiled.loss, arguments, self.samples, self.batches)
         raise ArgumentError(
@@ -520,7 +523,7 @@ class Totals:
         }
 
     def _options(self) -> str:
-        """What a pass that goes on has to have alike, beside the extensions and the seed."""
+        """The options that a resumed pass has to share, besides the extensions and the seed."""
         reduction = "a function" if callable(self._reduction) else repr(self._reduction)
         return f"decay={self._decay}, reduction={reduction}"
 
@@ -528,7 +531,7 @@ class Totals:
         """Restore the state of an equal object.
 
         Raises:
-            ArgumentError: if it is of other extensions, another seed, decay, reduction or folder.
+            ArgumentError: if that object has other extensions, or another seed, decay, reduction or folder.
         """
         mine = [repr(e) for e in self.compiled.extensions]
         if state["extensions"] != mine or state["seed"] != self._seed:
@@ -566,7 +569,7 @@ def _wide(t: Tensor) -> Tensor:
 
 
 def _packed(value: Any) -> Any:
-    """Factors as plain lists beside their arrangement."""
+    """A value with Kronecker factors as plain lists beside their arrangement, to be saved."""
     if isinstance(value, Kronecker):
         return {"kronecker": list(value), "arrangement": plain(value.arrangement)}
     if isinstance(value, Within):

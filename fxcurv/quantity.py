@@ -1,8 +1,8 @@
 """Quantities: which columns enter the backward walk, and where.
 
 Columns come in groups. A group is born at one node (the loss value, a loss term's prediction, a leaf of the model's
-output) and keeps its identity through the walk, so that equal quantities share nodes. A quantity says its groups, and what
-else passes have to know of it; how the columns of a kind are made is registered in `walks.columns.births`.
+output) and keeps its identity through the walk, so that equal quantities share nodes. A quantity names its groups, and
+what else passes need to know of it; how the columns of a kind are made is registered in `walks.columns.births`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Kind:
     Attributes:
         title: what the report calls it.
         of_term: whether each term of the loss has a group of its own.
-        by_class: whether the columns of a loss in closed form are classes times positions.
-        carried: whether the walk carries any.
+        by_class: whether a loss in closed form has a column for each class and position.
+        carried: whether the walk carries columns of this kind.
     """
 
     title: str
@@ -34,7 +34,7 @@ KINDS: dict[str, Kind] = {}
 
 
 def kind(name: str, title: str, **more: bool) -> str:
-    """Register a kind of columns; gives its name.
+    """Register a kind of columns, and return its name.
 
     Raises:
         ValueError: if the name is taken.
@@ -47,10 +47,10 @@ def kind(name: str, title: str, **more: bool) -> str:
 
 @dataclass(frozen=True)
 class Group:
-    """Columns of one birth: of a registered `kind`, at loss term or head `term`, `draws` of them if they are sampled.
+    """Columns born together: of a registered `kind`, at loss term or head `term`; `draws` of them if they are sampled.
 
-    part: a group that is too large for the memory budget goes down the walk in parts.
-    paired: columns u_1 ... u_D, v_1 ... v_D, of which the products u_i v_i count, not their squares.
+    part: which part this is, where a group too large for the memory budget goes down the walk in parts.
+    paired: the columns are u_1 ... u_D, v_1 ... v_D, and count by their products u_i v_i, not by squares.
     """
 
     kind: str
@@ -67,10 +67,10 @@ TOKEN = Group(kind("token", "gradient per position"))
 
 IDENTITY = Group(kind("identity", "identity"))
 
-# of the ops; `term` counts them
+# born at ops; `term` counts these groups
 RESIDUAL = kind("residual", "weighted (of the ops' residuals)", of_term=False)
 
-# of a loss that is linear in f: zeros
+# for a loss that is linear in f: the quantity is zero
 NONE = kind("none", "none", carried=False)
 
 
@@ -80,14 +80,14 @@ class Quantity:
 
     Attributes:
         needs_loss: whether it is a quantity of the loss.
-        first_order: whether it is known without second derivatives.
-        of_gradients: whether it is of individual gradients, which exist by token as well.
-        of_loss: whether it has the curvature of the loss in f.
-        of_ops: whether it has the curvature of the ops.
-        of_vectors: whether it is a function of vectors, a product.
-        inside: what it needs of the ops besides their transposes, as words; "" for nothing.
+        first_order: whether it needs no second derivatives.
+        of_gradients: whether it is made of individual gradients, which exist by token as well.
+        of_loss: whether it includes the curvature of the loss in f.
+        of_ops: whether it includes the curvature of the ops.
+        of_vectors: whether it is a product, a function of vectors.
+        inside: what it needs of the ops besides their transposes, in words; "" for nothing.
         mc: number of sampled columns, None for none.
-        empirical: whether the target stands for the sample.
+        empirical: whether the target takes the place of a sample.
     """
 
     needs_loss: ClassVar[bool] = True
@@ -99,7 +99,7 @@ class Quantity:
     inside: ClassVar[str] = ""
 
     def groups(self, analysis: Analysis) -> list[Group]:
-        """The groups of columns that are known before the walk, whole."""
+        """The groups of columns that are known before the walk, not yet cut into parts."""
         return []
 
     @property
@@ -109,7 +109,7 @@ class Quantity:
 
     @property
     def of_targets(self) -> bool:
-        """Whether columns have the targets in place of a sample."""
+        """Whether columns are made with the targets in place of samples."""
         return bool(getattr(self, "empirical", False))
 
 
@@ -117,7 +117,7 @@ class Quantity:
 class Gradient(Quantity):
     """One column: dL/df. Always carried when there is a loss.
 
-    Where every position of f is a sample of its own, a column per position: dL/df there, and zero elsewhere.
+    Where every position of f is a sample, there is a column per position: dL/df there, and zero elsewhere.
     """
 
     first_order = True
@@ -129,12 +129,13 @@ class Gradient(Quantity):
 
 @dataclass(frozen=True)
 class SqrtGGN(Quantity):
-    """Columns s with sum_v s s^T = H_n, the loss Hessian per sample (times real weights, if `signed` columns do).
+    """Columns s with sum_v s s^T = H_n, the loss Hessian per sample (with real weights, if `signed`).
 
     Attributes:
         mc: number of sampled columns, None for the exact ones.
-        signed: real column weights are welcome, no root is needed (diagonals).
-        empirical: the sampled column with the target itself for the sample: the gradient over sqrt(c).
+        signed: columns may have real weights, because no root is needed (diagonals).
+        empirical: one column, sampled with the target as the sample: the gradient over sqrt(c), c the factor of the
+            log-likelihood in the loss.
     """
 
     mc: int | None = None
@@ -145,9 +146,9 @@ class SqrtGGN(Quantity):
     def groups(self, analysis: Analysis) -> list[Group]:
         if not analysis.terms:
             return [Group(NONE, draws=self.mc or 0)]
-        return [self._of_term(index, term.node is not None) for index, term in enumerate(analysis.terms)]
+        return [self._group_of_term(index, term.node is not None) for index, term in enumerate(analysis.terms)]
 
-    def _of_term(self, index: int, closed_form: bool) -> Group:
+    def _group_of_term(self, index: int, closed_form: bool) -> Group:
         if self.empirical:
             return Group("empirical", index)
         if self.mc:

@@ -52,7 +52,7 @@ class Result:
 
     @property
     def extensions(self) -> tuple[Extension, ...]:
-        """What was asked for."""
+        """The extensions that were asked for."""
         return self._extensions
 
     def __dir__(self):
@@ -62,11 +62,11 @@ class Result:
         return f"Result({', '.join(self._fields)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is values without the model and the memory that they came from."""
+        """A copy holds values only, without the model and the memory that they came from."""
         return {**self.__dict__, "_model": None, "_memory": None, "_gather": None}
 
     def spread_over(self, sizes: Sequence[int], gather: Callable[[Any, Any], Any], places: dict[str, Any]) -> None:
-        """Note that this is the result of one of several ranks, of `sizes` samples, and how to have the whole batch's."""
+        """Note that this is one rank's result, how many samples each rank has (`sizes`), and how to gather fields."""
         self._fields["sizes"] = tuple(sizes)
         known = {**places["results"], **places["extras"], "output": places["output"]}
         self._gather = lambda field: (
@@ -74,7 +74,9 @@ class Result:
         )
 
     def whole(self, field: str) -> Any:
-        """A field of the whole batch, under `mesh=`: what is per sample is gathered from all ranks, which all have to call this.
+        """A field of the whole batch, under `mesh=`: per-sample values are gathered from all ranks.
+
+        All ranks have to call this.
 
         Raises:
             ArgumentError: without `mesh=`, and for a copied result.
@@ -91,8 +93,8 @@ class Result:
         or another `attach` does not reach into this result. `p.<savefield>` is this result's own tensor.
 
         Args:
-            model: whose parameters (default: the compiled model; a copied or loaded result has none).
-            loss: the same of a loss whose parameters are among the result's (default: the compiled one, without `model`).
+            model: the module with the parameters (default: the compiled one; a copied or loaded result has none).
+            loss: the loss module, if the result has its parameters (default, without `model`: the compiled one).
         """
         holder = self._model if model is None else model
         if holder is None:

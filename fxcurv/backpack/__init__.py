@@ -1,4 +1,4 @@
-"""BackPACK's use, on top of the compiler.
+"""BackPACK's interface on top of the compiler.
 
 Example:
     from fxcurv.backpack import backpack, extend
@@ -9,9 +9,10 @@ Example:
     with backpack(DiagGGNMC()):
         loss.backward()  # p.grad and p.diag_ggn_mc
 
-Quantities of the first order need no extended loss: any scalar of the model's output will do. Beside it there are
-`extensions`, `hessianfree`, `utils` and `custom_module`, with BackPACK's names and paths; what is in `hessianfree` can be had
-from here as well. `install()` lets `import backpack` be all of this, for packages that are built on BackPACK.
+First-order quantities need no extended loss: any scalar computed from the model's output will do. `extensions`,
+`hessianfree`, `utils` and `custom_module` have BackPACK's names and paths; the functions of `hessianfree` can be
+imported from here as well. After `install()`, `import backpack` imports all of this, for packages that are built on
+BackPACK.
 """
 
 from fxcurv.backpack import extensions

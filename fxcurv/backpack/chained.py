@@ -1,7 +1,7 @@
 """Extended models that take one another's outputs: `loss(extend(head)(extend(body)(x)), y)`.
 
-Each has its pass and its gradient. Columns of the second order begin at the output of the last model; for the others the models
-behind are captured together with them, as one, and the forward pass runs once more, from the same inputs.
+Each model has its own pass and gradient. Second-order columns are born at the output of the last model. For an earlier
+model, it and all models after it are captured as one, and the forward pass runs once more, from the same inputs.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from fxcurv.errors import LossError
 from fxcurv.extensions import Extension
 from fxcurv.ir.private import running_backward
 
-# no chain is kept, which would keep its first model
+# holds no `Chain`, which would keep its first model alive
 _chains: weakref.WeakKeyDictionary[nn.Module, dict[Any, ModelParts]] = weakref.WeakKeyDictionary()
 
 
 class Chain(nn.Module):
-    """Models of which each takes the output of the one before."""
+    """Models in sequence: each takes the output of the one before."""
 
     def __init__(self, models: Sequence[nn.Module]):
         super().__init__()
@@ -38,7 +38,7 @@ class Chain(nn.Module):
 
 
 def follow(found: Pass, args: tuple, kwargs: dict) -> None:
-    """Note at the pass that a model's input comes from that it goes on here."""
+    """Note at the pass that made an input of this call that its output goes on into the pass `found`."""
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]
     for t in tensors:
         before = pass_of(moved_from(t))
@@ -50,10 +50,12 @@ def follow(found: Pass, args: tuple, kwargs: dict) -> None:
 def second_order(
     found: Pass, extensions: Sequence[Extension], values: dict[int, Any], grad: dict[str, Tensor], check: bool
 ) -> dict[str, dict[str, Any]] | None:
-    """field -> parameter name -> value of a model whose output went into others; None if it went into none.
+    """field -> parameter name -> value, for a model whose output went into others.
+
+    None if it went into no other model, or an extended loss reads it.
 
     Args:
-        grad: of the model's parameters, by its own backward part.
+        grad: gradients of the model's parameters, from its own backward part.
 
     Raises:
         LossError: where the models cannot be captured as one, or something else reads the output as well.
@@ -64,23 +66,23 @@ def second_order(
     while passes[-1].follows:
         after = passes[-1].follows
         if len(after) != 1 or after[0] is None:
-            raise _refused(
+            raise _chain_error(
                 found, "its output goes into several extended models, or into one with other inputs beside it"
             )
         passes.append(after[0])
     last = passes[-1]
     if any(p.forward.random for p in passes) or any(p.template.mutations for p in passes):
-        raise _refused(found, "one of the models draws random numbers or updates buffers, and would do so again")
+        raise _chain_error(found, "one of the models draws random numbers or updates buffers, and would do so again")
     task, calls = last.arrived
     if task != running_backward():
-        raise _refused(found, "its backward pass did not come by the last of them")
+        raise _chain_error(found, "its backward pass did not come by the last of them")
     models = [p.parts.model for p in passes]
     chain = Chain(models)
     parts = _chains.setdefault(models[0], {}).setdefault(tuple(map(id, models[1:])), ModelParts(chain)).of(chain)
-    results = _as_one(parts, found, tuple(extensions), values, last, calls, check)
+    results = _run_as_one(parts, found, tuple(extensions), values, last, calls, check)
     own = {f"models.0.{name}": name for name in found.template.params}
     if not same_gradients([results["grad"][long] for long in own], [grad[name] for name in own.values()]):
-        raise _refused(found, "its output also reaches the loss by another way")
+        raise _chain_error(found, "its output also reaches the loss by another way")
     prefix = "models.0."
     return {
         e.savefield: {
@@ -90,10 +92,10 @@ def second_order(
     }
 
 
-def _as_one(
+def _run_as_one(
     parts: ModelParts, found: Pass, extensions: tuple, values: dict[int, Any], last: Pass, calls: list, check: bool
 ) -> dict[str, Any]:
-    """Results of all models together, by a pass of their own."""
+    """Results of all models, captured as one, by a pass of their own."""
     arguments = found.with_inputs(found.bound(values))
     whole, flat = parts.begin_with(arguments, found.mode)
     leaves, _, made = parts.run(whole.forward, flat)
@@ -101,7 +103,7 @@ def _as_one(
     return parts.backward(whole, extensions, leaves, last.cotangents, made, check)
 
 
-def _refused(found: Pass, why: str) -> LossError:
+def _chain_error(found: Pass, why: str) -> LossError:
     return LossError(
         f"{type(found.parts.model).__name__} is an extended model whose output goes into other extended models, and {why}: its "
         "quantities of the second order are not known. Way out: extend one module that calls them, or fxcurv.compile it."

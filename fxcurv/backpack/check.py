@@ -1,8 +1,8 @@
-"""The drop-in's first numbers against plain PyTorch: once for every backward part, before its quantities are put down.
+"""Compares the drop-in's first numbers with plain PyTorch: once for every backward part, before quantities are written.
 
-The model runs once more, as it is, and autograd takes the same cotangents down: its output and its gradient must equal those
+The plain model runs once more, and autograd takes the same cotangents down: output and gradient must equal those
 of the emitted parts, and sums of individual quantities their totals. `runtime.selfcheck` runs the plain pass, which leaves
-everything as it was. Not checked are models that draw random numbers, since a second pass would draw others.
+everything as it was. Models that draw random numbers are not checked, since a second pass would draw others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fxcurv.runtime.selfcheck import Check, Plain, SelfCheck
 
 
 class _Pulled:
-    """A loss whose gradient in the model's outputs is what arrived there."""
+    """A loss whose gradient in the model's outputs is the cotangents that arrived there."""
 
     def __init__(self, gs: Sequence[Tensor | None]):
         self.where = [k for k, g in enumerate(gs) if g is not None]
@@ -54,7 +54,7 @@ class PassCheck(Check):
         super().__init__(SelfCheck(template, exchanged=False), finished, request, flat)
 
     def run(self, *, rounded: int | None = None, watch: Callable[[nn.Module], Any] | None = None) -> Plain:
-        """A plain pass from the buffers as they were before the pass, whose new values may be older than this check."""
+        """A plain pass from the buffers as they were before the checked pass, which has updated them since."""
 
         def begin(model: nn.Module) -> None:
             own = dict(model.named_buffers(remove_duplicate=False))

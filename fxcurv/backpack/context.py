@@ -1,4 +1,4 @@
-"""The context in which `backward()` computes quantities, and the switch that lets extended modules be plain ones."""
+"""The context in which `backward()` computes quantities, and the switch that makes extended modules plain ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fxcurv.errors import ArgumentError
 from fxcurv.extensions import Extension
 from fxcurv.front.requests import checked
 
-_active: list[backpack] = []  # global, not of the thread: autograd runs CUDA's backward in threads of its own
+_active: list[backpack] = []  # global, not per thread: autograd runs CUDA's backward in threads of its own
 _plain = 0
 
 
@@ -23,9 +23,10 @@ class backpack:  # noqa: N801
     Args:
         extensions: instances of the classes in `fxcurv.backpack.extensions`, or of your own subclasses of
             `fxcurv.backpack.extensions.backprop_extension.BackpropExtension`.
-        extension_hook: called with every submodule of the model that has parameters of its own or no children, last
-            first, when they have their quantities; before them with the extended loss. The module has `input0`, `input1`, …
-            and (a loss does not) `output` then, detached. What it deletes from parameters is freed.
+        extension_hook: called with the extended loss, then with every submodule of the model that has parameters of its
+            own or no children, last first, once its parameters have their quantities. During the call the module has
+            `input0`, `input1`, … and, unless it is a loss, `output`, detached. What the hook deletes from parameters is
+            freed.
         debug: accepted, without effect.
         retain_graph: accepted, without effect: `backward(retain_graph=True)` alone decides.
         check: "first" (default): the first time that a model's gradient and quantities are computed for a kind of input,
@@ -66,7 +67,7 @@ def current() -> backpack:
 
 
 class CTX:
-    """What of BackPACK's own context other code asks: which extensions are active."""
+    """The part of BackPACK's own context that other code asks: which extensions are active."""
 
     @staticmethod
     def get_active_exts() -> tuple[Any, ...]:
@@ -80,13 +81,13 @@ class CTX:
 
     @staticmethod
     def get_debug() -> bool:
-        """Nothing is printed here."""
+        """False: nothing is printed."""
         return False
 
 
 @contextlib.contextmanager
 def disable() -> Iterator[None]:
-    """Extended modules are plain ones here: nothing is kept for a backward pass with quantities."""
+    """Make extended modules plain ones: nothing is kept for a backward pass with quantities."""
     global _plain
     _plain += 1
     try:

@@ -1,7 +1,7 @@
-"""Extensions and hooks per module, as code for BackPACK has them: what a module took and returned, and what came back to it.
+"""Extensions and hooks per module, for code written for BackPACK: they see a module's inputs, output and cotangents.
 
-What modules took and returned are values of the forward part. The gradient in a module's output, and columns there, are taken
-down the forward pass once more under autograd, where a module extension asks for them.
+Inputs and outputs of modules are values of the forward part. Where a module extension asks for the gradient in a
+module's output, or for columns there, the forward pass runs once more under autograd, which takes them down.
 """
 
 from __future__ import annotations
@@ -28,39 +28,39 @@ from fxcurv.ir.private import own_parameters
 
 
 class Values:
-    """What the modules of a model took and returned in a pass; of several calls of a module, the last one's.
+    """The inputs and outputs of a model's modules in a pass; of several calls of a module, those of the last.
 
     Args:
-        values: of the pass, by number.
+        values: those of the pass, by number.
     """
 
     def __init__(self, found: Pass, values: dict[int, Any]):
         modules = list(found.parts.model.modules())
         looks = [look for look in found.template.observed if look.where is None]
-        self._of = {id(modules[look.module]): _filled(look, values) for look in looks}
+        self._of = {id(modules[look.module]): _fill(look, values) for look in looks}
 
     def of(self, module: nn.Module) -> tuple[tuple, Any] | None:
-        """(positional inputs, output), None of a module that was not called."""
+        """(positional inputs, output); None for a module that was not called."""
         return self._of.get(id(module))
 
     def on(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """`module.input0`, `.input1`, … and `.output`, as BackPACK has them, detached."""
+        """Set `module.input0`, `.input1`, … and `.output`, detached, as BackPACK does."""
         inputs, output = self.of(module) or ((), None)
-        return _shown(module, inputs, output)
+        return _set_on_module(module, inputs, output)
 
 
 def inputs_of_loss(call: LossCall, leaves: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
-    """`input0`, `input1`, … of an extended loss."""
+    """Set `input0`, `input1`, … of an extended loss."""
     inputs = map_leaves(call.args, Read, lambda read: read.out_of(leaves[read.leaf]))
-    return _shown(call.loss, inputs, None)
+    return _set_on_module(call.loss, inputs, None)
 
 
 @contextlib.contextmanager
-def _shown(module: nn.Module, inputs: Sequence[Any], output: Any) -> Iterator[None]:
+def _set_on_module(module: nn.Module, inputs: Sequence[Any], output: Any) -> Iterator[None]:
     held = {f"input{k}": t for k, t in enumerate(inputs)} | ({"output": output} if output is not None else {})
     before = {name: vars(module)[name] for name in held if name in vars(module)}
     held = {name: t.detach() if isinstance(t, Tensor) else t for name, t in held.items()}
-    vars(module).update(held)  # past nn.Module, which would take an input that is a parameter for its own
+    vars(module).update(held)  # not by `setattr`: nn.Module would register an input that is a parameter
     try:
         yield
     finally:
@@ -69,7 +69,7 @@ def _shown(module: nn.Module, inputs: Sequence[Any], output: Any) -> Iterator[No
         vars(module).update(before)
 
 
-def _filled(look: Any, values: dict[int, Any]) -> Any:
+def _fill(look: Any, values: dict[int, Any]) -> Any:
     return filled(look.template, [_value(n, values) for n in look.nodes])
 
 
@@ -78,7 +78,7 @@ def _value(node: fx.Node, values: dict[int, Any]) -> Any:
 
 
 def own_modules(model: nn.Module) -> list[nn.Module]:
-    """Those with parameters of their own or without children, last first."""
+    """The modules with parameters of their own or without children, last first."""
     own = [m for m in model.modules() if own_parameters(m) or next(m.children(), None) is None]
     return own[::-1]
 
@@ -87,12 +87,12 @@ def own_modules(model: nn.Module) -> list[nn.Module]:
 
 
 class Backward:
-    """The pass once more under autograd, for the module extensions of one backward pass.
+    """Runs the module extensions of one backward pass, on a second forward pass under autograd.
 
     Args:
-        leaves: of the output, with a graph; `values`: those of that pass, by number.
+        leaves: of the second pass' output, with a graph; `values`: those of that pass, by number.
         gs: the cotangents that arrived.
-        calls: of extended losses, that the backward pass came by.
+        calls: the calls of extended losses that the backward pass came by.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Backward:
         self.columns: dict[Any, Tensor] = {}
 
     def run(self, module: nn.Module, extensions: Sequence[Any]) -> None:
-        """Put on the module's parameters what its module extensions say.
+        """Put on the module's parameters what its module extensions return.
 
         Raises:
             ExtensionError: for a module with trainable parameters and without an extension.
@@ -122,16 +122,16 @@ class Backward:
             of_module = vars(extension)["module_extensions"].get(plain_class(module))
             if of_module is None or isinstance(of_module, Carried):
                 if trained and isinstance(extension, BackpropExtension) and not isinstance(extension, Extension):
-                    _without(extension, module, of_module)
+                    _report_missing(extension, module, of_module)
                 continue
-            g_out = (self._down(self.gs, [output])[0],)
-            g_inp = tuple(self._down(self.gs, [t for t in inputs if isinstance(t, Tensor)]))
+            g_out = (self._take_down(self.gs, [output])[0],)
+            g_inp = tuple(self._take_down(self.gs, [t for t in inputs if isinstance(t, Tensor)]))
             backproped = self._columns(extension, output)
             for name in (n for n in of_module.params if n in trained):
                 value = getattr(of_module, name)(extension, module, g_inp, g_out, backproped)
                 setattr(own_parameters(module)[name], extension.savefield, value)
 
-    def _down(self, gs: Sequence[Tensor | None], to: list[Tensor]) -> list[Tensor | None]:
+    def _take_down(self, gs: Sequence[Tensor | None], to: list[Tensor]) -> list[Tensor | None]:
         pairs = [(f, g) for f, g in zip(self.leaves, gs, strict=True) if g is not None and f.requires_grad]
         wanted = [t for t in to if t.requires_grad]
         found: Iterator[Any] = iter(())
@@ -141,20 +141,20 @@ class Backward:
         return [next(found, None) if t.requires_grad else None for t in to]
 
     def _columns(self, extension: Any, output: Tensor) -> Tensor | None:
-        """[V, N, *output] at a module's output; of the samples that count."""
-        asked = _asked(extension)
+        """Columns [V, N, *output] at a module's output, of the samples that count; None if the extension reads none."""
+        asked = _columns_asked_for(extension)
         if asked is None:
             return None
         if asked not in self.columns:
-            self.columns[asked] = self._at_output(asked)
+            self.columns[asked] = self._columns_at_output(asked)
         leaf, columns = self._leaf(), self.columns[asked]
         gs = [[s if k == leaf else None for k in range(len(self.leaves))] for s in columns]
-        stack = [t if (t := self._down(g, [output])[0]) is not None else torch.zeros_like(output) for g in gs]
+        stack = [t if (t := self._take_down(g, [output])[0]) is not None else torch.zeros_like(output) for g in gs]
         out, samples = torch.stack(stack), extension.get_subsampling()
         return out if samples is None else out[:, list(samples)]
 
     def _leaf(self) -> int:
-        """The leaf of the output that the losses read."""
+        """The index of the output's leaf that the losses read."""
         reads: set[int] = set()
         for call in self.calls:
             map_leaves((call.args, call.kwargs), Read, lambda read: reads.add(read.leaf))
@@ -165,8 +165,8 @@ class Backward:
             )
         return next(iter(reads))
 
-    def _at_output(self, asked: SqrtGGNExact | SqrtGGNMC) -> Tensor:
-        """[V, N, *f]: the root is that of a parameter that is added to f."""
+    def _columns_at_output(self, asked: SqrtGGNExact | SqrtGGNMC) -> Tensor:
+        """Columns [V, N, *f] at the output: those of a parameter that is added to f."""
         leaf = self._leaf()
         first = lambda read: replace(read, leaf=0)  # noqa: E731
         calls = [
@@ -184,7 +184,7 @@ class Backward:
 
 
 class _Shifted(nn.Module):
-    """f plus zeros, whose Jacobian is the identity for every sample."""
+    """f plus a parameter of zeros: the Jacobian in it is the identity for every sample."""
 
     def __init__(self, f: Tensor):
         super().__init__()
@@ -200,8 +200,8 @@ def plain_class(module: nn.Module) -> type:
     return cls.plain if hasattr(cls, "plain") else cls
 
 
-def _asked(extension: Any) -> SqrtGGNExact | SqrtGGNMC | None:
-    """The columns that an extension's module extensions get."""
+def _columns_asked_for(extension: Any) -> SqrtGGNExact | SqrtGGNMC | None:
+    """The columns that an extension's module extensions read, as an extension; None if they read none."""
     if isinstance(extension, Extension):
         needs = extension.requires
         if needs.of_gradients:
@@ -229,8 +229,8 @@ def _names(extension: Any) -> str:
     return ", ".join(cls.__name__ for cls in vars(extension)["module_extensions"])
 
 
-def _without(extension: Any, module: nn.Module, carried: Carried | None) -> None:
-    """A module with trainable parameters has no module extension."""
+def _report_missing(extension: Any, module: nn.Module, carried: Carried | None) -> None:
+    """Raise, warn or stay silent, by `fail_mode`: a module with trainable parameters has no module extension."""
     if carried is not None:
         carried.refuse(extension, module)
     name = plain_class(module).__name__

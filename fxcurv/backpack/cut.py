@@ -1,9 +1,9 @@
 """A program cut at the model's output f: a forward part, and a backward part that takes over from there.
 
-Values of the forward part that the backward part reads are its inputs: the captured nodes keep their number,
-`meta["key"]`, all the way. A backward part is made of the model alone, from cotangents of f that are handed in (the loss
-of such a program is the op `seam(f, g)`, whose derivative in f is g), or of the model captured together with the loss
-that turned out to read its output.
+The backward part takes the values of the forward part that it reads as inputs: captured nodes keep their number,
+`meta["key"]`, through all passes. There are two kinds of backward parts. One is made of the model alone and takes
+cotangents of f (the loss of its program is the op `seam(f, g)`, whose derivative in f is g). The other is made of the
+model captured together with the loss that turned out to read its output.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _(f, g):
 
 
 class Seam(LossRule):
-    """Hands on what it was given."""
+    """Passes the given cotangent on."""
 
     def transpose(self, call, wrt, g):
         return (g.view(-1, *[1] * call.args[1].ndim) * call.args[1],)
@@ -66,7 +66,7 @@ SEAM = Seam()  # a rule of cut programs only: no captured graph has the op
 
 @dataclass(frozen=True)
 class Part:
-    """An emitted half: `gm(*values)` of what `keys` number, in order, and then of what `given` names."""
+    """An emitted half: `gm` takes the values with the numbers `keys`, in order, then the inputs `given`."""
 
     gm: fx.GraphModule
     keys: tuple[int, ...]
@@ -116,12 +116,12 @@ def backward_of_model(
 
     Args:
         program: `with_seams` of the model alone.
-        covers: the parameters of the extensions that chose theirs.
+        covers: names of the parameters of extensions that chose some.
         create_graph: whether only algorithms that autograd can follow are chosen.
     """
     program.extensions, program.covers = tuple(extensions), covers
     program.options = dataclasses.replace(program.options, create_graph=create_graph)
-    return _finished(objective(program))
+    return _finish_backward(objective(program))
 
 
 def backward_of_loss(program: Program, template: Program, n: int) -> Backward:
@@ -132,12 +132,12 @@ def backward_of_loss(program: Program, template: Program, n: int) -> Backward:
         template: the analysed program of the model alone, numbered by `forward_part`.
 
     Raises:
-        LossError: if the loss draws random numbers, which would be other ones here.
+        LossError: if the loss draws random numbers: the backward part would draw other ones.
     """
     _number(program, template, n)
     past = [node for node in program.graph.nodes if node.op == "call_function" and "key" not in node.meta]
     read = {i for node in past for i in node.all_input_nodes if is_active(i) and "key" in i.meta}
-    return _finished(program, bool(read - set(program.heads)))
+    return _finish_backward(program, bool(read - set(program.heads)))
 
 
 def results_of(backward: Backward, values: tuple) -> dict[str, Any]:
@@ -146,12 +146,14 @@ def results_of(backward: Backward, values: tuple) -> dict[str, Any]:
     return {**results, **extras}
 
 
-def _finished(program: Program, regularised: bool = False) -> Backward:
+def _finish_backward(program: Program, regularised: bool = False) -> Backward:
     program = passes.run(program, BACKWARD)
     program.loss, program.output_leaves, program.mutations, program.observed = None, [], {}, []
     program = passes.run(program, FINISH)
     check = program.check_module
-    return Backward(_detached(program.gm), _detached(check) if check is not None else None, program, regularised)
+    return Backward(
+        _without_forward(program.gm), _without_forward(check) if check is not None else None, program, regularised
+    )
 
 
 # ---- cotangents in place of a loss ------------------------------
@@ -207,14 +209,14 @@ def with_seams(template: Program) -> Program:
 
 
 def _number(program: Program, template: Program, n: int) -> None:
-    """Give the nodes of `program` the numbers of the same computations in `template`, which made no loss."""
+    """Give the nodes of `program` the numbers that equal computations have in `template`, which has no loss."""
     numbers: dict[fx.Node, Any] = {}
     known: dict[Any, deque] = {}
-    for node, what in _with_inputs(template):
+    for node, what in _nodes_with_inputs(template):
         numbers[node] = node.meta["key"]
         known.setdefault(_signature(node, what, template, n, numbers), deque()).append(node.meta["key"])
     numbers = {}
-    for node, what in _with_inputs(program):
+    for node, what in _nodes_with_inputs(program):
         keys = known.get(_signature(node, what, program, n, numbers))
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         if keys:
@@ -230,7 +232,7 @@ def _number(program: Program, template: Program, n: int) -> None:
                 node.meta["given"] = what
 
 
-def _with_inputs(program: Program) -> list[tuple[fx.Node, Input | None]]:
+def _nodes_with_inputs(program: Program) -> list[tuple[fx.Node, Input | None]]:
     """Every node but the output, and what it is bound to if it is a placeholder."""
     bound = iter(program.inputs)
     nodes = list(program.graph.nodes)[:-1]
@@ -256,10 +258,10 @@ def _signature(node: fx.Node, what: Input | None, program: Program, n: int, numb
     return node.target, str(spec), tuple(numeric)
 
 
-# ---- apart ------------------------------
+# ---- without the forward pass ------------------------------
 
 
-def _detached(gm: fx.GraphModule) -> Part:
+def _without_forward(gm: fx.GraphModule) -> Part:
     """A finished program without its forward pass: numbered nodes become inputs."""
     graph = pruned(gm.graph)
     keyed = [n for n in graph.nodes if "key" in n.meta and n.op == "call_function"]

@@ -2,7 +2,7 @@
 
 An extended model is one autograd function: its forward runs the program's forward part, its backward the emitted
 backward part, for the gradient and all quantities of the active context together. An extended loss runs as it is, and
-leaves at the model's output how it was called: the backward part of quantities that need its Hessian is made of both.
+notes its call at the pass of the model whose output it reads: backward parts that need its Hessian are made of both.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _parts: weakref.WeakKeyDictionary[nn.Module, ModelParts] = weakref.WeakKeyDictio
 
 
 def extend(module: nn.Module, debug: bool = False, use_converter: bool = False) -> nn.Module:
-    """Make a model or a loss one that `backpack` sees; changes `module` and returns it.
+    """Let `backpack` see a model or a loss; changes `module` and returns it.
 
-    A module without parameters is a loss when its result is a scalar, and does not change else.
+    A module without parameters counts as a loss when its result is a scalar; otherwise it behaves as before.
 
     Args:
         module: a model of tensors with the samples first, or a loss(output, *targets).
@@ -65,7 +65,7 @@ def memory_cleanup(module: nn.Module) -> None:
 
 @functools.cache
 def _extended_class(cls: Any) -> type:
-    """The class put before `cls`: its forward has the signature that code around a module asks for."""
+    """The extended class of `cls`; its forward keeps the signature of `cls.forward`, which other code may inspect."""
 
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -76,7 +76,7 @@ def _extended_class(cls: Any) -> type:
 
 
 def _forward(module: nn.Module, plain: Callable, args: tuple, kwargs: dict) -> Any:
-    """The forward of an extended module, whose own is `plain`."""
+    """The forward pass of an extended module; `plain` is its own."""
     if is_disabled() or in_function_transform() or _is_symbolic((args, kwargs)):
         return plain(*args, **kwargs)
     if isinstance(module, Loss) or next(module.parameters(), None) is None:
@@ -90,7 +90,7 @@ def _forward(module: nn.Module, plain: Callable, args: tuple, kwargs: dict) -> A
 
 
 class _Extended(nn.Module):
-    """Put before a module's class: the same module with another forward."""
+    """Base class of extended modules, before the module's own class: only `forward` differs."""
 
     plain: type[nn.Module]
 
@@ -111,7 +111,7 @@ def _restored(cls: Any, state: dict[str, Any]) -> nn.Module:
 
 
 def _noted(loss: nn.Module, value: Any, args: tuple, kwargs: dict) -> Any:
-    """Leave at the pass that `loss` reads that it was called."""
+    """Note a call of `loss` at the pass whose output it reads."""
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         return value
     noted = LossCall.of(loss, args, kwargs)
@@ -127,7 +127,7 @@ def _noted(loss: nn.Module, value: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _run(parts: ModelParts, args: tuple, kwargs: dict) -> Any:
-    """The model's output, with its pass left at every tensor in it."""
+    """The model's output; its pass is noted at every tensor in it."""
     found, flat = parts.begin(args, kwargs)
     chained.follow(found, args, kwargs)
     model, template = parts.model, found.template
@@ -142,15 +142,15 @@ def _run(parts: ModelParts, args: tuple, kwargs: dict) -> Any:
 class _Cut(torch.autograd.Function):
     """The extended model: forward part, then backward part.
 
-    Where the caller wants derivatives that the emitted parts do not give, the forward pass is run again under autograd:
-    for `create_graph`, and for the gradient of an input that requires one.
+    The forward pass runs again under autograd for derivatives that the emitted parts do not give: for `create_graph`,
+    for the gradient of an input that requires one, and for module extensions.
     """
 
     @staticmethod
     def forward(ctx: Any, found: Pass, flat: list[Any], trained: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         parts, template = found.parts, found.template
         bound = zip(flat, template.inputs, strict=True)
-        # the values before this pass
+        # buffers as they were before this pass
         kept = [t.clone() if b.kind == "buffer" and b.name in template.mutations else t for t, b in bound]
         leaves, mutations, values = parts.run(found.forward, kept)
         run_observers(template.observed, list(parts.model.modules()), lambda node: values[node.meta["key"]])
@@ -182,7 +182,7 @@ class _Cut(torch.autograd.Function):
         with torch.autocast(found.mode.device_type, enabled=False):
             if create_graph or given or customs:
                 again, differentiable = found.parts.again(found, flat, ledger.alias)
-            of_inputs = _of_inputs(again, given, gs, create_graph) if given else []
+            of_inputs = _input_gradients(again, given, gs, create_graph) if given else []
             saved_values, values = values, differentiable if create_graph else values
             detached = [f.detach() for f in leaves]
             results = _results(found, context, detached, gs, values, check)
@@ -194,7 +194,7 @@ class _Cut(torch.autograd.Function):
         _attach(found, context, results)
         calls = [call for call in found.calls if call.scale is not None]
         run = custom.Backward(found, again, differentiable, gs, calls).run if customs else None
-        _by_module(found, context, calls, detached, custom.Values(found, saved_values), customs, run)
+        _run_per_module(found, context, calls, detached, custom.Values(found, saved_values), customs, run)
         _arrive(found, gs)
         return None, None, None, *(results["grad"][name] for name in found.template.params), *of_inputs
 
@@ -215,7 +215,7 @@ def _results(
 
 
 def _arrive(found: Pass, gs: Sequence[Any]) -> None:
-    """Leave at the pass what came by it, for models before it; every call of a loss counts once."""
+    """Note at the pass what reached it, for models before it, and clear its calls of losses: each counts once."""
     if found.calls:
         reached = [replace(call) for call in found.calls if call.scale is not None]
         found.arrived, found.cotangents = (running_backward(), reached), gs
@@ -223,7 +223,7 @@ def _arrive(found: Pass, gs: Sequence[Any]) -> None:
         call.scale = None
 
 
-def _of_inputs(leaves: list[Tensor], given: list[Tensor], gs: tuple, create_graph: bool) -> list[Tensor | None]:
+def _input_gradients(leaves: list[Tensor], given: list[Tensor], gs: tuple, create_graph: bool) -> list[Tensor | None]:
     """Gradients of inputs that require one."""
     pairs = [(f, g) for f, g in zip(leaves, gs, strict=True) if g is not None]
     outputs, cotangents = zip(*pairs, strict=True)
@@ -231,7 +231,7 @@ def _of_inputs(leaves: list[Tensor], given: list[Tensor], gs: tuple, create_grap
 
 
 def _mark(found: Pass, results: dict[str, Any]) -> None:
-    """A backward pass from a result comes by the model again: then it has no quantities of its own."""
+    """Note backward passes from a result: they reach the model again, and then compute no quantities."""
 
     def note(_: Tensor) -> None:
         found.twice.add(running_backward())
@@ -248,7 +248,7 @@ def _attach(found: Pass, context: backpack, results: dict[str, Any]) -> None:
         del results[extension.savefield]
 
 
-def _by_module(
+def _run_per_module(
     found: Pass,
     context: backpack,
     calls: list[LossCall],
@@ -257,7 +257,7 @@ def _by_module(
     customs: list[Any],
     run: Any,
 ) -> None:
-    """What is done for every module: extensions of the user's own, and the hook."""
+    """Run module extensions and the extension hook for every module."""
     hook = context.extension_hook
     if hook is not None:
         for call in calls:

@@ -1,7 +1,7 @@
-"""`install`: from here on `import backpack` is the drop-in, also for packages that are built on BackPACK.
+"""`install`: from then on `import backpack` imports the drop-in, also in packages that are built on BackPACK.
 
-The modules are those of `fxcurv.backpack`, under a second name: no copies. What BackPACK has in more files than there are
-here is found in the file that has its names (`PLACES`).
+The modules are those of `fxcurv.backpack` under a second name, not copies. BackPACK spreads some names over more files:
+`PLACES` says which file has them here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PLACES = {
 
 
 class _Alias(Loader):
-    """Makes no module: a name of BackPACK's is one of a module that is there."""
+    """Makes no module: a name of BackPACK's becomes another name of a module of the drop-in."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return None
@@ -73,7 +73,7 @@ def install() -> None:
     Call it before anything imports BackPACK (`import cockpit`, `import vivit`). Called again it does nothing.
 
     Raises:
-        ImportError: if BackPACK itself is imported already: who has its names would keep them.
+        ImportError: if BackPACK itself is imported already: what was imported from it would stay.
     """
     if _finder in sys.meta_path:
         return

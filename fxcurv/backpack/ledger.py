@@ -1,7 +1,8 @@
-"""What a backward pass has put on parameters, so that no field is of less than the gradient beside it.
+"""Records what a backward pass puts on parameters, so that no field covers less than the gradient beside it.
 
-A backward pass may come by an extended model twice, go around it (a submodule that was called alone), or through derivatives
-of an earlier backward pass (a gradient penalty). `p.grad` adds all of this up, a field does not: then there is an error.
+A backward pass may reach an extended model twice, go around it (a submodule that was called alone), or through
+derivatives of an earlier backward pass (a gradient penalty). `p.grad` adds all of this up, a field would not: that is
+an error.
 """
 
 from __future__ import annotations
@@ -19,12 +20,18 @@ from fxcurv.extensions import Extension
 from fxcurv.extensions.parameters import chosen
 from fxcurv.ir.private import running_backward
 
-KEPT = 8  # backward passes in progress: checkpointing starts some inside others
+KEPT = 8  # how many backward passes are kept: checkpointing starts some inside others
 
 
 @dataclass
 class _Record:
-    """One backward pass: which pass of a model wrote a field of a parameter, and what else its gradient is of; by `id`."""
+    """One backward pass.
+
+    Attributes:
+        fields: (id of a parameter, field) -> weak reference to the pass of a model that wrote it.
+        reached: ids of the parameters of extended models' passes.
+        foreign: ids of parameters with a gradient that no field covers.
+    """
 
     fields: dict[tuple[int, str], Any] = field(default_factory=dict)
     reached: set[int] = field(default_factory=set)
@@ -71,12 +78,12 @@ def write(
 
 
 def unaccounted(*params: Tensor) -> None:
-    """Note that this backward pass gives parameters a gradient that no field is of."""
+    """Note that this backward pass gives parameters a gradient that no field covers."""
     _record().foreign |= {id(p) for p in params}
 
 
 def alias(p: Tensor) -> Tensor:
-    """A parameter for derivatives of a backward pass."""
+    """A view of a parameter for derivatives of a backward pass: a gradient through it is noted as unaccounted."""
     if not p.requires_grad:
         return p
     other, held = p.view_as(p), weakref.ref(p)
@@ -85,7 +92,7 @@ def alias(p: Tensor) -> Tensor:
 
 
 def watch(model: nn.Module) -> None:
-    """Check after every backward pass that a parameter which got a gradient got the fields that were asked for."""
+    """Check after every backward pass that parameters with a gradient also got the fields that were asked for."""
     for name, p in model.named_parameters():
         if p not in _watched and p.requires_grad and p.is_leaf:
             _watched[p] = p.register_post_accumulate_grad_hook(_checker(weakref.ref(model), name))
@@ -98,7 +105,7 @@ def _checker(model: Any, name: str) -> Any:
             return
         record = _record()
         if id(p) not in record.reached or id(p) in record.foreign:
-            missing = [e for e in context.extensions if _asked(e, model(), name)]
+            missing = [e for e in context.extensions if _is_asked_for(e, model(), name)]
             if missing:
                 _drop([p], missing)
                 raise FieldError(
@@ -112,7 +119,7 @@ def _checker(model: Any, name: str) -> Any:
     return check
 
 
-def _asked(extension: Extension, model: nn.Module | None, name: str) -> bool:
+def _is_asked_for(extension: Extension, model: nn.Module | None, name: str) -> bool:
     if extension.params is None or model is None:
         return True
     return name in chosen(extension.params, model, ExtensionError, type(extension).__name__)

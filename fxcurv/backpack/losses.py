@@ -23,13 +23,13 @@ class View:
 
     @staticmethod
     def of(f: Tensor, z: Tensor) -> View | None:
-        """The view that `z` is of `f`, None if it is another one than this class knows."""
+        """How `z` is a view of `f`; None if this class does not know such a view."""
         if z is f or (z.shape == f.shape and z.stride() == f.stride()):
             return View() if z.storage_offset() == f.storage_offset() else None
         if z.numel() != f.numel() or z.storage_offset() != f.storage_offset():
             return None
         if z.is_contiguous() and f.is_contiguous():
-            return View(shape=_rescaled(z.shape, f.shape[0]))
+            return View(shape=_open_sample_axis(z.shape, f.shape[0]))
         layout = list(zip(f.shape, f.stride(), strict=True))
         wanted = list(zip(z.shape, z.stride(), strict=True))
         if sorted(layout) != sorted(wanted) or len(set(layout)) < len(layout):
@@ -43,8 +43,8 @@ class View:
         return f.reshape(self.shape) if self.shape is not None else f
 
 
-def _rescaled(shape: torch.Size, n: int) -> tuple[int, ...] | None:
-    """`shape` with the axis that holds the samples, the first, left open."""
+def _open_sample_axis(shape: torch.Size, n: int) -> tuple[int, ...] | None:
+    """`shape` with -1 for its first axis, the sample axis; None if its size is no multiple of `n`."""
     return (-1, *shape[1:]) if shape and shape[0] % n == 0 else None
 
 
@@ -52,7 +52,7 @@ def _rescaled(shape: torch.Size, n: int) -> tuple[int, ...] | None:
 class Read:
     """Stands for a leaf of the model's output f in a loss's arguments, or for entries of it.
 
-    entries: [N, K], the numbers of the entries of a sample's f that are read, in order; None for a `view`.
+    entries: [N, K], for each sample which entries of its f are read, in order; None if `view` alone says it.
     """
 
     leaf: int
@@ -61,7 +61,7 @@ class Read:
 
     @staticmethod
     def of(found: Any, edge: GradientEdge, z: Tensor) -> Read | None:
-        """How `z` is made of f, a pass's output at `edge`; None if it is not known to be f's entries, each sample's together."""
+        """How `z` is made of f, the output of `found` at `edge`; None unless it holds f's entries, sample by sample."""
         leaf = edge.output_nr
         f, shape = found.leaves[leaf](), found.shapes[leaf]
         view = View.of(f, z) if f is not None and (f is z or base_of(z) is f) else None
@@ -75,7 +75,7 @@ class Read:
         return self.view(f if self.entries is None else f.flatten(1).gather(1, self.entries))
 
 
-# nodes of autograd's graph behind which every entry is one that was given
+# autograd's nodes of ops that only move entries
 _MOVING = {
     "AliasBackward0", "AsStridedBackward0", "CatBackward0", "CloneBackward0", "DiagonalBackward0", "FlipBackward0",
     "GatherBackward0", "IndexBackward0", "IndexSelectBackward0", "MaskedSelectBackward0", "PermuteBackward0",
@@ -87,7 +87,7 @@ _EXACT = 1 << 8  # numbers up to it are exact in every floating dtype
 
 
 def moved_from(z: Tensor) -> GradientEdge | None:
-    """Where in autograd's graph the entries of `z` come from, through ops that move them."""
+    """The one edge of autograd's graph that all entries of `z` come from, through ops that only move them, or None."""
     ends: set[tuple[Any, int]] = set()
     seen: set[tuple[Any, int]] = set()
     stack = [(z.grad_fn, z.output_nr)]
@@ -106,7 +106,7 @@ def moved_from(z: Tensor) -> GradientEdge | None:
 
 
 def pass_of(edge: GradientEdge | None) -> Any:
-    """The pass of an extended model that an edge is an output of."""
+    """The pass of an extended model whose output an edge is; None if there is none."""
     return getattr(edge.node, "found", None) if edge is not None else None
 
 
@@ -118,8 +118,8 @@ def _entries(edge: GradientEdge, shape: torch.Size, z: Tensor) -> Tensor | None:
     count = torch.arange(z.numel(), device=z.device).reshape(z.shape)
     where = torch.zeros(shape, dtype=torch.long, device=z.device)
     read = torch.ones(shape, dtype=torch.bool, device=z.device)
-    for k in range(4):  # digit by digit, which are exact
-        digit = (count // _EXACT**k % _EXACT + int(k == 0)).to(z.dtype)  # from 1, so that 0 is what nothing reads
+    for k in range(4):  # digit by digit: a digit is exact
+        digit = (count // _EXACT**k % _EXACT + int(k == 0)).to(z.dtype)  # from 1: 0 marks entries that nothing reads
         (found,) = torch.autograd.grad(z, edge, digit, retain_graph=True)
         read = found > 0 if k == 0 else read
         where += (found.long() - int(k == 0)) * _EXACT**k
@@ -174,7 +174,7 @@ class LossCall:
 
 
 def _signature(module: nn.Module) -> Any:
-    """What a module without state does, or the module itself."""
+    """A module's class and settings if these are plain values and it has no hooks, else the module itself."""
     settings = {k: v for k, v in vars(module).items() if not isinstance(v, dict) and v is not None}
     plain = all(isinstance(v, bool | int | float | str | set) for v in settings.values())
     hooked = has_hooks(module)
@@ -191,7 +191,7 @@ class TotalLoss(nn.Module):
         self.losses = nn.ModuleList(call.loss for call in calls)
 
     def forward(self, output: Any, scales: list[Tensor], args: list[tuple], kwargs: list[dict]) -> Tensor:
-        """The loss of the model's output, in any structure."""
+        """The loss; `output` is the model's, in any structure."""
         leaves = tensors_of(output)
         args, kwargs = map_leaves((args, kwargs), Read, lambda read: read.out_of(leaves[read.leaf]))
         calls = zip(self.losses, scales, args, kwargs, strict=True)
@@ -217,7 +217,7 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 
 def gradients(calls: Sequence[LossCall], leaves: Sequence[Tensor]) -> list[Tensor | None]:
-    """What the losses send to the leaves of the model's output, by plain autograd."""
+    """The gradients of the losses in the leaves of the model's output, by plain autograd."""
     with torch.enable_grad():
         detached = [t.detach().requires_grad_(t.is_floating_point()) for t in leaves]
         value = TotalLoss(calls)(detached, *targets_of(calls))
@@ -227,7 +227,7 @@ def gradients(calls: Sequence[LossCall], leaves: Sequence[Tensor]) -> list[Tenso
 
 
 def same_gradients(found: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> bool:
-    """Whether two lists of gradients agree up to rounding of their dtype (NaN is no difference: it shows anyway)."""
+    """Whether two lists of gradients agree to 1e-3 of the largest entry (NaN is no difference: it shows anyway)."""
     for a, b in zip(found, given, strict=True):
         a, b = (torch.zeros(()) if t is None else t.detach() for t in (a, b))
         scale = b.abs().amax() if b.numel() else b.sum()

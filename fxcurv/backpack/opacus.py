@@ -9,7 +9,7 @@
         optimizer.step()
         optimizer.zero_grad()
 
-The model is an extended one, and each backward pass that comes by it runs in a context of its own that asks for `BatchGrad`.
+The model is extended, and each backward pass that reaches it runs in a context of its own that asks for `BatchGrad`.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ __all__ = ["FxcurvGradSampleModule", "FxcurvPrivacyEngine"]
 
 
 class _SamplesSecond(nn.Module):
-    """A model whose inputs have their samples along dimension 1, for tensors that have them first."""
+    """Wraps a model whose inputs have samples along dimension 1; takes tensors that have them first."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
         self.inner = inner
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = _swapped((args, kwargs))
+        args, kwargs = _swap_samples((args, kwargs))
         return self.inner(*args, **kwargs)
 
 
-def _swapped(values: Any) -> Any:
+def _swap_samples(values: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.transpose(0, 1) if t.ndim > 1 else t, values)
 
 
@@ -50,10 +50,10 @@ class FxcurvGradSampleModule(AbstractGradSampleModule):
     """Opacus' wrapper of a model, by fxcurv: in training mode, `loss.backward()` leaves `p.grad_sample`, [N, *P].
 
     Args:
-        m: the model, which becomes one of `fxcurv.backpack.extend`, until `to_standard_module()`.
-        batch_first: whether the samples of its inputs are along dimension 0, or 1.
-        loss_reduction: "mean" or "sum", of the loss that is to come.
-        options: those of Opacus' `GradSampleModule`, which mean nothing here.
+        m: the model; it is extended (`fxcurv.backpack.extend`) until `to_standard_module()`.
+        batch_first: whether its inputs have samples along dimension 0, or 1.
+        loss_reduction: "mean" or "sum": the reduction of the loss that is to come.
+        options: those of Opacus' `GradSampleModule`, without effect.
 
     Raises:
         ArgumentError: for another `loss_reduction`; in `backward()`, for a second batch before `optimizer.zero_grad()` where
@@ -66,46 +66,48 @@ class FxcurvGradSampleModule(AbstractGradSampleModule):
             raise ArgumentError(f"loss_reduction={loss_reduction!r}: pass 'mean' or 'sum'")
         super().__init__(m, batch_first=batch_first, loss_reduction=loss_reduction)
         self._several = True
-        # no submodule: names of parameters and of a state dict stay Opacus' own
+        # no submodule, so that names of parameters and of a state dict stay those of Opacus
         self.__dict__["_extended"] = extend(m if batch_first else _SamplesSecond(m))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if not self.training or not tensors[0].shape[0 if self.batch_first or tensors[0].ndim < 2 else 1]:
-            return self._plain(tensors, args, kwargs)
-        given = (args, kwargs) if self.batch_first else _swapped((args, kwargs))
+            return self._run_plain(tensors, args, kwargs)
+        given = (args, kwargs) if self.batch_first else _swap_samples((args, kwargs))
         output = self._extended(*given[0], **given[1])
         nodes = {t.grad_fn for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None}
-        for node in nodes:  # one, that of all outputs
+        for node in nodes:  # one: all outputs share it
             context = backpack(BatchGrad(savefield="_fxcurv_rows"))
-            node.register_prehook(lambda _, context=context: _entered(context))
-            node.register_hook(lambda *_, context=context: self._left(context))
+            node.register_prehook(lambda _, context=context: _enter(context))
+            node.register_hook(lambda *_, context=context: self._leave(context))
         return output
 
-    def _plain(self, tensors: list[Tensor], args: tuple, kwargs: dict) -> Any:
-        """Without gradients of samples, or of none."""
+    def _run_plain(self, tensors: list[Tensor], args: tuple, kwargs: dict) -> Any:
+        """Run the plain model: in evaluation mode, or for an empty batch, whose backward pass leaves empty rows."""
         with disable():
             output = self._module(*args, **kwargs)
         for t in pytree.tree_leaves(output) if self.training else []:
             if isinstance(t, Tensor) and t.requires_grad:
-                t.register_hook(lambda _: self._rows({n: p.new_zeros(0, *p.shape) for n, p in self._trained()}))
+                t.register_hook(
+                    lambda _: self._write_rows({n: p.new_zeros(0, *p.shape) for n, p in self._trained_parameters()})
+                )
                 break
         return output
 
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+    def _trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self._module.named_parameters() if p.requires_grad]
 
-    def _left(self, context: backpack) -> None:
+    def _leave(self, context: backpack) -> None:
         context.__exit__()
         found = {}
-        for name, p in self._trained():
+        for name, p in self._trained_parameters():
             if hasattr(p, "_fxcurv_rows"):
                 rows: Any = p.__dict__.pop("_fxcurv_rows")
                 found[name] = rows * len(rows) if self.loss_reduction == "mean" else rows
-        self._rows(found)
+        self._write_rows(found)
 
-    def _rows(self, found: dict[str, Tensor]) -> None:
-        for name, p in self._trained():
+    def _write_rows(self, found: dict[str, Tensor]) -> None:
+        for name, p in self._trained_parameters():
             if name in found:
                 add_rows(p, found[name])
                 if not self._several and isinstance(p.grad_sample, list):
@@ -115,7 +117,7 @@ class FxcurvGradSampleModule(AbstractGradSampleModule):
                     )
 
     def forbid_grad_accumulation(self) -> None:
-        """Let a second batch before `optimizer.zero_grad()` be an error."""
+        """Make a second batch before `optimizer.zero_grad()` an error."""
         self._several = False
 
     def allow_grad_accumulation(self) -> None:
@@ -123,7 +125,7 @@ class FxcurvGradSampleModule(AbstractGradSampleModule):
         self._several = True
 
     def remove_hooks(self) -> None:
-        """Let the model be a plain one."""
+        """Make the model a plain one again."""
         model: Any = self._module
         if hasattr(type(model), "plain"):
             model.__class__ = type(model).plain
@@ -134,7 +136,7 @@ class FxcurvGradSampleModule(AbstractGradSampleModule):
         return self._module
 
 
-def _entered(context: backpack) -> None:
+def _enter(context: backpack) -> None:
     context.__enter__()
 
 

@@ -27,8 +27,8 @@ from fxcurv.ir.state import Options
 from fxcurv.runtime.bind import bind, cuda_devices, seed_tensor
 from fxcurv.runtime.programs import Programs, Tell, at_numbers_if_need_be, covered
 
-# As written: which extensions follow is not known when the forward part is made. No schedules: both halves have to be
-# programs of the same captured graph.
+# `as_written`, because the extensions are not known yet when the forward part is made. No schedules, because both
+# halves must be programs of the same captured graph.
 OPTIONS = Options(as_written=True, schedules=False)
 
 
@@ -38,9 +38,9 @@ class Forward:
 
     Attributes:
         program: the analysed program of the model alone, numbered.
-        random: whether it draws.
+        random: whether it draws random numbers.
         backwards: (extensions, create_graph) -> endings of the model alone, for different batch sizes.
-        with_loss: (keys of the calls of extended losses, extensions) -> parts that know the losses.
+        with_loss: (keys of the calls of extended losses, extensions) -> parts captured together with the losses.
         roots: programs for the roots of loss Hessians at the output (`backpack.custom`).
     """
 
@@ -52,7 +52,7 @@ class Forward:
     roots: dict[Any, Any] = field(default_factory=dict)
 
 
-def _forward(program: Program, tell: Tell) -> Forward:
+def _make_forward(program: Program, tell: Tell) -> Forward:
     part = cut.forward_part(program)
     tags = [getattr(n.target, "tags", ()) for n in program.graph.nodes]
     return Forward(program, part, any(torch.Tag.nondeterministic_seeded in t for t in tags))
@@ -63,15 +63,16 @@ class Pass:
     """One forward pass of an extended model, as the backward pass finds it.
 
     Attributes:
-        forward: what ran.
-        arguments: of the call, without their values.
+        forward: the forward part that ran.
+        arguments: of the call, without the input tensors.
         samples: the batch size.
-        rng: the state of the generators before the pass, if it draws.
+        rng: the state of the generators before the pass, if it draws random numbers.
         calls: of extended losses on its output.
-        twice: backward passes that differentiate results of an earlier backward pass.
+        twice: numbers of backward passes that differentiate results of an earlier backward pass.
         leaves: the tensors of the output, as long as someone holds them; `shapes`: theirs.
         follows: passes of extended models that take the output.
-        arrived: the backward pass that came here last, and the extended losses that it came by; `cotangents`: what it brought.
+        arrived: the number of the last backward pass that came here, and the calls of extended losses that it came by.
+        cotangents: of the output's leaves, in that backward pass.
     """
 
     parts: ModelParts
@@ -94,25 +95,25 @@ class Pass:
         return self.forward.program
 
     def bound(self, values: dict[int, Any]) -> dict[Input, Any]:
-        """What the placeholders of the template were bound to; `values`: of the pass, by number."""
+        """What the placeholders of the template were bound to; `values`: those of the pass, by number."""
         placeholders = [n for n in self.template.graph.nodes if n.op == "placeholder"]
         return {what: values[n.meta["key"]] for n, what in zip(placeholders, self.template.inputs, strict=True)}
 
     def with_inputs(self, bound: dict[Input, Any]) -> Arguments:
-        """The arguments of the call, with the inputs among what was bound."""
+        """The arguments of the call, with the input tensors taken from `bound`."""
         inputs = [bound[what] for what in sorted(bound, key=lambda what: what.index) if what.kind == "input"]
         return replace(self.arguments, inputs=inputs)
 
 
 class ModelParts:
-    """The parts of one extended model, which outlives them: an entry of a dictionary by models must not keep its model alive."""
+    """The parts of one extended model. They hold it weakly, as values of a dictionary whose weak keys are models."""
 
     def __init__(self, model: nn.Module):
         self.of(model)
-        self._programs: Programs[Forward] = Programs((), OPTIONS, _forward)
+        self._programs: Programs[Forward] = Programs((), OPTIONS, _make_forward)
 
     def of(self, model: nn.Module) -> ModelParts:
-        """These parts, of a model that computes the same."""
+        """Let these parts serve `model`, which computes the same; returns them."""
         self._model = weakref.ref(model)
         return self
 
@@ -129,10 +130,10 @@ class ModelParts:
         return self.begin_with(arguments, Subject(self.model, None).autocast())
 
     def begin_with(self, arguments: Arguments, mode: Autocast) -> tuple[Pass, list[Any]]:
-        """`begin`, of arguments that are flat."""
+        """`begin`, for arguments that are flat already."""
         subject = Subject(self.model, None, watched=True)
         request = _request(subject, arguments, mode)
-        with torch.no_grad(), _inside(self.model), torch.autocast(request.mode.device_type, enabled=False):
+        with torch.no_grad(), _as_plain(self.model), torch.autocast(request.mode.device_type, enabled=False):
             forward = self._programs.find(request)
             flat = bind(forward.program, subject, arguments, None, None)
         rng = _rng_state(arguments.inputs) if forward.random else None
@@ -149,16 +150,16 @@ class ModelParts:
     def run(self, forward: Forward, flat: list[Any]) -> tuple[list[Tensor], dict[str, Tensor], dict[int, Any]]:
         """(leaves of the output, new values of buffers, every value by number)."""
         placeholders = [n.meta["key"] for n in forward.program.graph.nodes if n.op == "placeholder"]
-        leaves, mutations, made = forward.part.gm.forward(*flat)  # no hooks are on it
+        leaves, mutations, made = forward.part.gm.forward(*flat)  # not called: it has no hooks
         values = {**dict(zip(placeholders, flat, strict=True)), **dict(zip(forward.part.keys, made, strict=True))}
         return leaves, dict(zip(forward.program.mutations, mutations, strict=True)), values
 
     def again(
         self, found: Pass, flat: list[Any], alias: Callable[[Tensor], Tensor]
     ) -> tuple[list[Tensor], dict[int, Any]]:
-        """The same forward pass under autograd, for derivatives that the emitted parts do not give.
+        """Run the same forward pass under autograd, for derivatives that the emitted parts do not give.
 
-        alias: what stands for a parameter in it.
+        alias: gives the tensor that stands for a parameter in it.
         """
         cuda = cuda_devices(leaves_only(flat))
         with torch.enable_grad(), torch.random.fork_rng(cuda, enabled=found.rng is not None):
@@ -184,7 +185,7 @@ class ModelParts:
         """
         create_graph = torch.is_grad_enabled()
         if all(e.requires.first_order for e in extensions):
-            ending = self._of_model(found, extensions, create_graph)
+            ending = self._ending_of_model(found, extensions, create_graph)
             given = [torch.zeros_like(f) if g is None else g for f, g in zip(leaves, gs, strict=True)]
             cotangents = {Input("cotangent", index=k): g for k, g in enumerate(given)}
             results = _run(ending.backward, values, cotangents, create_graph)
@@ -196,7 +197,7 @@ class ModelParts:
         key = tuple(c.key() for c in calls), extensions
         if key not in found.forward.with_loss:
             found.forward.with_loss[key] = LossParts(found.template, extensions)
-        with _inside(self.model):
+        with _as_plain(self.model):
             results, ending = found.forward.with_loss[key].backward(found, calls, leaves, gs, values)
         if ending.backward.regularised:
             results["grad"] = self.backward(found, (), leaves, gs, values)["grad"]
@@ -218,7 +219,7 @@ class ModelParts:
             return
         bound = found.bound(values)
         request = _request(Subject(self.model, None, watched=True), found.with_inputs(bound), found.mode)
-        with _inside(self.model):
+        with _as_plain(self.model):
             if not self._programs.holds(found.forward, request):
                 return
             flat = [bound[what] for what in found.template.inputs]
@@ -227,7 +228,7 @@ class ModelParts:
             )
         ending.checked = True
 
-    def _of_model(self, found: Pass, extensions: tuple[Extension, ...], create_graph: bool) -> Ending:
+    def _ending_of_model(self, found: Pass, extensions: tuple[Extension, ...], create_graph: bool) -> Ending:
         """The backward part of the model alone that serves this pass."""
         n, made = found.samples, found.forward.backwards.setdefault((extensions, create_graph), [])
         for ending in made:
@@ -250,8 +251,8 @@ class Ending:
     """A backward part.
 
     Attributes:
-        verified: for which leaves of the output the extended losses were seen to be all that reads it.
-        checked: its first results were those of plain PyTorch.
+        verified: for which leaves without a cotangent the extended losses were seen to be all that reads the output.
+        checked: whether its first results were compared with plain PyTorch's.
     """
 
     program: Program
@@ -260,7 +261,7 @@ class Ending:
     checked: bool = False
 
 
-def _ending(template: Program, program: Program, tell: Tell) -> Ending:
+def _make_ending(template: Program, program: Program, tell: Tell) -> Ending:
     return Ending(program, cut.backward_of_loss(program, template, program.batch.size))
 
 
@@ -273,12 +274,12 @@ class LossParts:
 
     def __init__(self, template: Program, extensions: tuple[Extension, ...]):
         self.extensions = extensions
-        self._programs: Programs[Ending] = Programs(extensions, OPTIONS, partial(_ending, template))
+        self._programs: Programs[Ending] = Programs(extensions, OPTIONS, partial(_make_ending, template))
 
     def backward(
         self, found: Pass, calls: list[LossCall], leaves: list[Tensor], gs: Sequence[Any], values: dict
     ) -> tuple[dict[str, Any], Ending]:
-        """(see `ModelParts.backward`, the part that ran)."""
+        """(the results of `ModelParts.backward`, the part that gave them)."""
         create_graph = torch.is_grad_enabled()
         of_inputs = found.with_inputs(found.bound(values))
         of_targets = flatten_arguments(tuple(of_inputs.inputs), targets_of(calls), 0)
@@ -292,7 +293,7 @@ class LossParts:
                 _request(Subject(found.parts.model, loss), arguments, found.mode, create_graph)
             )
         backward = ending.backward
-        given = _given(backward, loss, arguments, leaves[0].device)
+        given = _other_inputs(backward, loss, arguments, leaves[0].device)
         case = tuple(g is None for g in gs)
         if case not in ending.verified:
             self._verify(backward, calls, leaves, gs, values, given)
@@ -300,7 +301,10 @@ class LossParts:
         return _run(backward, values, given, create_graph), ending
 
     def _verify(self, backward: cut.Backward, calls, leaves, gs, values, given) -> None:
-        """What reaches f is the gradient of the extended losses, so that their Hessian is all of it; and the checks."""
+        """Check that the cotangents of f are the gradient of the extended losses, and the conditions on values.
+
+        Otherwise the Hessian of these losses would not be complete.
+        """
         if not same_gradients(gradients(calls, leaves), gs):
             raise LossError(
                 f"{self.extensions[0]}: the model's output also reaches the loss by another way than the extended loss module, "
@@ -315,20 +319,22 @@ class LossParts:
 
 
 @contextlib.contextmanager
-def _inside(model: nn.Module) -> Iterator[None]:
-    """The extended model as its own class has it: plain, and without the hooks on itself, which run where it is called."""
+def _as_plain(model: nn.Module) -> Iterator[None]:
+    """The extended model as a plain one, without its own hooks: they run where the user calls it."""
     with no_hooks(model), disable():
         yield
 
 
 def _request(subject: Subject, arguments: Arguments, mode: Autocast, create_graph: bool = False) -> Request:
-    """For a trace, which has no use for the graphs that the values come from."""
+    """A request with detached tensors: a trace has no use for autograd's graph behind them."""
     inputs, targets = ([t.detach() for t in tensors] for tensors in (arguments.inputs, arguments.targets))
     return Request(subject, replace(arguments, inputs=inputs, targets=targets), mode, create_graph)
 
 
-def _given(backward: cut.Backward, loss: nn.Module, arguments: Arguments, device: torch.device) -> dict[Input, Any]:
-    """What the backward part reads besides values of the forward pass."""
+def _other_inputs(
+    backward: cut.Backward, loss: nn.Module, arguments: Arguments, device: torch.device
+) -> dict[Input, Any]:
+    """What the backward part reads beside values of the forward pass."""
     of_loss, targets = dict(tensors_in(loss)), arguments.split_targets()
     given: dict[Input, Any] = {}
     for part in filter(None, (backward.part, backward.check)):
@@ -360,11 +366,11 @@ def _arguments(part: cut.Part, values: dict[int, Any], given: dict[Input, Any]) 
 def _run(backward: cut.Backward, values: dict[int, Any], given: dict[Input, Any], create_graph: bool) -> dict[str, Any]:
     inputs = _arguments(backward.part, values, given)
     results = cut.results_of(backward, backward.part.gm.forward(*inputs))
-    return results if create_graph else _owned(results, inputs, backward.program.borrowing)
+    return results if create_graph else _clone_shared(results, inputs, backward.program.borrowing)
 
 
-def _owned(results: dict[str, Any], inputs: list[Any], borrowing: set[str]) -> dict[str, Any]:
-    """Results in memory of their own: autograd and optimizers write to gradients in place."""
+def _clone_shared(results: dict[str, Any], inputs: list[Any], borrowing: set[str]) -> dict[str, Any]:
+    """Clone results that share memory with inputs or others: autograd and optimizers write to gradients in place."""
     taken = {t.untyped_storage().data_ptr() for t in leaves_only(inputs)}
     out: dict[str, Any] = {}
 

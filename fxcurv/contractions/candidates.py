@@ -1,7 +1,7 @@
 """Candidates: the ways to compute a `contract` node, each with the cost that `select` compares.
 
-All compute what `contract` computes. A candidate is a class that registers itself (`@candidate`). V columns, N samples, S shared
-positions, K groups, O outputs, I inputs.
+All compute what `contract` computes. A candidate is a class that registers itself (`@candidate`). V columns, N samples,
+S shared positions, K groups, O outputs, I inputs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Candidate:
     Attributes:
         name: of the way, in reports.
         differentiable: whether autograd can differentiate it again.
-        by_positions: whether it reads columns in one sum over shared positions, which may come in parts.
+        by_positions: whether it reads columns in one sum over shared positions, whose terms may come in parts.
     """
 
     name: ClassVar[str]
@@ -39,7 +39,7 @@ class Candidate:
     by_positions: ClassVar[bool] = False
 
     def applies(self, spec: Spec, factors: list[Any]) -> bool:
-        """Whether it computes this one; factors hold fake tensors."""
+        """Whether it can compute this contraction; factors hold fake tensors."""
         raise NotImplementedError
 
     def run(self, spec: Spec, factors: list[Any], weights: Any) -> Tensor:
@@ -72,7 +72,7 @@ def geometry(f: Conv) -> tuple:
 
 
 def _block_cost(factor: Factor) -> Cost:
-    """What unfolding costs a blocked kernel: a pass in the cache, or all of it."""
+    """What unfolding costs a blocked kernel: a pass in the cache, or a full unfolding."""
     d = dims(factor)
     return Cost(0, 2 * IN_CACHE * d.item * d.unfold, 0, d.n) if implicit(factor) else _unfold_cost(d)
 
@@ -198,10 +198,10 @@ class Squared(Candidate):
 
 @candidate
 class NormsOfFactors(Candidate):
-    """The norm of a product without shared positions is the product of norms, that of P itself one pass over it.
+    """Without shared positions, the norm of a product is the product of norms; the norm of P itself takes one pass.
 
     A norm is as precise as a sum of squares while its vectors are not too long (`LONGEST`), and writes no squares.
-    Its second derivative at zero is not that of the square.
+    Its square's second derivative at zero is not that of a sum of squares.
     """
 
     name = "norms of factors"
@@ -413,8 +413,8 @@ def _kinds(factors: list[Any]) -> tuple[list[Dense], list[Gather]]:
     return [f for f in factors if isinstance(f, Dense)], [f for f in factors if isinstance(f, Gather)]
 
 
-def _tied(factors: list[Any]) -> bool:
-    """Whether a table [rows, features] is multiplied with and looked up, and nothing else."""
+def _is_tied(factors: list[Any]) -> bool:
+    """Whether the parameter is a table [rows, features] that is used in products and lookups, and nowhere else."""
     products, lookups = _kinds(factors)
     if not products or not lookups or len(products) + len(lookups) < len(factors):
         return False
@@ -424,7 +424,7 @@ def _tied(factors: list[Any]) -> bool:
     return plain and all(f.arrange == first for f in products) and all(f.rows == rows for f in lookups)
 
 
-def _apart(factors: list[Any]) -> tuple[Dense, Gather]:
+def _merge_by_kind(factors: list[Any]) -> tuple[Dense, Gather]:
     """(H, E), one use each."""
     products, lookups = _kinds(factors)
     (h, *more), (e, *others) = products, lookups
@@ -437,7 +437,7 @@ def _apart(factors: list[Any]) -> tuple[Dense, Gather]:
 
 @candidate
 class Tied(Candidate):
-    """(E + H)^2 = E^2 + H^2 + 2 E H, where H is needed in the rows that E has alone: h_s[x_t] a_s, for all pairs s, t."""
+    """(E + H)^2 = E^2 + H^2 + 2 E H. E H needs H only in the rows of E: h_s[x_t] a_s, for all pairs s, t."""
 
     name = "products and lookups apart"
     differentiable = False
@@ -447,15 +447,15 @@ class Tied(Candidate):
 
     def applies(self, spec, factors):
         known = spec.power == 2 and spec.samples is None and spec.reduce in self.parts
-        return known and _tied(factors)
+        return known and _is_tied(factors)
 
     def run(self, spec, factors, weights):
-        h, e = _apart(factors)
+        h, e = _merge_by_kind(factors)
         squares = [c.run(spec, [f], weights) for c, f in zip(self.parts[spec.reduce], (h, e), strict=True)]
-        return squares[0] + squares[1] + 2 * self._both(spec, h, e, weights)
+        return squares[0] + squares[1] + 2 * self._cross_term(spec, h, e, weights)
 
     @staticmethod
-    def _both(spec, h: Dense, e: Gather, weights: Any) -> Tensor:
+    def _cross_term(spec, h: Dense, e: Gather, weights: Any) -> Tensor:
         v, n, s = h.g.shape[:3]
         at = e.index.long().unsqueeze(1).expand(n, s, -1).expand(v, n, s, -1)
         there = h.g.squeeze(3).gather(3, at).mT  # h_s[x_t], [V, N, T, S]
@@ -481,7 +481,7 @@ class Tied(Candidate):
 
 
 class Together:
-    """Several reductions of one P by one op; as a candidate, but for a list of specs."""
+    """Several reductions of one P by one op: like a candidate, but for a list of specs."""
 
     kinds = ((1, "vn"), (2, "vn"), (2, "vp"))
 

@@ -26,7 +26,7 @@ class Spec:
 
 
 def combine(spec: Spec, factors: list[Factor]) -> list[Factor]:
-    """One factor where possible: uses of one kind are shared positions, which is exact."""
+    """The factors on the samples of `spec`, as one if possible: uses of one kind are shared positions, exactly."""
     if len(factors) > 1 or spec.samples is not None:
         factors = [f.dense() for f in factors]
     if spec.samples is not None:
@@ -36,10 +36,10 @@ def combine(spec: Spec, factors: list[Factor]) -> list[Factor]:
         factors = [f.samples(index) for f in factors]
     if len(factors) == 1:
         return factors
-    return _joined(factors)
+    return _join(factors)
 
 
-def _joined(factors: list[Any]) -> list[Any]:
+def _join(factors: list[Any]) -> list[Any]:
     """Several uses as one factor, where they are of one kind."""
     first = factors[0]
     if all(isinstance(f, Explicit) for f in factors):
@@ -59,7 +59,7 @@ def reduce_p(spec: Spec, p: Tensor, weights: Tensor | None) -> Tensor:
     no_columns = "v" in spec.reduce and weights is None and is_one(p.shape[0])
     t = p.squeeze(0) if no_columns else p
     t = weighted(t.square() if spec.power == 2 else t, weights)
-    if "v" in spec.reduce and not no_columns:  # by themselves, which is where several reductions of one P begin
+    if "v" in spec.reduce and not no_columns:  # by itself, so that several reductions of one P share it
         t = summed(t, 0)
     n = 0 if "v" in spec.reduce else 1
     dims = [*([n] if "n" in spec.reduce else []), *(range(n + 1, t.ndim) if "p" in spec.reduce else [])]

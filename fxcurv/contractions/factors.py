@@ -1,4 +1,4 @@
-"""Factors of the per-sample cotangents of a parameter, and `contract`, what every quantity does with them.
+"""Factors of the per-sample cotangents of a parameter, which every quantity contracts.
 
     P[v, n, *param] = J_n^T s_{v,n}        v: column, n: sample
 
@@ -26,7 +26,7 @@ from fxcurv.kernels.patches import channels_last, windows
 
 @dataclass(frozen=True)
 class Arrange:
-    """From a core [K, O, I] to the parameter: reshape to `sizes`, permute by `order`, reshape to `shape`."""
+    """Maps a core [K, O, I] to the parameter: reshape to `sizes`, permute by `order`, reshape to `shape`."""
 
     sizes: tuple[int, ...]
     order: tuple[int, ...]
@@ -61,7 +61,7 @@ class Factor:
         return summed(weighted(self.materialise(), weights), 0).sum(0)
 
     def size(self) -> Tensor:
-        """How large P is, of the axes of `g` that P has, too, and one for those along which P is a sum."""
+        """The magnitude of P along the axes of `g`; of size one along axes that P sums over."""
         raise NotImplementedError
 
     def dense(self) -> Factor:
@@ -69,7 +69,7 @@ class Factor:
         return self
 
     def lean(self) -> Factor:
-        """`dense()`, the inputs in whichever order is the cheapest to write."""
+        """`dense()`, with the inputs in the order that is cheapest to write."""
         return self.dense()
 
     def samples(self, index: Tensor) -> Factor:
@@ -177,8 +177,8 @@ class Dense(Factor):
 class Conv(Factor):
     """A convolution's weight, its input not yet unfolded.
 
-    a: [B, C, *spatial], g: [V, B, O, *out]; samples in dimension 0 of `a` by `place`. For a transposed convolution
-    the roles of input and output cotangent are swapped in the unfolding.
+    a: [B, C, *spatial], g: [V, B, O, *out]; `place`: where the samples are in dimension 0 of `a`. For a transposed
+    convolution the roles of input and output cotangent are swapped in the unfolding.
     """
 
     a: Any
@@ -337,6 +337,6 @@ def is_one(s: Any) -> bool:
 
 
 def declare_factor(factor: Factor, sources: Any) -> None:
-    """Say where the samples are on the tensors of an emitted factor (see `ir.emit.declare`)."""
+    """Declare where the samples are on the tensors of an emitted factor (see `ir.emit.declare`)."""
     for name, where in zip(factor.tensors, factor.places(), strict=True):
         declare(getattr(factor, name), where, sources)

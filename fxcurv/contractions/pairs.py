@@ -2,9 +2,9 @@
 
     A B = 1/4 (s A + B / s)^2 - 1/4 (s A - B / s)^2        for any s
 
-The squares are of the size of s^2 A^2 + B^2 / s^2, so what is left of their difference is as good as the product only where s A
-and B / s are of one size. That is known where P is: s is taken for every column, sample and entry of the parameter, but for
-axes that P is no longer apart in (one s for all that one output of a layer multiplies).
+The squares are as large as s^2 A^2 + B^2 / s^2, so their difference is as precise as the product only if s A and B / s
+are of one size. Sizes are known where P is: there is an s for every column, sample and entry of the parameter, or for
+all entries that share an entry of `g` (the weights of one output of a layer).
 """
 
 from __future__ import annotations
@@ -34,5 +34,5 @@ def squares_of(factors: list[Factor]) -> tuple[list[Factor], Tensor]:
 
 
 def _size(factor: Factor, g: Tensor) -> Tensor:
-    """The root of P's size for columns `g`; the smallest number stands in for zero, which has a derivative still."""
+    """The root of P's size for columns `g`; the smallest number is added, so that the root of zero has a derivative."""
     return (factor.with_g(g).size() + torch.finfo(g.dtype).tiny).sqrt()

@@ -1,1 +1,1 @@
-"""What `over` is made of: the weight of a batch, rows in memory or files, and the sample that is not finite."""
+"""The parts of `over`: the weight of a batch, rows in memory or files, and the sample that is not finite."""

@@ -1,4 +1,4 @@
-"""What a loader yields: inputs and targets, and what tells a batch from another."""
+"""The batches of a loader: inputs and targets, and marks that tell one batch from another."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def unpacked(compiled: Compiled, batch: Any, unpack: Callable[[Any], tuple] | No
 
 
 def mark(batch: Any) -> int:
-    """What tells a batch from another: shapes, and the first and last numbers."""
+    """A checksum that tells one batch from another: of shapes, and of the first and last numbers."""
     found = 0
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor):

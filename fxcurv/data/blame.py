@@ -12,7 +12,7 @@ from fxcurv.ir.private import pytree
 
 
 def bad_sample(model: nn.Module, loss: Any, arguments: Arguments, start: int, batch: int) -> str:
-    """What is said of the first sample of a batch that is not finite, each run by itself through the plain model.
+    """Name the first sample of a batch that is not finite, running each by itself through the plain model.
 
     Args:
         start: the number of the batch's first sample; `batch`: the batch's own.
@@ -24,13 +24,13 @@ def bad_sample(model: nn.Module, loss: Any, arguments: Arguments, start: int, ba
     with torch.random.fork_rng(cuda):
         for i in range(n):
             parts = [t if d is None else t.narrow(d, i * (t.shape[d] // n), t.shape[d] // n) for _, t, d in tensors]
-            what = _bad(model, loss, arguments, [kind for kind, *_ in tensors], parts)
+            what = _first_bad_part(model, loss, arguments, [kind for kind, *_ in tensors], parts)
             if what:
                 return f"sample {start + i} of the data set (number {i} of batch {batch}): its {what} is not finite"
     return f"batch {batch} (samples {start} to {start + n - 1}), though every sample by itself is finite"
 
 
-def _bad(model: nn.Module, loss: Any, arguments: Arguments, kinds: list[str], parts: list[Tensor]) -> str:
+def _first_bad_part(model: nn.Module, loss: Any, arguments: Arguments, kinds: list[str], parts: list[Tensor]) -> str:
     for kind, t in zip(kinds, parts, strict=True):
         if not _finite(t):
             return kind

@@ -1,7 +1,7 @@
-"""The captured forward pass as two plain functions, parameters -> f and f -> loss: what matrix-free products over data call.
+"""The captured forward pass as two plain functions for matrix-free products over data: parameters -> f, and f -> loss.
 
-J v, J^T u      by reverse mode twice, and once, through the first
-the columns s   of the loss Hessian at f, by a program for f + b, whose derivative in b they are
+J^T u, J v      by one and by two passes of reverse mode through the first function
+the columns s   of the loss Hessian at f, as the derivatives in b of a program for f + b
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Halves:
     """The two halves of one kind of batch.
 
     Args:
-        compiled: of no extension.
-        names: of the parameters.
+        compiled: without extensions.
+        names: the names of the parameters.
         inputs, targets: a batch.
 
     Attributes:
-        names: the parameters that there are derivatives in.
+        names: the parameters in which derivatives are taken.
     """
 
     def __init__(self, compiled: Compiled, names: list[str], inputs: Any, targets: tuple):
@@ -43,11 +43,11 @@ class Halves:
         self._columns: dict[Any, tuple[Compiled, list[int]]] = {}
 
     def serves(self, n: int) -> bool:
-        """Whether a batch of `n` samples of this kind goes through."""
+        """Whether the functions take a batch of `n` samples of this kind."""
         return n == self._program.batch.size or self._program.serves(n)
 
     def flat(self, arguments: Arguments) -> list[Any]:
-        """What the functions are called with."""
+        """The arguments of the functions."""
         return bind(self._program, self._subject, arguments, 0, None)
 
     def outputs(self, flat: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
@@ -66,7 +66,7 @@ class Halves:
         return torch.cat([t.movedim(p.dim, 0).flatten(1) for t, p in zip(heads, self._places(), strict=True)], 1)
 
     def back(self, rows: Tensor, heads: list[Tensor]) -> list[Tensor]:
-        """[N, C] in the shapes of f."""
+        """[N, C] -> tensors in the shapes of f."""
         places = self._places()
         moved = [t.movedim(p.dim, 0) for t, p in zip(heads, places, strict=True)]
         parts = rows.split([t[0].numel() for t in moved], 1)
@@ -75,7 +75,7 @@ class Halves:
     def transposed(self, flat: list[Any], rows: Tensor) -> list[Tensor]:
         """J^T u, a tensor per parameter."""
         heads, held = self.outputs(flat)
-        return _filled(_grad(heads, held, self.back(rows, heads)), held)
+        return _zeros_for_none(_grad(heads, held, self.back(rows, heads)), held)
 
     def times(self, flat: list[Any], vectors: list[Tensor]) -> Tensor:
         """J v, [N, C]: J^T u is linear in u, and its own transpose is J."""
@@ -87,10 +87,10 @@ class Halves:
         if not found:
             return self.rows([torch.zeros_like(h) for h in heads])
         out = torch.autograd.grad([g for g, _ in found], us, [v for _, v in found], allow_unused=True)
-        return self.rows(_filled(out, us))
+        return self.rows(_zeros_for_none(out, us))
 
     def gradient(self, flat: list[Any]) -> list[Tensor]:
-        """The loss' gradient by these two functions, to be held against another."""
+        """The loss' gradient by these two functions, to be compared with another."""
         heads, held = self.outputs(flat)
         ends = [h.detach().requires_grad_() for h in heads]
         given = [
@@ -101,21 +101,21 @@ class Halves:
         direct = [own[name] for name in self.names if name in own]
         with torch.enable_grad():
             loss = self._loss(*given, *ends)[0]  # type: ignore[misc]
-        us = _filled(torch.autograd.grad(loss, ends, retain_graph=True, allow_unused=True), ends)
-        rest = _filled(torch.autograd.grad(loss, direct, allow_unused=True), direct)
-        return [g + r for g, r in zip(_filled(_grad(heads, held, us), held), rest, strict=True)]
+        us = _zeros_for_none(torch.autograd.grad(loss, ends, retain_graph=True, allow_unused=True), ends)
+        rest = _zeros_for_none(torch.autograd.grad(loss, direct, allow_unused=True), direct)
+        return [g + r for g, r in zip(_zeros_for_none(_grad(heads, held, us), held), rest, strict=True)]
 
     def columns(self, flat: list[Any], extension: Any, seed: int, first: int) -> Tensor:
-        """The columns at f, [V, N, C], that `extension` (a root, of individual parameters) is made of; `first`: see `part`."""
+        """The columns at f, [V, N, C], of the root `extension`; `first`: see `Compiled.part`."""
         heads = [h.detach() for h in self.outputs(flat)[0]]
         self._places()
         if extension not in self._columns:
-            self._columns[extension] = self._shifted(flat, heads, extension)
+            self._columns[extension] = self._compile_shifted(flat, heads, extension)
         compiled, used = self._columns[extension]
         found = compiled.counting().part(tuple(heads), *[flat[k] for k in used], seed=seed, first=first)[extension]
         return torch.cat([found[f"shift.{k}"].flatten(2) for k in range(len(heads))], 2)
 
-    def _shifted(self, flat: list[Any], heads: list[Tensor], extension: Any) -> tuple[Compiled, list[int]]:
+    def _compile_shifted(self, flat: list[Any], heads: list[Tensor], extension: Any) -> tuple[Compiled, list[int]]:
         loss: Any = self._loss
         placeholders = list(loss.graph.find_nodes(op="placeholder"))
         used = [k for k, (kind, _) in enumerate(self._kinds) if kind in ("input", "target") and placeholders[k].users]
@@ -133,10 +133,10 @@ class Halves:
         return places
 
     def check(self, flat: list[Any], grads: dict[str, Tensor]) -> None:
-        """Hold the gradient against another: an op that autograd sees otherwise would be silent.
+        """Compare the gradient with another: an op that autograd differentiates differently would go unnoticed.
 
         Raises:
-            UnsupportedOpError: if it is not the same.
+            UnsupportedOpError: if they differ.
         """
         found = self.gradient(flat)
         size = max(float(g.abs().amax()) for g in grads.values() if g.numel())
@@ -150,7 +150,7 @@ class Halves:
 
 
 class Shift(nn.Module):
-    """f + b, with a zero b for every sample's slice."""
+    """f + b, with b zero and the same for every sample's slice."""
 
     def __init__(self, heads: list[Tensor], dims: tuple[int, ...]):
         super().__init__()
@@ -179,7 +179,7 @@ class Ending(nn.Module):
 
 
 def _part(program: Program, results: list[fx.Node], stop: list[fx.Node]) -> fx.GraphModule:
-    """A function of all placeholders and of the values in `stop`."""
+    """`results` as a function of all placeholders and of the values in `stop`."""
     graph = fx.Graph()
     env = {n: graph.placeholder(n.name) for n in program.graph.nodes if n.op == "placeholder"}
     env |= {n: graph.placeholder(f"f_{k}") for k, n in enumerate(stop)}
@@ -198,5 +198,5 @@ def _grad(heads: list[Tensor], held: list[Tensor], us: list[Tensor], again: bool
     return list(torch.autograd.grad(hs, held, gs, allow_unused=True, create_graph=again))
 
 
-def _filled(found: Any, like: list[Tensor]) -> list[Tensor]:
+def _zeros_for_none(found: Any, like: list[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(t) if g is None else g for g, t in zip(found, like, strict=True)]

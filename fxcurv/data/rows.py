@@ -1,8 +1,8 @@
-"""What is per sample, batch after batch: in memory, or in a file that grows.
+"""Values per sample, collected batch after batch: in memory, or in a file that grows.
 
-A file is a `.npy` file, raw numbers behind a header that is written at the end: it needs no number of samples in advance, any
-length that was reached can be gone back to, and `numpy.load(mmap_mode="r")` reads it where it lies. (A safetensors file has
-all sizes in front, so it could not grow.)
+The file is a `.npy` file, raw numbers behind a header that is written at the end. So the number of samples need not be
+known in advance, the file can be cut back to any length that it had, and `numpy.load(mmap_mode="r")` maps it. (A
+safetensors file has all sizes in front, so it could not grow.)
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Rows:
     """Values per sample, in order.
 
     Args:
-        file: where they go; None: they stay in memory.
-        axis: that of the samples in a value.
+        file: where they are written; None: they stay in memory.
+        axis: the axis of the samples in a value.
     """
 
     def __init__(self, file: Path | None, axis: int):
@@ -57,7 +57,7 @@ class Rows:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.file, "r+b" if self.file.exists() else "w+b") as f:
             if not before:
-                f.write(bytes(HEADER))  # of an earlier pass there may be another file
+                f.write(bytes(HEADER))  # over that of an earlier pass, if the file is from one
             f.truncate(HEADER + before * self._row_bytes())
             f.seek(0, os.SEEK_END)
             f.write(array.tobytes())
@@ -72,7 +72,7 @@ class Rows:
         return math.prod(self._shape or ()) * np.dtype(self._dtype).itemsize
 
     def finish(self, divisor: float, count: int) -> Tensor:
-        """All rows over `divisor`, with the samples where the values have them."""
+        """All rows divided by `divisor`, with the samples along `axis` as in the values."""
         if self.file is None:
             return (torch.cat(self._kept(count)) / divisor).movedim(0, self.axis)
         self._check_open()
@@ -87,7 +87,7 @@ class Rows:
         return torch.from_numpy(found).movedim(0, self.axis)
 
     def _check_open(self) -> None:
-        """The header is written before rows are divided, so that no one divides them twice."""
+        """Refuse a file with a header. It is written before rows are divided, so that none is divided twice."""
         with open(self.file, "rb") as f:  # type: ignore[arg-type]
             if f.read(len(MAGIC)) == MAGIC:
                 raise ArgumentError(
@@ -107,7 +107,7 @@ class Rows:
             f.write(MAGIC + b"\x01\x00" + (HEADER - 10).to_bytes(2, "little") + text.encode())
 
     def state_dict(self) -> dict[str, Any]:
-        """Rows in memory, or what is known of those in the file."""
+        """The rows in memory, or the form of those in the file."""
         return {
             "file": self.file.name if self.file is not None else None,
             "axis": self.axis, "shape": self._shape, "dtype": self._dtype, "parts": list(self._parts),
@@ -115,7 +115,7 @@ class Rows:
 
     @staticmethod
     def of(state: dict[str, Any], folder: Path | None) -> Rows:
-        """What `state_dict` gave, with its file in `folder`.
+        """Restore rows from a `state_dict`, with their file in `folder`.
 
         Raises:
             ArgumentError: if rows are in a file and there is no folder, or the file is gone or finished.

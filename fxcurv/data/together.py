@@ -1,4 +1,4 @@
-"""Batches of several ranks, which are one batch: how ranks go over their loaders together, and what one raises all raise."""
+"""How ranks go over their loaders together: their batches are one batch, and all raise what one raises."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Empty:
-    """A batch of no sample, of a rank that has run out: (inputs, targets), unpacked."""
+    """A batch without samples, for a rank that has run out of batches: (inputs, targets), unpacked."""
 
     inputs: Any
     targets: tuple
@@ -40,7 +40,7 @@ class Together:
     def do(
         self, fn: Callable[[], T], say: Callable[[T], Sequence[int]] = lambda value: ()
     ) -> tuple[T, list[list[int]]]:
-        """`fn()`, in which ranks do not talk to each other, and what every rank says of it.
+        """(`fn()`, the numbers that `say` gives for it on every rank); `fn` must not communicate.
 
         Raises:
             RankError: where it raised on another rank.
@@ -51,7 +51,7 @@ class Together:
         return value, [list(say(value))]
 
     def values(self, fn: Callable[[], T]) -> list[T]:
-        """What `fn()` gives on every rank, whatever can be pickled (tensors, on the CPU).
+        """The values of `fn()` on all ranks, of any kind that can be pickled (tensors come on the CPU).
 
         Raises:
             RankError: where it raised on another rank.
@@ -65,7 +65,7 @@ class Together:
         """The batches; a rank that has run out goes on with empty ones until no rank has another.
 
         Raises:
-            ArgumentError: on all ranks, if one has no batch at all, so none that an empty one could be like.
+            ArgumentError: on all ranks, if one has no batch at all, from which an empty one could be made.
         """
         if self.ranks is None:
             yield from loader
@@ -75,10 +75,10 @@ class Together:
             batch, rows = self.do(lambda: next(own, _END), lambda found: (found is not _END,))
             if not any(row[0] for row in rows):
                 return
-            last = self.do(lambda: self._going_on(batch, last))[0]  # noqa: B023
+            last = self.do(lambda: self._own_or_empty(batch, last))[0]  # noqa: B023
             yield last
 
-    def _going_on(self, batch: Any, last: Any) -> Any:
+    def _own_or_empty(self, batch: Any, last: Any) -> Any:
         if batch is not _END:
             return batch
         if last is None:
@@ -93,17 +93,17 @@ ALONE = Together()
 
 
 def emptied(arguments: Arguments) -> Empty:
-    """Arguments without their samples."""
+    """The batch of these arguments without its samples."""
     none = arguments.along_samples(lambda t, d: t.narrow(d, 0, 0))
     positional, named = filled(none.input_template, none.inputs)
     return Empty(named or positional, filled(none.target_template, none.targets))
 
 
 def sample_place(how: str, axis: int) -> Placement:
-    """Where the samples are on what combines as `how` says (`Combine`)."""
+    """Where the samples are on a value that combines by `how` (`Combine`)."""
     return Shard(axis) if how == "rows" else REPLICATE
 
 
 def local(t: Tensor) -> Tensor:
-    """This rank's own numbers."""
+    """The part of a tensor that this rank holds."""
     return t.to_local() if isinstance(t, DTensor) else t

@@ -1,6 +1,6 @@
 """How the loss is reduced over samples: a sum, or a mean; and the weight that a batch has in that mean.
 
-A loss is asked itself, as a function of the model's output. With a reference A (one sample) beside the batch B,
+The loss itself is evaluated, as a function of the model's output. With a reference A (one sample) beside the batch B,
 
     dL(A and B)/df_A = r dL(A)/df_A    and    dL(A and B)/df_B = s dL(B)/df_B
 
@@ -32,7 +32,7 @@ Dims = tuple[list[int | None], list[int | None]]  # of the samples in them
 
 
 class Question(NamedTuple):
-    """What a loss is asked with: a batch, where its samples are, how many there are, and the loss' slopes at such."""
+    """The data for finding the reduction: a batch, where its samples are, their number, and the slopes at any batch."""
 
     batch: Parts
     dims: Dims
@@ -41,7 +41,7 @@ class Question(NamedTuple):
 
 
 def _of_loss(method: Callable) -> Callable:
-    """A method that calls the loss on batches of its own."""
+    """Decorate a method that calls the loss on batches of its own making, which may fail."""
 
     @functools.wraps(method)
     def asked(*args: Any) -> Any:
@@ -84,21 +84,21 @@ class Weights:
             together: the ranks whose batch it is; the result and the arguments are this rank's part.
 
         Raises:
-            LossError: for a loss that is neither, or that does not say.
+            LossError: for a loss that is neither a sum nor a mean, or whose reduction cannot be found.
         """
         if self.mean is False:
             return None
         if callable(self._reduction) or self._reduction == "mean":
-            return sum(together.values(lambda: self._said(inputs, targets, arguments)))
+            return sum(together.values(lambda: self._given_weight(inputs, targets, arguments)))
         asked = self._question(result, inputs, targets, arguments, compiled)
-        if self._reference is None:  # one for all ranks, as weights are in units of its own
-            found = together.values(lambda: self._found(asked()))
+        if self._reference is None:  # one for all ranks, because weights are in units of its weight
+            found = together.values(lambda: self._find_reference(asked()))
             self._reference = next((one for one in found if one is not None), None)
         if self._reference is None:
-            return 0.0  # no sample of it counts
-        return self._agreed(together.values(lambda: self._asked(asked())))
+            return 0.0  # no sample of the batch counts
+        return self._agreed(together.values(lambda: self._compare_with_reference(asked())))
 
-    def _said(self, inputs: Any, targets: tuple, arguments: Arguments) -> float:
+    def _given_weight(self, inputs: Any, targets: tuple, arguments: Arguments) -> float:
         if not callable(self._reduction):
             return float(arguments.batch_size)
         return float(self._reduction(inputs, *targets)) if arguments.batch_size else 0.0
@@ -112,7 +112,7 @@ class Weights:
         return None if self.mean is False else sum(z for _, z in found)
 
     def count(self, z: float | None) -> None:
-        """A batch is counted."""
+        """Add the weight of a batch to the total."""
         self._total += z or 0.0
 
     def total(self) -> float | None:
@@ -149,8 +149,8 @@ class Weights:
         return asked
 
     @_of_loss
-    def _asked(self, question: Question) -> tuple[bool | None, float]:
-        """(whether the loss is a mean, if this batch says so; its weight)."""
+    def _compare_with_reference(self, question: Question) -> tuple[bool | None, float]:
+        """(whether the loss is a mean, None if this batch does not show it; the weight of the batch)."""
         batch, dims, slopes = question.batch, question.dims, question.slopes
         if not question.n:
             return self.mean, 0.0
@@ -163,7 +163,7 @@ class Weights:
 
         of_one, of_batch, (of_both, regular) = slopes(one)[0], slopes(batch)[0], slopes(beside(batch))
         if self.mean is None and not _sloping(of_batch):  # a perfect fit, say
-            batch = _moved(batch)
+            batch = _with_other_outputs(batch)
             of_batch, (of_both, regular) = slopes(batch)[0], slopes(beside(batch))
         if any(g is not None and d is None for g, d in zip(of_both, dims[0], strict=True)):
             raise LossError(
@@ -176,7 +176,7 @@ class Weights:
         return self._weight(r, s, regular)
 
     def _weight(self, r: float | None, s: float | None, regular: bool) -> tuple[bool | None, float]:
-        """What r and s say, as `_asked`; s is None where the batch has no slope."""
+        """The result of `_compare_with_reference` from r and s; s is None where the batch has no slope."""
         near = 1e-6 if self._wide else 1e-2
         if r is None:
             raise LossError(
@@ -190,7 +190,7 @@ class Weights:
                 )
             return False, 0.0
         if self.mean is None and s is None:
-            return None, 0.0  # nothing of the batch counts, which does not say whether the loss is a mean
+            return None, 0.0  # no sample of the batch counts, so it does not show whether the loss is a mean
         if not 0 < r < 1 + near or s is not None and abs(r + s - 1) > near:
             raise LossError(
                 f"the loss is neither a sum nor a mean over samples, so batches do not add up to it.\n{WAY_OUT}"
@@ -199,10 +199,10 @@ class Weights:
         return True, z if z > 1e-12 else 0.0
 
     @_of_loss
-    def _found(self, question: Question) -> Parts | None:
-        """A sample of the batch at which the loss has a slope; at other outputs, where it has none at these."""
+    def _find_reference(self, question: Question) -> Parts | None:
+        """A sample of the batch at which the loss has a slope, with other outputs if it has none at these."""
         batch, dims, n, slopes = question.batch, question.dims, question.n, question.slopes
-        for parts in (batch, _moved(batch)):
+        for parts in (batch, _with_other_outputs(batch)):
             for i in range(n):
                 cut = lambda t, d, i=i: t if d is None else t.narrow(d, i * (t.shape[d] // n), t.shape[d] // n).clone()  # noqa: E731
                 one: Any = tuple(list(map(cut, *both)) for both in zip(parts, dims, strict=True))
@@ -232,7 +232,7 @@ class Weights:
             except (RuntimeError, TypeError):
                 if not wide:
                     raise
-                self._wide = False  # it has weights of its own in another dtype
+                self._wide = False  # the loss has weights in another dtype
                 continue
             given = iter(found)
             slopes = [next(given) if t.requires_grad else None for t in leaves]
@@ -240,7 +240,7 @@ class Weights:
         raise AssertionError
 
     def state_dict(self) -> dict[str, Any]:
-        """What is known, in tensors and plain values."""
+        """The state, in tensors and plain values."""
         reference = None if self._reference is None else [list(part) for part in self._reference]
         return {"mean": self.mean, "total": self._total, "reference": reference, "wide": self._wide}
 
@@ -250,12 +250,12 @@ class Weights:
 
 
 def _sloping(slopes: Sequence[Tensor | None]) -> bool:
-    """Whether a derivative is there, finite and not zero."""
+    """Whether there is a derivative that is not zero, and all are finite."""
     known = [g for g in slopes if g is not None]
     return any(bool(g.any()) for g in known) and all(bool(g.isfinite().all()) for g in known)
 
 
-def _moved(batch: Parts) -> Parts:
+def _with_other_outputs(batch: Parts) -> Parts:
     """The same targets beside other outputs."""
     generator = torch.Generator().manual_seed(0)
     noise = [torch.randn(t.shape, generator=generator).to(t) if t.is_floating_point() else 0 for t in batch[0]]
@@ -267,7 +267,7 @@ def _sample_dims(
 ) -> Dims:
     """The dimension of the samples, or of all their positions, in the model's outputs and in the targets.
 
-    Sizes say so, and the program where several dimensions are as long as the samples.
+    Found by sizes, or from the program where several dimensions have the samples' size.
     """
     n, first = arguments.batch_size, [d for d in arguments.batch_dims if d is not None]
     values = [*outputs, *arguments.targets]
@@ -285,7 +285,7 @@ def _sample_dims(
 
 
 def _samples_at(t: Tensor, n: int, first: Sequence[int]) -> int | None:
-    """The dimension of an output's samples by its sizes, or of all their positions."""
+    """The dimension of an output's samples, or of all their positions, by its sizes."""
     order = list(dict.fromkeys([*(d for d in first if d < t.ndim), *range(t.ndim)]))
     equal = [d for d in order if t.shape[d] == n]
     return next(iter([*equal, *(d for d in order if t.shape[d] and t.shape[d] % n == 0)]), None)

@@ -75,8 +75,8 @@ def count_program(program: Program) -> dict[str, Total]:
 
 
 def count_plain(program: Program) -> Total | None:
-    """Forward and backward of the program's forward part by autograd; without a loss, of the output's sum."""
-    counter = _Counter(_only(program, [program.loss] if program.loss is not None else program.output_leaves))
+    """The work of a forward and backward pass by autograd, of the loss or else the output's sum; None if it fails."""
+    counter = _Counter(_cut_at(program, [program.loss] if program.loss is not None else program.output_leaves))
     with _fake_mode() as mode, torch.enable_grad(), counter.traffic, counter.flops:
         fakes = _fakes(mode, program)
         bound = zip(fakes, program.inputs, strict=True)
@@ -90,13 +90,13 @@ def count_plain(program: Program) -> Total | None:
     return Total(counter.flops.get_total_flops(), counter.traffic.bytes)
 
 
-def _only(program: Program, targets: list[fx.Node]) -> fx.GraphModule:
+def _cut_at(program: Program, targets: list[fx.Node]) -> fx.GraphModule:
     """The program's graph cut at `targets`, with provenance."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(program.graph, copies)
     graph.output(tuple(copies[t] for t in targets))
-    # what writes to given memory would count as needed
+    # by the default test, ops that write to given memory would stay
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     return fx.GraphModule(program.gm, graph)
 

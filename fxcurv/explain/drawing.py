@@ -1,4 +1,4 @@
-"""Draws an emitted graph as an .svg, laid out as the computation is thought of.
+"""Draw an emitted graph as an .svg, laid out by forward pass, walk and quantities.
 
 A box is a connected piece of the graph with one origin: one op's forward pass, its step of the walk, or one
 quantity of one parameter. Views and sizes are left out. Lanes from left to right: inputs and parameters, the
@@ -101,7 +101,7 @@ def _boxes(program: Program) -> nx.DiGraph:
     quotient = nx.DiGraph()
     quotient.add_nodes_from(dict.fromkeys(group[n] for n in keys))
     quotient.add_edges_from((group[i], group[n]) for i, n in edges if group[i] != group[n])
-    pieces = nx.condensation(quotient)  # two origins may need each other: one box then
+    pieces = nx.condensation(quotient)  # origins that need each other become one box
     members: dict[int, list[fx.Node]] = defaultdict(list)
     for n in keys:
         members[pieces.graph["mapping"][group[n]]].append(n)
@@ -125,7 +125,7 @@ def _key(node: fx.Node) -> tuple:
 
 
 def _results(program: Program) -> dict[fx.Node, list[str]]:
-    """What the outputs are called."""
+    """node -> names of the results that it is."""
     out: dict[fx.Node, list[str]] = defaultdict(list)
     for k, node in enumerate(program.output_leaves):
         out[node].append("output" if len(program.output_leaves) == 1 else f"output {k}")
@@ -150,11 +150,11 @@ def _box(program: Program, key: tuple, nodes: list[fx.Node], labels: dict[fx.Nod
         bound = program.inputs[index.index(nodes[0])] if nodes[0].op == "placeholder" else None
         title = (bound.name or bound.kind) if bound else "constant"
         return Box(stage, "inputs", [title, _shape(program, nodes[0])], key, members=nodes)
-    busy = [_short(n) for n in nodes if not _quiet(n)]
+    busy = [_node_name(n) for n in nodes if not _is_quiet(n)]
     ops = list(dict.fromkeys(busy))
     fit = max(k for k in (1, 2, 3) if k == 1 or len(", ".join(ops[:k])) <= 26)
     shown = ", ".join(ops[:fit]) + (f" +{len(ops) - fit}" if len(ops) > fit else "")
-    op, module = _plain(key[1]), key[2]
+    op, module = _op_name(key[1]), key[2]
     if stage in ("select", "extract"):
         lane = key[5] or "other"
         lines = [*(named or [module or op]), shown]
@@ -168,21 +168,21 @@ def _box(program: Program, key: tuple, nodes: list[fx.Node], labels: dict[fx.Nod
     return Box(stage, lane, [line for line in lines if line], key, members=nodes)
 
 
-def _short(node: fx.Node) -> str:
-    return _plain(str(node.target)) if node.op == "call_function" else node.name
+def _node_name(node: fx.Node) -> str:
+    return _op_name(str(node.target)) if node.op == "call_function" else node.name
 
 
-def _plain(target: str) -> str:
+def _op_name(target: str) -> str:
     """aten.conv2d.default -> conv2d."""
     parts = target.split(".")
     return parts[1] if len(parts) == 3 else target
 
 
-def _quiet(node: fx.Node) -> bool:
+def _is_quiet(node: fx.Node) -> bool:
     """Whether a node only moves or describes data."""
     if node.op != "call_function" or node.target in FREE:
         return node.op == "call_function"
-    return bool(getattr(node.target, "is_view", False)) or _short(node) in QUIET
+    return bool(getattr(node.target, "is_view", False)) or _node_name(node) in QUIET
 
 
 def _shape(program: Program, node: fx.Node) -> str:
@@ -203,11 +203,11 @@ def _size(program: Program, s: Any) -> str:
 
 
 def _without_quiet(pieces: nx.DiGraph, boxes: dict[int, Box], labels: dict[fx.Node, list[str]]) -> nx.DiGraph:
-    """Drop boxes of views and sizes; what they read goes straight to who reads them."""
+    """Drop boxes of views and sizes, and connect what those of views read with their readers."""
     graph = nx.DiGraph(pieces.edges)
     graph.add_nodes_from(boxes)
     for k, box in boxes.items():
-        kept = box.stage == "input" or any(not _quiet(n) or n in labels for n in box.members)
+        kept = box.stage == "input" or any(not _is_quiet(n) or n in labels for n in box.members)
         if not kept:
             sizes_only = not any(isinstance(n.meta.get("val"), Tensor) for n in box.members)
             if not sizes_only:
@@ -249,7 +249,7 @@ def _place(graph: nx.DiGraph) -> dict[str, tuple[float, float]]:
         wide = max(map(len, cells[lane].values())) if _side_by_side(lane) else 1
         right = x + wide * (box[lanes[lane][0]].width + GAP) - GAP
         for row, members in cells[lane].items():
-            _put(graph, members, (x + right) / 2, tops[row], heights[row])
+            _place_cell(graph, members, (x + right) / 2, tops[row], heights[row])
         spans[lane] = (x, right)
         x = spans[lane][1] + 3 * GAP
     return spans
@@ -259,7 +259,7 @@ def _side_by_side(lane: str) -> bool:
     return lane in ("forward", "walk")
 
 
-def _put(graph: nx.DiGraph, members: list[int], middle: float, top: float, height: float) -> None:
+def _place_cell(graph: nx.DiGraph, members: list[int], middle: float, top: float, height: float) -> None:
     """Set the coordinates of one cell: side by side and centred, or one below the other."""
     boxes = [graph.nodes[k]["box"] for k in members]
     if _side_by_side(boxes[0].lane):
@@ -275,7 +275,7 @@ def _put(graph: nx.DiGraph, members: list[int], middle: float, top: float, heigh
 
 
 def _rows(graph: nx.DiGraph) -> None:
-    """Forward boxes by topological generation, walk boxes beside their op, the rest by parameter."""
+    """Set rows: forward boxes by topological generation, walk boxes beside their op, the rest by parameter."""
     box = graph.nodes(data="box")
     forward = [k for k in nx.topological_sort(graph) if box[k].stage == "forward"]
     lanes: dict[tuple, list[float]] = defaultdict(list)
@@ -288,7 +288,7 @@ def _rows(graph: nx.DiGraph) -> None:
         near = [box[i].row for i in graph.predecessors(k) if box[i].stage in ("columns", "propagate")]
         if box[k].stage in ("columns", "propagate"):
             mine = lanes.get(box[k].key[1:4], [])
-            fits = [row for row in mine if not near or row <= max(near)]  # of several calls, the latest not passed yet
+            fits = [row for row in mine if not near or row <= max(near)]  # of several calls, the last not yet passed
             box[k].row = max(fits or mine or near or [len(forward)])
             if len(mine) > 1 and box[k].row in mine and box[k].stage == "propagate":
                 mine.remove(box[k].row)

@@ -16,7 +16,7 @@ class Lowered:
     """A program to look at; every other attribute is that of `program`.
 
     Attributes:
-        program: the program itself, as the passes have it.
+        program: the program itself, as the passes left it.
     """
 
     program: Program

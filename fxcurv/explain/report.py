@@ -60,20 +60,20 @@ class Report:
         columns: (name of the group, its number of columns, the quantities that need it).
         sweeps: how often the walk goes down, for columns beyond the memory budget.
         fallbacks: ops on the walk that have no rule of their own.
-        said: which ops are PyTorch's own kernels, and which are said in mathematics, where, and why.
+        said: which ops run as PyTorch's own kernels, and which are written out in mathematics, where, and why.
         batch: whether the batch size is symbolic, or what fixed it.
-        lengths: the same of other sizes, where those of calls differed.
-        output: what f is and whether its loss has curvature, "" for a model's output with a loss that has.
-        left_out: trainable parameters of a loss module, of which there is no gradient.
+        lengths: the same for other sizes, if they differed between calls.
+        output: what f is, and whether the loss is linear in it; "" for the model's output and a loss with curvature.
+        left_out: trainable parameters of a loss module, which get no gradient.
         python: the values of attributes, closures and globals that the program depends on.
         notes: how derivatives that the model takes were captured, and the numbers that it makes of the data's values.
         timings: pass -> seconds.
         check: what was compared at the first call, and how long that took (`compile(check=)`).
 
     Args:
-        program: a finished one.
-        flat: the graph's arguments, but memory for results: what was chosen is run on them and timed (default: not).
-        samples: the batch size of `flat`; predictions are for that at capture.
+        program: a finished program.
+        flat: the graph's arguments without memory for results, on which decisions are timed (default: they are not).
+        samples: the batch size of `flat`; predictions are for the batch size at capture.
         check: what was compared.
     """
 
@@ -86,7 +86,7 @@ class Report:
         self.columns = _columns(program)
         self.sweeps = program.walked.sweeps
         self.fallbacks = _fallbacks(program)
-        self.said = _said(program)
+        self.said = _describe_kernels(program)
         self.batch = program.batch_note
         self.lengths = program.lengths
         self.output = _output(program)
@@ -196,7 +196,7 @@ def _duration(seconds: float | None) -> str:
 
 
 def _rows(program: Program, measured: list[float] | None) -> list[Row]:
-    """All decisions, with what they took, and a row for every quantity that needed none of its own."""
+    """A row for every decision, with its measured time, and for every quantity that needed none of its own."""
     taken = {id(d): s for d, s in zip(program.decisions, measured or [], strict=measured is not None)}
     seconds = sum(d.seconds for d in program.decisions) or 1.0
     rows = []
@@ -205,7 +205,7 @@ def _rows(program: Program, measured: list[float] | None) -> list[Row]:
             own = [d for d in program.decisions if d.param == param and d.extension == label]
             if param not in program.results[field] and not own:
                 continue
-            own = own or [_shared(program, param, label, program.results[field][param])]
+            own = own or [_decision_without_contraction(program, param, label, program.results[field][param])]
             for d in own:
                 predicted = d.seconds, d.seconds / seconds
                 row = Row(param, label, d.rule, d.algorithm, d.flops, d.bytes, *predicted, taken.get(id(d)))
@@ -220,7 +220,7 @@ def _fields(program: Program) -> list[tuple[str, str]]:
     return own + [(e.savefield, type(e).__name__) for e in program.extensions]
 
 
-def _shared(program: Program, param: str, label: str, result: Any) -> Decision:
+def _decision_without_contraction(program: Program, param: str, label: str, result: Any) -> Decision:
     """Why a quantity has no contraction of its own: it reads others', is known on the walk, or is zero."""
     if not any(stage_of(n) in ("columns", "propagate") for n in _sources(result)):
         return Decision(param, label, "", "zero: not reached by the loss", 0, 0, 0.0)
@@ -230,8 +230,8 @@ def _shared(program: Program, param: str, label: str, result: Any) -> Decision:
     return Decision(param, label, rules[0] if rules else "", how, 0, 0, 0.0)
 
 
-def _said(program: Program) -> tuple[str, ...]:
-    """What became of the ops that PyTorch has kernels for."""
+def _describe_kernels(program: Program) -> tuple[str, ...]:
+    """How the ops that PyTorch has kernels for are computed."""
     kernels = Counter(op for op, _, why in program.analysis.said if not why)
     lines = [f"as PyTorch's kernels: {', '.join(f'{op} ({n})' for op, n in kernels.items())}"] if kernels else []
     others: dict[tuple[str, str], list[str]] = {}

@@ -1,4 +1,4 @@
-"""What a program's decisions take on real values, to be held against what the cost model predicted."""
+"""Time a program's decisions on real values, to compare with the cost model's predictions."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ RUNS = 5
 def measure(program: Program, flat: list[Any], samples: int) -> list[float]:
     """Seconds of each of `program.decisions`: the median over a few runs of the graph, node by node, after one to warm up.
 
-    A node that several decisions read counts for the first of them; one that computes several at once, in equal parts.
-    Large results are written into the same memory at every run, as by a caller who lets go of them.
+    A node that several decisions read counts for the first of them; the time of one that computes several is split.
+    Large results are written into the same memory at every run, as for a caller who drops earlier results.
 
     Args:
-        flat: the graph's arguments, but the memory for results.
+        flat: the graph's arguments, without the memory for results.
         samples: the batch size.
     """
     given = [[t for i, t in zip(program.inputs, flat, strict=False) if i.kind == kind] for kind in ("input", "target")]
@@ -44,11 +44,11 @@ class _Clock(fx.Interpreter):
         super().__init__(program.gm)
         self.seconds = [0.0] * len(program.decisions)
         self._wait = wait
-        self._of = _decisions_of(program)
+        self._decisions = _decisions_of(program)
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, under the clock if it is a decision's."""
-        mine = self._of.get(n)
+        mine = self._decisions.get(n)
         if not mine:
             return super().run_node(n)
         start = self._now()
@@ -65,7 +65,7 @@ class _Clock(fx.Interpreter):
 
 
 def _decisions_of(program: Program) -> dict[fx.Node, tuple[int, ...]]:
-    """The decisions, by index, that each node belongs to: `select` says so, an extension's nodes say whose they are."""
+    """node -> indices of its decisions: `select` notes them on the node, `extract` the parameter and extension."""
     own: dict[tuple[str, str], tuple[int, ...]] = {}
     for index, d in enumerate(program.decisions):
         if d.stage == "extract":

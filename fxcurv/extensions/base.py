@@ -26,18 +26,18 @@ from fxcurv.walks.uses import Use, pull_back, select_group
 
 @dataclass(frozen=True)
 class Combine:
-    """How the values of several batches make that of all their samples (`fxcurv.over`).
+    """How the values of several batches combine to that of all their samples (`fxcurv.over`).
 
     Attributes:
         how: "sum" over samples, "mean" over samples, or "rows", one per sample along `Extension.sample_axis`.
-        degree: of c times the loss, the value is c**degree times that of the loss; None where it is no such power.
+        degree: the value for c times the loss is c**degree times that for the loss; None if there is no such power.
     """
 
     how: str
     degree: float | None = 1
 
 
-# what is to be summed over the batches, its totals, and in the end the value
+# yields extensions to sum over the batches, is sent their totals, and returns the value
 Steps = Generator[tuple["Extension", ...], list[Any], dict[str, Any]]
 
 
@@ -49,24 +49,25 @@ class Extension:
 
     Attributes:
         savefield: the field of the result; every instance may choose another.
-        params: the parameters that the quantity is of, all if not given: a name, a prefix ("encoder.layer.1") or a
+        params: the parameters of the quantity, all if not given: a name, a prefix ("encoder.layer.1") or a
             pattern ("head.*"), a list of these, or a predicate (name, parameter) -> bool, called once per program (reuse one
             function object: a new one counts as a new extension). Frozen parameters are never among them. Its columns go down to
-            these parameters only; the gradient stays whole. Of two extensions that set the same extra result
+            these parameters only; the gradient stays whole. If two extensions set the same extra result
             (`sample_norms`, `ggn`, `hessian`) over different parameters, the later one's is `<name>_<savefield>`.
         requires: the columns it needs.
         per_sample: whether it needs samples that do not interact.
-        whole_batch: whether it is defined where they do interact, of the batch as one sample.
+        whole_batch: whether it is defined where samples interact, with the batch as one sample.
         needs_convex: whether it needs a loss that is convex in the model's output.
-        any_sample: whether it is the same whatever is a sample, a sequence or a token.
+        any_sample: whether the result is the same for sequences as samples and for tokens as samples.
         shows_columns: whether the result depends on which root of the loss Hessian the columns are.
-        by_op: whether the result depends on which ops the model is written in, so that none may be said in others.
-        sample_axis: the axis of the result that the samples are on, None where it is one of all of them.
-        leaves_out: whether the result may be of some of its parameters only.
-        pairs: whether it is of pairs of samples, for which `mesh=` sends the factors of P.
-        holds_samples: whether the result is a sum over columns for every sample, which each part of them would write anew.
-        combine: how each tensor of a parameter's value is made of those of several batches; () where it is not.
-        extras: the same of the extra results, by field.
+        by_op: whether the result depends on which ops the model is written in, so that none may be rewritten in others.
+        sample_axis: the axis of the result that holds the samples, None if there is one result for all of them.
+        leaves_out: whether the result may leave out some of the parameters.
+        pairs: whether it is about pairs of samples, for which `mesh=` sends the factors of P.
+        holds_samples: whether the result is a sum over columns for every sample, which each part of the columns would
+            write anew.
+        combine: how each tensor of a parameter's value combines over batches; () where it does not.
+        extras: the same for the extra results, by field.
         data_passes: how often `gather` goes over the batches.
     """
 
@@ -102,7 +103,7 @@ class Extension:
         Every `yield` is a pass over the data.
 
         Raises:
-            ExtensionError: where batches do not say what the value of all their samples is.
+            ExtensionError: if the value of all samples does not follow from those of batches.
         """
         name = type(self).__name__
         if not self.combine:
@@ -147,7 +148,7 @@ class Param:
             reduce: letters "v" (columns), "n" (samples), "p" (the parameter's axes); the result keeps the others, in order.
             samples: indices of the samples to keep (None: all).
             weights: a node whose value broadcasts to [V, N].
-            precise: whether half precision is accumulated, and the result given, in float32 (default: squares are).
+            precise: whether half precision is accumulated and returned in float32 (default: for squares only).
 
         Where a sample is a token, N is two axes, [N, T].
         """
@@ -162,7 +163,7 @@ class Param:
         parts = [self._of_group(spec, g, weights, precise) for g in groups]
         if len(parts) == 1:
             return parts[0]
-        return self.emit(sum_of if "v" in reduce else _joined, parts)
+        return self.emit(sum_of if "v" in reduce else _concatenated, parts)
 
     @property
     def positions(self) -> int | None:
@@ -171,7 +172,7 @@ class Param:
         return self.program.analysis.positions[0] if tokens and self.program.analysis.positions is not None else None
 
     def _by_token(self, power: int, reduce: str, samples, weights: fx.Node | None, precise: bool) -> fx.Node:
-        """The same of P[n, t, *param], which is what the columns t of the walk give at sample n."""
+        """`contract` for P[n, t, *param], which column t of the walk gives at sample n."""
         rows = self.program.analysis.rows
         if samples is not None and not rows:
             raise ExtensionError(f'{self.label}(subsampling=...) with sample="token": index the result instead')
@@ -179,10 +180,10 @@ class Param:
         parts, start = [], 0
         for group in groups_of(self.program, Gradient()):
             stop = start + self.program.walked.columns[group]
-            own = self.emit(_of_columns, weights, start, stop, rows) if weights is not None else None
+            own = self.emit(_weights_of_columns, weights, start, stop, rows) if weights is not None else None
             parts.append(self._of_group(spec, group, own, precise))
             start = stop
-        value = parts[0] if len(parts) == 1 else self.emit(sum_of if "n" in reduce else _joined, parts)
+        value = parts[0] if len(parts) == 1 else self.emit(sum_of if "n" in reduce else _concatenated, parts)
         if rows:
             return self.emit(_sample_rows, value, tuple(samples or ()), "n" in reduce, "v" in reduce)
         return self.emit(_sample_axes, value, "n" in reduce, "v" in reduce)
@@ -221,13 +222,13 @@ class Param:
         return pull_back(self.program, Use(factors[0], (), (), "", path), value, spec.reduce)
 
     def _at_parameter(self, factor: Factor, use: Use) -> Explicit:
-        """Uses of different kinds meet at the parameter itself, materialised."""
+        """P at the parameter itself, materialised, where uses of different kinds meet."""
         p = self.emit(materialised, factor)
         declare(p, Shard(1), factor)
         return Explicit(pull_back(self.program, use, p, ""))
 
     def contract_factors(self, spec: Spec, factors: list[Factor], rule: str) -> fx.Node:
-        """The reduction `spec` of the P that `factors` make, of this parameter in some other form (a rotated one)."""
+        """The reduction `spec` of the P that `factors` make, for this parameter in another form (a rotated one)."""
         return self._contract(spec, factors, None, rule)
 
     def _contract(self, spec: Spec, factors: list[Factor], weights: fx.Node | None, rule: str) -> fx.Node:
@@ -235,37 +236,37 @@ class Param:
         return call(self.program, target, *args, origin={**self.origin(), "rule": rule})
 
     def _zeros(self, spec: Spec, group: Group, precise: bool) -> fx.Node:
-        """The loss does not reach this parameter: zeros."""
+        """Zeros, for a parameter that the loss does not reach."""
         columns = self.columns(group)
         head = self.program.heads[0]
         dtype = self.node.meta["val"].dtype
         return self.emit(_zeros, spec, columns, self.node, head, head.meta["place"], wide(dtype) if precise else dtype)
 
     def columns(self, group: Group) -> int:
-        """How many columns a group has: of a loss without curvature as many as the model's output has numbers."""
+        """The number of columns of a group: without curvature in the loss, that of the output's entries per sample."""
         if not KINDS[group.kind].carried:
             return group.draws or sum(self.program.batch.columns(h.meta["val"]) for h in self.program.heads)
         return self.program.walked.columns.get(group, 1)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _concatenated(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
-def _of_columns(weights: Tensor, start: int, stop: int, rows: bool) -> Tensor:
-    """Weights [1, N, T], or [1, T] where the batch is one sample, for the columns t from `start` to `stop`, [V, N]."""
+def _weights_of_columns(weights: Tensor, start: int, stop: int, rows: bool) -> Tensor:
+    """[1, N, T], or [1, T] where the batch is one sample -> the weights of columns t from `start` to `stop`, [V, N]."""
     return weights[:, start:stop].t() if rows else weights[0, :, start:stop].t()
 
 
 def _sample_rows(value: Tensor, samples: tuple[int, ...], summed: bool, one_column: bool) -> Tensor:
-    """[T, 1, ...] -> [T, ...] of all rows or some, if they are not summed; with an axis of columns before them if it is kept."""
+    """[T, 1, ...] -> [T, ...], all rows or some, unless `summed`; in front an axis of columns, unless `one_column`."""
     value = value if summed else value.squeeze(1)
     value = value[list(samples)] if samples else value
     return value if one_column else value.unsqueeze(0)
 
 
 def _sample_axes(value: Tensor, summed: bool, one_column: bool) -> Tensor:
-    """[T, N, ...] -> [N, T, ...], if the samples are not summed; with an axis of columns before them if it is kept."""
+    """[T, N, ...] -> [N, T, ...], unless `summed`; in front an axis of columns, unless `one_column`."""
     value = value if summed else value.movedim(0, 1)
     return value if one_column else value.unsqueeze(0)
 

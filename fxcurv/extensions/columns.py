@@ -1,4 +1,4 @@
-"""What is bilinear in the columns of P, from their factors: inner products of two groups, with vectors, and sums over columns."""
+"""Inner products of the columns of P with each other and with vectors, and weighted sums of them, from factors."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ FACTORS, BLOCKS, WHOLE = "products of factors", "blocks of P", "materialise"
 def pair(param: Param, left: Sequence[Group], right: Sequence[Group]) -> fx.Node:
     """<P[v, n], P[w, m]> for the columns v of `left` and w of `right`, [V, N, W, M].
 
-    Of matrix products P is not formed; of an embedding, and of what is used in several ways, it is. Across ranks n is a
-    sample here and m one of all of them, whose factors (or P) travel.
+    P is not formed for matrix products; it is formed for embeddings, and for parameters that are used in several ways.
+    Across ranks n is a sample of this rank, and m one of all ranks, which send their factors (or P).
     """
     if across(param.program.options.ranks):
-        return _of_all(param, left, right)
+        return _pair_across_ranks(param, left, right)
     return param.emit(_tiled, [[_block(param, one, other) for other in right] for one in left])
 
 
@@ -47,7 +47,7 @@ def dots(param: Param, group: Group, vectors: fx.Node) -> fx.Node | None:
     alone = _sizes(found).s == 1
     record(param, FACTORS if alone else BLOCKS)
     if not alone and not param.program.options.create_graph:
-        a, g, v = param.emit(_apart, found, vectors)
+        a, g, v = param.emit(_arguments_of_dots, found, vectors)
         value = param.emit(outer_dots, a, g, v)
         declare(value, Shard(1), [a, g])
         return value
@@ -55,7 +55,7 @@ def dots(param: Param, group: Group, vectors: fx.Node) -> fx.Node | None:
 
 
 def paired(param: Param, place: Placement | list[Placement], fn: Callable, *args: Any) -> fx.Node:
-    """`fn` of what `pair` gave: nodes, and lists of these, then what is none. Across ranks it lies at `place`."""
+    """`fn` of nodes from `pair`, or lists of them, then of other arguments; across ranks its placement is `place`."""
     if not across(param.program.options.ranks):
         return param.emit(fn, *args)
     nodes = [a for a in args if isinstance(a, fx.Node | list)]
@@ -65,7 +65,7 @@ def paired(param: Param, place: Placement | list[Placement], fn: Callable, *args
 
 
 def rows_of_all(param: Param, t: fx.Node, dim: int) -> fx.Node:
-    """The samples of all ranks, where `t` has those here along a dimension."""
+    """`t` with the samples of all ranks along a dimension, where it has this rank's."""
     program = param.program
     target = Rows(dim, program.options.ranks)
     value = call(program, target, t, samples(program), first_sample(program), origin=param.origin())
@@ -73,7 +73,7 @@ def rows_of_all(param: Param, t: fx.Node, dim: int) -> fx.Node:
     return value
 
 
-def _of_all(param: Param, left: Sequence[Group], right: Sequence[Group]) -> fx.Node:
+def _pair_across_ranks(param: Param, left: Sequence[Group], right: Sequence[Group]) -> fx.Node:
     groups = list(dict.fromkeys([*left, *right]))
     factors = [dense(param, g) for g in groups]
     if all(f is not None and f.arrange == factors[0].arrange for f in factors):
@@ -111,7 +111,7 @@ def combined(param: Param, groups: Sequence[Group], weights: fx.Node) -> fx.Node
 
 
 def dense(param: Param, group: Group) -> Any:
-    """The factors of a parameter that is used, as it is, in matrix products of one kind, or in convolutions; else None."""
+    """The factors of a parameter that is used only in matrix products, or convolutions, of one kind; else None."""
     uses = uses_of(param, group)
     if not _alike([u.factor for u in uses]) or any(u.path for u in uses):
         return None
@@ -122,7 +122,7 @@ def dense(param: Param, group: Group) -> Any:
 
 
 def lookups(param: Param, group: Group) -> Gather | None:
-    """The factor of a table that rows are looked up in, once, and nothing else; else None."""
+    """The factor of a table whose only use is one look-up of rows; else None."""
     uses = uses_of(param, group)
     if len(uses) != 1 or uses[0].path or not isinstance(uses[0].factor, Gather):
         return None
@@ -131,12 +131,12 @@ def lookups(param: Param, group: Group) -> Gather | None:
 
 
 def uses_of(param: Param, group: Group) -> list[Use]:
-    """Where a parameter meets the columns of a group."""
+    """The uses where a parameter meets the columns of a group."""
     return [u for u in param.program.walked.uses[param.name] if group in u.groups]
 
 
 def record(param: Param, algorithm: str) -> None:
-    """What is computed goes into the report."""
+    """Enter the algorithm into the report."""
     field = param.origin()["savefield"]
     found = Decision(param.name, param.label, "", algorithm, 0, 0, 0.0, (), field, "extract")
     if found not in param.program.decisions:
@@ -159,7 +159,7 @@ def _block(param: Param, left: Group, right: Group) -> fx.Node:
 
 
 def _alike(factors: list[Any]) -> bool:
-    """Whether several uses are one product over all their positions."""
+    """Whether several uses are one product over the positions of all."""
     if not factors or _sizes(factors[0]).k != 1:
         return False
     first = factors[0]
@@ -186,7 +186,7 @@ def _without_groups(factors: list[Dense]) -> list[Tensor]:
 
 
 def _all_pairs(left: list[list[Tensor]], right: list[list[Tensor]], smooth: bool) -> Tensor:
-    """`smooth`: by ops that autograd follows."""
+    """All inner products of P; `smooth`: by ops that autograd follows."""
     return _tiled([[_one_pair(p, q, smooth) for q in right] for p in left])
 
 
@@ -198,12 +198,12 @@ def _one_pair(p: list[Tensor], q: list[Tensor], smooth: bool) -> Tensor:
     return _inner(*(torch.einsum("vnso,nsi->vnoi", g, a) for a, g in (p, q)))
 
 
-def _apart(f: Dense, vectors: Tensor) -> list[Tensor]:
+def _arguments_of_dots(f: Dense, vectors: Tensor) -> list[Tensor]:
     return [*_without_groups([f]), core(f, vectors)]
 
 
 def core(f: Dense, vectors: Tensor) -> Tensor:
-    """[Q, *P] as the products have it, [Q, O, I]."""
+    """Vectors [Q, *P] in the layout of the products, [Q, O, I]."""
     count, (sizes, order) = vectors.shape[0], (f.arrange.sizes, f.arrange.order)
     back = [1 + order.index(d) for d in range(len(order))]
     t = vectors.to(f.a.dtype).reshape(count, *[sizes[d] for d in order]).permute(0, *back)

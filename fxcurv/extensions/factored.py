@@ -59,7 +59,7 @@ class Factored(Extension):
 
     @property
     def leaves_out(self) -> bool:
-        """What is no layer may be skipped."""
+        """Whether parameters that are no layer are skipped."""
         return getattr(self, "others", "error") == "skip"  # KFRA refuses it
 
     def check(self) -> None:
@@ -82,13 +82,13 @@ class Factored(Extension):
         return {name: factors for name, factors in found.items() if factors is not None}, {}
 
     def _partners(self, params: list[Param]) -> dict[str, str]:
-        """Weight -> bias, whose block is one."""
+        """Weight -> the bias that shares its block."""
         if not getattr(self, "joint", False) or not params:
             return {}
         group, layers = groups_of(params[0].program, self.requires)[0], dict[str, Layer]()
         for p in params:
             uses = self._uses(p)
-            layer = self._layer(p, _distinct(uses, group)) if uses else None
+            layer = self._layer(p, _distinct_uses(uses, group)) if uses else None
             layers |= {p.name: layer} if layer is not None else {}
         return partners(params[0].program, layers)
 
@@ -106,10 +106,10 @@ class Factored(Extension):
         groups, uses = groups_of(param.program, self.requires), self._uses(param)
         if not uses:
             return self._unreached(param)
-        found = {g: self._layer(param, _distinct(uses, g)) for g in groups}
+        found = {g: self._layer(param, _distinct_uses(uses, g)) for g in groups}
         layers = {g: layer for g, layer in found.items() if layer is not None}
         if not layers:
-            return self._other(param)
+            return self._factors_without_layer(param)
         layer, sharing = layers[groups[0]], self.weight_sharing
         if sharing == "backpack":
             sharing = "convolution" if layer.single_convolution else "expand"
@@ -120,17 +120,17 @@ class Factored(Extension):
         _record(param, layer, f"{sharing}, with '{bias}'" if bias is not None else sharing)
         for factor in factors:
             factor.meta["symmetric"] = factor.meta["val"].ndim == 2
-        arrangement = layer.arrangement if bias is None else self._joined(param, layer.arrangement, bias)
+        arrangement = layer.arrangement if bias is None else self._joint_arrangement(param, layer.arrangement, bias)
         return self._of_layer(param, layers, Kronecker(factors, arrangement))
 
-    def _joined(self, param: Param, weight: Arrangement, bias: str) -> Joint:
+    def _joint_arrangement(self, param: Param, weight: Arrangement, bias: str) -> Joint:
         other = Param(param.program, bias, self)
-        uses = _distinct(self._uses(other), groups_of(param.program, self.requires)[0])
+        uses = _distinct_uses(self._uses(other), groups_of(param.program, self.requires)[0])
         layer = self._layer(other, uses)
         return Joint(weight, layer.arrangement, bias)  # type: ignore[union-attr]
 
     def _layer(self, param: Param, uses: list[Use]) -> Layer | None:
-        """The layer that a parameter is, None for one that has its exact block."""
+        """The layer of a parameter, None if it has none."""
         try:
             return read(tuple(param.node.meta["val"].shape), uses, param.program.rules)
         except NoLayer as why:
@@ -143,8 +143,8 @@ class Factored(Extension):
                 f'Way out: {name}(others="exact") gives its exact block, {name}(others="skip") leaves it out.'
             ) from why
 
-    def _other(self, param: Param) -> Kronecker | Eigenbasis | None:
-        """A parameter that is no layer."""
+    def _factors_without_layer(self, param: Param) -> Kronecker | Eigenbasis | None:
+        """The factors of a parameter that is no layer, by `others`."""
         shape = tuple(param.node.meta["val"].shape)
         exact = self.others == "exact" or sum(s > 1 for s in shape) <= 1
         if self.others == "skip":
@@ -181,8 +181,8 @@ class Factored(Extension):
         return factors
 
 
-def _distinct(uses: list[Use], group: Group) -> list[Use]:
-    """The uses of a parameter, each once, with the columns of `group` where it has them: a sweep of its own makes it anew."""
+def _distinct_uses(uses: list[Use], group: Group) -> list[Use]:
+    """The uses of a parameter, each once: of those that several sweeps made, the one with the columns of `group`."""
     found: dict[Any, Use] = {}
     for use in uses:
         where = (use.op, use.value, use.path) if use.op is not None else id(use)
@@ -200,7 +200,7 @@ def dtype_of(param: Param) -> torch.dtype:
 
 
 def flat(param: Param) -> Arrangement:
-    """Columns and samples as one axis."""
+    """The flattened parameter as a column: all of its entries are outputs."""
     shape = tuple(param.node.meta["val"].shape)
     return Arrangement(shape, (prod(shape),), (0,))
 
@@ -211,7 +211,7 @@ def source_of(param: Param, use: LayerUse, group: Group) -> tuple[Factor, fx.Nod
 
 
 def _outputs(param: Param, layer: Layer, group: Group, sharing: str) -> fx.Node:
-    """B of the columns of one group."""
+    """B from the columns of one group."""
     given = [(*source_of(param, u, group), u.rows) for u in layer.uses if group in u.use.groups]
     if not given:
         return param.emit(_square_zeros, param.node, layer.arrangement.rows)
@@ -220,7 +220,7 @@ def _outputs(param: Param, layer: Layer, group: Group, sharing: str) -> fx.Node:
 
 
 def _fold(program: Program, group: Group) -> tuple[int, int] | None:
-    """(axis, classes): how exact columns [V] are classes times positions, with the positions at `axis`."""
+    """(axis, classes): how exact columns [V] split into classes and positions, the latter at `axis`."""
     term = program.analysis.terms[group.term]
     if not KINDS[group.kind].by_class:
         return None
@@ -233,7 +233,7 @@ def _fold(program: Program, group: Group) -> tuple[int, int] | None:
 
 
 def _record(param: Param, layer: Layer, sharing: str) -> None:
-    """What is computed goes into the report, though there was nothing to choose."""
+    """Enter the computation into the report, though there was nothing to choose."""
     cost = Cost(0, 0)
     for u in layer.uses:
         d = dims(pytree.tree_map(lambda n: n.meta["val"] if isinstance(n, fx.Node) else n, u.use.factor))
@@ -249,7 +249,7 @@ def _record(param: Param, layer: Layer, sharing: str) -> None:
 
 
 def _note(param: Param, what: str) -> None:
-    """What became of a parameter that is no layer; what it costs has a row of its own."""
+    """Enter into the report how a parameter is treated; its cost has a row of its own."""
     savefield = param.origin()["savefield"]
     program = param.program
     program.decisions.append(
@@ -298,12 +298,12 @@ def _moment_of_inputs(f: Any, embed: Embed | None, dtype: torch.dtype, joint: bo
 
 
 def with_ones(a: Tensor) -> Tensor:
-    """[*, in] -> [*, in + 1]: what a bias multiplies, beside what its weight does."""
+    """[*, in] -> [*, in + 1]: append the one that the bias multiplies."""
     return torch.nn.functional.pad(a, (0, 1), value=1.0)
 
 
 def _counts(f: Gather, dtype: torch.dtype) -> Tensor:
-    """How often each sample looks up each row, [N, rows]; never the padding."""
+    """How often each sample looks up each row, [N, rows]; look-ups of the padding do not count."""
     counted = (f.index != f.padding).to(dtype)
     return counted.new_zeros(f.index.shape[0], f.rows).scatter_add(1, f.index, counted)
 
@@ -328,12 +328,12 @@ def _moment(rows: Tensor) -> Tensor:
 
 
 def embedded(t: Tensor, embed: Embed | None, dim: int) -> Tensor:
-    """`m` with rows and columns of zeros where an embedding or slice leaves entries out."""
+    """`t` with zeros along `dim` where a slice leaves features out."""
     return t if embed is None else embed(t, dim)
 
 
 def entries(p: Tensor) -> Tensor:
-    """[V, N, *P] -> [V, N, entries of the parameter], which may have no dimension."""
+    """[V, N, *P] -> [V, N, entries]; the parameter may be 0-dim."""
     return p.flatten(2) if p.ndim > 2 else p.unsqueeze(2)
 
 

@@ -1,7 +1,7 @@
-"""Individual gradients and what is made of them.
+"""Individual gradients and quantities made of them.
 
 Under `compile(sample="token")` the individual gradients are g_{n,t}, those of the loss at each position of the model's
-output [N, T, C], through every position that it depends on. N is two axes then, [N, T].
+output [N, T, C], through every position that it depends on. N then stands for two axes, [N, T].
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _variance(squares: Tensor, total: Tensor, samples: int, positions: int) -> T
 
 @dataclass(frozen=True)
 class GradMoments(Extension):
-    """[sum_n g_n^2, sum_n g_n, N], of [*P], [*P] and []: what a variance is made of, and batches add up."""
+    """[sum_n g_n^2, sum_n g_n, N], of shapes [*P], [*P] and []: sums over batches that make a variance."""
 
     savefield = "grad_moments"
     combine = (Combine("sum", 2), Combine("sum", 1), Combine("sum", 0))

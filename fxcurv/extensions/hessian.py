@@ -1,4 +1,4 @@
-"""The Hessian's diagonal, exact for any op and any reuse of a parameter (Dangel et al. 2020; see `passes.curvature`)."""
+"""The Hessian's diagonal, exact for any op and reuse of a parameter (Dangel et al. 2020; `walks.columns.residuals`)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fxcurv.ir.program import Program, is_active, is_sharded
 from fxcurv.quantity import HessianFactors
 from fxcurv.rules.base import rule_of
 
-# A regulariser that couples a parameter's entries takes one Hessian-vector product per entry.
+# Most entries of a parameter that a regulariser may couple: it then takes a Hessian-vector product per entry.
 COUPLED = 4096
 
 
 @dataclass(frozen=True)
 class DiagHessian(Extension):
-    """diag of the Hessian of L, [*P], with the curvature of a regulariser. Samples may interact."""
+    """diag of the Hessian of L, [*P], including the curvature of a regulariser. Samples may interact."""
 
     savefield = "diag_h"
     combine = (Combine("sum"),)
@@ -34,15 +34,15 @@ class DiagHessian(Extension):
         if not _read_past_the_heads(param):
             return param.contract(power=2, reduce="vn")
         if param.node not in ancestors(param.program.heads):
-            # with f held constant, it is all; the walk has parts of it
-            return _of_regulariser(param)
+            # f does not depend on the parameter, so this is all of it; the walk has parts of it
+            return _regulariser_diagonal(param)
         _check_apart(param)
-        return param.emit(torch.add, param.contract(power=2, reduce="vn"), _of_regulariser(param))
+        return param.emit(torch.add, param.contract(power=2, reduce="vn"), _regulariser_diagonal(param))
 
 
 @dataclass(frozen=True)
 class BatchDiagHessian(Extension):
-    """diag of the Hessian of every sample's loss, [N, *P]; nothing of a regulariser."""
+    """diag of the Hessian of every sample's loss, [N, *P], without that of a regulariser."""
 
     savefield = "diag_h_batch"
     combine = (Combine("rows"),)
@@ -61,17 +61,17 @@ class BatchDiagHessian(Extension):
 
 
 def _read_past_the_heads(param: Param, end: fx.Node | None = None) -> bool:
-    """Whether the loss, or a part of it, reads a parameter beside the model's output."""
+    """Whether the loss, or a part of it, reads a parameter directly, not through the model's output."""
     return any(param.node in node.all_input_nodes for node in _past_the_heads(param.program, end))
 
 
 def _read_by_samples(param: Param) -> bool:
-    """Whether what the loss computes for every sample beside the model's output depends on a parameter."""
+    """Whether the loss computes a value per sample that reads a parameter directly, not through the model's output."""
     return any(is_sharded(n) and _read_past_the_heads(param, n) for n in _past_the_heads(param.program))
 
 
 def _check_apart(param: Param) -> None:
-    """Refuse a parameter of f that a loss op in closed form also depends on beside f: the walk would count it twice."""
+    """Refuse a parameter that a loss op in closed form reads through f and directly: the walk would count it twice."""
     terms = [t.node for t in param.program.analysis.terms if t.node is not None]
     at = next((node for node in terms if _read_past_the_heads(param, node)), None)
     if at is not None:
@@ -81,11 +81,11 @@ def _check_apart(param: Param) -> None:
         )
 
 
-def _of_regulariser(param: Param) -> fx.Node:
+def _regulariser_diagonal(param: Param) -> fx.Node:
     """The diagonal of d^2 r / d param^2, where r is the loss with f held constant."""
     program = param.program
     inner = _past_the_heads(program)
-    at = _coupled(program, param.node, inner)
+    at = _coupling_op(program, param.node, inner)
     if at is not None:
         raise ExtensionError(
             f"{locate(at)}\n"
@@ -104,7 +104,7 @@ def _of_regulariser(param: Param) -> fx.Node:
 
 
 def _past_the_heads(program: Program, end: fx.Node | None = None) -> list[fx.Node]:
-    """What computes the loss, or a part of it, from f."""
+    """The nodes that compute the loss, or a part of it, from f."""
     found, stack = set(), [end or program.loss]
     while stack:
         node = stack.pop()
@@ -114,8 +114,8 @@ def _past_the_heads(program: Program, end: fx.Node | None = None) -> list[fx.Nod
     return [n for n in program.graph.nodes if n in found]
 
 
-def _coupled(program: Program, param: fx.Node, inner: list[fx.Node]) -> fx.Node | None:
-    """Where the loss is no sum of a function of the output, which depends on `param`, and one of `param` itself."""
+def _coupling_op(program: Program, param: fx.Node, inner: list[fx.Node]) -> fx.Node | None:
+    """The op that keeps the loss from being a sum of a function of the output and one of `param` itself; else None."""
     of_output = {h for h in program.heads if param in ancestors([h])}
     of_param = {param}
     for node in inner:
@@ -131,12 +131,12 @@ def _coupled(program: Program, param: fx.Node, inner: list[fx.Node]) -> fx.Node 
     return None
 
 
-# what entry i of a value is a function of: entry i of the parameter, one of its entries, any number of them
+# entry i of a value is a function of: entry i of the parameter, one of its entries, any number of them
 OWN, ONE, MANY = range(3)
 
 
 def _separable(param: Param, inner: list[fx.Node]) -> bool:
-    """Whether the Hessian in the parameter is diagonal by construction: what joins entries is linear from there on."""
+    """Whether the Hessian in the parameter is diagonal by construction: ops on joined entries are all linear."""
     reads = {param.node: OWN}
     for node in inner:
         given = {source: reads[source] for source in node.all_input_nodes if source in reads}

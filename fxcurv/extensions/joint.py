@@ -1,6 +1,6 @@
-"""Which bias belongs to which weight: their block is one, with the inputs [a, 1] and the columns b of the weight.
+"""Which bias belongs to which weight: both share one block, with the weight's inputs as [a, 1] and its columns b.
 
-P[v,n] = sum_s b [a, 1]^T holds where every use of the weight has its output raised by the bias: by the same op (a linear
+P[v,n] = sum_s b [a, 1]^T holds if the bias is added to the output of every use of the weight: by the same op (a linear
 layer, a convolution), or by a sum right behind it (x @ W + c).
 """
 
@@ -20,9 +20,9 @@ from fxcurv.rules.traits import WEIGHTS, plain_sum
 
 
 def partners(program: Program, layers: Mapping[str, Layer]) -> dict[str, str]:
-    """Weight -> the bias whose uses are those of the weight, one for one, in the same rows.
+    """Weight -> the bias that is added once at each of its uses, in the same rows.
 
-    A weight that is looked up has none: there the factor A of both together would be no diagonal.
+    A weight that is looked up has none: the factor A of both together would not be diagonal.
     """
     weights = {name: w for name, w in layers.items() if not w.bias and not isinstance(w.uses[0].use.factor, Gather)}
     found: dict[str, str] = {}
@@ -35,14 +35,14 @@ def partners(program: Program, layers: Mapping[str, Layer]) -> dict[str, str]:
 
 def _alike(program: Program, weight: Layer, bias: Layer) -> bool:
     rows = {u.use.op: u.rows for u in weight.uses}
-    ops = [_raised(program, u, rows) for u in bias.uses]
+    ops = [_op_with_bias(program, u, rows) for u in bias.uses]
     once = len(rows) == len(weight.uses) == len(ops) == len(set(ops)) and None not in ops
     same = once and all(rows[op] == u.rows for op, u in zip(ops, bias.uses, strict=True))
     return same and weight.arrangement.rows == bias.arrangement.rows
 
 
-def _raised(program: Program, bias: LayerUse, ops: Mapping[Any, Any]) -> fx.Node | None:
-    """The one of `ops` to whose output a bias is added."""
+def _op_with_bias(program: Program, bias: LayerUse, ops: Mapping[Any, Any]) -> fx.Node | None:
+    """The one of `ops` to whose output the bias is added; else None."""
     op = bias.use.op
     if op in ops:
         return op
@@ -61,7 +61,7 @@ def _raised(program: Program, bias: LayerUse, ops: Mapping[Any, Any]) -> fx.Node
 
 
 def _along(op: fx.Node, bias: LayerUse, node: fx.Node, axis: int) -> bool:
-    """Whether a bias of the sum `op` lies along `axis` of `node`, which gets there in order, its last axis as it is."""
+    """Whether a bias of the sum `op` lies along `axis` of `node`, which reaches the sum in order through views."""
     sizes, summed = _sizes(node), _sizes(op)
     axis, channel = axis % len(sizes), bias.at[1] if bias.at is not None else None
     if channel is None:  # one number

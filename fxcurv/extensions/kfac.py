@@ -8,10 +8,9 @@ P[v,n] = sum_s b a^T. With S positions of all uses together, the block B (x) A i
     "expand"        1/(N S) sum_{n,s} a a^T                    sum_{v,n,s} b b^T
     "reduce"        1/N     sum_n (mean_s a)(mean_s a)^T       sum_{v,n} (sum_s b)(sum_s b)^T
 
-which are one and the same where S = 1; over several batches B is a sum, and A a mean. With `joint` a weight and its bias are one
-matrix [out, in + 1], and a is [a, 1] everywhere. `weight_sharing="backpack"` is
-"convolution" for a convolution that is used once and has no groups, and "expand" for everything else. Inputs are averaged
-over groups.
+All three are the same where S = 1. Over several batches B is a sum, and A a mean. With `joint` a weight and its bias
+are one matrix [out, in + 1], and a becomes [a, 1] everywhere. `weight_sharing="backpack"` is "convolution" for a
+convolution that is used once and has no groups, and "expand" for everything else. Inputs are averaged over groups.
 """
 
 from __future__ import annotations
@@ -52,22 +51,25 @@ def _sampled(extension: KFAC | EKFAC) -> Quantity:
 class KFAC(Factored):
     """Kronecker factors from sampled columns: `Kronecker` [B, A] for a weight, [B] for a bias and for all else (`others`).
 
-    B: [out, out]; A: [in, in], or [in] for an embedding, whose A is diagonal (its diagonal, under "reduce").
+    B: [out, out]; A: [in, in], or [in] for an embedding, whose A is diagonal (under "reduce", cut to its diagonal).
 
     Args:
         mc_samples: number of sampled columns.
         weight_sharing: "backpack", "expand" or "reduce": how shared positions are approximated, see the module.
         fisher: "mc" for sampled columns, "empirical" for the gradient in their place.
-        others: what a parameter has that is no layer's weight or bias: "exact", its exact block [B] of the flattened
-            parameter, B [numel, numel]; "auto" (default), that where it has one axis (a norm's scale, which costs what a
-            factor A beside it costs), else the diagonal of its block, a vector [B], B [numel] (a tied embedding, a table of
-            positions); "skip", nothing, the result leaves it out; "error", it is refused by name. The report says which.
-        assign: under `mesh=`, who has the sums over all ranks: "all" ranks, or of each of the "layers" one rank, with tensors
-            without values elsewhere (`kronecker.Owner`); `kronecker.Blocks` takes each inverse there. No effect without a mesh.
-        joint: one block for a layer's weight and bias, B (x) A with A [in + 1, in + 1] of the inputs and a one. It is the
-            weight's entry, whose arrangement is a `kronecker.Joint`; the bias' entry is `kronecker.Within(weight)`. A bias goes
-            with a weight where the same op, or a sum right behind it, adds it at every use (and both are among `params`); any
-            other has its own block, as have the weights of embeddings. The report says which.
+        others: how parameters are treated that are no layer's weight or bias. "exact": the exact block [B] of the
+            flattened parameter, B [numel, numel]. "auto" (default): the exact block for a parameter with one axis (a
+            norm's scale, where it costs as much as the A of a layer nearby), else the diagonal of the block, [B] with a
+            vector B [numel] (a tied embedding, a table of positions). "skip": the result leaves them out. "error": they
+            are refused by name. The report says which.
+        assign: under `mesh=`, who has the sums over all ranks: "all" ranks; or with "layers" one rank for each layer,
+            where the others have tensors without values (`kronecker.Owner`), and `kronecker.Blocks` inverts each block
+            on its owner. No effect without a mesh.
+        joint: one block for a layer's weight and bias, B (x) A with A [in + 1, in + 1] of the inputs and a one. It is
+            the weight's entry, whose arrangement is a `kronecker.Joint`; the bias' entry is `kronecker.Within(weight)`.
+            A bias belongs to a weight if the same op, or a sum right behind it, adds it at every use (and both are
+            among `params`). Other biases have blocks of their own, and so have the weights of embeddings. The report
+            says which.
     """
 
     mc_samples: int = 1
@@ -110,7 +112,7 @@ class KFLR(Factored):
 
     @property
     def shows_columns(self) -> bool:
-        """A sum of columns over the positions of the loss depends on which columns they are."""
+        """Under "reduce", columns are summed over positions of the loss, which depends on the root that they are."""
         return self.weight_sharing == "reduce"
 
 
@@ -192,12 +194,12 @@ class EKFAC(Factored):
 
 
 def vectors_of(factors: Kronecker | Within) -> Kronecker | Within:
-    """The eigenvectors of each factor; of a bias that is part of another block the same."""
+    """The eigenvectors of each factor; a bias `Within` another block stays as it is."""
     return factors if isinstance(factors, Within) else Kronecker(map(_eigenvectors, factors), factors.arrangement)
 
 
 class Bases:
-    """Parameter name -> its eigenvectors [Q_B, Q_A]; equal to itself alone."""
+    """Parameter name -> its eigenvectors [Q_B, Q_A]; an object is equal only to itself."""
 
     def __init__(self, of: dict[str, Any]):
         self.of = of
@@ -205,7 +207,7 @@ class Bases:
 
 @dataclass(frozen=True)
 class MomentsIn(EKFAC):
-    """EKFAC's lambda in eigenvectors that are given, those of a data set, say; a sum over samples.
+    """EKFAC's lambda in a given eigenbasis (that of a data set, say): a sum over samples.
 
     Args:
         bases: the eigenvectors of every parameter.

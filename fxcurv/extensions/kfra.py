@@ -61,7 +61,7 @@ class KFRA(Factored):
         return Kronecker(factors, layer.arrangement)
 
     def _single(self, param: Param, readers: list[fx.Node]) -> tuple[Layer, LayerUse]:
-        """The layer that a parameter is, with its only use."""
+        """The layer of a parameter, and its only use."""
         uses = [u for u in param.program.walked.uses[param.name] if GRADIENT in u.groups]
         try:
             if len(readers) > 1:
@@ -81,7 +81,7 @@ class KFRA(Factored):
 
 
 def _readers(param: Param, found: dict[fx.Node, Matrix]) -> list[fx.Node]:
-    """The ops on the chain that read a parameter, once for every argument that does."""
+    """The ops on the chain that read a parameter, once for every argument that is the parameter."""
     places: dict[tuple[fx.Node, int], None] = {}
     seen, stack = {param.node}, [param.node]
     while stack:
@@ -101,7 +101,7 @@ def _per_sample(node: fx.Node) -> bool:
 
 
 def _record(param: Param, layer: Layer, m: fx.Node) -> None:
-    """What is computed goes into the report, though there was nothing to choose."""
+    """Enter the computation into the report, though there was nothing to choose."""
     size = m.meta["val"].shape[0]
     d = dims(pytree.tree_map(lambda n: n.meta["val"] if isinstance(n, fx.Node) else n, layer.uses[0].use.factor))
     inputs = 0 if layer.bias else 2 * d.n * d.s * d.i**2

@@ -1,7 +1,7 @@
-"""Layers: parameters that enter a matrix product, as its weight [out, in] or as what is added to its output.
+"""Layers: parameters that are the weight [out, in] of a matrix product, or the bias that is added to its output.
 
-Kronecker factors ask for more than P: which axes of the parameter are outputs and which inputs, the inputs `a` at the
-shared positions, and the columns `b` there. A prefix between parameter and op that only moves elements is
+Kronecker factors need more than P: which axes of the parameter are outputs and which inputs, the inputs `a` at the
+shared positions, and the columns `b` there. Ops between the parameter and its layer that only move elements are
 followed by the strides of a view, so a transposed weight or a slice of a joint projection is a layer as well.
 """
 
@@ -29,7 +29,7 @@ from fxcurv.walks.uses import Use
 
 aten = torch.ops.aten
 
-# Elements of all patches from which they are not written at once: what the C library's allocator keeps, in float32.
+# Patches with more elements are not written all at once: the C library's allocator keeps that much, in float32.
 LARGE = 1 << 23
 
 
@@ -39,14 +39,14 @@ class NoLayer(Exception):
 
 @dataclass(frozen=True)
 class Embed:
-    """Features of a slice among all: those at start, start + step, ... of `total`; None is everything."""
+    """Where a slice's features are among all `total`: at start, start + step, ...; None stands for all features."""
 
     start: int
     step: int
     total: int
 
     def __call__(self, t: Tensor, dim: int) -> Tensor:
-        """Zeros elsewhere."""
+        """`t` at these features along `dim`, zeros elsewhere."""
         shape = list(t.shape)
         shape[dim] = self.total
         stop = self.start + self.step * (t.shape[dim] - 1) + 1
@@ -57,8 +57,8 @@ class Embed:
 class LayerUse:
     """One use of a layer: where its rows and columns are in the arrangement, and how `b` is read.
 
-    `at`: (placement of the op's output, its axis that holds the features or None) when b is read from the columns
-    there, which a layer's weight and bias then share; None when it is the factor's own.
+    `at`: (placement of the op's output, the axis of its features or None) if b is read from the columns there, which a
+    layer's weight and bias then share; None if it is read from the factor.
     """
 
     use: Use
@@ -68,7 +68,7 @@ class LayerUse:
 
     @property
     def source(self) -> Any:
-        """What `features` reads, [V, ...]."""
+        """The value that `features` reads, [V, ...]."""
         if self.at is None:
             return self.use.factor.g
         c = self.use.cotangent
@@ -77,7 +77,7 @@ class LayerUse:
 
 @dataclass(frozen=True)
 class Layer:
-    """All uses of a parameter, of one kind: a weight's or a bias's."""
+    """All uses of a parameter, which are all those of a weight or all those of a bias."""
 
     arrangement: Arrangement
     uses: tuple[LayerUse, ...]
@@ -85,13 +85,13 @@ class Layer:
 
     @property
     def single_convolution(self) -> bool:
-        """Used once, by a convolution without groups."""
+        """Whether it is used once, by a convolution without groups."""
         conv = convolution(self.uses[0].use.op)
         return len(self.uses) == 1 and conv is not None and conv.groups == 1
 
 
 def read(shape: tuple[int, ...], uses: list[Use], rules: dict) -> Layer:
-    """The layer that a parameter of this shape is.
+    """The layer of a parameter of this shape.
 
     Raises:
         NoLayer: with the reason.
@@ -108,11 +108,11 @@ def read(shape: tuple[int, ...], uses: list[Use], rules: dict) -> Layer:
         columns = _embed(ins, offset, arrangement, strides, arrangement.inputs)
         if columns is not None and isinstance(u.factor, Gather):
             raise NoLayer("an embedding reads only part of it")
-        found.append(LayerUse(u, rows, columns, _at(u, channel)))
+        found.append(LayerUse(u, rows, columns, _features_at(u, channel)))
     return Layer(arrangement, tuple(found), bias)
 
 
-def _at(use: Use, channel: tuple) -> tuple[Shard, int | None] | None:
+def _features_at(use: Use, channel: tuple) -> tuple[Shard, int | None] | None:
     if not channel:
         if use.op.target not in BIASES or not is_weight(use):
             return None
@@ -122,12 +122,12 @@ def _at(use: Use, channel: tuple) -> tuple[Shard, int | None] | None:
 
 
 def is_weight(use: Use) -> bool:
-    """Whether the op reads the parameter as its weight, of which the output's axis of features is known."""
+    """Whether the op reads the parameter as its weight, and is one whose output's axis of features is known."""
     return use.op.target in WEIGHTS and canonical_args(use.op)[WEIGHTS[use.op.target][0]] is use.value
 
 
 def _bias_channel(use: Use) -> tuple:
-    """(the output's axis that a bias lies along or None,), () for what is no bias."""
+    """(the output's axis along which a bias lies, or None for a single number,); () if the use is no bias."""
     if use.op is None or use.cotangent is None:
         return ()
     value, args = use.value.meta["val"], canonical_args(use.op)
@@ -158,7 +158,7 @@ def _axes(use: Use, shape: tuple[int, ...], bias: bool, rules: dict) -> tuple[Ax
             view = _follow(node, view, rules)
         sizes, outs, ins = _roles(use, tuple(view.shape), bias)
         view = view.view(sizes)
-    except RuntimeError as error:  # torch: the view is no map of strides
+    except RuntimeError as error:  # of PyTorch: strides cannot express the view
         raise NoLayer("it is rearranged on the way to its op") from error
     pick = lambda axes: [(view.shape[d], view.stride(d)) for d in axes if view.shape[d] > 1]  # noqa: E731
     return pick(outs), pick(ins), view.storage_offset()
@@ -238,7 +238,7 @@ def inputs(factor: Dense | Conv) -> Tensor:
 
 
 def scattered(f: Conv) -> Tensor:
-    """What a transposed convolution multiplies at every position of its output, [B, C * prod(kernel), prod(out)]."""
+    """The inputs of a transposed convolution at each position of its output, [B, C * prod(kernel), prod(out)]."""
     channels, kernel = f.a.shape[1], prod(f.kernel)
     each = torch.eye(kernel, dtype=f.a.dtype, device=f.a.device).reshape(1, kernel, *f.kernel)
     each = each.repeat(channels, *[1] * (each.ndim - 1))
@@ -273,7 +273,7 @@ def first_moment(factor: Dense | Conv) -> tuple[Tensor, Tensor]:
 
 
 def _moment_of_patches(x: Tensor, out: Sequence[int], window: Sequence[Sequence[int]]) -> Tensor:
-    """The same of a convolution's input, its patches written at once, in the order that copies the longest runs."""
+    """`second_moment` of a convolution: all patches written at once, in the order that copies the longest runs."""
     dims, kernel, channels = len(out), prod(window[0]), x.shape[1]
     outs, kernels = range(2, 2 + dims), range(2 + dims, 2 + 2 * dims)
     patches = windows(x, out, *window)
@@ -284,12 +284,12 @@ def _moment_of_patches(x: Tensor, out: Sequence[int], window: Sequence[Sequence[
 
 
 def gram(rows: Tensor) -> Tensor:
-    """rows^T rows, one triangle of it computed where a block of it is worth a product of its own."""
+    """rows^T rows; only one triangle is computed, where it is large enough for blocks of products."""
     return syrk(rows.t()) if rows.shape[1] >= FEW else rows.t() @ rows
 
 
 def averaged(a: Tensor) -> Tensor:
-    """[N, S, K, I] -> [N, S, I]."""
+    """[N, S, K, I] -> [N, S, I], the mean over groups."""
     return a.squeeze(2) if a.shape[2] == 1 else a.mean(2)
 
 

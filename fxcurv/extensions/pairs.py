@@ -26,10 +26,10 @@ from fxcurv.walks.groups import groups_of
 class GramGrad(Extension):
     """The Gram matrix of the individual gradients of one parameter, <g_n, g_m>, [N, N]; by token [N, T, N, T].
 
-    Of a matrix product with S positions it is sum_{s,t} <a_{n,s}, a_{m,t}> <b_{n,s}, b_{m,t}>, where that is cheaper than blocks
-    of P: the report says which. Summed over parameters it is that of the whole gradients, the empirical tangent kernel
-    (Dangel et al. 2022, ViViT). Under `mesh=`, this and the others here have a row for each sample of this process, and a column
-    for each of all of them.
+    For a matrix product with S positions it is computed as sum_{s,t} <a_{n,s}, a_{m,t}> <b_{n,s}, b_{m,t}>, if that is
+    cheaper than by blocks of P: the report says which. Its sum over parameters is the Gram matrix of the whole
+    gradients, the empirical tangent kernel (Dangel et al. 2022, ViViT). Under `mesh=`, this and the other Gram matrices
+    here have a row for each sample of this process, and a column for each sample of all.
     """
 
     savefield = "gram_grad"
@@ -44,7 +44,7 @@ class GramGrad(Extension):
 
 @dataclass(frozen=True)
 class _OfRoots(Extension):
-    """Shared by what is made of the inner products of a root's columns.
+    """Base of the quantities that are made of inner products of a root's columns.
 
     Args:
         mc_samples: number of sampled columns; None for the exact ones.
@@ -89,9 +89,10 @@ class GramGGN(_OfRoots):
 class EighGGN(_OfRoots):
     """The largest eigenvalues of the Gauss-Newton, its eigenvectors e_k, [K, *P], and derivatives along them.
 
-    By the Gram matrix of the root's columns, which is small where samples times outputs are few. It is one matrix over all
-    parameters of the extension, so `params=` says of which block; e_k are unit vectors over these together, each up to its
-    sign. Where fewer than K eigenvalues are above rounding, the rest are zero, and so are their e_k.
+    They are computed from the Gram matrix of the root's columns, which is small if samples times outputs are few. There
+    is one matrix for all parameters of the extension, so `params=` chooses the block; e_k are unit vectors over these
+    together, each up to its sign. If fewer than K eigenvalues are above rounding, the others are zero, and so are their
+    e_k.
 
     Also sets `result.<savefield>_values` [K], descending; `_first` [N, K], <g_n, e_k>; `_second` [N, K], e_k^T G_n e_k of the
     sample's own Gauss-Newton. Summed over samples, these are <grad, e_k> and the eigenvalues (ViViT, eq. 6 and 7, has N times
@@ -99,7 +100,7 @@ class EighGGN(_OfRoots):
 
     Args:
         top: K.
-        mc_samples: number of sampled columns, whose Gauss-Newton it then is; None for the exact one.
+        mc_samples: number of sampled columns, for the Gauss-Newton that they estimate; None for the exact one.
     """
 
     top: int = 10
@@ -117,13 +118,13 @@ class EighGGN(_OfRoots):
         gram = paired(first, Shard(1), sum_of, [pair(p, groups, groups) for p in params])
         slopes = paired(first, Shard(1), sum_of, [pair(p, [GRADIENT], groups) for p in params])
         if across(first.program.options.ranks):
-            # every rank takes the eigendecomposition of all samples, and its own of the rest
+            # every rank decomposes the matrix of all samples, and computes the rest for its own
             found = paired(first, [REPLICATE] * 3, _eigenpairs, rows_of_all(first, gram, 1), self.top)
             values, weights, second = (paired(first, REPLICATE, operator.getitem, found, k) for k in range(3))
             here = [gram, first_sample(first.program)]
             own, second = (
-                paired(first, Shard(2), _own, weights, *here, 2),
-                paired(first, Shard(0), _own, second, *here, 0),
+                paired(first, Shard(2), _own_samples, weights, *here, 2),
+                paired(first, Shard(0), _own_samples, second, *here, 0),
             )
         else:
             values, weights, second = first.emit(_eigenpairs, gram, self.top)
@@ -137,8 +138,8 @@ class EighGGN(_OfRoots):
 class NTK(Extension):
     """The Gram matrix of the outputs' derivatives in one parameter, [N, *f.shape[1:], N, *f.shape[1:]]. Needs no loss.
 
-    Summed over parameters it is the empirical neural tangent kernel (Jacot et al. 2018). [N, C, *P] is not formed for what has
-    factors. For two batches, and without the kernel as a whole, see `fxcurv.linear.NTK`.
+    Its sum over parameters is the empirical neural tangent kernel (Jacot et al. 2018). [N, C, *P] is not formed for
+    parameters that have factors. `fxcurv.linear.NTK` takes two batches, and does not form the kernel.
     """
 
     savefield = "ntk"
@@ -153,7 +154,7 @@ class NTK(Extension):
 
 
 class Vectors(Mapping):
-    """Parameter name -> vectors [Q, *P]; equal to itself alone."""
+    """Parameter name -> vectors [Q, *P]; an object is equal only to itself."""
 
     def __init__(self, of: Mapping[str, Tensor]):
         self._of = dict(of)
@@ -171,7 +172,7 @@ class Vectors(Mapping):
     __eq__ = object.__eq__
 
     def __repr__(self) -> str:
-        """By value, so that the state of a pass over data knows them again."""
+        """Show values, so that the state of a pass over data recognises equal vectors."""
         marks = [f"{name}{list(t.shape)} {float(t.double().norm()):.17g}" for name, t in self._of.items()]
         return f"Vectors({', '.join(marks)})"
 
@@ -181,7 +182,7 @@ class PerSample(Extension):
     """Rows per sample that add up over parameters.
 
     Args:
-        total: the sum over the parameters alone, as `result.<savefield>_total`; the field is empty then.
+        total: give only the sum over the parameters, as `result.<savefield>_total`; the field itself is then empty.
     """
 
     total: bool = field(default=False, kw_only=True)
@@ -207,13 +208,13 @@ class PerSample(Extension):
 class Dots(PerSample):
     """Inner products of the individual gradients with vectors, <g_n, v_q> of one parameter, [N, Q]; by token [N, T, Q].
 
-    [N, *P] is not formed for matrix products, nor for many samples by `fxcurv.over`, where these are influence scores of a
-    data set. Sum over parameters for those of whole gradients (`total=True`).
+    [N, *P] is not formed for matrix products. By `fxcurv.over`, where these are influence scores of a data set, it is
+    formed for no more than a batch. The sum over parameters (`total=True`) is the inner product of whole gradients.
 
     Args:
-        vectors: parameter name -> [Q, *P], for every parameter that the quantity is of (`params=` says others). They are part of
-            the program, which reads them at every call: others may be written into the same tensors (`copy_`), if these are on
-            the model's device and in its dtype.
+        vectors: parameter name -> [Q, *P], for every parameter of the quantity (see `params=`). They are part of the
+            program, which reads them at every call: other values may be written into the same tensors (`copy_`), if
+            these are contiguous, on the model's device and in its dtype.
     """
 
     vectors: Any = None
@@ -254,7 +255,7 @@ def _first(t: Tensor) -> Tensor:
 
 
 def _of_gradients(gram: Tensor, rows: bool | None) -> Tensor:
-    """[1, N, 1, N] -> [N, N]; of a column per position [T, N, T, N] -> [N, T, N, T], or [T, T] of one sample's rows."""
+    """[1, N, 1, N] -> [N, N]; for a column per position [T, N, T, N] -> [N, T, N, T], or [T, T] if these are rows."""
     if rows is None:
         return gram[0, :, 0]
     return gram[:, 0, :, 0] if rows else gram.permute(1, 0, 3, 2)
@@ -275,8 +276,8 @@ def _eigenpairs(gram: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
     return values, vectors * scale.reshape(-1, 1, 1), second
 
 
-def _own(t: Tensor, gram: Tensor, first: Tensor, dim: int) -> Tensor:
-    """This rank's samples of all of them along `dim`; `gram` has its own in dimension 1."""
+def _own_samples(t: Tensor, gram: Tensor, first: Tensor, dim: int) -> Tensor:
+    """This rank's samples along `dim`, from those of all ranks; `gram` has this rank's in dimension 1."""
     return t.index_select(dim, first + torch.arange(gram.shape[1], device=t.device))
 
 

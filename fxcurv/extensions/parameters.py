@@ -13,10 +13,10 @@ Choice = str | Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 
 
 class Named(Protocol):
-    """What has parameters by name: a module, or a model with its loss."""
+    """An object that has parameters by name: a module, or a model with its loss."""
 
     def named_parameters(self, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter), every parameter once, or by all of its names."""
+        """(name, parameter): every parameter once, or once for each of its names."""
         ...
 
 
@@ -39,14 +39,14 @@ def hashable(choice: Choice, error: type[Exception], whose: str) -> Any:
 def chosen(
     choice: Any, model: Named, error: type[Exception], whose: str, among: Collection[str] | None = None
 ) -> list[str]:
-    """The trainable parameters that `choice` means, as `model.named_parameters()` names and orders them.
+    """The trainable parameters that `choice` selects, as `model.named_parameters()` names and orders them.
 
     Args:
         choice: from `hashable`; None means all.
         among: names of the parameters to choose from (None: all that are trainable).
 
     Raises:
-        error: if a name or pattern matches none of them, or a predicate takes none.
+        error: if a name or pattern matches none of them, or a predicate selects none.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     aliases: dict[str, list[str]] = {}
@@ -65,7 +65,7 @@ def chosen(
     for pattern in [choice] if isinstance(choice, str) else choice:
         matching = [n for n in aliases if any(_matches(alias, pattern) for alias in aliases[n])]
         if not set(matching) & set(trainable):
-            raise error(f"{whose}: params='{pattern}' matches {_instead(pattern, matching, aliases)}")
+            raise error(f"{whose}: params='{pattern}' matches {_suggestion(pattern, matching, aliases)}")
         found |= set(matching)
     return [n for n in trainable if n in found]
 
@@ -80,7 +80,7 @@ def _matches(name: str, pattern: str) -> bool:
     return any(prefix == pattern or fnmatchcase(prefix, pattern) for prefix in _prefixes(name))
 
 
-def _instead(pattern: str, matching: list[str], aliases: dict[str, list[str]]) -> str:
+def _suggestion(pattern: str, matching: list[str], aliases: dict[str, list[str]]) -> str:
     if matching:
         return f"no trainable parameter: {matching} are frozen, or left out by compile(params=...)"
     known = dict.fromkeys(prefix for every in aliases.values() for alias in every for prefix in _prefixes(alias))

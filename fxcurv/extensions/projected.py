@@ -1,4 +1,4 @@
-"""Individual gradients by random signs."""
+"""Random projections of individual gradients."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from fxcurv.quantity import GRADIENT
 class Projected(PerSample):
     """The individual gradients of one parameter times a random matrix, g_n R, [N, dim]; by token [N, T, dim].
 
-    The entries of R, [P, dim], are independent, +1 or -1 over sqrt(dim) with equal chance, so that inner products keep their
-    means (Achlioptas 2003; Park et al. 2023, TRAK). Each is a function of `seed`, the parameter's name, and its place: batches,
-    devices, and which parameters there are do not matter. R is made a few rows at a time; [N, *P] is not formed for matrix
-    products and for tables. Those of several parameters add up to the projection of the whole gradient (`total=True`).
+    The entries of R, [P, dim], are independent, +1 or -1 over sqrt(dim) with equal chance, so that inner products keep
+    their means (Achlioptas 2003; Park et al. 2023, TRAK). An entry is a function of `seed`, the parameter's name, and
+    its place in R: it does not depend on batches, devices and other parameters. R is made a few rows at a time; [N, *P]
+    is not formed for matrix products and for tables. The sum over parameters is the projection of the whole gradient
+    (`total=True`).
 
     Args:
         dim: number of columns.
-        seed: of the matrix, which does not depend on that of a call.
+        seed: the seed of the matrix, which does not depend on that of a call.
     """
 
     dim: int = 512
@@ -46,14 +47,14 @@ class Projected(PerSample):
             raise ExtensionError(f"Projected(seed={self.seed!r}): use an integer")
 
     def of(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same projection of vectors: parameter name -> [*P], or [K, *P], give [1, dim] or [K, dim].
+        """Project vectors by the same matrix: parameter name -> [K, *P] gives [K, dim].
 
-        Every tensor has as many vectors, along axis 0; one vector alone is `v.unsqueeze(0)`. Autograd follows it.
+        Axis 0 counts the vectors; pass a single one as `v.unsqueeze(0)`. Autograd follows it.
         """
         return {name: project(v.flatten(1), self.dim, self.key(name)) for name, v in vectors.items()}
 
     def key(self, name: str) -> int:
-        """What the signs of a parameter are made of."""
+        """The number from which the signs of a parameter are made."""
         digest = hashlib.blake2b(f"{self.seed} {name}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") >> 1
 

@@ -19,13 +19,13 @@ from fxcurv.quantity import GRADIENT
 
 
 class Metric:
-    """A `Blocks` as an argument of an extension; equal to itself alone."""
+    """A `Blocks` as an argument of an extension; an object is equal only to itself."""
 
     def __init__(self, of: Blocks):
         self.of = of
 
     def __repr__(self) -> str:
-        """By value, so that the state of a pass over data knows it again."""
+        """Show values, so that the state of a pass over data recognises an equal matrix."""
         known = self.of.factors
         return f"Metric({', '.join(f'{n} {float(eigenbasis(f)[-1].double().norm()):.17g}' for n, f in known.items())})"
 
@@ -34,12 +34,12 @@ class Metric:
 class Quadratic(PerSample):
     """g_n^T M g_n of the individual gradients of one parameter and its block of M, [N]; by token [N, T].
 
-    With M the damped inverse of a curvature matrix, the influence of a sample on itself. `total=True` gives that of the whole
-    gradients, `result.<savefield>_total`.
+    If M is the damped inverse of a curvature matrix, this is the influence of a sample on itself. `total=True` gives
+    the form of whole gradients, as `result.<savefield>_total`.
 
     Args:
-        metric: a `fxcurv.kronecker.Blocks` with a block for every parameter that the quantity is of (`params=` says others), such
-            as `Blocks(result.ekfac).inverse(damping)`. Blocks of weight and bias together need `total=True`.
+        metric: a `fxcurv.kronecker.Blocks` with a block for every parameter of the quantity (see `params=`), such as
+            `Blocks(result.ekfac).inverse(damping)`. Blocks of weight and bias together need `total=True`.
     """
 
     metric: Any = None
@@ -89,7 +89,7 @@ class Quadratic(PerSample):
 
 
 def _in_order(f: Dense, arrangement: Arrangement) -> bool:
-    """Whether the matrix of the products is that of the block, row by row."""
+    """Whether the products have the rows and columns of the block's matrix, in the same order."""
     rows = (*arrangement.outputs, *arrangement.inputs) == tuple(range(len(arrangement.sizes)))
     both = (f.g.meta["val"].shape[4], f.a.meta["val"].shape[3]) == (arrangement.rows, arrangement.columns)
     return rows and both and f.arrange.order == tuple(range(len(f.arrange.order)))

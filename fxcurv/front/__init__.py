@@ -1,1 +1,1 @@
-"""From what the user passes to a captured program."""
+"""The front end: from what the user passes to a captured program."""

@@ -1,4 +1,4 @@
-"""A call's arguments: tensors, flat, and the structures that they are in; where the samples are in each."""
+"""A call's arguments: flat lists of tensors, the structures that hold them, and the sample dimension of each tensor."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from fxcurv.ir.private import pytree
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Where the samples of an input are, if each has several rows: next to each other along one dimension.
+    """Marks an input in which every sample has several rows, next to each other along one dimension.
 
-    As an entry of `batch_dim=`: `Rows(points)` for an input [rays * points, 3] beside targets [rays, 2].
+    Pass it as an entry of `batch_dim=`: `Rows(points)` for an input [rays * points, 3] beside targets [rays, 2].
 
     Args:
         per_sample: how many rows a sample has.
-        dim: the dimension that they are along.
+        dim: the dimension that the rows lie along.
 
     Raises:
-        ArgumentError: if `per_sample` is no positive int, or `dim` no int.
+        ArgumentError: if `per_sample` is not a positive int, or `dim` not an int.
     """
 
     per_sample: int
@@ -42,7 +42,10 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Stands for the tensor with this index in a structure; `joined`: with this dimension and the next as one."""
+    """Stands in a structure for the tensor with this index.
+
+    With `joined`, that dimension of the tensor and the next are flattened into one.
+    """
 
     index: int
     joined: int | None = None
@@ -54,10 +57,10 @@ class Slot:
 
 
 class Packed(Slot):
-    """Stands for a packed sequence, whose padded rows [N, T, *] have this index, and its lengths [N] the next."""
+    """Stands for a packed sequence: its padded rows [N, T, *] have this index, its lengths [N] the next one."""
 
     def of(self, tensors: Sequence[Tensor]) -> Any:
-        """The sequence, packed: while a model is captured, as `front.packed` has it."""
+        """The packed sequence; while a model is captured, a `front.packed.Padded`."""
         rows, lengths = tensors[self.index], tensors[self.index + 1].cpu()
         return pack_padded_sequence(rows, lengths, batch_first=True, enforce_sorted=False)
 
@@ -66,9 +69,9 @@ class Packed(Slot):
 class Arguments:
     """A call's arguments: the tensors among inputs and targets, and the structures that they are in.
 
-    `inputs` and `targets` are flat lists of tensors; the templates, ((positional), {keyword}) and a tuple,
-    hold a `Slot` for each and everything else as it is. `structure` is equal where templates are.
-    Rows of an input that are several per sample (`Rows`) have come apart, [N, k] for [N * k].
+    `inputs` and `targets` are flat lists of tensors. `input_template`, ((positional), {keyword}), and
+    `target_template`, a tuple, hold a `Slot` in place of each tensor and everything else as it is. Equal templates have
+    equal `structure`. An input with several rows per sample (`Rows`) is unflattened, from [N * k] to [N, k].
     """
 
     inputs: list[Tensor]
@@ -78,22 +81,22 @@ class Arguments:
     batch_dims: list[int | None]
     structure: Any = None
     index: int | None = None
-    """Which of the inputs says the sample of every entry, where samples are merged."""
+    """Where samples are merged: which of the inputs holds the sample number of every entry."""
     edges: tuple[int, ...] = ()
-    """Which of the inputs are pairs of entries, [2, E]."""
+    """Which of the inputs are edges, pairs of entries [2, E]."""
     varying: tuple[frozenset[int], ...] = ()
-    """For every input and split target, the dimensions beside the samples' that are to be symbolic."""
+    """For every input and split target, the dimensions other than the sample dimension that are to be symbolic."""
     rows: tuple[int | None, ...] = ()
-    """How many rows a sample has in each of the inputs, where these have come apart."""
+    """For every input, the rows per sample if it was unflattened (`Rows`), else None."""
 
     def given(self) -> list[Tensor]:
-        """The inputs as the user has them."""
+        """The inputs in the shapes that the user passed."""
         triples = zip(self.inputs, self.batch_dims, self.rows, strict=True)
         return [t if k is None else Slot(0, d).of([t]) for t, d, k in triples]
 
     @functools.cached_property
     def batch_size(self) -> int:
-        """N, from the inputs that have a batch dimension; of merged samples, from the targets."""
+        """N, from the inputs that have a batch dimension; of merged samples, from targets or sample numbers."""
         if self.index is not None:
             rows = [len(t) for t in self.targets if t.ndim]
             return rows[0] if rows else int(self.inputs[self.index].max()) + 1
@@ -108,10 +111,10 @@ class Arguments:
         return sizes.pop()
 
     def target_dims(self) -> list[int | None]:
-        """For each target the dimension that follows the batch size, where there is one.
+        """The sample dimension of each target; None where there is none.
 
-        Nothing marks a target's sample dimension, so it is inferred from its sizes: the inputs' batch dimension is tried first,
-        the others in order, then sizes that are a multiple of N (positions of all samples flattened together).
+        Nothing marks it, so it is inferred from the sizes: the inputs' batch dimension is tried first, then the others
+        in order, then sizes that are a multiple of N (positions of all samples flattened together).
         """
         return self._target_dims
 
@@ -129,9 +132,9 @@ class Arguments:
         return out
 
     def split_targets(self) -> list[Tensor]:
-        """The targets as a program takes them: flattened positions of all samples come apart.
+        """The targets as a program takes them: positions of all samples that are flattened together are unflattened.
 
-        So N is a size of its own. Samples come first among positions where they come first in the inputs.
+        So N is a dimension of its own: before the positions if an input has its samples first, else after them.
         """
         n = self.batch_size
         order = (n, -1) if 0 in self.batch_dims else (-1, n)
@@ -139,15 +142,15 @@ class Arguments:
         return [t if d is None or t.shape[d] == n else t.unflatten(d, order) for t, d in pairs]
 
     def split_dims(self) -> list[int | None]:
-        """The samples' dimension in each of the split targets."""
+        """The sample dimension of each split target."""
         pairs = zip(self.targets, self.target_dims(), strict=True)
         inner = 0 not in self.batch_dims
         return [d if d is None or t.shape[d] == self.batch_size else d + inner for t, d in pairs]
 
     def along_samples(self, fn: Callable[[Tensor, int], Tensor]) -> Arguments:
-        """Other arguments, with `fn(tensor, dimension)` in place of each that has samples; they are alone on that dimension.
+        """These arguments with `fn(tensor, dimension)` in place of each tensor that has samples along `dimension`.
 
-        Positions of all samples that are flattened together come apart for it, and are flattened again.
+        Positions that are flattened together with the samples are unflattened for `fn`, and flattened again.
         """
         n, inner = self.batch_size, 0 not in self.batch_dims
 
@@ -163,7 +166,7 @@ class Arguments:
         return dataclasses.replace(self, inputs=inputs, targets=targets)
 
     def join_targets(self, split: Sequence[Tensor]) -> Any:
-        """What the loss gets, from split targets."""
+        """The arguments that the loss gets after the output, from split targets."""
         triples = zip(split, self.targets, self.target_dims(), strict=True)
         joined = [s if d is None or s.ndim == t.ndim else s.flatten(d, d + 1) for s, t, d in triples]
         return filled(self.target_template, joined)
@@ -177,13 +180,14 @@ def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any, sample_index:
 
     Raises:
         ArgumentError: if the inputs hold no tensor, or batch sizes disagree.
+        MixedSamplesError: if an edge connects different samples.
     """
     named = isinstance(inputs, Mapping)
     names = list(inputs) if named else None
     several = isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)
     values = list(inputs.values() if named else inputs if several else [inputs])
-    wanted = _per_input(batch_dim, names, len(values)) if sample_index is None else [None] * len(values)
-    tensors, templates, dims, rows = _taken_apart(values, wanted, names)
+    wanted = _batch_dim_per_input(batch_dim, names, len(values)) if sample_index is None else [None] * len(values)
+    tensors, templates, dims, rows = _flatten_inputs(values, wanted, names)
     if not tensors:
         raise ArgumentError("the inputs hold no tensor: pass a tensor, or a tuple or dict of tensors")
     input_template = ((), dict(zip(names, templates, strict=True))) if names else (tuple(templates), {})
@@ -203,17 +207,17 @@ def flatten_arguments(inputs: Any, targets: tuple, batch_dim: Any, sample_index:
         _check_edges(arguments)
         if arguments.batch_size == 0:
             raise ArgumentError("the batch is empty, and merged samples need one: pass at least one sample")
-    arguments.batch_size  # noqa: B018  (that there is one)
+    arguments.batch_size  # noqa: B018  (raises if there is none)
     if any(t.is_complex() for t in (*tensors, *target_tensors)):
         raise ArgumentError("complex tensors are not supported: split them into real and imaginary parts")
     arguments.structure = _structure(input_template, "inputs"), _structure(target_template, "targets")
     return arguments
 
 
-def _taken_apart(
+def _flatten_inputs(
     values: list[Any], wanted: list[Any], names: list[str] | None
 ) -> tuple[list[Tensor], list[Any], list[int | None], list[int | None]]:
-    """(the tensors in the inputs, the inputs' templates, each tensor's dimension of samples, its rows per sample if several)."""
+    """(tensors, template of each input, sample dimension of each tensor, rows per sample of each if several)."""
     tensors: list[Tensor] = []
     templates: list[Any] = []
     dims: list[int | None] = []
@@ -227,20 +231,22 @@ def _taken_apart(
         if isinstance(where, Rows):
             d, per = where.dim, where.per_sample if where.per_sample > 1 else None
         if isinstance(value, PackedSequence):
-            d, per = None if where is None else 0, None  # wherever the others have their samples
+            d, per = None if where is None else 0, None  # rows are padded with the batch first
         template = templated(value, tensors)
-        dims += [_in_range(t, d) for t in tensors[before:]]
+        dims += [_normalize_dim(t, d) for t in tensors[before:]]
         rows += [per] * (len(tensors) - before)
         if per is not None:
             name = repr(names[k]) if names else str(k)
-            tensors[before:] = [_apart(t, at, per, name) for t, at in zip(tensors[before:], dims[before:], strict=True)]
+            tensors[before:] = [
+                _unflatten_rows(t, at, per, name) for t, at in zip(tensors[before:], dims[before:], strict=True)
+            ]
             template = map_leaves(template, Slot, joined)
         templates.append(template)
     return tensors, templates, dims, rows
 
 
 def _check_edges(arguments: Arguments) -> None:
-    """Refuse edges between entries of different samples, of inputs that are known as edges."""
+    """Refuse edges that connect entries of different samples."""
     for k in arguments.edges:
         ends = arguments.inputs[arguments.index or 0][arguments.inputs[k]]
         across = (ends[0] != ends[1]).nonzero()
@@ -253,7 +259,7 @@ def _check_edges(arguments: Arguments) -> None:
 
 
 def _named(values: list[Any], names: list[str] | None, name: int | str) -> Any:
-    """An input by its position, its keyword, or as an attribute of an input; None if there is none."""
+    """The input at this position or keyword, or an input's attribute of this name; None if there is none."""
     if isinstance(name, int):
         return values[name] if -len(values) <= name < len(values) else None
     if names and name in names:
@@ -261,7 +267,7 @@ def _named(values: list[Any], names: list[str] | None, name: int | str) -> Any:
     return next((found for v in values if _is_plain(v) and (found := getattr(v, name, None)) is not None), None)
 
 
-def _per_input(batch_dim: Any, names: list[str] | None, count: int) -> list[Any]:
+def _batch_dim_per_input(batch_dim: Any, names: list[str] | None, count: int) -> list[Any]:
     """`batch_dim=` as one entry per input."""
     if isinstance(batch_dim, Mapping):
         unknown = [name for name in batch_dim if name not in (names or [])]
@@ -280,8 +286,8 @@ def _per_input(batch_dim: Any, names: list[str] | None, count: int) -> list[Any]
     return wanted
 
 
-def _apart(t: Tensor, d: int | None, per: int, name: str) -> Tensor:
-    """`t` with the rows of a sample along a dimension of their own."""
+def _unflatten_rows(t: Tensor, d: int | None, per: int, name: str) -> Tensor:
+    """`t` with the rows of a sample unflattened into a dimension of their own."""
     at = d or 0
     if t.shape[at] % per:
         raise ArgumentError(
@@ -291,7 +297,7 @@ def _apart(t: Tensor, d: int | None, per: int, name: str) -> Tensor:
     return t.unflatten(at, (t.shape[at] // per, per))
 
 
-def _in_range(t: Tensor, d: int | None) -> int | None:
+def _normalize_dim(t: Tensor, d: int | None) -> int | None:
     if d is None:
         return None
     if t.ndim == 0:
@@ -302,7 +308,7 @@ def _in_range(t: Tensor, d: int | None) -> int | None:
 
 
 def templated(value: Any, tensors: list[Tensor]) -> Any:
-    """`value` with a `Slot` in place of each tensor, which goes to `tensors`; of a packed sequence, its rows and lengths."""
+    """`value` with a `Slot` for each tensor, appended to `tensors`; of a packed sequence, its rows and lengths."""
 
     def keep(t: Tensor | PackedSequence) -> Slot:
         if isinstance(t, PackedSequence):
@@ -315,7 +321,7 @@ def templated(value: Any, tensors: list[Tensor]) -> Any:
 
 
 def filled(template: Any, tensors: Sequence[Tensor]) -> Any:
-    """The structure that `template` was made of, with these tensors."""
+    """The structure that `template` was made from, with these tensors in its slots."""
     return map_leaves(template, Slot, lambda slot: slot.of(tensors))
 
 
@@ -355,7 +361,7 @@ def objects_in(value: Any) -> list[Any]:
 
 
 def _is_packed(value: Any) -> bool:
-    """Whether this is a packed sequence: no structure, though it is a tuple (whose members a captured model may not read)."""
+    """Whether this is a packed sequence: a leaf, though a tuple, as a captured model may not read its members."""
     return isinstance(value, PackedSequence)
 
 
@@ -368,13 +374,16 @@ def _is_leaf(value: Any, leaves: list[Any]) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a leaf is an object that tensors may be members of (PyTorch Geometric's, which have stores, can be called)."""
+    """Whether a leaf is an object whose members may be tensors.
+
+    Nothing callable is, except PyTorch Geometric's data, which have `stores`.
+    """
     called = callable(value) and (isinstance(value, type) or not hasattr(value, "stores"))
     return hasattr(value, "__dict__") and not called and not isinstance(value, Enum | PackedSequence)
 
 
 def _holds(value: Any, kind: type | tuple[type, ...], seen: set[int]) -> bool:
-    """Whether there is a `kind` in a structure, which may refer to itself."""
+    """Whether a structure, which may contain itself, holds a `kind`."""
     if isinstance(value, kind) or id(value) in seen:
         return isinstance(value, kind)
     seen.add(id(value))

@@ -1,7 +1,8 @@
-"""What a forward pass tells autograd past the ops that it runs: said otherwise while a model is captured, or refused.
+"""What a forward pass tells autograd beside the ops that it runs: replaced while a model is captured, or refused.
 
-A trace sees ops. It does not see a hook on a node of the graph, what `saved_tensors_hooks` make of saved values, or a tensor that
-`.data =` gives to another; and `inference_mode` leaves no mark as `no_grad` does, so it is entered as that.
+A trace sees ops alone. It would lose a hook on a node of autograd's graph, what `saved_tensors_hooks` do to saved
+values, and values that `.data =` replaces: these are refused. `inference_mode` leaves no mark in a trace, so it is
+entered as `no_grad`.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ _SAVED = "torch.autograd.graph.saved_tensors_hooks.__enter__"
 
 @contextlib.contextmanager
 def no_autograd_state() -> Iterator[None]:
-    """While a model is captured.
+    """Refuse, while a model is captured, what a trace would lose; enter `inference_mode` as `no_grad`.
 
     Raises:
-        CaptureError: inside of the context, where a model does what would be lost.
+        CaptureError: inside the context, where the model does such a thing.
     """
     thread, enter = threading.get_ident(), original(_SAVED)
 
@@ -79,7 +80,7 @@ _detach = original("torch.Tensor.detach_")
 
 
 class _Node:
-    """A node of autograd's graph, to be looked at."""
+    """A node of autograd's graph that can be read, but takes no hooks."""
 
     def __init__(self, node: Any):
         self._node = node

@@ -1,7 +1,7 @@
-"""Model and loss to a `Program`: `torch.export` to a functional graph of ATen ops with a symbolic batch.
+"""Capture model and loss as a `Program`: `torch.export` gives a functional graph of ATen ops with a symbolic batch.
 
-What export would lose silently is kept or refused here: the leaves that the loss reads are marked, outputs of
-`no_grad` regions are detached, custom autograd functions keep their backward (`custom.py`).
+What export would silently lose is kept or refused: the leaves that the loss reads are marked, outputs of
+`no_grad` regions are detached, custom autograd functions keep their backward (`custom_functions.py`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def capture(subject: Subject, arguments: Arguments, split: str | None = None, nu
     """Trace model and loss into a functional graph.
 
     Args:
-        numbers: where floats are that become inputs of the graph.
+        numbers: places of the floats that become inputs of the graph.
 
     Raises:
         CaptureError: if `torch.export` cannot trace them; carries its reason and what usually helps.
@@ -48,7 +48,7 @@ def capture(subject: Subject, arguments: Arguments, split: str | None = None, nu
     while True:
         observers = Observers([nm for root in subject.roots() for nm in root.named_modules()], subject.watched, known)
         try:
-            program = _captured(subject, arguments, split, numbers, observers)
+            program = _capture_once(subject, arguments, split, numbers, observers)
         except FxcurvError:
             if not observers.found:
                 raise
@@ -58,7 +58,7 @@ def capture(subject: Subject, arguments: Arguments, split: str | None = None, nu
         known |= observers.found
 
 
-def _captured(
+def _capture_once(
     subject: Subject, arguments: Arguments, split: str | None, numbers: Sequence[Path], observers: Observers
 ) -> Program:
     model, loss = subject.model, subject.loss
@@ -89,35 +89,36 @@ def _export(wrapped: Captured, arguments: Arguments) -> ExportedProgram:
     numbers = wrapped.reads.tensors(next(wrapped.model.parameters()).device)
     dims = arguments.batch_dims, arguments.split_dims(), [None] * len(numbers)
     varying = iter(arguments.varying)
-    shapes = tuple([_symbolic(d, next(varying, frozenset())) for d in part] for part in dims)
+    shapes = tuple([_symbolic_dims(d, next(varying, frozenset())) for d in part] for part in dims)
 
-    # autograd saves nothing of tensors made under inference_mode, nor does it like to be asked for the gradient of what is no
-    # leaf; export marks its inputs' dynamic dimensions, and unmarks those that the user marked
+    # Export gets tensors of its own: autograd cannot save tensors made under inference_mode, and warns when asked for
+    # the gradient of a tensor that is no leaf; export marks dynamic dimensions on its inputs, and removes the user's
+    # marks.
     def fresh() -> tuple:
-        # positions that came apart are a view, of which export would assume that its memory is no smaller
+        # an unflattened target is a view, and export would assume that the memory behind it never gets smaller
         pairs = zip(arguments.split_targets(), arguments.targets, strict=True)
         given = (arguments.inputs, [t if t.ndim == whole.ndim else t.clone() for t, whole in pairs])
         alone = lambda t: t.clone() if t.is_inference() else t.detach().requires_grad_(t.requires_grad and t.is_leaf)  # noqa: E731
         return *([alone(t) for t in tensors] for tensors in given), numbers
 
     try:
-        return _traced(wrapped, fresh(), shapes)
+        return _run_export(wrapped, fresh(), shapes)
     except CaptureError as error:
         if not isinstance(error.__cause__, UnsupportedOperatorException):
             raise
-        # an op whose sizes PyTorch only knows by running it, which takes numbers
+        # PyTorch knows this op's sizes only by running it, which takes numbers
         trace = "".join(traceback.format_tb(error.__cause__.__traceback__))
         wrapped.record.fixed_by = {"op": str(error.__cause__.func), "module": "", "stack_trace": trace}
-        return _traced(wrapped, fresh(), None)
+        return _run_export(wrapped, fresh(), None)
 
 
-def _symbolic(samples: int | None, varying: frozenset[int]) -> dict[int, Any] | None:
+def _symbolic_dims(samples: int | None, varying: frozenset[int]) -> dict[int, Any] | None:
     """The dimensions of an argument that are symbolic."""
     dims = varying if samples is None else {samples, *varying}
     return dict.fromkeys(sorted(dims), Dim.AUTO) or None
 
 
-def _traced(wrapped: Captured, args: tuple, shapes: Any) -> ExportedProgram:
+def _run_export(wrapped: Captured, args: tuple, shapes: Any) -> ExportedProgram:
     was_training = [(m, m.training) for m in wrapped.model.modules()]
     wrapped.training = wrapped.model.training
     try:

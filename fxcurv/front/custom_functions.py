@@ -15,7 +15,7 @@ from fxcurv.ir.origin import running_line
 from fxcurv.ir.private import patched, pytree
 from fxcurv.rules.custom import KINDS, ORIGINALS, WAY_OUT, Custom, is_separate, saying
 
-# They have no backward to keep, or are made by PyTorch for one that it knows.
+# Functions of these modules have no backward to keep, or PyTorch made them for a backward that it knows.
 _INSIDE = ("torch._functorch", "torch._library", "torch._higher_order_ops", "torch._dynamo", "fxcurv.")
 
 
@@ -25,7 +25,7 @@ def _is_custom(cls: type) -> bool:
 
 
 class _Transparent:
-    """Reentrant checkpointing is a memory trick: the function itself."""
+    """Reentrant checkpointing, replaced by the checkpointed function itself: checkpointing only saves memory."""
 
     @staticmethod
     def apply(function: Callable, preserve_rng_state: bool, *args: Any) -> Any:
@@ -34,7 +34,7 @@ class _Transparent:
 
 @contextlib.contextmanager
 def kept_functions() -> Iterator[None]:
-    """While a model is captured: calls of custom functions become `fxcurv::custom_function`, whatever reached `apply`."""
+    """In a capture, calls of custom functions become `fxcurv::custom_function`, whatever way `apply` was reached."""
     KINDS.clear()
     with contextlib.ExitStack() as stack:
         for cls in _subclasses(Function):
@@ -74,7 +74,7 @@ def _replace(stack: contextlib.ExitStack, cls: type) -> None:
     latest: list[Any] = []
 
     def forward(*args):
-        out, kind = _called(cls, args if separate else args[1:])
+        out, kind = _call_op(cls, args if separate else args[1:])
         latest[:] = [kind]
         if not separate:
             _mark(args[0], out, kind)
@@ -94,11 +94,11 @@ def _replace(stack: contextlib.ExitStack, cls: type) -> None:
     if separate:
         new["setup_context"] = setup_context
     for name, fn in new.items():
-        stack.enter_context(_attribute(cls, name, staticmethod(fn)))
+        stack.enter_context(_replaced_attribute(cls, name, staticmethod(fn)))
 
 
 def _first(cls: type, name: str, fallback: Callable) -> Callable:
-    """The author's function, if a base class is replaced already."""
+    """The author's function of this name, also where a base class already has the replacement."""
     for base in cls.__mro__:
         if name in vars(base):
             return ORIGINALS.get((base, name), fallback)
@@ -106,7 +106,7 @@ def _first(cls: type, name: str, fallback: Callable) -> Callable:
 
 
 @contextlib.contextmanager
-def _attribute(cls: type, name: str, value: Any) -> Iterator[None]:
+def _replaced_attribute(cls: type, name: str, value: Any) -> Iterator[None]:
     own = vars(cls).get(name)
     setattr(cls, name, value)
     try:
@@ -118,8 +118,8 @@ def _attribute(cls: type, name: str, value: Any) -> Iterator[None]:
             setattr(cls, name, own)
 
 
-def _called(cls: type, args: tuple) -> tuple[Any, Custom]:
-    """What stands in the place of `forward`, and its function."""
+def _call_op(cls: type, args: tuple) -> tuple[Any, Custom]:
+    """(what the op returns in place of `forward`, the `Custom` of this call)."""
     kind = Custom(cls, args)
     leaves = pytree.tree_leaves(args)
     if any(isinstance(leaf, torch.SymFloat | torch.SymBool) for leaf in leaves):
@@ -128,7 +128,7 @@ def _called(cls: type, args: tuple) -> tuple[Any, Custom]:
     xs, sizes = [v for v in leaves if isinstance(v, Tensor)], [v for v in leaves if isinstance(v, SymInt)]
     with saying(kind, running_line()):
         ys = torch.ops.fxcurv.custom_function(xs, sizes, len(KINDS) - 1)
-    # which outputs there are besides tensors, and which of them carry no gradient
+    # the run shows which outputs are no tensors, and which tensors carry no gradient
     ran = kind.last
     assert ran is not None
     kind.single, kind.constant = not ran.several, ran.constant

@@ -1,9 +1,9 @@
 """Derivatives that a model or loss takes of its own values.
 
-`torch.autograd.grad` becomes one op while the model is traced, `fxcurv::derivative`. The lifted graph then says it in other
-ops: a reverse walk from its outputs to its inputs by the rules' transposes, node after node, so that a derivative of a
-derivative finds the first one in the graph. Nothing is computed twice, dropout's mask included, and every new node comes from
-the line of the op that it is the transpose of.
+While the model is traced, `torch.autograd.grad` becomes one op, `fxcurv::derivative`. `expand` replaces it in the
+lifted graph: a reverse walk from its outputs to its inputs applies the rules' transposes, node after node. Derivatives
+are expanded in the graph's order, so a derivative of a derivative finds the inner one expanded. Nothing is computed
+twice, dropout's mask included, and every new node carries the source line of the op that it transposes.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def gradients(
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
     ys = [y for y, _ in pairs]
     gs = [torch.ones_like(y) if g is None else g for y, g in pairs]
-    reached = _reached(ys, wrt)
+    reached = _reached_inputs(ys, wrt)
     some = [x for x, r in zip(wrt, reached, strict=True) if r]
     found = iter(torch.ops.fxcurv.derivative(ys, gs, some, is_grads_batched) if some else ())
     result = tuple([next(found) if r else None for r in reached])
@@ -96,8 +96,8 @@ def _tuple(value: Any) -> tuple:
     return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
-def _reached(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[bool]:
-    """Which inputs autograd's graph leads to from the outputs."""
+def _reached_inputs(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[bool]:
+    """For each input, whether autograd's graph leads to it from the outputs."""
     edge = torch.autograd.graph.get_gradient_edge
     stack: list[Any] = [edge(y)[:2] for y in outputs]
     seen: set[Any] = set()
@@ -117,13 +117,13 @@ def _reached(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[bool]:
 
 
 def expand(program: Program) -> None:
-    """Say every derivative in other ops, in the graph's order.
+    """Replace every derivative by other ops, in the graph's order.
 
     Raises:
         CaptureError: where an op on the way cannot be differentiated.
     """
     for node in [n for n in program.graph.nodes if n.target is torch.ops.fxcurv.derivative.default]:
-        for user, new in zip(_items(node), _differentiated(program, node), strict=True):
+        for user, new in zip(_items(node), _differentiate(program, node), strict=True):
             if user is not None:
                 program.replace(user, new)
                 program.graph.erase_node(user)
@@ -137,36 +137,36 @@ def _items(node: fx.Node) -> list[fx.Node | None]:
     return [users.get(k) for k in range(len(node.meta["val"]))]
 
 
-def _differentiated(program: Program, node: fx.Node) -> list[fx.Node]:
-    while rewritten(program, _between(program, node)):
+def _differentiate(program: Program, node: fx.Node) -> list[fx.Node]:
+    while rewritten(program, _nodes_between(program, node)):
         pass
     outputs, cotangents, inputs, several = node.args
-    inputs, between = [_unmarked(x) for x in inputs], _between(program, node)
+    inputs, between = [_strip_mark(x) for x in inputs], _nodes_between(program, node)
     walk = _Walk(program, node, between)
     for y, g in zip(outputs, cotangents, strict=True):
-        walk.add(y, g if several else walk.emit(_stacked, g))
+        walk.add(y, g if several else walk.emit(_add_column_axis, g))
     found = {}
     for value in reversed([n for n in program.graph.nodes if n in between]):
-        if value in inputs:  # what comes in goes on as well: another input may be before this one
+        if value in inputs:  # its cotangent goes on as well: another input may be before it
             found[value] = walk.total(value)
         walk.visit(value)
     return [_result(walk, x, found.get(x), cotangents[0], several) for x in inputs]
 
 
-def _between(program: Program, node: fx.Node) -> set[fx.Node]:
-    """The values that a derivative's inputs lead to and its outputs come from."""
+def _nodes_between(program: Program, node: fx.Node) -> set[fx.Node]:
+    """The values on the way from a derivative's inputs to its outputs, both included."""
     outputs, _, inputs, _ = node.args
-    return dependent(program.graph.nodes, [_unmarked(x) for x in inputs]) & set(ancestors(list(outputs)))
+    return dependent(program.graph.nodes, [_strip_mark(x) for x in inputs]) & set(ancestors(list(outputs)))
 
 
 def _result(walk: _Walk, x: fx.Node, g: fx.Node | None, some: fx.Node, several: bool) -> fx.Node:
     if g is None:
         return walk.emit(zeros_behind if several else torch.zeros_like, *((some, x) if several else (x,)))
-    return g if several else walk.emit(_unstacked, g)
+    return g if several else walk.emit(_drop_column_axis, g)
 
 
-def _unmarked(node: fx.Node) -> fx.Node:
-    """A leaf of the model's output as the model has it: the mark is the identity, and the outputs may be of what is before it."""
+def _strip_mark(node: fx.Node) -> fx.Node:
+    """The value behind the mark on a leaf of the model's output: the outputs may be computed from the value itself."""
     return node.args[0] if node.target is torch.ops.fxcurv.head.default else node
 
 
@@ -185,14 +185,14 @@ class _Walk:
             self.stacks.setdefault(value, []).append(g)
 
     def total(self, value: fx.Node) -> fx.Node | None:
-        """The cotangent that has come so far, as one node."""
+        """The sum of the cotangents that have arrived so far, as one node."""
         parts = self.stacks.get(value, [])
         if len(parts) > 1:
             self.stacks[value] = parts = [self.emit(sum_of, parts, of=value)]
         return parts[0] if parts else None
 
     def visit(self, value: fx.Node) -> None:
-        """Send what has come to a value on to the arguments of its op."""
+        """Pass the cotangent of a value on to the arguments of its op."""
         outputs = self._outputs(value)
         gs = [self.total(n) if n is not None else None for n in outputs]
         if value.op != "call_function" or value.target is operator.getitem or value.target in CUTS or not any(gs):
@@ -208,7 +208,7 @@ class _Walk:
         if value.target is torch.ops.fxcurv.head.default:
             self.add(leaves[0], gs[0])
             return
-        for i, g in zip(wrt, self._transposed(value, wrt, outputs, gs), strict=True):
+        for i, g in zip(wrt, self._transpose(value, wrt, outputs, gs), strict=True):
             self.add(leaves[i], g)
 
     def _outputs(self, value: fx.Node) -> list[fx.Node | None]:
@@ -218,36 +218,38 @@ class _Walk:
         users = {u.args[1]: u for u in value.users if u.target is operator.getitem}
         return [users.get(k) for k in range(len(val))]
 
-    def _transposed(self, value: fx.Node, wrt: tuple[int, ...], outputs: list, gs: list) -> Sequence[fx.Node]:
+    def _transpose(self, value: fx.Node, wrt: tuple[int, ...], outputs: list, gs: list) -> Sequence[fx.Node]:
         rule = rule_of(value.target, self.program.rules)
         general = type(rule).transpose is Rule.transpose
         if isinstance(value.target, Custom):
             self._trace(value)
         if general and random(value.target):
-            raise CaptureError(f"{self._where(value)}which draws random numbers, and has no rule. {WAY_OUT}")
+            raise CaptureError(f"{self._describe_place(value)}which draws random numbers, and has no rule. {WAY_OUT}")
         y, g = value, gs[0]
         if isinstance(value.meta["val"], tuple | list):
             y = tuple([self._item(value, k, n) for k, n in enumerate(outputs)])
-            g = self._filled(y, gs) if general else tuple(gs)
+            g = self._fill_zeros(y, gs) if general else tuple(gs)
         try:
             return self.emit(rule.transpose, _call(value, y), wrt, g, of=value)
         except FxcurvError:
             raise
         except (*FAILURES, TypeError) as error:
             what = f"{type(error).__name__}: {str(error)[:300]}"
-            raise CaptureError(f"{self._where(value)}which cannot be differentiated: {what}\n{WAY_OUT}") from error
+            raise CaptureError(
+                f"{self._describe_place(value)}which cannot be differentiated: {what}\n{WAY_OUT}"
+            ) from error
 
     def _trace(self, value: fx.Node) -> None:
-        """Make the graph of a custom function's backward, whose own derivative is asked for next."""
+        """Trace a custom function's backward, which is differentiated later: refuse one without a derivative."""
         kind: Custom = value.target
         value.meta["active"] = True
         kind.trace(self.program, value)
         if kind.backward is not None and (kind.once or kind.keeps_inside):
             why = "is differentiated by the model or the loss itself, and PyTorch does not know the derivative of its backward"
-            raise kind.refused(why, where=self._where(value))
+            raise kind.refused(why, where=self._describe_place(value))
 
-    def _filled(self, outputs: Sequence[fx.Node | None], gs: Sequence[fx.Node | None]) -> tuple:
-        """Cotangents of all outputs that have one, zeros where nothing came."""
+    def _fill_zeros(self, outputs: Sequence[fx.Node | None], gs: Sequence[fx.Node | None]) -> tuple:
+        """Cotangents of all outputs with floating-point values, zeros where none arrived."""
         some = next(g for g in gs if g is not None)
         pairs = [(n, g) for n, g in zip(outputs, gs, strict=True) if n is not None and has_floats(n)]
         return tuple([self.emit(zeros_behind, some, n) if g is None else g for n, g in pairs])
@@ -261,7 +263,7 @@ class _Walk:
         item.meta = {"val": val, "origin": origin_of(value, "forward")}
         return item
 
-    def _where(self, value: fx.Node) -> str:
+    def _describe_place(self, value: fx.Node) -> str:
         return f"{locate(self.node).replace(str(self.node.target), 'torch.autograd.grad')}\nis a derivative of\n{locate(value)}\n"
 
 
@@ -271,9 +273,9 @@ def _call(node: fx.Node, y: Any) -> Call:
     return Call(node.target, args, y, REPLICATE, tuple(REPLICATE for _ in nothing), nothing)
 
 
-def _stacked(g: Tensor) -> Tensor:
+def _add_column_axis(g: Tensor) -> Tensor:
     return g.unsqueeze(0)
 
 
-def _unstacked(g: Tensor) -> Tensor:
+def _drop_column_axis(g: Tensor) -> Tensor:
     return g.squeeze(0)

@@ -1,4 +1,4 @@
-"""What export would lose or trip over, kept or refused while it traces."""
+"""Keep or refuse, while export traces, what it would lose or fail on."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from fxcurv.ir.private import (
     trace_logs,
 )
 
-# where the model is called from while it is traced
+# the file that calls the model while it is traced
 _CALLER = wrapped.__file__
 
 
 @contextlib.contextmanager
 def quiet():
-    """Silence what PyTorch says about its own code while tracing."""
+    """Silence warnings and logs about PyTorch's own code while tracing."""
     with warnings.catch_warnings(), _no_complaints():
         warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
-        weights = r"(self\.[\w.]*_flat_weights\S*\s?)+"  # of nn.LSTM and nn.GRU, which are parameters as well
+        weights = r"(self\.[\w.]*_flat_weights\S*\s?)+"  # of nn.LSTM and nn.GRU: their parameters again
         assigned = rf"The tensor attributes? {weights}(was|were) assigned during export"
         warnings.filterwarnings("ignore", assigned, UserWarning)
         yield
@@ -50,7 +50,7 @@ def quiet():
 
 @contextlib.contextmanager
 def _no_complaints():
-    """Without what PyTorch's log says of an error that is raised as well; what a user asks to see stays."""
+    """Drop PyTorch's log records of errors that are raised as well; keep levels that a user asks for, below WARNING."""
 
     def harmless(record: logging.LogRecord) -> bool:
         return record.levelno < logging.WARNING
@@ -66,10 +66,10 @@ def _no_complaints():
 
 @contextlib.contextmanager
 def numbered_reductions():
-    """Without those decompositions of PyTorch's that take the name of a reduction, and are given its number.
+    """Remove decompositions of PyTorch that take the name of a reduction, but are given its number.
 
-    For a symbolic batch they say the shape of a loss that export keeps as one op: that of `nll_loss` without a reduction is a
-    scalar's then (0 is taken for `size_average=False`), and others raise.
+    With a symbolic batch, export takes the shape of a loss from its decomposition: `nll_loss` without a reduction would
+    have the shape of a scalar (0 is taken for `size_average=False`), and others raise.
     """
     aten = torch.ops.aten
     with mock.patch.dict(decomposition_table):
@@ -80,7 +80,7 @@ def numbered_reductions():
 
 @contextlib.contextmanager
 def no_branches():
-    """What of PyTorch branches on values: said without the branch, or refused."""
+    """Replace functions of PyTorch that branch on values by ones that do not, or refuse them."""
     with contextlib.ExitStack() as stack:
         for name, new in _UNBRANCHED.items():
             stack.enter_context(patched(name, new))
@@ -100,10 +100,10 @@ def _no_flex(*args, **kwargs):
     )
 
 
-def _both(pred, true_fn, false_fn, operands=()):
+def _run_both_branches(pred, true_fn, false_fn, operands=()):
     """`torch.cond` with both branches in the graph.
 
-    The one that is not taken computes of other operands, where a logarithm or root, say, has derivatives: zero of NaN is NaN.
+    The branch that is not taken gets 0.5 for its operands, where a logarithm or root has derivatives: 0 * NaN is NaN.
     """
     if isinstance(pred, bool):
         return (true_fn if pred else false_fn)(*operands)
@@ -121,19 +121,19 @@ _make_dual = forward_ad.make_dual
 
 
 def _no_dual(tensor, tangent, *, level=None):
-    """Refuse dual numbers but those of `torch.func.jvp`."""
+    """Refuse dual numbers except those of `torch.func.jvp`."""
     if in_function_transform():
         return _make_dual(tensor, tangent, level=level)
     raise CaptureError(f"the model or loss makes a dual number, which a trace does not follow\n{running_line()}{_GRAD}")
 
 
-def _as_given(mask, is_causal=None, size=None):
-    """Whether to take a mask for a causal one: only if that is said, else it is used as it is."""
+def _is_declared_causal(mask, is_causal=None, size=None):
+    """Whether a mask is causal: only if the caller says so, since PyTorch's own test reads its values."""
     return is_causal is True
 
 
-def _unvalidated(init):
-    """A distribution that takes its arguments, and later values, as they are."""
+def _without_validation(init):
+    """`Distribution.__init__` without validation of arguments, and of values later."""
 
     @functools.wraps(init)
     def unvalidated(self, *shapes, validate_args=None, **named):
@@ -143,7 +143,7 @@ def _unvalidated(init):
 
 
 class Followed(TorchFunctionMode):
-    """What a trace cannot follow, said so that it can: `x.data`, derivatives, numbers and sizes of values."""
+    """Replaces what a trace cannot follow: `x.data`, derivatives, and numbers and sizes that are made of values."""
 
     def __init__(self, wrapped: Captured) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Followed(TorchFunctionMode):
         if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
         if func is torch.autograd.grad and not in_function_transform():
-            args = pytree.tree_map_only(torch.Tensor, self._unmarked, args)
+            args = pytree.tree_map_only(torch.Tensor, self._strip_mark, args)
             self.record.notes[f"torch.autograd.grad is said in the graph: {running_line().strip()}"] = None
             return gradients(*args, **(kwargs or {}))
         if reads(func, args) and not in_function_transform():
@@ -166,13 +166,13 @@ class Followed(TorchFunctionMode):
             )
         return func(*args, **(kwargs or {}))
 
-    def _unmarked(self, t: torch.Tensor) -> torch.Tensor:
-        """A leaf of the model's output as the model has it: what else the loss reads is computed from that."""
+    def _strip_mark(self, t: torch.Tensor) -> torch.Tensor:
+        """The value behind the mark on a leaf of the model's output: what else the loss reads is computed from it."""
         return self.record.marks.get(id(t), (t, t))[1]
 
 
 def _eye(n, m=None, *, dtype=None, device=None, **named):
-    """`torch.eye`; of a symbolic size, which export takes for a constant of its own, by comparing numbers of rows and columns."""
+    """`torch.eye`; with a symbolic size, which export would make a constant, by comparing row and column numbers."""
     m = n if m is None else m
     if not isinstance(n, torch.SymInt) and not isinstance(m, torch.SymInt):
         return torch.eye(n, m, dtype=dtype, device=device, **named)
@@ -191,14 +191,14 @@ def _no_ctc(*args, **kwargs):
 
 
 def _gaussian_nll(input, target, var, full=False, eps=1e-6, reduction="mean"):  # noqa: A002
-    """`F.gaussian_nll_loss`; where it raises for a negative variance, this is NaN."""
+    """`F.gaussian_nll_loss`, except that a negative variance gives NaN instead of an error."""
     if isinstance(var, float):
         var = torch.full_like(input, var)
     if var.shape != input.shape:
         var = var.unsqueeze(-1) if var.shape == input.shape[:-1] else var
         if var.ndim != input.ndim or sum(a != b for a, b in zip(var.shape, input.shape, strict=True)) != 1:
             raise ValueError("var is of incorrect size")
-    # the clamp is of the value alone: the derivative passes
+    # clamp the value alone: the derivative passes, as in PyTorch
     clamped = var + (torch.where(var < 0, torch.nan, var.clamp(min=eps)) - var).detach()
     loss = 0.5 * (clamped.log() + (input - target) ** 2 / clamped)
     loss = loss + 0.5 * math.log(2 * math.pi) if full else loss
@@ -207,12 +207,12 @@ def _gaussian_nll(input, target, var, full=False, eps=1e-6, reduction="mean"):  
 
 _UNBRANCHED = {
     "torch.autograd.forward_ad.make_dual": _no_dual,
-    "torch.cond": _both,
-    "torch._higher_order_ops.cond": _both,
+    "torch.cond": _run_both_branches,
+    "torch._higher_order_ops.cond": _run_both_branches,
     "torch.ctc_loss": _no_ctc,
-    "torch.distributions.Distribution.__init__": _unvalidated(Distribution.__init__),
+    "torch.distributions.Distribution.__init__": _without_validation(Distribution.__init__),
     "torch.nn.functional.gaussian_nll_loss": _gaussian_nll,
-    "torch.nn.modules.transformer._detect_is_causal_mask": _as_given,
+    "torch.nn.modules.transformer._detect_is_causal_mask": _is_declared_causal,
 }
 
 
@@ -230,7 +230,7 @@ def user_frames():
 
 @contextlib.contextmanager
 def fixed_sizes(wrapped: Captured):
-    """Note the op, module and line that first make a number of the batch size, the only symbolic size."""
+    """Note the op, module and line that first turn a symbolic size into a number."""
     name = "torch.fx.experimental.symbolic_shapes.ShapeEnv._set_replacement"
     own = original(name)
     names = {id(m): name for name, m in wrapped.model.named_modules()}

@@ -1,4 +1,4 @@
-"""The exported graph becomes a `Program`: placeholders bound, no_grad regions detached, outputs told apart."""
+"""Make a `Program` of the exported graph: bind placeholders, detach no_grad regions, tell outputs apart."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from fxcurv.rules.custom import functions_as_targets
 
 
 def detach_no_grad_regions(exported: ExportedProgram) -> None:
-    """Decomposition inlines `no_grad` regions as ordinary ops: detach what leaves them."""
+    """Detach the values that leave `no_grad` regions: decomposition inlines the regions as ordinary ops."""
     wrap = torch.ops.higher_order.wrap_with_set_grad_enabled
     for module in exported.graph_module.modules():
         if not isinstance(module, fx.GraphModule):
             continue
         graph = module.graph
-        learned = _learned(exported, graph)
+        learned = _values_of_parameters(exported, graph)
         _check_writes_past_gradients(graph, learned)
         for node in [n for n in graph.nodes if n.target is wrap and n.args[0] is False]:
             _check_writes(module, node, learned)
@@ -44,8 +44,8 @@ def detach_no_grad_regions(exported: ExportedProgram) -> None:
         module.recompile()
 
 
-def _learned(exported: ExportedProgram, graph: fx.Graph) -> set[fx.Node]:
-    """The values that are computed from parameters."""
+def _values_of_parameters(exported: ExportedProgram, graph: fx.Graph) -> set[fx.Node]:
+    """The parameters, and the values that are computed from them."""
     parameters, found = exported.graph_signature.inputs_to_parameters, set()
     for node in graph.nodes:
         if node.op == "placeholder" and node.name in parameters or any(i in found for i in node.all_input_nodes):
@@ -54,7 +54,10 @@ def _learned(exported: ExportedProgram, graph: fx.Graph) -> set[fx.Node]:
 
 
 def _check_writes(module: fx.GraphModule, region: fx.Node, learned: set[fx.Node]) -> None:
-    """Autograd differentiates a value that `no_grad` wrote to as if it had not: detaching it would lose its gradient."""
+    """Refuse a write under `no_grad` to a value of parameters.
+
+    Autograd differentiates such a value as if it had not been written to; detaching it would lose its gradient.
+    """
     body = getattr(module, region.args[1].target)
     given = dict(zip([n for n in body.graph.nodes if n.op == "placeholder"], region.args[2:], strict=True))
     for node in body.graph.nodes:
@@ -65,11 +68,11 @@ def _check_writes(module: fx.GraphModule, region: fx.Node, learned: set[fx.Node]
         while isinstance(written, fx.Node) and _is_view(written):
             written = written.args[0]
         if given.get(written) in learned:
-            raise _written_past_gradient(node, "under no_grad")
+            raise _write_error(node, "under no_grad")
 
 
 def _check_writes_past_gradients(graph: fx.Graph, learned: set[fx.Node]) -> None:
-    """Nor does autograd see what is written to `x.detach()` or `x.data`, while `x` has its new values."""
+    """Refuse a write to `x.detach()` or `x.data` before `x` is read: autograd does not see it, yet `x` changes."""
     order = {node: k for k, node in enumerate(graph.nodes)}
     for node in order:
         schema = schema_of(node.target)
@@ -80,11 +83,11 @@ def _check_writes_past_gradients(graph: fx.Graph, learned: set[fx.Node]) -> None
             detached |= written.target is torch.ops.aten.detach.default
             written = written.args[0]
         if detached and written in learned and _read_after(order, written, node):
-            raise _written_past_gradient(node, "through detach() or .data")
+            raise _write_error(node, "through detach() or .data")
 
 
 def _read_after(order: dict[fx.Node, int], value: fx.Node, write: fx.Node) -> bool:
-    """Whether anything past a write reads a value, or a view of it that autograd follows."""
+    """Whether a node after a write reads the value, or a view of it that autograd follows."""
     for user in value.users:
         if user.target is torch.ops.aten.detach.default or isinstance(user.meta.get("val"), torch.SymInt):
             continue  # a constant, or a size
@@ -99,7 +102,7 @@ WAYS_OUT = {
 }
 
 
-def _written_past_gradient(node: fx.Node, how: str) -> CaptureError:
+def _write_error(node: fx.Node, how: str) -> CaptureError:
     line = source_line(node.meta.get("stack_trace") or "")
     way_out = WAYS_OUT.get(node.target, "x = x + (x.clamp(min=eps) - x).detach(), say, in place of x.clamp_(min=eps)")
     return CaptureError(
@@ -114,7 +117,7 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _drop_effects(graph: fx.Graph, tokens: set[str]) -> None:
-    """Drop what orders side effects: checks of values (those of `linalg` under `vmap`) go as asserts do."""
+    """Drop ops with side effects, checks of values (as in `linalg` under `vmap`), and the tokens that order them."""
     for node in [n for n in graph.nodes if n.target is torch.ops.higher_order.with_effects]:
         for user in list(node.users):
             if user.args[1] != 0:
@@ -181,7 +184,7 @@ def lift(model: Named, wrapped: Captured, exported: ExportedProgram, arguments: 
 
 
 def _reads(program: Program, nodes: list[fx.Node], values: list[Any]) -> Numbers | None:
-    """What computes the values that became numbers."""
+    """The graph that computes the values that became numbers; None if there are none."""
     if not nodes:
         return None
     program.output.args = (tuple(nodes),)
@@ -208,7 +211,7 @@ def _bind(node, signature, exported, model, wrapped, names, constants, counts, a
     if name in signature.inputs_to_lifted_tensor_constants:
         target = signature.inputs_to_lifted_tensor_constants[name]
         constants[target] = exported.constants[target]
-        same = [n for n, p in model.named_parameters() if _same(p, constants[target])]
+        same = [n for n, p in model.named_parameters() if _is_same_memory(p, constants[target])]
         if same:
             return Input("param", same[0])
         return Input("constant", target)
@@ -218,8 +221,8 @@ def _bind(node, signature, exported, model, wrapped, names, constants, counts, a
     return Input(kind, index=counts[kind] - 1)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are one in memory."""
+def _is_same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same memory with the same layout."""
     layouts = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (a, b)]
     return a.numel() > 0 and layouts[0] == layouts[1]
 
@@ -232,7 +235,7 @@ def _resolve(module: nn.Module, path: str) -> Tensor:
 
 
 def _outputs(signature, outputs, wrapped):
-    """(mutations, loss, output leaves, heads, values that became numbers, those of hooks) from the graph's flat outputs."""
+    """(mutations, loss, output leaves, heads, values that became numbers, values for hooks), from flat outputs."""
     mutations = {}
     user = []
     for spec, node in zip(signature.output_specs, outputs, strict=True):
@@ -259,7 +262,7 @@ def _outputs(signature, outputs, wrapped):
 
 
 def _batch(placeholders: list[fx.Node], inputs: list[Input], arguments: Arguments) -> Batch:
-    """The symbols that stand for the batch size in the captured sizes; none if the model fixed it. And the lengths."""
+    """The symbols of the batch size in the captured sizes (none if the model fixed it), and other symbolic sizes."""
     n = arguments.batch_size
     symbols: set[Any] = set()
     given = [
@@ -269,7 +272,7 @@ def _batch(placeholders: list[fx.Node], inputs: list[Input], arguments: Argument
     for bound, val in given:
         dim = arguments.batch_dims[bound.index] if bound.kind == "input" else None
         if dim is not None and not (isinstance(val.shape[dim], torch.SymInt) and val.shape[dim].node.expr.free_symbols):
-            return Batch(frozenset(), n)  # fixed for the inputs, though a target that nothing reads keeps its symbol
+            return Batch(frozenset(), n)  # the inputs fix it, though a target that nothing reads keeps its symbol
         for d, size in enumerate(val.shape):
             if isinstance(size, torch.SymInt) and (d == dim or size.node.hint == n):
                 symbols |= size.node.expr.free_symbols
@@ -278,7 +281,7 @@ def _batch(placeholders: list[fx.Node], inputs: list[Input], arguments: Argument
 
 
 def _lengths(given: list[tuple[Input, Tensor]], symbols: set[Any]) -> tuple[tuple[Length, ...], dict[Any, Any]]:
-    """(symbolic sizes beside the batch's, each once, what every symbol of such sizes is in terms of these)."""
+    """(symbolic sizes other than the batch size, each once; the expression in these of every symbol in such sizes)."""
     lengths: dict[Any, Length] = {}
     others: dict[Any, Any] = {}
     for bound, val in given:

@@ -1,8 +1,8 @@
-"""Values that a model turns into Python's numbers, or into sizes: `.item()`, `x[mask]`, `nonzero`, `repeat_interleave(counts)`.
+"""Values that a model turns into Python numbers or sizes: `.item()`, `x[mask]`, `nonzero`, `repeat_interleave(counts)`.
 
-One that depends on inputs, targets, buffers and frozen parameters alone is computed while the model is traced, and the
-program is one for this value: it is an output of the traced graph, which every call computes anew and compares
-(`Program.reads`). One that depends on trained parameters is a detached tensor where it is calculated with, and is refused
+A value that depends on inputs, targets, buffers and frozen parameters alone is computed while the model is traced, and
+the program holds for this value: the traced graph outputs it, and every call computes it anew and compares
+(`Program.reads`). A value that depends on trained parameters stays a detached tensor in arithmetic, and is refused
 where a size or a branch needs it.
 """
 
@@ -43,18 +43,18 @@ _SIZE = (
 
 
 class Unknown(Exception):
-    """A value that data alone do not give."""
+    """Raised for a value that does not follow from data alone."""
 
 
-# What a value depends on: on nothing, on what may differ between calls, or on what is trained or drawn.
+# What a value depends on: nothing, data that may differ between calls, or trained parameters and random draws.
 _FIXED, _DATA, _UNKNOWN = 0, 1, 2
 
 
 class Values:
-    """What a trace has computed so far, on the values of the call.
+    """Computes what has been traced so far, on the values of the call.
 
     Attributes:
-        read: (tensor of the trace, the number that it holds), of all that became numbers and may be others.
+        read: (tensor of the trace, the number that it holds) for every number that may differ at another call.
     """
 
     def __init__(self) -> None:
@@ -63,18 +63,18 @@ class Values:
         self._nodes: list[fx.Node | None] = []
         self._env: dict[fx.Node, Any] = {}
         self._level: dict[fx.Node, int] = {}
-        self._memory: dict[int, int] = {}  # a write changes what its views hold
+        self._memory: dict[int, int] = {}  # storage -> level: a write changes what all views hold
         self._seen = 0
 
     def begin(self, given: Iterable[tuple[Tensor, Tensor, bool]]) -> None:
-        """A trace begins: (a tensor of the trace, its value, whether it is trained) of all that comes in."""
+        """Begin a trace; `given`: (tensor of the trace, its value, whether it is trained) for all that comes in."""
         self.__init__()  # type: ignore[misc]
         self._given = list(given)
-        mode = proxy_mode()  # now: `x.to(...)` may give x itself, which then has the node of that call
+        mode = proxy_mode()  # now, as `x.to(...)` may return x itself, which then has the node of that call
         self._nodes = [node_of(fake, mode.tracer) if mode is not None else None for fake, _, _ in self._given]
 
     def sized(self) -> list[Tensor]:
-        """What came in with a size that is a symbol."""
+        """The tensors that came in with a symbolic size."""
         return [fake for fake, _, _ in self._given if any(isinstance(size, torch.SymInt) for size in fake.shape)]
 
     def number(self, t: Tensor) -> Any:
@@ -92,10 +92,10 @@ class Values:
                 stack.enter_context(context)
             if node is not None:
                 self._catch_up(mode.tracer)
-            if node not in self._env or self._of(node) == _UNKNOWN:
+            if node not in self._env or self._level_of(node) == _UNKNOWN:
                 raise Unknown
             value = self._env[node].item()
-        if self._of(node) == _DATA:
+        if self._level_of(node) == _DATA:
             self.read.append((t.detach().clone(), value))
         return value
 
@@ -115,7 +115,7 @@ class Values:
                 self._run(node)
 
     def _run(self, node: fx.Node) -> None:
-        level = max((self._of(i) for i in node.all_input_nodes), default=_FIXED)
+        level = max((self._level_of(i) for i in node.all_input_nodes), default=_FIXED)
         level = _UNKNOWN if random(node.target) else min(level, _DATA) if node.target in OF_SHAPE else level
         if any(i not in self._env for i in node.all_input_nodes):
             self._level[node] = _UNKNOWN
@@ -123,34 +123,34 @@ class Values:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._env.get)
         try:
             value = node.target(*args, **kwargs)
-        except Exception:  # what only a trace can run, a derivative say
+        except Exception:  # an op that only a trace can run, such as a derivative
             self._level[node] = _UNKNOWN
             return
         self._set(node, value, level)
         for argument, given in zip(getattr(schema_of(node.target), "arguments", ()), args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                self._raise(given, level)
+                self._raise_level(given, level)
 
-    def _of(self, node: fx.Node) -> int:
+    def _level_of(self, node: fx.Node) -> int:
         tensors = [t for t in pytree.tree_leaves(self._env.get(node)) if isinstance(t, Tensor)]
         return max([self._level.get(node, _UNKNOWN), *(self._memory.get(memory_of(t), _FIXED) for t in tensors)])
 
     def _set(self, node: fx.Node, value: Any, level: int) -> None:
         self._env[node], self._level[node] = value, level
-        self._raise(value, level)
+        self._raise_level(value, level)
 
-    def _raise(self, value: Any, level: int) -> None:
-        """What is in this memory depends on that much now."""
+    def _raise_level(self, value: Any, level: int) -> None:
+        """Note that what lies in the memory of `value` depends on at least this much now."""
         for t in pytree.tree_leaves(value):
             if isinstance(t, Tensor):
                 self._memory[memory_of(t)] = max(level, self._memory.get(memory_of(t), _FIXED))
 
 
-# ---- what stands in the place of PyTorch's functions ------------------------------
+# ---- replacements for PyTorch's functions ------------------------------
 
 
 def read(values: Values, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What `func` gives, with numbers and sizes from the data.
+    """Call `func`, with numbers and sizes computed from the data.
 
     Raises:
         CaptureError: if they depend on parameters.
@@ -169,12 +169,12 @@ def read(values: Values, func: Callable, args: tuple, kwargs: dict[str, Any]) ->
 
 
 def reads(func: Callable, args: tuple) -> bool:
-    """Whether a call makes numbers or sizes of values."""
+    """Whether a call turns values into numbers or sizes."""
     name = _READS.get(func)
     if name is None or not args or not isinstance(args[0], Tensor):
         return False
     if name == "written" and not (isinstance(args[2], Tensor) and args[2].ndim):
-        return False  # a number goes where the mask is, whatever it counts
+        return False  # one value is written wherever the mask is true, so their count is not needed
     if name in ("index", "written"):
         return any(_is_mask(i) for i in (args[1] if isinstance(args[1], tuple) else (args[1],)))
     return True

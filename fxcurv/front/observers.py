@@ -1,10 +1,11 @@
-"""Forward hooks that look: a program returns the values that they look at, and every call runs them on those, after the graph.
+"""Forward hooks that only look: a program returns the values that they look at, and every call runs them on these.
 
-A hook that returns a value is part of the model, and traced. One that returns nothing is an observer (PyTorch's own hooks
-are not asked): it does not run while a model is traced, where it would see tensors without values. What a hook returns shows
-in its code; where it does not (a lambda that appends), the hook is tried in a trace, which is then made again without it.
-What a hook writes the forward pass may read, which only runs show: in the plain passes of the self-check hooks run, and what they
-wrote is undone. A pre-hook comes before its module, for which it may set something: it is traced, always.
+A hook that returns a value is part of the model, and traced. A hook that returns nothing is an observer, unless it is
+PyTorch's own: it does not run while a model is traced, where it would see tensors without values. Its code shows
+whether a hook returns something; where it does not (a lambda that appends), the hook is tried in a trace, and the model
+is traced again without it. The forward pass may read what a hook writes, which only a run can show: so hooks run in the
+plain passes of the self-check, and what they wrote is undone. A pre-hook may set something that its module reads: it is
+always traced.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from fxcurv.ir.private import version_of
 from fxcurv.ir.program import Observed
 
 _OWN, _GLOBAL = "_forward_hooks", "_global_forward_hooks"
-Where = tuple[int, str, int]  # of a hook: the number of its module, -1 for all; the table; its number there
+Where = tuple[int, str, int]  # a hook: index of its module (-1: global), name of the table, key in it
 
 
 @dataclass(frozen=True)
 class _Look:
-    """What a hook would have looked at: the values after the module, in a trace."""
+    """What a hook would have looked at in a trace: its arguments after the module."""
 
     module: int
     where: Where | None
@@ -42,12 +43,12 @@ class _Look:
 
 
 class Observers:
-    """Those of a capture; what they would look at is kept.
+    """The observers of one capture, and what they would look at.
 
     Args:
         named: (name, module) of all modules that may run.
-        everything: whether what every module takes and returns is kept, under no hook.
-        known: hooks that were seen to return nothing.
+        everything: whether to keep the inputs and outputs of every module as well, without a hook.
+        known: hooks that are known to return nothing.
     """
 
     def __init__(self, named: Iterable[tuple[str, nn.Module]], everything: bool, known: set[Where]):
@@ -59,12 +60,12 @@ class Observers:
 
     @property
     def found(self) -> set[Where]:
-        """Hooks that returned nothing, or failed, wherever they were tried."""
+        """Hooks that returned nothing, or failed, each time they were tried."""
         return self._nothing - self._values
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Stand where the hooks are, while a model is traced."""
+        """Take the place of the hooks while a model is traced."""
         replaced = []
         for k, table, hooks in _tables(self.modules):
             for key, hook in list(hooks.items()):
@@ -81,15 +82,15 @@ class Observers:
                 hooks[key] = hook
 
     def begin(self) -> None:
-        """A forward pass begins."""
+        """Begin a forward pass: forget the looks of an earlier one."""
         self.looks = []
 
     def tensors(self) -> list[Tensor]:
-        """All that was looked at; to be graph's outputs."""
+        """All tensors that were looked at; they become outputs of the graph."""
         return [t for _, _, tensors in self._templates() for t in tensors]
 
     def observed(self, nodes: Sequence[fx.Node]) -> list[Observed]:
-        """The looks, of the nodes that stand for `tensors`.
+        """The looks, given the nodes that stand for `tensors()`.
 
         Raises:
             CaptureError: where a hook is given a number that follows from the batch size.
@@ -108,7 +109,7 @@ class Observers:
             yield look, templated(look.values, tensors), tensors
 
     def _note(self, module: nn.Module, where: Where | None, title: str, values: tuple) -> None:
-        """Values as they are now: an op in place may follow."""
+        """Keep the values as they are now: an in-place op may follow."""
         keep = lambda t: head(t) if t.is_floating_point() else t  # noqa: E731
         number, _ = self.names[id(module)]
         self.looks.append(_Look(number, where, title, map_leaves(values, Tensor, keep)))
@@ -119,7 +120,7 @@ class Observers:
         self._note(module, None, "", (tuple(tensors[:-1]), tensors[-1]))
 
     def _look(self, where: Where, hook: Callable, module: nn.Module, *values: Any) -> Any:
-        if id(module) not in self.names:  # what is exported, around the model
+        if id(module) not in self.names:  # the exported module around the model
             return None
         _, name = self.names[id(module)]
         if where in self.known or returns_nothing(hook):
@@ -128,13 +129,13 @@ class Observers:
             stack.enter_context(undone(hook))
             try:
                 given = hook(module, *values)
-            except Exception:  # of a tensor without values, perhaps: if it returns something later, that is refused
+            except Exception:  # perhaps as tensors have no values here: if it returns something later, that is refused
                 given = None
             if given is None:
                 self._nothing.add(where)
             else:
                 self._values.add(where)
-                stack.pop_all()  # part of the model, whose side effects are looked for
+                stack.pop_all()  # part of the model, so `no_side_effects` looks for its side effects
         return given
 
 
@@ -151,7 +152,7 @@ def _no_size(title: str, _: Any) -> None:
 
 
 def returns_nothing(hook: Any) -> bool:
-    """Whether a function's code returns None wherever it returns; False of what has no code."""
+    """Whether a function's code returns None wherever it returns; False for a callable without code."""
     while isinstance(hook, functools.partial):
         hook = hook.func
     if not hasattr(hook, "__code__") and not hasattr(hook, "__func__"):
@@ -203,7 +204,7 @@ def run_observers(
 
 @contextlib.contextmanager
 def silent(observed: Iterable[Observed], modules: Sequence[nn.Module]) -> Iterator[dict[Where, Callable]]:
-    """Without the observers, which it gives, for a pass of the model that is none of the user's."""
+    """Remove the observers, for a pass of the model that is not the user's, and yield them."""
     taken, found = [], {}
     for number, table, key in {look.where for look in observed if look.where is not None}:
         hooks = getattr(modules[number] if number >= 0 else nn_module, table)
@@ -220,7 +221,7 @@ def silent(observed: Iterable[Observed], modules: Sequence[nn.Module]) -> Iterat
 
 @contextlib.contextmanager
 def heard(found: dict[Where, Callable], modules: Sequence[nn.Module]) -> Iterator[None]:
-    """With the observers that `silent` took, for a pass that has to be the user's; what they write to is undone."""
+    """Put back what `silent` removed, for a pass that must equal the user's; undo what the observers write."""
     with contextlib.ExitStack() as stack:
         for (number, table, key), hook in found.items():
             hooks = getattr(modules[number] if number >= 0 else nn_module, table)
@@ -231,10 +232,10 @@ def heard(found: dict[Where, Callable], modules: Sequence[nn.Module]) -> Iterato
 
 
 def refuse_observers(observed: Iterable[Observed], where: str) -> None:
-    """Where a program cannot run hooks.
+    """Refuse observers where a program cannot run hooks.
 
     Raises:
-        CaptureError: for the first of them.
+        CaptureError: for the first observer.
     """
     for look in observed:
         if look.where is not None:

@@ -1,8 +1,8 @@
-"""Packed sequences while a model is captured: they stay padded, and recurrent layers hold their state where a sequence is over.
+"""Packed sequences while a model is captured: they stay padded, and recurrent layers keep the state past the end.
 
-A packed sequence's data is as long as all lengths together, and its samples are in order of their lengths: both depend on values.
+The data of a packed sequence are as long as all lengths together, with samples sorted by length: both depend on values.
 Padded, samples stay where they are, and a step past the end of a sequence keeps the state (`torch.where`), in both directions:
-the numbers are those of the packed sequence, and so are all derivatives.
+values and all derivatives equal those of the packed sequence.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Padded(PackedSequence):
     @classmethod
     def of(cls, rows: Tensor, lengths: Tensor) -> Padded:
         new = tuple.__new__(cls, (None,) * 4)
-        new.rows, new.lengths = _outside(rows, _within(rows, lengths), 0), lengths
+        new.rows, new.lengths = _fill_padding(rows, _step_masks(rows, lengths), 0), lengths
         return new
 
     def _refuse(self, *_: Any) -> Any:
@@ -48,19 +48,19 @@ class Padded(PackedSequence):
     __getitem__ = _refuse  # type: ignore[assignment]
 
 
-def _outside(rows: Tensor, within: list[Tensor], value: float) -> Tensor:
-    """`rows` [T, N, *] with a value past the end of each sequence."""
+def _fill_padding(rows: Tensor, within: list[Tensor], value: float) -> Tensor:
+    """`rows` [T, N, *] with `value` past the end of each sequence."""
     steps = [torch.where(w.reshape(-1, *[1] * (row.ndim - 1)), row, value) for row, w in zip(rows, within, strict=True)]
     return torch.stack(steps)
 
 
-def _within(rows: Tensor, lengths: Tensor) -> list[Tensor]:
-    """For every step, whether it is within each sequence [N]: vectors, which a size that equals T cannot be taken for."""
+def _step_masks(rows: Tensor, lengths: Tensor) -> list[Tensor]:
+    """For every step, whether it is within each sequence [N]: vectors, so that no axis T is taken for another."""
     return [lengths.to(rows.device) > t for t in range(rows.shape[0])]
 
 
 def _pack(input: Tensor, lengths: Any, batch_first: bool = False, enforce_sorted: bool = True) -> Padded:  # noqa: A002
-    """`pack_padded_sequence`; samples stay in their order, sorted or not."""
+    """`pack_padded_sequence`; samples keep their order, sorted or not."""
     rows = input.transpose(0, 1) if batch_first else input
     lengths = torch.as_tensor(lengths, dtype=torch.int64)
     return Padded.of(rows, lengths)
@@ -69,7 +69,7 @@ def _pack(input: Tensor, lengths: Any, batch_first: bool = False, enforce_sorted
 def _pad(
     sequence: PackedSequence, batch_first: bool = False, padding_value: float = 0.0, total_length: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`pad_packed_sequence`; without a total length, the longest sequence has to be as long as the batch was."""
+    """`pad_packed_sequence`; without a total length, the longest sequence must fill the padded rows."""
     if not isinstance(sequence, Padded):
         raise CaptureError(
             f"a packed sequence that is neither an input nor packed by pack_padded_sequence cannot be traced.\n{running_line()}"
@@ -78,7 +78,7 @@ def _pad(
     rows, lengths = sequence.rows, sequence.lengths
     if total_length is None:
         lengths = longest(lengths, rows.shape[0])
-    rows = _outside(rows, _within(rows, lengths), padding_value)
+    rows = _fill_padding(rows, _step_masks(rows, lengths), padding_value)
     if total_length is not None:
         more = total_length - rows.shape[0]
         rows = (
@@ -101,19 +101,19 @@ def refuse_output(sequence: PackedSequence) -> None:
 
 
 def _recurrent(own: Callable) -> Callable:
-    """The forward pass of a recurrent layer, of packed sequences by `_masked`."""
+    """The forward pass of a recurrent layer, which takes packed sequences to `_run_masked`."""
 
     @functools.wraps(own)
     def forward(self, input, hx=None):  # noqa: A002
-        return _masked(self, input, hx) if isinstance(input, Padded) else own(self, input, hx)
+        return _run_masked(self, input, hx) if isinstance(input, Padded) else own(self, input, hx)
 
     return forward
 
 
-def _masked(rnn: nn.RNNBase, packed: Padded, hx: Any) -> tuple[Padded, Any]:
-    """Output and last states; a state is a tuple of tensors [layers * directions, N, *]."""
+def _run_masked(rnn: nn.RNNBase, packed: Padded, hx: Any) -> tuple[Padded, Any]:
+    """Run a recurrent layer: (output, last states); a state is a tuple of tensors [layers * directions, N, *]."""
     rows, directions = packed.rows, 2 if rnn.bidirectional else 1
-    within = _within(rows, packed.lengths)
+    within = _step_masks(rows, packed.lengths)
     several = isinstance(hx, tuple) or rnn.mode == "LSTM"
     given = None if hx is None else hx if several else (hx,)
     last: list[tuple[Tensor, ...]] = []
@@ -122,7 +122,7 @@ def _masked(rnn: nn.RNNBase, packed: Padded, hx: Any) -> tuple[Padded, Any]:
         for direction in range(directions):
             k = layer * directions + direction
             state = _zeros(rnn, rows) if given is None else tuple(s[k] for s in given)
-            out, state = _along(rnn, rows, within, state, rnn.all_weights[k], bool(direction))
+            out, state = _run_direction(rnn, rows, within, state, rnn.all_weights[k], bool(direction))
             outs.append(out)
             last.append(state)
         rows = torch.cat(outs, -1) if directions > 1 else outs[0]
@@ -137,10 +137,10 @@ def _zeros(rnn: nn.RNNBase, rows: Tensor) -> tuple[Tensor, ...]:
     return tuple(rows.new_zeros(rows.shape[1], size) for size in sizes)
 
 
-def _along(
+def _run_direction(
     rnn: nn.RNNBase, rows: Tensor, within: list[Tensor], state: tuple[Tensor, ...], weights: Any, backwards: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One layer in one direction: what each step gives [T, N, H], and the state after the last."""
+    """Run one layer in one direction: (outputs of all steps [T, N, H], state after the last)."""
     into, again, *rest = weights
     biases = rest[:2] if rnn.bias else (None, None)
     gates = F.linear(rows, into, biases[0])
@@ -177,7 +177,7 @@ _CELLS: dict[str, Callable] = {
 
 @contextlib.contextmanager
 def padded_sequences() -> Iterator[None]:
-    """While a model is captured: packed sequences stay padded, and recurrent layers take them."""
+    """While a model is captured, packed sequences stay padded, and recurrent layers take them."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(rerouted("torch.nn.utils.rnn.pack_padded_sequence", _pack))
         stack.enter_context(rerouted("torch.nn.utils.rnn.pad_packed_sequence", _pad))

@@ -1,8 +1,8 @@
-"""Graphs that are functional as `torch.export` gives them, so that `run_decompositions`, a second trace, has nothing to do.
+"""Graphs that `torch.export` gives in functional form already: they are spared `run_decompositions`, a second trace.
 
-It would take as long as the export. All that it does to a graph without writes, regions and side effects is to say composite
-views (`chunk`, `flatten`, `unflatten`) in plain ones, and ops that may write (dropout, batch norm) in ops that do not: here one
-trace of each kind of call does it.
+That trace takes as long as the export. All it does to a graph without writes, regions and side effects is to replace
+composite views (`chunk`, `flatten`, `unflatten`) by plain ones, and ops that may write (dropout, batch norm) by ops
+that do not: `say_in_plain` does so with one trace per kind of call.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SIZE = torch.ops.aten.sym_size.int
 
 
 def is_plain(exported: ExportedProgram) -> bool:
-    """Whether `said_in_plain` makes of this graph what a second trace would; that has the casts of an autocast, too."""
+    """Whether `say_in_plain` gives what a second trace would. Under autocast it does not: that trace has casts."""
     if any_autocast():
         return False
     known: dict[Any, bool] = {}
@@ -67,7 +67,7 @@ def _is_of_tensors(node: fx.Node) -> bool:
 
 
 def _is_composite(op: OpOverload) -> bool:
-    """Whether a second trace says an op in others: one that export keeps is functional and says so."""
+    """Whether a second trace decomposes an op: one with a decomposition that returns views or may write."""
     views = any(a.alias_info is not None for a in schema_of(op).arguments)
     return decomposes(op) and (views or _HIDDEN in op.tags)
 
@@ -82,7 +82,7 @@ class _Writes(TorchDispatchMode):
 
 
 def _writes(node: fx.Node) -> bool:
-    """Whether an op writes to a tensor, which its schema may not say."""
+    """Whether an op writes to a tensor; its schema may not show it, so the op runs on fake values."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     fake = next(v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)).fake_mode
     with fake, enable_python_dispatcher(), _Writes() as writes:
@@ -91,7 +91,7 @@ def _writes(node: fx.Node) -> bool:
 
 
 def say_in_plain(program: Program) -> None:
-    """Composite views, and ops that may write, in ops that are what they say."""
+    """Replace composite views, and ops that may write, by the functional ops that they decompose into."""
     for node in program.graph.nodes:
         if node.op == "call_function" and isinstance(node.target, OpOverload) and _is_composite(node.target):
             said = functools.partial(invoke, node.target)
@@ -101,7 +101,7 @@ def say_in_plain(program: Program) -> None:
 
 
 def _sizes_of_inputs(program: Program) -> None:
-    """Symbolic sizes are read once, from the first input that has them."""
+    """Read every symbolic size once, from the first input that has it."""
     placeholders = program.graph.find_nodes(op="placeholder")
     first, found = next(n for n in program.graph.nodes if n.op != "placeholder"), {}
     for node in program.graph.find_nodes(op="call_function", target=_SIZE):

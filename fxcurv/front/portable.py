@@ -1,9 +1,9 @@
-"""What a trace read of Python, said so that another process can compare it: `python_state` compares objects, which no file holds.
+"""The Python values that a trace read, in a form that another process can compare: `python_state` compares objects.
 
-Two questions are answered for every value that was read. Where it is: a path from the model's modules, the loss or a Python
-module by its name, that another process can follow (`Places`). What it is: a text (`Describer`), of a function its code, of a
-class its members, of a container all that is in it. The same is noted of the code that ran, and of the files that hold it.
-What has no such path, or no such text, makes a program one that is not kept on disk: `NotPortable` says which value it is.
+Two things are noted of every value. Where it is: a path from the model's modules, the loss or the name of a Python
+module, which another process can follow (`Places`). What it is: a text (`Describer`) of a function's code, a class'
+members, a container's contents. The same is noted of the code that ran, and of the files that hold it. A program that
+read a value without such a path or text is not kept on disk: `NotPortable` names the value.
 """
 
 from __future__ import annotations
@@ -44,29 +44,29 @@ from fxcurv.front.python_state import (
 from fxcurv.front.reads import Absent, content, with_inner
 from fxcurv.front.requests import Subject
 
-# Where something is: ("module", k), ("loss", "") or ("python", name), then ("attr", name) and ("item", key).
+# The place of a value: ("module", k), ("loss", "") or ("python", name), then ("attr", name) and ("item", key).
 Place = tuple[tuple[str, Any], ...]
 
-# How many objects are looked at to find where one is, and how many entries of a tensor count by value.
+# How many objects are visited to find the place of one, and up to how many entries a tensor is compared by value.
 OBJECTS, ENTRIES = 200_000, 1 << 22
 _STANDARD = set(vars(nn.Module()))
-# What of a class' members counts: the rest may change from process to process, and what code reads of it is compared anyway.
+# The members of a class that are compared: others may differ between processes, and what code reads is compared anyway.
 _STILL = (types.FunctionType, property, staticmethod, classmethod, tuple, *SCALARS)
 _NOT_THERE = (AttributeError, KeyError, IndexError, TypeError, ValueError)
 
 
 class NotPortable(Exception):
-    """Something that the program depends on cannot be compared in another process; says what it is."""
+    """A value that the program depends on cannot be compared in another process; the message says which."""
 
 
 def portable(state: State, subject: Subject, constants: Iterable[Tensor]) -> dict[str, Any]:
-    """What a program depends on in Python, for `restored` in another process; of plain values that JSON holds.
+    """What a program depends on in Python, as plain values that JSON holds; `restored` takes them in another process.
 
     Args:
-        constants: tensors that the program holds, beside those that it reads anew at every call.
+        constants: tensors that the program holds, other than those that it reads anew at every call.
 
     Raises:
-        NotPortable: where something is not known to be comparable.
+        NotPortable: for a value that is not known to be comparable.
     """
     if state.effects:
         raise NotPortable(f"every call changes {state.effects[0].path.title}")
@@ -80,26 +80,26 @@ def portable(state: State, subject: Subject, constants: Iterable[Tensor]) -> dic
     names = [_module_of(code, held) for code, held in state.ran]
     places = Places(subject, names)
     describe = Describer(subject)
-    leaves = [_said(path, how, places, describe, modules) for path, how in state.leaves]
+    leaves = [_describe_leaf(path, how, places, describe, modules) for path, how in state.leaves]
     if describe.seen & set(map(id, constants)):
         raise NotPortable(
             "a tensor is read that a list, or several attributes, hold: in a buffer it is read at every call"
         )
     sources = {name: [places.root(path), path.steps, path.title] for name, path in state.sources.items()}
-    code = {json.dumps(places.of_code(code)): _code(places.function(code)) for code, _ in state.ran}
-    files = {path: _of_file(path) for path in _files({*names, *(type(m).__module__ for m in modules)})}
+    code = {json.dumps(places.of_code(code)): _code_digest(places.function(code)) for code, _ in state.ran}
+    files = {path: _file_digest(path) for path in _files({*names, *(type(m).__module__ for m in modules)})}
     return {"leaves": leaves, "sources": sources, "code": code, "files": files}
 
 
 def restored(kept: dict[str, Any], subject: Subject) -> State | str:
-    """The same values here, to be compared at every call; or in words what differs."""
-    changed = next((path for path, digest in kept["files"].items() if _of_file(path) != digest), None)
+    """The state of these values in this process, to be compared at every call; or, in words, what differs."""
+    changed = next((path for path, digest in kept["files"].items() if _file_digest(path) != digest), None)
     if changed is not None:
         return f"{changed} has changed"
     modules, describe = subject.modules(), Describer(subject)
     for place, digest in kept["code"].items():
         try:
-            same = _code(at(json.loads(place), subject)) == digest
+            same = _code_digest(at(json.loads(place), subject)) == digest
         except _NOT_THERE:
             same = False
         if not same:
@@ -107,7 +107,7 @@ def restored(kept: dict[str, Any], subject: Subject) -> State | str:
     state = State()
     for place, steps, title, how, absent, text in kept["leaves"]:
         try:
-            path = _path(place, steps, title, subject, Absent if absent else Path)
+            path = _make_path(place, steps, title, subject, Absent if absent else Path)
             same = _text(path, how, describe, modules) == text
         except (*_NOT_THERE, NotPortable):
             same = False
@@ -116,7 +116,8 @@ def restored(kept: dict[str, Any], subject: Subject) -> State | str:
         state.leaves.append((path, how))
     try:
         state.sources = {
-            name: _path(place, steps, title, subject, Path) for name, (place, steps, title) in kept["sources"].items()
+            name: _make_path(place, steps, title, subject, Path)
+            for name, (place, steps, title) in kept["sources"].items()
         }
     except _NOT_THERE:
         return "a tensor that Python held is not there"
@@ -138,14 +139,16 @@ def checked_modules(subject: Subject) -> None:
 
 
 def _module_of(code: types.CodeType, held: dict[str, Any]) -> str:
-    """The Python module that a function's globals are those of."""
+    """The name of the Python module that owns a function's globals."""
     name = held.get("__name__")
     if not isinstance(name, str) or getattr(sys.modules.get(name), "__dict__", None) is not held:
         raise NotPortable(f"{code.co_name} is of no module that Python has imported")
     return name
 
 
-def _said(path: Path, how: str, places: Places, describe: Describer, modules: Sequence[nn.Module]) -> list[Any]:
+def _describe_leaf(
+    path: Path, how: str, places: Places, describe: Describer, modules: Sequence[nn.Module]
+) -> list[Any]:
     try:
         text = _text(path, how, describe, modules)
         return [places.root(path), path.steps, path.title, how, isinstance(path, Absent), text]
@@ -153,7 +156,7 @@ def _said(path: Path, how: str, places: Places, describe: Describer, modules: Se
         raise NotPortable(f"{path.title}: {error}") from None
 
 
-def _path(place: Any, steps: Any, title: str, subject: Subject, kind: type[Path]) -> Path:
+def _make_path(place: Any, steps: Any, title: str, subject: Subject, kind: type[Path]) -> Path:
     steps = tuple((way, name) for way, name in steps)
     if len(place) == 1 and place[0][0] == "module":
         return kind(place[0][1], None, steps, title)
@@ -176,7 +179,7 @@ def _text(path: Path, how: str, describe: Describer, modules: Sequence[nn.Module
 
 
 def at(place: Iterable[Any], subject: Subject) -> Any:
-    """What is at a place, here."""
+    """The value at a place, in this process."""
     (kind, name), *steps = place
     value: Any = subject.loss if kind == "loss" else sys.modules[name] if kind == "python" else subject.modules()[name]
     for way, step in steps:
@@ -185,17 +188,17 @@ def at(place: Iterable[Any], subject: Subject) -> Any:
 
 
 class Places:
-    """Where objects are, as paths from the model, the loss and Python's modules; the nearest first.
+    """Finds the places of objects: paths from the model, the loss and Python modules, the shortest first.
 
     Args:
-        names: of the modules whose code ran.
+        names: of the Python modules whose code ran.
     """
 
     def __init__(self, subject: Subject, names: Iterable[str]):
         self._found: dict[int, Place] = {}
         self._codes: dict[int, tuple[Place, Any]] = {}
         self._queue: collections.deque[tuple[Place, Any]] = collections.deque()
-        self._held: list[Any] = []  # so that no id is given twice
+        self._held: list[Any] = []  # keeps objects alive, so that no id is given twice
         self._modules = {id(vars(m)): k for k, m in enumerate(subject.modules())}
         for k, m in enumerate(subject.modules()):
             self._note((("module", k),), m)
@@ -205,12 +208,12 @@ class Places:
             self._note((("python", name),), sys.modules[name])
 
     def root(self, path: Path) -> Place:
-        """Where the root of a path is.
+        """The place of a path's root.
 
         Raises:
-            NotPortable: it was not found.
+            NotPortable: if it is not found.
         """
-        # export makes stand-ins of modules that are held twice, of the same attributes
+        # export makes a stand-in for a module that is held twice, with the same attributes
         stands_for = self._modules.get(id(vars(path.root))) if isinstance(path.root, nn.Module) else None
         k = path.module if path.module is not None else stands_for
         if k is not None:
@@ -223,10 +226,10 @@ class Places:
         return place
 
     def of_code(self, code: types.CodeType) -> Place:
-        """Where the function is that has this code, or makes the one that has it.
+        """The place of the function that has this code, or contains the function that has it.
 
         Raises:
-            NotPortable: it was not found.
+            NotPortable: if it is not found.
         """
         found = self._search(self._codes, code)
         if found is None:
@@ -234,14 +237,14 @@ class Places:
         return found[0]
 
     def function(self, code: types.CodeType) -> Any:
-        """The function that is there."""
+        """The function at the place of `of_code`."""
         self.of_code(code)
         return self._codes[id(code)][1]
 
     def _search(self, table: dict[int, Any], value: Any) -> Any:
         while id(value) not in table and self._queue and len(self._found) < OBJECTS:
             place, holder = self._queue.popleft()
-            for steps, member in _within(holder):
+            for steps, member in _held_members(holder):
                 self._note((*place, *steps), member)
         return table.get(id(value))
 
@@ -263,8 +266,8 @@ _PARTS: dict[type, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def _within(value: Any) -> Iterator[tuple[Place, Any]]:
-    """(steps, member) of what an object of the user's holds; runs none of the user's code."""
+def _held_members(value: Any) -> Iterator[tuple[Place, Any]]:
+    """(steps, member) of everything that a user's object holds; runs none of the user's code."""
     kind = type(value)
     if kind in _PARTS:
         names = [name for name in _PARTS[kind] if name != "cell_contents" or content(value) is not MISSING]
@@ -284,11 +287,11 @@ def _within(value: Any) -> Iterator[tuple[Place, Any]]:
         yield (("attr", "__class__"),), kind
         yield from (((("attr", name),), v) for name, v in members_of(value).items() if name not in _STANDARD)
     elif kind.__module__ == "functools":
-        yield (("attr", "__wrapped__"),), getattr(value, "__wrapped__", None)  # of a function that is cached
+        yield (("attr", "__wrapped__"),), getattr(value, "__wrapped__", None)  # a cached function
 
 
 def _is_users(kind: type) -> bool:
-    """Whether a class is none of Python's, PyTorch's or what these run on."""
+    """Whether a class is the user's: not of Python, PyTorch or a library that PyTorch runs on."""
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
     return kind.__module__ != "builtins" and (file is None or holds_state(file))
 
@@ -297,19 +300,19 @@ def _is_users(kind: type) -> bool:
 
 
 def digested(said: Any) -> str:
-    """A text for what is nested, a digest where it is long."""
+    """A nested description as one text, or the digest of that if it is long."""
     text = json.dumps(said)
     return text if len(text) < 100 else hashlib.sha256(text.encode()).hexdigest()
 
 
 class Describer:
-    """Says values in nested lists of texts, equal in any two processes where a program may be shared.
+    """Describes values in nested lists of texts, equal in any two processes that may share a program.
 
-    A function is its code and what it is bound to, though what code *reads* is compared for itself: so where a
-    function's closure or a class' members cannot be said, their types are.
+    A function is described by its code and the values bound to it. What code *reads* is compared separately: so what
+    cannot be described in a function's closure, or among a class' members, is described by its type.
 
     Attributes:
-        seen: the tensors that were said by their entries, by id.
+        seen: ids of the tensors that were described by their entries.
     """
 
     def __init__(self, subject: Subject):
@@ -325,7 +328,7 @@ class Describer:
         """The description.
 
         Raises:
-            NotPortable: for what is compared by identity alone.
+            NotPortable: for a value that can be compared by identity alone.
         """
         return self._describe(value, (), [MOST], False)
 
@@ -346,15 +349,15 @@ class Describer:
             raise NotPortable("it is nested too deeply, or too large")
         inside = lambda v, soft=soft: self._describe(v, (*outer, id(value)), left, soft)  # noqa: E731
         try:
-            found = self._of_code(value, inside)
-            return found if found is not None else self._of_data(value, inside)
+            found = self._describe_code(value, inside)
+            return found if found is not None else self._describe_data(value, inside)
         except NotPortable:
             if soft:
                 return ["some", _name(kind)]
             raise
 
-    def _of_code(self, value: Any, inside: Any) -> Any:
-        """Of a function, a class or a module; None for anything else."""
+    def _describe_code(self, value: Any, inside: Any) -> Any:
+        """Describe a function, class, module or op; None for anything else."""
         if value is os.getenv:
             raise NotPortable("the model or loss reads os.environ")
         if isinstance(value, types.FunctionType):
@@ -364,7 +367,7 @@ class Describer:
                 return ["function", value.__module__, value.__qualname__]
             cells = [inside(content(c), True) for c in value.__closure__ or ()]
             bound = [inside(value.__defaults__, True), inside(value.__kwdefaults__, True), cells]
-            return ["function", value.__module__, value.__qualname__, _code(value), bound]
+            return ["function", value.__module__, value.__qualname__, _code_digest(value), bound]
         if isinstance(value, type):
             members = vars(value).items() if _is_users(value) else ()
             own = [
@@ -382,15 +385,15 @@ class Describer:
         if isinstance(value, property | staticmethod | classmethod):
             return ["descriptor", inside(getattr(value, "fget", None) or getattr(value, "__func__", None))]
         if isinstance(value, types.BuiltinFunctionType):
-            return _builtin(value)
+            return _describe_builtin(value)
         if isinstance(value, types.MethodDescriptorType | types.WrapperDescriptorType):
             return ["descriptor", _name(value.__objclass__), value.__name__]
         return ["op", str(value)] if type(value).__module__ == "torch._ops" else None
 
-    def _of_data(self, value: Any, inside: Any) -> Any:
+    def _describe_data(self, value: Any, inside: Any) -> Any:
         kind = type(value)
         if isinstance(value, Tensor):
-            return self._tensor(value)
+            return self._describe_tensor(value)
         if isinstance(value, Enum):
             return ["enum", _name(kind), value.name, inside(value.value)]
         if isinstance(value, logging.Logger):
@@ -413,7 +416,7 @@ class Describer:
             return ["object", inside(kind, True), members]
         raise NotPortable(f"a {kind.__name__} is compared by identity")
 
-    def _tensor(self, t: Tensor) -> Any:
+    def _describe_tensor(self, t: Tensor) -> Any:
         if id(t) in self._own:
             return ["own", self._own[id(t)]]
         self.seen.add(id(t))
@@ -427,8 +430,8 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _builtin(value: Any) -> Any:
-    """Of a function in C: its name, if it is one of Python's, PyTorch's or NumPy's."""
+def _describe_builtin(value: Any) -> Any:
+    """Describe a function in C by its name, if it is Python's, PyTorch's or NumPy's."""
     holder = value.__self__
     if holder is not None and not isinstance(holder, types.ModuleType | type):
         raise NotPortable("a method in C is compared by identity")
@@ -443,18 +446,18 @@ def _builtin(value: Any) -> Any:
 
 
 def code_of(function: Any) -> str:
-    """`_code` of a method, or a function; of what has no code, its type."""
+    """`_code_digest` of a function or method; for anything without code, the name of its type."""
     while hasattr(function, "__func__") or isinstance(function, functools.partial):
         function = getattr(function, "__func__", None) or function.func
-    return _code(function) if hasattr(function, "__code__") else type(function).__qualname__
+    return _code_digest(function) if hasattr(function, "__code__") else type(function).__qualname__
 
 
-def _code(function: Any) -> str:
-    """A digest of what a function does, and of the functions in it; not of where it stands in its file."""
-    return _digest(repr(_of_code(function.__code__)).encode())
+def _code_digest(function: Any) -> str:
+    """A digest of a function's code and of the functions in it, whatever line of the file they stand on."""
+    return _digest(repr(_code_content(function.__code__)).encode())
 
 
-def _of_code(code: types.CodeType) -> tuple:
+def _code_content(code: types.CodeType) -> tuple:
     named = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
     counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
     return (code.co_name, code.co_code, code.co_exceptiontable, named, counts, tuple(map(_constant, code.co_consts)))
@@ -462,7 +465,7 @@ def _of_code(code: types.CodeType) -> tuple:
 
 def _constant(value: Any) -> Any:
     if isinstance(value, types.CodeType):
-        return _of_code(value)
+        return _code_content(value)
     if isinstance(value, tuple):
         return tuple(map(_constant, value))
     if isinstance(value, frozenset):
@@ -471,17 +474,17 @@ def _constant(value: Any) -> Any:
 
 
 def _files(names: Iterable[str]) -> list[str]:
-    """The files of these Python modules, and of all that are imported and in no environment's packages.
+    """The files of these Python modules, and of all imported modules that are not installed packages.
 
-    What a trace reads in other ways than by globals and attributes (an import in a function, a class' attribute by `type(self)`,
-    a registry) is noted nowhere, and comes from one of these files.
+    A trace may read values by other ways than globals and attributes (an import in a function, a class' attribute by
+    `type(self)`, a registry). These are not noted, but they come from one of these files.
     """
     found = {vars(m).get("__file__"): name for name, m in list(sys.modules.items()) if isinstance(m, types.ModuleType)}
     return sorted(f for f, name in found.items() if isinstance(f, str) and (name in names or is_own_file(f)))
 
 
-def _of_file(path: str) -> str:
-    """A digest of a file, "" where there is none."""
+def _file_digest(path: str) -> str:
+    """A digest of a file; "" if there is none."""
     try:
         with open(path, "rb") as f:
             return _digest(f.read())

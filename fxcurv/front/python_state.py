@@ -1,8 +1,8 @@
-"""Python values that a program depends on: where they are, and whether they are as they were. `reads` finds them.
+"""Python values that a program depends on: where they are, and whether they have changed. `reads` finds them.
 
 Numbers, strings, None, dtypes, and lists, dicts and plain objects of them are compared by value; functions, modules and all other
 objects by identity; a tensor is read anew at every call. What the forward pass itself counts up (`self.calls += 1`) is no
-dependence: it is done again at every call.
+dependence: every call counts it up again.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CONTAINERS = (*MAPPINGS, *SEQUENCES, set, frozenset)
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type, functools.partial)
 TRACED = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
-# a structure that is deeper, or has more leaves, is compared by identity and length beyond that
+# beyond this depth, or number of objects, a structure is compared by identity and length
 DEEPEST, MOST = 8, 10_000
 _STDLIB = sysconfig.get_path("stdlib")
 # An environment may take packages from several such folders: its own, the user's, the system's.
@@ -81,12 +81,12 @@ class Path:
         return (id(self.root) if self.module is None else self.module), self.module is None, self.steps
 
     def step(self, kind: str, name: Any) -> Path:
-        """A place within the value at this one."""
+        """The place of a member of the value at this one."""
         shown = f".{name}" if kind == "attr" else f"[{name!r}]"
         return Path(self.module, self.root, (*self.steps, (kind, name)), (self.title + shown).removeprefix("."))
 
     def source(self, objects: list[Any]) -> str:
-        """A Python expression of `m`, the modules, and `o`, which `objects` become."""
+        """A Python expression in `m`, the modules, and `o`, the list `objects`, to which this appends the root."""
         if self.module is None:
             objects.append(self.root)
         text = f"o[{len(objects) - 1}]" if self.module is None else f"m[{self.module}]"
@@ -98,7 +98,7 @@ class Path:
         return text
 
     def owner(self, modules: Sequence[nn.Module]) -> Any:
-        """What the last step is taken from."""
+        """The object that the last step is taken from."""
         value = self.root if self.module is None else modules[self.module]
         for kind, name in self.steps[:-1]:
             value = getattr(value, name) if kind == "attr" else value[name]
@@ -114,13 +114,13 @@ class Path:
             return MISSING
 
     def set(self, modules: Sequence[nn.Module], value: Any) -> None:
-        """Put a value there."""
+        """Set the value."""
         kind, name = self.steps[-1]
         owner = self.owner(modules)
         setattr(owner, name, value) if kind == "attr" else operator.setitem(owner, name, value)
 
 
-# Where the variables of the process are, as bytes: compared as a whole, since code may read them by any name.
+# The environment variables, as bytes: compared as a whole, since code may read them by any name.
 ENVIRONMENT = Path(None, os.environ, (("attr", "_data"),), "os.environ")
 
 
@@ -128,10 +128,10 @@ ENVIRONMENT = Path(None, os.environ, (("attr", "_data"),), "os.environ")
 
 
 def frozen(value: Any, tensors: bool = True) -> Any:
-    """A value that is equal where programs may be shared.
+    """A stand-in for a value, equal for values that may share a program.
 
     Args:
-        tensors: whether tensors count, by identity.
+        tensors: whether tensors are compared, by identity.
     """
     return _frozen(value, tensors, (), [MOST])
 
@@ -154,7 +154,7 @@ def _frozen(value: Any, tensors: bool, outer: tuple[int, ...], left: list[int]) 
     if isinstance(value, MAPPINGS):
         return kind, tuple((inside(k), inside(v)) for k, v in value.items() if counts(v))
     if isinstance(value, ContextVar):
-        return kind, inside(_in_context(value))
+        return kind, inside(_value_in_context(value))
     if isinstance(value, set | frozenset):
         return kind, frozenset(map(inside, value))
     if isinstance(value, SEQUENCES):
@@ -168,7 +168,7 @@ def _frozen(value: Any, tensors: bool, outer: tuple[int, ...], left: list[int]) 
     return id(value)
 
 
-def _in_context(variable: ContextVar) -> Any:
+def _value_in_context(variable: ContextVar) -> Any:
     try:
         return variable.get()
     except LookupError:
@@ -184,7 +184,7 @@ def members_of(value: Any) -> dict[str, Any]:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether an object counts with its members: one of the user's classes, or a namespace."""
+    """Whether an object is compared by its members: an instance of a user's class, or a namespace."""
     if isinstance(
         value, (nn.Module, Tensor, Enum, logging.Logger, types.ModuleType, *SCALARS, *CONTAINERS, *FUNCTIONS)
     ):
@@ -195,7 +195,7 @@ def is_plain(value: Any) -> bool:
 
 
 def holds_state(path: str) -> bool:
-    """Whether code of this file may read state of the user's: not Python's own, nor that of PyTorch and what it runs on."""
+    """Whether code of this file may read the user's state: not if it is Python's, PyTorch's or of a library below."""
     installed = _INSTALLED.match(path)
     if not is_user_file(path) or installed is None and path.startswith(_STDLIB):
         return False
@@ -203,30 +203,30 @@ def holds_state(path: str) -> bool:
 
 
 def is_own_file(path: str) -> bool:
-    """Whether code of this file is the user's own, in no environment's packages."""
+    """Whether code of this file is the user's own, not of an installed package."""
     return holds_state(path) and _INSTALLED.match(path) is None
 
 
-def _described(t: Any) -> Any:
-    """What the program depends on of a tensor that it reads anew."""
+def _tensor_properties(t: Any) -> Any:
+    """The properties that a program depends on, of a tensor that it reads anew at every call."""
     return (t.shape, t.dtype, t.device, t.layout) if isinstance(t, Tensor) else type(t)
 
 
-def _state(t: Any) -> Any:
-    """Of a tensor whose values may have become numbers: that it is the same, and not written to since."""
+def _tensor_version(t: Any) -> Any:
+    """The identity and version of a tensor whose values may have become numbers: a write changes the version."""
     return (id(t), 0 if t.is_inference() else version_of(t)) if isinstance(t, Tensor) else type(t)
 
 
 @dataclass
 class Effect:
-    """What a call does to an attribute, as the forward pass did: `count` it up, or set it."""
+    """A write of the forward pass to an attribute, which every call repeats: `count` it up by `value`, or set it."""
 
     path: Path
     value: Any
     count: Callable[[Any, Any], Any] | None = None
 
     def run(self, modules: Sequence[nn.Module]) -> None:
-        """Do it."""
+        """Write to the attribute."""
         now = self.value if self.count is None else self.count(self.path.get(modules), self.value)
         self.path.set(modules, now)
 
@@ -236,7 +236,7 @@ _HOW = {
     "table": "dict({})",
 }  # fmt: skip
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "F": frozen, "I": id, "T": _described, "S": _state, "type": type, "dict": dict, "getattr": getattr,
+    "F": frozen, "I": id, "T": _tensor_properties, "S": _tensor_version, "type": type, "dict": dict, "getattr": getattr,
 }  # fmt: skip
 
 
@@ -248,7 +248,9 @@ class State:
         leaves: (place, how it is compared), a key of `_HOW`.
         numbers: places of floats that are inputs of the graph.
         effects: what every call does to the model's attributes.
-        ran: the user's code that ran while tracing, and its globals; `custom`: some of it is of custom autograd functions.
+        sources: constants of the program that are read from a place at every call, by name.
+        kept: the compared objects, held so that no id is given twice.
+        ran: the user's code that ran while tracing, and its globals; `custom`: whether custom functions are in it.
     """
 
     leaves: list[tuple[Path, str]] = field(default_factory=list)
@@ -260,7 +262,7 @@ class State:
     custom: bool = False
 
     def freeze(self, modules: Sequence[nn.Module]) -> State:
-        """Write the one function that reads all values, and take those that hold now."""
+        """Compile the one function that reads all values, and keep the present values."""
         objects: list[Any] = []
         sources = [_HOW[how].format(path.source(objects)) for path, how in self.leaves]
         body = f"lambda m: ({', '.join(sources)}{',' if sources else ''})"
@@ -279,7 +281,7 @@ class State:
         return tuple(map(type, now)) == self._kinds and now == self.values
 
     def differences(self, modules: Sequence[nn.Module]) -> list[tuple[Path, str, Any, Any]]:
-        """(place, how it is compared, the value now, the value then) of all that is not as it was."""
+        """(place, how it is compared, the value now, the value then) of every value that has changed."""
         found = []
         for (path, how), then in zip(self.leaves, self.values, strict=True):
             value = path.get(modules)
@@ -289,7 +291,7 @@ class State:
         return found
 
     def tensors(self, modules: Sequence[nn.Module]) -> dict[str, Tensor]:
-        """Constants of the program that a place holds, as they are now."""
+        """Constants of the program that are read from a place, as they are now."""
         return {name: path.get(modules) for name, path in self.sources.items()}
 
     def number(self, index: int, modules: Sequence[nn.Module], device: torch.device) -> Tensor:
@@ -297,12 +299,12 @@ class State:
         return as_tensor(self.numbers[index].get(modules), device)
 
     def run_effects(self, modules: Sequence[nn.Module]) -> None:
-        """What the forward pass does to attributes of the model besides computing."""
+        """Repeat what the forward pass writes to attributes of the model."""
         for effect in self.effects:
             effect.run(modules)
 
     def unguarded(self) -> str:
-        """What a function that `torch.compile` makes could not see change; "" if there is nothing."""
+        """A value whose change a function of `torch.compile` could not see; "" if there is none."""
         cells = [p.title for p, how in self.leaves if how == "scalar" and isinstance(p.root, types.CellType)]
         return next(iter([*cells, *(effect.path.title for effect in self.effects)]), "")
 
@@ -314,7 +316,7 @@ class State:
 
 
 def as_tensor(number: float, device: torch.device) -> Tensor:
-    """A float as a program takes it."""
+    """A float as a program takes it: a 0-dim float64 tensor."""
     return torch.full((), number, dtype=torch.float64, device=device)
 
 
@@ -323,12 +325,12 @@ def reasons(found: Iterable[tuple[Path, str, Any, Any]]) -> list[str]:
     out = []
     for path, how, now, then in found:
         if how == "scalar":
-            out.append(f"{path.title} is {_shown(now)} instead of {_shown(then)}")
+            out.append(f"{path.title} is {_show(now)} instead of {_show(then)}")
         else:
             out.append(f"{path.title} is another {'value' if how in ('frozen', 'number') else type(now).__name__}")
     return out
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     text = f"a {type(value).__name__}" if isinstance(value, Tensor | nn.Module) else repr(value)
     return text if len(text) < 60 else text[:57] + "..."

@@ -1,10 +1,10 @@
 """Python values that a trace reads, found while it runs: `python_state` compares them at every call.
 
-What is found: attributes of modules (PyTorch's own too: a dropout's `p`), recorded as they are read; globals, closures and
-default arguments of the functions that ran, and attributes of plain objects whose methods ran, from their code. A read is
-followed through attributes and constant subscripts (`self.config.scale`, `self.weights["kl"]`) as far as the code goes;
-an object that goes elsewhere counts with all of its members. A number that a forward pass both reads and changes, other than by
-counting it up, is refused by name.
+Attributes of modules (PyTorch's own too: a dropout's `p`) are recorded as they are read. Globals, closures and default
+arguments of the functions that ran, and attributes of plain objects whose methods ran, are found in their code. A read
+is followed through attributes and constant subscripts (`self.config.scale`, `self.weights["kl"]`) as far as the code
+goes; an object that is passed on counts with all of its members. A number that a forward pass both reads and changes,
+other than by counting it up, is refused by name.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from fxcurv.ir.origin import is_ours
 from fxcurv.rules.custom import backwards
 
 _LAYERS = os.path.dirname(nn.__file__)
-# what the machinery of every module reads; `_flat_weights` of a recurrent one are its parameters again
+# attributes that PyTorch reads of every module; a recurrent layer's `_flat_weights` are its parameters again
 _STANDARD = {*vars(nn.Module()), *(n for n, v in vars(nn.Module).items() if not callable(v)), "_flat_weights"}
 # A mode that watches or changes ops (a profiler, a FLOP counter) is no part of the model.
 _OF_MODES = {"__torch_dispatch__", "__torch_function__"}
@@ -58,7 +58,7 @@ _NEW_COPY = copyreg.__newobj__.__code__  # type: ignore[attr-defined]
 
 
 class Reads:
-    """Records what is read while it is entered."""
+    """Records the Python values that are read while it is entered."""
 
     def __init__(self, model: nn.Module, loss: Any, promoted: Sequence[Path] = ()):
         self.modules = all_modules(model, loss)
@@ -81,7 +81,7 @@ class Reads:
     # -- floats that are inputs --
 
     def tensors(self, device: torch.device) -> list[Tensor]:
-        """The floats that become inputs, as they are."""
+        """The present values of the floats that become inputs."""
         return [as_tensor(path.get(self.modules), device) for path in self.promoted]
 
     @contextlib.contextmanager
@@ -99,11 +99,11 @@ class Reads:
     # -- recording --
 
     def born(self, objects: Iterable[Any]) -> None:
-        """What was made for this trace, so that nothing of it stays."""
+        """Note objects that were made for this trace: no program depends on them."""
         self._born |= {id(new): new for new in objects}
 
     def __enter__(self) -> Reads:
-        thread = threading.get_ident()  # others read for themselves
+        thread = threading.get_ident()  # reads of other threads are not recorded
 
         def read(module: nn.Module, name: str) -> Any:
             own = threading.get_ident() == thread
@@ -111,10 +111,10 @@ class Reads:
                 value = object.__getattribute__(module, name)
             except AttributeError:
                 if own and not _is_standard(name):
-                    self._attribute(module, name, MISSING, sys._getframe(1))
+                    self._record_attribute(module, name, MISSING, sys._getframe(1))
                 raise
             if own and not _is_standard(name):
-                self._attribute(module, name, value, sys._getframe(1))
+                self._record_attribute(module, name, value, sys._getframe(1))
             return value
 
         original = self._setattr = nn.Module.__setattr__
@@ -125,7 +125,7 @@ class Reads:
                 self._written.setdefault((id(module), name), module)
             original(module, name, value)
 
-        self._watched = Watched(self._called)
+        self._watched = Watched(self._on_call)
         self._trace = self._watched.before
         nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
         nn.Module.__setattr__ = write  # type: ignore[method-assign]
@@ -137,39 +137,39 @@ class Reads:
         del nn.Module.__getattribute__
         nn.Module.__setattr__ = self._setattr  # type: ignore[method-assign]
         if error[0] is None:
-            self._closures()
+            self._record_closures()
             for function in backwards():
                 self._custom = True
-                self._to_be_run(function)
-            self._changes()
+                self._record_function(function)
+            self._sort_writes()
         self._codes, self._closed, self._born = {}, [], {}
 
-    def _called(self, frame: types.FrameType, event: str, arg: Any) -> Any:
-        """A function was called; the debugger's or the coverage tool's own function goes on."""
+    def _on_call(self, frame: types.FrameType, event: str, arg: Any) -> Any:
+        """Trace function: record what a called function reads, then call the debugger's or the coverage tool's."""
         code = frame.f_code
         if id(code) not in self._codes:
             watched = holds_state(code.co_filename) and code.co_name not in _OF_MODES
             self._codes[id(code)] = (code, _instructions(code) if watched else [])
             if self._codes[id(code)][1]:
                 self._ran.append((code, frame.f_globals))
-                self._globals(code, frame.f_globals)
+                self._record_globals(code, frame.f_globals)
         instructions = self._codes[id(code)][1]
         if code is _NEW_COPY:
-            return self._copied
+            return self._on_copy
         new = frame.f_locals.get(code.co_varnames[0]) if code.co_name == "__init__" and code.co_argcount else None
         if new is not None and (instructions or code.co_filename == "<string>" or issubclass(type(new), nn.Module)):
             self._born[id(new)] = new
         elif instructions and (code.co_freevars or code.co_argcount):
-            self._frame(code, frame.f_locals, instructions)
+            self._record_frame(code, frame.f_locals, instructions)
         return self._trace(frame, event, arg) if self._trace is not None else None  # type: ignore[arg-type]
 
-    def _copied(self, frame: types.FrameType, event: str, arg: Any) -> Any:
-        """A copy is made without `__init__`: it is what this function returns."""
+    def _on_copy(self, frame: types.FrameType, event: str, arg: Any) -> Any:
+        """Trace function of `copyreg.__newobj__`: note the copy that it returns, for which no `__init__` runs."""
         if event == "return" and arg is not None:
             self._born[id(arg)] = arg
-        return self._copied
+        return self._on_copy
 
-    def _frame(self, code: types.CodeType, local: dict[str, Any], instructions: list) -> None:
+    def _record_frame(self, code: types.CodeType, local: dict[str, Any], instructions: list) -> None:
         if code.co_freevars:
             self._closed.append((code, {name: local.get(name, MISSING) for name in code.co_freevars}))
         first = code.co_varnames[0] if code.co_argcount else ""
@@ -182,16 +182,16 @@ class Reads:
             if i.opname.startswith("LOAD_FAST") and names[-1] == first:
                 self._follow(Path(None, value, (), type(value).__name__), value, instructions, k + 1)
 
-    def _attribute(self, module: nn.Module, name: str, value: Any, frame: types.FrameType) -> None:
+    def _record_attribute(self, module: nn.Module, name: str, value: Any, frame: types.FrameType) -> None:
         code = frame.f_code
         instructions = self._codes[id(code)][1] if id(code) in self._codes else []
         machinery = id(module) not in self._index and not code.co_filename.startswith(_LAYERS) and not instructions
         if is_ours(code.co_filename) or id(module) in self._born or machinery:
             return
-        path = self._of_module(module, name)
+        path = self._path_of(module, name)
         at = next((k for k, i in enumerate(instructions) if i.offset >= frame.f_lasti), len(instructions))
-        step = _counts(instructions, at, name)
-        if (id(module), name) in self._written:  # a value of this very pass, unless it counted up an older one
+        step = _counting_step(instructions, at, name)
+        if (id(module), name) in self._written:  # a value of this very pass, unless the write counted up an older one
             self._changed += [path] if (id(module), name) in self._counted and isinstance(value, SCALARS) else []
             return
         if value is MISSING:
@@ -202,25 +202,25 @@ class Reads:
         own = name in module.__dict__
         found = MISSING if own else next((vars(c)[name] for c in type(module).__mro__ if name in vars(c)), MISSING)
         if isinstance(found, types.FunctionType):
-            # read by the module, which may get its own
+            # by the place on the module, which may get a method of its own
             if name == "forward" or holds_state(found.__code__.co_filename):
                 self._add(path.step("attr", "__func__"), found)
                 self.of_code(found)
             return
         if found is not MISSING and hasattr(type(found), "__get__"):
-            return  # what a property reads is recorded for itself
+            return  # what a property reads is recorded when it runs
         if step is not None and own:
             self._counted[(id(module), name)] = step
             return
         self._follow(path, value, instructions, at + 1)
 
-    def _of_module(self, module: nn.Module, name: str) -> Path:
+    def _path_of(self, module: nn.Module, name: str) -> Path:
         k = self._index.get(id(module))
         if k is None:
             return Path(None, module, (("attr", name),), f"'{name}' of a {type(module).__name__}")
         return Path(k, module, (("attr", name),), f"'{name}' of {self._titles[id(module)]}")
 
-    def _globals(self, code: types.CodeType, held: dict[str, Any]) -> None:
+    def _record_globals(self, code: types.CodeType, held: dict[str, Any]) -> None:
         instructions = self._codes[id(code)][1]
         for k, i in enumerate(instructions):
             if i.opname in ("LOAD_GLOBAL", "LOAD_NAME") and i.argval in held:
@@ -228,7 +228,7 @@ class Reads:
                 self._follow(path, held[i.argval], instructions, k + 1)
 
     def of_code(self, value: Any) -> None:
-        """The default arguments of a function, and what a partial or a bound method holds."""
+        """Record a function's default arguments, also behind bound methods and partials, and a partial's keywords."""
         while isinstance(value, types.MethodType):
             value = value.__func__
         if isinstance(value, functools.partial):
@@ -242,8 +242,11 @@ class Reads:
             if hasattr(value, "__wrapped__"):
                 self.of_code(value.__wrapped__)
 
-    def _closures(self) -> None:
-        """The cells that the functions which ran read from: those whose values are what the frames had."""
+    def _record_closures(self) -> None:
+        """Record what the functions that ran read of their closures.
+
+        A frame does not show its function: it is one with this code whose cells hold what the frame saw.
+        """
         codes = {id(code): code for code, _ in self._closed}
         if not codes:
             return
@@ -255,25 +258,25 @@ class Reads:
             if not any(all(content(c) is seen[name] for name, c in cells.items()) for seen in frames):
                 continue
             self.of_code(function)
-            for code in with_inner(function.__code__):  # a function that it made may have read them, and be gone
-                self._cells(cells, function.__qualname__, self._codes.get(id(code), (code, []))[1])
+            for code in with_inner(function.__code__):  # a function made in it may have read them, and be gone
+                self._record_cells(cells, function.__qualname__, self._codes.get(id(code), (code, []))[1])
 
-    def _to_be_run(self, function: Any) -> None:
-        """What a function that did not run yet will read, and so will those that it names."""
+    def _record_function(self, function: Any) -> None:
+        """Record what a function that has not run yet will read, and what the functions that it names will."""
         code = getattr(function, "__code__", None)
         if code is None or id(code) in self._codes or not holds_state(code.co_filename):
             return
         instructions = _instructions(code)
         self._codes[id(code)] = code, instructions
         cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
-        self._globals(code, function.__globals__)
-        self._cells(cells, function.__qualname__, instructions)
+        self._record_globals(code, function.__globals__)
+        self._record_cells(cells, function.__qualname__, instructions)
         self.of_code(function)
         for value in (*map(function.__globals__.get, code.co_names), *map(content, cells.values())):
             if isinstance(value, types.FunctionType):
-                self._to_be_run(value)
+                self._record_function(value)
 
-    def _cells(self, cells: dict[str, Any], where: str, instructions: list) -> None:
+    def _record_cells(self, cells: dict[str, Any], where: str, instructions: list) -> None:
         for k, i in enumerate(instructions):
             names = i.argval if isinstance(i.argval, tuple) else (i.argval,)
             if "DEREF" in i.opname and "LOAD" in i.opname and names[-1] in cells:
@@ -282,7 +285,7 @@ class Reads:
                 self._follow(path, content(cell), instructions, k + 1)
 
     def _follow(self, path: Path, value: Any, instructions: list, at: int) -> None:
-        """Record the value that the code takes from here: a member of a member, or all of it."""
+        """Record what the code takes of a value from instruction `at` on: a member, a member's member, or all of it."""
         while True:
             after = instructions[at] if at < len(instructions) else None
             if isinstance(value, types.ModuleType):
@@ -315,8 +318,8 @@ class Reads:
                     continue
                 found = next(vars(c)[name] for c in type(value).__mro__ if name in vars(c))
                 code = getattr(getattr(found, "fget", found), "__code__", None)
-                if code is not None and holds_state(code.co_filename):  # the method says itself what it reads
-                    self._identity(path, value)
+                if code is not None and holds_state(code.co_filename):  # what the method reads is recorded when it runs
+                    self._add_by_identity(path, value)
                     return
                 if not hasattr(type(found), "__get__"):
                     path, value, at = path.step("attr", name), found, at + 1
@@ -331,14 +334,14 @@ class Reads:
                     path, value, at = path.step("item", key), inner, at + length
                     continue
             if not path.steps:
-                # an object that goes elsewhere: its members
+                # an object that is passed on: all its members
                 for name, member in members_of(value).items():
                     self._add(path.step("attr", name), member)
                 return
             self._add(path, value)
             return
 
-    def _identity(self, path: Path, value: Any) -> None:
+    def _add_by_identity(self, path: Path, value: Any) -> None:
         if path.steps:
             self._paths.setdefault(("identity", *path.key), path)
 
@@ -350,11 +353,11 @@ class Reads:
 
     # -- what the trace changed --
 
-    def _changes(self) -> None:
-        """Attributes that the forward pass wrote: to count them up again, to set them, or to refuse."""
-        kept = {id(m) for (_, name), m in self._written.items() if not isinstance(_held(m, name), SCALARS)}
+    def _sort_writes(self) -> None:
+        """Sort the attributes that the forward pass wrote: a call counts them up or sets them, or they are refused."""
+        kept = {id(m) for (_, name), m in self._written.items() if not isinstance(_own_attribute(m, name), SCALARS)}
         for (_, name), module in self._written.items():
-            path, now = self._of_module(module, name), _held(module, name)
+            path, now = self._path_of(module, name), _own_attribute(module, name)
             if isinstance(now, Number):
                 self._changed.append(path)
             if (id(module), name) in self._counted and path.key not in self._paths:
@@ -392,7 +395,7 @@ class Reads:
         """The values that the program depends on, as they are now.
 
         Args:
-            constants: of the program: those that a place holds are read from there.
+            constants: of the program; one that a single place holds is read from there at every call.
             own: parameters and buffers, which are inputs anyway.
         """
         names = {id(t): name for name, t in constants.items()}
@@ -410,12 +413,12 @@ class Reads:
             elif id(value) in names:
                 places.setdefault(names[id(value)], []).append(path)
             elif id(value) not in known:
-                state.leaves.append((path, "identity" if key[0] == "identity" else _how(path, value)))
+                state.leaves.append((path, "identity" if key[0] == "identity" else _comparison_for(path, value)))
         for name, paths in places.items():
             if len(paths) == 1:
                 state.sources[name] = paths[0]
             state.leaves += [(path, "tensor" if len(paths) == 1 else "identity") for path in paths]
-        # a program that held its model would keep it alive
+        # by the modules' index alone: a program that held its model would keep it alive
         state.leaves = [(_by_index(path), how) for path, how in state.leaves]
         state.sources = {name: _by_index(path) for name, path in state.sources.items()}
         state.effects = [replace(e, path=_by_index(e.path)) for e in state.effects]
@@ -424,7 +427,7 @@ class Reads:
 
 
 def _by_index(path: Path) -> Path:
-    """The same place without its root, where the module's index says it."""
+    """The same place, without its root if the module's index identifies it."""
     return path if path.module is None else replace(path, root=None)
 
 
@@ -432,12 +435,12 @@ class Absent(Path):
     """A place that held nothing."""
 
     def source(self, objects: list[Any]) -> str:
-        """Reads `MISSING` while it does."""
+        """An expression that gives `MISSING` while the place holds nothing."""
         objects.append(functools.partial(Path.get, Path(self.module, self.root, self.steps)))
         return f"o[{len(objects) - 1}](m)"
 
 
-def _how(path: Path, value: Any) -> str:
+def _comparison_for(path: Path, value: Any) -> str:
     if type(value) in SCALARS:
         return "scalar"
     if path is ENVIRONMENT:
@@ -461,7 +464,7 @@ def _is_standard(name: str) -> bool:
     return name in _STANDARD or name.startswith(("__", "_param_constant", "_tensor_constant"))
 
 
-def _held(module: nn.Module, name: str) -> Any:
+def _own_attribute(module: nn.Module, name: str) -> Any:
     return module.__dict__.get(name, MISSING)
 
 
@@ -474,7 +477,7 @@ def content(cell: Any) -> Any:
 
 
 def with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
-    """Code, and that of the functions in it."""
+    """This code, and the code of the functions in it."""
     yield code
     for value in code.co_consts:
         if isinstance(value, types.CodeType):
@@ -488,8 +491,8 @@ def _instructions(code: types.CodeType) -> list:
 _AUGMENTED = {"+=": operator.add, "-=": operator.sub}
 
 
-def _counts(instructions: list, at: int, name: str) -> tuple[Any, Callable[[Any, Any], Any]] | None:
-    """(constant, operation) of `self.name += constant`, if that is all that the value read at `at` is for."""
+def _counting_step(instructions: list, at: int, name: str) -> tuple[Any, Callable[[Any, Any], Any]] | None:
+    """(constant, operation) of `self.name += constant`, if the value read at `at` is used for that alone."""
     rest = [i for i in instructions[at + 1 : at + 5] if i.opname != "SWAP"]
     if len(rest) < 3 or rest[0].opname not in ("LOAD_CONST", "LOAD_SMALL_INT") or rest[1].opname != "BINARY_OP":
         return None
@@ -499,7 +502,7 @@ def _counts(instructions: list, at: int, name: str) -> tuple[Any, Callable[[Any,
 
 
 def _subscript(instructions: list, at: int) -> tuple[Any, int]:
-    """(key, number of instructions) of a subscript by a constant that follows; (None, 0) if none does."""
+    """(key, number of instructions) if a subscript by a constant follows, else (None, 0)."""
     two = instructions[at : at + 2]
     if len(two) < 2 or two[0].opname not in ("LOAD_CONST", "LOAD_SMALL_INT"):
         return None, 0

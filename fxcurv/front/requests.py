@@ -1,4 +1,4 @@
-"""What is asked for: by `compile`, checked, and by a call, which needs a program."""
+"""What `compile` is asked for, checked, and what a call needs a program for."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Subject:
     (No dataclass: Dynamo would take a frozen one apart, and guard all that the model holds.)
 
     Args:
-        loss_params: the parameters of the loss, a module, are among those that derivatives are of, as "loss.<name>".
-        watched: programs also give what every module takes and returns.
+        loss_params: derivatives are also taken in the parameters of the loss, a module, as "loss.<name>".
+        watched: programs also return the inputs and outputs of every module.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Subject:
         self.model, self.loss, self.loss_params, self.watched = model, loss, loss_params, watched
 
     def named_parameters(self, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of all that derivatives may be of, as a module gives its own."""
+        """(name, parameter) of all that derivatives may be taken in, as `nn.Module.named_parameters` gives them."""
         yield from self.model.named_parameters(remove_duplicate=remove_duplicate)
         if self.loss_params and isinstance(self.loss, nn.Module):
             held = {id(p) for p in self.model.parameters()} if remove_duplicate else set()
@@ -51,7 +51,7 @@ class Subject:
 
     @property
     def holder(self) -> Any:
-        """Whose parameters results are put on."""
+        """The object whose parameters results are put on."""
         return self if self.loss_params else self.model
 
     def roots(self) -> list[nn.Module]:
@@ -63,13 +63,13 @@ class Subject:
         return all_modules(self.model, self.loss)
 
     def left_out(self) -> tuple[str, ...]:
-        """Names of trainable parameters of a loss module that no derivative is of."""
+        """Names of trainable parameters of a loss module in which no derivative is taken."""
         own = {id(p) for _, p in self.named_parameters()}
         named = self.loss.named_parameters() if isinstance(self.loss, nn.Module) else ()
         return tuple(name for name, p in named if p.requires_grad and id(p) not in own)
 
     def device(self) -> torch.device:
-        """Where the model's parameters are."""
+        """The device of the model's parameters."""
         return next(self.model.parameters()).device
 
     def autocast(self) -> Autocast:
@@ -80,7 +80,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Request:
-    """What a program is wanted for: arguments of this kind, under the caller's autocast."""
+    """What a call needs a program for: arguments of this kind, under the caller's autocast."""
 
     subject: Subject
     arguments: Arguments
@@ -91,16 +91,16 @@ class Request:
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
-        """Outside of the caller's modes, where programs are made and run.
+        """Leave the caller's modes: programs are made and run outside of them.
 
-        So results are normal tensors also under `inference_mode`, which `attach` and an optimizer can use.
+        So results are normal tensors, which `attach` and an optimizer can use, also under `inference_mode`.
         """
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.mode.device_type, enabled=False):
             yield
 
     @contextlib.contextmanager
     def as_called(self) -> Iterator[None]:
-        """Under the caller's autocast, where the model is traced."""
+        """Enter the caller's autocast, under which the model is traced."""
         with torch.autocast(self.mode.device_type, self.mode.dtype, enabled=self.mode.dtype is not None):
             yield
 
@@ -126,7 +126,7 @@ def check_loss_params(subject: Subject) -> None:
 
 
 def check_trainable(model: Named) -> None:
-    """Refuse a model without a parameter that a derivative could be taken of."""
+    """Refuse a model without a parameter that a derivative could be taken in."""
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         raise ArgumentError(f"parameter '{lazy[0]}' is not initialised: run the model once, then compile it")
@@ -141,7 +141,7 @@ def check_trainable(model: Named) -> None:
 
 
 def checked(extensions: Iterable[Extension], of_drop_in: bool = False) -> tuple[Extension, ...]:
-    """The extensions that were asked for, each once and with a field of its own; `of_drop_in`: with extensions of modules."""
+    """The extensions that were asked for; refuses two of one field. `of_drop_in`: they may have module extensions."""
     alone = isinstance(extensions, Extension | type | str) or not isinstance(extensions, Iterable)
     asked: Iterable[Any] = (extensions,) if alone else extensions
     found: list[Extension] = []
@@ -165,7 +165,7 @@ def checked(extensions: Iterable[Extension], of_drop_in: bool = False) -> tuple[
 
 
 def _check_savefield(e: Extension) -> None:
-    """A result and a parameter must have room for the field."""
+    """Refuse a field that every result or every tensor has already."""
     name = e.savefield
     if not isinstance(name, str) or not name.isidentifier():
         raise ExtensionError(f"{e} saves to {name!r}, which is no name: give it another savefield=")

@@ -1,4 +1,4 @@
-"""Floats that change at every step: inputs of a program from the second change on, as numbers that are tensors."""
+"""Floats that change at every step: from the second change on they are inputs of a program, as `Number`s of tensors."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fxcurv.ir.private import pytree
 
 
 class Number:
-    """Stands for a Python float while tracing: a 0-dim float64 tensor that promotes no other as a float would not.
+    """Stands for a Python float while tracing: a 0-dim float64 tensor that promotes others only as a float does.
 
-    What needs its value (a branch, a dropout's probability) fails, so that the program is made for the value instead.
+    Code that needs its value (a branch, a dropout's probability) fails, and the program is made for the value instead.
     """
 
     __hash__ = None  # type: ignore[assignment]
@@ -27,7 +27,7 @@ class Number:
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Run with a tensor that promotes the others as a float."""
+        """Run `func` with a tensor for each `Number`, of a dtype that promotes the others as a float does."""
         leaves = [t for t in pytree.tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)]
         wide = [t for t in leaves if t.ndim and t.is_floating_point()]
         dtype = None
@@ -38,7 +38,7 @@ class Number:
         return func(*args, **kwargs)
 
     def refuse(self, *_: Any) -> Any:
-        """What a number that is not known cannot do."""
+        """Raise TypeError, in place of every operation that needs the value."""
         raise TypeError("the value of this number is needed while tracing")
 
     __bool__ = __float__ = __int__ = __index__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = refuse  # type: ignore[assignment]
@@ -71,10 +71,10 @@ class Schedule:
     proved: set[tuple] = field(default_factory=set)
 
     def changed(self, found: Sequence[tuple[Path, str, Any, Any]]) -> tuple[Path, ...]:
-        """The floats to make inputs where the new program has these differences: all that have changed twice.
+        """Count these changes; returns the floats to make inputs of the new program, all that have changed twice.
 
         Args:
-            found: what `State.differences` returns, for the nearest program.
+            found: the changes since the nearest program, of `State.differences`.
         """
         for path, how, now, then in found:
             if how == "scalar" and type(now) is type(then) is float:
@@ -84,15 +84,15 @@ class Schedule:
         return tuple(self.chosen.values())
 
     def new(self) -> list[Path]:
-        """Those that no program has as inputs yet."""
+        """The chosen floats that no program has as inputs yet."""
         return [path for key, path in self.chosen.items() if key not in self.proved]
 
     def works(self) -> None:
-        """All that are chosen can be tensors."""
+        """Note that all chosen floats can be tensors."""
         self.proved |= set(self.chosen)
 
     def give_up(self) -> list[Path]:
-        """The new ones, or all if there is none, cannot be tensors."""
+        """Note that the new floats, or all if none is new, cannot be tensors; returns them."""
         given_up = self.new() or list(self.chosen.values())
         for path in given_up:
             self.chosen.pop(path.key)

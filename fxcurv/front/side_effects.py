@@ -1,8 +1,8 @@
 """Side effects of a forward pass: a program runs none of them, so those that a capture would lose are refused by name.
 
-A hook that only changes or returns values is traced, as part of the model. What hands tensors to Python (an attribute, a list
-that a hook or the forward itself appends to) would see one fake tensor and never run again. Which hooks there are is
-part of what a program depends on.
+A hook that only changes or returns values is traced, as part of the model. Code that hands tensors to Python (an
+attribute, a list that a hook or the forward itself appends to) would see one fake tensor and never run again. A program
+depends on which hooks there are.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WAY_OUT = (
 
 
 def hooks_of(modules: Sequence[nn.Module]) -> tuple:
-    """The hooks on all modules and their parameters, by numbers that PyTorch never gives twice, and the global ones."""
+    """The hooks on all modules and their parameters, and the global ones, by numbers that PyTorch never gives twice."""
     every = [(k, m) for root in modules for k, m in enumerate(root.modules())]
     own = [(k, name, *hooks) for k, m in every for name in HOOKS if (hooks := getattr(m, name))]
     own += [
@@ -50,58 +50,60 @@ def hooks_of(modules: Sequence[nn.Module]) -> tuple:
 
 @contextlib.contextmanager
 def no_side_effects(modules: Sequence[nn.Module]) -> Iterator[Callable[[], None]]:
-    """While a model is captured: refuse what would be lost, and leave Python as it was.
+    """While a model is captured, refuse side effects that would be lost, and leave Python as it was.
 
-    Yields what is to be called at the end of a forward pass: export itself puts attributes back before it returns.
+    Yields a function to call at the end of a forward pass, because export puts attributes back before it returns.
 
     Raises:
         CaptureError: for hooks of the backward pass, and where a tensor was handed to Python.
     """
     named = [(name, m) for root in modules for name, m in root.named_modules()]
     _check_backward(named)
-    watched = [*_attributes(named), *_state(_functions(named))]
+    watched = [*_attributes(named), *_containers_of(_functions(named))]
     before = [(what, owner, dict(owner) if isinstance(owner, dict) else list(owner)) for what, owner in watched]
     numbers = _numbers(named)
     changed: list[str] = []
 
-    def look(traced: Callable[[Any], bool] = _traced) -> None:
-        changed.extend(_by_name(what, owner, traced) for what, owner, old in before if _leaks(owner, old, traced))
+    def look(traced: Callable[[Any], bool] = _holds_traced) -> None:
+        changed.extend(
+            _name_attribute(what, owner, traced) for what, owner, old in before if _leaks(owner, old, traced)
+        )
 
     with patched("torch.Tensor.register_hook", _no_tensor_hook):
         try:
-            yield lambda: look(_of_the_call)
+            yield lambda: look(_depends_on_call)
         except BaseException as error:
             look()
             _restore(before)
             if changed and "during export" in str(error):  # export refuses some of them, in words of its own
-                raise _refused(changed[0]) from error
+                raise _side_effect_error(changed[0]) from error
             raise
     look()
     changed += [what for (what, old), (_, new) in zip(numbers, _numbers(named), strict=False) if old != new]
     _restore(before)
     if changed:
-        raise _refused(changed[0])
+        raise _side_effect_error(changed[0])
 
 
-def _refused(what: str) -> CaptureError:
+def _side_effect_error(what: str) -> CaptureError:
     return CaptureError(
         f"{what} changes in the forward pass, a side effect that a compiled program does not repeat.\n{WAY_OUT}"
     )
 
 
 def is_pytorchs(hook: Any) -> bool:
-    """Whether a hook is of PyTorch's own modules, such as a FLOP counter's: it watches a model and is no part of it."""
+    """Whether a hook is PyTorch's own, such as a FLOP counter's: it watches a model and is no part of it."""
     code = getattr(getattr(hook, "__func__", hook), "__code__", None)
     return code is not None and not is_user_file(code.co_filename)
 
 
 def global_hooks() -> list[dict[int, Callable]]:
-    """The hooks of all modules, PyTorch's own too, by kind."""
+    """The global hooks, PyTorch's own too: a table per kind."""
     return [getattr(nn_module, kind) for kind in _GLOBAL]
 
 
 def _global_hooks(kind: str) -> dict[int, Callable]:
-    """The hooks of all modules but for PyTorch's own."""
+    """The global hooks of one kind, without PyTorch's own."""
     return {key: hook for key, hook in getattr(nn_module, kind).items() if not is_pytorchs(hook)}
 
 
@@ -109,8 +111,8 @@ _register_hook = Tensor.register_hook
 
 
 def _no_tensor_hook(tensor: Tensor, hook: Callable) -> Any:
-    """Refuse the user's; what PyTorch's own modes register (a FLOP counter's) is theirs."""
-    if is_pytorchs(hook) and all(is_pytorchs(fn) for fn in _held(hook)):
+    """Refuse the user's hooks on tensors; register those of PyTorch's own modes (a FLOP counter's)."""
+    if is_pytorchs(hook) and all(is_pytorchs(fn) for fn in _functions_in(hook)):
         return _register_hook(tensor, hook)
     raise CaptureError(
         f"the model registers the hook '{name_of(hook)}' on a tensor in its forward pass (register_hook), which no program runs\n"
@@ -118,8 +120,8 @@ def _no_tensor_hook(tensor: Tensor, hook: Callable) -> Any:
     )
 
 
-def _held(hook: Any) -> list[Any]:
-    """The functions that a hook calls: that of a user, where `register_multi_grad_hook` makes hooks of it."""
+def _functions_in(hook: Any) -> list[Any]:
+    """The functions in a hook's closure: the user's, where `register_multi_grad_hook` makes hooks of one."""
     cells = [c.cell_contents for c in getattr(hook, "__closure__", None) or () if c.cell_contents is not hook]
     return [value for value in cells if isinstance(value, types.FunctionType | types.MethodType)]
 
@@ -151,20 +153,20 @@ def path_of(name: str, m: nn.Module) -> str:
 
 def name_of(hook: Callable) -> str:
     """A hook, for a message."""
-    hook = _inner(hook)
+    hook = _without_partials(hook)
     return getattr(hook, "__qualname__", type(hook).__name__)
 
 
-def _inner(hook: Any) -> Any:
+def _without_partials(hook: Any) -> Any:
     while isinstance(hook, functools.partial):
         hook = hook.func
     return hook
 
 
 def hook_of(owner: Any, modules: Iterable[nn.Module]) -> str | None:
-    """The forward hook that an object is, or is the object of, for a message; None: there is none."""
+    """For a message: the forward hook that is `owner`, or a method of `owner`; None if there is none."""
     for m in modules:
-        for hook in [_inner(h) for kind in _FORWARD for h in getattr(m, kind).values()]:
+        for hook in [_without_partials(h) for kind in _FORWARD for h in getattr(m, kind).values()]:
             if hook is owner or getattr(hook, "__self__", None) is owner:
                 return f"the hook '{name_of(hook)}' of a {type(m).__name__}"
     return None
@@ -196,7 +198,7 @@ def _functions(named: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Ca
             yield f"what the global hook '{name_of(hook)}' keeps", hook
 
 
-def _state(functions: Iterable[tuple[str, Callable]]) -> Iterator[tuple[str, Any]]:
+def _containers_of(functions: Iterable[tuple[str, Callable]]) -> Iterator[tuple[str, Any]]:
     for what, fn in functions:
         for value in _kept(fn):
             yield from ((what, c) for c in _containers(value))
@@ -204,8 +206,8 @@ def _state(functions: Iterable[tuple[str, Callable]]) -> Iterator[tuple[str, Any
 
 @contextlib.contextmanager
 def undone(fn: Callable) -> Iterator[None]:
-    """Lists, dicts and attributes that a function may write to are afterwards what they were."""
-    before = [(owner, owner.copy()) for _, owner in _state([("", fn)])]
+    """Restore afterwards the lists, dicts and attributes that a function may write to."""
+    before = [(owner, owner.copy()) for _, owner in _containers_of([("", fn)])]
     try:
         yield
     finally:
@@ -214,7 +216,7 @@ def undone(fn: Callable) -> Iterator[None]:
 
 
 def refill(owner: Any, old: Any) -> None:
-    """Give a list, dict, set or deque the members that it had. One that has them still is left alone: it may refuse writing."""
+    """Give a list, dict, set or deque its old members back, unless it has them still: it may refuse a write."""
     if len(owner) == len(old) and all(a is b for a, b in zip(_members(owner), _members(old), strict=True)):
         return
     owner.clear()
@@ -266,7 +268,7 @@ def _containers(value: Any, depth: int = 2) -> Iterator[Any]:
 
 
 def _numbers(named: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, Any]]:
-    """What the hooks count: numbers and lengths that they reach."""
+    """The numbers and lengths that hooks reach, by which they may count."""
     out: list[tuple[str, Any]] = []
     for what, fn in [(what, fn) for what, fn in _functions(named) if "hook" in what]:
         for value in _kept(fn):
@@ -278,7 +280,7 @@ def _numbers(named: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, Any]]:
     return out
 
 
-def _traced(value: Any, depth: int = 3) -> bool:
+def _holds_traced(value: Any, depth: int = 3) -> bool:
     """Whether a value is or holds a tensor of the capture."""
     if isinstance(value, Tensor):
         return isinstance(value, FakeTensor | FunctionalTensor)
@@ -286,27 +288,29 @@ def _traced(value: Any, depth: int = 3) -> bool:
         value = value.values()
     elif not isinstance(value, list | tuple | set | deque):
         return False
-    return depth > 0 and any(_traced(v, depth - 1) for v in list(value))
+    return depth > 0 and any(_holds_traced(v, depth - 1) for v in list(value))
 
 
-def _of_the_call(value: Any) -> bool:
-    """Whether a value is a traced tensor that parameters or samples have entered: no constant, which is kept to save time."""
+def _depends_on_call(value: Any) -> bool:
+    """Whether a value is a traced tensor of parameters or samples (constants may stay), or holds traced ones."""
     if not isinstance(value, Tensor):
-        return _traced(value)
-    return _traced(value) and (value.requires_grad or any(isinstance(size, torch.SymInt) for size in value.shape))
+        return _holds_traced(value)
+    return _holds_traced(value) and (value.requires_grad or any(isinstance(size, torch.SymInt) for size in value.shape))
 
 
 def _leaks(owner: Any, old: Any, traced: Callable[[Any], bool]) -> bool:
     """Whether a tensor of the capture is in a dict or list now."""
     if isinstance(owner, dict):
         return any(
-            traced(v) for k, v in owner.items() if k not in _OWN and not (k in old and old[k] is v and _traced(v, 0))
+            traced(v)
+            for k, v in owner.items()
+            if k not in _OWN and not (k in old and old[k] is v and _holds_traced(v, 0))
         )
     return any(traced(v) for v in owner)
 
 
-def _by_name(what: str, owner: Any, traced: Callable[[Any], bool]) -> str:
-    """`what` with the name of the attribute, where it is one."""
+def _name_attribute(what: str, owner: Any, traced: Callable[[Any], bool]) -> str:
+    """`what`, with the attribute's name if it is an attribute."""
     names = [k for k, v in owner.items() if k not in _OWN and traced(v)] if isinstance(owner, dict) else []
     return what.replace("an attribute of", f"the attribute '{names[0]}' of") if names else what
 
@@ -314,9 +318,9 @@ def _by_name(what: str, owner: Any, traced: Callable[[Any], bool]) -> str:
 def _restore(before: Iterable[tuple[str, Any, Any]]) -> None:
     """Take the capture's tensors out again."""
     for _, owner, old in before:
-        if _leaks(owner, old, _traced):
+        if _leaks(owner, old, _holds_traced):
             if isinstance(owner, dict):
-                for k in [k for k, v in owner.items() if k not in _OWN and _traced(v)]:
+                for k in [k for k, v in owner.items() if k not in _OWN and _holds_traced(v)]:
                     if k in old:
                         owner[k] = old[k]
                     else:

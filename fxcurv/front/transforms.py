@@ -1,7 +1,7 @@
 """Transforms of `torch.func` inside a model or loss: the outermost one is traced by itself, and its ops are run in its place.
 
-Below `torch.func` a trace sees plain ops, so a piece that is traced there holds the derivatives said out; the trace of the model
-cannot see through a transform, since it takes ops before autograd does.
+The trace of the model takes ops before autograd does, so it cannot see through a transform. A trace below `torch.func`
+sees plain ops: its graph holds the derivatives written out.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TRANSFORMS = (
 
 @contextlib.contextmanager
 def traced_transforms(wrapped: Captured) -> Iterator[None]:
-    """While a model is captured: `torch.func.grad`, `vjp`, `jvp`, `jacrev`, `jacfwd`, `hessian`, `vmap`.
+    """Trace `torch.func.grad`, `vjp`, `jvp`, `jacrev`, `jacfwd`, `hessian`, `vmap` by themselves, in a capture.
 
     Args:
         wrapped: what is traced.
@@ -51,7 +51,7 @@ def traced_transforms(wrapped: Captured) -> Iterator[None]:
 
 
 class _Inside:
-    """Whether a piece is being traced: then a transform is one of its own."""
+    """Traces outermost transforms as pieces; while it does (`tracing`), transforms inside a piece run as they are."""
 
     def __init__(self, wrapped: Captured) -> None:
         self.values, self.record, self.tracing = wrapped.values, wrapped.record, False
@@ -66,7 +66,7 @@ class _Inside:
         return run
 
     def vjp(self, transform: Callable) -> Callable:
-        """`vjp`, which returns a function besides: that computes the forward pass again."""
+        """`vjp`; the function that it returns is a piece of its own, which computes the forward pass again."""
 
         @functools.wraps(transform)
         def run(func, *primals, **kwargs):
@@ -82,7 +82,7 @@ class _Inside:
         return run
 
     def piece(self, fn: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """`fn(*args, **kwargs)`, of the ops that a trace of it finds."""
+        """`fn(*args, **kwargs)`, by running the ops of its own trace."""
         if self.tracing or in_function_transform():
             return fn(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))

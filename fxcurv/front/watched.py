@@ -1,7 +1,7 @@
-"""A trace function that PyTorch's own functions run without.
+"""A trace function for `sys.settrace` that is off inside PyTorch's own functions.
 
-`sys.settrace` calls a function for each Python function that begins. One op of a trace runs some hundred of PyTorch's own, which
-hold nothing of the user's: watching them takes longer than all else of an export.
+It is called for each Python function that begins. One op of a trace runs some hundred functions of PyTorch, which read
+nothing of the user's: watching them takes longer than all else of an export.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ _IN_C = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDes
 
 
 class Watched(TorchFunctionMode):
-    """While it is entered, `watch` is the trace function, but not inside of PyTorch's functions in C.
+    """While it is entered, `watch` is the trace function, except inside PyTorch's functions in C.
 
-    One that is given a function, or an object of a class that is neither PyTorch's nor Python's (its `__index__`, its
-    `__torch_function__`), may run the user's code: it is watched. So are PyTorch's functions in Python, which look others up by
-    names that a user may have given to functions of his own, and ops of other libraries.
+    A C function that is given a function, or an object of a class that is neither PyTorch's nor Python's (its
+    `__index__`, its `__torch_function__`), may run the user's code, so it is watched. So are PyTorch's functions in
+    Python, which look up others by names that a user may have bound to functions of his own, and ops of other
+    libraries.
     """
 
     def __init__(self, watch: Callable):

@@ -1,4 +1,4 @@
-"""What is exported: the model, its marked output leaves, and the loss on them."""
+"""The module that is exported: the model, its marked output leaves, and the loss on them."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def _(x):
     return torch.empty_like(x)
 
 
-# so that a loss that asks for a derivative of the output sees what is before it
+# so that a derivative that the loss takes in the output passes the mark
 head.register_autograd(lambda ctx, g: g)
 
 
 class _Record:
-    """What a trace leaves behind besides its graph (no pytree: export restores those)."""
+    """What a trace leaves behind besides its graph (not in a pytree: export restores those)."""
 
     template: Any = None
     leaves: int = 0
@@ -72,9 +72,9 @@ class Captured(nn.Module):
 
     def forward(self, inputs, targets, numbers):
         try:
-            args, kwargs = filled(self.arguments.input_template, inputs)  # copies of objects, which are not the model's
+            args, kwargs = filled(self.arguments.input_template, inputs)  # copies plain objects, for this trace alone
             self.reads.born(objects_in((args, kwargs)))
-            self.values.begin(self._given(inputs, targets, numbers))
+            self.values.begin(self._incoming_tensors(inputs, targets, numbers))
             self.observers.begin()
             with self.reads.numbers(numbers), self.reads:
                 out = self._run(args, kwargs, targets)
@@ -82,11 +82,11 @@ class Captured(nn.Module):
             return out
         except FxcurvError:
             raise
-        except Exception as error:  # here, since export prints the graph so far and more about an error that it knows
+        except Exception as error:  # here, since export prints the graph so far for an error that reaches it
             raise not_traced(error, self) from error
 
-    def _given(self, inputs, targets, numbers) -> Iterator[tuple[Tensor, Tensor, bool]]:
-        """What comes in: (as it is traced, its value, whether it is trained)."""
+    def _incoming_tensors(self, inputs, targets, numbers) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """(tensor of the trace, its value, whether it is trained) of all that comes in."""
         own = [*self.named_parameters(), *self.named_buffers()]
         yield from ((t, self.own[name], self.own[name].requires_grad) for name, t in own)
         device = next(self.model.parameters()).device
@@ -114,7 +114,7 @@ class Captured(nn.Module):
         self.record.leaves = len(leaves)
         loss = None
         if self.loss is not None:
-            loss = _scalar(
+            loss = _check_scalar(
                 self._loss_of(self.loss, output, self.arguments.join_targets(targets)), line_of_function(self.loss)
             )
         return loss, leaves, marked, [t for t, _ in self.values.read], self.observers.tensors()
@@ -147,7 +147,7 @@ class Captured(nn.Module):
             handle.remove()
 
 
-def _scalar(loss: Any, where: str) -> Tensor:
+def _check_scalar(loss: Any, where: str) -> Tensor:
     if not isinstance(loss, Tensor):
         raise LossError(
             f"the loss is a {type(loss).__name__}, not a tensor\n{where}Way out: return a scalar, without .item()."
@@ -164,7 +164,7 @@ def _scalar(loss: Any, where: str) -> Tensor:
 
 
 def not_traced(error: Exception, wrapped: Captured) -> CaptureError:
-    """What a trace has failed with, as an error that says where and what helps."""
+    """The error for a failed trace, which says where it failed and what helps."""
     where = where_raised(error, wrapped)
     return CaptureError(
         f"torch.export cannot trace the model or its loss:\n"

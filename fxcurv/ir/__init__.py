@@ -1,1 +1,1 @@
-"""What every other folder speaks: programs, placements, nodes and where they come from."""
+"""The terms of all other folders: programs, placements, nodes and where they come from."""

@@ -1,4 +1,4 @@
-"""The batch size, symbolic or a number; and the lengths, sizes beside it that are symbolic."""
+"""The batch size, symbolic or a number, and the lengths: other sizes that are symbolic."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PRIME = 1_000_003
 class Batch:
     """The batch size: its symbols in the captured sizes and its value at capture; `whole`: all of it is one sample.
 
-    lengths: other symbolic sizes, each once; `others`: every symbol of such sizes, said in the symbols of `lengths`.
+    lengths: other symbolic sizes, each once; `others`: every symbol of such sizes, expressed in those of `lengths`.
     """
 
     symbols: frozenset = frozenset()
@@ -43,7 +43,7 @@ class Batch:
         return int(expr if expr.is_number else value.node.shape_env.replace(expr).subs(known))
 
     def values(self, n: int, lengths: Sequence[int] | None = None) -> dict[Any, Any]:
-        """What every symbol is, at `n` samples and these lengths (default: those at capture)."""
+        """The value of every symbol, at `n` samples and these lengths (default: those at capture)."""
         known = dict.fromkeys(self.symbols, n)
         if self.lengths:
             at = dict(zip((x.symbol for x in self.lengths), self.sizes if lengths is None else lengths, strict=True))
@@ -57,7 +57,7 @@ class Batch:
 
     @property
     def stand_ins(self) -> tuple[int, ...]:
-        """The lengths as placements have them."""
+        """The numbers that stand for the lengths in placements."""
         return tuple(map(stand_in, range(len(self.lengths))))
 
     def shape(self, val: Tensor, n: int | None = None, lengths: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -70,18 +70,18 @@ class Batch:
         return math.prod(self.shape(val, lengths=self.sizes)) // (1 if self.whole else self.stand_in)
 
     def columns(self, val: Tensor) -> int:
-        """`per_sample`, for as many columns, which are a number.
+        """`per_sample` as a number of columns, which must not depend on a length.
 
         Raises:
-            LengthFixed: it depends on a length.
+            LengthFixed: if it does.
         """
         count = self.per_sample(val)
-        if any(self._at(val, k) != count for k in range(len(self.lengths))):
+        if any(self._per_longer_sample(val, k) != count for k in range(len(self.lengths))):
             raise LengthFixed("a column for every entry of a sample")
         return count
 
-    def _at(self, val: Tensor, k: int) -> int:
-        """`per_sample` where length `k` is one more."""
+    def _per_longer_sample(self, val: Tensor, k: int) -> int:
+        """`per_sample` with length `k` larger by one."""
         other = [size + (j == k) for j, size in enumerate(self.sizes)]
         return math.prod(self.shape(val, lengths=other)) // self.stand_in
 
@@ -92,5 +92,5 @@ class Batch:
 
     @property
     def stand_in(self) -> int:
-        """The batch size in which placements are computed."""
+        """The number that stands for the batch size in placements."""
         return PRIME if self.symbols else self.size

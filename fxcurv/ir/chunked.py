@@ -1,4 +1,4 @@
-"""A part of a graph that is run for some positions after the others: `passes.chunks`."""
+"""A part of a graph that runs chunk by chunk along positions: see `passes.chunks`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fxcurv.ir.placement import Shard
 from fxcurv.ir.precision import wide
 
-# A chunk has so many positions of all samples together, and more while the widest value in it has no more bytes.
+# A chunk has LEAST positions, counted over all samples, or more while its widest value stays within ROOM bytes.
 LEAST, ROOM = 32, 4 << 20
 
 
@@ -21,13 +21,13 @@ class Chunked:
     """A node's target: runs `part` chunk by chunk, on slices of the arguments along an axis of positions.
 
     Attributes:
-        part: (number of positions, *totals, *arguments) -> values; some of its sizes are made of that number.
+        part: (number of positions, *totals, *arguments) -> values; some of its sizes are computed from that number.
         count: how many positions there are.
-        given: for each argument where its positions are, None for what every chunk reads whole.
-        made: for each value the same, None for a sum over positions.
-        own: for each value whether the part adds to its total itself, which it is given (None for the first chunk).
-        entries: of one position of one sample, in the first argument that has positions.
-        bytes: of one position of one sample, in the widest value.
+        given: for each argument, where its positions are; None if every chunk reads all of it.
+        made: for each value, where its positions are; None for a sum over positions.
+        own: for each value, whether the part itself adds to the total, which it is given (None for the first chunk).
+        entries: the number of entries per position and sample, in the first argument that has positions.
+        bytes: the number of bytes per position and sample, in the widest value.
     """
 
     part: fx.GraphModule
@@ -52,28 +52,30 @@ class Chunked:
         """The values of all positions.
 
         Args:
-            begun: totals of the part's own, by number of the value, which are added to.
+            begun: totals to add to, by the value's number, of values that the part adds up itself.
         """
         size, totals = self.size(args), [(begun or {}).get(k) for k in range(len(self.made))]
         pieces: list[list[Tensor]] = [[] for _ in self.made]
         for start in range(0, self.count, size):
             here = min(size, self.count - start)
-            given = [a if p is None else self._some(a, p, start, here) for a, p in zip(args, self.given, strict=True)]
+            given = [
+                a if p is None else self._positions_of(a, p, start, here) for a, p in zip(args, self.given, strict=True)
+            ]
             values = list(self.part(here, *(t for t, own in zip(totals, self.own, strict=True) if own), *given))
             dtypes = [v.dtype for v in values]
             for k, place in enumerate(self.made):
-                value = values.pop(0)  # a term dies when it is added
+                value = values.pop(0)  # so that a term dies when it is added
                 if place is not None:
                     pieces[k].append(value)
                 elif (known := totals[k]) is None or self.own[k]:
                     totals[k] = value if self.own[k] else value.to(wide(value.dtype), copy=True)
                 else:
                     known.add_(value)
-        ends = [self._joined(p, made) if t is None else t for t, p, made in zip(totals, pieces, self.made, strict=True)]
+        ends = [self._join(p, made) if t is None else t for t, p, made in zip(totals, pieces, self.made, strict=True)]
         return [end.to(dtype) for end, dtype in zip(ends, dtypes, strict=True)]
 
-    def _some(self, t: Tensor, place: Shard, start: int, size: int) -> Tensor:
-        """Some positions of an argument, in memory of their own: not every kernel heeds the strides that a slice has."""
+    def _positions_of(self, t: Tensor, place: Shard, start: int, size: int) -> Tensor:
+        """Some positions of an argument, contiguous: not every kernel heeds the strides of a slice."""
         outer = t.shape[place.dim] // (self.count * place.inner)
         if outer == 1:
             return t.narrow(place.dim, start * place.inner, size * place.inner).contiguous()
@@ -81,7 +83,7 @@ class Chunked:
         some = apart.narrow(place.dim + 1, start * place.inner, size * place.inner)
         return some.flatten(place.dim, place.dim + 1).contiguous()
 
-    def _joined(self, values: list[Tensor], place: Any) -> Tensor:
+    def _join(self, values: list[Tensor], place: Any) -> Tensor:
         if len(values) == 1:
             return values[0]
         outer = sum(v.shape[place.dim] for v in values) // (self.count * place.inner)

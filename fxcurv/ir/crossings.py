@@ -1,8 +1,8 @@
 """Sums over ranks that autograd follows, for `create_graph=True` under `mesh=`.
 
-A sum over ranks has the derivative one in each rank's term. A value that all ranks have, and that each reads for its own samples,
-has as its derivative the sum over ranks of theirs. Each is the other's backward (f and g of Shoeybi et al. 2019, "Megatron-LM:
-Training multi-billion parameter language models using model parallelism").
+A sum over ranks has derivative one in each rank's term. The cotangent of a value that all ranks have, and that each
+reads for its own samples, is the sum of all ranks' cotangents. So each of the two is the other's backward (f and g of
+Shoeybi et al. 2019, "Megatron-LM: Training multi-billion parameter language models using model parallelism").
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Add(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Read:
-    """A value that all ranks have, where a rank reads it for what is its own."""
+    """A value that all ranks have, as a rank reads it for its own samples."""
 
     group: str
     __name__: ClassVar[str] = "read_by_each"
@@ -76,9 +76,10 @@ class Sum:
 
 @dataclass(frozen=True)
 class Rows:
-    """This rank's samples along a dimension -> those of all ranks there, in order: a sum of what is zero but for its own.
+    """This rank's samples along a dimension -> those of all ranks, in order.
 
-    Called with the samples, how many all ranks have, and the number of the first one here.
+    It is the sum over ranks of tensors that are zero except for the rank's own samples. Called with the samples, the
+    number of samples on all ranks, and the number of the first one here.
     """
 
     dim: int
@@ -93,7 +94,7 @@ class Rows:
         return _Add.apply(out, self.group)
 
     def nothing(self, t: Tensor, total: int) -> Tensor:
-        """The same collective without samples of its own."""
+        """The same collective, for a rank without samples."""
         return all_reduce(self._zeros(t, total), self.group)
 
     def _zeros(self, t: Tensor, total: int) -> Tensor:
@@ -101,7 +102,7 @@ class Rows:
         return torch.zeros(shape, dtype=t.dtype, device=t.device)
 
     def value(self, t: Tensor, total: Any, first: Tensor) -> Tensor:
-        """A fake value: sizes count the samples of one process."""
+        """A fake value, whose sizes count the samples of one process."""
         return torch.empty_like(t)
 
     def alone(self) -> Callable:
@@ -110,7 +111,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Untraced:
-    """A function that is run as it is: axes that have one size in a trace, this rank's samples and all of them, have two."""
+    """A function that runs untraced: a trace would take the samples of this rank and of all ranks for one size."""
 
     fn: Callable
     static: tuple

@@ -26,7 +26,7 @@ from fxcurv.ir.private import (
 )
 from fxcurv.ir.program import Input, Program
 
-# Derivatives that are zero everywhere are tensors without memory, which nobody can keep.
+# Zero derivatives are tensors without memory, which nobody can keep: zeros with memory take their place.
 MATERIALISED = {torch.ops.aten._efficientzerotensor.default: torch.zeros}
 
 
@@ -55,7 +55,7 @@ def emit(program: Program, fn: Callable, *args: Any, origin: dict[str, Any] | No
     key = _key(fn, leaves, spec)
     piece = program.pieces.get(key) if key is not None else None
     if piece is None:
-        piece = _traced(program, key, fn, leaves, spec, origin)
+        piece = _find_or_trace(program, key, fn, leaves, spec, origin)
         if key is not None:
             program.pieces[key] = piece
     nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
@@ -75,12 +75,12 @@ def call(program: Program, target: Any, *args: Any, origin: dict[str, Any] | Non
 
 
 def number_of_samples(x: Tensor, dim: int) -> Any:
-    """The size of the samples' axis: the target of one node, whose value everything reads that counts samples."""
+    """The size of the samples' axis: the target of a single node, which is read wherever samples are counted."""
     return x.shape[dim]
 
 
 def number_in_part(x: Tensor, dim: int) -> Any:
-    """`number_of_samples` of this part of the batch alone."""
+    """`number_of_samples` for this part of the batch alone."""
     return x.shape[dim]
 
 
@@ -90,7 +90,7 @@ def length(x: Tensor, dim: int) -> Any:
 
 
 def _lengths(program: Program, piece: Piece, given: int) -> list[fx.Node | None]:
-    """A node for each length, where the traced function asked for it by a placement."""
+    """A node for each length that the traced function reads (through a placement), else None."""
     asked = [p for p in piece.graph.nodes if p.op == "placeholder"][given:]
     return [_length(program, k) if p.users else None for k, p in enumerate(asked)]
 
@@ -105,7 +105,7 @@ def _length(program: Program, k: int) -> fx.Node:
 
 
 def samples(program: Program) -> Any:
-    """How many samples the quantities are of: a node, to be given to functions that divide by it; or a number."""
+    """The number of samples of the quantities: a node, for functions that divide by it, or a number."""
     if program.fixed:
         return program.batch.samples
     found = program.graph.find_nodes(op="call_function", target=number_of_samples)
@@ -113,13 +113,13 @@ def samples(program: Program) -> Any:
 
 
 def part_samples(program: Program) -> fx.Node:
-    """How many samples the tensors of this program have: a part of those of the batch, where that is split."""
+    """The number of samples in this program's tensors: a part of the batch's, where that is split."""
     found = program.graph.find_nodes(op="call_function", target=number_in_part)
     return found[0] if found else _at_front(program, number_in_part, *_an_input(program))
 
 
 def first_sample(program: Program) -> fx.Node:
-    """The number of the first sample of this batch, which noise counts from: zero, or what a call says, in one node."""
+    """One node for the number of the batch's first sample, from which noise counts: zero, or an argument of a call."""
     found = [n for n in program.graph.nodes if "first" in n.meta]
     if found:
         return found[0]
@@ -137,7 +137,7 @@ def first_sample(program: Program) -> fx.Node:
 
 
 def _an_input(program: Program) -> tuple[fx.Node, int]:
-    """A value that comes from outside with an axis of samples alone, and its dimension: a cotangent, if there is one."""
+    """A placeholder with an axis of samples alone, and that dimension: a cotangent, if there is one."""
     given = program.graph.find_nodes(op="placeholder")
     places = ((n, n.meta.get("place")) for n in reversed(given))
     return next((n, p.dim) for n, p in places if isinstance(p, Shard) and p.outer * p.inner == 1)
@@ -154,9 +154,9 @@ def _at_front(program: Program, target: Any, *args: Any, **kwargs: Any) -> fx.No
 
 
 def declare(node: Any, place: Placement | list[Placement], sources: Any) -> None:
-    """Say where the samples are on an emitted value, which holds if those of its `sources` are not mixed.
+    """Declare where the samples are on an emitted value; it holds unless samples are mixed on its `sources`.
 
-    For what the ops inside a traced function do not show (see `rules.split`).
+    For placements that the ops inside a traced function do not show (see `rules.split`).
     """
     if isinstance(node, fx.Node):
         given = tuple(n for n in pytree.tree_leaves(sources) if isinstance(n, fx.Node))
@@ -165,7 +165,7 @@ def declare(node: Any, place: Placement | list[Placement], sources: Any) -> None
 
 @contextlib.contextmanager
 def tracing(program: Program, origin: dict[str, Any] | None):
-    """Run on fake values; notes the origin of what turns the symbolic batch size into a number.
+    """Run on fake values, and note the origin if a symbolic size (batch or length) becomes a number.
 
     The Python dispatcher takes the decompositions that keep sizes symbolic where a C++ kernel would fix them. Equal
     pieces are traced once, so the fake mode's own cache would be filled for nothing, which takes as long as tracing.
@@ -174,7 +174,7 @@ def tracing(program: Program, origin: dict[str, Any] | None):
     with (
         disable_fake_tensor_cache(program.fake_mode),
         program.fake_mode,
-        torch.enable_grad(),  # the backward of some ops (det, solve) takes a way under no_grad that is not differentiated
+        torch.enable_grad(),  # under no_grad the backward of some ops (det, solve) takes a way that has no derivative
         enable_python_dispatcher(),
     ):
         yield
@@ -182,8 +182,8 @@ def tracing(program: Program, origin: dict[str, Any] | None):
         program.fixed_by = origin or {}
 
 
-def _traced(program: Program, key: Any, fn: Callable, leaves: list[Any], spec: pytree.TreeSpec, origin) -> Piece:
-    """A piece that was kept of another program, or a new one."""
+def _find_or_trace(program: Program, key: Any, fn: Callable, leaves: list[Any], spec: pytree.TreeSpec, origin) -> Piece:
+    """A piece that was kept from another program, or a newly traced one."""
     lasting = pieces.lasting(program, key, fn, leaves)
     found = pieces.kept(program, lasting) if lasting is not None else None
     if found is not None:
@@ -196,7 +196,7 @@ def _traced(program: Program, key: Any, fn: Callable, leaves: list[Any], spec: p
 
 
 def in_order() -> contextlib.AbstractContextManager[None]:
-    """`torch.einsum` takes operands from left to right, as without opt_einsum, which makes numbers of symbolic sizes."""
+    """Let `torch.einsum` contract from left to right: opt_einsum would turn symbolic sizes into numbers."""
     return torch.backends.opt_einsum.flags(enabled=False)
 
 
@@ -215,7 +215,7 @@ def _trace(program: Program, fn: Callable, leaves: list[Any], spec: pytree.TreeS
     with tracing(program, origin), warnings.catch_warnings(), in_order():
         warnings.simplefilter("ignore")
         # nodes of one traced piece share their values, and a trace tells its inputs apart by identity
-        vals = [*_apart(program, [node.meta["val"] for node in nodes]), *program.length_values()]
+        vals = [*_distinct_values(program, [node.meta["val"] for node in nodes]), *program.length_values()]
         gm = make_fx(flat, MATERIALISED)(*vals)
         if any(mutates(node) for node in gm.graph.nodes):
             gm = make_fx(dispatch_functionalize(flat), MATERIALISED)(*vals)
@@ -223,8 +223,8 @@ def _trace(program: Program, fn: Callable, leaves: list[Any], spec: pytree.TreeS
     return Piece(gm.graph, out_spec, gm)
 
 
-def _apart(program: Program, vals: list[Any]) -> list[Any]:
-    """Values of the same kinds, each a tensor of its own."""
+def _distinct_values(program: Program, vals: list[Any]) -> list[Any]:
+    """Values of the same kinds, no two of which are the same tensor."""
     kinds = [pieces.Kind.of(val) if isinstance(val, Tensor) else None for val in vals]
     return [
         val if kind is None else pieces.like(program, val, kinds[:k].count(kind))
@@ -277,7 +277,7 @@ def _key(fn: Callable, leaves: list[Any], spec: pytree.TreeSpec):
 
 
 def signature(leaf: Any) -> Any:
-    """What a trace depends on of an argument: of a node its value's kind, of anything else all."""
+    """What a trace depends on in an argument: of a node the kind of its value, of anything else everything."""
     if not isinstance(leaf, fx.Node):
         return (type(leaf), leaf)
     val = leaf.meta["val"]

@@ -35,14 +35,14 @@ def to_reshape(node: fx.Node) -> None:
 
 
 def copied(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
-    """A copy of `node` in `graph`; a zero that is left out may change strides."""
+    """A copy of `node` in `graph`, a view as a reshape: zeros that are left out may change strides."""
     new = graph.node_copy(node, env.__getitem__)
     to_reshape(new)
     return new
 
 
 def closure(results: list[fx.Node], stop: set[fx.Node]) -> list[fx.Node]:
-    """What `results` are computed from, not past the nodes in `stop`, in the graph's order."""
+    """`results` and the nodes they are computed from, back to those in `stop`, in the graph's order."""
     found, stack = set(), list(results)
     while stack:
         node = stack.pop()
@@ -84,7 +84,7 @@ def is_tensor(node: Any) -> bool:
 
 
 def has_floats(node: fx.Node) -> bool:
-    """Whether there are floating-point tensors in a node's value."""
+    """Whether a node's value holds floating-point tensors."""
     vals = pytree.tree_leaves(node.meta.get("val"))
     return any(isinstance(v, Tensor) and v.is_floating_point() for v in vals)
 

@@ -1,8 +1,8 @@
-"""Sizes beside the batch's that are symbolic, the length of a sequence, say: as numbers where placements are computed.
+"""Lengths: symbolic sizes other than the batch's, and the numbers that stand for them in placements.
 
-Placements are plain integers. A length stands in them as a prime far beyond any size, and a size that depends on lengths as
-what it is there: a polynomial in these primes with small coefficients, which `said` reads back. It gives symbolic sizes while
-a function is traced, and numbers where tensors are real.
+Placements hold plain integers. A prime far beyond any size stands for a length, so a size that depends on lengths is a
+polynomial in these primes with small coefficients. `said` reads it back: as a symbolic size while a function is traced,
+as a number where tensors are real.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class LengthFixed(RuntimeError):
 
 @dataclass(frozen=True)
 class Length:
-    """A symbolic size: its symbol, its value at capture, and where a call has it, dimension `dim` of a tensor.
+    """A symbolic size: its symbol, its value at capture, and where a call finds it, dimension `dim` of a tensor.
 
     kind: "input" or "target"; index: among the (split) tensors of that kind.
     """
@@ -41,7 +41,7 @@ class Length:
 
 
 def stand_in(k: int) -> int:
-    """The number that length `k` is in placements, a prime larger than any product of those before it."""
+    """The number that stands for length `k` in placements, a prime larger than any product of those before it."""
     return _PRIMES[min(k, MOST - 1)]
 
 
@@ -56,10 +56,10 @@ def at(values: Sequence[Any]) -> Iterator[None]:
 
 
 def said(size: int) -> Any:
-    """The size that a number of a placement stands for, at the lengths that hold here.
+    """The size that a number of a placement stands for, at the lengths set by `at`.
 
     Raises:
-        LengthFixed: the number is no polynomial of lengths.
+        LengthFixed: if the number is no polynomial in the lengths.
     """
     return size if abs(size) < _LARGEST else _read(size, len(_AT.get()) - 1)
 

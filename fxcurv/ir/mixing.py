@@ -26,8 +26,8 @@ def mixing(program: Program) -> str | None:
                     f"{literal(locate(node))}\nis a non-linear function of the reduced loss, for which {{asked}} is not "
                     "defined.\nWay out: a loss that is a sum or mean over samples, or ask for the gradient or products."
                 )
-            first = _joined(node)
-            how = "" if first is node else f" ({literal(_after(first, node))} makes more of its result than a sum)"
+            first = _meeting_op(node)
+            how = "" if first is node else f" ({literal(_describe(first, node))} makes more of its result than a sum)"
             return (
                 f"{literal(locate(first))}\nmixes samples{how}, so {{asked}} (per sample) does not exist for the parameters "
                 f"before it.\nWay out: {_instead_of_batch_norm(first)}batch_dim= if the batch is not dimension 0 (extended "
@@ -54,7 +54,7 @@ def _instead_of_batch_norm(node: fx.Node) -> str:
 
 
 def _differentiated(targets: list[fx.Node]) -> list[fx.Node]:
-    """What a derivative of `targets` passes: not what was detached since, a maximum over the batch say."""
+    """The nodes that derivatives of `targets` pass: not those detached since (a maximum over the batch, say)."""
     found: set[fx.Node] = set()
     stack = [t for t in targets if t.meta.get("active")]
     while stack:
@@ -65,8 +65,8 @@ def _differentiated(targets: list[fx.Node]) -> list[fx.Node]:
     return [n for n in targets[0].graph.nodes if n in found]
 
 
-def _joined(node: fx.Node) -> fx.Node:
-    """Where samples come together that `node` mixes: itself, or an op before it that sums over samples or takes some of them."""
+def _meeting_op(node: fx.Node) -> fx.Node:
+    """Where the samples that `node` mixes meet: `node`, or an op before it that sums over samples or takes some."""
     found: list[fx.Node] = []
     seen, stack = {node}, [node]
     while stack:
@@ -80,8 +80,8 @@ def _joined(node: fx.Node) -> fx.Node:
     return min(found, default=node)
 
 
-def _after(first: fx.Node, node: fx.Node) -> str:
-    """`node` as the op that comes after `first`, with its line where that is another."""
+def _describe(first: fx.Node, node: fx.Node) -> str:
+    """`node` in words, after `first`: with its source line only if that is another."""
     name, *line = locate(node).splitlines()
     return ",".join([name, *(part for part in line if part not in locate(first))])
 
@@ -98,5 +98,5 @@ def of_reduced_loss(program: Program, node: fx.Node) -> bool:
 
 
 def literal(text: str) -> str:
-    """The user's own line may have braces."""
+    """`text` with its braces escaped: a line of the user's may have some."""
     return text.replace("{", "{{").replace("}", "}}")

@@ -17,7 +17,7 @@ from fxcurv.ir.placement import Shard, samples_back
 
 _MASK, _STEP = 0xFFFFFFFF, 0x2545F491
 
-# a 0-dim integer tensor; or this and the number of the batch's first sample
+# a 0-dim integer tensor; or a pair of it and the number of the batch's first sample
 Seed: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 
@@ -59,7 +59,7 @@ def normal(seed: Seed, stream: int, columns: int, like: Tensor, place: Shard) ->
 
 
 def signs(entries: Tensor, columns: int, key: int, dtype: torch.dtype) -> Tensor:
-    """Independent +1 and -1 for each of `entries`, numbers below 2**32, [E, columns]: a function of key, entry and column."""
+    """Independent +1 and -1, [E, columns], by key, entry and column; `entries` are numbers below 2**32."""
     low, high = key & _MASK, (key >> 32) & _MASK
     own = _mix((entries * 0x2545F491 + low) & _MASK, high)
     words = torch.arange(-(-columns // 32), device=entries.device)  # of 32 columns each

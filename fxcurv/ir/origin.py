@@ -56,7 +56,7 @@ def _stack(node: fx.Node) -> list[str]:
 
 
 def in_loss(node: fx.Node) -> bool:
-    """What is captured calls the model and the loss, so what is outside the model is the loss."""
+    """Whether a node belongs to the loss: the captured module calls the model and the loss, and nothing else."""
     stack = _stack(node)
     return bool(stack) and not any(path.split(".")[0] == "model" for path in stack)
 
@@ -73,25 +73,25 @@ def source_line(trace: str) -> str:
 
 
 def line_of(file: str, number: int, function: str) -> str:
-    """A line of the user's as a traceback shows it."""
+    """A source line in the form of a traceback."""
     return f'  File "{file}", line {number}, in {function}: {linecache.getline(file, number).strip()}\n'
 
 
 def running_line() -> str:
-    """The innermost line of the user's that the compiler runs, or of PyTorch's own modules where the model is made of those."""
+    """The innermost user line that the compiler is running, or that of a PyTorch module if there is none."""
     frames = traceback.extract_stack()
     first = next((k for k, f in enumerate(frames) if is_ours(f.filename)), 0)
     inside = frames[first:]
     theirs = [f for f in inside if is_user_file(f.filename)] or [f for f in inside if not is_ours(f.filename)]
-    return _said(theirs or [f for f in frames if is_user_file(f.filename)])
+    return _last_line(theirs or [f for f in frames if is_user_file(f.filename)])
 
 
 def failing_line(error: BaseException) -> str:
-    """The innermost line of the user's that an error came through; "" if there is none."""
-    return _said([f for f in traceback.extract_tb(error.__traceback__) if is_user_file(f.filename)])
+    """The innermost user line that an error came through; "" if there is none."""
+    return _last_line([f for f in traceback.extract_tb(error.__traceback__) if is_user_file(f.filename)])
 
 
-def _said(frames: list[traceback.FrameSummary]) -> str:
+def _last_line(frames: list[traceback.FrameSummary]) -> str:
     return line_of(frames[-1].filename, frames[-1].lineno or 0, frames[-1].name) if frames else ""
 
 

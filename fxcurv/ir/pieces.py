@@ -1,9 +1,9 @@
 """Traced functions that outlive the program they were traced for, and values to trace them on.
 
-A trace takes some milliseconds per op. What it depends on is the function, what it is given, the kinds of its tensors (sizes as
-expressions of the program's symbols), what is assumed of these symbols, and PyTorch's own state. Where all of that is as it
-was, and the trace assumed nothing new, its graph serves another program, whose values it gets. Functions of the compiler's own
-alone are kept: a user's may read what changes.
+A trace takes some milliseconds per op. It depends on the function, its arguments, the kinds of their tensors (sizes as
+expressions of the program's symbols), the assumptions about these symbols, and PyTorch's own state. If all of these are
+the same, and the trace assumed nothing new, its graph serves another program, and gets values of that one. Only the
+compiler's own functions are kept: a user's may read values that change.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _PLAIN = (
 
 
 class _Other(Exception):
-    """A value that is no plain tensor of sizes that can be made again."""
+    """Raised for a value that cannot be made again in another program."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Kind:
 
 
 def blank(program: Program, kind: Kind, copy: int = 0) -> Tensor:
-    """A value of this kind, the same at every call; for another `copy` another tensor."""
+    """A tensor of this kind, the same one at every call; each `copy` has its own."""
     if (kind, copy) not in program.blanks:
         sizes, strides = ([_size(program, s) for s in part] for part in (kind.shape, kind.stride))
         with program.fake_mode:
@@ -70,7 +70,7 @@ def blank(program: Program, kind: Kind, copy: int = 0) -> Tensor:
 
 
 def like(program: Program, val: Tensor, copy: int) -> Tensor:
-    """`blank` of the kind of `val`, whatever its sizes are."""
+    """`blank` of the kind of `val`, any of whose symbolic sizes may be new."""
     for size in (*val.shape, *val.stride()):
         if isinstance(size, SymInt):
             program.blanks.setdefault(size.node.expr, size)
@@ -112,12 +112,12 @@ _KEPT: OrderedDict[Hashable, tuple[fx.Graph, pytree.TreeSpec, dict[fx.Node, Any]
 
 
 def forget() -> None:
-    """Trace everything anew."""
+    """Drop all pieces that are kept, so that everything is traced anew."""
     _KEPT.clear()
 
 
 def lasting(program: Program, key: Hashable | None, fn: Any, leaves: list[Any]) -> Hashable | None:
-    """The key of a piece among those of all programs; None if it may depend on something else."""
+    """The key of a piece among those of all programs; None if the piece may depend on anything else."""
     env = program.fake_mode.shape_env
     if key is None or program.batch.lengths or program.rules or not _is_own(fn) or env is None:
         return None
@@ -159,7 +159,7 @@ def _is_own(fn: Any) -> bool:
 
 def _is_ours(value: Any) -> bool:
     if isinstance(value, types.FunctionType) and is_user_file(value.__code__.co_filename):
-        return False  # whatever `functools.wraps` says of it
+        return False  # even if `functools.wraps` gives it another module
     return (getattr(value, "__module__", None) or "").split(".")[0] in ("fxcurv", "torch", "_operator")
 
 
@@ -180,7 +180,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def assumptions(program: Program) -> tuple[int, int]:
-    """How much is assumed of the symbols."""
+    """How many assumptions are made about the symbols."""
     env = program.fake_mode.shape_env
     return (len(env.guards), len(env.replacements)) if env is not None else (0, 0)
 
@@ -188,7 +188,7 @@ def assumptions(program: Program) -> tuple[int, int]:
 def keep(key: Hashable, graph: fx.Graph, spec: pytree.TreeSpec) -> None:
     """Keep a piece for other programs, if its values can be made there."""
     try:
-        kinds = {node: _described(node.meta.get("val")) for node in graph.nodes if node.op == "call_function"}
+        kinds = {node: _describe(node.meta.get("val")) for node in graph.nodes if node.op == "call_function"}
     except _Other:
         return
     if all(node.op in ("placeholder", "call_function", "output") for node in graph.nodes):
@@ -221,9 +221,9 @@ def kept(program: Program, key: Hashable) -> tuple[fx.Graph, pytree.TreeSpec] | 
     return copy, spec
 
 
-def _described(val: Any) -> Any:
+def _describe(val: Any) -> Any:
     if isinstance(val, list | tuple):
-        return type(val), [_described(v) for v in val]
+        return type(val), [_describe(v) for v in val]
     if isinstance(val, SymInt):
         return val.node.expr
     if type(val) is FakeTensor and val.layout is torch.strided and not val.is_conj() and not val.is_neg():

@@ -24,12 +24,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Whole(Shard):
-    """All of the batch is one sample, and all of the value its slice; `outer` is the size of dimension 0, if there is one."""
+    """The batch is one sample, and the whole value its slice; `outer` is the size of dimension 0, if there is one."""
 
 
 @dataclass(frozen=True)
 class Alike(Shard):
-    """The same for all samples along their dimension (zeros, ones): wherever in it the samples are taken to be."""
+    """The same for all samples along `dim` (zeros, ones), wherever in it the samples are taken to be."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ REPLICATE, PARTIAL, MIXED = Replicate(), Partial(), Mixed()
 
 
 def places_of(place: Placement | list[Placement] | None) -> list[Any]:
-    """The placements of all outputs of an op: of one, or of several in a list."""
+    """The placements of all outputs of an op, as a list."""
     return place if isinstance(place, list) else [place]
 
 

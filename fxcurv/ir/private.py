@@ -1,4 +1,4 @@
-"""Everything private of PyTorch that this package uses or patches: a row per name, and nothing of it anywhere else.
+"""Every private name of PyTorch that this package uses or patches, a row each: no other file uses one.
 
 A name that a version of PyTorch lacks is an error at `import fxcurv`, which says what is missing, instead of one inside a
 user's call; a PyTorch that is newer than any tried gets one warning. Private operators (`aten._softmax`) are named by the
@@ -22,7 +22,7 @@ import torch
 
 TRIED = ("2.11", "2.12", "2.13", "2.14", "2.15")
 
-# What is used -> the versions in which it was seen: each was run with this package's tests.
+# Name -> the versions in which it was seen, each of which was run with this package's tests.
 SEEN: dict[str, Sequence[str]] = {
     # tracing
     "torch._dispatch.python.enable_python_dispatcher": TRIED,
@@ -138,7 +138,7 @@ SEEN: dict[str, Sequence[str]] = {
 
 
 def find(name: str) -> tuple[Any, str]:
-    """(what holds the last part of a dotted name, that part).
+    """(the owner of the last part of a dotted name, that part).
 
     Raises:
         AttributeError: if there is no such thing in this PyTorch.
@@ -235,9 +235,10 @@ __all__ = [
     "uses_of_storage", "version_of", "without_fake_mode", "without_forward_hooks",
 ]  # fmt: skip
 
-# they log what a trace raises, and more about it
+# loggers that repeat what a trace raises
 trace_logs = [logging.getLogger(known.__module__) for known in (disable_fake_tensor_cache, ShapeEnv)]
-trace_logs.append(logging.getLogger("torch._export.non_strict_utils"))  # of a batch of one, that its size is a number
+# this one says that the size of a batch of one is a number
+trace_logs.append(logging.getLogger("torch._export.non_strict_utils"))
 
 
 def patched(name: str, new: Any) -> Any:
@@ -284,12 +285,12 @@ def schema_of(target: Any) -> Any:
 
 
 def decomposes(op: OpOverload) -> bool:
-    """Whether an operator is said in others."""
+    """Whether an operator decomposes into others."""
     return op._can_decompose()
 
 
 def new_size(env: ShapeEnv, value: int, name: str) -> Any:
-    """A symbol of a shape environment for a size that was not traced, of this value."""
+    """A new symbol of a shape environment, for a size of this value that was not traced."""
     return env.create_symbol(value, ConstantSource(name), DimDynamic.DYNAMIC)
 
 
@@ -304,23 +305,23 @@ def captured_size(size: torch.SymInt) -> Any:
 
 
 def uses_of_storage(tensor: torch.Tensor) -> int:
-    """How often the storage of a tensor is held, the object that this asks by included."""
+    """The number of references to a tensor's storage, including the one that this function makes."""
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
 def memory_of(tensor: torch.Tensor) -> int:
-    """A number for the storage of a tensor, as long as that lives."""
+    """A number that identifies a tensor's storage as long as that lives."""
     return tensor.untyped_storage()._cdata
 
 
 def node_of(tensor: torch.Tensor, tracer: Any) -> torch.fx.Node | None:
-    """The node that a tensor of a running trace has."""
+    """The node of a tensor in a running trace; None if it has none."""
     slot: Any = get_proxy_slot(tensor, tracer, None)
     return None if slot is None else slot.proxy.node
 
 
 def running_backward() -> int:
-    """A number for the backward pass that is running."""
+    """A number that identifies the running backward pass."""
     return torch._C._current_graph_task_id()
 
 
@@ -330,7 +331,7 @@ def is_view(tensor: torch.Tensor) -> bool:
 
 
 def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
-    """What a tensor is a view of."""
+    """The tensor of which this one is a view; None if it is none."""
     return tensor._base
 
 
@@ -353,7 +354,7 @@ def has_hooks(module: torch.nn.Module) -> bool:
 
 @contextlib.contextmanager
 def no_hooks(module: torch.nn.Module) -> Iterator[None]:
-    """Without what runs before or after the module's own forward pass."""
+    """Within, the hooks before and after the module's own forward pass do not run."""
     before, after = module._forward_pre_hooks, module._forward_hooks
     module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
     try:
@@ -363,7 +364,7 @@ def no_hooks(module: torch.nn.Module) -> Iterator[None]:
 
 
 def own_forward_hooks(module: torch.nn.Module) -> list[dict[int, Any]]:
-    """The tables of what runs before and after a module's forward pass."""
+    """The tables of hooks that run before and after a module's forward pass."""
     return [module._forward_pre_hooks, module._forward_hooks]
 
 
@@ -375,7 +376,7 @@ def precision_of_fsdp(module: Any) -> Any:
 def reshards_after_forward(module: Any, outermost: bool) -> bool:
     """Whether an `FSDPModule` drops its parameters between its forward and its backward pass.
 
-    Where the user has not said so the outermost one does not, which it finds out in its first forward pass.
+    By default the outermost one does not; which one that is, it finds out in its first forward pass.
     """
     state = module._get_fsdp_state()
     if outermost and state._auto_reshard_after_forward:
@@ -391,25 +392,25 @@ def reshards_to(module: Any) -> Any:
 
 def _groups_of(state: Any) -> list[Any]:
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # 2.11 has one of them
-    return [group for group in groups if group is not None]  # a module whose parameters all are of others has none
+    return [group for group in groups if group is not None]  # None: all parameters belong to other modules
 
 
 def own_parameters(module: torch.nn.Module) -> dict[str, Any]:
-    """A module's parameters but those of its submodules."""
+    """A module's parameters without those of its submodules."""
     return module._parameters
 
 
 def own_buffers(module: torch.nn.Module) -> dict[str, Any]:
-    """A module's buffers but those of its submodules."""
+    """A module's buffers without those of its submodules."""
     return module._buffers
 
 
-# tensor -> the hooks that run in the backward pass at it, or None; not in Python, for what asks at every call
+# tensor -> its hooks for the backward pass, or None; no Python function, because it is called at every call
 hooks_of_tensor = operator.attrgetter("_backward_hooks")
 
 
 def set_hooks_of_tensor(tensor: torch.Tensor, hooks: Any) -> None:
-    """Put hooks back that `hooks_of_tensor` gave, or take them away by None."""
+    """Put back hooks from `hooks_of_tensor`, or remove them by None."""
     tensor._backward_hooks = hooks
 
 

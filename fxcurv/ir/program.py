@@ -37,9 +37,9 @@ class Input:
 
 @dataclass(frozen=True)
 class Decision:
-    """What `select` chose for one contraction, or what an extension computes otherwise, at which predicted cost.
+    """How `select` computes one contraction, or an extension something else, and the predicted cost.
 
-    stage: "select", or of an extension's own "extract".
+    stage: "select", or "extract" for an extension's own computation.
     """
 
     param: str
@@ -64,14 +64,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Numbers:
-    """The numbers that tracing made of values of the data: what computes them, what they were, the user's lines."""
+    """Values of the data that tracing turned into numbers: a module for them, the numbers, the user's lines."""
 
     module: fx.GraphModule
     values: tuple[Any, ...]
     lines: tuple[str, ...]
 
     def differences(self, flat: Sequence[Any]) -> list[str]:
-        """In words, what is another number for these arguments, those of the program's graph."""
+        """Which numbers differ for these arguments of the program's graph, in words."""
         with torch.no_grad():
             try:
                 now = [t.item() for t in self.module.forward(*flat)]  # called as a module, it prints where it fails
@@ -87,9 +87,9 @@ class Observed:
 
     Attributes:
         module: the number of the module that was called.
-        where: of the hook; None where values are kept under none.
-        title: of the hook, for messages.
-        template: its arguments after the module, with a `Slot` for each of `nodes`.
+        where: the place of the hook; None for values that are kept without a hook.
+        title: the hook in words, for messages.
+        template: the hook's arguments after the module, with a `Slot` for each of `nodes`.
     """
 
     module: int
@@ -108,7 +108,7 @@ class Memory:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the numbers in it."""
+        """The dtype of the numbers in it."""
         return self.val.dtype
 
     def shape(self, batch: Batch, n: int, lengths: Any) -> tuple[int, ...]:
@@ -133,22 +133,22 @@ class Program:
         covers: extension -> names of its parameters, for those that chose them.
         borrowing: fields that hold values to compute with later: those of parameters and inputs are not copied.
         fake_mode: the mode that all values of the graph belong to.
-        fixed_by: the op, module and line that made a number of the batch size.
+        fixed_by: the op, module and line that turned the batch size into a number.
         pieces: traced functions by their kinds of arguments (see `ir.emit`); `blanks`: values to trace on (`ir.pieces`).
         options: what was asked for; `analysis`: what the passes before the walk found; `walked`: what the walk left;
             `spread`: the collectives.
-        notes: how what a trace cannot follow was captured, for a report.
-        reads: the values of the data that tracing made numbers of, if there are any.
-        observed: what forward hooks look at.
+        notes: how parts that a trace cannot follow were captured, for a report.
+        reads: the values of the data that tracing turned into numbers, if there are any.
+        observed: the values that forward hooks look at.
         python: the values of attributes, closures and globals that tracing read.
         checks: conditions on values, verified at the first call; `finish` moves them to `check_module`, which computes
             them, and `verdicts`, the errors that go with them.
         decisions: what was chosen for each contraction.
         largest: the batch size up to which the columns fit the memory budget, if more sweeps would help.
         stale: nodes whose input now has other strides than when they were traced.
-        lengths: what became of sizes beside the batch's that should be symbolic, for a report.
+        lengths: what became of sizes other than the batch's that should be symbolic, for a report.
         served: batch sizes, or (batch size, lengths), that were asked for -> whether the guards allow them.
-        conditions: what else a batch size has to fulfil, where samples are kept apart by indices made of it.
+        conditions: further conditions on a batch size, where indices that are made of it keep samples apart.
         buffers: the memory that large results are written to (see `passes.recycle`).
     """
 
@@ -215,7 +215,7 @@ class Program:
         return machine(next(iter(self.params.values())).meta["val"].device)
 
     def names_of(self, extension: Any) -> list[str]:
-        """The parameters that an extension's quantity is of."""
+        """The parameters of an extension's quantity."""
         return self.covers.get(extension, list(self.params))
 
     def roots(self) -> list[fx.Node]:
@@ -270,7 +270,7 @@ class Program:
         )
 
     def given(self, length: Length) -> fx.Node:
-        """The argument that has a length."""
+        """The placeholder of the tensor that has a length."""
         placeholders = self.graph.find_nodes(op="placeholder")
         where = length.kind, length.index
         return next(n for n, i in zip(placeholders, self.inputs, strict=False) if (i.kind, i.index) == where)
@@ -281,7 +281,7 @@ class Program:
 
     @property
     def fixed_lengths(self) -> tuple[Length, ...]:
-        """The lengths that became numbers."""
+        """The lengths that tracing turned into numbers."""
         if not self.batch.lengths:
             return ()
         replaced = self.fake_mode.shape_env.replacements
@@ -319,7 +319,7 @@ class Program:
         return self.served[n]
 
     def _serves_lengths(self, n: int, lengths: tuple[int, ...]) -> bool:
-        """`serves` at other lengths than those at capture; sizes of one are numbers where tracing meets them."""
+        """`serves` at other lengths than those at capture; tracing turns a size of one into a number."""
         if min(n, *lengths) < 2 and not (n == 1 and self.served.get(1, False) and min(lengths) > 1):
             return False
         longer = prod(new / old for new, old in zip(lengths, self.batch.sizes, strict=True))
@@ -330,9 +330,9 @@ class Program:
         return self.served[n, lengths]
 
     def guards_hold(self, n: int, lengths: Sequence[int] | None = None) -> bool:
-        """Whether the batch size is symbolic, and what was assumed of it while tracing holds of `n`.
+        """Whether the batch size is symbolic, and all that tracing assumed about it holds for `n`.
 
-        What was assumed of an input's strides, as of a slice, is not asked: the program is one for all strides.
+        Assumptions about an input's strides (that of a slice, say) are left out: one program serves all strides.
         """
         values = self.batch.values(n, lengths)
         assumed = [g.expr.subs(values) for g in self.fake_mode.shape_env.guards]
@@ -360,7 +360,7 @@ class Program:
         return f"fixed at {self.batch.size} by {self.fixing()}"
 
     def fixing(self) -> str:
-        """What made a number of a symbolic size: op, module path and the user's line."""
+        """What turned a symbolic size into a number: op, module path and the user's line."""
         origin = self.fixed_by or {}
         where = f" in module '{origin['module']}'" if origin.get("module") else ""
         line = source_line(origin.get("stack_trace") or "")
@@ -378,7 +378,7 @@ class Program:
         old.replace_all_uses_with(new)
 
     def rename(self, pairs: dict[fx.Node, fx.Node]) -> None:
-        """Replace nodes in this program's own fields, which may be large, each by one that stays."""
+        """Replace nodes in this program's own fields, which may be large, in one go: each new node has to stay."""
         swap = lambda n: pairs.get(n, n) if isinstance(n, fx.Node) else n  # noqa: E731
         self.output_leaves = [swap(n) for n in self.output_leaves]
         self.heads = [swap(n) for n in self.heads]
@@ -391,7 +391,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Kept:
-    """The memory of a result: its program, a flat tensor for each of that program's buffers, its fields, which lie there."""
+    """The memory of a result: its program, a flat tensor for each buffer of that, and the fields that lie there."""
 
     program: Program
     tensors: tuple[Tensor, ...]

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# In place of a group's name: the parts of a batch that one process computes one after the other.
+# In place of a group's name: one process computes the parts of a batch, one after the other.
 IN_TURNS = "in turns"
 
 
 def across(ranks: str) -> bool:
-    """Whether these are several processes, and not one, or parts that one computes."""
+    """Whether these are several processes, and not a single one that may compute parts in turns."""
     return ranks not in ("", IN_TURNS)
 
 
@@ -26,12 +26,12 @@ def summed(triangles: Sequence[bool], group: str, values: Sequence[Tensor]) -> l
 
 
 def packed(triangles: Sequence[bool], values: Sequence[Tensor]) -> list[Tensor]:
-    """Values as they travel: flat, of symmetric matrices a triangle."""
+    """Values as they are sent: flat, symmetric matrices as a triangle."""
     return [_triangle(v) if t else v.reshape(-1) for v, t in zip(values, triangles, strict=True)]
 
 
 def unpacked(triangles: Sequence[bool], joined: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """What `packed` gave, one behind the other, in the shapes of `like`."""
+    """The inverse of `packed`, from its tensors joined into one, in the shapes of `like`."""
     parts = joined.split([len(v) * (len(v) + 1) // 2 if t else v.numel() for v, t in zip(like, triangles, strict=True)])
     return [_square(p, v) if t else p.view(v.shape) for p, v, t in zip(parts, like, triangles, strict=True)]
 
@@ -60,5 +60,5 @@ def _square(flat: Tensor, like: Tensor) -> Tensor:
 
 
 def plain_text(text: str) -> str:
-    """What a value is printed as, without its address, which is another one in every process."""
+    """The text of a printed value without addresses, which differ between processes."""
     return re.sub(r" at 0x[0-9a-f]+", "", text)

@@ -1,8 +1,8 @@
-"""Parameters of which every rank holds a shard: how graphs gather them, and leave a sum over ranks in shards.
+"""Parameters of which every rank holds a shard: how graphs gather them, and scatter a sum over ranks into shards.
 
-A parameter is cut along one dimension as `torch.chunk` cuts it, all pieces but the last ones of `rows` rows; for a collective,
-every piece is filled up to that. Targets of nodes are objects here, with the static arguments in them, as `contract` nodes'
-are; `alone` is what one process computes in their place.
+A parameter is cut along one dimension as by `torch.chunk`: all pieces but the last ones have `rows` rows; for a
+collective, every piece is filled up to that. Targets of nodes are objects here, which hold the static arguments, like
+those of `contract` nodes; `alone` is what one process computes in their place.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class Cut:
 
     @property
     def rows(self) -> int:
-        """How long a piece is along the dimension, but for the last ones."""
+        """The length of a piece along the dimension, except for the last ones."""
         return -(-self.shape[self.dim] // self.size)
 
     @property
     def own(self) -> int:
-        """How long this rank's is."""
+        """The length of this rank's piece along the dimension."""
         return min(max(self.shape[self.dim] - self.rank * self.rows, 0), self.rows)
 
     @property
     def numel(self) -> int:
-        """The entries of a piece, filled up."""
+        """The number of entries of a piece that is filled up."""
         return self.rows * math.prod(self.shape) // max(self.shape[self.dim], 1)
 
     def local(self) -> tuple[int, ...]:
@@ -49,17 +49,17 @@ class Cut:
         return (*self.shape[: self.dim], self.own, *self.shape[self.dim + 1 :])
 
     def filled(self, t: Tensor, rows: int) -> Tensor:
-        """Flat, with so many rows, the last ones zeros."""
+        """`t` filled up with zeros to `rows` rows, flat."""
         t = t.movedim(self.dim, 0)
         missing = rows - t.shape[0]
         return torch.cat([t, t.new_zeros(missing, *t.shape[1:])]).reshape(-1) if missing else t.reshape(-1)
 
     def of(self, t: Tensor) -> Tensor:
-        """This rank's piece, in memory of its own."""
+        """This rank's piece of `t`, in memory of its own."""
         return t.narrow(self.dim, min(self.rank * self.rows, t.shape[self.dim]), self.own).clone()
 
     def back(self, flat: Tensor, rows: int) -> Tensor:
-        """The first rows of what `filled` gave."""
+        """The first `rows` rows of a flat tensor from `filled`, in the parameter's layout."""
         rest = (*self.shape[: self.dim], *self.shape[self.dim + 1 :])
         t = flat.reshape(flat.numel() // max(math.prod(rest), 1), *rest)[:rows]
         return t.movedim(0, self.dim).contiguous()
@@ -67,11 +67,11 @@ class Cut:
 
 @dataclass(frozen=True)
 class Dtypes:
-    """What a mixed precision policy says of parameters.
+    """The dtypes that a mixed precision policy gives parameters.
 
     Attributes:
-        own: their dtype; `computed`: as which they are gathered, and the graph computes with them.
-        reduced: as which terms of their results are added up over ranks, None for the terms' own.
+        own: the parameters' dtype; `computed`: the one in which they are gathered and the graph computes with them.
+        reduced: the one in which terms of their results are added up over ranks, None for the terms' own.
     """
 
     own: torch.dtype
@@ -89,22 +89,22 @@ class Dtypes:
 
     @property
     def coarsest(self) -> torch.dtype:
-        """The one with the largest rounding."""
+        """The dtype with the largest rounding error."""
         return max((self.own, self.computed, self.reduced or self.own), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Parameters that travel together: those of one module that `fully_shard` was called with, of one dtype.
+    """Parameters that are sent together: those of one module that `fully_shard` was called with, of one dtype.
 
     Attributes:
-        names: of the parameters; `cuts`: how each is cut.
+        names: the names of the parameters; `cuts`: how each is cut.
         group: the name of the process group whose ranks hold a shard each.
-        replicas: that of the group whose ranks hold the same shard, "" if there is none.
-        dtypes: of the parameters.
-        again: gathered anew for the backward pass (`reshard_after_forward`).
-        between: (name, size, this one's number) of the group whose ranks hold a larger piece each from the forward pass to the
-            backward pass, which is gathered there (`reshard_after_forward=<number of ranks>`).
+        replicas: the name of the group whose ranks hold the same shard, "" if there is none.
+        dtypes: the dtypes of the parameters.
+        again: whether they are gathered anew for the backward pass (`reshard_after_forward`).
+        between: (name, size, this rank's number) of the group whose ranks each hold a larger piece from the forward
+            pass on, which the backward pass gathers (`reshard_after_forward=<number of ranks>`).
     """
 
     names: tuple[str, ...]
@@ -116,26 +116,26 @@ class Bucket:
     between: tuple[str, int, int] | None = None
 
     def only(self, names: Container[str]) -> Bucket:
-        """Without other parameters."""
+        """The bucket with only the parameters `names`."""
         kept = [(n, c) for n, c in zip(self.names, self.cuts, strict=True) if n in names]
         return replace(self, names=tuple(n for n, _ in kept), cuts=tuple(c for _, c in kept))
 
     def held(self) -> Bucket:
-        """The pieces that are held between the passes."""
+        """The bucket of the pieces that are held between the passes."""
         assert self.between is not None
         group, size, rank = self.between
         return replace(self, cuts=tuple(Cut(c.shape, c.dim, size, rank) for c in self.cuts), group=group, replicas="")
 
 
 class _Named:
-    """Its class' name is what a graph shows."""
+    """Base of targets that a graph shows by their `__name__`."""
 
     __qualname__: ClassVar[str] = "shards"
 
 
 @dataclass(frozen=True)
 class Begin(_Named):
-    """This rank's shards -> all ranks', [size, sum of the pieces], on their way."""
+    """This rank's shards -> all ranks', [size, sum of the pieces]; begins the collective, which `End` waits for."""
 
     bucket: Bucket
     __name__: ClassVar[str] = "begin_gather"
@@ -153,7 +153,7 @@ class Begin(_Named):
 
 @dataclass(frozen=True)
 class End(_Named):
-    """What `Begin` gave -> the parameters."""
+    """The result of `Begin`, waited for -> the parameters."""
 
     bucket: Bucket
     __name__: ClassVar[str] = "end_gather"
@@ -186,10 +186,10 @@ class Hold(_Named):
 
 @dataclass(frozen=True)
 class Scatter(_Named):
-    """Terms -> this rank's shards of their sums over the ranks of a group, flat, on their way.
+    """Terms -> this rank's shards of their sums over a group, flat; begins the collective, which `Scattered` waits for.
 
     Attributes:
-        dtype: as which they travel, None for their own.
+        dtype: the dtype in which they are sent, None for their own.
     """
 
     cuts: tuple[Cut, ...]
@@ -211,10 +211,10 @@ class Scatter(_Named):
 
 @dataclass(frozen=True)
 class Scattered(_Named):
-    """What `Scatter` gave -> the shards, added up over the replicas.
+    """The result of `Scatter`, waited for -> the shards, added up over the replicas.
 
     Attributes:
-        dtype: of the shards.
+        dtype: the dtype of the shards.
     """
 
     cuts: tuple[Cut, ...]
@@ -224,7 +224,7 @@ class Scattered(_Named):
 
     @property
     def over_ranks(self) -> str:
-        """What `rules.traits.over_ranks` says."""
+        """The answer of `rules.traits.over_ranks`."""
         return "replicas" if self.replicas else "wait"
 
     def __call__(self, flat: Tensor) -> list[Tensor]:
@@ -242,20 +242,20 @@ class Scattered(_Named):
 
 @dataclass(frozen=True)
 class OnItsWay:
-    """A tensor that a collective writes to, and what says when it has."""
+    """A tensor that a collective is writing, and the handle to wait for it."""
 
     tensor: Tensor
     work: Any
 
     def wait(self) -> Tensor:
-        """The tensor, written."""
+        """Wait, and return the tensor."""
         self.work.wait()
         return self.tensor
 
 
 @dataclass(frozen=True)
 class Reduce(_Named):
-    """Terms -> their sums over a group, flat, on their way to one of its ranks.
+    """Terms -> their sums over a group, flat, on one of its ranks; begins the collective, which `Reduced` waits for.
 
     Attributes:
         triangles: which terms are symmetric matrices.
@@ -278,7 +278,9 @@ class Reduce(_Named):
 
 @dataclass(frozen=True)
 class Reduced(_Named):
-    """What `Reduce` gave, and the terms -> the sums; but at the owner tensors without values, of the "meta" device.
+    """The result of `Reduce`, waited for, and the terms' shapes -> the sums.
+
+    On ranks other than the owner these are tensors without values, on the "meta" device.
 
     Attributes:
         here: whether the owner is this rank.

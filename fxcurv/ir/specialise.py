@@ -1,4 +1,4 @@
-"""A program at one batch size, and the values of a changed graph anew."""
+"""Fix a program at one batch size; recompute the values of a changed graph."""
 
 from __future__ import annotations
 

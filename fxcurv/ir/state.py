@@ -10,7 +10,7 @@ from torch import fx
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for: by `compile` for all programs, and what a call adds for one of them.
+    """The options of `compile`, for all programs, and those that a call adds for one of them.
 
     Attributes:
         batch_dim: the samples' dimension in the inputs, as the user says it.
@@ -23,16 +23,17 @@ class Options:
         params: which parameters the gradient and all quantities are of, as the user says it.
         sample: "sequence" or "token".
         sample_index: the input that says which sample an entry belongs to, as the user names it.
-        as_written: no op of the model may be said in others.
+        as_written: no op of the model may be rewritten in others.
         outputs: the model's output is a result.
-        lengths: sizes beside the batch's may become symbolic; dynamic_shapes: those that are from the start, as the user says it.
+        lengths: sizes other than the batch's may become symbolic; dynamic_shapes: those that are from the start, as the
+            user says it.
         schedules: a float that changes at every call may become an input of the program.
         create_graph: of one program: results can be differentiated again, so only algorithms that autograd can follow are
             chosen.
         batch_dims: of one program: the samples' dimension of every input, None for one without samples.
         alone: of one program: the batch is one sample, wherever the model keeps it.
-        index, edges: of one program: which input says the sample of every entry, and which are pairs of entries.
-        counted: the number of the first sample is an input of the program, for batches that are parts of one.
+        index, edges: of one program: which input has the sample of every entry, and which inputs are pairs of entries.
+        counted: the number of the first sample is an input of the program, for batches that are parts of a larger one.
         rank, size: the number of this rank, and how many there are.
         sharded: of one program: buckets of parameters (`ir.shards`) of which every rank holds a shard.
         ranks: the name of a process group whose ranks have a part of the batch each; empty: this process has all of it.
@@ -72,10 +73,10 @@ class Spread:
 
     Attributes:
         ops: the captured ops, in words.
-        buckets: what travels together, a label for each value.
+        buckets: values that are sent together, a label for each.
         places: where the parts of results are: "output" (a list), "results" and "extras", by field.
         owners: field -> parameter name -> the rank that has the sums, where one has them alone.
-        summed: fields of the sums over samples, with a value for each parameter.
+        summed: fields that have a sum over samples for each parameter.
         shards: (field, parameter name) of results of which every rank has its shard.
     """
 
@@ -94,10 +95,13 @@ class Analysis:
     Attributes:
         terms: the sources of curvature in the loss (`walks.loss`), where an extension needs them.
         positions: (T, axis of classes), where every position of the output is a sample.
-        rows: the positions are the rows of the output, as many as there are samples, and the batch is one sample.
-        ends: what f is, where it is not the model's output; `hidden`: why it is not known, with room for `{asked}`.
-        left_out: trainable parameters of a loss module, which no derivative is of.
-        said: (op, module path, "" for one of PyTorch's kernels or why it is said in mathematics), of the ops that have kernels.
+        rows: the positions are the rows of the output, the batch is one sample, and its rows are what the user calls
+            samples.
+        ends: what f is, where it is not the model's output; `hidden`: why f is not known, as a message with room for
+            `{asked}`.
+        left_out: trainable parameters of a loss module, for which there are no derivatives.
+        said: (op, module path, reason) for each op that has a fused kernel in PyTorch: "" if it uses the kernel, else
+            why it is written out in mathematics.
         mixing: where samples interact, as a message with room for `{asked}`; empty where they do not.
     """
 

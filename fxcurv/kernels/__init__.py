@@ -1,4 +1,4 @@
-"""Custom ops: a file each, with reference, CPU implementation and fake beside each other. Importing this registers them."""
+"""Custom ops, a file each with reference, CPU implementation, fake and FLOPs. Importing the package registers them."""
 
 from fxcurv.kernels import (
     embedding_square_sum,

@@ -1,4 +1,4 @@
-"""Blocks of products on a CPU: what is squared or summed is written to memory that stays in the cache.
+"""P in blocks on a CPU: each block is squared or summed while it is in the cache, and overwritten by the next.
 
 Axes: V columns, N samples, K groups, S shared positions, O outputs, I inputs.
 """
@@ -15,12 +15,12 @@ from fxcurv.ir.precision import wide
 
 # Elements of a block: 2 MiB in float32.
 BLOCK = 1 << 19
-# Samples in a block at least: in a batched product of fewer, threads have no work.
+# The fewest samples in a block: with fewer, a batched product leaves threads without work.
 FEWEST = 4
 
 
 def boxes(sizes: tuple[int, ...], budget: int, most: int | None = None) -> Iterator[tuple[slice, ...]]:
-    """Boxes of at most `budget` elements, or one, that cover an array of `sizes`; the last axis is filled first.
+    """Boxes of at most `budget` elements (at least one) that cover an array of `sizes`; the last axis is filled first.
 
     `most` bounds a box's length along the first axis.
     """
@@ -39,7 +39,7 @@ def products(
     """Blocks (v, n, o, p) of P = sum_s g a^T of one column, p [N', K, O', I] in `wide(g.dtype)`, valid until the next block.
 
     Args:
-        a: the factor [N', K, S, I] of the samples in a slice; called once for every slice.
+        a: slice of samples -> the factor [N', K, S, I]; called once per slice.
         g: [V, N, K, S, O].
         i: the size I.
         most: the largest N'.
@@ -71,13 +71,13 @@ def square_sum(
     Args:
         a, g, i, most: as in `products`.
         w: signed weights [V, N], or None for ones.
-        per_sample: whether the samples' sums are kept apart.
-        out: memory for the result, by default new.
+        per_sample: whether to keep samples apart.
+        out: memory for the result; new by default.
     """
     v, n, k, _, o = g.shape
     shape = (n if per_sample else 1, k, o, i)
     out = g.new_empty(shape, dtype=wide(g.dtype)) if out is None else out.view(shape)
-    fresh = per_sample and v > 0 and g.shape[3] > 0  # the first column writes what later ones add to
+    fresh = per_sample and v > 0 and g.shape[3] > 0  # the first column overwrites `out`, later ones add to it
     out = out if fresh else out.zero_()
     values = None if w is None else w.tolist()
     for column, ns, os, p in products(a, g, i, most):

@@ -1,9 +1,10 @@
 """embedding_square_sum: sum_{v,n} w[v, n] (sum over positions s with index[n, s] = r of g[v, n, s, :])^2 for every row r.
 
 Shapes: index [N, S] of integers in 0 .. rows - 1, g [V, N, S, D], w [V, N] (real, signed) or None -> [rows, D]. Positions
-that hold `padding` count for nothing; a negative padding is none. Half precision is accumulated and returned in float32.
+with index `padding` do not count; a negative padding means none. Half precision is accumulated and returned in float32.
 
-The gradient of one sample is never a table: positions are sorted by (sample, index), and what has one pair is added up.
+The gradient of a sample is never formed as a table: positions are sorted by (sample, index), and g is summed over
+the positions of each pair.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def reference(index: Tensor, g: Tensor, w: Tensor | None, rows: int, padding: in
 
 @torch.library.custom_op("fxcurv::embedding_square_sum", mutates_args=())
 def embedding_square_sum(index: Tensor, g: Tensor, w: Tensor | None, rows: int, padding: int) -> Tensor:
-    """Squares of the rows' gradients; the module says more."""
+    """Summed squares of the rows' gradients; see the module."""
     v, n, s, d = g.shape
     out = g.new_zeros(rows, d, dtype=wide(g.dtype))
     for (part,) in cpu.boxes((n,), max(1, cpu.BLOCK // max(1, s * d))):
@@ -37,7 +38,7 @@ def embedding_square_sum(index: Tensor, g: Tensor, w: Tensor | None, rows: int, 
 
 
 def _squares(index: Tensor, g: Tensor, w: Tensor | None, rows: int, padding: int) -> tuple[Tensor, Tensor]:
-    """(row of every pair of sample and row that occurs [U], its squares summed over columns [U, D])."""
+    """For every pair of sample and row that occurs: (the row [U], its squares summed over columns [U, D])."""
     n, s = index.shape
     pairs = (torch.arange(n, device=index.device).unsqueeze(1) * rows + index).flatten()
     kept = (index.flatten() != padding).nonzero().squeeze(1)
@@ -47,7 +48,7 @@ def _squares(index: Tensor, g: Tensor, w: Tensor | None, rows: int, padding: int
     if len(pairs):
         where, begins, sample = kept[order], counts.cumsum(0) - counts, pairs // rows
         for k, column in enumerate(g.to(total.dtype)):
-            # a bag is a pair's positions, the table is the column itself
+            # embedding_bag sums rows of the column; a bag has the positions of one pair
             h = torch.embedding_bag(column.flatten(0, 1), where, begins, mode=0)[0]
             total.addcmul_(h, h if w is None else h * w[k, sample].to(h.dtype).unsqueeze(1))
     return pairs % rows, total
@@ -60,7 +61,7 @@ def _(index, g, w, rows, padding):
 
 @register_flop_formula(torch.ops.fxcurv.embedding_square_sum)
 def _(index, g, *rest, out_shape=None, **kwargs):
-    # an addition for every entry, a square and its sum for every pair: as many pairs as positions at most
+    # an addition per entry, a square and an addition per pair, with at most as many pairs as positions
     v, n, s, d = g
     return 3 * v * n * s * d
 

@@ -1,4 +1,4 @@
-"""embedding_square_sum on CUDA: a program per pair of a sample and a row that occurs in it, found by sorting."""
+"""embedding_square_sum on CUDA: one program per pair of a sample and a row that occurs in it; sorting finds these."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def squares(
     order, begins, ends, g, w, parts, V, S, D, stride_gv, stride_gn, stride_gs, stride_gd, stride_wv, stride_wn,
     WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """parts[t] = squares of the pair whose positions are order[t : ends[t]], 0 where t begins none."""
+    """parts[t] = squares of the pair with the positions order[t : ends[t]], 0 if no pair begins at t."""
     t = tl.program_id(0)
     d = tl.program_id(1) * COLS + tl.arange(0, COLS)
     total = tl.zeros((COLS,), parts.dtype.element_ty)
@@ -71,5 +71,5 @@ def embedding_square_sum(index: Tensor, g: Tensor, w: Tensor | None, rows: int, 
     weights, strides = (g, (0, 0)) if w is None else (w, w.stride())
     with torch.cuda.device_of(g):
         squares[grid](order, begins, ends, g, weights, parts, v, s, d, *g.stride(), *strides, w is not None)
-    # samples share rows: the library's sum is in a fixed order where deterministic algorithms are asked for
+    # samples share rows; with deterministic algorithms on, PyTorch's index_add_ sums them in a fixed order
     return out.index_add_(0, found, parts)

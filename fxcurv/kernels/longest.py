@@ -1,6 +1,6 @@
-"""longest: lengths as they are, where the longest one is as long as the padded batch.
+"""longest: the identity on lengths, which checks that the longest one equals the size of the padded batch.
 
-Shapes: lengths [N] -> [N]. What `pad_packed_sequence` returns is as long as the longest sequence; a program has one size.
+Shapes: lengths [N] -> [N]. `pad_packed_sequence` returns as many steps as the longest sequence; a program has one size.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from torch import Tensor
 
 @torch.library.custom_op("fxcurv::longest", mutates_args=())
 def longest(lengths: Tensor, size: int) -> Tensor:
-    """`lengths` [N], checked at every call: the longest is `size`.
+    """`lengths` [N], after a check at every call that the longest is `size`.
 
     Raises:
-        RuntimeError: where it is not.
+        RuntimeError: if it is not.
     """
     most = int(lengths.max())
     if most != size:

@@ -1,7 +1,7 @@
-"""max_pool_columns: the transpose of 2-d max-pooling for a stack of columns, by the indices of the forward pass.
+"""max_pool_columns: the transpose of 2-d max-pooling for a stack of columns, from the indices of the forward pass.
 
 Shapes: g [V, N, C, *out], index [N, C, *out], x [N, C, H, W] -> [V, N, C, H, W], laid out as x. Columns share the indices,
-which a batch of V N images would have to repeat; on a CPU each is written where it belongs by the library's own kernel.
+which a batch of V N images would have to repeat. On a CPU, PyTorch's kernel writes each column into the result.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ backward = torch.ops.aten.max_pool2d_with_indices_backward
 
 
 def reference(g: Tensor, x: Tensor, index: Tensor, *window: Any) -> Tensor:
-    """The definition: every value goes to where its maximum was, which the window has no more say in."""
+    """The definition: every value goes to the index of its maximum; the window does not matter any more."""
     v, (n, c, h, w) = g.shape[0], x.shape
     where = index.flatten(2).unsqueeze(0).expand(v, -1, -1, -1)
     return g.new_zeros(v, n, c, h * w).scatter_add(3, where, g.flatten(3)).reshape(v, n, c, h, w)

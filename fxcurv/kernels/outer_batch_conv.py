@@ -1,7 +1,7 @@
-"""outer_batch_conv: per-sample products P[v, n] = sum_s g[v, n, s, :] a[n, s, :]^T, a convolution's patches for a.
+"""outer_batch_conv: per-sample products P[v, n] = sum_s g[v, n, s, :] a[n, s, :]^T, a being a convolution's patches.
 
 Shapes: x [N, C, *in], g [V, N, O, *out] -> [V, N, O, C / groups, *kernel], in the factors' dtype. The geometry is
-`torch.nn.functional.conv2d`'s. The input is unfolded a few samples at a time. Products of a linear layer are PyTorch's `bmm`.
+`torch.nn.functional.conv2d`'s. The input is unfolded a few samples at a time. For a linear layer, `bmm` does the same.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def into(
     x: Tensor, g: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int, *,
     out: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The same in memory that the caller has, contiguous."""
+    """The op on a CPU, written into contiguous memory of the caller's."""
     a = Patches(x, g.shape[3:], (kernel, stride, padding, dilation), groups, in_order=True)
     columns = grouped(g, groups)
     rows = out.view(*columns.shape[:3], columns.shape[4], a.i)
@@ -64,7 +64,7 @@ def shape(x: Tensor, g: Tensor, kernel: list[int], groups: int) -> tuple[int, ..
 
 @outer_batch_conv.register_kernel("cuda")
 def _(x, g, kernel, stride, padding, dilation, groups):
-    """By unfolding: P, which is returned whole, is larger."""
+    """Unfold the input at once: the result P is larger than the patches."""
     dims = len(kernel)
     view = windows(x, g.shape[3:], kernel, stride, padding, dilation)
     view = view.permute(0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))

@@ -1,12 +1,13 @@
-"""outer_gram: inner products <P[v, n], Q[w, m]>, where P[v, n] = sum_s g[v, n, s, :] a[n, s, :]^T and Q is made alike of h, b.
+"""outer_gram: inner products <P[v, n], Q[w, m]>, P[v, n] = sum_s g[v, n, s, :] a[n, s, :]^T and Q likewise of h and b.
 
 Shapes: a [N, S, I], g [V, N, S, O], b [M, T, I], h [W, M, T, O] -> [V, N, W, M], in float32 for inputs in half precision.
 Without b and h, Q is P.
 
-The cheaper of two: a few rows (outputs) of all P at a time, multiplied with the same rows of all Q; or products of positions,
-sum_{s,t} <a_s, b_t> <g_s, h_t>, a few samples at a time. P is never there as a whole.
+The cheaper of two ways: multiply a few rows (outputs) of all P by the same rows of all Q; or sum products of positions,
+sum_{s,t} <a_s, b_t> <g_s, h_t>, for a few samples at a time. P never exists as a whole.
 
-outer_dots: those of P with matrices that are given, a [N, S, I], g [V, N, S, O], vectors [Q, O, I] -> [V, N, Q], by rows.
+outer_dots: inner products of P with given matrices, by rows of P.
+Shapes: a [N, S, I], g [V, N, S, O], vectors [Q, O, I] -> [V, N, Q].
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fxcurv.ir.precision import wide
 from fxcurv.kernels import blocks as cpu
 
-# Elements of a block where its rows are long, or on another device.
+# Elements of a block on other devices than a CPU.
 LARGE = 1 << 24
 
 
@@ -32,7 +33,7 @@ def reference(a: Tensor, g: Tensor, b: Tensor | None = None, h: Tensor | None = 
 
 
 def costs(left: Sequence[int], right: Sequence[int], o: int, i: int, same: bool) -> tuple[int, int]:
-    """Operations (by rows of P, by positions); `left`: (V, N, S), `right`: (W, M, T)."""
+    """FLOPs of the two ways, (by rows of P, by positions); `left` is (V, N, S), `right` is (W, M, T)."""
     (v, n, s), (w, m, t) = left, right
     made = 2 * o * i * (v * n * s + (0 if same else w * m * t))
     return made + 2 * v * n * w * m * o * i, 2 * n * s * m * t * (i + v * w * (o + 1))

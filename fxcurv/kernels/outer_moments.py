@@ -1,9 +1,9 @@
-"""outer_moments: the sum over samples of P[n] = sum_s g[n, s, :] a[n, s, :]^T, that of its squares, and its norms, at once.
+"""outer_moments: sums over samples of P[n] = sum_s g[n, s, :] a[n, s, :]^T and of its squares, and its norms, at once.
 
-Shapes: a [N, S, I], g [N, S, O] -> (total [O, I], squares [O, I], norms [N]): sum_n P[n], sum_n P[n]^2, ||P[n]||^2; what is not
-wanted is empty. `outer_moments_conv` is the same for a convolution, x [N, C, *in], g [N, O, *out], with the weight's shape in
-place of [O, I], its input unfolded a few samples at a time. A gradient costs no product of its own beside the others: a
-block of P in the cache serves all three.
+Shapes: a [N, S, I], g [N, S, O] -> (total [O, I], squares [O, I], norms [N]): sum_n P[n], sum_n P[n]^2, ||P[n]||^2.
+Those not wanted are empty. `outer_moments_conv` is the same for a convolution, x [N, C, *in], g [N, O, *out], with the
+weight's shape in place of [O, I]; its input is unfolded a few samples at a time. All three come from the same block of
+P in the cache, so the gradient needs no product of its own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def outer_moments(a: Tensor, g: Tensor, total: bool, squares: bool, norms: bool)
 def _add(
     a: Callable[[slice], Tensor], g: Tensor, i: int, most: int | None, out: Sequence[Tensor], wanted: Sequence[bool]
 ) -> None:
-    """Add the moments of products of a(samples) [N', K, S, I] and g [N, K, S, O] to [K, O, I], [K, O, I], [1, N]."""
+    """Add the moments of P, from a(samples) [N', K, S, I] and g [N, K, S, O], to `out` [K, O, I], [K, O, I], [1, N]."""
     for _, n, o, p in cpu.products(a, g.unsqueeze(0), i, most):
         if wanted[0]:
             out[0][:, o] += p.sum(0)
@@ -56,7 +56,7 @@ def _add(
 
 @outer_moments.register_kernel("cuda")
 def _(a, g, total, squares, norms):
-    """By an op for each: there a product costs less than what would keep it for all."""
+    """Use one op per moment: on CUDA, computing P again costs less than keeping it."""
     empty = _empty(a, g, False, False, False)
     columns = g.unsqueeze(0)
     return (
@@ -78,7 +78,7 @@ def _empty(a: Tensor, g: Tensor, total: bool, squares: bool, norms: bool) -> tup
 def _empty_of(
     g: Tensor, weight: tuple[int, ...], total: bool, squares: bool, norms: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for what is wanted: two sums of the weight's shape, and a norm per sample."""
+    """Memory for the wanted results: two sums of the weight's shape, and a norm per sample."""
 
     def new(wanted, *shape):
         return g.new_empty(shape if wanted else (0,), dtype=wide(g.dtype))
@@ -129,7 +129,7 @@ def outer_moments_conv(
 
 @outer_moments_conv.register_kernel("cuda")
 def _(x, g, total, squares, norms, kernel, stride, padding, dilation, groups):
-    """By an op for each; the norms by unfolding."""
+    """Use one op per moment, for the norms on the unfolded input."""
     empty = _empty_conv(x, g, False, False, False, kernel, groups)
     columns, weight = g.unsqueeze(0), g.new_empty(()).expand(g.shape[1], x.shape[1] // groups, *kernel)
     geometry = ([0], stride, padding, dilation, False, [0] * len(kernel), groups, [False, True, False])

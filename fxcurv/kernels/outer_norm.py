@@ -2,7 +2,7 @@
 
 Shapes: a [N, S, I], g [V, N, S, O] -> [V, N], in float32 for inputs in half precision.
 
-The cheaper of two: P in blocks that are squared and added, or the inner products of the Gram matrices of positions,
+The cheaper of two ways: square P block by block; or take the inner product of the Gram matrices of positions,
 ||P||^2 = sum_{s,t} (a_s . a_t) (g_s . g_t) (Goodfellow 2015, arXiv:1510.01799; Li et al. 2022, arXiv:2110.05679), a block
 of positions at a time, each pair once.
 """
@@ -24,7 +24,7 @@ def reference(a: Tensor, g: Tensor) -> Tensor:
 
 
 def costs(v: int, n: int, s: int, o: int, i: int, block: int | None = None) -> tuple[int, int]:
-    """Operations (by P, by Gram matrices in blocks of so many positions; by default, as many as fit a CPU's cache)."""
+    """FLOPs of the two ways, (by P, by Gram matrices); `block`: its positions, by default what fits a CPU's cache."""
     block = max(1, cpu.BLOCK // max(1, s)) if block is None else block
     return 2 * v * n * s * o * i, n * s * (s + min(block, s)) * (i + v * o)
 
@@ -46,7 +46,7 @@ def _by_products(a: Tensor, g: Tensor, out: Tensor) -> Tensor:
 
 
 def _by_gram(a: Tensor, g: Tensor, out: Tensor) -> Tensor:
-    """A block of positions against those up to its end: the pairs to the left of the block count twice."""
+    """Pair each block of positions with all up to its end; pairs with positions before the block count twice."""
     s = a.shape[1]
     for n, t in cpu.boxes((a.shape[0], s), max(1, cpu.BLOCK // s)):
         block = a[n, : t.stop].to(out.dtype)

@@ -1,4 +1,4 @@
-"""outer_norm on CUDA: see `outer_norm` for the two ways. Neither writes P or a Gram matrix to memory."""
+"""outer_norm on CUDA, in the two ways of `outer_norm`. Neither writes P or a Gram matrix to memory."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def by_gram(
     a, g, parts, V, N, S, O, I, stride_an, stride_as, stride_ai, stride_gv, stride_gn, stride_gs, stride_go,
     ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """parts[pair, v, n] = the sum over a pair of blocks of positions s, t of (a_s . a_t) (g_s . g_t).
+    """parts[pair, v, n] = the sum of (a_s . a_t) (g_s . g_t) over positions s, t in the blocks r and r + d (cyclic).
 
-    Blocks r and r + d, round the corner: with d up to half their number each pair is met once, but with d = half from
-    either end.
+    With d up to half the number of blocks, each pair of different blocks occurs once and counts twice. Only a pair
+    with d = half occurs twice, from either end.
     """
     blocks = tl.cdiv(S, ROWS)
     pairs = blocks * (blocks // 2 + 1)

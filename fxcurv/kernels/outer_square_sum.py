@@ -25,13 +25,13 @@ def reference(a: Tensor, g: Tensor, w: Tensor | None, per_sample: bool) -> Tenso
 
 @torch.library.custom_op("fxcurv::outer_square_sum", mutates_args=())
 def outer_square_sum(a: Tensor, g: Tensor, w: Tensor | None, per_sample: bool) -> Tensor:
-    """See the module; columns with real weights, so the sum needs no root and no sign."""
+    """See the module; weights may be negative, so no root of them is needed."""
     out = cpu.square_sum(lambda n: a[n].unsqueeze(1), g.unsqueeze(2), a.shape[2], w, per_sample).squeeze(1)
     return out if per_sample else out.squeeze(0)
 
 
 def into(a: Tensor, g: Tensor, w: Tensor | None, per_sample: bool, *, out: Tensor) -> Tensor:
-    """The op on a CPU, its result in memory that the caller has."""
+    """The op on a CPU, written into memory of the caller's."""
     cpu.square_sum(lambda n: a[n].unsqueeze(1), g.unsqueeze(2), a.shape[2], w, per_sample, out=out)
     return out
 

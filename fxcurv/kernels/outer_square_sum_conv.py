@@ -3,8 +3,8 @@
 Shapes: x [N, C, *in], g [V, N, O, *out], w [V, N] or None (ones), of either sign -> [O, C / groups, *kernel], or
 [N, O, C / groups, *kernel] with `per_sample`; in float32 for inputs in half precision. One to three spatial dimensions.
 
-The gradient is sum_s g[v, n, o, s] patch[n, s, i] over the output's positions s, with i over channels of the group and
-the kernel: see `outer_square_sum`. On a CPU the patches of a few samples are written to the same memory each time.
+The gradient is sum_s g[v, n, o, s] patch[n, s, i] over the output's positions s, where i runs over channels of the
+group and the kernel: see `outer_square_sum`. On a CPU, patches of a few samples at a time share one block of memory.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def into(
     x: Tensor, g: Tensor, w: Tensor | None, per_sample: bool,
     kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int, *, out: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The op on a CPU, its result in memory that the caller has."""
+    """The op on a CPU, written into memory of the caller's."""
     _blocks(x, g, w, per_sample, (kernel, stride, padding, dilation), groups, out)
     return out
 
@@ -59,7 +59,7 @@ INTO[torch.ops.fxcurv.outer_square_sum_conv.default] = into
 
 def _blocks(x: Tensor, g: Tensor, w: Tensor | None, per_sample: bool, geometry: tuple, groups: int, out=None) -> Tensor:
     a = Patches(x, g.shape[3:], geometry, groups, in_order=per_sample)
-    # sums over another order of inputs than the weight's are brought into its order at the end
+    # with channels last, inputs are in another order than the weight's: the sums are permuted at the end
     total = cpu.square_sum(a, grouped(g, groups), a.i, w, per_sample, a.most, None if a.last else out)
     total = a.weight(total if per_sample else total.squeeze(0))
     return out.copy_(total) if a.last and out is not None else total

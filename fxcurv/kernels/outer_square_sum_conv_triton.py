@@ -1,4 +1,4 @@
-"""outer_square_sum_conv on CUDA: `outer_square_sum` with the addresses of the patches computed where they are loaded."""
+"""outer_square_sum_conv on CUDA: as `outer_square_sum`; the addresses of patches are computed at each load."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def product(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The tile sum_s g[o, s] patch[s, i] of one sample's and column's product, [ROWS, COLS]."""
-    # a patch's element i = (channel, k0, k1, k2) lies at this distance from the patch's first
+    """The tile [ROWS, COLS] of sum_s g[o, s] patch[s, i], for one sample and column."""
+    # offset of the patch's element i = (channel, k0, k1, k2) from its first
     i0 = i // (KERNEL[1] * KERNEL[2]) % KERNEL[0] * DILATION[0] - PADDING[0]
     i1 = i // KERNEL[2] % KERNEL[1] * DILATION[1] - PADDING[1]
     i2 = i % KERNEL[2] * DILATION[2] - PADDING[2]
@@ -33,7 +33,7 @@ def product(
         left = tl.load(g + o[:, None] * stride_go + at[None, :], (o[:, None] < O) & (s[None, :] < S), 0.0)
         s0, s1, s2 = s0 * STRIDE[0], s1 * STRIDE[1], s2 * STRIDE[2]
         within = (s[:, None] < S) & (i[None, :] < I)
-        # without padding every patch lies within the input
+        # without padding, every patch lies inside the input
         if PADDING[0] > 0:
             within &= (s0[:, None] + i0[None, :] >= 0) & (s0[:, None] + i0[None, :] < IN0)
         if PADDING[1] > 0:
@@ -54,7 +54,7 @@ def square_sum(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, WEIGHTED: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[part] = the sum over V columns and the part's `each` samples, a tile of a group's [O, I]."""
+    """out[part] = a tile of a group's [O, I], summed over V columns and the `each` samples of the part."""
     ACC: tl.constexpr = out.dtype.element_ty
     across = tl.cdiv(I, COLS)
     count = tl.cdiv(O, ROWS) * across
@@ -92,7 +92,7 @@ def outer_square_sum_conv(
     x: Tensor, g: Tensor, w: Tensor | None, per_sample: bool,
     kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
-    """See `outer_square_sum_conv.outer_square_sum_conv`; one and two dimensions are three of which the first are single."""
+    """See `outer_square_sum_conv.outer_square_sum_conv`; one or two dimensions become three, with sizes 1 in front."""
     v, n = g.shape[:2]
     shape = (g.shape[2], x.shape[1] // groups, *kernel)
     if 0 in (*g.shape, *x.shape):

@@ -1,4 +1,4 @@
-"""outer_square_sum on CUDA: a program holds a tile of the sum in registers, and goes through columns and samples."""
+"""outer_square_sum on CUDA: a program holds a tile of the sum in registers and loops over samples and columns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def square_sum(
     WEIGHTED: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[part] = the sum over V columns and the part's `each` samples, a tile of [O, I]."""
+    """out[part] = a tile of [O, I], summed over V columns and the `each` samples of the part."""
     ACC: tl.constexpr = out.dtype.element_ty
     across = tl.cdiv(I, COLS)
     count = tl.cdiv(O, ROWS) * across

@@ -1,4 +1,4 @@
-"""What a convolution multiplies at each position of its output."""
+"""Patches: the inputs that a convolution multiplies by its weight at each position of the output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from fxcurv.ir.precision import wide
 from fxcurv.kernels import blocks as cpu
 
-# Elements of a block of patches at most, while it holds several samples: 32 MiB in float32.
+# The most elements in a block of patches of several samples: 32 MiB in float32.
 LARGEST = 1 << 23
 
 
@@ -23,32 +23,32 @@ def windows(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """Patches of `x` in any number of dimensions, as a view: [B, C, *spatial] -> [B, C, *out, *kernel]."""
+    """Patches of `x`, [B, C, *in] -> [B, C, *out, *kernel], as a view of `x` or of its padded copy."""
     if any(padding):
         x = torch.nn.functional.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
     for d, (k, s, di, o) in enumerate(zip(kernel, stride, dilation, out, strict=True)):
-        # a stride that does not divide leaves rows at the far end that no patch reads
+        # if the stride does not divide the size, no patch reads the last rows
         x = x.unfold(2 + d, (k - 1) * di + 1, s).narrow(2 + d, 0, o)[..., ::di]
     return x
 
 
 def channels_last(x: Tensor) -> bool:
-    """Whether an image [B, C, *spatial] has its channels last in memory; with one channel it is both."""
+    """Whether images [B, C, H, W] have their channels last in memory; False for one channel, where layouts agree."""
     return x.ndim == 4 and x.shape[1] != 1 and x.stride(1) == 1
 
 
 class Patches:
-    """What a convolution's weight multiplies, a few samples at a time, in one block of memory.
+    """A convolution's patches, a few samples at a time, in one block of memory.
 
-    Called with a slice of samples it gives [N', K, S, I] in `wide(x.dtype)`, valid until the next call. I runs over
-    (channel, *kernel) of a group, or over (*kernel, channel) where that copies runs of channels.
+    A call with a slice of samples returns [N', K, S, I] in `wide(x.dtype)`, valid until the next call. I runs over
+    (channel, *kernel) of a group, or over (*kernel, channel) if channels are last in memory, so that runs are copied.
 
     Args:
         x: [N, C, *in].
         out: the sizes of the convolution's output, whose positions are S.
         geometry: kernel, stride, padding, dilation.
         groups: K.
-        in_order: whether I has to run as it does in the weight.
+        in_order: whether I must have the weight's order.
     """
 
     def __init__(self, x: Tensor, out: Sequence[int], geometry: tuple, groups: int, in_order: bool):
@@ -63,7 +63,7 @@ class Patches:
     def __call__(self, samples: slice) -> Tensor:
         x, dims = self.x[samples], len(self.kernel)
         if channels_last(x) and not self.last:
-            x = x.contiguous()  # a small copy, after which patches are copied row by row
+            x = x.contiguous()  # a small copy, so that patches are then copied row by row
         view = windows(x, self.out, *self.geometry)
         outs, kernel = range(2, 2 + dims), range(2 + dims, 2 + 2 * dims)
         view = view.permute(0, *outs, *kernel, 1) if self.last else view.permute(0, 1, *kernel, *outs)
@@ -82,5 +82,5 @@ class Patches:
 
 
 def grouped(g: Tensor, groups: int) -> Tensor:
-    """Columns at a convolution's output, [V, N, K O, *out] -> [V, N, K, S, O]."""
+    """Cotangents of a convolution's output, [V, N, K O, *out] -> [V, N, K, S, O]."""
     return g.unflatten(2, (groups, -1)).flatten(4).mT

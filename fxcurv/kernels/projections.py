@@ -1,10 +1,10 @@
-"""Products of individual gradients with a matrix of random signs, which is made a few rows at a time and never kept.
+"""Products of individual gradients with a matrix R of random signs, a few rows of which exist at a time.
 
     outer_project    P[n] = sum_s g[n, s, :] a[n, s, :]^T     a [N, S, I], g [N, S, O] -> P R, [N, dim]
     rows_project     P[n, r] = sum of g[n, s] with index[n, s] = r      index [N, S], g [N, S, D] -> P R, [N, dim]
 
 R has a row per entry of the parameter (see `ir.noise.signs`), +1 or -1 over sqrt(dim). Results are in float32 for half
-precision. P is there a few outputs at a time, of all samples.
+precision. P exists for a few outputs of all samples at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fxcurv.ir.noise import signs
 from fxcurv.ir.precision import wide
 from fxcurv.kernels import blocks as cpu
 
-# Elements of R at a time on other devices than a CPU.
+# Elements of R at a time, on other devices than a CPU.
 LARGE = 1 << 24
 
 
@@ -27,7 +27,7 @@ def step(like: Tensor, dim: int) -> int:
 
 
 def project(rows: Tensor, dim: int, key: int) -> Tensor:
-    """Vectors [K, P] times R, [K, dim], in plain PyTorch, which autograd follows."""
+    """Vectors [K, P] times R, [K, dim], in plain PyTorch, so that autograd applies."""
     rows = rows.to(wide(rows.dtype))
     parts = [
         rows[:, some] @ signs(torch.arange(some.start, some.stop, device=rows.device), dim, key, rows.dtype)
@@ -38,7 +38,7 @@ def project(rows: Tensor, dim: int, key: int) -> Tensor:
 
 @torch.library.custom_op("fxcurv::outer_project", mutates_args=())
 def outer_project(a: Tensor, g: Tensor, sizes: list[int], order: list[int], dim: int, key: int) -> Tensor:
-    """See the module; [O, I] is the parameter seen in `sizes`, whose axes the parameter has in `order`."""
+    """See the module; [O, I] has the axes `sizes`, flattened; the parameter has them in the order `order`."""
     (n, s, i), o = a.shape, g.shape[2]
     out = g.new_zeros(n, dim, dtype=wide(g.dtype))
     entries = _entries(sizes, order, o, i, g.device)
@@ -46,13 +46,13 @@ def outer_project(a: Tensor, g: Tensor, sizes: list[int], order: list[int], dim:
         left = g[..., rows].to(out.dtype).mT
         p = torch.bmm(left, a.to(out.dtype)) if s != 1 else left * a.to(out.dtype)
         flat, at = p.flatten(1), entries[rows].flatten()
-        for some in cpu.spans(flat.shape[1], step(g, dim)):  # of one row at a time that is long
+        for some in cpu.spans(flat.shape[1], step(g, dim)):  # several parts if one row is long
             out.addmm_(flat[:, some], signs(at[some], dim, key, out.dtype))
     return out.mul_(dim**-0.5)
 
 
 def _entries(sizes: list[int], order: list[int], o: int, i: int, device: torch.device) -> Tensor:
-    """The number of each entry in the parameter, [O, I]."""
+    """The number [O, I] that each entry of P has in the parameter."""
     numbers = torch.arange(o * i, device=device).reshape([sizes[d] for d in order])
     return numbers.permute([order.index(d) for d in range(len(order))]).reshape(o, i)
 
@@ -70,7 +70,7 @@ def _(a, g, sizes, order, dim, *rest, out_shape=None, **kwargs):
 
 @torch.library.custom_op("fxcurv::rows_project", mutates_args=())
 def rows_project(index: Tensor, g: Tensor, padding: int, dim: int, key: int) -> Tensor:
-    """See the module; positions of the index `padding` do not count."""
+    """See the module; positions with index `padding` do not count."""
     n, s, d = g.shape
     out = g.new_zeros(n, dim, dtype=wide(g.dtype))
     numbers, flat = index.flatten(), g.flatten(0, 1)

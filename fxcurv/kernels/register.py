@@ -1,9 +1,8 @@
-"""Where an op's other implementations are: for CUDA, and into memory that the caller has.
+"""Further implementations of ops: on CUDA, and into memory of the caller's.
 
-For CUDA it is in a module beside the op, `<op>_triton.py`, imported at the first call.
-
-Triton comes with PyTorch's CUDA builds only, so importing fxcurv must not import it. Its kernels cannot be defined inside a
-function either: the interpreter that tests run them in resolves a kernel's names in its module alone.
+The one for CUDA is in a module beside the op, `<op>_triton.py`, which is imported at the first call: Triton comes only
+with PyTorch's CUDA builds, so importing fxcurv must not import it. Kernels cannot be defined inside a function instead,
+because Triton's interpreter, which tests use, resolves a kernel's names in its module alone.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ import torch
 
 aten = torch.ops.aten
 
-# Op -> the same op with `out=`, memory for its result, on a CPU. Products of a linear layer are PyTorch's.
+# Op -> the same op on a CPU with `out=`, memory for its result. Ops of PyTorch have such variants.
 INTO: dict[Any, Callable] = {aten.bmm.default: aten.bmm.out, aten.mul.Tensor: aten.mul.out}
 
 
 def on_cuda(op: Any, name: str, file: str | None = None) -> None:
-    """Make the function `name` of `<file>_triton` (of `<name>_triton`) the implementation of the custom op `op` on CUDA."""
+    """Register function `name` of `<file>_triton` (default: `<name>_triton`) as the CUDA implementation of the op."""
     module = f"fxcurv.kernels.{file or name}_triton"
 
     def run(*args: Any) -> Any:

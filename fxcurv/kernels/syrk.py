@@ -1,4 +1,4 @@
-"""syrk: x x^T, one triangle of which is computed and then mirrored.
+"""syrk: x x^T, by computing one triangle and mirroring it.
 
 Shapes: x [K, M] -> [K, K], in float32 for half precision.
 """
@@ -12,9 +12,9 @@ from torch.utils.flop_counter import register_flop_formula
 from fxcurv.ir.precision import wide
 from fxcurv.kernels.register import on_cuda
 
-# Rows of a strip of the triangle: with fewer a library's matrix product loses more than the triangle saves.
+# Rows of a strip of the triangle. With fewer, the library's matrix product loses more than the triangle saves.
 STRIP = 256
-# Fewer rows are one product.
+# With fewer rows, all of x x^T is one product.
 FEW = 256
 
 
@@ -24,19 +24,19 @@ def reference(x: Tensor) -> Tensor:
 
 
 def strips(k: int) -> list[slice]:
-    """Even strips of `k` rows: two to sixteen, of about `STRIP` rows."""
+    """Equal strips of `k` rows: two to sixteen of about `STRIP` rows; one if `k` is below `FEW`."""
     rows = -(-k // (1 if k < FEW else max(2, min(16, k // STRIP))))
     return [slice(start, min(k, start + rows)) for start in range(0, k, max(1, rows))]
 
 
 def add_triangle(out: Tensor, x: Tensor, beta: int = 1) -> None:
-    """`out` becomes beta out + x x^T in strips, each up to the diagonal's block."""
+    """Set `out` to beta out + x x^T, strip by strip, each up to its block on the diagonal."""
     for rows in strips(len(x)):
         out[rows, : rows.stop].addmm_(x[rows], x[: rows.stop].t(), beta=beta)
 
 
 def mirror(out: Tensor) -> Tensor:
-    """`out` with what lies above its strips copied from below."""
+    """Copy what lies below the diagonal blocks of the strips to its mirror place, and return `out`."""
     for rows in strips(len(out))[1:]:
         out[: rows.start, rows] = out[rows, : rows.start].t()
     return out
@@ -44,12 +44,12 @@ def mirror(out: Tensor) -> Tensor:
 
 @torch.library.custom_op("fxcurv::syrk", mutates_args=())
 def syrk(x: Tensor) -> Tensor:
-    """x x^T; the module says more."""
+    """x x^T; see the module."""
     return by_strips(x.to(wide(x.dtype)))
 
 
 def by_strips(x: Tensor) -> Tensor:
-    """x x^T by matrix products of the library."""
+    """x x^T by the library's matrix products."""
     out = x.new_empty(len(x), len(x))
     add_triangle(out, x, beta=0)
     return mirror(out)
@@ -61,7 +61,7 @@ def _(x):
 
 
 def triangle_flops(k: int, m: int) -> int:
-    """Operations of a lower triangle with its diagonal."""
+    """FLOPs of a lower triangle with its diagonal."""
     return k * (k + 1) * m
 
 

@@ -1,9 +1,9 @@
-"""syrk_conv: sum_{n,s} u[n, :, s] u[n, :, s]^T over the patches u that a convolution reads, one triangle computed.
+"""syrk_conv: sum_{n,s} u[n, :, s] u[n, :, s]^T over the patches u of a convolution, by one triangle.
 
-u[n, :, s] is the patch of sample n, in the order (c, *kernel), at position s of the convolution's output, `out_shape`.
+u[n, :, s] is the patch of sample n, in the order (c, *kernel), at position s of the output, whose shape is `out_shape`.
 
 Shapes: x [N, C, *in] in one to three dimensions -> [K, K], K = C * prod(kernel), in float32 for half precision. The patches
-of a few samples at a time are written to one block of memory that stays in the cache, never all of them.
+of a few samples at a time are written to one block of memory that stays in the cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fxcurv.kernels.patches import channels_last, windows
 from fxcurv.kernels.register import on_cuda
 from fxcurv.kernels.syrk import add_triangle, mirror, triangle_flops
 
-# Elements of a block of patches, 8 MiB in float32: a product of fewer positions takes longer for each.
+# Elements of a block of patches, 8 MiB in float32: a product of fewer positions takes more time per position.
 BLOCK = 1 << 21
 
 
@@ -29,7 +29,7 @@ def reference(
     x: Tensor, out_shape: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """The definition, with every patch cut out by a convolution with one-hot weights."""
+    """The definition; a convolution with one-hot weights cuts the patches out."""
     k = x.shape[1] * prod(kernel)
     onehot = torch.eye(k, dtype=x.dtype, device=x.device).reshape(k, x.shape[1], *kernel)
     args = list(stride), list(padding), list(dilation), False, [0] * len(kernel), 1
@@ -43,7 +43,7 @@ def syrk_conv(
     x: Tensor, out_shape: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """The sum of u u^T; the module says more."""
+    """The sum of u u^T; see the module."""
     c, k = x.shape[1], x.shape[1] * prod(kernel)
     out = x.new_zeros(k, k, dtype=wide(x.dtype))
     for u in patches(x, out_shape, kernel, stride, padding, dilation):
@@ -59,10 +59,10 @@ def patches(
     x: Tensor, out_shape: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Iterator[Tensor]:  # fmt: skip
-    """Every patch once, some [K, M] at a time in `wide(x.dtype)`, valid until the next block.
+    """Blocks [K, M] of patches in `wide(x.dtype)`, each valid until the next; together they have every patch once.
 
-    K runs over (*kernel, c) where the channels of x are last, which copies runs of them. A block holds several samples, or
-    rows of the output's first axis where one sample has more than fits.
+    If the channels of x are last in memory, K runs over (*kernel, c), so that runs of channels are copied. A block
+    holds several samples, or rows of the output's first axis if one sample does not fit.
     """
     n, dims, k = x.shape[0], len(kernel), x.shape[1] * prod(kernel)
     row = k * prod(out_shape[1:])
@@ -88,7 +88,7 @@ def _(x, positions, kernel, *rest, out_shape=None, **kwargs):
 
 
 def _backward(ctx, grad):
-    """By all patches at once: u u^T pulls (G + G^T) u back to u."""
+    """With all patches at once: the cotangent of u is (G + G^T) u."""
     (x,) = ctx.saved_tensors
     out, geometry = ctx.geometry
     dims = len(geometry[0])

@@ -1,7 +1,7 @@
-"""syrk and syrk_conv on CUDA: a program per tile of the lower triangle, which it stores mirrored as well.
+"""syrk and syrk_conv on CUDA: each program computes a tile of the lower triangle, and stores it and its mirror image.
 
-Both are one kernel: x [K, M] is one sample with K channels under a 1 x 1 convolution, and the addresses of patches are
-computed, so that no patch is written. Programs that share a tile each sum some of the positions.
+Both use one kernel: x [K, M] is one sample with K channels under a 1 x 1 convolution. The addresses of patches are
+computed, so that no patch is written. Programs that share a tile sum different positions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def config(side: int, inner: int, warps: int, stages: int) -> triton.Config:
     return triton.Config({"SIDE": side, "INNER": inner}, num_warps=warps, num_stages=stages)
 
 
-# The first is taken where nothing can be timed. Addresses of patches take registers: the largest are for matrices.
+# The first is used if nothing can be timed. Addresses of patches take registers: the largest tiles are for matrices.
 CONFIGS = [
     config(32, 32, 4, 2),
     config(64, 16, 8, 2),
@@ -31,7 +31,7 @@ CONFIGS = [
     config(128, 32, 8, 3),
     config(128, 64, 8, 3),
 ]
-# Programs that fill a large device, if their tiles are of this size, and positions that are worth one of them.
+# How many programs fill a large device, for tiles of side TILE, and how many positions are worth a program.
 PROGRAMS = 512
 TILE = 64
 POSITIONS = 512
@@ -39,9 +39,9 @@ POSITIONS = 512
 
 @triton.jit
 def row_and_column(tile, tiles):
-    """The tile's place in the lower triangle of tiles x tiles.
+    """The tile's row and column in the lower triangle of tiles x tiles.
 
-    Rows from both ends of the triangle, together tiles or tiles + 1 long, make it a rectangle.
+    A row from the top and one from the bottom are together tiles or tiles + 1 long, so such pairs form a rectangle.
     """
     odd = tiles % 2
     across = tiles + 1 - odd
@@ -53,7 +53,7 @@ def row_and_column(tile, tiles):
 
 @triton.jit
 def features(k, stride_c, stride_0, stride_1, stride_2, KERNEL: tl.constexpr, DILATION: tl.constexpr):
-    """(offset, its steps along the three axes) of element k = (channel, *kernel) from the start of a patch."""
+    """(offset, steps along the three axes) of element k = (channel, *kernel) from the start of a patch."""
     k2, k1 = k % KERNEL[2] * DILATION[2], k // KERNEL[2] % KERNEL[1] * DILATION[1]
     k0 = k // (KERNEL[2] * KERNEL[1]) % KERNEL[0] * DILATION[0]
     c = (k // (KERNEL[2] * KERNEL[1] * KERNEL[0])).to(tl.int64)
@@ -62,7 +62,7 @@ def features(k, stride_c, stride_0, stride_1, stride_2, KERNEL: tl.constexpr, DI
 
 @triton.jit
 def read(start, inside, offset, a0, a1, a2, k0, k1, k2, D0, D1, D2, PADDING: tl.constexpr):
-    """The elements [K, M] of patches that start at pointers, and at (a0, a1, a2) in x: zeros in the padding."""
+    """The elements [K, M] of patches that begin at the pointers `start`, at (a0, a1, a2) in x; zeros in the padding."""
     if PADDING[0]:
         inside &= (a0[None, :] + k0[:, None]).to(tl.uint32) < D0
     if PADDING[1]:
@@ -98,7 +98,7 @@ def triangle(
     out = parts + part.to(tl.int64) * K * K
     inside = (rows < K)[:, None] & (columns < K)[None, :]
     tl.store(out + rows.to(tl.int64)[:, None] * K + columns[None, :], total, inside)
-    # a tile on the diagonal is its own mirror image only up to rounding
+    # not on the diagonal, where a tile is its own mirror image up to rounding
     if row != column:
         tl.store(out + columns.to(tl.int64)[None, :] * K + rows[:, None], total, inside)
 
@@ -108,7 +108,7 @@ def syrk_conv(
     dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """See `syrk_conv`."""
-    flat = 3 - len(kernel)  # axes that are missing to three dimensions
+    flat = 3 - len(kernel)  # how many axes to add for three dimensions
     x = x.reshape(*x.shape[:2], *[1] * flat, *x.shape[2:])
     k, m = x.shape[1] * prod(kernel), x.shape[0] * prod(out_shape)
     if not k or not m:
@@ -129,7 +129,7 @@ def syrk_conv(
 
 
 def syrk(x: Tensor) -> Tensor:
-    """See `syrk`; products of float32 in full and of float64 are the library's, which this kernel has nothing to add to."""
+    """See `syrk`. For float64 and full float32, the library's products are used, on which the kernel cannot improve."""
     if x.dtype in HALF or precision(x.dtype) == "tf32":
         return products(x)
     return by_strips(x)

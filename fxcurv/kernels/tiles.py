@@ -1,7 +1,7 @@
-"""What the Triton kernels share: launch configurations, precision, and a tile of a product of matrices.
+"""Shared by the Triton kernels: launch configurations, precision, and a tile of a matrix product.
 
-Sums are accumulated in float32, in float64 for float64. float32 factors enter the tensor cores as tf32 where
-`torch.backends.cuda.matmul.fp32_precision` says so, and are multiplied in full ("ieee") otherwise.
+Sums are accumulated in float32, or in float64 for float64. float32 factors enter the tensor cores as tf32 if
+`torch.backends.cuda.matmul.fp32_precision` is "tf32", and are multiplied in full precision ("ieee") otherwise.
 No kernel adds atomically: programs that share a sum write parts, which are added afterwards in a fixed order.
 """
 
@@ -21,7 +21,7 @@ def config(rows: int, cols: int, inner: int, warps: int, stages: int) -> triton.
     return triton.Config({"ROWS": rows, "COLS": cols, "INNER": inner}, num_warps=warps, num_stages=stages)
 
 
-# The first is taken where nothing can be timed.
+# The first is used if nothing can be timed.
 CONFIGS = [
     config(64, 64, 32, 4, 3),
     config(64, 64, 16, 4, 3),
@@ -34,7 +34,7 @@ CONFIGS = [
     config(128, 128, 32, 8, 3),
     config(128, 128, 64, 8, 3),
 ]
-# Kernels that hold more than a tile and its factors start with a small one, so that registers suffice for every dtype.
+# For kernels that hold more than a tile and its factors: the first is small, so that registers suffice for every dtype.
 TWO_TILES = [config(32, 32, 16, 8, 2), *CONFIGS]
 SQUARE = [config(32, 32, 16, 4, 1), *(c for c in CONFIGS if c.kwargs["ROWS"] == c.kwargs["COLS"])]
 LEAST = 32  # the least side of a tile
@@ -47,13 +47,13 @@ def tuned(
     zero: Sequence[str] = (),
     configs: Sequence[triton.Config] = CONFIGS,
 ) -> Callable:
-    """Decorator: a kernel timed with each of `configs` at the first call with these values of the arguments `key`.
+    """Decorator: time the kernel with each of `configs` at the first call with new values of the arguments `key`.
 
     Args:
         key: names of arguments.
-        rows: the argument with the size that is cut in tiles of ROWS: no tile is much larger than the matrix. "": any is.
+        rows: the argument whose size is cut into tiles of ROWS, so that much larger tiles are left out; "" keeps all.
         cols: likewise for COLS.
-        zero: results of which a configuration may leave elements unwritten: zero whichever was tried before.
+        zero: results with elements that a configuration may leave unwritten; they are zeroed before each is tried.
         configs: the candidates.
     """
     timed = torch.cuda.is_available() and not triton.knobs.runtime.interpret
@@ -81,18 +81,18 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def launch(kernel: Any, grid: Callable, like: Tensor, *args: Any) -> None:
-    """Run `kernel` on the device of `like`, whichever is the current one, at the precision for its dtype."""
+    """Run `kernel` on the device of `like`, at the precision for its dtype."""
     with torch.cuda.device_of(like):
         kernel[grid](*args, PRECISION=precision(like.dtype))
 
 
 def tiles(rows: int, cols: int, tile_rows: int, tile_cols: int) -> int:
-    """Tiles of a matrix."""
+    """The number of tiles of a matrix."""
     return triton.cdiv(rows, tile_rows) * triton.cdiv(cols, tile_cols)
 
 
 def splits(n: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """(parts, samples of each) of a sum over n, so that parts times `programs` keeps the device busy."""
+    """(number of parts, samples in each) of a sum over n samples, so that parts * `programs` keep the device busy."""
     busy = 4 * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1)
     each = triton.cdiv(n, max(1, min(n, busy // programs)))
     return triton.cdiv(n, each), each
@@ -103,7 +103,7 @@ def product(
     x, y, m, n, k_end, m_end, n_end, stride_xm, stride_xk, stride_yk, stride_yn,
     ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The tile sum_k x[m, k] y[k, n] at the rows m [ROWS] and columns n [COLS]; zero beyond the ends."""
+    """The tile of sum_k x[m, k] y[k, n] at the rows m [ROWS] and columns n [COLS]; zero beyond the ends."""
     tile = tl.zeros((ROWS, COLS), ACC)
     for start in range(0, k_end, INNER):
         k = start + tl.arange(0, INNER)

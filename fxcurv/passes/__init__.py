@@ -47,18 +47,18 @@ PIPELINE = [
 
 _FOR_RANKS = {placements: [counts, simplify, placements, distribute], schedule: [chunks, schedule, gathers]}
 SPREAD = [p for step in PIPELINE for p in _FOR_RANKS.get(step, [step])]
-"""For a batch whose parts are on several ranks; equal values are united before, so that each travels once."""
+"""For a batch whose parts are on several ranks; equal values are merged first, so that each travels once."""
 
 
 def pipeline(options: Options) -> list:
-    """What makes the emitted program of an analysed one."""
+    """The passes that turn an analysed program into an emitted one."""
     return SPREAD if options.ranks else PIPELINE
 
 
 def run(
     program: Program, passes: list, debug: bool = False, tell: Callable[[str], None] = lambda stage: None
 ) -> Program:
-    """Run `passes`, with verification between them under `debug`; `tell` hears which one begins."""
+    """Run `passes`, verifying the program after each under `debug`; call `tell` with the name of each that begins."""
     for step in passes:
         name = step.__name__
         tell(name)

@@ -1,4 +1,4 @@
-"""average: the matrix of KFRA, carried down to a parameter."""
+"""average: carry the averaged matrix M of KFRA down to the parameters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fxcurv.walks.columns import births
 
 
 def average(program: Program) -> Program:
-    """Carry M to the output of every op with a parameter that KFRA is of, or one before it (`walked.averaged`).
+    """Carry M to the output of every op that one of KFRA's parameters reaches (`walked.averaged`).
 
     Raises:
         ExtensionError: where activations branch.
@@ -52,7 +52,7 @@ class _Walk:
 
     def run(self) -> dict[fx.Node, Matrix]:
         for value, m in [(value, m) for value, m in _births(self.program) if value in self.reached]:
-            self._chain(value)
+            self._follow_chain(value)
             self.arrived.setdefault(_op(value)[0], []).append(m)
         for bottom in [n for n in self.steps if n not in self.below]:
             self._plan(bottom)
@@ -61,13 +61,13 @@ class _Walk:
         for node in [n for n in reversed(self.program.graph.nodes) if n in self.steps]:
             step = self.steps[node]
             if node in self.tails:
-                found[node] = Matrix(self._summed(node), step.y, True)
+                found[node] = Matrix(self._emit_summed(node), step.y, True)
             elif node not in skipped or node in self.arrived:
                 parts = self.arrived[node]
                 m = parts[0] if len(parts) == 1 else self._emit(node, sum_of, parts)
                 found[node] = Matrix(m, step.y)
                 if node in self.below and node not in skipped:
-                    self.arrived.setdefault(self.below[node], []).append(self._through(node, m))
+                    self.arrived.setdefault(self.below[node], []).append(self._carry(node, m))
         return found
 
     def _emit(self, node: fx.Node, fn, *args) -> fx.Node:
@@ -78,7 +78,7 @@ class _Walk:
 
     # the chain
 
-    def _chain(self, value: fx.Node) -> None:
+    def _follow_chain(self, value: fx.Node) -> None:
         """Follow the activations from `value` down, one step per op."""
         while True:
             node, output = _op(value)
@@ -120,7 +120,7 @@ class _Walk:
             return "diagonal"
         return "max_pooled" if rule.picks and window(node) and step.output == 0 else "per_sample"
 
-    def _through(self, node: fx.Node, m: fx.Node) -> fx.Node:
+    def _carry(self, node: fx.Node, m: fx.Node) -> fx.Node:
         """M at the argument of the op, from M at its output."""
         step, kind = self.steps[node], self._kind(node)
         self._check_size(node, prod(step.x))
@@ -146,11 +146,11 @@ class _Walk:
     # the first convolution
 
     def _plan(self, bottom: fx.Node) -> None:
-        """Choose the ops over a first convolution whose M is not made: only its sums over positions are needed."""
+        """Choose the ops above a first convolution that are passed without their M: only its sums are needed."""
         conv = convolution(bottom)
         if conv is None or conv.groups != 1 or bottom in self.arrived:
             return
-        tail = self._channelwise(bottom)
+        tail = self._channelwise_ops(bottom)
         options = [
             (self._cost_of(tail, k, by_offsets), k, by_offsets) for k in range(len(tail) + 1) for by_offsets in (0, 1)
         ]
@@ -158,8 +158,8 @@ class _Walk:
         if k:
             self.tails[bottom] = Tail(tail[:k], bool(by_offsets))
 
-    def _channelwise(self, bottom: fx.Node) -> list[fx.Node]:
-        """The ops over `bottom` that act on every channel alone, the nearest first."""
+    def _channelwise_ops(self, bottom: fx.Node) -> list[fx.Node]:
+        """The ops above `bottom` that act on every channel alone, the nearest first."""
         tail: list[fx.Node] = []
         node = bottom
         while True:
@@ -202,7 +202,7 @@ class _Walk:
     def _offsets(self, node: fx.Node) -> int:
         return prod(Windows.of(canonical_args(node)).kernel) if self._kind(node) == "max_pooled" else 1
 
-    def _summed(self, bottom: fx.Node) -> fx.Node:
+    def _emit_summed(self, bottom: fx.Node) -> fx.Node:
         tail, by_offsets = self.tails[bottom].ops, self.tails[bottom].by_offsets
         parts = self.arrived[tail[-1]]
         m = parts[0] if len(parts) == 1 else self._emit(tail[-1], sum_of, parts)

@@ -1,10 +1,10 @@
-"""chunks: head and loss for some positions after the others, where nobody asks for the output (`compile(outputs=False)`).
+"""chunks: run head and loss in chunks of positions, where nobody asks for the output (`compile(outputs=False)`).
 
-Between the input of a head [N, T, d] and what is left of its output [N, T, vocabulary] (the loss, the cotangent of that
-input, sums over positions: P of the head's weight, Kronecker factors) every position is by itself. That part of the
-graph becomes one node, which runs it chunk by chunk: sums are added up, what has positions is put together. So the
-output, its softmax and its columns never exist whole. Where the positions are is said by `rules.positions`; what is
-read between is by its size: all that has as many entries as the output.
+Positions do not interact between the input of a head [N, T, d] and what is left of its output [N, T, vocabulary]: the
+loss, the cotangent of that input, and sums over positions (P of the head's weight, Kronecker factors). That part of the
+graph becomes one node, which runs it chunk by chunk, adds up sums and concatenates values with positions. So the
+output, its softmax and its columns never exist whole. `rules.positions` says which axis holds the positions. The part
+has the values with at least as many entries as the output, what they need of it, and the nodes that read them.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from fxcurv.passes.distribute import in_order
 from fxcurv.rules.positions import Positions, of_sizes
 from fxcurv.rules.traits import ADDED
 
-# At this many samples the part is run without values, to see its shapes.
+# The batch size at which the part is tried on tensors without values.
 SAMPLES = 3
 
 
 def wide_output(program: Program) -> fx.Node | None:
-    """The output, if it is worth while not to have it whole: nobody wants it, and it has more bytes than a chunk's."""
+    """The output, if it should not exist whole: nobody asks for it, and a sample takes more bytes than a chunk."""
     if program.options.ranks != IN_TURNS or program.fixed or program.loss is None or len(program.heads) != 1:
         return None
     (head,) = program.heads
@@ -43,7 +43,7 @@ def wide_output(program: Program) -> fx.Node | None:
 
 
 def sums_of_positions(program: Program, node: fx.Node) -> bool:
-    """Whether a contraction reads columns of the size of a wide output: then it is to be a sum over positions."""
+    """Whether a contraction reads columns as large as a wide output, so that it has to be a sum over positions."""
     head = wide_output(program)
     if head is None or not isinstance(node.target, Contract):
         return False
@@ -57,7 +57,7 @@ def chunks(program: Program) -> Program:
     head = wide_output(program)
     if head is None or head not in set(program.graph.nodes):
         return program
-    program.heads = []  # the walk is over, and nothing else reads the output where it is no result
+    program.heads = []  # the walk is over, and the output is no result
     program.refresh_output()
     _sizes_of_inputs(program)
     why = []
@@ -65,16 +65,18 @@ def chunks(program: Program) -> Program:
         part = _Part(program, head, place, count)
         if not part.refusal:
             part.replace()
-            program.notes.append(f"head and loss: {count} positions of the output {_said(program, head)} in chunks")
+            program.notes.append(
+                f"head and loss: {count} positions of the output {_describe_shape(program, head)} in chunks"
+            )
             return program
         why.append(part.refusal)
     reason = why[0] if why else "it has no positions"
-    program.notes.append(f"head and loss: the output {_said(program, head)} is whole, since {reason}")
+    program.notes.append(f"head and loss: the output {_describe_shape(program, head)} is whole, since {reason}")
     return program
 
 
 def _sizes_of_inputs(program: Program) -> None:
-    """Let sizes be read from inputs: whoever asks the output for its batch size would need it whole."""
+    """Let sizes be read from inputs: a node that read the batch size of the output would need it whole."""
     batch, base = program.batch, part_samples(program)
     for node in list(program.graph.nodes):
         val = node.meta.get("val")
@@ -91,12 +93,12 @@ def _sizes_of_inputs(program: Program) -> None:
         program.graph.erase_node(node)
 
 
-def _said(program: Program, head: fx.Node) -> str:
+def _describe_shape(program: Program, head: fx.Node) -> str:
     return str([str(s) for s in head.meta["val"].shape]).replace("'", "")
 
 
 def _axes(program: Program, head: fx.Node) -> list[tuple[Shard, int]]:
-    """(placement, size) of every axis of f besides the samples'; two of them may share their dimension."""
+    """(placement, size) of every axis of f besides the samples', whose dimension two of them may share."""
     where, n = head.meta["place"], program.batch.stand_in
     out: list[tuple[Shard, int]] = []
     for dim, size in enumerate(program.batch.shape(head.meta["val"])):
@@ -108,12 +110,12 @@ def _axes(program: Program, head: fx.Node) -> list[tuple[Shard, int]]:
 
 
 class _Part:
-    """What is run by chunks of positions along one axis of f.
+    """The part of the graph that runs in chunks of positions along one axis of f.
 
     Attributes:
-        refusal: why it cannot be.
-        members: its nodes, in order; `ends`: those that others read.
-        given: what it reads.
+        refusal: why it cannot, "" if it can.
+        members: its nodes, in order; `ends`: those that nodes outside read.
+        given: the nodes outside that it reads.
     """
 
     def __init__(self, program: Program, head: fx.Node, place: Shard, count: int):
@@ -129,11 +131,11 @@ class _Part:
     def _place(self, node: fx.Node) -> Any:
         return self.positions.across.get(node, REPLICATE)
 
-    def _wide(self, node: fx.Node) -> bool:
+    def _is_wide(self, node: fx.Node) -> bool:
         return is_tensor(node) and self.program.batch.per_sample(node.meta["val"]) >= self.least
 
-    def _apart(self, node: fx.Node) -> bool:
-        """Whether all that a node has of the output is slice by slice."""
+    def _is_apart(self, node: fx.Node) -> bool:
+        """Whether a node depends on the output, and only slice by slice."""
         return node in self.after and all(isinstance(p, Shard) for p in places_of(self._place(node)))
 
     # ---- what is computed from the output ------------------------------
@@ -142,7 +144,7 @@ class _Part:
         chain, stack = {head}, [head]
         while stack:
             for node in stack.pop().all_input_nodes:
-                if node.op == "call_function" and self._wide(node) and node not in chain and node is not head:
+                if node.op == "call_function" and self._is_wide(node) and node not in chain and node is not head:
                     chain.add(node)
                     stack.append(node)
         first = min(self.order[n] for n in chain)
@@ -167,14 +169,14 @@ class _Part:
 
     def _find(self) -> None:
         found: set[fx.Node] = set()
-        self._add(found, [n for n in self.after if self._apart(n) and self._wide(n)])
+        self._add(found, [n for n in self.after if self._is_apart(n) and self._is_wide(n)])
         waiting = list(found)
         while waiting:
             node = waiting.pop()
-            if is_tensor(node) and not (self._apart(node) and self._wide(node)):
-                continue  # its readers have it of all positions
+            if is_tensor(node) and not (self._is_apart(node) and self._is_wide(node)):
+                continue  # its readers need it of all positions, so they stay outside
             for user in [u for u in node.users if u not in found]:
-                if not self._known(user):
+                if not self._can_run(user):
                     self.refusal = f"{user.target} of it is no sum over positions"
                     return
                 waiting += self._add(found, [user])
@@ -183,13 +185,13 @@ class _Part:
         self.given = list(dict.fromkeys(i for n in self.members for i in n.all_input_nodes if i not in found))
         self._build()
 
-    def _known(self, node: fx.Node) -> bool:
-        """Whether a reader can be run by chunks."""
+    def _can_run(self, node: fx.Node) -> bool:
+        """Whether a reader can run in chunks."""
         known = not isinstance(node.meta.get("val"), SymInt) and MIXED not in places_of(self._place(node))
         return node in self.after and known
 
     def _add(self, found: set[fx.Node], nodes: list[fx.Node]) -> list[fx.Node]:
-        """Nodes and what they need of the output; returns those that are new."""
+        """Add nodes, and what they need that depends on the output, to `found`; returns those that are new."""
         stack, new = list(nodes), []
         while stack:
             node = stack.pop()
@@ -206,7 +208,7 @@ class _Part:
             tuple(p if isinstance(p := self._place(n), Shard) else None for n in nodes)
             for nodes in (self.given, self.ends)
         )
-        totals = {n: graph.placeholder(f"total_{k}") for k, n in enumerate(self.ends) if self._adds(n)}
+        totals = {n: graph.placeholder(f"total_{k}") for k, n in enumerate(self.ends) if self._accumulates(n)}
         self.own = tuple(n in totals for n in self.ends)
         env = {node: graph.placeholder(f"given_{k}") for k, node in enumerate(self.given)}
         for node in self.members:
@@ -220,17 +222,17 @@ class _Part:
         graph.output([env[n] for n in self.ends])
         self.part = fx.GraphModule(self.program.gm, graph)
         if any(self.at):
-            self._try()
+            self._check_shapes()
         else:
             self.refusal = "nothing that it is computed from has positions"
 
-    def _adds(self, node: fx.Node) -> bool:
-        """Whether a sum over positions, which nothing in the part reads, is added up where it is made."""
+    def _accumulates(self, node: fx.Node) -> bool:
+        """Whether a node is a sum over positions that nothing in the part reads, and its op can add to the total."""
         alone = not any(u in set(self.members) for u in node.users)
         return alone and self._place(node) == PARTIAL and node.target in ADDED and node.meta["val"].dtype not in HALF
 
     def _resize(self, graph: fx.Graph, node: fx.Node, k: int, place: Shard, here: fx.Node) -> None:
-        """Let the size that holds the positions be that of a chunk."""
+        """Let the size argument that holds the positions be that of a chunk."""
         sizes = list(node.args[k])  # type: ignore[arg-type]
         size = sizes[place.dim]
         if isinstance(size, int) and size < 0:
@@ -243,8 +245,8 @@ class _Part:
                 sizes[place.dim] = graph.call_function(operator.mul, (here, size // self.count))
         node.args = (*node.args[:k], sizes, *node.args[k + 1 :])
 
-    def _try(self) -> None:
-        """The part's shapes, on tensors without values."""
+    def _check_shapes(self) -> None:
+        """Check the part's shapes by running it on tensors without values."""
         some = self.count - 1
         given = [self._without_values(n, p, some) for n, p in zip(self.given, self.at, strict=True)]
         try:
@@ -266,10 +268,12 @@ class _Part:
         return torch.empty(shape, dtype=val.dtype, device="meta")
 
     def replace(self) -> None:
-        """One node for all of it."""
+        """Replace the part by one node."""
         batch = self.program.batch
         first = next(n for n, p in zip(self.given, self.at, strict=True) if p)
-        widest = max(batch.per_sample(v) * v.element_size() for n in self.members if self._apart(n) for v in _vals(n))
+        widest = max(
+            batch.per_sample(v) * v.element_size() for n in self.members if self._is_apart(n) for v in _vals(n)
+        )
         entries = batch.per_sample(first.meta["val"]) // self.count
         target = Chunked(self.part, self.count, self.at, self.made, self.own, entries, widest // self.count)
         origin = {"stage": "columns", "op": "head and loss in chunks", "module": ""}
@@ -286,7 +290,7 @@ class _Part:
         for node in reversed(self.members):
             self.graph.erase_node(node)
         in_order(self.program)
-        for new in values:  # the list of them dies
+        for new in values:  # so that the list of them dies at once
             whole.append(new)
 
 

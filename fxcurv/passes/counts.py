@@ -1,7 +1,8 @@
-"""counts: every number of samples that the graph computes with comes from one node, `emit.number_of_samples`.
+"""counts: let all numbers of samples that values are computed with come from one node, `emit.number_of_samples`.
 
-Sizes of tensors are the part's own; a number that a value is divided by is of all samples. A mean over samples divides by
-a size that no one sees, so it becomes a sum and a division. This comes before `placements` in a program that is split.
+In a part of a batch, sizes of tensors are the part's own, but a value is divided by the number of all samples. A mean
+over samples hides that division, so it becomes a sum and a division. Runs before `placements` in a program that is
+split.
 """
 
 from __future__ import annotations
@@ -40,27 +41,27 @@ def counts(program: Program) -> Program:
 
 
 def _spell_out(program: Program, node: fx.Node) -> None:
-    """A mean over samples as a sum and a division."""
+    """Replace a mean over samples by a sum and a division."""
     names = [a.name for a in schema_of(node.target).arguments]
     args = canonical_args(node)
     if node.target in MEANS:
         x, dims, keep = args[0], args[1] if len(args) > 2 else None, bool(len(args) > 2 and args[2])
-        if _of_samples(program, x, dims):
+        if _is_over_samples(program, x, dims):
             _replace(program, node, _mean, x, list(dims or range(x.meta["val"].ndim)), keep)
     elif "reduction" in names and args[names.index("reduction")] == MEAN:
         at = names.index("reduction")
         summed = (*args[:at], SUM, *args[at + 1 :])
         if node.target in WEIGHED:
-            _weighed(program, node, summed)
+            _spell_out_weighted(program, node, summed)
         elif "total_weight" not in names:
             x = args[names.index("self")]
-            if _of_samples(program, x, None):
+            if _is_over_samples(program, x, None):
                 _replace(program, node, _over_entries, node.target, summed, x)
     elif node.target in WEIGHED and args[names.index("reduction")] == SUM:
         _count_early(program, node, args)
 
 
-def _of_samples(program: Program, x: fx.Node, dims: Any) -> bool:
+def _is_over_samples(program: Program, x: fx.Node, dims: Any) -> bool:
     """Whether a mean over these axes is one over samples."""
     shape = x.meta["val"].shape
     size = prod(shape[d] for d in (dims if dims else range(len(shape))))
@@ -81,8 +82,8 @@ def _over_entries(op: Any, args: tuple, x: Tensor) -> Tensor:
     return op(*args) / x.numel()
 
 
-def _weighed(program: Program, node: fx.Node, args: tuple) -> None:
-    """(sum of the losses, sum of the weights), the first divided by the second where it is read."""
+def _spell_out_weighted(program: Program, node: fx.Node, args: tuple) -> None:
+    """Let the op give (sum of the losses, sum of the weights), and divide the first by the second where it is read."""
     node.args, node.kwargs = args, {}
     for user in list(node.users):
         if user.target is operator.getitem and user.args[1] == 0:
@@ -99,7 +100,7 @@ def _weighed(program: Program, node: fx.Node, args: tuple) -> None:
 
 
 def _count_early(program: Program, node: fx.Node, args: tuple) -> None:
-    """The sum of the targets' weights reads no logits: so no part waits for it with its logits in memory."""
+    """Compute the sum of the targets' weights without logits: no part then waits for it with its logits in memory."""
     _, target, weight, _, ignored = args
     like = node.meta["val"][1].dtype
     count = emit(program, _weights, target, weight, ignored, like, origin=node.meta.get("origin"), before=node)
@@ -117,15 +118,15 @@ def _weights(target: Tensor, weight: Tensor | None, ignored: int, dtype: torch.d
 
 
 class _Counts:
-    """Sizes that values are computed with, said in the one node."""
+    """Rewrites the sizes that values are computed with in terms of the one node."""
 
     def __init__(self, program: Program):
         self.program, self.made = program, {}  # type: ignore[var-annotated]
         self.node = samples(program)
-        self.node.meta["of_all"] = True  # a part's own size is the same expression
+        self.node.meta["of_all"] = True  # a part's own size is the same expression, unmarked
 
     def replace(self, node: fx.Node) -> None:
-        """Let an op on tensors read them."""
+        """Let the numbers that an op on tensors reads be of all samples."""
         if not isinstance(node.meta.get("val"), Tensor | tuple | list):
             return
         schema = schema_of(node.target).arguments
@@ -134,11 +135,11 @@ class _Counts:
         }
         if node.target in CONSTANT:
             numbers &= {"fill_value", "s"}
-        node.args = tuple(self._of(a) if schema[k].name in numbers else a for k, a in enumerate(node.args))
-        node.kwargs = {name: self._of(a) if name in numbers else a for name, a in node.kwargs.items()}
+        node.args = tuple(self._for_all(a) if schema[k].name in numbers else a for k, a in enumerate(node.args))
+        node.kwargs = {name: self._for_all(a) if name in numbers else a for name, a in node.kwargs.items()}
 
-    def _of(self, value: Any) -> Any:
-        """The same number of all samples."""
+    def _for_all(self, value: Any) -> Any:
+        """The same number for all samples."""
         val = value.meta.get("val") if isinstance(value, fx.Node) else None
         if not isinstance(val, SymInt | SymFloat) or value.target is number_of_samples:
             return value
@@ -147,10 +148,10 @@ class _Counts:
         return self.made[value]
 
     def _made(self, value: fx.Node) -> fx.Node:
-        leaf = isinstance(value.target, OpOverload) or value.op == "placeholder"  # sizes; the rest is of Python
+        leaf = isinstance(value.target, OpOverload) or value.op == "placeholder"  # a size; the rest is Python's
         with self.program.graph.inserting_after(value):
             if not leaf:
-                new = self.program.graph.call_function(value.target, tuple(map(self._of, value.args)))
+                new = self.program.graph.call_function(value.target, tuple(map(self._for_all, value.args)))
             else:
                 per = self.program.batch.evaluate(value.meta["val"], 1)
                 new = self.node if per == 1 else self.program.graph.call_function(operator.mul, (self.node, per))

@@ -1,10 +1,10 @@
 """distribute: the program of a batch whose parts are on the ranks of a process group (`compile(mesh=)`).
 
-A `Partial` value is added up over the ranks where an op reads it complete, or where it is a result. A value that is linear in
-values that are added up anyway is computed from their sums. Values that need no other sums are of stage 0, those that read sums
-of stage k - 1 are of stage k. The values of a stage travel together, in buckets of one dtype, those that are ready first in
-the first one, and of a symmetric matrix only a triangle does. Results of sharded parameters are left in shards
-(`passes.scatters`). The number of samples, and that of the first one, become inputs of the program.
+A `Partial` value is added up over the ranks where an op reads it complete, or where it is a result. A value that is
+linear in values that are added up anyway is computed from their sums. Values that need no other sums are of stage 0,
+those that read sums of stage k - 1 are of stage k. The values of a stage travel together, in buckets of one dtype, in
+the order in which they are ready; of a symmetric matrix only a triangle travels. Results of sharded parameters are left
+in shards (`passes.scatters`). The number of samples, and the number of the first one, become inputs of the program.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fxcurv.rules.traits import over_ranks
 # One collective takes at most this many bytes, unless a single value is larger.
 BUCKET = 25 << 20
 BEGUN = ("sum", "scatter", "replicas", "reduce", "gather", "rows")
-"""What nodes do that begin a collective (`rules.traits.over_ranks`)."""
+"""The nodes that begin a collective, by what they do (`rules.traits.over_ranks`)."""
 
 
 def distribute(program: Program) -> Program:
@@ -67,7 +67,7 @@ def distribute(program: Program) -> Program:
 
 
 def _places(program: Program, fields: dict[str, Any]) -> dict[str, Any]:
-    """By field, but for values that are kept to compute with."""
+    """Field -> placements, without values that are only kept to compute with."""
     return {field: pytree.tree_map(_place, value) for field, value in fields.items() if field not in program.borrowing}
 
 
@@ -76,7 +76,7 @@ def _place(node: Any) -> Placement:
 
 
 def _check(program: Program) -> None:
-    checks = {c.node for c in program.checks}  # every rank sees to its own samples
+    checks = {c.node for c in program.checks}  # every rank checks its own samples
     for root in program.roots():
         if root in checks or root in program.heads and root not in program.output_leaves:
             continue
@@ -103,7 +103,7 @@ def _words(program: Program) -> tuple[str, str, str]:
 
 
 def given(program: Program) -> None:
-    """The number of all samples and that of the rank's first one come from outside."""
+    """Make the number of all samples, and that of the rank's first one, inputs of the program."""
     named = {"samples": [n for n in program.graph.nodes if n.target is number_of_samples]}
     named["first"] = [n for n in program.graph.nodes if "first" in n.meta]
     for kind, (node,) in [(k, found) for k, found in named.items() if found]:
@@ -123,7 +123,7 @@ class _Sums:
     """The collectives of one program.
 
     Attributes:
-        wanted: the values whose sum over the ranks something reads; `reduced`: those that travel.
+        wanted: the values whose sum over the ranks something reads; `reduced`: those of them that travel.
         complete: value -> its sum.
     """
 
@@ -135,7 +135,7 @@ class _Sums:
         known: set[fx.Node] = set()
         self.reduced = []
         for node in self.wanted:
-            if not self._follows(node, known):
+            if not self._sum_follows(node, known):
                 self.reduced.append(node)
             known.add(node)
         self.complete: dict[fx.Node, fx.Node] = {}
@@ -144,17 +144,17 @@ class _Sums:
         self.owners = owners(program, program.options.size)
         self.owner = at_one_rank(program, self.reduced, self._parts, self.owners)
 
-    def _follows(self, node: fx.Node, known: set[fx.Node]) -> bool:
-        """Whether a value is computed, by ops that are linear, from sums that are there."""
+    def _sum_follows(self, node: fx.Node, known: set[fx.Node]) -> bool:
+        """Whether linear ops compute the sum of a value from sums that are known."""
         parts = self._parts(node)
-        return is_tensor(node) and bool(parts) and all(p in known or self._follows(p, known) for p in parts)
+        return is_tensor(node) and bool(parts) and all(p in known or self._sum_follows(p, known) for p in parts)
 
     def _parts(self, node: fx.Node) -> list[fx.Node]:
         """The arguments that an op reads as this rank's terms."""
         return [i for i in node.all_input_nodes if i.meta["across"] == PARTIAL and i not in node.meta["complete"]]
 
     def add_up(self) -> None:
-        """Emit the collectives, and let everything read the sums that has to."""
+        """Emit the collectives, and let every op that needs a sum read it."""
         stages, found = self._stages(), []
         ready = as_soon_as_possible(self.program)  # those that are ready first travel first
         for stage in sorted(set(stages.values())):
@@ -183,10 +183,10 @@ class _Sums:
         if self.program.options.create_graph:
             self._read_by_each()
         buckets = [[_label(n) for n in bucket] for bucket in found]
-        self.program.spread = Spread(_said(self.graph), buckets, shards=kept, owners=self.owners)
+        self.program.spread = Spread(_describe_ops(self.graph), buckets, shards=kept, owners=self.owners)
 
     def _reduce_to(self, rank: int, bucket: list[fx.Node], title: str) -> None:
-        """Sums over ranks that one of them gets."""
+        """Emit sums over ranks that one of them gets."""
         options, vals = self.program.options, [n.meta["val"] for n in bucket]
         triangles = tuple(bool(n.meta.get("symmetric")) for n in bucket)
         begin, end = Reduce(triangles, rank, options.ranks), Reduced(triangles, rank == options.rank)
@@ -203,12 +203,12 @@ class _Sums:
         return node
 
     def _items(self, node: fx.Node) -> list[fx.Node]:
-        """The values of a node of several."""
+        """The items of a node that gives several values."""
         title = node.meta["origin"]["op"]
         return [self._node(operator.getitem, (node, k), val, title) for k, val in enumerate(node.meta["val"])]
 
     def _scatter(self, bucket: list[fx.Node], places: tuple[str, str, Dtypes], title: str) -> None:
-        """Sums over ranks of which every rank gets its shard."""
+        """Emit sums over ranks, of which every rank gets its shard."""
         cuts, (group, replicas, dtypes) = tuple(self.layouts[n][0] for n in bucket), places
         sent, given = dtypes.reduced, dtypes.result(bucket[0].meta["val"].dtype)
         with self.program.fake_mode:
@@ -232,7 +232,7 @@ class _Sums:
         return kept
 
     def _shard_of(self, node: fx.Node) -> fx.Node:
-        """The shard of a value (of the sum of a term): one that travelled, or the op itself on shards."""
+        """The shard of a value, or of a term's sum: one that travelled, or the op applied to shards."""
         if node not in self.shards:
             known = {a: self._shard_of(a) for a in node.all_input_nodes if a in self.layouts}
             for a in [a for a in node.all_input_nodes if a not in known]:
@@ -246,7 +246,7 @@ class _Sums:
         return self.shards[node]
 
     def _read_by_each(self) -> None:
-        """Let autograd add up the derivatives in what all ranks have, where each reads it for its own terms and samples."""
+        """Where ranks read a replicated value for their own samples, let autograd add up its derivatives over ranks."""
         known: dict[fx.Node, fx.Node] = {}
         for node in list(self.graph.nodes):
             if node.op != "call_function" or all(place == REPLICATE for place in places_of(node.meta["across"])):
@@ -260,9 +260,9 @@ class _Sums:
                 node.replace_input_with(value, known[value])
 
     def _stages(self) -> dict[fx.Node, int]:
-        """For each value that travels, how many collectives before it are needed for it."""
+        """For each value that travels, how many collectives have to come before it."""
         stage: dict[fx.Node, int] = {}
-        after: dict[fx.Node, int] = {}  # the same of a value's sum, if all of what it is computed from has one
+        after: dict[fx.Node, int] = {}  # the same for a value's sum, if all that it is computed from has one
         reduced = set(self.reduced)
         for node in self.graph.nodes:
             read = node.meta.get("complete", ())
@@ -286,7 +286,7 @@ class _Sums:
             self._finish(node, total)
 
     def _sum_of(self, node: fx.Node) -> fx.Node:
-        """The sum of a value: one that travelled, or the op itself on sums."""
+        """The sum of a value: one that travelled, or the op applied to sums."""
         if node not in self.complete:
             sums = {a: self._sum_of(a) for a in self._parts(node)}
             with self.graph.inserting_before(self.program.output):
@@ -306,7 +306,7 @@ def _label(node: fx.Node) -> str:
     return f"{' '.join(filter(None, names))} {str(val.dtype).removeprefix('torch.')}{list(val.shape)}"
 
 
-def _said(graph: fx.Graph) -> list[str]:
+def _describe_ops(graph: fx.Graph) -> list[str]:
     """The captured ops, in words that are the same in every process."""
     return [
         plain_text(f"{n.target}{n.args}") for n in graph.nodes if n.op == "call_function" and stage_of(n) == "forward"
@@ -332,7 +332,7 @@ def _buckets(nodes: Sequence[fx.Node], most: int | None = None) -> list[list[fx.
 
 
 def in_order(program: Program) -> None:
-    """Every node behind what it reads, otherwise in the order that was."""
+    """Put every node behind what it reads, and keep the order otherwise."""
     done: set[fx.Node] = set()
     order: list[fx.Node] = []
     for root in program.graph.nodes:
@@ -368,7 +368,7 @@ def _itself(t: Tensor, *_: Any) -> Tensor:
 
 def alone(gm: fx.GraphModule) -> fx.GraphModule:
     """A graph as one process runs it: a sum over ranks is the value itself."""
-    copy = fx.GraphModule(gm, _copied(gm.graph))
+    copy = fx.GraphModule(gm, _copy_graph(gm.graph))
     for node in copy.graph.nodes:
         if over_ranks(node):
             node.target = node.target.alone() if hasattr(node.target, "alone") else _itself
@@ -376,14 +376,14 @@ def alone(gm: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-def _copied(graph: fx.Graph) -> fx.Graph:
+def _copy_graph(graph: fx.Graph) -> fx.Graph:
     new = fx.Graph()
     new.output(new.graph_copy(graph, {}))
     return new
 
 
 def rest(gm: fx.GraphModule, done: int, total: int) -> Iterator[Callable[[], Any]]:
-    """What a rank that broke off, after `done` collectives, still has to do that others wait for: the same, on zeros.
+    """The collectives that a rank that broke off after `done` of them still owes the others, on zeros.
 
     Args:
         total: the number of samples of all ranks.

@@ -1,15 +1,15 @@
-"""ends: where the model ends, if it computes its loss itself.
+"""ends: find f where the model computes its loss itself.
 
-A language model that is called with labels returns its loss, and `loss = lambda out: out.loss` only hands it on. The output
-that the loss reads is a number then, which is no f: of it the loss is linear, and the Gauss-Newton of a linear function is
-zero. So f is what the loss op inside the model reads, where the output is a linear function of such ops alone. A mean of a
-layer's output (a critic's) ends at that layer. What else a number hides is not known: the Gauss-Newton is refused.
+A language model that is called with labels returns its loss, and `loss = lambda out: out.loss` only hands it on. That
+output is a number and cannot be f: the loss is linear in it, and the Gauss-Newton of a linear function is zero. If it
+is a linear function of loss ops alone, f is what these ops read. If it is a mean of a layer's output (a critic's), f is
+that output. Otherwise it is not known where the model ends, and the Gauss-Newton is refused.
 
-An output that is a sum over samples (the divergence that a variational autoencoder returns beside its reconstruction) has the
-samples before it is summed up: those values are f in its place, where the loss is linear in it. A regulariser is of no f.
+An output may be a sum over samples (the divergence that a variational autoencoder returns beside its reconstruction).
+If the loss is linear in it, its summands per sample are f in its place. A regulariser adds nothing to f.
 
-Where the loss reads parameters for every sample (a conditional random field's transitions), and of the curvature only the
-Hessian is asked for, f is each sample's term of the loss: the Hessian does not depend on where the model ends.
+Where the loss reads parameters for every sample (a conditional random field's transitions), and the Hessian is the only
+curvature that is asked for, f is each sample's term of the loss: the Hessian does not depend on where the model ends.
 """
 
 from __future__ import annotations
@@ -31,52 +31,52 @@ from fxcurv.walks.loss import past
 
 
 def ends(program: Program) -> Program:
-    """Move f from outputs that are the model's own loss to what the loss op in it reads."""
+    """Where an output is the model's own loss, move f to what the loss op inside the model reads."""
     if program.loss is None or program.options.split or not is_active(program.loss):
         return program
-    linearly = _read_linearly(program)
+    linearly = _linear_outputs(program)
     heads: dict[fx.Node, None] = {}
     for head in program.heads:
-        found = _inside(program, head, head in linearly) if is_active(head) else None
+        found = _replacements(program, head, head in linearly) if is_active(head) else None
         heads.update(dict.fromkeys([head] if found is None else found))
-    program.heads = list(heads) or program.heads  # of a regulariser alone
-    if _of_ops_alone(program) and _reads_beside(program):
+    program.heads = list(heads) or program.heads  # all outputs are regularisers
+    if _asks_for_hessian_alone(program) and _loss_reads_parameters(program):
         program.heads = _summands(program, program.loss) or program.heads
     return program
 
 
-def _of_ops_alone(program: Program) -> bool:
-    """Whether second derivatives are asked for, and none that depends on where the model ends."""
+def _asks_for_hessian_alone(program: Program) -> bool:
+    """Whether second derivatives are asked for, but none that depends on where the model ends."""
     asked = [e.requires for e in program.extensions]
     return any(r.of_ops for r in asked) and not any(r.of_loss and not r.of_ops or not r.needs_loss for r in asked)
 
 
-def _reads_beside(program: Program) -> bool:
-    """Whether the loss reads a parameter for every sample beside f, or no f at all: all of it is the model's then."""
+def _loss_reads_parameters(program: Program) -> bool:
+    """Whether the loss reads a parameter for every sample, or reads no f: then the whole loss is part of the model."""
     reads = [n for n in past(program) if is_sharded(n) and is_active(n)]
     of_f = program.loss in descendants(program.heads)
     return not of_f or any(is_active(i) and not is_sharded(i) for n in reads for i in n.all_input_nodes)
 
 
 def check_ends(program: Program, asked: str) -> None:
-    """Refuse what needs f, where it is hidden behind a number that the model returns."""
+    """Refuse the quantities `asked`, which need f, if f is hidden behind a number that the model returns."""
     if program.analysis.hidden:
         raise LossError(program.analysis.hidden.format(asked=asked))
 
 
-def _inside(program: Program, head: fx.Node, linearly: bool) -> list[fx.Node] | None:
-    """What stands for f in place of `head`; None where it is f itself, or is not known (`analysis.hidden`)."""
-    stops = [n for n in _stops(program, head) if place(n) != REPLICATE]  # others are regularisers
+def _replacements(program: Program, head: fx.Node, linearly: bool) -> list[fx.Node] | None:
+    """The values that are f in place of `head`; None if `head` is f itself, or f is not known (`analysis.hidden`)."""
+    stops = [n for n in _nonlinear_sources(program, head) if place(n) != REPLICATE]  # the rest are regularisers
     losses = [n for n in stops if _is_loss(program, n)]
     others = [n for n in stops if n not in losses]
     number = is_tensor(head) and (not head.meta["val"].ndim or place(head) == PARTIAL) and place(head) != REPLICATE
     read = list(dict.fromkeys(leaf for n in losses for leaf in _predictions(program, n)))
     if losses and linearly and not others and all(is_sharded(n) for n in read):
         program.analysis.ends = f"what the model's own loss reads, {_named(losses)}"
-        return list(dict.fromkeys(_returned(program, n) for n in read))
+        return list(dict.fromkeys(_output_behind(program, n) for n in read))
     if number and linearly and not losses and others and all(map(_is_layer, others)):
         program.analysis.ends = f"what the model sums up itself, of {_named(others)}"
-        return list(dict.fromkeys(_returned(program, n) for n in others))
+        return list(dict.fromkeys(_output_behind(program, n) for n in others))
     if stops and (linearly and (number or losses) or number and losses):
         at = (others or losses)[0]
         program.analysis.hidden = (
@@ -88,7 +88,7 @@ def _inside(program: Program, head: fx.Node, linearly: bool) -> list[fx.Node] | 
 
 
 def _summands(program: Program, head: fx.Node) -> list[fx.Node] | None:
-    """The values per sample that an output is a linear function of; None where it has samples, or mixes them."""
+    """The per-sample values that `head` is a linear function of; None if it has samples itself, or is not linear."""
     found: dict[fx.Node, None] = {}
     seen, stack = set(), [head]
     while stack:
@@ -112,7 +112,7 @@ def _named(nodes: list[fx.Node]) -> str:
     return "; ".join(locate(n).replace("\n ", "") for n in nodes)
 
 
-def _read_linearly(program: Program) -> set[fx.Node]:
+def _linear_outputs(program: Program) -> set[fx.Node]:
     """The outputs that the loss is a linear function of."""
     linearly: set[fx.Node] = set()
     otherwise: set[fx.Node] = set()
@@ -130,8 +130,8 @@ def _read_linearly(program: Program) -> set[fx.Node]:
     return linearly - otherwise
 
 
-def _stops(program: Program, head: fx.Node) -> list[fx.Node]:
-    """The values that `head` is a linear function of, and which are no linear functions themselves."""
+def _nonlinear_sources(program: Program, head: fx.Node) -> list[fx.Node]:
+    """The values that `head` is a linear function of, and that no linear op makes (a loss op counts as none)."""
     found: dict[fx.Node, None] = {}
     seen, stack = set(), [head]
     while stack:
@@ -164,7 +164,7 @@ def _captured_op(node: fx.Node) -> str:
 
 
 def _predictions(program: Program, node: fx.Node) -> list[fx.Node]:
-    """The differentiable values that a loss op reads; it may have become several nodes."""
+    """The differentiable values that a loss op reads. Several nodes may have been made of the op."""
     op = _captured_op(node)
     found: dict[fx.Node, None] = {}
     seen, stack = set(), [node]
@@ -181,8 +181,8 @@ def _predictions(program: Program, node: fx.Node) -> list[fx.Node]:
     return list(found)
 
 
-def _returned(program: Program, value: fx.Node) -> fx.Node:
-    """An output of the model that `value` is a linear function of, if there is one: f as the user knows it."""
+def _output_behind(program: Program, value: fx.Node) -> fx.Node:
+    """The model's output that `value` is a linear function of, which is f as the user knows it; else `value`."""
     node = value
     while node not in program.output_leaves:
         sources = [i for i in node.all_input_nodes if is_active(i)]
@@ -198,5 +198,5 @@ def _returned(program: Program, value: fx.Node) -> fx.Node:
 
 
 def _is_layer(node: fx.Node) -> bool:
-    """Whether an op gives each sample a value by a parameter of its own: what is summed is no loss of something else."""
+    """Whether an op computes per-sample values with a parameter: a sum of these is not the loss of an earlier value."""
     return is_sharded(node) and any(is_active(i) and place(i) == REPLICATE for i in node.all_input_nodes)

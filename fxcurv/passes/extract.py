@@ -15,22 +15,22 @@ def extract(program: Program) -> Program:
     """Fill `program.results` and `program.extras`."""
     if program.loss is not None:
         program.results["grad"] = {name: _gradient(program, name) for name in program.params}
-    of: dict[str, list[str]] = {}
+    owners: dict[str, list[str]] = {}
     for extension in program.extensions:
         fields, extras = extension.extract_all([Param(program, n, extension) for n in program.names_of(extension)])
         program.results[extension.savefield] = fields
         for name, value in extras.items():
-            program.extras[_free(program, extension, name, of)] = value
+            program.extras[_claim_field(program, extension, name, owners)] = value
     _open_losses(program)
     program.refresh_output()
     return program
 
 
-def _free(program: Program, extension: Extension, name: str, of: dict[str, list[str]]) -> str:
-    """The field of an extra result; `of`: the parameters that the fields given so far are of."""
+def _claim_field(program: Program, extension: Extension, name: str, owners: dict[str, list[str]]) -> str:
+    """Choose the field of an extra result, and note its parameters in `owners` (field -> parameters)."""
     names = program.names_of(extension)
-    field = name if of.setdefault(name, names) == names else f"{name}_{extension.savefield}"
-    if field in program.results or of.setdefault(field, names) != names:
+    field = name if owners.setdefault(name, names) == names else f"{name}_{extension.savefield}"
+    if field in program.results or owners.setdefault(field, names) != names:
         raise ExtensionError(f"{extension} sets '{field}' as well, which is taken: give it another savefield=")
     if name in program.borrowing:
         program.borrowing.add(field)
@@ -38,7 +38,7 @@ def _free(program: Program, extension: Extension, name: str, of: dict[str, list[
 
 
 def _open_losses(program: Program) -> None:
-    """The walk is done with the losses as one op each: traced through, they share their parts with their gradient."""
+    """Trace through the loss ops, which the walk needed whole: they share their parts with their gradient."""
     for node in list(program.graph.nodes):
         if rule_of(node.target, {}).is_loss:
             value = emit(

@@ -1,4 +1,4 @@
-"""finish: the final GraphModule, functional ATen and custom ops only, and the checks apart."""
+"""finish: make the final GraphModule, of functional ATen and custom ops only, and a module of the checks."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""fuse: ops that PyTorch has as one kernel forward and one backward stay that, and are said in mathematics where that is needed.
+"""fuse: keep ops that have a forward and a backward kernel in PyTorch, or rewrite them in mathematics where needed.
 
-Needed it is where something looks inside an op: its second derivative, its tangent, the derivative of its derivative. An
-op is asked for by itself, and `analysis.said` keeps what became of it, and why.
+A rewrite is needed where something looks inside an op: for its second derivative, its tangent, or the derivative of its
+derivative. Each op is decided by itself; `analysis.said` records the decision and its reason.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from fxcurv.rules.fused import FUSED
 
 
 def fuse(program: Program) -> Program:
-    """Say the ops of `FUSED` by kernels, or by their rewrites; those that have none keep their rule."""
-    looked_into, mixed = _looked_into(program), False
+    """Replace each op of `FUSED` by its kernels or by its rewrite; an op that has neither keeps its rule."""
+    looked_into, mixed = _reasons_to_rewrite(program), False
     for node in [n for n in program.graph.nodes if n.target in FUSED and n.target not in program.rules]:
         found = looked_into.get(node) or FUSED[node.target](node)
         why, fn = (found, REWRITES.get(node.target)) if isinstance(found, str) else ("", found)
@@ -41,15 +41,15 @@ def fuse(program: Program) -> Program:
     if program.options.create_graph or any(e.requires.inside for e in program.extensions):
         program.rules = AGAIN | program.rules
     if mixed:
-        return independence(program)  # the mathematics may show where the samples are
+        return independence(program)  # the rewrite may show where the samples are
     for node in program.graph.nodes:
         if "place" not in node.meta and node.op == "call_function":
             visit(program, node)
     return program
 
 
-def _looked_into(program: Program) -> dict[fx.Node, str]:
-    """Nodes whose inside is needed, and what needs it."""
+def _reasons_to_rewrite(program: Program) -> dict[fx.Node, str]:
+    """Node -> what looks inside it, and why."""
     if program.options.create_graph:
         return dict.fromkeys(program.graph.nodes, "create_graph differentiates its derivative")
     found: dict[fx.Node, str] = {}

@@ -1,9 +1,10 @@
 """gathers: parameters of `fully_shard` arrive as shards, and are gathered where they are used, a bucket at a time.
 
-A bucket is gathered for the forward pass, and again behind it, where `reshard_after_forward` says so; between and after its
-uses nobody holds it, but for larger pieces where that is a number of ranks, which are gathered over these. What is computed of
-parameters alone (a transposed weight) and read in both halves is computed in both. The next bucket is on its way while one is
-used. This comes behind `schedule`, whose order it keeps.
+A bucket is gathered for the forward pass and, if `reshard_after_forward` says so, again behind it; no rank holds it
+whole between and after its uses. If `reshard_after_forward` is a number of ranks, each of them holds a larger piece in
+between, and the bucket is gathered over these ranks. A value that is computed from parameters alone (a transposed
+weight) and read in both halves is computed in both. The next bucket travels while one is used. Runs after `schedule`,
+whose order it keeps.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def gathers(program: Program) -> Program:
             if bucket.between and k + 1 < len(halves):
                 bucket = bucket.held()
                 pieces = _hold(program, bucket, whole)
-    _ahead(program)
+    _begin_early(program)
     program.refresh_output()
     program.graph.lint()
     return program
@@ -48,11 +49,11 @@ def _given(program: Program) -> Iterator[tuple[str, fx.Node]]:
 
 
 def _halves(program: Program, params: list[fx.Node], again: bool) -> list[list[fx.Node]]:
-    """What reads parameters, in the order of the graph: in the forward pass, and behind it.
+    """The nodes that read parameters, in the order of the graph: those of the forward pass, and those behind it.
 
-    What is computed of parameters alone in the forward pass, and is read behind it, is computed there once more.
+    What the forward pass computes from parameters alone, and a node behind it reads, is computed there once more.
     """
-    alone = _of_parameters(program, params)
+    alone = _computed_from(program, params)
     behind = [
         n for n in program.graph.nodes if n.op == "output" or n.op == "call_function" and stage_of(n) != "forward"
     ]
@@ -70,8 +71,8 @@ def _halves(program: Program, params: list[fx.Node], again: bool) -> list[list[f
     return [half for half in ([n for n in reads if n not in later], [n for n in reads if n in later]) if half]
 
 
-def _of_parameters(program: Program, params: list[fx.Node]) -> set[fx.Node]:
-    """These parameters, and what is computed of nothing else (but constants)."""
+def _computed_from(program: Program, params: list[fx.Node]) -> set[fx.Node]:
+    """These parameters, and all that is computed from them and constants alone."""
     known = set(params)
     for node in program.graph.nodes:
         if node.op == "call_function" and not random(node.target) and not over_ranks(node):
@@ -106,7 +107,7 @@ def _gather(
     """Gather the bucket in front of the first of these nodes, and let all of them read it.
 
     Args:
-        pieces: what is gathered, in place of `params`.
+        pieces: the nodes to gather, in place of `params`.
     """
     graph, origin = program.graph, {"stage": "distribute", "op": "gather", "module": ""}
     with graph.inserting_before(reads[0]):
@@ -125,7 +126,7 @@ def _gather(
 
 
 def _hold(program: Program, bucket: Bucket, whole: list[fx.Node]) -> list[fx.Node]:
-    """The pieces that this rank keeps of what was gathered, right behind it."""
+    """The pieces of the gathered values that this rank keeps, cut right behind the gather."""
     graph, origin = program.graph, {"stage": "distribute", "op": "hold", "module": ""}
     with program.fake_mode:
         vals = [n.meta["val"].new_empty(c.local()) for n, c in zip(whole, bucket.cuts, strict=True)]
@@ -140,19 +141,19 @@ def _hold(program: Program, bucket: Bucket, whole: list[fx.Node]) -> list[fx.Nod
     return pieces
 
 
-def _ahead(program: Program) -> None:
+def _begin_early(program: Program) -> None:
     """Begin every gather right behind the arrival of the one before it."""
     begun = [n for n in program.graph.nodes if over_ranks(n) == "gather"]
     for one, other in zip(begun, begun[1:], strict=False):
         (last,) = one.users
         arrived = {last}
-        while _comes_of(last.next, arrived):
+        while _is_part_of(last.next, arrived):
             last = last.next
             arrived.add(last)
         last.append(other)
 
 
-def _comes_of(node: fx.Node, arrived: set[fx.Node]) -> bool:
-    """Whether this is a part of what arrived, or is held of it."""
+def _is_part_of(node: fx.Node, arrived: set[fx.Node]) -> bool:
+    """Whether a node takes an item of what arrived, or holds pieces of it."""
     plain = node.target is operator.getitem or over_ranks(node) == "hold"
     return plain and all(i in arrived for i in node.all_input_nodes)

@@ -1,8 +1,8 @@
 """independence: where the samples are on every value, and which values depend on a trainable parameter.
 
-A rule says the placement of its op's output. An op without a rule is tried at a small batch size (`trial`): samples'
-slices are drawn anew, and what moves is where these samples are. Constants (values that depend on no trainable
-parameter) may be reduced and broadcast over the batch freely: only where their sample axis is matters.
+A rule says the placement of its op's output. An op without a rule is tried at a small batch size (`trial`): slices of
+some samples are drawn anew, and the output slices that change hold these samples. Constants (values that depend on no
+trainable parameter) may be reduced and broadcast over the batch freely: only where their sample axis is matters.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from fxcurv.rules.trial import OneSize, Uninformative, try_op
 def independence(program: Program) -> Program:
     """Set `meta["place"]` and `meta["active"]` on every node."""
     if program.batch.symbols and program.fixed:
-        program = specialise(program, program.batch.size)  # a rewrite fixed the batch size: then for all values alike
+        program = specialise(program, program.batch.size)  # a rewrite fixed the batch size: so for all values
     try:
-        return _placed(program)
+        return _place_all(program)
     except OneSize:
-        return _placed(specialise(program, program.batch.size))
+        return _place_all(specialise(program, program.batch.size))
 
 
-def _placed(program: Program) -> Program:
+def _place_all(program: Program) -> Program:
     params = set(program.params.values())
     bound = {}
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
@@ -44,7 +44,7 @@ def _placed(program: Program) -> Program:
     for node in program.graph.nodes:
         if node.op == "placeholder":
             node.meta["active"] = node in params
-            node.meta["place"] = _of_input(program, node, bound[node])
+            node.meta["place"] = _place_of_input(program, node, bound[node])
         elif node.op == "get_attr":
             node.meta["active"], node.meta["place"] = False, REPLICATE
         elif node.op == "call_function":
@@ -52,7 +52,7 @@ def _placed(program: Program) -> Program:
     return program
 
 
-def _of_input(program: Program, node: fx.Node, what) -> Placement:
+def _place_of_input(program: Program, node: fx.Node, what) -> Placement:
     val = node.meta.get("val")
     if not isinstance(val, Tensor) or what.kind not in ("input", "target"):
         return REPLICATE
@@ -64,7 +64,7 @@ def _of_input(program: Program, node: fx.Node, what) -> Placement:
 
 
 def visit(program: Program, node: fx.Node) -> None:
-    """Set both on a call, whose arguments have them."""
+    """Set both on a call whose arguments have them."""
     if node.target is operator.getitem:
         source = node.args[0]
         place, index = source.meta["place"], node.args[1]
@@ -91,12 +91,12 @@ def _differentiable(val: Any) -> bool:
 
 
 def _places(program: Program, node: fx.Node, vals: list[Any], active: bool) -> list[Placement]:
-    """The placement of every output; a rule says it of the first only."""
+    """The placement of every output; a rule says that of the first only."""
     followed = rule_of(node.target, program.rules).places(program, node, vals, _places)
     if followed is not None:
         return followed
     first = vals[0] if vals else None
-    found: Any = _by_rule(program, node, first) if isinstance(first, Tensor) else REPLICATE
+    found: Any = _place_by_rule(program, node, first) if isinstance(first, Tensor) else REPLICATE
     if found is None and active:
         return _probe(program, node, vals)
     if not active:
@@ -108,7 +108,7 @@ def _places(program: Program, node: fx.Node, vals: list[Any], active: bool) -> l
     return [found, *(found if same else structural(program, v) for v, same in zip(rest, alike, strict=True))]
 
 
-def _by_rule(program: Program, node: fx.Node, val: Tensor) -> Placement | None:
+def _place_by_rule(program: Program, node: fx.Node, val: Tensor) -> Placement | None:
     rule = rule_of(node.target, program.rules)
     n = program.batch.stand_in
     found = rule.place(sites(program, node), numeric_args(program, node, n), program.batch.shape(val), n)
@@ -119,14 +119,14 @@ def _by_rule(program: Program, node: fx.Node, val: Tensor) -> Placement | None:
         return placement.pointwise(here, val.ndim, linear=False)
     if not here or any(s.place != REPLICATE for s in here):
         return None
-    # an op of sample-free values only is sample-free, whatever it is, or where it takes sizes the same along a new axis
+    # any op of sample-free values is sample-free, but one that takes sizes may have slices, all alike
     return structural(program, val) if takes_sizes(node.target) else REPLICATE
 
 
 def _probe(program: Program, node: fx.Node, vals: list[Any]) -> list[Placement]:
-    """Try it on random values and see which outputs move."""
+    """Try an op on random values, and see which outputs change with which samples."""
     if program.options.alone:
-        return [MIXED for _ in vals]  # there is nobody to be independent of: `whole_batch` places it
+        return [MIXED for _ in vals]  # there is no other sample; `whole_batch` places the value
     if random(node.target):
         raise UnsupportedOpError(
             f"{locate(node)}\nis random and has no rule, so its derivative would draw again. Way out: draw the noise from "
@@ -139,7 +139,7 @@ def _probe(program: Program, node: fx.Node, vals: list[Any]) -> list[Placement]:
     except Uninformative as error:
         reason = str(error)
     if not any(e.per_sample for e in program.extensions):
-        return [MIXED for _ in vals]  # a gradient asks nobody
+        return [MIXED for _ in vals]  # a gradient needs no independence
     raise UnsupportedOpError(
         f"{locate(node)}\nhas no rule, and probing which samples it mixes failed: {reason}\nWay out: pass "
         "rules={op: rule} with a `place` of its own."

@@ -1,8 +1,8 @@
 """normalize: one spelling per op.
 
-Canonical positional arguments, composite ops said in ops that have rules, markers and asserts removed, f moved to
-the logits where a log-softmax or a sigmoid stands in front of the loss, and a lookup at [arange(N), i] said as what it
-is, a lookup in every sample's own slice.
+Canonical positional arguments, composite ops rewritten in ops that have rules, markers and asserts removed, f moved to
+the logits where a log-softmax or a sigmoid stands in front of the loss, and a lookup at [arange(N), i] rewritten as a
+lookup in every sample's own slice.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def normalize(program: Program) -> Program:
 
 
 def say_in_others(program: Program) -> None:
-    """Ops that have no rule in those that have one, as far as a rewrite or PyTorch says them."""
+    """Replace ops without a rule by ops that have one, where there is a rewrite or a decomposition of PyTorch's."""
     for _ in range(10):  # a rewrite may give ops that have a rewrite themselves
         if not rewritten(program, program.graph.nodes):
             break
@@ -77,7 +77,7 @@ _SIZE = (
 
 
 def _refuse_counts_of_values(program: Program) -> None:
-    """A size that counts values is no size of a sample's slice."""
+    """Refuse sizes that depend on values: a sample's slice cannot have such a size."""
     program.graph.eliminate_dead_code()
     for node in program.graph.nodes:
         if node.op == "call_function" and free_unbacked_symbols(node.meta.get("val")):
@@ -92,7 +92,7 @@ def _say_idioms(program: Program) -> None:
 
 
 def rewritten(program: Program, nodes: Iterable[fx.Node]) -> bool:
-    """Whether any of these was a composite op; it is said in others now."""
+    """Rewrite the composite ops among `nodes` in other ops; returns whether there were any."""
     changed = False
     for node in list(nodes):
         fn = _equation(node, program)
@@ -107,7 +107,7 @@ def rewritten(program: Program, nodes: Iterable[fx.Node]) -> bool:
 
 
 def _equation(node: fx.Node, program: Program):
-    """The function that says `node`'s op in other ops, or None."""
+    """The function that computes `node`'s op by other ops, or None."""
     if program.options.ranks and node.target in SUMS and node.target not in program.rules:
         return SUMS[node.target]
     if node.op != "call_function" or node.target in program.rules or node.target in RULES:
@@ -126,7 +126,7 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def substitute(program: Program, node: fx.Node, new: Any) -> None:
-    """Let `new`, a tuple for an op of several outputs, stand for a call."""
+    """Replace a call by `new`, a tuple for an op of several outputs."""
     if isinstance(new, tuple | list):
         for user in list(node.users):
             if user.target is not operator.getitem:
@@ -139,7 +139,7 @@ def substitute(program: Program, node: fx.Node, new: Any) -> None:
 
 
 def _select_heads(program: Program) -> None:
-    """f: the marked leaves that the loss reads directly."""
+    """Keep as f the marked leaves that the loss reads directly."""
     heads = list(dict.fromkeys(program.heads))
     if program.loss is None:
         program.heads = heads

@@ -60,7 +60,7 @@ def _check_sampled(program: Program) -> None:
 
 
 def _check_empirical(program: Program) -> None:
-    """The empirical column is of a likelihood, which a loss that is linear in f does not have."""
+    """The empirical column needs a likelihood, which a loss that is linear in f does not have."""
     asked = ", ".join(type(e).__name__ for e in program.extensions if e.requires.of_targets)
     if asked and not program.analysis.terms:
         raise LossError(

@@ -1,7 +1,7 @@
-"""Which rank has the sums of a layer, where an extension is for one rank each (`KFAC(assign="layers")`).
+"""Which rank gets the sums of a layer, where an extension assigns layers to ranks (`KFAC(assign="layers")`).
 
-Parameters whose values share a tensor (a weight and a bias share the factor of their outputs) go to one rank. The largest come
-first, each to the rank that has least to invert.
+Parameters whose values share a tensor (a weight and a bias share the factor of their outputs) go to one rank. The
+largest groups are assigned first, each to the rank that has least to invert so far.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fxcurv.ir.program import Program
 
 
 def owners(program: Program, size: int) -> dict[str, dict[str, int]]:
-    """Field -> parameter name -> rank, of `size`."""
+    """Field -> parameter name -> rank, for `size` ranks."""
     tables = dict(_tables(program))
     graph: nx.Graph = nx.Graph()
     for field, table in tables.items():
@@ -46,7 +46,7 @@ def _tables(program: Program) -> Iterator[tuple[str, dict[str, list[fx.Node]]]]:
 
 
 def _cost(part: set) -> int:
-    """In operations of an eigendecomposition, but for a factor."""
+    """The operations of the eigendecompositions, up to a constant factor."""
     return sum(
         max(node.meta["val"].shape) ** 3 for node in part if isinstance(node, fx.Node) and node.meta["val"].ndim == 2
     )
@@ -58,7 +58,7 @@ def at_one_rank(
     parts: Callable[[fx.Node], list[fx.Node]],
     found: dict[str, dict[str, int]],
 ) -> dict[fx.Node, int]:
-    """The sums that nothing reads but results of one rank -> that rank."""
+    """Sum -> rank, for the sums that only results of one rank read."""
     where: dict[fx.Node, int] = {}
     for field, table in found.items():
         for name, rank in table.items():
@@ -69,11 +69,11 @@ def at_one_rank(
     others |= {*program.output_leaves, *program.heads, *program.mutations.values(), program.loss}
     others |= {*pytree.tree_leaves(program.extras), *(c.node for c in program.checks)}
     known = set(reduced)
-    return {n: where[n] for n in reduced if n in where and n not in others and not _read(n, known, parts)}
+    return {n: where[n] for n in reduced if n in where and n not in others and not _is_sum_read(n, known, parts)}
 
 
-def _read(node: fx.Node, reduced: set[fx.Node], parts: Callable[[fx.Node], list[fx.Node]]) -> bool:
-    """Whether an op needs the sum of a term."""
+def _is_sum_read(node: fx.Node, reduced: set[fx.Node], parts: Callable[[fx.Node], list[fx.Node]]) -> bool:
+    """Whether an op reads the sum of the term `node`."""
     for user in node.users:
         if user.op == "output":
             continue

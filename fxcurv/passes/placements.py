@@ -1,7 +1,8 @@
 """placements: where the samples are on every value of the emitted graph, so that a batch can be split.
 
-Sets `meta["across"]`, the placement in a program of which several copies run on parts of a batch, and `meta["complete"]`,
-the arguments that an op reads as sums over all parts (`rules.split`). A contraction says its own by its spec.
+Sets `meta["across"]`, a value's placement where copies of the program run on the parts of a batch, and
+`meta["complete"]`, the arguments that an op reads as sums over all parts (`rules.split`). A contraction's placement
+follows from its spec.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fxcurv.rules.split import Split
 
 
 def placements(program: Program) -> Program:
-    """See the module. A batch whose size is a number is not split: what is of its samples is `Mixed`."""
+    """See the module. A batch whose size is a number is not split: what depends on its samples is `Mixed`."""
     split, fixed = Split(program), program.fixed
     bound = dict(zip(program.graph.find_nodes(op="placeholder"), program.inputs, strict=True))
     for node in program.graph.nodes:
@@ -26,7 +27,7 @@ def placements(program: Program) -> Program:
         place: Any
         complete: tuple[fx.Node, ...] = ()
         if node.op == "placeholder":
-            place = _of_input(program, node, bound[node])
+            place = _place_of_input(program, node, bound[node])
         elif node.op == "get_attr":
             place = REPLICATE
         elif fixed:
@@ -42,7 +43,7 @@ def placements(program: Program) -> Program:
     return program
 
 
-def _of_input(program: Program, node: fx.Node, what: Input) -> Placement:
+def _place_of_input(program: Program, node: fx.Node, what: Input) -> Placement:
     val = node.meta.get("val")
     if what.kind not in ("input", "target") or not isinstance(val, Tensor):
         return REPLICATE

@@ -1,7 +1,7 @@
 """pool_first: max-pooling before an activation instead of after, which is exact and leaves the activation less to do.
 
-pool(f(x)) = f(pool(x)) for a monotone f. Derivatives agree where f is flat wherever it maps different values to
-one: the two sides may choose different maxima there, and pass zero on from either.
+pool(f(x)) = f(pool(x)) for a monotone f. Derivatives agree if f is flat wherever it maps different values to one:
+there the two sides may choose different maxima, but both pass on zero.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _swap(program: Program, node: fx.Node, value: fx.Node) -> None:
     if between is None or act in program.heads or not between[0] <= 0 <= between[1]:  # zero has to stay zero
         return
     source = act.args[0]
-    joined = _joined(source, given, padding, own) if padding and between[0] == 0 else None
+    joined = _window_without_zeros(source, given, padding, own) if padding and between[0] == 0 else None
     with_pad = padding if joined is None else None
     origin = origin_of(node, "forward")
     pooled = emit(program, _pool, source, with_pad, joined or own, origin=origin, before=value)
@@ -59,8 +59,11 @@ def _pool(x, pad, window):
     return MAX_POOL(x, *window)[0]
 
 
-def _joined(source: fx.Node, padded: fx.Node, pads: list[int], window: list[Any]) -> list[Any] | None:
-    """The window that sees the same without the zeros around it: they never win where zero comes out anyway."""
+def _window_without_zeros(source: fx.Node, padded: fx.Node, pads: list[int], window: list[Any]) -> list[Any] | None:
+    """The window with padding of its own in place of the zeros `pads`; None if there is none.
+
+    The zeros need not be seen: an activation whose smallest value is zero gives zero where they would win.
+    """
     kernel, stride, padding, dilation, ceil = window
     stride = stride or kernel
     sizes = source.meta["val"].shape[-2:]

@@ -47,11 +47,11 @@ def _build(program: Program, kind: str, modify: str, names: tuple[str, ...]) -> 
     Returns:
         (the blocks, the matrix over all these parameters), pytrees of the nodes that the main program has to return.
     """
-    saved, code = _positive(program, modify, names) if kind == "pch" else _whole(program, kind, names)
+    saved, code = _positive_products(program, modify, names) if kind == "pch" else _product_of_all(program, kind, names)
     return Products(saved, code), Operator(saved, code)
 
 
-def _whole(program: Program, kind: str, names: tuple[str, ...]) -> tuple[list[fx.Node], Code]:
+def _product_of_all(program: Program, kind: str, names: tuple[str, ...]) -> tuple[list[fx.Node], Code]:
     """One product for all parameters, of which every block is a part."""
     if kind == "ggn":
         check_ends(program, "the product with it")
@@ -61,24 +61,26 @@ def _whole(program: Program, kind: str, names: tuple[str, ...]) -> tuple[list[fx
     _mark_living(program, base, where)
     joint = base.copy()
     vectors, found = Product(joint, kind, list(names)).run()
-    results = _simplified(joint.program, found)
+    results = _simplify_results(joint.program, found)
     summed: list[str] = []
     if program.options.ranks:
-        results = _across(program, joint.program, where, results)
+        results = _spread_over_ranks(program, joint.program, where, results)
         summed = [name for name, node in results.items() if node.meta["across"] == PARTIAL]
     saved = saved_values(joint.program, vectors.values(), list(results.values()))
     gm = split(joint.program, saved, list(vectors.values()), list(results.values()))
     labels = [_label(program, n, where) for n in saved]
-    return _returned(program, saved, where), AllBlocks(program, labels, names, gm, list(vectors), list(results), summed)
+    return _nodes_in_main(program, saved, where), AllBlocks(
+        program, labels, names, gm, list(vectors), list(results), summed
+    )
 
 
-def _across(
+def _spread_over_ranks(
     program: Program, child: Program, where: dict[int, fx.Node], results: dict[str, fx.Node]
 ) -> dict[str, fx.Node]:
-    """The results where the samples are on several ranks: sums over them, each to be added up by who calls the product.
+    """The results for samples on several ranks: the caller of the product adds up those that are `Partial`.
 
     Raises:
-        MixedSamplesError: where a product needs sums on its way.
+        MixedSamplesError: if the product needs a sum over ranks before its end.
     """
     bound = dict(zip(program.graph.find_nodes(op="placeholder"), program.inputs, strict=True))
     placeholders = child.graph.find_nodes(op="placeholder")
@@ -102,10 +104,10 @@ def _across(
     return results
 
 
-def _positive(program: Program, modify: str, names: tuple[str, ...]) -> tuple[list[fx.Node], Code]:
-    """A product per parameter, made when it is first called: which residuals there are depends on the parameter.
+def _positive_products(program: Program, modify: str, names: tuple[str, ...]) -> tuple[list[fx.Node], Code]:
+    """A product per parameter, made when it is first called, because the residuals depend on the parameter.
 
-    Kept are the captured inputs, and what matrix products, convolutions and random ops gave: all else is cheap.
+    It keeps the captured inputs and the outputs of matrix products, convolutions and random ops: all else is cheap.
     """
     if program.options.create_graph:
         raise ExtensionError(
@@ -123,11 +125,11 @@ def _positive(program: Program, modify: str, names: tuple[str, ...]) -> tuple[li
     expensive = {n for n in needed if n.op == "placeholder" or not repeatable(n)}
     items = {n for n in needed if n.target is operator.getitem and n.args[0] in expensive}
     saved = [n for n in needed if n in items or n in expensive and size_of(base.program, n) is not None]
-    changing = _changing(program)  # by this very call, after which they are of no use
+    changing = _updated_buffers(program)  # the call updates them, so they are stale after it
     saved = [n for n in saved if where.get(n.meta["key"]) not in changing]
     labels = [_label(program, n, where) for n in saved]
     emit = functools.partial(_positive_block, base, [n.meta["key"] for n in saved], modify)
-    return _returned(program, saved, where), EachBlock(program, labels, names, emit)
+    return _nodes_in_main(program, saved, where), EachBlock(program, labels, names, emit)
 
 
 def _positive_block(base: JointGraph, keys: list[int], modify: str, name: str) -> Parts | None:
@@ -135,11 +137,11 @@ def _positive_block(base: JointGraph, keys: list[int], modify: str, name: str) -
     program = joint.program
     saved = {n.meta["key"]: n for n in program.graph.nodes if n.meta.get("key") in keys}
     vectors, found = PositiveProduct(joint, name, modify).run()
-    # all saved values stay, so that none is merged away
+    # as extras, no saved value is merged away
     program.extras = {f"saved {key}": node for key, node in saved.items()}
     if name not in found:
         return None
-    results = list(_simplified(program, found).values())
+    results = list(_simplify_results(program, found).values())
     given = [program.extras[f"saved {key}"] for key in keys]
     kept = saved_values(program, vectors.values(), results)
     first = split(program, given, [], kept)
@@ -147,17 +149,17 @@ def _positive_block(base: JointGraph, keys: list[int], modify: str, name: str) -
 
 
 def _check_convex(program: Program, base: JointGraph, where: dict[int, fx.Node]) -> None:
-    """The Gauss-Newton is asked for a loss that is convex in f; checked where the loss is a sum over samples."""
+    """Have the loss checked for convexity in f; one without closed form only if it is a sum over samples."""
     heads, loss = program.heads, program.loss
     apart = loss.meta["place"] == PARTIAL and all(isinstance(h.meta["place"], Shard) for h in heads)
     for term in find_terms(base.program):
         if term.node is not None:
-            births.check_positive(program, term.node, *_returned(program, [base.gradients[term.node]], where))
+            births.check_positive(program, term.node, *_nodes_in_main(program, [base.gradients[term.node]], where))
         elif apart:
             births.check_convex(program, births.hessian_of_loss(program))
 
 
-def _changing(program: Program) -> set[fx.Node]:
+def _updated_buffers(program: Program) -> set[fx.Node]:
     """The buffers that a call updates."""
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     bound = zip(placeholders, program.inputs, strict=True)
@@ -165,7 +167,7 @@ def _changing(program: Program) -> set[fx.Node]:
 
 
 def _mark_living(program: Program, base: JointGraph, where: dict[int, fx.Node]) -> None:
-    """Parameters, buffers and constants are in memory whether a product keeps them or not."""
+    """Mark parameters, buffers and constants: they are in memory whether a product keeps them or not."""
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     kinds = {n: bound.kind for n, bound in zip(placeholders, program.inputs, strict=True)}
     for node in base.program.graph.nodes:
@@ -173,8 +175,8 @@ def _mark_living(program: Program, base: JointGraph, where: dict[int, fx.Node]) 
             node.meta["lives"] = kinds[where[node.meta["key"]]] in ("param", "buffer", "constant")
 
 
-def _simplified(program: Program, found: dict[str, fx.Node]) -> dict[str, fx.Node]:
-    """The results after common subexpressions are united and zeros dropped."""
+def _simplify_results(program: Program, found: dict[str, fx.Node]) -> dict[str, fx.Node]:
+    """Merge common subexpressions and drop zeros; returns the new nodes of the results."""
     program.extras.update({f"result {name}": node for name, node in found.items()})
     simplify(program)
     drop_zeros(program)
@@ -182,8 +184,8 @@ def _simplified(program: Program, found: dict[str, fx.Node]) -> dict[str, fx.Nod
     return {name: program.extras[f"result {name}"] for name in found}
 
 
-def _returned(program: Program, saved: list[fx.Node], where: dict[int, fx.Node]) -> list[fx.Node]:
-    """The saved nodes in the main program: there already, or copied into it with what they are computed from."""
+def _nodes_in_main(program: Program, saved: list[fx.Node], where: dict[int, fx.Node]) -> list[fx.Node]:
+    """The saved nodes in the main program; those not in it are copied there with what they are computed from."""
     env: dict[fx.Node, fx.Node] = {}
     stop = {n for node in saved for n in ancestors([node]) if n.meta.get("key") in where}
     with program.graph.inserting_before(program.output):
@@ -199,7 +201,7 @@ def _returned(program: Program, saved: list[fx.Node], where: dict[int, fx.Node])
 
 
 def _label(program: Program, node: fx.Node, where: dict[int, fx.Node]) -> str:
-    """What a saved value is to the user."""
+    """What a saved value is, in the user's terms."""
     if node.op != "placeholder":
         return f"a value kept of {locate(node)}"
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]

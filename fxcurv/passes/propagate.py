@@ -29,7 +29,10 @@ from fxcurv.walks.groups import groups_of
 
 
 def propagate(program: Program) -> Program:
-    """Fill `walked.uses` (parameter name -> uses), `walked.direct` (gradient past all samples) and column weights."""
+    """Fill `walked.uses` (parameter name -> uses), `walked.direct` and the weights of columns.
+
+    `walked.direct` has the gradients that do not come from samples (weight decay's).
+    """
     walk = Walk(program, [GRADIENT] if program.loss is not None else [])
     for e in program.extensions:
         curved = e.requires.of_ops
@@ -58,7 +61,7 @@ def propagate(program: Program) -> Program:
     sweeps = _sweeps(walk, len(reached))
     for sweep in sweeps:
         for group, start, stop, send in sweep:
-            send(_part(walk, group), start, stop)
+            send(_next_part(walk, group), start, stop)
         widest = max(widest, sum((stop - start) * width(group) for group, start, stop, _ in sweep))
         for node in reversed(forward):
             if node in reached and (is_active(node) or node in walk.outputs):
@@ -75,7 +78,7 @@ def propagate(program: Program) -> Program:
 
 
 def _sweeps(walk: Walk, forward: int) -> list[list[tuple[Group, int, int, Callable[[Group, int, int], None]]]]:
-    """The waiting columns or pairs, (group, start, stop, send), packed into sweeps of what can be carried."""
+    """The waiting columns or pairs, as (group, start, stop, send), packed into sweeps of as many as can be carried."""
     sweeps: list[list] = []
     total = sum(count * width(group) for group, count, _ in walk.waiting)
     size = sizes(total, walk.capacity, walk.convenient, forward) if total else 0
@@ -93,8 +96,8 @@ def _sweeps(walk: Walk, forward: int) -> list[list[tuple[Group, int, int, Callab
     return sweeps
 
 
-def _part(walk: Walk, group: Group) -> Group:
-    """The next part of a group, on the walk."""
+def _next_part(walk: Walk, group: Group) -> Group:
+    """Add the next part of a group to the walk."""
     parts = walk.parts.setdefault(group, [])
     part = replace(group, part=len(parts) + 1)
     parts.append(part)
@@ -111,5 +114,5 @@ def _seed(walk: Walk) -> None:
 
 
 def _ones(loss: Tensor) -> Tensor:
-    """It reads nothing of the loss, so nothing waits for that."""
+    """A one that does not read the loss's value, so that nothing waits for it."""
     return torch.ones(1, dtype=loss.dtype, device=loss.device)

@@ -1,11 +1,11 @@
 """recycle: large results are written into memory that an earlier result has given up.
 
 Fresh pages are the slowest resource of a CPU: mapping and clearing them takes longer than computing individual
-gradients. A result that is a view of one matrix product or elementwise product gets an extra input, the memory to
-write to. `Storage` hands out the storage of the previous call's result when nobody else holds it, or of one that the caller
+gradients. A result that is a view of one matrix product or elementwise product gets an extra input, the memory to write
+to. `Storage` hands out the storage of the previous call's result when nobody else holds it, or of one that the caller
 names (`out=`).
 
-Runs last, so that what is made of the graph before (the checks) knows no memory.
+Runs last, so that modules made from the graph before (the checks) have no memory as input.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Which results of sharded parameters are left in shards: their sums over ranks, and what is computed of those entry by entry.
+"""Which results of sharded parameters stay in shards: sums over ranks, and what is computed from them entry by entry.
 
-A variance is of two sums, entry by entry, so it is computed of their shards. A sum that anything else reads whole is whole.
+A variance is computed from two sums, entry by entry, hence from their shards. A sum that anything else reads whole is
+made whole.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from fxcurv.ir.program import Program
 from fxcurv.ir.shards import Cut, Dtypes
 from fxcurv.rules.traits import pointwise
 
-Layout = tuple[Cut, str, str, Dtypes]  # how a value is cut, over which group, its replicas, and as what it travels
+Layout = tuple[Cut, str, str, Dtypes]  # how a value is cut, its group, that of its replicas, and its dtypes
 
 
 def layouts(program: Program) -> dict[str, Layout]:
-    """By parameter."""
+    """Parameter name -> layout."""
     return {
         name: (cut, bucket.group, bucket.replicas, bucket.dtypes)
         for bucket in program.options.sharded
@@ -31,7 +32,7 @@ def layouts(program: Program) -> dict[str, Layout]:
 def in_shards(
     program: Program, reduced: list[fx.Node], parts: Callable[[fx.Node], list[fx.Node]]
 ) -> dict[fx.Node, Layout]:
-    """Values that are needed in shards alone, each with its layout: sums that travel, and what is computed of them.
+    """Value -> layout, for values that are needed only in shards: sums that travel, and what is computed from them.
 
     Args:
         reduced: the values whose sums travel.
@@ -49,7 +50,7 @@ def in_shards(
                     found |= dict.fromkeys(cone, layout)
                 else:
                     refused.add(end)
-        bad = {n for n in found if not _stays(n, found, ends, set(reduced), parts)}
+        bad = {n for n in found if not _can_stay(n, found, ends, set(reduced), parts)}
         if not bad:
             return found
         for end, layout in ends.items():
@@ -59,13 +60,13 @@ def in_shards(
 
 
 def _ends(program: Program, known: dict[str, Layout]) -> dict[fx.Node, Layout | None]:
-    """What the program returns, with the layout that it may have; None where it is to be whole."""
+    """Returned value -> the layout that it may have, None if it has to be whole."""
     ends: dict[fx.Node, Layout | None] = {}
     for table in program.results.values():
         for name, node in table.items():
             if isinstance(node, fx.Node):
                 layout = known.get(name)
-                fits = layout is not None and _is_of(node, layout[0])
+                fits = layout is not None and _has_shape_of(node, layout[0])
                 same = node not in ends or ends[node] == layout
                 ends[node] = layout if fits and same else None
     tables = {n for table in program.results.values() for n in table.values() if isinstance(n, fx.Node)}
@@ -73,10 +74,10 @@ def _ends(program: Program, known: dict[str, Layout]) -> dict[fx.Node, Layout | 
 
 
 def _cone(node: fx.Node, layout: Layout, reduced: set[fx.Node], found: set[fx.Node]) -> bool:
-    """Whether a value can be computed in shards, of sums that are in shards; `found`: all that is then in shards."""
+    """Whether a value can be computed from sums in shards; adds all values that are then in shards to `found`."""
     if node in found:
         return True
-    if not _is_of(node, layout[0]):
+    if not _has_shape_of(node, layout[0]):
         return False
     found.add(node)
     if node in reduced:
@@ -86,8 +87,8 @@ def _cone(node: fx.Node, layout: Layout, reduced: set[fx.Node], found: set[fx.No
     return all(_cone(a, layout, reduced, found) for a in node.all_input_nodes if not _is_number(a))
 
 
-def _is_of(node: fx.Node, cut: Cut) -> bool:
-    """Whether a value has a parameter's shape; a batch size is no number, and comparing it with one would make it that."""
+def _has_shape_of(node: fx.Node, cut: Cut) -> bool:
+    """Whether a value has a parameter's shape; layouts are compared, since comparing a symbolic size would fix it."""
     return is_tensor(node) and laid_out(node.meta["val"])[0] == cut.shape
 
 
@@ -96,10 +97,10 @@ def _is_number(node: fx.Node) -> bool:
     return not isinstance(val, Tensor) or not val.ndim
 
 
-def _stays(
+def _can_stay(
     node: fx.Node, found: dict, ends: dict[fx.Node, Layout | None], reduced: set[fx.Node], parts: Callable
 ) -> bool:
-    """Whether nothing needs the whole of a value (or of the sum of one that is this rank's term)."""
+    """Whether nothing needs a value whole, or, if it is this rank's term, its sum."""
     if node in ends and ends[node] != found[node]:
         return False
     terms = node.meta["across"] == PARTIAL

@@ -2,8 +2,8 @@
 
 The forward pass and the walk keep their order. What only results need (contractions) runs as soon as its inputs are
 there, so that a cotangent dies when the walk has passed it; what is needed late (a constant for a late use) runs late.
-Under `mesh=`, a collective begins when its values are there, and is waited for where its sums are read, so that it goes on while
-the walk does.
+Under `mesh=`, a collective begins when its values are there, and is waited for where its sums are read, so that it
+overlaps with the walk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SPINE = ("forward", "columns", "propagate")
 
 def schedule(program: Program) -> Program:
     """See the module."""
-    program.graph.eliminate_dead_code()  # a view that nobody reads, which simplify leaves, would have its input run early
+    program.graph.eliminate_dead_code()  # an unread view, which simplify leaves, would make its input run early
     nodes = list(program.graph.nodes)
     position = {n: k for k, n in enumerate(nodes)}
     ready = as_soon_as_possible(program)
@@ -42,7 +42,7 @@ def _spine(nodes: list[fx.Node]) -> set[fx.Node]:
 
 
 def as_soon_as_possible(program: Program) -> dict[fx.Node, int]:
-    """For every node, behind which one of the forward pass or the walk it can run: its place in the graph."""
+    """Node -> place in the graph of the node of the forward pass or the walk that it is, or can run behind."""
     nodes = list(program.graph.nodes)
     spine, ready = _spine(nodes), dict[fx.Node, int]()
     for place, node in enumerate(nodes):
@@ -52,9 +52,9 @@ def as_soon_as_possible(program: Program) -> dict[fx.Node, int]:
 
 
 def _wait_late(nodes: list[fx.Node], spine: set[fx.Node], ready: dict[fx.Node, int]) -> None:
-    """Waits, and what is made of sums, go to their first reader, or to the end.
+    """Move waits, and what is computed from sums, to their first reader, or to the end.
 
-    A sum in shards is waited for at the latest where the next one begins: its terms are held till then.
+    A sum in shards is waited for at the latest where the next one begins, since its terms stay in memory till then.
     """
     made: set[fx.Node] = set()
     for node in nodes:
@@ -71,7 +71,7 @@ def _wait_late(nodes: list[fx.Node], spine: set[fx.Node], ready: dict[fx.Node, i
 
 
 def _as_late_as_possible(nodes: list[fx.Node], spine: set[fx.Node], ready: dict[fx.Node, int]) -> None:
-    """What reads only the forward pass (an unfolded input) waits for its first user: its inputs live till then anyway."""
+    """Move what reads only the forward pass (an unfolded input) to its first user: its inputs live till then anyway."""
     forward = {n for n in spine if n.meta.get("origin", {}).get("stage", "forward") == "forward"}
     late: set[fx.Node] = set()
     for node in nodes:

@@ -21,7 +21,7 @@ from fxcurv.passes.chunks import sums_of_positions
 def select(program: Program) -> Program:
     """Replace every `contract` node by the nodes of its cheapest candidate."""
     nodes = [n for n in program.graph.nodes if isinstance(n.target, Contract)]
-    by_positions = _by_positions(program, nodes)
+    by_positions = _sums_over_positions(program, nodes)
     shared = _materialised_anyway(nodes)
     for key, p in shared.items():
         first = next(n for n in nodes if _key(n) == key)
@@ -30,7 +30,7 @@ def select(program: Program) -> Program:
     order = [*shared.values(), *(n for n in nodes if n not in shared.values())]
     done: dict[fx.Node, fx.Node] = {}
     for group in _groups([n for n in nodes if _key(n) not in shared]):
-        done.update(_together(program, group, by_positions))
+        done.update(_select_together(program, group, by_positions))
     for node in (n for n in order if n not in done):
         source = done.get(shared.get(_key(node)))
         done[node] = _select(program, node, source, by_positions)
@@ -40,7 +40,7 @@ def select(program: Program) -> Program:
 
 
 def _key(node: fx.Node):
-    """What a contraction is of: the same factors and samples mean the same P."""
+    """What identifies the P of a contraction: its factors and samples."""
     return (node.target.spec.samples, str(node.target.tree), node.args)
 
 
@@ -63,7 +63,7 @@ def _groups(nodes: list[fx.Node]) -> list[list[fx.Node]]:
     return [group for group in found.values() if len(group) > 1]
 
 
-def _fake(factors):
+def _fake_factors(factors):
     return pytree.tree_map(lambda n: n.meta["val"] if isinstance(n, fx.Node) else n, factors)
 
 
@@ -78,11 +78,11 @@ def ranked(spec: Spec, factors: list, machine: Machine, again: bool = False) -> 
     return sorted(((c, c.cost(spec, factors)) for c in allowed), key=lambda option: option[1].seconds(machine))
 
 
-def _by_positions(program: Program, nodes: list[fx.Node]) -> dict[fx.Node, bool]:
-    """The contractions that are to be sums over positions, and whether P is to be there for them.
+def _sums_over_positions(program: Program, nodes: list[fx.Node]) -> dict[fx.Node, bool]:
+    """Contraction -> whether it needs P, for those that have to be sums over positions.
 
-    It is for weighted samples, since what their weights come from may be computed from the same columns; and where
-    several quantities are of it.
+    It needs P if samples are weighted, since their weights may be computed from the same columns, or if several
+    contractions read these columns.
     """
     wide = [n for n in nodes if sums_of_positions(program, n)]
     parts = {n: n.target.parts(n.args) for n in wide}
@@ -98,11 +98,13 @@ def _options(program: Program, node: fx.Node, fake, by_positions: dict[fx.Node, 
     return [option for option in found if isinstance(option[0], Materialise)] if by_positions[node] else found
 
 
-def _together(program: Program, group: list[fx.Node], by_positions: dict[fx.Node, bool]) -> dict[fx.Node, fx.Node]:
-    """Give the contractions of one P by one op, if this is cheaper than the cheapest way for each."""
+def _select_together(
+    program: Program, group: list[fx.Node], by_positions: dict[fx.Node, bool]
+) -> dict[fx.Node, fx.Node]:
+    """Compute the contractions of one P by one op, if this is cheaper than the cheapest way for each."""
     specs = [node.target.spec for node in group]
     factors, weights = group[0].target.parts(group[0].args)
-    fake = _fake(factors)
+    fake = _fake_factors(factors)
     apart_only = program.options.create_graph or weights is not None or group[0] in by_positions
     if apart_only or not TOGETHER.applies(specs, fake):
         return {}
@@ -125,12 +127,12 @@ def _together(program: Program, group: list[fx.Node], by_positions: dict[fx.Node
 def _select(program: Program, node: fx.Node, source: fx.Node | None, by_positions: dict[fx.Node, bool]) -> fx.Node:
     spec = node.target.spec
     factors, weights = node.target.parts(node.args)
-    fake = _fake(factors)
+    fake = _fake_factors(factors)
     options: list[tuple[str, Cost, Callable, Any]] = [
         (c.name, cost, c.run, factors) for c, cost in _options(program, node, fake, by_positions)
     ]
     if source is not None and "v" in spec.reduce:
-        options.append(("reuse P", _reuse_cost(spec, fake), _from_p, source))
+        options.append(("reuse P", _reuse_cost(spec, fake), _reduce_given_p, source))
     priced = sorted(options, key=lambda option: option[1].seconds(program.machine))
     name, cost, run, operands = priced[0]
     origin = _origin(program, node, 1)
@@ -142,7 +144,7 @@ def _select(program: Program, node: fx.Node, source: fx.Node | None, by_position
 
 
 def _origin(program: Program, node: fx.Node, count: int) -> dict:
-    """Provenance of what replaces a contraction: also which `count` decisions, recorded next, its nodes are of."""
+    """Origin of the nodes that replace a contraction, with the numbers of the `count` decisions recorded next."""
     start = len(program.decisions)
     return {**node.meta["origin"], "stage": "select", "decisions": tuple(range(start, start + count))}
 
@@ -158,7 +160,7 @@ def _record(program: Program, node: fx.Node, name: str, cost: Cost, rejected: li
     )  # fmt: skip
 
 
-def _from_p(spec: Spec, p: Tensor, weights) -> Tensor:
+def _reduce_given_p(spec: Spec, p: Tensor, weights) -> Tensor:
     return reduce_p(spec, p.unsqueeze(0), weights)
 
 

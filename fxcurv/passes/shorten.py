@@ -1,7 +1,7 @@
-"""shorten: less for the same numbers, by what ops read.
+"""shorten: compute the same numbers by fewer ops.
 
-One column needs no axis of its own, a chain of views is one view, ones are no factor: `rules.shorter` has the forms. It runs
-after all that asks for placements, on what is about to be run.
+One column needs no axis of its own, a chain of views is one view, a factor of ones is dropped: `rules.shorter` has the
+forms, by what an op reads. Runs after every pass that asks for placements, on the graph that is about to be run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def shorten(program: Program) -> Program:
 
 
 def _maker(node: fx.Node, made: list[fx.Node]):
-    """Makes nodes in front of `node`, which have its origin."""
+    """A function that makes nodes in front of `node`, with its origin, and adds them to `made`."""
 
     def make(op: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
         with node.graph.inserting_before(node):

@@ -43,9 +43,9 @@ def _merge_equals(program: Program) -> dict[fx.Node, fx.Node]:
 
 
 def _slice_first(program: Program) -> None:
-    """Columns of a view are a view of the columns: said so, a weight and a bias read the same columns of a stack."""
+    """Move slices of columns in front of views: a weight and a bias then read the same slice of a stack."""
     for node in list(program.graph.nodes):
-        while (cut := sliced(node)) and cut.dim == 0 and _is_behind(cut.x):
+        while (cut := sliced(node)) and cut.dim == 0 and _keeps_first_axis(cut.x):
             source, rest = cut.x.args[0], on_rows(cut.x, node.meta["val"].shape[0]) or ()
             with program.graph.inserting_before(node):
                 first = program.graph.call_function(node.target, (source, *node.args[1:]))
@@ -57,8 +57,8 @@ def _slice_first(program: Program) -> None:
     program.graph.eliminate_dead_code()
 
 
-def _is_behind(view: fx.Node) -> bool:
-    """Whether a node views the axes behind the first, and does not copy."""
+def _keeps_first_axis(view: fx.Node) -> bool:
+    """Whether a node is a view, not a copy, that leaves the first axis as it is."""
     if view.op != "call_function" or on_rows(view, 0) is None or not isinstance(view.args[0], fx.Node):
         return False
     after, before = view.meta["val"], view.args[0].meta["val"]
@@ -67,7 +67,7 @@ def _is_behind(view: fx.Node) -> bool:
 
 
 def _drop_idle_views(program: Program) -> dict[fx.Node, fx.Node]:
-    """A chain of views that ends in the sizes and strides of one of its members is that member."""
+    """Replace a chain of views by its first member that has the sizes and strides of its end."""
     _refresh_views(program)
     dropped = {}
     for node in list(program.graph.nodes):
@@ -83,22 +83,22 @@ def _drop_idle_views(program: Program) -> dict[fx.Node, fx.Node]:
 
 
 def _refresh_views(program: Program) -> None:
-    """Give views the strides that they have now: what they view may have been replaced by a value of other strides."""
+    """Recompute the strides of views whose input was replaced by a value of other strides."""
     with program.fake_mode, torch.no_grad():
         for node in program.graph.nodes if program.stale else ():
             if node.target in VIEWS and node in program.stale:
                 before = _layout(node)
-                _view_again(node)
+                _recompute_view(node)
                 if _layout(node) != before:
                     program.stale.update(node.users)
     program.stale.clear()
 
 
-def _view_again(node: fx.Node) -> None:
+def _recompute_view(node: fx.Node) -> None:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: a.meta["val"])
     try:
         node.meta["val"] = node.target(*args, **kwargs)
-    except (RuntimeError, ValueError):  # no view of these strides
+    except (RuntimeError, ValueError):  # these strides allow no view
         to_reshape(node)
         node.meta["val"] = node.target(*args, **kwargs)
 
@@ -109,7 +109,7 @@ def _layout(node: fx.Node) -> tuple:
 
 def _key(node: fx.Node) -> Any:
     if isinstance(node.meta.get("val"), torch.SymInt):
-        return ("size", str(node.meta["val"]), "of_all" in node.meta)  # wherever it is read, a size is a size
+        return ("size", str(node.meta["val"]), "of_all" in node.meta)  # equal sizes are one, wherever they are read
     return (node.op, node.target, _freeze(node.args), _freeze(node.kwargs))
 
 

@@ -1,7 +1,7 @@
-"""slice_first: positions of the output that the loss leaves out, as in `logits[:, :-1]`, are left out before the head.
+"""slice_first: leave out positions of the output that the loss does not read, as in `logits[:, :-1]`, before the head.
 
-The same numbers from less work, where nobody asks for the output (`compile(outputs=False)`): f is what the loss reads of it.
-And its positions then are those of the head's input, so that `chunks` can take some after the others.
+The numbers stay the same, for less work, where nobody asks for the output (`compile(outputs=False)`): f is the part
+that the loss reads. Its positions are then those of the head's input, so that `chunks` can run the head chunk by chunk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fxcurv.rules.traits import MATRIX_PRODUCTS, pointwise, sliced
 
 
 def slice_first(program: Program) -> Program:
-    """See the module. A result that shows columns has them for every entry of the output."""
+    """See the module. Does nothing if a result shows columns, which it has for every entry of the output."""
     shown = program.options.as_written or any(e.shows_columns for e in program.extensions)
     if program.options.ranks == IN_TURNS and not shown:
         for head in program.heads:
@@ -36,7 +36,7 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 
 def _slice_of(program: Program, node: fx.Node) -> fx.Node | None:
-    """The slice that is all that is read of a value, perhaps of each of its entries after an op on that."""
+    """The one slice that is read of a value, perhaps behind ops that keep its entries apart; None if there is none."""
     readers = _readers(node)
     if len(readers) != 1 or not is_tensor(readers[0]):
         return None
@@ -44,7 +44,7 @@ def _slice_of(program: Program, node: fx.Node) -> fx.Node | None:
     cut = sliced(reader)
     if cut is not None and not cut.everything:
         return reader if cut.x is node else None
-    source = _source(program, reader, 0)
+    source = _sliceable_argument(program, reader, 0)
     return _slice_of(program, reader) if source is not None and reader.args[source] is node else None
 
 
@@ -54,23 +54,23 @@ def _move(program: Program, head: fx.Node, reader: fx.Node) -> None:
     chain: list[tuple[fx.Node, int]] = []
     node = cut.x
     while not chain or chain[-1][0].target not in MATRIX_PRODUCTS:
-        source = _source(program, node, dim)
+        source = _sliceable_argument(program, node, dim)
         if source is None or len(_readers(node)) > 1:
             return
         chain.append((node, source))
         node = node.args[source]
     if head not in [old for old, _ in chain]:
         return
-    new = _copied(program, reader, 0, node, reader)
+    new = _copy_with(program, reader, 0, node, reader)
     for old, source in reversed(chain):
-        new = _copied(program, old, source, new, reader)
+        new = _copy_with(program, old, source, new, reader)
         program.heads = [new if h is old else h for h in program.heads]
     program.replace(reader, new)
     program.graph.erase_node(reader)
 
 
-def _copied(program: Program, node: fx.Node, position: int, value: fx.Node, before: fx.Node) -> fx.Node:
-    """The op of `node` on another value."""
+def _copy_with(program: Program, node: fx.Node, position: int, value: fx.Node, before: fx.Node) -> fx.Node:
+    """The op of `node` with `value` as the argument at `position`."""
     with program.graph.inserting_before(before):
         new = program.graph.node_copy(node)
     new.args = (*node.args[:position], value, *node.args[position + 1 :])
@@ -80,8 +80,8 @@ def _copied(program: Program, node: fx.Node, position: int, value: fx.Node, befo
     return new
 
 
-def _source(program: Program, node: fx.Node, dim: int) -> int | None:
-    """Which argument an op can be given slices of along an axis, to give those of its output."""
+def _sliceable_argument(program: Program, node: fx.Node, dim: int) -> int | None:
+    """Which argument an op can read sliced along axis `dim`, to give slices of its output; None if there is none."""
     if node.op != "call_function" or not is_tensor(node):
         return None
     shape = node.meta["val"].shape

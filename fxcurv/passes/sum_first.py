@@ -1,7 +1,7 @@
-"""sum_first: the sum over positions of what pooling sends back is the sum of what it was sent.
+"""sum_first: sum cotangents over positions before the transpose of max-pooling instead of after.
 
-The transpose of max-pooling puts every value at one position. A bias, and a Kronecker factor of a convolution, ask for the
-sum over positions alone: they read the smaller tensor, and the larger one may not be needed at all.
+The transpose puts every value at one position, so the sum stays the same. A bias, and a Kronecker factor of a
+convolution, ask for that sum alone: they read the smaller tensor, and the larger one may not be needed at all.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def sum_first(program: Program) -> Program:
         source: Any = node.args[0]
         while source.target in REARRANGED:
             source = source.args[0]
-        if source.target in SCATTERS and _over_positions(node, source):
+        if source.target in SCATTERS and _sums_over_positions(node, source):
             ones = tuple(d for d, s in enumerate(node.meta["val"].shape) if is_one(s))
             new = emit(program, _sum_sent, source.args[0], ones, origin=node.meta["origin"], before=node)
             program.stand_in(node, new)
@@ -37,8 +37,8 @@ def sum_first(program: Program) -> Program:
     return program
 
 
-def _over_positions(node: fx.Node, source: fx.Node) -> bool:
-    """Whether `node` sums a view of `source` [..., C, H, W] over H and W, all of both, and keeps the order of the others."""
+def _sums_over_positions(node: fx.Node, source: fx.Node) -> bool:
+    """Whether `node` sums a view of `source` [..., C, H, W] over all of H and W, and keeps the order of the rest."""
     val, (*_, dims) = node.args[0].meta["val"], node.args[:2]
     summed = {d % val.ndim for d in dims}
     sizes, strides = layout(val)
@@ -53,7 +53,7 @@ def _over_positions(node: fx.Node, source: fx.Node) -> bool:
 
 
 def _sum_sent(g: Tensor, ones: Sequence[int]) -> Tensor:
-    """[..., C, h, w] -> [..., C], its axes of size one where `ones` has them."""
+    """[..., C, h, w] -> [..., C], with axes of size one at `ones` alone."""
     t = g.sum((-2, -1))
     t = t.squeeze([d for d, s in enumerate(t.shape) if is_one(s)])
     for d in ones:

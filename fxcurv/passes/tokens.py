@@ -1,11 +1,11 @@
-"""tokens: whether every position of the model's output can be a sample of its own, `compile(sample="token")`.
+"""tokens: check that every position of the model's output can be a sample of its own, `compile(sample="token")`.
 
-It can where the loss is a sum over positions as well as over samples. Beyond the output, positions are tracked by the
-same algebra as samples (`placement`), one axis of positions at a time. A function that is such a sum along each of several axes
-is one over all of them together, since no mixed difference is left.
+It can if the loss is a sum over positions as well as over samples. Beyond the output, positions are tracked by the same
+algebra as samples (`placement`), one axis of positions at a time. A function that is such a sum along each of several
+axes is one over all of them together, because its mixed differences vanish.
 
-Under `sample_index=` the batch is one sample, and its positions are the rows of the output: a row is what the user calls a
-sample. Its individual gradient is that of its term of the loss, whatever entries it depends on.
+Under `sample_index=` the batch is one sample whose positions are the rows of the output; a row is what the user calls a
+sample. A row's individual gradient is that of its term of the loss, whatever inputs the term depends on.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from fxcurv.rules.base import rule_of
 from fxcurv.rules.sites import numeric_args
 from fxcurv.rules.traits import Slice, pointwise, sliced
 
-# value -> where the slices along one axis of the output are, and which of them (a slice of the axis has not all)
+# value -> (placement of the slices along one axis of the output, which of these slices it has)
 Known = dict[fx.Node, tuple[Placement, range]]
 WAY_OUT = 'Way out: sample="sequence"; or a loss that is a sum or mean of one term per position.'
 
 
 def tokens(program: Program) -> Program:
-    """Set `analysis.positions`, (number of positions, axis of classes or None), where gradients are wanted by token."""
+    """Set `analysis.positions`, (number of positions, axis of classes or None), if gradients by token are wanted."""
     if program.options.sample == "token" or program.options.sample_index is not None:
-        _find(program)
+        _find_samples(program)
     return program
 
 
-def _find(program: Program) -> None:
+def _find_samples(program: Program) -> None:
     merged = program.options.sample_index is not None
     how, other = (
         ("with sample_index=", "samples along a dimension") if merged else ('for sample="token"', 'sample="sequence"')
@@ -66,7 +66,7 @@ def _find(program: Program) -> None:
 
 
 def _find_rows(program: Program, head: fx.Node, asked: str) -> None:
-    """The rows of the output as samples."""
+    """Check that the rows of the output can be samples, and set `analysis.positions`."""
     shape, n = program.batch.shape(head.meta["val"], program.batch.size), program.batch.size
     if not shape or shape[0] != n:
         raise LossError(
@@ -104,7 +104,7 @@ def _find_positions(program: Program, head: fx.Node, asked: str) -> None:
 
 
 def _check_parameters(program: Program, head: fx.Node, asked: str) -> None:
-    """A parameter that meets the output in the loss would have a gradient past the output."""
+    """Refuse a loss in which a parameter meets the output: part of its gradient would not pass through the output."""
     past = descendants([head]) - {head}
     for node in ancestors([program.loss]):
         others = [i for i in node.all_input_nodes if node in past and is_active(i) and i not in past and i is not head]
@@ -116,7 +116,7 @@ def _check_parameters(program: Program, head: fx.Node, asked: str) -> None:
 
 
 def _axes(program: Program, head: fx.Node) -> list[tuple[int, Shard, int]]:
-    """(dimension, placement, size) of every axis of f besides the samples'; two of them may share their dimension."""
+    """(dimension, placement, size) of every axis of f besides the samples', whose dimension two of them may share."""
     where, shape, n = head.meta["place"], program.batch.shape(head.meta["val"]), program.batch.stand_in
     out = []
     for dim, size in enumerate(shape):
@@ -131,19 +131,19 @@ def _axes(program: Program, head: fx.Node) -> list[tuple[int, Shard, int]]:
 
 
 def _first_mixing(program: Program, head: fx.Node, at: Shard, size: int) -> tuple[fx.Node | None, bool]:
-    """(the first op between output and loss that joins slices along an axis other than in a sum, whether as classes)."""
+    """(the first op between output and loss that joins slices other than in a sum, whether as its classes)."""
     known: Known = {head: (at, range(size))}
     past = descendants([head])
     for node in ancestors([program.loss]):
         if node in past and node is not head:
-            known[node] = _placed(program, node, known)
+            known[node] = _place_output(program, node, known)
             if known[node][0] == MIXED:
-                return node, _over_classes(program, node, known)
+                return node, _takes_as_classes(program, node, known)
     return None if known[program.loss][0] == PARTIAL else program.loss, False
 
 
-def _over_classes(program: Program, node: fx.Node, known: Known) -> bool:
-    """Whether an op is a cross-entropy whose classes the slices are."""
+def _takes_as_classes(program: Program, node: fx.Node, known: Known) -> bool:
+    """Whether an op is a cross-entropy, and the slices are its classes."""
     rule, prediction = rule_of(node.target, program.rules), node.args[0]
     if not rule.is_loss or prediction not in known:
         return False
@@ -151,17 +151,17 @@ def _over_classes(program: Program, node: fx.Node, known: Known) -> bool:
     return isinstance(where, Shard) and where.dim == rule.class_axis(prediction.meta["val"].ndim)
 
 
-def _placed(program: Program, node: fx.Node, known: Known) -> tuple[Placement, range]:
-    """Where the slices are on an op's output, and which of them."""
+def _place_output(program: Program, node: fx.Node, known: Known) -> tuple[Placement, range]:
+    """(placement of the slices on an op's output, which of them it has)."""
     given = [known[i] for i in node.all_input_nodes if i in known]
     which = {of for where, of in given if isinstance(where, Shard)}
     val, (first, of) = node.meta["val"], given[0]
     if len(which) > 1 or not isinstance(val, Tensor):
-        return MIXED, of  # also slices of a different shift
+        return MIXED, of  # different slices meet, shifted ones for instance
     of = next(iter(which), of)
     args, shape = numeric_args(program, node, program.batch.stand_in), program.batch.shape(val)
     if sliced(node) and first == Shard((cut := Slice(*args)).dim % val.ndim):
-        return first, of[slice(cut.start, cut.end, cut.step)]  # some of them, each still apart
+        return first, of[slice(cut.start, cut.end, cut.step)]  # fewer slices, still apart
     sites: list[Site | None] = []
     for leaf in pytree.tree_leaves(canonical_args(node)):
         value = leaf.meta.get("val") if isinstance(leaf, fx.Node) else None

@@ -32,17 +32,17 @@ def verify(program: Program, after: str) -> None:
 
 
 def _check_placements(program: Program) -> None:
-    """Every value has its place across the parts of a batch, and every result the one that it is documented to have."""
+    """Check that every value has a placement across the parts of a batch, and every result the documented one."""
     for node in program.graph.nodes:
         if node.op != "output" and "across" not in node.meta:
             raise InternalError(f"after placements: {locate(node)} has no placement")
-    ours = [e for e in program.extensions if type(e).__module__.startswith("fxcurv.")]  # a user's need not say it
+    ours = [e for e in program.extensions if type(e).__module__.startswith("fxcurv.")]  # a user's need not declare it
     axes = {"grad": None, **{e.savefield: e.sample_axis for e in ours}}
-    some = {e.savefield for e in ours if getattr(e, "subsampling", None)}  # as many as were named, whatever the batch
+    some = {e.savefield for e in ours if getattr(e, "subsampling", None)}  # as many rows as samples are named
     for field in [f for f in axes if f in program.results and f not in program.borrowing]:
         axis = axes[field]
         allowed: tuple = (PARTIAL, REPLICATE) if axis is None else (Shard(axis), Alike(axis))
-        allowed += (REPLICATE,) if field in some or program.fixed else ()  # of a batch that is not split
+        allowed += (REPLICATE,) if field in some or program.fixed else ()  # the batch is not split
         for node in pytree.tree_leaves(program.results[field]):
             if node.meta["across"] not in (*allowed, MIXED):
                 raise InternalError(f"after placements: {field} is {node.meta['across']}, not {allowed}")

@@ -1,8 +1,8 @@
 """whole_batch: the batch as one sample, for quantities that are defined where samples interact.
 
-Every value that is computed from the inputs gets the placement `Whole`. The walk, the rules and
-the contractions then compute what they always do, at N = 1: the sum over samples in a definition has one term, the whole
-batch, whose f is all of the model's output.
+Every value that is computed from the inputs gets the placement `Whole`. The walk, the rules and the contractions then
+compute what they always do, at N = 1: the sum over samples in a definition has one term, the whole batch, whose f is
+all of the model's output.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from fxcurv.ir.specialise import specialise
 
 
 def whole_batch(program: Program) -> Program:
-    """Where samples interact, and all that is asked for is defined there, or there is but one: place all values anew.
+    """Place all values anew, with the batch as one sample, and make the batch size a number.
 
-    The batch size becomes a number.
+    Does so where samples interact and all that is asked for is defined there, or where there is only one sample.
     """
     if not program.options.alone:
         asked = [e for e in program.extensions if e.per_sample]
@@ -35,10 +35,10 @@ def whole_batch(program: Program) -> Program:
     if program.batch.symbols:
         program = specialise(program, n)
     program.batch = Batch(frozenset(), n, whole=True)
-    data = _from_inputs(program)
+    data = _values_from_inputs(program)
     for head in program.heads:
         if head not in data:  # a temperature, say, that the model returns beside its embeddings
-            data.add(_cloned(program, head))
+            data.add(_clone_head(program, head))
     inside = set(ancestors(program.heads))
     for node in program.graph.nodes:
         val = node.meta.get("val")
@@ -59,7 +59,7 @@ def _place(val: Any, from_inputs: bool, inside: bool) -> Placement:
     return Whole(0) if inside else PARTIAL
 
 
-def _from_inputs(program: Program) -> set[fx.Node]:
+def _values_from_inputs(program: Program) -> set[fx.Node]:
     """The values that are computed from inputs or targets."""
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     bound = zip(placeholders, program.inputs, strict=True)
@@ -70,8 +70,8 @@ def _from_inputs(program: Program) -> set[fx.Node]:
     return found
 
 
-def _cloned(program: Program, head: fx.Node) -> fx.Node:
-    """A copy of `head` in its place as an output: the sample-free part of the model ends before it."""
+def _clone_head(program: Program, head: fx.Node) -> fx.Node:
+    """Put a copy in the place of the output `head`: the sample-free part of the model ends before it."""
     inside = ancestors(program.heads)
     with program.graph.inserting_after(head):
         copy = program.graph.call_function(torch.ops.aten.clone.default, (head,))

@@ -1,4 +1,4 @@
-"""Which training samples a prediction owes to: influence functions, TracIn, TRAK.
+"""Training samples that a prediction is owed to: influence functions, TracIn, TRAK.
 
 ::
 
@@ -6,11 +6,11 @@
     curvature = attribution.curvature()  # EKFAC of the training data
     scores = attribution.influence(query_loader, curvature, damping=1e-3)  # [Q, N]
 
-Gradients are those of each sample's own loss, whether the loss is a sum or a mean over samples, and the curvature is of the
-mean of these losses. A score is large where training on the sample lowers the query's loss. Queries go in blocks, the batches of
-their loader: there is one pass over the training data for each, which holds the block's gradients, [block, *P], and no
-gradients of training samples beyond those of a batch. With `to=` a folder, scores go to a file, block after block, and
-the same call goes on behind the blocks that are there.
+Gradients are those of each sample's own loss, whether the loss is a sum or a mean over samples, and the curvature is of
+the mean of these losses. A score is large where training on the sample lowers the query's loss. Queries are taken in
+blocks, the batches of their loader. Each block takes one pass over the training data, which holds the block's
+gradients, [block, *P], and the training samples' gradients of one batch. With `to=` a folder, scores are written to a
+file, block after block, and the same call resumes after the blocks that are there.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from fxcurv.result import Result
 __all__ = ["Attribution", "margin"]
 
 Data = Iterable[Any]
-ROWS = 64  # of several files that are added up at a time
+ROWS = 64  # rows of several files that are added up at a time
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """sum_n log p_n / (1 - p_n) of the labels' probabilities, what TRAK explains of a classifier, [N, C] and [N]."""
+    """sum_n log(p_n / (1 - p_n)), p_n the labels' probabilities, which TRAK explains; [N, C] and [N]."""
     own = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
     others = logits.masked_fill(nn.functional.one_hot(labels, logits.shape[1]).bool(), -torch.inf)
     return (own - others.logsumexp(1)).sum()
@@ -61,7 +61,7 @@ class Attribution:
         options: those of `fxcurv.compile`.
 
     Raises:
-        ArgumentError: for an iterator, which could be gone over once.
+        ArgumentError: for an iterator, which can be gone over only once.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Attribution:
         self.model, self.loss, self._train = model, loss, train
         self._unpack, self._progress = unpack, progress
         self._options = {**options, "params": params}
-        self._compiled = self._of(loss)
+        self._compiled = self._compile(loss)
         self._programs: dict[Any, Compiled] = {}  # of queries, by measure and parameters
         self._weights: dict[Any, Weights] = {}
 
@@ -85,7 +85,7 @@ class Attribution:
         Args:
             extension: `EKFAC(fisher="empirical")` by default, or another one (`joint=True`: one block for weight and bias), or
                 `KFAC`, `KFLR`.
-            seed: of sampled columns.
+            seed: the seed of sampled columns.
         """
         extension = extension or EKFAC(fisher="empirical")
         result, n, factor = self._pass(self._compiled.asking([extension]), seed=seed)
@@ -99,9 +99,9 @@ class Attribution:
 
         Args:
             queries: a loader, whose batches are the blocks.
-            curvature: from `curvature()`, or any other `Blocks`, whose parameters alone count then; None: the identity.
+            curvature: from `curvature()`, or any other `Blocks`; only its parameters count then. None: the identity.
             damping: added to its eigenvalues.
-            measure: what of the queries is explained, as a loss; by default the loss.
+            measure: the function of the queries that is explained, in the form of a loss; by default the loss.
             to: a folder for `scores.npy`, which the result reads from (`numpy.memmap`), and the state of an interrupted call.
 
         Raises:
@@ -110,7 +110,7 @@ class Attribution:
         """
         inverse = curvature.inverse(damping) if curvature is not None else None
         names = list(curvature) if curvature is not None else None
-        vectors = _Held(self._compiled, names)
+        vectors = _VectorMemory(self._compiled, names)
 
         def scores(inputs: Any, targets: tuple) -> Tensor:
             grads = self._gradients(inputs, targets, measure, names)
@@ -133,15 +133,15 @@ class Attribution:
         """sum_t rates[t] <g_q, g_n> at the parameters of each checkpoint, [Q, N] (Pruthi et al. 2020, TracInCP).
 
         Args:
-            queries, measure, to: as for `influence`; a folder has one of these for each checkpoint.
-            checkpoints: state dicts of the model, or files with them. The model has its own values back in the end.
-            rates: the learning rate there.
+            queries, measure, to: as for `influence`; the folder gets a folder per checkpoint.
+            checkpoints: state dicts of the model, or files with them. In the end the model has its own values back.
+            rates: the learning rate at each checkpoint.
         """
         states = list(checkpoints)
         if len(states) != len(rates) or not states:
             raise ArgumentError(f"{len(states)} checkpoints and {len(rates)} rates: give one rate for each")
         parts: list[tuple[float, Tensor]] = []
-        with contextlib.closing(self._at(states)) as loaded:
+        with contextlib.closing(self._load_each(states)) as loaded:
             for k in loaded:
                 folder = Path(to) / f"checkpoint_{k}" if to is not None else None
                 parts.append((rates[k], self.influence(queries, measure=measure, to=folder)))
@@ -153,17 +153,17 @@ class Attribution:
     def features(
         self, dim: int, seed: int = 0, *, data: Data | None = None, measure: Any = None, to: Any = None, every: int = 100
     ) -> Tensor:  # fmt: skip
-        """The samples' gradients by a random projection, [N, dim]; see `fxcurv.extensions.Projected`.
+        """Random projections of the samples' gradients, [N, dim]; see `fxcurv.extensions.Projected`.
 
         Args:
             dim, seed: of the projection.
             data: a loader; by default the training data.
             measure: as for `influence`.
-            to: a folder for `projected_total.npy` and for the state of the pass, which the same call goes on from; rows in the
-                file are of the loss as it is reduced.
+            to: a folder for `projected_total.npy` and for the state of the pass, from which the same call resumes; rows
+                in the file are for the loss as it is reduced.
             every: how many batches lie between two states.
         """
-        compiled = self._compiled if measure is None else self._of(measure)
+        compiled = self._compiled if measure is None else self._compile(measure)
         result, _, factor = self._pass(compiled.asking([Projected(dim, seed, total=True)]), data, to=to, every=every)
         return result.projected_total if factor == 1 else result.projected_total * factor
 
@@ -171,22 +171,24 @@ class Attribution:
         self, queries: Data, dim: int, seed: int = 0, *, measure: Any = margin, damping: float = 0.0,
         models: Iterable[Any] | None = None, to: Any = None,
     ) -> Tensor:  # fmt: skip
-        """TRAK's scores, [Q, N] (Park et al. 2023, section 3): means over models of Phi_q (Phi^T Phi + damping I)^-1 Phi^T and R.
+        """TRAK's scores, [Q, N] (Park et al. 2023, section 3): Phi_q (Phi^T Phi + damping I)^-1 Phi^T times R.
 
-        Phi are the projected gradients of `measure`. R are the losses' derivatives in it with another sign, which for
-        cross-entropy and the margin are 1 - p_n: a loss has the gradient of the measure times -R, so projections show R.
+        Both factors are means over models. Phi are the projected gradients of `measure`. -R are the losses' derivatives
+        in the measure; for cross-entropy and the margin, R is 1 - p_n. A loss' gradient is -R times the measure's, so R
+        follows from the projections of both.
 
         Args:
             queries: a loader.
             dim, seed: of the projection, the same for all models.
-            measure: a sum over samples, as a loss, that the loss is a function of.
+            measure: a sum over samples, in the form of a loss; a sample's loss has to be a function of its term.
             damping: see above.
-            models: an ensemble: state dicts of the model, or files with them, none of which it keeps; None: the model as it is.
+            models: an ensemble: state dicts of the model, or files with them; None: the model as it is. In the end the
+                model has its own values back.
             to: a folder for `scores.npy`, which the result reads from, and for the features of each model.
         """
         ensemble: list[tuple[Tensor, Tensor]] = []
         slopes: list[Tensor] = []
-        with contextlib.closing(self._at(models)) as loaded:
+        with contextlib.closing(self._load_each(models)) as loaded:
             for k in loaded:
                 folders = [Path(to) / f"{kind}_{k}" if to is not None else None for kind in ("measure", "loss")]
                 phi = self.features(dim, seed, measure=measure, to=folders[0])
@@ -194,7 +196,7 @@ class Attribution:
                 of_losses = self.features(dim, seed, to=folders[1])
                 kernel = phi.t() @ phi + damping * torch.eye(dim, dtype=phi.dtype, device=phi.device)
                 ensemble.append((torch.linalg.solve(kernel, of_queries.t()).t(), phi))
-                # zero, where there is no gradient
+                # zero where there is no gradient
                 slopes.append(-((of_losses * phi).sum(1) / phi.square().sum(1)).nan_to_num())
         if not ensemble:
             raise ArgumentError("models is empty: pass a state dict at least, or None for the model as it is")
@@ -204,8 +206,8 @@ class Attribution:
 
     # ---- what they share ------------------------------
 
-    def _at(self, states: Iterable[Any] | None) -> Generator[int, None, None]:
-        """Load one state after another, and the model's own in the end; None: that alone."""
+    def _load_each(self, states: Iterable[Any] | None) -> Generator[int, None, None]:
+        """Load one state after another, yielding their numbers, and the model's own in the end; None: only its own."""
         if states is None:
             yield 0
             return
@@ -219,7 +221,8 @@ class Attribution:
         finally:
             self.model.load_state_dict(kept)
 
-    def _of(self, loss: Any) -> Compiled:
+    def _compile(self, loss: Any) -> Compiled:
+        """The model compiled with a loss, without extensions."""
         compiled = compile_model(self.model, loss, [], **self._options)
         compiled.alone("Attribution")
         return compiled
@@ -227,7 +230,7 @@ class Attribution:
     def _pass(
         self, compiled: Compiled, data: Data | None = None, *, to: Any = None, every: int = 100, seed: int = 0
     ) -> tuple[Result, int, int]:
-        """(the result over the data, their number N, the factor from its gradients to those of samples' own losses)."""
+        """(the result over the data, the number of samples, the factor from its gradients to single losses')."""
         totals = Totals(compiled, unpack=self._unpack, seed=seed, to=to)
         file = Path(to) / "pass.pt" if to is not None else None
         if file is not None and file.exists():
@@ -242,7 +245,7 @@ class Attribution:
         return result, n, 1 if weight is None else n
 
     def _batches(self, data: Data) -> Iterator[tuple[Any, tuple, int]]:
-        """(inputs, targets, mark) of those with samples."""
+        """(inputs, targets, mark) of each batch with samples."""
         for batch in data:
             inputs, targets = unpacked(self._compiled, batch, self._unpack)
             if self._compiled.arguments(inputs, *targets).batch_size:
@@ -252,7 +255,7 @@ class Attribution:
         """The gradients of queries, [q, *P] by name."""
         key = measure, tuple(names or ())
         if key not in self._programs:
-            of = self._compiled if measure is None else self._of(measure)
+            of = self._compiled if measure is None else self._compile(measure)
             self._programs[key] = of.asking([BatchGrad(params=names)])
         compiled = self._programs[key]
         result, arguments = compiled(inputs, *targets), compiled.arguments(inputs, *targets)
@@ -271,7 +274,7 @@ class Attribution:
             state["params"] = str(self._options["params"])
         file = Path(to) / "state.pt" if to is not None else None
         if file is not None and file.exists():
-            rows, state = _resumed(file, state)
+            rows, state = _resume(file, state)
         for k, (inputs, targets, own) in enumerate(self._batches(queries)):
             if k < len(state["marks"]):
                 if state["marks"][k] != own:
@@ -295,7 +298,7 @@ class Attribution:
 
 
 def _written(to: Any, total: int, rows_of: Callable[[slice], Tensor]) -> Tensor:
-    """Scores of `total` queries, some at a time; in a file of the folder `to`, if there is one."""
+    """Collect the scores of `total` queries, some at a time, in a file of the folder `to` if there is one."""
     rows = Rows(Path(to) / "scores.npy" if to is not None else None, 0)
     for start in range(0, total, ROWS):
         rows.add(rows_of(slice(start, start + ROWS)), None, start)
@@ -303,7 +306,7 @@ def _written(to: Any, total: int, rows_of: Callable[[slice], Tensor]) -> Tensor:
 
 
 def _check_even(weight: float | None, n: int) -> None:
-    """Refuse a mean whose samples do not count alike; `weight`: its denominator over n samples, None of a sum."""
+    """Refuse a mean whose samples do not count alike; `weight`: its denominator over n samples, None for a sum."""
     if weight is not None and abs(weight - n) > 1e-3 * n:
         raise LossError(
             "the loss is a mean in which samples have weights of their own, so a sample's gradient is not its own. Way out: a "
@@ -311,8 +314,8 @@ def _check_even(weight: float | None, n: int) -> None:
         )
 
 
-class _Held:
-    """Memory for the vectors of a block, which the program for it reads: other blocks are written into it."""
+class _VectorMemory:
+    """Memory for the vectors of a block, which a program reads: later blocks are written into it."""
 
     def __init__(self, compiled: Compiled, names: list[str] | None):
         self._compiled, self._names = compiled, names
@@ -320,7 +323,7 @@ class _Held:
         self._program: Compiled | None = None
 
     def of(self, vectors: dict[str, Tensor]) -> tuple[Compiled, int]:
-        """(the program of these vectors' inner products, their number); behind them it may have others."""
+        """(the program for inner products with these vectors, their number); it may have zero vectors after them."""
         count = len(next(iter(vectors.values())))
         if self._program is None or count > len(next(iter(self._memory.values()))):
             self._memory = {name: v.detach().clone().contiguous() for name, v in vectors.items()}
@@ -330,7 +333,7 @@ class _Held:
         return self._program, count
 
 
-def _resumed(file: Path, state: dict[str, Any]) -> tuple[Rows, dict[str, Any]]:
+def _resume(file: Path, state: dict[str, Any]) -> tuple[Rows, dict[str, Any]]:
     found = torch.load(file, weights_only=True)
     if any(found[key] != state[key] for key in ("asked", "model", "train", "params")):
         raise ArgumentError(
@@ -348,7 +351,7 @@ def _digest(curvature: Blocks | None) -> str:
 
 
 def _told(fn: Any) -> str:
-    """What tells a function or a loss module from another: its code, and what it holds."""
+    """A text that tells a function or a loss module from another: its code, and the values that it holds."""
     code = getattr(fn, "__code__", None)
     if code is None:
         held = {k: v for k, v in vars(fn).items() if not k.startswith("_")} if hasattr(fn, "__dict__") else {}

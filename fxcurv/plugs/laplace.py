@@ -1,7 +1,8 @@
 """Backends for laplace-torch: `Laplace(model, "classification", backend=FxcurvGGN)`.
 
-All of them are of the loss that laplace-torch defines: a sum over samples, halved for regression. What a program needs of a model
-is traced at the first batch and kept for the next. For a last layer, that layer alone is traced, on its features.
+All of them take the loss that laplace-torch defines: a sum over samples, halved for regression. Programs are traced at
+the first batch and kept for the next ones. For a last-layer approximation only the last layer is traced, on its
+features.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Flat(nn.Module):
 
 
 class Mapped(nn.Module):
-    """A model that takes one mapping, which is what is left of keyword arguments."""
+    """Calls a model that takes one mapping with its keyword arguments as that mapping."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -62,10 +63,10 @@ class Mapped(nn.Module):
 
 
 class FxcurvInterface(CurvatureInterface):
-    """What the backends share: individual gradients and Jacobians, by fxcurv; see `CurvatureInterface`."""
+    """Base of the backends: individual gradients and Jacobians by fxcurv; see `CurvatureInterface`."""
 
-    def _asked(self, x: Any, y: Tensor | None, *extensions: Extension, **call: Any) -> Result:
-        """The result of a program for these extensions; `y` None: without a loss."""
+    def _result_of(self, x: Any, y: Tensor | None, *extensions: Extension, **call: Any) -> Result:
+        """The result of a program for these extensions; without a loss if `y` is None."""
         mapped = isinstance(x, MutableMapping)
         if self.last_layer:
             with torch.no_grad():
@@ -89,35 +90,35 @@ class FxcurvInterface(CurvatureInterface):
 
     def jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         """(J [N, C, D], f)."""
-        result = self._asked(x, None, Jacobian(), create_graph=enable_backprop)
+        result = self._result_of(x, None, Jacobian(), create_graph=enable_backprop)
         f = result.output
         return self._vector({n: j.reshape(len(f), prod(f.shape[1:]), -1) for n, j in result.jacobian.items()}, 2), f
 
     def gradients(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
         """(individual gradients [N, D], the loss)."""
-        result = self._asked(x, y, BatchGrad())
+        result = self._result_of(x, y, BatchGrad())
         return self._vector(result.grad_batch, 1), result.loss
 
     def _diag(self, x: Any, y: Tensor, extension: Extension) -> tuple[Tensor, Tensor]:
-        result = self._asked(x, y, extension)
+        result = self._result_of(x, y, extension)
         return self.factor * result.loss, self.factor * self._vector(result[extension])
 
     def _kron(self, x: Any, y: Tensor, n: int, extension: Extension) -> tuple[Tensor, Kron]:
-        """Factors of which A is a mean over the batch, and B a sum: so A counts as its share of all `n` samples."""
+        """A is a mean over the batch, and B a sum, so A is scaled by the batch's share of all `n` samples."""
         if self.subnetwork_indices is not None:
             raise ArgumentError("Kronecker factors of a subnetwork do not exist: use a full or a diagonal Hessian")
-        result = self._asked(x, y, extension)
+        result = self._result_of(x, y, extension)
         factors = [_as_laplace(name, f, len(y) / n) for name, f in result[extension].items()]
         return self.factor * result.loss, self.factor * Kron(factors)
 
 
 class FxcurvGGN(FxcurvInterface, GGNInterface):
-    """The generalised Gauss-Newton, exact, or by `stochastic=True` with sampled columns; see `GGNInterface`."""
+    """The generalised Gauss-Newton, exact, or with sampled columns under `stochastic=True`; see `GGNInterface`."""
 
     def full(self, x: Any, y: Tensor, mc_samples: int | None = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """(loss, [D, D])."""
         root: Extension = SqrtGGNMC(mc_samples or self.num_samples) if self.stochastic else SqrtGGNExact()
-        result = self._asked(x, y, root)
+        result = self._result_of(x, y, root)
         rows = self._vector(result[root], 2).flatten(0, 1)
         return self.factor * result.loss, self.factor * rows.mT @ rows
 
@@ -151,7 +152,7 @@ class FxcurvHessian(FxcurvInterface):
 
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """(loss, [D, D])."""
-        result = self._asked(x, y, HMP())
+        result = self._result_of(x, y, HMP())
         eye = torch.eye(result.hessian.shape[0], dtype=result.loss.dtype, device=result.loss.device)
         found = result.hessian @ eye
         chosen = self.subnetwork_indices
@@ -163,7 +164,7 @@ class FxcurvHessian(FxcurvInterface):
 
 
 def _as_laplace(name: str, factors: Kronecker, share: float) -> list[Tensor]:
-    """[B, A share] in the order that the weight is flattened in; [B] of a bias."""
+    """[B, share A], or [share A, B], in the order in which the weight is flattened; [B] for a bias."""
     if len(factors) == 1:
         return [factors[0]]
     b, a = factors[0], share * factors[1]

@@ -13,8 +13,8 @@ With `make_private(..., grad_sample_mode="ghost")` the sum of clipped gradients 
 
 A training loop that is to stay as it is, with its `loss.backward()`, takes the engine of `fxcurv.backpack.opacus`.
 
-Opacus' optimizers take the gradients of each sample's own loss, whatever the reduction: of a mean, fxcurv's carry 1/N, which is
-undone here.
+Opacus' optimizers take the gradients of each sample's own loss, whatever the reduction. For a mean, fxcurv's gradients
+have a factor 1/N, which is undone here.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class GradSamples(_OfOwnLoss):
         super().__init__(model, loss, BatchGrad(), options)
 
     def __call__(self, inputs: Any, *targets: Any) -> Result:
-        """Compute and write; returns the result, of the loss as it is.
+        """Compute and write the gradients; return the result, for the loss as it is.
 
         Raises:
             LossError: for a loss that is neither a sum nor a mean over samples.
@@ -131,7 +131,7 @@ class ClippedGradients(_OfOwnLoss):
 
 
 def add_rows(p: Any, rows: Tensor) -> None:
-    """`p.grad_sample` of one more batch, as Opacus keeps several."""
+    """Add one more batch to `p.grad_sample`, which is a list for several, as in Opacus."""
     before = getattr(p, "grad_sample", None)
     p.grad_sample = rows if before is None else [*before, rows] if isinstance(before, list) else [before, rows]
 

@@ -1,4 +1,4 @@
-"""Rules: how a cotangent passes an op. A file per family of ops; each registers its own."""
+"""Rules: how a cotangent passes an op. One file per family of ops; importing a file registers its rules."""
 
 from fxcurv.rules import (  # noqa: F401
     attention,

@@ -1,4 +1,4 @@
-"""Attention: in its mathematics, products and a softmax, whose own rules do the rest (any order of derivative); or fused."""
+"""Attention: as products and a softmax, whose rules give derivatives of any order, or as a fused kernel."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def mathematics(q, k, v, mask=None, dropout_p=0.0, is_causal=False, *, scale=Non
         scores = torch.where(mask, scores, -torch.inf)
     elif mask is not None:
         scores = scores + mask
-    # a query that may attend to nothing gets zeros, as PyTorch's kernels give
+    # a query that may attend to nothing gets zeros, as in PyTorch's kernels
     p = torch.softmax(scores, -1) if mask is None or is_causal else aten._safe_softmax.default(scores, -1)
     if dropout_p > 0:
         p = aten.native_dropout.default(p, dropout_p, True)[0]
@@ -39,7 +39,7 @@ rewrite(aten.scaled_dot_product_attention.default)(mathematics)
 
 @register(aten.scaled_dot_product_attention.default)
 class Attention(Rule):
-    """Until `fuse` has said it otherwise; `Mixed` also where a parameter enters it beside samples, which is left to products."""
+    """Attention before `fuse`; `Mixed` also if a parameter enters beside samples: its products are placed instead."""
 
     name = "attention"
 
@@ -56,14 +56,14 @@ class Attention(Rule):
             return REPLICATE if all(s.place == REPLICATE for s in rest) else MIXED
         place, *others = decisive
         free = any(s.active and s.place == REPLICATE for s in (*inputs, *rest))
-        # along positions they attend to each other, and several heads of queries share one of keys
+        # positions attend to each other, and several query heads may share a key head
         apart = place.dim < len(shape) - 2 and all(s.shape[place.dim] == shape[place.dim] for s in sharded)
         return MIXED if free or others or not apart else place
 
 
 @register(aten._scaled_dot_product_flash_attention_for_cpu.default)
 class FlashOnCPU(Attention):
-    """(y, logarithms of the sums of exponentials, which nothing differentiable reads); q [B, H, T, D], k and v [B, H', S, D]."""
+    """(y, log-sum-exp, which nothing differentiable reads); q [B, H, T, D], k and v [B, H', S, D]."""
 
     def formula(self, op, args):
         q, k, v, dropout, causal, mask, scale = args
@@ -71,7 +71,7 @@ class FlashOnCPU(Attention):
         return y, q.new_zeros(q.shape[:3])
 
     def transpose(self, call: Call, wrt, g):
-        """The columns are more of the batch: views, where one of the two has size one."""
+        """Columns join the batch dimension; the inputs are not copied if one of the two has size one."""
         q, k, v, dropout, causal, mask, scale = call.args
         columns = g[0].shape[0]
 
@@ -86,17 +86,17 @@ class FlashOnCPU(Attention):
         return [found[i].unflatten(0, (columns, -1)) for i in wrt]
 
 
-def _products(q, k, v, number: tuple[int, int]) -> int:
-    """Operations of `number` products [T, D] by [D, S], and as many with the features of `v`."""
+def _product_flops(q, k, v, number: tuple[int, int]) -> int:
+    """FLOPs of number[0] products [T, D] by [D, S], and of number[1] with the features of `v` in place of D."""
     return 2 * prod(q[:3]) * k[2] * (number[0] * q[3] + number[1] * v[3])
 
 
-if aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:  # as PyTorch counts the kernels for CUDA
+if aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:  # counted as PyTorch counts the CUDA kernels
 
     @register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)
     def _forward_flops(q, k, v, *args, out_shape=None, **kwargs) -> int:
-        return _products(q, k, v, (1, 1))
+        return _product_flops(q, k, v, (1, 1))
 
     @register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)
     def _backward_flops(g, q, k, v, *args, out_shape=None, **kwargs) -> int:
-        return _products(q, k, v, (3, 2))
+        return _product_flops(q, k, v, (3, 2))

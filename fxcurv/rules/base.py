@@ -1,4 +1,4 @@
-"""What a rule is, the registry of rules, and the general fallback that every op without a rule gets."""
+"""The class `Rule`, which is also the fallback for ops without a rule of their own, and the registry of rules."""
 
 from __future__ import annotations
 
@@ -32,53 +32,53 @@ class Rule:
     """Whether the op has no curvature where it is differentiable."""
 
     elementwise = False
-    """Whether an entry of the output is a function of the entries at its place of the (broadcast) arguments alone."""
+    """Whether each entry of the output depends only on the entries of the (broadcast) arguments at the same place."""
 
     in_order = False
-    """Whether the output's entries are those of argument 0, in its row-major order."""
+    """Whether the output has the entries of argument 0, in the same row-major order."""
 
     shifts = False
-    """Whether the op adds something to argument 0: the derivative in it is one, but for broadcasting."""
+    """Whether the op adds something to argument 0, so that its derivative in argument 0 is one, up to broadcasting."""
 
     picks = False
-    """Whether the outputs are (entries of argument 0, where along its last axes, flattened, each is)."""
+    """Whether the outputs are (entries of argument 0, the index of each in its last axes, flattened)."""
 
     is_loss = False
     """Whether the op is a loss whose Hessian has a root in closed form (`LossRule`)."""
 
     d2: Callable | None = None
-    """Of an elementwise op, f''(x) as `d2(x, y, *constants)` in argument 0, where it is known and not zero."""
+    """Second derivative of an elementwise op in argument 0, `d2(x, y, *constants)`; None if it is zero or unknown."""
 
     def linear(self, active: Sequence[int]) -> bool:
         """Whether the op is linear in the arguments at the positions `active` jointly."""
         return False
 
     def place(self, sites: Sequence[Site | None], args: tuple, shape: tuple[int, ...], n: int) -> Placement | None:
-        """The output's placement; None: unknown, it is probed. Sizes in `args` have N replaced by `n`."""
+        """The output's placement, for `shape` and `args` at N = `n`; None if unknown: then the op is tried."""
         return None
 
     def places(self, program: Any, node: Any, vals: list[Any], place_of: Callable) -> list[Placement] | None:
-        """The placements of all outputs, for an op that is followed through ops of its own; None: `place` says them."""
+        """All outputs' placements, for an op whose own graph is followed op by op; None for ops that have `place`."""
         return None
 
     def mixed_axes(self, args: tuple) -> int | None:
-        """How many of the last axes of argument 0 the op mixes, acting on each slice over them alone; None: not known."""
+        """k, if the op acts on each slice over the last k axes of argument 0 by itself; None if no such k is known."""
         return 0 if self.elementwise else None
 
     def class_axis(self, ndim: int) -> int | None:
-        """Of a loss: the axis of classes, None where every entry is a prediction of its own."""
+        """The class axis of a loss; None if every entry is a prediction of its own."""
         return None
 
     def restrided(self, view: Tensor, args: tuple, shape: tuple[Any, ...]) -> Tensor | None:
-        """What the op makes of a view, by strides alone; None where it does more.
+        """The op applied to `view` by changing strides alone; None if the op does more than that.
 
         Raises:
-            RuntimeError: the strides of this view do not allow it.
+            RuntimeError: if the strides of this view do not allow it.
         """
         return None
 
     def formula(self, op: Callable, args: Sequence[Any]) -> Any:
-        """The op's outputs in a form whose second derivative PyTorch gets right (default: the op itself)."""
+        """The op's outputs, in a form that PyTorch differentiates twice correctly (default: the op itself)."""
         return floats(invoke(op, args))
 
     def transpose(self, call: Call, wrt: tuple[int, ...], g: Any) -> Sequence[Tensor]:
@@ -95,7 +95,7 @@ class Rule:
         return torch.vmap(pull)(g)
 
     def factors(self, call: Call, position: int, g: Any) -> Factor:
-        """P of the argument at `position` in factored form: the op's own derivative, sample by sample."""
+        """P of the argument at `position` in factored form; by default from the op's derivative, sample by sample."""
         leaves, spec = pytree.tree_flatten(call.args)
         sharded = [i for i, p in enumerate(call.places) if isinstance(p, Shard) and isinstance(leaves[i], Tensor)]
         slices = [samples_first(leaves[i], call.places[i]) for i in sharded]
@@ -113,14 +113,14 @@ class Rule:
 
         alone = replaced(fixed, sharded, [s[0] for s in slices])
         if serves_alone(call, alone, [t[0, 0] for t in g]):
-            with contextlib.suppress(*FAILURES):  # some ops notice the missing samples in their backward only
+            with contextlib.suppress(*FAILURES):  # some ops fail on a single sample only in their backward
                 p = torch.vmap(one, in_dims=(1, *[0] * len(slices)))(g, *slices)
-                return Explicit(p.movedim(0, 1))  # not by out_dims, where vmap expands a constant result wrongly
-        return Explicit(_one_hot(call, position, g))
+                return Explicit(p.movedim(0, 1))  # not by out_dims: vmap then expands a constant result wrongly
+        return Explicit(_factor_by_one_hot(call, position, g))
 
 
 def _samples_first(call: Call, ys: Sequence[Tensor], lead: int = 0) -> tuple[Tensor, ...]:
-    """The op's outputs (behind `lead` axes) as [*lead, N, *slice]; one without samples is the same for all."""
+    """The op's outputs (behind `lead` axes) as [*lead, N, *slice]; an output without samples is expanded."""
     places = call.outs or (call.place,) * len(ys)
     pairs = list(zip(ys, places, strict=False))
     sharded = [samples_first(y, p, lead) for y, p in pairs if isinstance(p, Shard)]
@@ -133,9 +133,9 @@ def _samples_first(call: Call, ys: Sequence[Tensor], lead: int = 0) -> tuple[Ten
 
 
 def serves_alone(call: Call, leaves: Sequence[Any], like: Sequence[Tensor]) -> bool:
-    """Whether the op on one sample's slices, `leaves`, gives that sample's outputs, of shapes as `like`.
+    """Whether the op runs on one sample's slices, `leaves`, and gives outputs of the shapes of `like`.
 
-    It does not where an axis or an index of another argument meets the axis of the samples.
+    It does not if another argument has an axis, or an index, that refers to the sample axis.
     """
     if not call.alone:
         return False
@@ -147,8 +147,8 @@ def serves_alone(call: Call, leaves: Sequence[Any], like: Sequence[Tensor]) -> b
     return [o.shape for o in out] == [t.shape for t in like]
 
 
-def _one_hot(call: Call, position: int, g: tuple[Tensor, ...]) -> Tensor:
-    """P [V, N, *P] from cotangents `g` [V, N, *y]: the whole batch's derivative, for one sample's cotangents at a time."""
+def _factor_by_one_hot(call: Call, position: int, g: tuple[Tensor, ...]) -> Tensor:
+    """P [V, N, *P] from cotangents `g` [V, N, *y]: the batch's transpose, of one sample's cotangents at a time."""
     leaves, spec = pytree.tree_flatten(call.args)
 
     def op(h):
@@ -170,18 +170,18 @@ def floats(out: Any) -> tuple[Tensor, ...]:
 
 
 FAILURES = (RuntimeError, ValueError, IndexError)
-"""What ops raise at arguments that they do not take."""
+"""The exceptions that ops raise for arguments that they do not accept."""
 
 FALLBACK = Rule()
 
 RULES: dict[Callable, Rule] = {}
 
 AGAIN: dict[Callable, Rule] = {}
-"""Rules of plain ops, for those whose registered rule is a kernel that has no derivative, or none by all that it reads."""
+"""Rules in plain ops, to replace registered rules whose kernels are not differentiable in all that they read."""
 
 REWRITES: dict[Callable, Callable] = {}
 
-# How ops that reduce over samples inside are said in sums over samples, where these are on several ranks.
+# Op that reduces over samples internally -> a function that does so by explicit sums, for samples on several ranks.
 SUMS: dict[Callable, Callable] = {}
 
 
@@ -203,7 +203,7 @@ def register(*ops: Callable, rule: Rule | None = None):
 
 
 def rewrite(*ops: Callable):
-    """Register a function of the same arguments as an op that says the op in other ops (an equation)."""
+    """Register a function of the same arguments as an op that computes the op by other ops (an equation)."""
 
     def add(fn):
         for op in ops:
@@ -216,11 +216,11 @@ def rewrite(*ops: Callable):
 
 
 def is_op(target: Any) -> bool:
-    """Whether a node calls an op: PyTorch's, or a function that brings its rule."""
+    """Whether a node's target is an op of PyTorch, or a function that has its own rule."""
     return isinstance(target, OpOverload) or hasattr(target, "rule")
 
 
 def rule_of(op: Callable, local: dict[Callable, Rule]) -> Rule:
-    """The rule of an op: the user's own, the registered one, the one that a custom function brings, or the fallback."""
+    """The first of: the user's rule for the op, the registered one, a custom function's own, the fallback."""
     own: Rule = getattr(op, "rule", FALLBACK)
     return local.get(op) or RULES.get(op) or own

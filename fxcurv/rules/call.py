@@ -21,9 +21,10 @@ from fxcurv.ir.program import Program, place
 class Call:
     """One op call as a traced rule sees it: canonical positional `args` and output `y` (tensors), placements (static).
 
-    `places` and `sizes` go with the flattened `args`; `sizes` holds, for arguments that depend on the batch size, their
-    value at N = 1 (None elsewhere). `place` is that of the first output with samples, `outs` those of all floating-point
-    outputs. `alone`: whether the op on one sample's slices gives that sample's outputs, as far as trying it has shown.
+    `places` and `sizes` are parallel to the flattened `args`; `sizes` holds the values at N = 1 of arguments that
+    depend on the batch size, None for others. `place` is the placement of the first output with samples, `outs` are
+    those of all floating-point outputs. `alone`: False if a trial has shown that the op on one sample's slices does
+    not give that sample's outputs.
     """
 
     op: Callable
@@ -60,7 +61,7 @@ def call_of(program: Program, node: fx.Node) -> Call:
 
 
 def place_of_outputs(node: fx.Node) -> Placement:
-    """The placement of an op's output; of several, that of the first with samples."""
+    """The placement of an op's output; of several outputs, the first with samples counts."""
     where = node.meta["place"]
     if not isinstance(where, list):
         return where
@@ -80,13 +81,13 @@ def _size_at_one(program: Program, leaf: Any) -> int | None:
 
 
 def outputs_of(program: Program, node: fx.Node) -> tuple[fx.Node | None, ...]:
-    """The outputs of an op with several, as nodes (dead ones are removed later)."""
+    """The outputs of an op with several outputs, as nodes (dead ones are removed later)."""
     read = {u.args[1]: u for u in node.users if u.target is operator.getitem}
     vals = enumerate(node.meta["val"])
-    return tuple(read.get(k) or (_item(program, node, k, v) if isinstance(v, Tensor) else None) for k, v in vals)
+    return tuple(read.get(k) or (_make_item(program, node, k, v) if isinstance(v, Tensor) else None) for k, v in vals)
 
 
-def _item(program: Program, node: fx.Node, k: int, val: Tensor) -> fx.Node:
+def _make_item(program: Program, node: fx.Node, k: int, val: Tensor) -> fx.Node:
     with program.graph.inserting_after(node):
         item = program.graph.call_function(operator.getitem, (node, k))
     item.meta = {"val": val, "origin": origin_of(node, "forward"), "active": True, "place": node.meta["place"][k]}

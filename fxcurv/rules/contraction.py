@@ -61,7 +61,7 @@ class Contraction(Rule):
 
     @staticmethod
     def _label(labels, dim, ndim):
-        """The label of axis `dim`; the axis itself when it lies under the dots."""
+        """The label of axis `dim`, or `dim` itself if it is one of the axes of "."."""
         named = labels.replace(".", "")
         dots = ndim - len(named)
         return dim if "." in labels and dim < dots else named[dim - dots]
@@ -75,7 +75,7 @@ class Contraction(Rule):
         return equation.replace(".", "...")
 
     def _fits(self, call: Call):
-        """Whether every operand has the axes of the equation: `linear` also takes a weight [i]."""
+        """Whether every operand has the equation's axes; `linear`, for one, also takes a weight [i]."""
         return all(call.args[p].ndim >= len(labels.replace(".", "")) for p, labels in self.labels.items())
 
     def transpose(self, call: Call, wrt, g):
@@ -96,10 +96,10 @@ class Contraction(Rule):
         return out
 
     def _product(self, g, other, out, theirs, mine):
-        """einsum of g with columns V in front; V joins the leading rows where a plain matmul does."""
+        """The einsum with g, whose first axis is V; as a matmul, with V among the rows, if `mine` has leading axes."""
         if "." in mine:
             weight = other if theirs[0] == out[-1] else other.t()
-            rows = g.reshape(prod(g.shape[:-1]), g.shape[-1])  # matmul itself repeats the weight where g is strided
+            rows = g.reshape(prod(g.shape[:-1]), g.shape[-1])  # for a strided g, matmul would repeat the weight
             return torch.mm(rows, weight).reshape(*g.shape[:-1], weight.shape[1])
         return torch.einsum(f"v{out},{theirs}->v{mine}", g, other)
 
@@ -111,7 +111,7 @@ class Contraction(Rule):
         x, place = call.args[other], call.places[other]
         if "." in mine or not isinstance(place, Shard) or not self._fits(call):
             return super().factors(call, position, g)
-        if self._label(theirs, place.dim, x.ndim) in [*mine]:  # a parameter with the samples' axis
+        if self._label(theirs, place.dim, x.ndim) in [*mine]:  # a parameter with a sample axis
             return super().factors(call, position, g)
         # axes of the parameter: shared with both (groups), with the output (o), with the other operand (i)
         named = theirs.replace(".", ""), out.replace(".", "")
@@ -135,7 +135,7 @@ def _bias_factor(call: Call, position: int, g):
 
 
 def _group_axes(t, labels, groups, features, lead):
-    """[*lead, *labels] -> [*lead, S, K, F]: shared positions, groups and features, each flattened to one axis."""
+    """[*lead, *labels] -> [*lead, S, K, F]: shared positions, groups and features, each as one axis."""
     named = labels.replace(".", "")
     dots = t.ndim - lead - len(named)
     axis = {c: lead + dots + k for k, c in enumerate(named)}

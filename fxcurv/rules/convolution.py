@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 @register(aten.convolution.default)
 class Convolution(Rule):
-    """y = x * w + b; the samples are in the batch dimension."""
+    """y = x * w + b, with samples in the batch dimension."""
 
     name = "convolution"
 
@@ -38,18 +38,18 @@ class Convolution(Rule):
         if 0 in wrt:
             like = x.new_empty(()).expand(v * b, *x.shape[1:])
             mask = [True, False, False]
-            if channels_last(x):  # `like` has no layout of its own, so the weight says which one the result has
+            if channels_last(x):  # `like` has no layout, so that of the weight determines the result's
                 weight = weight.contiguous(memory_format=torch.channels_last)
             gx = aten.convolution_backward.default(g.flatten(0, 1), like, weight, None, *conv, mask)[0]
             out[0] = gx.unflatten(0, (v, b))
         if 1 in wrt:
-            out[1] = torch.stack([self._weight(x, weight, conv, g[k]) for k in range(v)])
+            out[1] = torch.stack([self._weight_gradient(x, weight, conv, g[k]) for k in range(v)])
         if 2 in wrt:
             out[2] = g.sum([1, *range(3, g.ndim)])
         return [out[i] for i in wrt]
 
     @staticmethod
-    def _weight(x, weight, conv, g):
+    def _weight_gradient(x, weight, conv, g):
         return aten.convolution_backward.default(g, x, weight, None, *conv, [False, True, False])[1]
 
     def factors(self, call: Call, position: int, g) -> Factor:
@@ -88,8 +88,8 @@ def _rewrite_conv(dims: int):
     return conv, same, transposed
 
 
-def _batched(dims: int, convolve):
-    """`convolve` also on one image without an axis of samples."""
+def _allow_unbatched(dims: int, convolve):
+    """`convolve` that also takes one image without a batch dimension."""
 
     def either(x, *args, **kwargs):
         if x.ndim == dims + 2:
@@ -100,7 +100,7 @@ def _batched(dims: int, convolve):
 
 
 for _d in (1, 2, 3):
-    _conv, _same, _transposed = (_batched(_d, f) for f in _rewrite_conv(_d))
+    _conv, _same, _transposed = (_allow_unbatched(_d, f) for f in _rewrite_conv(_d))
     _packet, _back = getattr(aten, f"conv{_d}d"), getattr(aten, f"conv_transpose{_d}d")
     rewrite(_packet.default)(_conv)
     rewrite(_packet.padding)(_same)

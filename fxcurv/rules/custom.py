@@ -1,15 +1,15 @@
-"""Custom `torch.autograd.Function`s: their forward is one op of the graph, their own backward its transpose.
+"""Custom `torch.autograd.Function`s: the forward is one op of the graph, the backward its transpose.
 
-Export would differentiate through a forward, which is what such a function is there to replace. So while a model is
-captured, the `forward` of every subclass (not `apply`: a bound `f = Round.apply` escapes any patch of it) is
-replaced by one op, `fxcurv::custom_function`, and each of its nodes then gets a `Custom` for a target:
+Export would trace through the forward and lose the backward. So during capture, the `forward` of every subclass is
+replaced by one op, `fxcurv::custom_function` (not `apply`: a bound `f = Round.apply` would escape a patch). Each of its
+nodes then gets a `Custom` as its target:
 
     forward    y = forward(ctx, x)                     user's Python, on whatever tensors it is called with
     transpose  backward(ctx of forward(x), g)          a graph, made by tracing, in which x, y and g are inputs
 
-Calls of a `Custom` can be differentiated by `torch.func` like those of any op, through the function's backward and that
-backward's own derivative, so the general rule serves it. Samples are followed op by op through both graphs.
-What has no such meaning is refused by name: `CustomFunctionError`.
+The general rule applies, because `torch.func` differentiates calls of a `Custom` by the function's backward, and twice
+by the derivative of that backward. Samples are followed op by op through both graphs. A function for which this is not
+sound is refused by a `CustomFunctionError`.
 """
 
 from __future__ import annotations
@@ -48,28 +48,28 @@ WAY_OUT = (
 )
 
 KINDS: list[Custom] = []
-"""The functions that the running capture has met, by the number that their op carries."""
+"""The functions that the running capture has met; their op holds the index."""
 
 
 @torch.library.custom_op("fxcurv::custom_function", mutates_args=())
 def custom_function(xs: list[Tensor], sizes: list[int], kind: int) -> list[Tensor]:
-    """A call of a custom function, while a model is captured; `kind` is its place in `KINDS`."""
+    """A call of a custom function during capture; `kind` is the function's index in `KINDS`."""
     return [y.clone() for y in KINDS[kind].run([*xs, *sizes]).tensors]
 
 
 @custom_function.register_fake
 def _(xs, sizes, kind):
-    with no_torch_functions():  # where export notes that gradients are switched on and off
+    with no_torch_functions():  # by which export would record that gradients are switched on and off
         ran = KINDS[kind].run([*xs, *sizes])
     KINDS[kind].last = ran
     return [torch.empty_like(y) for y in ran.tensors]
 
 
-# ---- what a function is given, and gives ------------------------------
+# ---- arguments and outputs of a function ------------------------------
 
 
 class _Context:
-    """The `ctx` of a function, by itself."""
+    """Stands in for the `ctx` of a function."""
 
     def __init__(self, needs: tuple[bool, ...]):
         self.needs_input_grad = needs
@@ -80,7 +80,7 @@ class _Context:
         self.saved_tensors = tensors
 
     def save_for_forward(self, *tensors: Tensor | None) -> None:
-        """Of no meaning here: nothing runs in forward mode."""
+        """Has no effect: nothing runs in forward mode."""
 
     def mark_non_differentiable(self, *tensors: Tensor) -> None:
         self._constant = tensors
@@ -89,21 +89,21 @@ class _Context:
         raise _Refused("writes to its input in place (mark_dirty), which is not kept")
 
     def set_materialize_grads(self, value: bool) -> None:
-        """Of no effect: gradients are always tensors, zeros where an output is not read."""
+        """Has no effect: gradients are always tensors, zeros where an output is not read."""
 
     def exchange(self, new: dict[int, Tensor]) -> None:
-        """Have what the function keeps read other tensors, by the identity of those that it kept."""
+        """Replace tensors that the function has kept, by their identity."""
         swap = lambda t: new.get(id(t), t) if isinstance(t, Tensor) else t  # noqa: E731
         for name, value in vars(self).items():
             setattr(self, name, pytree.tree_map(swap, value))
 
 
 class _Refused(Exception):
-    """Why a function cannot be kept."""
+    """The reason why a function cannot be kept."""
 
 
 class _Ran:
-    """One run of a forward: the `ctx` that it leaves, and its outputs, tensors and others."""
+    """One run of a forward: its `ctx` afterwards, and its outputs, tensors and others."""
 
     def __init__(self, ctx: _Context, out: Any):
         self.ctx, self.out = ctx, out
@@ -115,14 +115,14 @@ class _Ran:
 
 
 class Custom:
-    """A call of the function `cls`, as the target of a node: a function of the tensors and sizes among its arguments.
+    """A call of the function `cls`, as the target of a node; takes the tensors and sizes among its arguments.
 
     Attributes:
-        needs: by argument of `apply`, whether a gradient is asked for.
-        single: whether it returns one tensor, not a tuple.
-        rule: the general rule; it knows whether the backward is the same at every input.
-        forward, backward: their graphs, once they are traced: (x) -> y, and (x, x, y, g) -> gradients of x. The first x
-            is what the function computes from in its forward and keeps, the second what it keeps as it is.
+        needs: for each argument of `apply`, whether it requires a gradient.
+        single: whether the function returns one tensor, not a tuple.
+        rule: the general rule, which here knows whether the backward is the same at every input.
+        forward, backward: their traced graphs: (x) -> y, and (x, x, y, g) -> gradients of x. The
+            function's intermediate values are computed from the first x; the inputs that it saves are the second.
         linear: whether the backward is linear in g.
     """
 
@@ -131,8 +131,8 @@ class Custom:
         self.__name__ = self.__qualname__ = cls.__name__
         self.__module__ = "fxcurv.custom"
         leaves, self._spec = pytree.tree_flatten(args)
-        self._given = [_kind_of(leaf) for leaf in leaves]
-        self._others = [None if kind else leaf for leaf, kind in zip(leaves, self._given, strict=True)]
+        self._kinds = [_kind_of(leaf) for leaf in leaves]
+        self._constants = [None if kind else leaf for leaf, kind in zip(leaves, self._kinds, strict=True)]
         self.needs = tuple(isinstance(a, Tensor) and a.requires_grad for a in args)
         self._tops = [k for k, a in enumerate(args) if isinstance(a, Tensor)]
         first = [sum(isinstance(t, Tensor) for a in args[:k] for t in pytree.tree_leaves(a)) for k in self._tops]
@@ -147,20 +147,20 @@ class Custom:
         self.linear = self.smooth = True
 
     def key(self, vals: Sequence[Any]) -> Any:
-        """Equal for calls that are traced to the same graphs."""
+        """A key that is equal for calls with equal graphs."""
         kinds = tuple((layout(v), v.dtype, v.device) if isinstance(v, Tensor) else str(v) for v in vals)
         key = (
             self.cls,
             str(self._spec),
-            tuple(self._given),
-            tuple(map(_constant_key, self._others)),
+            tuple(self._kinds),
+            tuple(map(_constant_key, self._constants)),
             self.needs,
             kinds,
         )
         return key
 
     def refused(self, why: str, way_out: str = "", where: str = "") -> CustomFunctionError:
-        """The error that says why this function is not kept."""
+        """The error for a function that is not kept, with the reason."""
         out = f"Way out: {way_out}." if way_out else WAY_OUT
         return CustomFunctionError(f"{where}the custom autograd function '{self.cls.__qualname__}' {why}.\n{out}")
 
@@ -182,13 +182,13 @@ class Custom:
         except _Refused as error:
             raise self.refused(str(error)) from None
         except Exception as error:
-            raise self.refused(f"cannot be traced, its forward fails: {_short(error)}") from error
+            raise self.refused(f"cannot be traced, its forward fails: {_summary(error)}") from error
         return _Ran(ctx, out)
 
     def _arguments(self, leaves: Sequence[Any]) -> tuple:
         tensors, sizes = (iter([v for v in leaves if isinstance(v, Tensor) is is_]) for is_ in (True, False))
         given = {"tensor": tensors, "size": sizes}
-        full = [next(given[k]) if k else o for k, o in zip(self._given, self._others, strict=True)]
+        full = [next(given[k]) if k else o for k, o in zip(self._kinds, self._constants, strict=True)]
         return tuple(pytree.tree_unflatten(full, self._spec))
 
     def __call__(self, *leaves: Any) -> Any:
@@ -198,7 +198,7 @@ class Custom:
     # -- tracing
 
     def trace(self, program: Program, node: fx.Node) -> None:
-        """Set the graphs at the node's values."""
+        """Trace the graphs at the node's values, unless they are traced."""
         vals = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
         key = self.key(vals)
         if key == self._traced:
@@ -207,7 +207,7 @@ class Custom:
         ys = [out] if self.single else list(out)
         where, origin = f"{locate(node)}\n", origin_of(node, "forward")
         with saying(self, where):
-            self.forward = _graph(program, lambda *leaves: _apart(self.run(leaves).tensors, leaves), vals, origin)
+            self.forward = _graph(program, lambda *leaves: _as_views(self.run(leaves).tensors, leaves), vals, origin)
             _check(self, where, self.forward)
             if is_active(node) and any(self.needs):
                 self.backward = _graph(program, self._backward, [*vals, *vals, *ys, *ys], origin)
@@ -217,8 +217,8 @@ class Custom:
             self._learn(program)
 
     def _backward(self, *flat: Any) -> list[Tensor | None]:
-        """Gradients of the tensors among the arguments, from (x, x, y, g)."""
-        n = sum(k is not None for k in self._given)
+        """The gradients of the tensors among the arguments, from (x, x, y, g)."""
+        n = sum(k is not None for k in self._kinds)
         first, second, rest = flat[:n], flat[n : 2 * n], flat[2 * n :]
         ys, gs = rest[: len(rest) // 2], list(rest[len(rest) // 2 :])
         ran = self.run(first)
@@ -238,10 +238,10 @@ class Custom:
         return tensors
 
     def _learn(self, program: Program) -> None:
-        """Whether the backward is linear in g, the same at every x, and reads of x what can be differentiated once more."""
+        """Set properties of the backward: linear in g, the same at every x, differentiable once more."""
         assert self.backward is not None
         given = [n for n in self.backward.graph.nodes if n.op == "placeholder"]
-        n = sum(k is not None for k in self._given)
+        n = sum(k is not None for k in self._kinds)
         outs = (len(given) - 2 * n) // 2
         reaches = lambda start: _reaches(self.backward.graph, set(start))  # noqa: E731
         self.keeps_inside = reaches(given[:n])
@@ -249,16 +249,16 @@ class Custom:
         self.once = _is_once(_original(self.cls, "backward")) or self.nested
         self.smooth = self.once or reaches(given[: 2 * n + outs])
         gs = given[2 * n + outs :]
-        self.linear = _is_linear(program, self.backward.graph, gs) or _tried_linear(program, self.backward, gs)
+        self.linear = _is_linear(program, self.backward.graph, gs) or _seems_linear(program, self.backward, gs)
 
 
-def _apart(outs: Sequence[Tensor], given: Sequence[Any]) -> list[Tensor]:
-    """Where a function returns its input as it is, a view of it, which PyTorch makes of it too."""
+def _as_views(outs: Sequence[Tensor], given: Sequence[Any]) -> list[Tensor]:
+    """The outputs; an input that is returned as it is becomes a view, as in PyTorch."""
     return [y.view_as(y) if any(y is x for x in given) else y for y in outs]
 
 
 class CustomRule(Rule):
-    """The general rule, for one custom function."""
+    """The general rule, with what is known about one custom function."""
 
     name = "custom"
 
@@ -270,7 +270,7 @@ class CustomRule(Rule):
 
     @property
     def piecewise_linear(self) -> bool:  # type: ignore[override]
-        """Whether the backward is the same at every input, as that of a straight-through estimator."""
+        """Whether the backward is the same at every input, as for a straight-through estimator."""
         return not self._kind.smooth
 
 
@@ -282,18 +282,18 @@ def _constant_key(value: Any) -> Any:
     return value if isinstance(value, int | float | str | bool | None) else id(value)
 
 
-def _short(error: BaseException) -> str:
+def _summary(error: BaseException) -> str:
     line = next((line for line in str(error).strip().splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {line[:300]}"
 
 
 def is_separate(cls: type) -> bool:
-    """Whether `forward` has no ctx, and `setup_context` is beside it."""
+    """Whether the function has `setup_context`, so that its `forward` takes no ctx."""
     return _original(cls, "setup_context") is not Function.setup_context
 
 
 def _is_once(backward: Callable) -> bool:
-    """Whether `once_differentiable` made it."""
+    """Whether the backward is wrapped by `once_differentiable`."""
     return getattr(backward, "__code__", None) is once_differentiable(lambda ctx: None).__code__
 
 
@@ -313,7 +313,7 @@ def _calls_another(backward: Callable) -> bool:
 
 
 class _Stop(Function):
-    """The identity; a derivative through it does not exist."""
+    """The identity, whose backward raises an error."""
 
     generate_vmap_rule = True
 
@@ -331,7 +331,7 @@ class _Stop(Function):
 
 
 class _Replay(Function):
-    """A call of a `Custom` by its traced graphs."""
+    """A call of a `Custom` by its traced graphs, which `torch.func` can differentiate."""
 
     generate_vmap_rule = True
 
@@ -359,24 +359,27 @@ class _Replay(Function):
                 "its backward",
                 "return them as outputs, or compute them again in its backward",
             )
-            kept = [_stopped(t, error) for t in saved]
+            kept = [_stop(t, error) for t in saved]
         grads = kind.backward(*kept, *ctx.sizes, *saved, *ctx.sizes, *ys, *gs)
-        found = iter(_once(kind, grads, [*saved, *ys]) if kind.once else grads)
+        found = iter(_refuse_second_derivative(kind, grads, [*saved, *ys]) if kind.once else grads)
         tops = {*kind.tensor_tops}
         leaves = [next(found) if k in tops else None for k in range(len(saved))]
         return (None, *leaves, *[None] * len(ctx.sizes))
 
 
-def _once(kind: Custom, grads: Sequence[Tensor | None], saved: list[Tensor]) -> list[Tensor | None]:
-    """The gradients, tied to all that they may depend on: a backward may detach it, which would read as a derivative of zero."""
+def _refuse_second_derivative(kind: Custom, grads: Sequence[Tensor | None], saved: list[Tensor]) -> list[Tensor | None]:
+    """The gradients, made to depend on all saved values, so that a second derivative raises an error.
+
+    Otherwise, in a backward that detaches these values, the second derivative would silently be zero.
+    """
     nested = "calls another custom function in its backward, whose own backward a second derivative would take: that is not kept"
     error = kind.refused(nested if kind.nested else "has no second derivative, it is marked @once_differentiable")
-    sums = [_stopped(t, error).sum() for t in saved if t.is_floating_point()]
+    sums = [_stop(t, error).sum() for t in saved if t.is_floating_point()]
     zero = sum(torch.where(torch.ones_like(s, dtype=torch.bool), 0, s) for s in sums)
     return [g if g is None else g + zero.to(g.dtype) for g in grads]  # type: ignore[union-attr]
 
 
-def _stopped(t: Tensor, error: Exception) -> Tensor:
+def _stop(t: Tensor, error: Exception) -> Tensor:
     return _Stop.apply(t, error) if t.is_floating_point() else t
 
 
@@ -387,18 +390,18 @@ ORIGINALS: dict[tuple[type, str], Callable] = {}
 
 
 def backwards() -> list[Callable]:
-    """The backward passes of the functions that the running capture has met, which run when their rules are traced."""
+    """The backwards of the functions that the running capture has met; tracing their rules runs them."""
     return [_original(kind.cls, "backward") for kind in KINDS]
 
 
 def _original(cls: type, name: str) -> Callable:
-    """A function of the class as its author wrote it, also while it is replaced; `vjp` is another name of `backward`."""
+    """A method of the class as its author wrote it, even while it is patched; `backward` may be named `vjp`."""
     found = ORIGINALS.get((cls, name)) or getattr(cls, name)
     return _original(cls, "vjp") if name == "backward" and found is Function.backward else found
 
 
 def functions_as_targets(graph: fx.Graph) -> None:
-    """Give the nodes of `fxcurv::custom_function` their function as a target, equal calls the same one."""
+    """Make the `Custom` of each node of `fxcurv::custom_function` its target; equal calls share one."""
     same: dict[Any, Custom] = {}
     for node in [n for n in graph.nodes if n.target is torch.ops.fxcurv.custom_function.default]:
         xs, sizes, number = node.args
@@ -421,7 +424,7 @@ def functions_as_targets(graph: fx.Graph) -> None:
 
 @contextlib.contextmanager
 def saying(kind: Custom, where: str) -> Iterator[None]:
-    """Errors of a trace of the function, by its name and the user's line."""
+    """Add the function's name and the user's line to errors while the function is traced."""
     try:
         yield
     except _Refused as error:
@@ -431,13 +434,13 @@ def saying(kind: Custom, where: str) -> Iterator[None]:
     except FxcurvError:
         raise
     except Exception as error:
-        raise kind.refused(f"cannot be traced: {_short(error)}", where=where) from error
+        raise kind.refused(f"cannot be traced: {_summary(error)}", where=where) from error
 
 
 def _graph(program: Program, fn: Callable, vals: list[Any], origin: dict[str, Any]) -> fx.GraphModule:
     """`fn` as a graph of functional ops, on fake values."""
     with tracing(program, origin):
-        fresh = [_fresh(v) for v in vals]
+        fresh = [_empty_like(v) for v in vals]
         listed = lambda *args: list(fn(*args))  # noqa: E731
         gm = make_fx(listed, MATERIALISED)(*fresh)
         writes = [n for n in gm.graph.nodes if mutates(n)]
@@ -447,7 +450,7 @@ def _graph(program: Program, fn: Callable, vals: list[Any], origin: dict[str, An
             gm = make_fx(dispatch_functionalize(listed), MATERIALISED)(*fresh)
     for node in gm.graph.nodes:
         if node.target is aten.sym_size.int:
-            node.target = _size_of  # which vmap knows
+            node.target = _size_of  # works under vmap
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
@@ -458,7 +461,7 @@ def _size_of(x: Tensor, d: int) -> int | SymInt:
 
 
 def _root(node: fx.Node) -> fx.Node:
-    """What a write goes to, through views."""
+    """The tensor that a write goes to, behind views."""
     source = node.args[0]
     while source.op == "call_function" and (mutates(source) or any(r.alias_info for r in _returns(source))):
         source = source.args[0]
@@ -470,7 +473,7 @@ def _returns(node: fx.Node) -> Sequence[Any]:
     return schema.returns if schema is not None else ()
 
 
-def _fresh(val: Any) -> Any:
+def _empty_like(val: Any) -> Any:
     return (
         torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
         if isinstance(val, Tensor)
@@ -479,7 +482,7 @@ def _fresh(val: Any) -> Any:
 
 
 def _check(kind: Custom, where: str, gm: fx.GraphModule) -> None:
-    """Refuse what a graph cannot hold: random numbers, and tensors from outside the arguments."""
+    """Refuse graphs with random numbers, or with tensors that are no arguments."""
     for node in gm.graph.nodes:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise kind.refused(
@@ -493,7 +496,7 @@ def _check(kind: Custom, where: str, gm: fx.GraphModule) -> None:
 
 
 def _active_outputs(graph: fx.Graph, start: set[fx.Node]) -> set[fx.Node]:
-    """The differentiable values that are computed from `start`."""
+    """The values that depend differentiably on `start`."""
     found = {n for n in start if has_floats(n)}
     for node in graph.nodes:
         differentiable = (
@@ -511,7 +514,7 @@ def _reaches(graph: fx.Graph, start: set[fx.Node]) -> bool:
 
 
 def _is_linear(program: Program, graph: fx.Graph, gs: list[fx.Node]) -> bool:
-    """Whether every op on the way from `gs` is known to be linear in what comes from them."""
+    """Whether each op below `gs` is known to be linear in the arguments that depend on them."""
     found = set(gs)
     for node in graph.nodes:
         if node.op != "call_function" or not any(i in found for i in node.all_input_nodes):
@@ -526,8 +529,8 @@ def _is_linear(program: Program, graph: fx.Graph, gs: list[fx.Node]) -> bool:
     return True
 
 
-def _tried_linear(program: Program, gm: fx.GraphModule, gs: list[fx.Node]) -> bool:
-    """Whether sums go over to sums, on random numbers of all sizes: small ones escape a clip, large ones do not."""
+def _seems_linear(program: Program, gm: fx.GraphModule, gs: list[fx.Node]) -> bool:
+    """Whether the graph looks linear in `gs` at random numbers of several scales: a clip shows at large ones only."""
     n = program.batch.size
     generator = torch.Generator().manual_seed(0)
     given = [p for p in gm.graph.nodes if p.op == "placeholder"]
@@ -552,7 +555,7 @@ def _tried_linear(program: Program, gm: fx.GraphModule, gs: list[fx.Node]) -> bo
                 size = max(a.abs().max().item(), b.abs().max().item()) if a.numel() else 0.0
                 if not torch.allclose(c, a - 2 * b, rtol=1e-4, atol=1e-5 * size + 1e-30):
                     return False
-    except Exception:  # whatever an op raises at random numbers: then it is not known
+    except Exception:  # ops may raise anything at random numbers: then linearity is not known
         return False
     return True
 
@@ -561,10 +564,10 @@ def _tried_linear(program: Program, gm: fx.GraphModule, gs: list[fx.Node]) -> bo
 
 
 def inline(program: Program) -> None:
-    """Say the remaining calls in the ops of their forward.
+    """Replace the remaining calls by the ops of their forward.
 
     Raises:
-        CustomFunctionError: with `create_graph`, where results would be differentiated through those ops.
+        CustomFunctionError: with `create_graph`, because results would be differentiated through those ops.
     """
     for node in [n for n in program.graph.nodes if isinstance(n.target, Custom)]:
         if program.options.create_graph and is_active(node):

@@ -1,4 +1,4 @@
-"""Lookups in a table, and rows that are added up by an index."""
+"""Lookups in a table, and sums of rows by index."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Embedding(Rule):
         return index.place if isinstance(weight.place, Replicate) else MIXED
 
     def transpose(self, call: Call, wrt, g):
-        """Rows are added where they were read. PyTorch's own backward fixes the number of columns as it is traced."""
+        """Add rows where they were read. Tracing PyTorch's own backward would fix the number of columns."""
         weight, index, padding, by_frequency, _ = call.args
         index, g = index.flatten(), g.reshape(g.shape[0], index.numel(), g.shape[-1])
         if padding >= 0:
@@ -47,7 +47,7 @@ class Embedding(Rule):
 
 @register(aten.index_add.default)
 class AddedRows(Rule):
-    """y = x, to whose slices index[k] along an axis alpha * source[k] is added. PyTorch's own backward fixes symbolic sizes."""
+    """y = x with alpha * source[k] added to slice index[k] along an axis; PyTorch's backward fixes symbolic sizes."""
 
     name = "index_add"
 
@@ -63,7 +63,7 @@ class AddedRows(Rule):
         return [g if i == 0 else of_source for i in wrt]
 
     def factors(self, call: Call, position: int, g) -> Factor:
-        """Of a source without samples: a sample's part of it are the rows that go to the sample's own slice."""
+        """P of a source without samples: a sample has the cotangents of those rows that are added to its own slice."""
         x, dim, index, *_ = call.args
         if position == 0 or not x.ndim or call.place != Shard(dim % x.ndim):
             return super().factors(call, position, g)

@@ -1,4 +1,4 @@
-"""Where the samples are in a custom `torch.autograd.Function`: followed op by op through its forward and its backward."""
+"""Placements in a custom `torch.autograd.Function`, followed op by op through its forward and its backward."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ _OF_SHAPE = ("_size_of", "empty", "zeros", "ones", "full", "sym_size", "arange")
 
 
 def reads_shape(node: fx.Node) -> bool:
-    """Whether an op reads nothing but a shape."""
+    """Whether an op reads only shapes."""
     name = str(getattr(node.target, "__name__", node.target)).removeprefix("new_")
     return name.startswith(_OF_SHAPE)
 
 
 def places(program: Program, node: fx.Node, vals: list[Any], place_of: Callable) -> list[Placement]:
-    """The placement of every output of a custom function's node: followed op by op through its forward and its backward.
+    """The placements of all outputs of a custom function's node; `Mixed` if samples interact in its backward.
 
     Args:
-        place_of: `(program, node, vals, active) -> placements`, of one op.
+        place_of: `(program, node, vals, active) -> placements` of one op.
     """
     kind = node.target
     kind.trace(program, node)
-    node.meta["alone"] = False  # a mean over the batch in its backward is of the whole batch
-    given = [_seen(a) for a in node.args]
+    node.meta["alone"] = False  # on one sample, a mean over the batch in its backward would be another
+    given = [_state_of(a) for a in node.args]
     assert kind.forward is not None
     try:
         found = _follow(program, kind.forward, given, place_of)
         if kind.backward is None:
             return [p for p, _ in found]
-        ok = _comes_back(program, node, given, found, place_of)
+        ok = _gradients_fit(program, node, given, found, place_of)
     except UnsupportedOpError:
         ok = False
         found = [(MIXED, True) for _ in vals]
@@ -52,12 +52,12 @@ def places(program: Program, node: fx.Node, vals: list[Any], place_of: Callable)
 Seen = tuple[Placement, bool]
 
 
-def _seen(leaf: Any) -> Seen:
+def _state_of(leaf: Any) -> Seen:
     return (leaf.meta["place"], leaf.meta["active"]) if isinstance(leaf, fx.Node) else (REPLICATE, False)
 
 
 def _follow(program: Program, gm: fx.GraphModule, given: list[Seen], place_of: Callable) -> list[Seen]:
-    """(placement, whether it depends on an active input) of a graph's outputs; rounding and comparing hide nothing here."""
+    """(placement, whether it depends on an active input) of a graph's outputs; here, rounding keeps values active."""
     arguments = iter(given)
     for node in gm.graph.nodes:
         if node.op == "placeholder":
@@ -80,11 +80,11 @@ def _follow(program: Program, gm: fx.GraphModule, given: list[Seen], place_of: C
                 found = place_of(program, node, vals, node.meta["active"])
             node.meta["place"] = found if isinstance(val, tuple | list) else found[0]
     out = pytree.tree_leaves(gm.graph.output_node().args[0], is_leaf=lambda n: n is None)
-    return [_seen(n) for n in out]
+    return [_state_of(n) for n in out]
 
 
 def _moves_samples(program: Program, node: fx.Node) -> bool:
-    """Whether an op moves slices by the values of an index along the samples' axis: whose they are, no trial can tell."""
+    """Whether an op moves slices along the sample axis by an index. A trial cannot tell which sample they belong to."""
     name = str(schema_of(node.target) and schema_of(node.target).name).removeprefix("aten::")
     if not node.meta["active"] or not name.startswith(("index", "scatter", "gather", "take", "put", "masked_scatter")):
         return False
@@ -97,8 +97,8 @@ def _moves_samples(program: Program, node: fx.Node) -> bool:
     return any(v.meta["place"].dim == node.args[1] % v.meta["val"].ndim for v in values if v.meta["val"].ndim)
 
 
-def _comes_back(program: Program, node: fx.Node, given: list[Seen], found: list[Seen], place_of: Callable) -> bool:
-    """Whether each gradient is where its argument is, and a sum over samples for one that has none."""
+def _gradients_fit(program: Program, node: fx.Node, given: list[Seen], found: list[Seen], place_of: Callable) -> bool:
+    """Whether each gradient has its argument's placement, or is a sum over samples if the argument has no samples."""
     kind = node.target
     if any(p == MIXED for p, _ in found):
         return False
@@ -115,9 +115,9 @@ def _comes_back(program: Program, node: fx.Node, given: list[Seen], found: list[
 
 
 def _check_linear(program: Program, node: fx.Node, found: list[Seen]) -> None:
-    """A backward that is not linear in the cotangent, as clipping is, has a gradient only.
+    """Refuse what a backward that is not linear in the cotangent, such as clipping, does not define.
 
-    Nor has it a sum of individual ones where an argument has no samples.
+    It defines the gradient only, and if an argument has no samples, the gradient is no sum of individual ones.
     """
     kind = node.target
     if kind.linear or not is_active(node):

@@ -1,8 +1,8 @@
-"""Ops as PyTorch's own pair of kernels, forward and backward, where nothing looks inside them.
+"""Ops that may stay PyTorch's own pair of kernels, forward and backward, if only their transpose is needed.
 
-What needs more of an op than its transpose (a second derivative, a tangent) gets the op's mathematics, as a rewrite or as
-the formula of its rule. A fusion is a function of the node, whose arguments have their placements: it gives the function of
-the op's arguments that says the op by kernels, or why there is none.
+If a second derivative or a tangent is needed, the op is replaced by its mathematics: a rewrite, or the formula of its
+rule. A fusion is a function of the node, after placements are known. It returns the function of the op's arguments that
+calls the kernels, or the reason why there is none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FUSED: dict[Callable, Callable[[fx.Node], Callable | str]] = {}
 
 
 def fused(op: Callable):
-    """Decorator: the function says whether, and how, the op is one of PyTorch's kernels."""
+    """Decorator: register the function as the fusion of the op."""
 
     def add(fn):
         FUSED[op] = fn
@@ -55,20 +55,20 @@ def _attention(node: fx.Node) -> Callable | str:
         return "its samples are not along its batch or its heads"
     if q.meta["val"].device.type != "cpu":
         return f"the kernels of '{q.meta['val'].device.type}' have no rule"
-    if q.meta["val"].ndim != 4 or _choice(node) != SDPBackend.FLASH_ATTENTION.value:
+    if q.meta["val"].ndim != 4 or _chosen_backend(node) != SDPBackend.FLASH_ATTENTION.value:
         return "PyTorch has no kernel for these arguments"
     return _flash_on_cpu
 
 
-def _choice(node: fx.Node) -> int:
-    """Which of PyTorch's backends runs this call, by tensors that are never written: a symbolic size would become a number."""
+def _chosen_backend(node: fx.Node) -> int:
+    """PyTorch's backend for this call, asked with empty tensors, because fake ones would fix their symbolic sizes."""
     q, k, v, mask, dropout, causal, scale, gqa = canonical_args(node)
-    inputs = [_like(n.meta["val"]).requires_grad_() for n in (q, k, v)]
-    mask = None if mask is None else _like(mask.meta["val"])
+    inputs = [_empty_like(n.meta["val"]).requires_grad_() for n in (q, k, v)]
+    mask = None if mask is None else _empty_like(mask.meta["val"])
     return aten._fused_sdp_choice.default(*inputs, mask, dropout, causal, scale=scale, enable_gqa=gqa)
 
 
-def _like(val: Tensor) -> Tensor:
+def _empty_like(val: Tensor) -> Tensor:
     stride = [s.node.hint if isinstance(s, torch.SymInt) else s for s in val.stride()]
     return torch.empty_strided(size(val), stride, dtype=val.dtype, device=val.device)
 

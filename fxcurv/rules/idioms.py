@@ -1,6 +1,6 @@
-"""Idioms: ops that are said in others because of what they read, not for what they are (`rewrite` has equations for those).
+"""Idioms: ops that are replaced by others because of the arguments they have (`rewrite` replaces every call of an op).
 
-An idiom is a function (program, node) -> what stands for the node, or None where it is not meant. It is registered by op.
+An idiom is a function (program, node) -> replacement, or None where the idiom does not apply. It is registered by op.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ IDIOMS: dict[Callable, Callable[[Program, fx.Node], Any]] = {}
 
 
 def idiom(op: Callable):
-    """Decorator: the function serves the op."""
+    """Decorator: register the function as the idiom of the op."""
 
     def add(fn):
         IDIOMS[op] = fn
@@ -33,7 +33,7 @@ def idiom(op: Callable):
     return add
 
 
-# x[arange(N), i]: as a lookup anywhere, whether it stays with its own sample would be a matter of values --------------
+# x[arange(N), i]: in a general lookup, only the values show that every sample reads its own slice -------------------
 
 
 @idiom(aten.index.Tensor)
@@ -41,11 +41,11 @@ def _own_slices(program: Program, node: fx.Node) -> fx.Node | None:
     x, indices = node.args
     if not _counts_samples(program, x, indices):  # type: ignore[arg-type]
         return None
-    return emit(program, _in_own_slice, x, indices, origin=origin_of(node, "forward"), before=node)
+    return emit(program, _index_own_slices, x, indices, origin=origin_of(node, "forward"), before=node)
 
 
 def _counts_samples(program: Program, x: fx.Node, indices: list[fx.Node | None]) -> bool:
-    """Whether all indices are numbers, and the first is arange(len(x)) along the first axis of their common shape."""
+    """Whether all indices are integers, and the first is arange(len(x)) along the first axis of their common shape."""
     vals = [i.meta["val"] for i in indices if i is not None]
     if len(vals) < len(indices) or any(v.dtype in (torch.bool, torch.uint8) for v in vals):
         return False
@@ -53,19 +53,19 @@ def _counts_samples(program: Program, x: fx.Node, indices: list[fx.Node | None])
     if not shape or shape != (size, *[1] * (len(shape) - 1)) or any(v.ndim > len(shape) for v in vals):
         return False
     source: Any = indices[0]
-    while source.op == "call_function" and (rule_of(source.target, {}).in_order or _is_all(source)):
+    while source.op == "call_function" and (rule_of(source.target, {}).in_order or _takes_everything(source)):
         source = source.args[0]
     if source.target is aten.arange.start_step:
         return source.args[0] == 0 and source.args[2:] in ((), (1,))
     return source.target is aten.arange.default or (source.target is aten.arange.start and source.args[0] == 0)
 
 
-def _is_all(node: fx.Node) -> bool:
+def _takes_everything(node: fx.Node) -> bool:
     cut = sliced(node)
     return cut is not None and cut.everything
 
 
-def _in_own_slice(x: Tensor, indices: list[Tensor]) -> Tensor:
+def _index_own_slices(x: Tensor, indices: list[Tensor]) -> Tensor:
     """y[n, *k, ...] = x[n, i[n, *k], j[n, *k], ...] for x [N, I, J, ...]."""
     first, *others = torch.broadcast_tensors(*indices)
     if not others:
@@ -79,7 +79,7 @@ def _in_own_slice(x: Tensor, indices: list[Tensor]) -> Tensor:
     return slices.gather(1, place.expand(-1, -1, *rest)).reshape(*first.shape, *rest)
 
 
-# x[mask] = one value: `where`, which needs no number of entries that are written --------------------------------------
+# x[mask] = one value: `where`, which does not need to know how many entries are written -----------------------------
 
 
 @idiom(aten.index_put.default)
@@ -99,24 +99,24 @@ def _masked_write(program: Program, node: fx.Node) -> fx.Node | None:
 
 
 def _where_masked(x: Tensor, mask: Tensor, value: Tensor, lead: int, rest: int, along: int, accumulate: bool) -> Tensor:
-    """x[:, .., mask] = value (or += value), with `lead` axes before the mask's and `rest` behind."""
+    """x[:, .., mask] = value (or += value), with `lead` axes before the mask's axes and `rest` behind them."""
     mask = mask.to(torch.bool).reshape(*mask.shape, *[1] * rest)
-    if along >= 0:  # its one entry serves all
+    if along >= 0:  # this axis has one entry, which is broadcast
         ones = [1] * (mask.ndim - rest - 1)
         value = value.reshape(*value.shape[:along], *ones, *value.shape[along:])
     value = value.to(x.dtype)
     return torch.where(mask, x + value if accumulate else value, x)
 
 
-# embedding_bag of indices [N, K]: its offsets are arange(0, N * K, K), so a bag is a slice -----------------------------
+# embedding_bag: lookups, and reductions of bags ----------------------------------------------------------------------
 
 
 @idiom(aten.embedding_bag.padding_idx)
 @idiom(aten.embedding_bag.default)
 def _embedding_bag(program: Program, node: fx.Node) -> tuple[fx.Node, ...] | None:
-    """Lookups and sums, but where it scales its gradient.
+    """Lookups and reductions, unless the gradient is scaled by frequency or another output than the first is read.
 
-    Of indices [N, K] the offsets are arange(0, N * K, K), so a bag is a slice.
+    For indices [N, K], the offsets are arange(0, N * K, K), so that a bag is a row.
     """
     weight, indices, offsets, by_frequency, mode, _, scale, with_last, padding = (*canonical_args(node), None)[:9]
     sizes = [program.batch.shape(i.meta["val"]) for i in (indices, offsets)]
@@ -136,7 +136,7 @@ _MEAN, _MAXIMUM = 1, 2
 def _even_bags(
     weight: Tensor, indices: Tensor, scale: Tensor | None, size: int, mode: int, padding: int | None
 ) -> Tensor:
-    """y [N, D]: the sum (mode 0), mean (1) or maximum (2) of W[i] over the K indices of a sample that are no padding."""
+    """y [N, D]: the sum (mode 0), mean (1) or maximum (2) of W[i] over a sample's K indices, without padding."""
     rows, kept = _rows(weight, indices, scale, padding, -torch.inf if mode == _MAXIMUM else 0.0)
     rows = rows.reshape(-1, size, rows.shape[-1])
     if kept is None:
@@ -148,7 +148,7 @@ def _even_bags(
 
 
 def _bags(weight: Tensor, indices: Tensor, scale: Tensor | None, bags: tuple, mode: int, padding: int | None) -> Tensor:
-    """The same over bags that begin at the offsets; an empty one is zero."""
+    """`_even_bags` for bags that begin at the given offsets; an empty bag is zero."""
     offsets, with_last = bags
     begins = offsets[: offsets.shape[0] - with_last]
     bag = (
@@ -168,7 +168,7 @@ def _bags(weight: Tensor, indices: Tensor, scale: Tensor | None, bags: tuple, mo
 
 
 def _first_largest(rows: Tensor, bag: Tensor, bags: int) -> Tensor:
-    """[L, D]: which entries are the largest of their bag and column; the first of equal ones, as PyTorch has it."""
+    """Mask [L, D] of the largest entry in each bag and column; of equal ones the first, as in PyTorch."""
     where, count = bag.unsqueeze(1).expand_as(rows), rows.shape[0]
     largest = rows.new_full((bags, rows.shape[1]), -torch.inf).scatter_reduce(0, where, rows, "amax")
     at = torch.arange(count, device=rows.device).unsqueeze(1)
@@ -178,9 +178,9 @@ def _first_largest(rows: Tensor, bag: Tensor, bags: int) -> Tensor:
 
 
 def _rows(weight: Tensor, indices: Tensor, scale: Tensor | None, padding: int | None, fill: float):
-    """(scaled rows [L, D] with `fill` at the padding, which indices are no padding, or None for all).
+    """(rows [L, D], scaled and with `fill` at the padding; mask of the indices that are no padding, None if all are).
 
-    What stands in the padding's row is read by nobody, so it is masked before it meets a weight.
+    The padding's row is masked before it is scaled: its values must have no effect, even if they are not finite.
     """
     rows = aten.embedding.default(weight, indices)
     kept = None if padding is None else indices != padding % weight.shape[0]

@@ -1,7 +1,6 @@
-"""In-place writes, which capture turns into functions: a value, but for a region that another value fills.
+"""In-place writes, which capture turns into functions: y is x, except for a region that `source` fills.
 
-Both values enter linearly. The transpose of what is written reads the region, that of what was there before writes
-zeros over it.
+Both enter linearly. The transpose for `source` reads the region of the cotangent, that for x sets it to zero.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from fxcurv.rules.call import Call
 aten = torch.ops.aten
 
 END = 2**62
-"""What a slice says for "to the end" is beyond it."""
+"""A slice that runs to the end of its axis has a larger end than this."""
 
 
 def region(size, start, end, step):
-    """(start, end) of a slice of an axis, within 0 and its size; a symbolic size takes part where it has to only."""
+    """(start, end) of a slice of an axis, between 0 and its size; a symbolic size is used only where it has to be."""
     start, end = start or 0, size if end is None or (isinstance(end, int) and end >= END) else end
     start, end = (e + size if isinstance(e, int) and e < 0 else e for e in (start, end))
     if not all(isinstance(e, int) for e in (size, start, end)):
@@ -31,7 +30,7 @@ def region(size, start, end, step):
 
 
 class Write(Rule):
-    """y = x with the entries of a slice along an axis replaced by `source`, which has that axis (`select`: has it not)."""
+    """y = x with the entries of a slice along an axis replaced by `source`, which lacks that axis if `select`."""
 
     name = "write"
 
@@ -82,7 +81,7 @@ register(aten.select_scatter.default, rule=Write(select=True))
 
 
 class Strided(Rule):
-    """Reads or writes of places in memory; where the samples are is found by trying."""
+    """Reads or writes at strides in memory; their placement is found by trial."""
 
     name = "write"
 
@@ -91,7 +90,7 @@ class Strided(Rule):
 
     @staticmethod
     def _places(x: Tensor, size, stride, offset) -> Tensor:
-        """The entries of x, counted in its order, that a view of x's memory shows."""
+        """The row-major numbers of the entries of x that a view of x's memory contains."""
         count = torch.empty_like(x, dtype=torch.long)  # with the strides of x
         count = count.copy_(torch.arange(x.numel(), device=x.device).reshape(x.shape))
         return aten.as_strided.default(count, size, stride, offset).flatten()
@@ -99,7 +98,7 @@ class Strided(Rule):
 
 @register(aten.as_strided.default)
 class ReadStrided(Strided):
-    """y = the entries of x's memory at strides of the caller's."""
+    """y = x's memory at given size, stride and offset."""
 
     def transpose(self, call: Call, wrt, g):
         x, *view = call.args
@@ -110,7 +109,7 @@ class ReadStrided(Strided):
 
 @register(aten.as_strided_scatter.default)
 class WriteStrided(Strided):
-    """y = x with those entries replaced."""
+    """y = x with the entries at given size, stride and offset in memory replaced by `source`."""
 
     def transpose(self, call: Call, wrt, g):
         x, source, *view = call.args
@@ -127,7 +126,7 @@ class WriteStrided(Strided):
     aten.diagonal_scatter.default,
 )  # fmt: skip
 class Linear(Rule):
-    """Linear in all that is differentiable, jointly; all else is the fallback's."""
+    """Jointly linear in all differentiable arguments; otherwise the fallback."""
 
     name = "write"
 

@@ -1,6 +1,6 @@
-"""Logits: log_softmax into NLL is cross-entropy, sigmoid into BCE is BCE with logits, and f is what they squash.
+"""Logits: NLL of a log_softmax becomes cross-entropy, BCE of a sigmoid becomes BCE with logits, and f the logits.
 
-What only moves entries may stand between: a view in the model or in the loss. It is put before the loss of the logits instead.
+Ops that only move entries, such as views, may stand between the two. They are applied to the logits instead.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default)
 
 
 def logits(program: Program) -> None:
-    """Rewrite the losses, and move f to the logits where nothing but the loss reads what is made of them."""
-    before: dict[fx.Node, fx.Node] = {}  # what is computed from squashed values -> the same of the logits
+    """Rewrite the losses, and move f to the logits where only the loss reads the squashed values."""
+    before: dict[fx.Node, fx.Node] = {}  # value computed from squashed values -> the same of the logits
     for node in list(program.graph.nodes):
         if node.target is aten.nll_loss_nd.default:
-            source, moves = _squashed(node.args[0], LOG_SOFTMAX)
-            if source is None or not _along_classes(program, source, moves):
+            source, moves = _find_squash(node.args[0], LOG_SOFTMAX)
+            if source is None or not _softmax_along_classes(program, source, moves):
                 continue
             make = _cross_entropy
         elif node.target is aten.binary_cross_entropy.default:
-            source, moves = _squashed(node.args[0], (aten.sigmoid.default,))
+            source, moves = _find_squash(node.args[0], (aten.sigmoid.default,))
             make = _bce_with_logits
         else:
             continue
         if source is not None:
-            program.replace(node, make(program, node, _moved(program, source, moves, before)))
+            program.replace(node, make(program, node, _move_logits(program, source, moves, before)))
             for old in (node, *reversed(moves)):
                 if not old.users:
                     program.graph.erase_node(old)
             program.heads = [before[h] if h in before and _only_loss_reads(h) else h for h in program.heads]
 
 
-def _squashed(node: fx.Node, ops: tuple) -> tuple[fx.Node | None, list[fx.Node]]:
-    """(the op of `ops` that `node` moves the entries of, what moves them, in order)."""
+def _find_squash(node: fx.Node, ops: tuple) -> tuple[fx.Node | None, list[fx.Node]]:
+    """(the node of one of `ops` that `node` gets its entries from, the nodes between, in order), or (None, [])."""
     moves: list[fx.Node] = []
     while isinstance(node, fx.Node) and node.target not in ops:
         if not _moves_entries(node):
@@ -67,10 +67,10 @@ def _moves_entries(node: fx.Node) -> bool:
     return len(views) == 1 and not schema.is_mutable and all(r.alias_info is not None for r in schema.returns)
 
 
-def _along_classes(program: Program, source: fx.Node, moves: list[fx.Node]) -> bool:
-    """Whether the axis of `source`'s softmax is kept as it is and becomes the loss's axis of classes.
+def _softmax_along_classes(program: Program, source: fx.Node, moves: list[fx.Node]) -> bool:
+    """Whether the axis of `source`'s softmax stays whole and becomes the class axis of the loss.
 
-    Tried on C numbers, laid along the axis in a tensor that has no memory for the other axes: as long as this is so, it is.
+    The moves run on C numbers along that axis, expanded along all others: strides then show where the axis goes.
     """
     shape = program.batch.shape(source.meta["val"], program.batch.size)
     axis = source.args[1] % len(shape)  # type: ignore[operator]
@@ -86,22 +86,22 @@ def _along_classes(program: Program, source: fx.Node, moves: list[fx.Node]) -> b
 
 
 def _axis(value: Tensor, count: int) -> int | None:
-    """The axis that `count` numbers lie along, one after the other; None if they do not, or others lie along another."""
+    """The one axis with a stride, if it has `count` numbers in order; else None."""
     found = [d for d, size in enumerate(value.shape) if size > 1 and value.stride(d)]
     whole = len(found) == 1 and (value.shape[found[0]], value.stride(found[0])) == (count, 1)
     return found[0] if whole and value.storage_offset() == 0 else None
 
 
 def _number(program: Program, arg: Any) -> Any:
-    """An argument with sizes as numbers, at the captured batch size."""
+    """An argument, sizes as numbers at the captured batch size."""
     if isinstance(arg, list | tuple):
         return [_number(program, a) for a in arg]
     val = arg.meta["val"] if isinstance(arg, fx.Node) else arg
     return program.batch.evaluate(val, program.batch.size) if isinstance(val, torch.SymInt) else val
 
 
-def _moved(program: Program, source: fx.Node, moves: list[fx.Node], before: dict[fx.Node, fx.Node]) -> fx.Node:
-    """The logits of `source`, moved as its values are."""
+def _move_logits(program: Program, source: fx.Node, moves: list[fx.Node], before: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The logits of `source`, with `moves` applied."""
     if source not in before:
         z: Any = source.args[0]
         dtype = source.meta["val"].dtype
@@ -132,7 +132,7 @@ def _bce_with_logits(program: Program, node: fx.Node, z: fx.Node) -> fx.Node:
 
 
 def _one_op(program: Program, node: fx.Node, op, args) -> fx.Node:
-    """A single composite op, kept whole (`emit` would trace through it)."""
+    """A node of one composite op, which `emit` would decompose."""
     with program.graph.inserting_before(node):
         new = program.graph.call_function(op, args)
     new.meta = {**node.meta, "origin": origin_of(node, "forward")}

@@ -1,7 +1,7 @@
 """Losses whose Hessian in the model's output has a root in closed form.
 
-A loss sees the cotangent `c` that reaches its value, so the columns are those of the whole loss after whatever linear
-map follows (a factor, a mean over masked positions). Definitions: H_n = c d^2 l / df^2 = sum_v s_v s_v^T.
+A loss gets the cotangent `c` of its value, so that its columns account for linear maps after the loss (a factor, a mean
+over masked positions). Definitions: H_n = c d^2 l / df^2 = sum_v s_v s_v^T.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NONE, MEAN, SUM = 0, 1, 2
 
 @dataclass(frozen=True)
 class Draw:
-    """How to sample columns: `columns` many, in noise stream `stream`."""
+    """How to sample columns: how many, and from which noise stream."""
 
     columns: int
     stream: int
@@ -38,19 +38,19 @@ class LossRule(Rule):
     is_loss = True
 
     def exact(self, call: Call, c: Tensor, few: bool = False) -> Tensor:
-        """Columns [V, *prediction.shape] with sum_v s s^T = H_n; with `few`, any such columns, as few as possible."""
+        """Columns [V, *prediction.shape] with sum_v s s^T = H_n; as few as possible if `few`."""
         raise NotImplementedError
 
     def sampled(self, call: Call, c: Tensor, seed: noise.Seed, draw: Draw) -> Tensor:
-        """Columns [M, *prediction.shape] whose s s^T has the mean H_n."""
+        """Columns [M, *prediction.shape] with E[sum_m s s^T] = H_n."""
         raise NotImplementedError
 
     def weight(self, call: Call, c: Tensor) -> Tensor:
-        """c omega / Z, the weight of the loss at every position; it broadcasts to the prediction."""
+        """c omega / Z, the loss's weight at every position; broadcasts to the prediction."""
         raise NotImplementedError
 
     def empirical(self, call: Call, c: Tensor) -> Tensor:
-        """The sampled column with the target itself for the sample, [1, *prediction.shape], from c [1, *loss.shape]."""
+        """The sampled column with the target as the sample, [1, *prediction.shape], from c [1, *loss.shape]."""
         (g,) = self.transpose(call, (0,), c)
         weight = self.weight(call, c[0])
         return torch.where(weight > 0, g * torch.where(weight > 0, weight, 1).rsqrt(), 0)
@@ -71,9 +71,10 @@ class LossRule(Rule):
 
 
 def separate(root: Tensor, place: Shard, classes: int | None, rows: tuple[int, int] | None = None) -> Tensor:
-    """Columns that each touch one position per sample: [V, *z] -> [V * S, *z], S positions in a sample.
+    """Columns that are nonzero at one position per sample each: [V, *z] -> [V * S, *z], for S positions in a sample.
 
-    rows: (start, stop), to make only these columns of each of the V.
+    Args:
+        rows: (start, stop), the positions to make columns for; by default all.
     """
     shape = list(root.shape[1:])
     sizes = [
@@ -132,19 +133,19 @@ class CrossEntropy(LossRule):
     def exact(self, call: Call, c: Tensor, few: bool = False) -> Tensor:
         logp, axis, scale = self._curvature(call, c)
         if few and logp.shape[axis] > 1:
-            return separate(self._reflected(logp, axis, scale), call.places[0], axis)
+            return separate(self._reflected_root(logp, axis, scale), call.places[0], axis)
         eye = torch.eye(logp.shape[axis], dtype=logp.dtype, device=logp.device)
         eye = eye.reshape(*[logp.shape[axis] if d in (0, axis + 1) else 1 for d in range(logp.ndim + 1)])
         root = (0.5 * logp).exp().movedim(axis, 0).unsqueeze(axis + 1)
         return separate((eye - logp.exp()) * (root * scale), call.places[0], axis)
 
     @staticmethod
-    def _reflected(logp: Tensor, axis: int, scale: Tensor) -> Tensor:
+    def _reflected_root(logp: Tensor, axis: int, scale: Tensor) -> Tensor:
         """The root with C - 1 columns, times `scale`, [C - 1, *z].
 
-        With q = sqrt(p), diag p - p p^T = Q (I - q q^T) Q, Q = diag q, and the reflection that takes e_0 to -q has columns
-        u_k = e_k - q_k w / (1 + q_0), w = q + e_0, that complete q to an orthonormal basis. The columns are, for k > 0,
-        Q u_k = q_k (e_k - r), r = Q w / (1 + q_0).
+        Let q = sqrt(p) and Q = diag q. Then diag p - p p^T = Q (I - q q^T) Q. The reflection that maps e_0 to -q has
+        columns u_k = e_k - q_k w / (1 + q_0), w = q + e_0, which for k > 0 complete q to an orthonormal basis. So the
+        root's columns are Q u_k = q_k (e_k - r), r = Q w / (1 + q_0).
         """
         q, scale = (t.movedim(axis, -1) for t in ((0.5 * logp).exp(), scale))
         eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
@@ -158,7 +159,7 @@ class CrossEntropy(LossRule):
         p = logp.exp()
         like = p.narrow(axis, 0, 1)
         u = noise.uniform(seed, draw.stream, draw.columns, like, call.places[0])
-        # how many classes end below u: the values that one sample draws are its last axis
+        # the class is the number of cumulative probabilities below u; the draws of a sample are the last axis
         ends = p.movedim(axis, -1).cumsum(-1).contiguous()
         drawn = torch.searchsorted(ends, u.squeeze(axis + 1).movedim(0, -1).contiguous()).clamp(max=p.shape[axis] - 1)
         if draw.columns == 1:
@@ -218,16 +219,16 @@ class BinaryCrossEntropy(Elementwise):
 
 
 @rewrite(aten.binary_cross_entropy.default)
-def _probabilities(p, target, weight=None, mode=MEAN):
-    """Binary cross-entropy of probabilities that no sigmoid gave; logarithms end at -100, as PyTorch's do."""
+def _binary_cross_entropy(p, target, weight=None, mode=MEAN):
+    """Binary cross-entropy of probabilities that no sigmoid gave; logarithms are at least -100, as in PyTorch."""
     each = (target - 1) * torch.log1p(-p).clamp(min=-100) - target * p.log().clamp(min=-100)
-    return _reduced(each if weight is None else each * weight, mode)
+    return _reduce(each if weight is None else each * weight, mode)
 
 
-# margins: PyTorch's ops have no second derivative
+# margin losses: PyTorch's ops have no second derivative
 
 
-def _reduced(each: Tensor, mode: int) -> Tensor:
+def _reduce(each: Tensor, mode: int) -> Tensor:
     return each.mean() if mode == MEAN else each.sum() if mode == SUM else each
 
 
@@ -241,12 +242,12 @@ def _multi_margin(x, target, p=1, margin=1, weight=None, mode=MEAN):
     above = torch.where(torch.arange(x.shape[-1], device=x.device) == index, 0, above)
     each = (above if p == 1 else above.square()).sum(-1) / x.shape[-1]
     each = each if weight is None else each * weight[target]
-    return _reduced(each if rows else each.squeeze(0), mode)
+    return _reduce(each if rows else each.squeeze(0), mode)
 
 
 @rewrite(aten.multilabel_margin_loss.default)
 def _multilabel_margin(x, target, mode=MEAN):
-    """sum_{t, j} max(0, 1 - x_t + x_j) / C over the targets t before the first -1 and all j that are none."""
+    """sum_{t, j} max(0, 1 - x_t + x_j) / C over targets t before the first -1 and all j that are no target."""
     x, target = (t if t.ndim else t.reshape(1) for t in (x, target))
     given = (target < 0).to(torch.long).cumsum(-1) == 0
     index = torch.where(given, target, 0)
@@ -254,4 +255,4 @@ def _multilabel_margin(x, target, mode=MEAN):
     chosen = ((index.unsqueeze(-1) == classes) & given.unsqueeze(-1)).any(-2)
     above = torch.relu(1 - x.gather(-1, index).unsqueeze(-1) + x.unsqueeze(-2))
     counted = given.unsqueeze(-1) & ~chosen.unsqueeze(-2)
-    return _reduced(torch.where(counted, above, 0).sum((-2, -1)) / x.shape[-1], mode)
+    return _reduce(torch.where(counted, above, 0).sum((-2, -1)) / x.shape[-1], mode)

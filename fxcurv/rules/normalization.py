@@ -1,4 +1,4 @@
-"""Normalisations. Batch norm in eval mode is an affine map; the others are said in plain ops or fall back."""
+"""Normalisations. Batch norm in eval mode is an affine map; others have rules, are rewritten or use the fallback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 def _no_cotangents(call: Call, g):
-    """Zeros [V, *statistic] for the statistics that an op returns beside y: nothing differentiable reads them."""
+    """Zero cotangents [V, *statistic] of the statistics beside y, because no differentiable op reads these."""
     return [o.new_zeros(g.shape[0], *o.shape) for o in call.y[1:]]
 
 
@@ -63,7 +63,7 @@ class BatchNormEval(Rule):
 
 @register(aten._native_batch_norm_legit_functional.default)
 class BatchNormTraining(Rule):
-    """y = xhat w + b, xhat normalised over the batch and all but the channels: samples interact."""
+    """y = xhat w + b, xhat normalised over all axes but the channels: samples interact."""
 
     name = "normalization"
 
@@ -75,7 +75,7 @@ class BatchNormTraining(Rule):
         dims = [d for d in range(x.ndim) if d != 1]
         mean = x.mean(dims, keepdim=True)
         rstd = torch.rsqrt((x - mean).square().mean(dims, keepdim=True) + args[7])
-        return _affine((x - mean) * rstd, weight, bias), mean.flatten(), rstd.flatten(), *running
+        return _scale_and_shift((x - mean) * rstd, weight, bias), mean.flatten(), rstd.flatten(), *running
 
 
 @rewrite(aten.batch_norm.default)
@@ -96,13 +96,13 @@ def _batch_norm_in_sums(x, weight, bias, running_mean, running_var, training, mo
     count = x.numel() // x.shape[1]
     new = mean.flatten().detach(), var.flatten().detach() * (count / (count - 1))
     running = [old * (1 - momentum) + momentum * t for old, t in zip((running_mean, running_var), new, strict=True)]
-    return _affine((x - mean) * rstd, weight, bias), mean.flatten(), rstd.flatten(), *running
+    return _scale_and_shift((x - mean) * rstd, weight, bias), mean.flatten(), rstd.flatten(), *running
 
 
 def _batch_norm_in_sums_without_running(x, weight, bias, training, momentum, eps):
     mean, var = _statistics(x)
     rstd = torch.rsqrt(var + eps)
-    return _affine((x - mean) * rstd, weight, bias), mean.flatten(), rstd.flatten()
+    return _scale_and_shift((x - mean) * rstd, weight, bias), mean.flatten(), rstd.flatten()
 
 
 SUMS[aten._native_batch_norm_legit_functional.default] = _batch_norm_in_sums
@@ -124,53 +124,53 @@ class LayerNorm(Rule):
 
     def formula(self, op, args):
         x, _, weight, bias, *_ = args
-        y = self._normalised(args)[1]
+        y = self._normalise(args)[1]
         y = y if weight is None else y * weight
         return y if bias is None else y + bias
 
     @staticmethod
-    def _normalised(args):
+    def _normalise(args):
         x, shape, _, _, eps = args[:5]
         dims = list(range(x.ndim - len(shape), x.ndim))
         centred = x - x.mean(dims, keepdim=True)
         rstd = torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)
         return dims, centred * rstd, rstd
 
-    def _of_call(self, call: Call):
-        """xhat."""
-        return self._normalised(call.args)[1]
+    def _normalised_input(self, call: Call):
+        """xhat of a call."""
+        return self._normalise(call.args)[1]
 
     def transpose(self, call: Call, wrt, g):
-        if tuple(wrt) != (self._flat(call, 0),):
+        if tuple(wrt) != (self._flat_position(call, 0),):
             return super().transpose(call, wrt, g)
         weight = call.args[2]
-        dims, xhat, rstd = self._normalised(call.args)
+        dims, xhat, rstd = self._normalise(call.args)
         gw = g if weight is None else g * weight
         dims = [d + 1 for d in dims]
         return [rstd * (gw - gw.mean(dims, keepdim=True) - xhat * (gw * xhat).mean(dims, keepdim=True))]
 
     @staticmethod
-    def _flat(call, argument):
-        """The flattened position of an argument: the shape before it takes several."""
+    def _flat_position(call, argument):
+        """The flattened position of an argument; argument 1, the shape, takes several."""
         return argument if argument == 0 else argument + len(call.args[1]) - 1
 
     def factors(self, call: Call, position: int, g) -> Factor:
         keep = len(call.args[1])
-        t = g * self._of_call(call) if position == self._flat(call, 2) else g
+        t = g * self._normalised_input(call) if position == self._flat_position(call, 2) else g
         t = samples_first(t, call.place, lead=1)
         shared = list(range(2, t.ndim - keep))
         return Explicit(t.sum(shared) if shared else t)
 
 
 class StatisticsBeside(LayerNorm):
-    """The same, with the statistics beside y, which nothing differentiable reads."""
+    """Layer norm with outputs (y, mean, rstd); no differentiable op reads the statistics."""
 
     def formula(self, op, args):
-        dims, _, rstd = self._normalised(args)
+        dims, _, rstd = self._normalise(args)
         return super().formula(op, args), args[0].mean(dims, keepdim=True), rstd
 
     def transpose(self, call: Call, wrt, g):
-        if tuple(wrt) == (self._flat(call, 0),):
+        if tuple(wrt) == (self._flat_position(call, 0),):
             return super().transpose(call, wrt, g[0])
         return Rule.transpose(self, call, wrt, (g[0], *_no_cotangents(call, g[0])))
 
@@ -180,21 +180,21 @@ class StatisticsBeside(LayerNorm):
 
 @register(aten.native_layer_norm.default)
 class NativeLayerNorm(StatisticsBeside):
-    """The same by PyTorch's kernels, from the statistics."""
+    """Layer norm whose transpose is PyTorch's kernel, which reads the statistics."""
 
     def transpose(self, call: Call, wrt, g):
-        if tuple(wrt) != (self._flat(call, 0),):
+        if tuple(wrt) != (self._flat_position(call, 0),):
             return super().transpose(call, wrt, g)
         x, shape, weight, bias, _ = call.args
         g, statistics = g[0], call.y[1:]
         if g.shape[0] == 1:
             rows = g.squeeze(0), x, shape, *statistics
-        else:  # the kernel reads its statistics as if they were contiguous, whatever their strides say
+        else:  # the kernel reads the statistics as contiguous, whatever their strides
             rows = g, x.expand_as(g), shape, *(t.expand(g.shape[0], *t.shape).contiguous() for t in statistics)
         gx = aten.native_layer_norm_backward.default(*rows, weight, bias, [True, False, False])[0]
         return [gx.unsqueeze(0) if g.shape[0] == 1 else gx]
 
-    def _of_call(self, call: Call):
+    def _normalised_input(self, call: Call):
         _, mean, rstd = call.y
         return ((call.args[0] - mean) * rstd).to(call.args[0].dtype)
 
@@ -204,9 +204,9 @@ AGAIN[aten.native_layer_norm.default] = StatisticsBeside()
 
 @rewrite(aten.group_norm.default)
 def _group_norm(x, groups, weight=None, bias=None, eps=1e-5, cudnn=True):
-    grouped = x.reshape(x.shape[0], groups, prod(x.shape[1:]) // groups)  # -1 has no meaning in an empty batch
+    grouped = x.reshape(x.shape[0], groups, prod(x.shape[1:]) // groups)  # -1 is not defined for an empty batch
     y = aten.layer_norm.default(grouped, [grouped.shape[2]], None, None, eps).reshape(x.shape)
-    return _affine(y, weight, bias)
+    return _scale_and_shift(y, weight, bias)
 
 
 @rewrite(aten.instance_norm.default)
@@ -215,10 +215,10 @@ def _instance_norm(x, weight, bias, mean, var, use_input_stats, momentum, eps, c
         return _batch_norm(x, weight, bias, mean, var, False, momentum, eps, cudnn)
     flat = x.flatten(2)
     y = aten.layer_norm.default(flat, [flat.shape[2]], None, None, eps).reshape(x.shape)
-    return _affine(y, weight, bias)
+    return _scale_and_shift(y, weight, bias)
 
 
-def _affine(y, weight, bias):
+def _scale_and_shift(y, weight, bias):
     shape = [1, -1] + [1] * (y.ndim - 2)
     y = y if weight is None else y * weight.view(shape)
     return y if bias is None else y + bias.view(shape)
@@ -264,6 +264,6 @@ for _log, _ops in {
 
 @rewrite(aten._weight_norm_interface.default)
 def _weight_norm(v, g, dim=0):
-    """The op's own second derivative is wrong (PyTorch 2.13), its mathematics is not."""
+    """Rewritten because the op's own second derivative is wrong (PyTorch 2.13)."""
     norm = v.square().sum([d for d in range(v.ndim) if d != dim % v.ndim], keepdim=True).sqrt()
     return v * (g / norm), norm

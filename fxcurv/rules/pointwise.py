@@ -47,14 +47,17 @@ class Pointwise(Rule):
 
 
 class Relu(Pointwise):
-    """Its transpose is one op of PyTorch's, which needs no mask."""
+    """ReLU, whose transpose is one op of PyTorch's without a mask."""
 
     def pull(self, g, x, y):
         return aten.threshold_backward.default(g, y.expand_as(g), 0)
 
 
 class Smooth(Pointwise):
-    """Its transpose is one op of PyTorch's, `backward(g, x, y, *constants)`: of one column; of several, it gives the slope."""
+    """A smooth op with a backward op of PyTorch's, `backward(g, x, y, *constants)`.
+
+    For one column, `backward` is the transpose; for several, it gives the slope that multiplies them.
+    """
 
     def __init__(self, backward: Callable, d1: Callable, d2: Callable | None = None):
         super().__init__(d1, d2)
@@ -67,7 +70,7 @@ class Smooth(Pointwise):
 
 
 def numbers(slope: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as numbers, written once for all columns: a product with booleans takes several times longer."""
+    """A mask as numbers, converted once for all columns: products with booleans take several times longer."""
     return slope.to(dtype) if slope.dtype == torch.bool else slope
 
 
@@ -129,7 +132,7 @@ def _pow_d2(x, y, p):
     return p * (p - 1) * x ** (p - 2) if p not in (1, 2) else torch.full_like(x, p * (p - 1))
 
 
-# op: (first derivative, second derivative), of (x, y, *constants)
+# op: (first derivative, second derivative), functions of (x, y, *constants)
 SMOOTH: dict[Callable, tuple[Callable, Callable | None]] = {
     aten.tanh.default: (lambda x, y: 1 - y * y, lambda x, y: -2 * y * (1 - y * y)),
     aten.sigmoid.default: (lambda x, y: y * (1 - y), lambda x, y: y * (1 - y) * (1 - 2 * y)),
@@ -178,7 +181,7 @@ for _op, _slope in PIECEWISE_LINEAR.items():
 
 
 def unbroadcast(g: Tensor, shape: Sequence[int], lead: int = 1) -> Tensor:
-    """The transpose of broadcasting `shape` to what `g` has behind its `lead` leading axes."""
+    """The transpose of broadcasting from `shape` to the shape of `g` behind its `lead` leading axes."""
     extra = g.ndim - lead - len(shape)
     if extra:
         g = total(g, range(lead, lead + extra))
@@ -187,7 +190,7 @@ def unbroadcast(g: Tensor, shape: Sequence[int], lead: int = 1) -> Tensor:
 
 
 def total(t: Tensor, axes: Sequence[int]) -> Tensor:
-    """The sum over `axes`; those of size one are dropped, not summed, which would copy."""
+    """The sum over `axes`; axes of size one are dropped without a sum, which would copy."""
     ones = [d for d in axes if is_one(t.shape[d])]
     rest = [d for d in axes if d not in ones]
     t = t.sum(rest, keepdim=True) if rest else t
@@ -215,13 +218,13 @@ class Arithmetic(Rule):
         p = self.pull(call, position, g)
         along = place.dim + 1 - (p.ndim - x.ndim)
         if 0 <= along < x.ndim and not is_one(x.shape[along]):
-            return Explicit(unbroadcast(_own_slices(p, place), x.shape, lead=2))
-        # the sample axis first, then what the parameter was broadcast over is summed
+            return Explicit(unbroadcast(_mask_own_slices(p, place), x.shape, lead=2))
+        # the sample axis is split off before the sum over axes that the parameter was broadcast along
         return Explicit(unbroadcast(samples_first(p, place, lead=1), x.shape, lead=2))
 
 
-def _own_slices(p: Tensor, place: Shard) -> Tensor:
-    """[V, *y] -> [V, N, *y], zero but in the sample's slices: for a parameter with entries of its own per sample."""
+def _mask_own_slices(p: Tensor, place: Shard) -> Tensor:
+    """[V, *y] -> [V, N, *y], zero outside of the sample's slices, for a parameter that has a sample axis itself."""
     size = p.shape[place.dim + 1]
     n = size // said(place.outer * place.inner)
     owner = torch.arange(size, device=p.device).div(said(place.inner), rounding_mode="floor") % n
@@ -306,7 +309,7 @@ class Where(Arithmetic):
 
 @register(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 class MaskedFill(Arithmetic):
-    """y = x, but a constant where the mask is set."""
+    """y = a constant where the mask is set, else x."""
 
     def linear(self, active):
         return True
@@ -344,7 +347,7 @@ def _prelu(x, weight):
 
 @rewrite(aten.rrelu.default)
 def _rrelu(x, lower=1 / 8, upper=1 / 3, training=False, generator=None):
-    """Slopes below zero that are drawn, once for all derivatives: where x is positive they are one."""
+    """y = x times slopes, drawn once for all derivatives; they are one where x is positive."""
     if not training:
         return torch.nn.functional.leaky_relu(x, (lower + upper) / 2)
     x0 = x.detach()

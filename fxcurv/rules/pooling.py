@@ -1,4 +1,4 @@
-"""Pooling: maxima by the indices that the forward pass found; averages by the fallback."""
+"""Pooling: the transpose of max-pooling reads the forward pass's indices; average pooling uses the fallback."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class MaxPool(Pool):
     def transpose(self, call: Call, wrt, g):
         g, (x, *window), index = g[0], call.args, call.y[1]
         if call.op is aten.max_pool2d_with_indices.default and x.ndim == 4:
-            window[1] = window[1] or window[0]  # the stride is the kernel's size, if none is given
+            window[1] = window[1] or window[0]  # the stride defaults to the kernel's size
             if g.shape[0] == 1:
                 back = aten.max_pool2d_with_indices_backward.default
                 return [back(g[0], x, *window, index).unsqueeze(0)]
@@ -59,7 +59,7 @@ class MaxPool(Pool):
 
 @register(aten.max_pool2d_with_indices_backward.default)
 class MaxPoolBack(Rule):
-    """The transpose of max-pooling, of which a model may take a derivative: it reads only the shape of its argument 1."""
+    """The transpose of max-pooling, which a model may differentiate; only the shape of its argument 1 matters."""
 
     name = "pooling"
 
@@ -74,7 +74,7 @@ class MaxPoolBack(Rule):
         return g if kept and not (isinstance(g, Shard) and g.dim >= len(shape) - 2) else MIXED
 
 
-def _indexed(dims: int):
+def _op_and_rewrite(dims: int):
     op = getattr(aten, f"max_pool{dims}d_with_indices").default
 
     def pool(x, kernel, stride=(), padding=0, dilation=1, ceil_mode=False):
@@ -84,7 +84,7 @@ def _indexed(dims: int):
 
 
 for _d in (2, 3):
-    _op, _pool = _indexed(_d)
+    _op, _pool = _op_and_rewrite(_d)
     register(_op, rule=MaxPool(_d))
     rewrite(getattr(aten, f"max_pool{_d}d").default)(_pool)
     register(getattr(aten, f"adaptive_max_pool{_d}d").default, rule=MaxPool(_d))

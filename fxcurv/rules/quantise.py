@@ -1,7 +1,7 @@
-"""Fake quantisation, said in mathematics: its derivative is that of the identity where nothing is clamped, and zero elsewhere.
+"""Fake quantisation in plain ops: its derivative is one where x is not clamped, and zero elsewhere.
 
-Scales are float32 in PyTorch's kernels, whatever the dtype of what is quantised, and so is the value on the grid where there is
-one scale for all; one per channel promotes (aten/src/ATen/native/cpu/QuantizedOpKernels.cpp).
+In PyTorch's kernels, scales are float32 for every dtype of x. So are values on the grid if there is one scale for all;
+with one per channel, their dtype is promoted (aten/src/ATen/native/cpu/QuantizedOpKernels.cpp).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _per_channel(x, scale, zero_point, axis, low, high):
 def _straight_through(
     x: Tensor, scale, zero_point, low: int, high: int, grid: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """The nearest value of the grid, whose values are of the dtype `grid`, and where that is within its range."""
+    """(nearest value on the grid, which is computed in dtype `grid`, mask of values that are not clamped)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     scale = (
         scale.float() if isinstance(scale, Tensor) else torch.scalar_tensor(scale, dtype=torch.float32, device=x.device)
@@ -47,4 +47,4 @@ def _straight_through(
     within = (steps >= low) & (steps <= high)
     y = ((steps.clamp(low, high) - zero_point).to(grid) * scale.to(grid)).to(x.dtype)
     passing = torch.where(within, x, 0.0)
-    return y.detach() + (passing - passing.detach()), within  # zero: the sum is y itself, to the bit
+    return y.detach() + (passing - passing.detach()), within  # the second term is zero: values are exactly y

@@ -1,4 +1,4 @@
-"""Recurrent layers, unrolled to cell steps by PyTorch's own decompositions, so that every rule applies inside."""
+"""Recurrent layers, unrolled to cell steps by PyTorch's decompositions, so that the rules of their ops apply."""
 
 from __future__ import annotations
 
@@ -18,19 +18,17 @@ aten = torch.ops.aten
 
 @contextlib.contextmanager
 def _without_onednn():
-    """The context sets a switch of Intel's GPUs as well, and warns where there is none."""
+    """Switch oneDNN off, without the warning that PyTorch's context gives on machines without Intel GPUs."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "TF32 acceleration on top of oneDNN", UserWarning)
         with torch.backends.mkldnn.flags(enabled=False):
             yield
 
 
-def _unrolled(
-    op, x: Tensor, hx: Any, params, biases: bool, layers: int, p: float, train: bool, both: bool, first: bool
-):
-    """The op in cell steps, a layer at a time: PyTorch's decomposition leaves out the dropout between layers.
+def _unroll(op, x: Tensor, hx: Any, params, biases: bool, layers: int, p: float, train: bool, both: bool, first: bool):
+    """The op in cell steps. Each layer is decomposed alone, since PyTorch's decomposition omits dropout between layers.
 
-    Without oneDNN, for which an LSTM's decomposition would keep each layer whole in single precision on a CPU.
+    oneDNN is off, because with it PyTorch keeps LSTM layers whole, in single precision on a CPU.
     """
     states = list(hx) if isinstance(hx, list | tuple) else [hx]
     x, per, directions = x.transpose(0, 1) if first else x, len(params) // layers, 2 if both else 1
@@ -48,4 +46,4 @@ def _unrolled(
 
 
 for _op in (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input):
-    rewrite(_op)(functools.partial(_unrolled, _op))
+    rewrite(_op)(functools.partial(_unroll, _op))

@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 
 class Movement(Rule):
-    """Linear, and every element of the output is one of the input or a constant."""
+    """A linear op: every element of the output is an element of the input or a constant."""
 
     name = "shape"
     index_map = True
@@ -51,7 +51,7 @@ class View(Movement):
     aten.lift_fresh_copy.default, aten.to.device, aten.to.dtype_layout,
 )  # fmt: skip
 class Copy(Movement):
-    """The same values, perhaps in another dtype."""
+    """A copy, perhaps in another dtype or on another device."""
 
     in_order = True
 
@@ -78,7 +78,7 @@ def _order(op, args, ndim):
 
 
 class Selection(Movement):
-    """Views that are no reshapes: argument 0 with other strides, perhaps from a later entry on."""
+    """Views that are no reshapes: argument 0 with other strides and perhaps another offset."""
 
     def __init__(self, op):
         self.op = op
@@ -88,7 +88,7 @@ class Selection(Movement):
 
 
 class Permute(Selection):
-    """y = x.permute(order); an instance per op, because each names the order in its own way."""
+    """y = x.permute(order); an instance per op, because each op spells the order differently."""
 
     def place(self, sites, args, shape, n):
         return placement.permute(sites[0].place, tuple(_order(self.op, args, len(shape))))
@@ -105,7 +105,7 @@ for _op in (aten.permute.default, aten.transpose.int, aten.t.default):
 
 @register(aten.expand.default)
 class Expand(Rule):
-    """Broadcasting to a shape; a new axis of the batch's size is a sample axis."""
+    """Broadcasting to a shape; a new axis with the size of the batch is a sample axis."""
 
     name = "shape"
 
@@ -137,7 +137,7 @@ class Slice(Selection):
         if not isinstance(x.place, Shard) or x.place.dim != dim or shape[dim] == x.shape[dim]:
             return x.place
         start, end, step = slice(*cut).indices(x.shape[dim])
-        block = n * x.place.inner  # all samples, once
+        block = n * x.place.inner  # the entries of all samples for one outer index
         if type(x.place) is Shard and step == 1 and start < end and start % block == end % block == 0:
             return Shard(dim, (end - start) // block, x.place.inner)
         return MIXED
@@ -172,7 +172,7 @@ register(aten.select.int, rule=Select(aten.select.int))
 
 @register(aten.cat.default)
 class Cat(Movement):
-    """Concatenation; along the samples' axis, each sample then has its slices of all arguments."""
+    """Concatenation; along the sample axis, a sample's slice consists of its slices of all arguments."""
 
     def place(self, sites, args, shape, n):
         dim = args[1] % len(shape)
@@ -186,14 +186,14 @@ class Cat(Movement):
     def transpose(self, call: Call, wrt, g):
         xs, dim = call.args
         ndim = g.ndim - 1
-        dim %= ndim  # an empty vector beside values with more axes is left out: a cache that holds nothing yet
+        dim %= ndim  # `cat` ignores an empty vector beside values with more axes, such as an empty cache
         pieces = torch.split(g, [x.shape[dim] if x.ndim == ndim else 0 for x in xs], dim + 1)
         return [pieces[i].reshape(g.shape[0], *xs[i].shape) for i in wrt]
 
 
 @register(aten.constant_pad_nd.default)
 class Pad(Movement):
-    """A constant around (or, with negative widths, a crop of) the last axes."""
+    """Padding of the last axes with a constant; negative widths crop."""
 
     def place(self, sites, args, shape, n):
         x, k = sites[0], len(args[1]) // 2
@@ -305,7 +305,7 @@ def _copy(x, source, non_blocking=False):
 
 @rewrite(aten._cdist_forward.default)
 def _cdist(x, z, p, mode):
-    """Under `vmap`, PyTorch's derivative of it is wrong."""
+    """Rewritten because PyTorch's derivative of the op is wrong under `vmap`."""
     return torch.linalg.vector_norm(x.unsqueeze(-2) - z.unsqueeze(-3), p, -1)
 
 

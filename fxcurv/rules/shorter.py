@@ -1,8 +1,8 @@
-"""Shorter: what an op computes, by less, because of what it reads. The numbers stay the same, but for the sign of a zero.
+"""Short forms: cheaper ways to compute an op, given its arguments. Values stay the same, up to the sign of a zero.
 
-A short form is a function (make, node) -> the node that stands for `node`, or None where there is nothing to gain.
-`make(op, *args, **kwargs)` gives a new node in front of it, of the sizes and dtype of `like=` where that is known. It is
-registered by op, or is of all elementwise ops.
+A short form is a function (make, node) -> the node that replaces `node`, or None where there is nothing to gain.
+`make(op, *args, **kwargs)` makes a node in front of `node`; `like=` is a node with its sizes and dtype, if known.
+A short form is registered by op; `_elementwise` is tried for all elementwise ops.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SHORT: dict[Callable, Short] = {}
 
 
 def short(*ops: Callable):
-    """Decorator: the function serves these ops."""
+    """Decorator: register the function as the short form of these ops."""
 
     def add(fn: Short) -> Short:
         for op in ops:
@@ -47,7 +47,7 @@ def short(*ops: Callable):
 
 
 def shorter(make: Make, node: fx.Node) -> fx.Node | None:
-    """What stands for `node`, or None."""
+    """The replacement of `node`, or None."""
     found = SHORT[node.target](make, node) if node.target in SHORT else None
     if found is None and (pointwise(node.target) or node.target is aten._to_copy.default) and not random(node.target):
         return _elementwise(make, node)
@@ -55,7 +55,7 @@ def shorter(make: Make, node: fx.Node) -> fx.Node | None:
 
 
 def same_kind(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two values are of one dtype, with equal sizes."""
+    """Whether two values have the same dtype and sizes."""
     x, y = a.meta["val"], b.meta["val"]
     return x.dtype == y.dtype and layout(x)[0] == layout(y)[0]
 
@@ -64,14 +64,14 @@ def same_kind(a: fx.Node, b: fx.Node) -> bool:
 
 
 def is_one(node: Any) -> bool:
-    """Whether all of a value is one, whatever it is computed from."""
+    """Whether every entry of a value is one, whatever the inputs are."""
     if not isinstance(node, fx.Node):
         return isinstance(node, int | float) and node == 1
     return node.target in ONES or (node.target in KEEP_ONES | REARRANGED and is_one(node.args[0]))
 
 
 def is_zero(node: Any) -> bool:
-    """The same of zero."""
+    """Whether every entry of a value is zero, whatever the inputs are."""
     if not isinstance(node, fx.Node):
         return isinstance(node, int | float) and node == 0
     if node.target in KEEP_ZERO:
@@ -83,21 +83,21 @@ def is_zero(node: Any) -> bool:
 
 @short(aten.mul.Tensor)
 def _times_one(make: Make, node: fx.Node) -> fx.Node | None:
-    return _beside(node, is_one)
+    return _drop_neutral(node, is_one)
 
 
 @short(aten.add.Tensor)
 def _plus_zero(make: Make, node: fx.Node) -> fx.Node | None:
-    """Zeros are no term; parts that lie in zeros side by side are put together."""
+    """Drop zeros; concatenate parts that are each padded with zeros; add rows to a value directly."""
     if node.kwargs:
         return None
     if not node.meta["val"].is_floating_point():
-        return _beside(node, is_zero)
-    return _put_together(make, node) or _rows_added(make, node)
+        return _drop_neutral(node, is_zero)
+    return _join_parts(make, node) or _add_rows(make, node)
 
 
-def _rows_added(make: Make, node: fx.Node) -> fx.Node | None:
-    """Rows that are added to zeros, and these to a value, are added to the value."""
+def _add_rows(make: Make, node: fx.Node) -> fx.Node | None:
+    """x + index_add(zeros, rows) as index_add(x, rows)."""
     x, rows = node.args
     if not is_tensor(x) or not is_tensor(rows) or not same_kind(x, node) or not same_kind(rows, node):  # type: ignore[arg-type]
         return None
@@ -112,8 +112,8 @@ def _rows_added(make: Make, node: fx.Node) -> fx.Node | None:
     return added if inner is rows else make(aten.reshape.default, added, rows.args[1], like=node)  # type: ignore[union-attr]
 
 
-def _put_together(make: Make, node: fx.Node) -> fx.Node | None:
-    """A sum of the parts of one axis, each in zeros of the whole size: what a split or `unbind` has for a transpose."""
+def _join_parts(make: Make, node: fx.Node) -> fx.Node | None:
+    """A sum of parts of an axis, each padded with zeros to the whole, as one `cat`: the transpose of a split."""
     parts = [_part_in_zeros(term) for term in _terms(node)]
     if len(parts) < 2 or None in parts:
         return None
@@ -129,14 +129,14 @@ def _put_together(make: Make, node: fx.Node) -> fx.Node | None:
 
 
 def _terms(node: fx.Node) -> list[fx.Node]:
-    """What a tree of sums, each read by the next alone, adds up."""
+    """The terms of a tree of sums whose inner nodes have no other users."""
     if node.target is not aten.add.Tensor or node.kwargs or not all(map(is_tensor, node.args)):
         return [node]
     return [t for a in node.args for t in (_terms(a) if len(a.users) == 1 else [a])]  # type: ignore[arg-type, union-attr]
 
 
 def _part_in_zeros(node: fx.Node) -> tuple[fx.Node, list, int, int, int] | None:
-    """(part, sizes of the whole, dimension, start, end)."""
+    """(part, sizes of the whole, dimension, start, end) if `node` pads a part of an axis with zeros to the whole."""
     if node.target is aten.slice_backward.default:
         g, sizes, dim, start, end, step = node.args
         size = sizes[dim]  # type: ignore[index, call-overload]
@@ -154,8 +154,8 @@ def _part_in_zeros(node: fx.Node) -> tuple[fx.Node, list, int, int, int] | None:
     return g, list(sizes), dim % len(sizes), start, end  # type: ignore[arg-type, operator, return-value]
 
 
-def _beside(node: fx.Node, neutral: Callable[[Any], bool]) -> fx.Node | None:
-    """The argument that the result is equal to, where the other one is neutral."""
+def _drop_neutral(node: fx.Node, neutral: Callable[[Any], bool]) -> fx.Node | None:
+    """The one of two arguments that equals the result because the other is `neutral`."""
     x, z = node.args
     for a, b in ((x, z), (z, x)):
         if is_tensor(a) and same_kind(a, node) and neutral(b):  # type: ignore[arg-type]
@@ -168,20 +168,20 @@ def _beside(node: fx.Node, neutral: Callable[[Any], bool]) -> fx.Node | None:
 
 @short(aten.select.int)
 def _only_entry(make: Make, node: fx.Node) -> fx.Node | None:
-    """The entry of an axis of size one."""
+    """Selecting from an axis of size one is a squeeze."""
     x, d, _ = node.args
-    return make(aten.squeeze.dim, x, d, like=node) if _of_one(x, d) else None
+    return make(aten.squeeze.dim, x, d, like=node) if _has_size_one(x, d) else None
 
 
-def _of_one(x: Any, d: int) -> bool:
-    """Whether an axis has the size one, for all batches."""
+def _has_size_one(x: Any, d: int) -> bool:
+    """Whether an axis has size one in every batch."""
     size = x.meta["val"].shape[d]
     return isinstance(size, int) and size == 1
 
 
 @short(aten.slice.Tensor)
-def _part(make: Make, node: fx.Node) -> fx.Node | None:
-    """A part of values that were put together to be taken apart again, as nothing reads them whole."""
+def _slice_of_cat(make: Make, node: fx.Node) -> fx.Node | None:
+    """The argument of a `cat` that a slice of it equals, if only slices along its axis read the `cat`."""
     cut = sliced(node)
     joined = cut.x if cut else None
     if joined is None or joined.target is not aten.cat.default or cut is None or cut.step != 1:
@@ -201,7 +201,7 @@ def _part(make: Make, node: fx.Node) -> fx.Node | None:
 
 
 def _elementwise(make: Make, node: fx.Node) -> fx.Node | None:
-    """An op on values that all have one column acts on them without that axis; what it broadcasts need not be expanded."""
+    """Apply the op without a first axis of size one that all arguments have; drop `expand` where the op broadcasts."""
     schema = schema_of(node.target)
     if schema is None or schema.is_mutable or not is_tensor(node):
         return None
@@ -226,10 +226,10 @@ BY_ONES = (aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default)
 
 
 @short(*REARRANGED, aten._unsafe_view.default)
-def _merged(make: Make, node: fx.Node) -> fx.Node | None:
-    """A chain of views as one of its members, as that with axes of size one added or dropped, or as one view.
+def _merge_views(make: Make, node: fx.Node) -> fx.Node | None:
+    """Replace a chain of views by its source, by that with axes of size one added or dropped, or by a single view.
 
-    One entry of an axis without the axis is a selection.
+    A slice of one entry whose axis is then dropped becomes a selection.
     """
     cut = sliced(node.args[0]) if node.target is aten.squeeze.dim else None  # type: ignore[arg-type]
     if (
@@ -237,7 +237,7 @@ def _merged(make: Make, node: fx.Node) -> fx.Node | None:
         and cut.dim == node.args[1]
         and isinstance(cut.start, int)
         and cut.start >= 0
-        and _of_one(node.args[0], cut.dim)
+        and _has_size_one(node.args[0], cut.dim)
     ):
         return make(aten.select.int, cut.x, cut.dim, cut.start, like=node)
     sizes, ones = node.meta["val"].shape, node.args[0]
@@ -245,34 +245,34 @@ def _merged(make: Make, node: fx.Node) -> fx.Node | None:
         return make(aten.ones.default, list(sizes), like=node, **ones.kwargs)  # type: ignore[union-attr]
     chain, source = [node], node.args[0]
     found, count = None, 0
-    while is_tensor(source) and _views(chain[-1]):
+    while is_tensor(source) and _is_view(chain[-1]):
         edits = _edits(source, node)  # type: ignore[arg-type]
         if edits is not None:
             found, count = (source, *edits), len(chain)
-        if source.target not in SHORT or SHORT[source.target] is not _merged:  # type: ignore[union-attr]
+        if source.target not in SHORT or SHORT[source.target] is not _merge_views:  # type: ignore[union-attr]
             break
         chain.append(source)  # type: ignore[arg-type]
         source = source.args[0]  # type: ignore[union-attr]
-    if found is not None and _fewer(found, count, node):
+    if found is not None and _is_shorter(found, count, node):
         value, dropped, added = found
-        column = 0 in added  # comes last, so that what reads the view can do without
+        column = 0 in added  # added last, so that readers of the view can skip it
         steps: list[tuple] = [(aten.unsqueeze.default, d) for d in [d - column for d in added if d] + [0] * column]
         if dropped:
             steps.insert(0, (aten.squeeze.dim, dropped[0]) if len(dropped) == 1 else (aten.squeeze.dims, dropped))
         for k, (op, where) in enumerate(steps, 1):
             value = make(op, value, where, like=node if k == len(steps) else None)
         return value
-    first = _by_sizes(node)
+    first = _source_in_order(node)
     return make(aten.reshape.default, first, *node.args[1:], like=node) if first is not node.args[0] else None
 
 
-def _views(node: fx.Node) -> bool:
-    """Whether a node shares its argument's memory: a reshape may copy, unless it only adds or drops axes of size one."""
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node shares its argument's memory: a reshape may copy, unless it only adds or drops axes of size 1."""
     return node.target is not aten.reshape.default or _edits(node.args[0], node) is not None  # type: ignore[arg-type]
 
 
 def _edits(source: fx.Node, node: fx.Node) -> tuple[list[int], list[int]] | None:
-    """(axes of size one to drop from `source`, then those to add, in order) that make `node` of it; None if more is needed."""
+    """(axes of size one to drop from `source`, then those to add, in order) to get `node`; None if more is needed."""
     if source.meta["val"].dtype != node.meta["val"].dtype:
         return None
     (before, strides), (after, wanted) = layout(source.meta["val"]), layout(node.meta["val"])
@@ -292,15 +292,15 @@ def _edits(source: fx.Node, node: fx.Node) -> tuple[list[int], list[int]] | None
     return dropped, added
 
 
-def _fewer(found: tuple, count: int, node: fx.Node) -> bool:
-    """Whether the axes of size one are dropped and added in fewer ops than the chain has, or in one that asks for no size."""
+def _is_shorter(found: tuple, count: int, node: fx.Node) -> bool:
+    """Whether dropping and adding axes takes fewer ops than the chain, or one that needs no sizes in place of one."""
     _, dropped, added = found
     ops = bool(dropped) + len(added)
     return ops < count or (ops == count == 1 and node.target not in BY_ONES)
 
 
-def _by_sizes(node: fx.Node) -> Any:
-    """Of a view by sizes: the value whose entries it has in the same order, behind other views."""
+def _source_in_order(node: fx.Node) -> Any:
+    """The value at the start of the chain of row-major views that ends in the view by sizes `node`."""
     source: Any = node.args[0]
     while node.target in BY_SIZES and source.target in (*BY_SIZES, *BY_ONES):
         source = source.args[0]

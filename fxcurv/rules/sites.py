@@ -1,4 +1,4 @@
-"""What a placement rule sees of an op's arguments."""
+"""The sites of an op's arguments, from which placement rules work, and placements of constants."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def structural(program: Program, val: Any) -> Placement:
 
 
 def sites(program: Program, node: fx.Node) -> list[Site | None]:
-    """What a placement rule sees of the flattened canonical arguments."""
+    """The sites of the flattened canonical arguments: None for an argument that is no tensor."""
     out: list[Site | None] = []
     for leaf in pytree.tree_leaves(canonical_args(node)):
         val = leaf.meta.get("val") if isinstance(leaf, fx.Node) else None
@@ -38,7 +38,7 @@ def sites(program: Program, node: fx.Node) -> list[Site | None]:
 
 
 def numeric_args(program: Program, node: fx.Node, n: int) -> tuple:
-    """Canonical arguments with sizes at batch size `n`; tensors stay nodes."""
+    """The canonical arguments, sizes as numbers at batch size `n`; tensors stay nodes."""
 
     def number(leaf):
         val = leaf.meta.get("val") if isinstance(leaf, fx.Node) else None

@@ -1,11 +1,11 @@
-"""Where the samples are on every value, if the batch is split: each part has some of the samples, and runs the same graph.
+"""Placements of all values if the batch is split into parts, each of which has some samples and runs the same graph.
 
 `Shard` is then the part's own samples, `Replicate` the same in every part, `Partial` a term of the sum over all parts.
-An op that is not linear in a `Partial` argument reads the sum: it is complete there, and `Replicate`. So what is left
-`Mixed` needs the other parts' samples in another way than by a sum. Unlike in `passes.independence`, constants count: a
-mask's number of entries is a sum over samples as any other.
+An op that is not linear in a `Partial` argument reads the complete sum, which is `Replicate`. A value is `Mixed` if it
+needs the samples of other parts other than through a sum. Unlike in `passes.independence`, constants count: the number
+of entries in a mask, for example, is a sum over samples too.
 
-The ops' own rules say most of it. The tables here are of ops that only emitted graphs have.
+Most ops are placed by their own rules. The tables here are for ops that occur only in emitted graphs.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ Found = Placement | list[Placement]
 
 @dataclass(frozen=True)
 class Lies:
-    """Where an op's output lies (a list for several), and the arguments that are complete there."""
+    """The placement of an op's output (a list for several), and the arguments whose complete sum it reads."""
 
     place: Found
     complete: tuple[fx.Node, ...] = ()
 
 
 class Split:
-    """The placements of a program's values, node by node: `across[node]`."""
+    """The placements of a program's values across the parts, node by node, in `across`."""
 
     def __init__(self, program: Program):
         self.program, self.n = program, program.batch.stand_in
@@ -50,7 +50,7 @@ class Split:
         self.sizes: dict[Any, int] = {}
 
     def size(self, value: int | SymInt) -> int:
-        """A size at the batch size `n`."""
+        """A size as a number, at the batch size `n`."""
         if not isinstance(value, SymInt):
             return int(value)
         key = value.node.expr
@@ -62,12 +62,12 @@ class Split:
         return tuple(self.size(s) for s in val.shape)
 
     def place(self, node: fx.Node) -> Placement:
-        """The placement of one value."""
+        """The placement of a node with one output; `Mixed` for several."""
         found = self.across[node]
         return found if not isinstance(found, list) else MIXED
 
     def visit(self, node: fx.Node) -> Lies:
-        """What a call is, from its arguments, which were visited before."""
+        """The placement of a call's outputs, from those of its arguments, which were visited before."""
         vals = node.meta.get("val")
         several = isinstance(vals, tuple | list)
         outs = [self.shape(v) if isinstance(v, Tensor) else None for v in (vals if several else [vals])]
@@ -86,8 +86,8 @@ class Split:
             return Lies([PARTIAL] * len(outs) if several else PARTIAL)
         for i in partial:
             sites[i] = Site(sites[i].shape, REPLICATE, False)  # type: ignore[union-attr]
-        said = self._of(node, leaves, sites, outs)
-        each = said if isinstance(said, list) else [self._beside(said, outs[0], s) for s in outs]
+        said = self._place_call(node, leaves, sites, outs)
+        each = said if isinstance(said, list) else [self._place_other_output(said, outs[0], s) for s in outs]
         each = [self._sound(p, s) for p, s in zip(each, outs, strict=True)]
         found: Found = each if several else each[0]
         if MIXED in each:
@@ -96,23 +96,23 @@ class Split:
 
     # ---- one call ------------------------------
 
-    def _of(self, node: fx.Node, leaves: list, sites: list[Site | None], outs: list) -> Found:
+    def _place_call(self, node: fx.Node, leaves: list, sites: list[Site | None], outs: list) -> Found:
         here = [s for s in sites if s]
         if any(s.place == MIXED for s in here):
             return MIXED
         if isinstance(node.target, Contract):
             return self._contraction(node, sites)
         if node.target in ARANGE:
-            return _positions(outs[0], self.n, emitted=stage_of(node) != "forward")
+            return _arange(outs[0], self.n, emitted=stage_of(node) != "forward")
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         if all(s.place == REPLICATE for s in here):
             if random:
-                return MIXED  # every part draws its own
+                return MIXED  # every part draws other numbers
             return self._constant(outs[0], []) if node.target in REPEATED else REPLICATE
         if outs[0] is None and node.target not in PLACES:
             return MIXED
         alike = not random and all(isinstance(s.place, Alike) for s in here if isinstance(s.place, Shard))
-        found = self._by_rule(node, leaves, _beside_others(sites), outs)
+        found = self._by_rule(node, leaves, _sites_for_rules(sites), outs)
         if alike and isinstance(found, Shard):
             return Alike(found.dim, found.outer, found.inner)
         return found
@@ -131,8 +131,8 @@ class Split:
         return self._tried(node, leaves, sites)
 
     def _tried(self, node: fx.Node, leaves: list, sites: list[Site | None]) -> Placement:
-        """What trying the op has shown at capture."""
-        tried = node.meta.get("active") and all(_as_captured(a, s) for a, s in zip(leaves, sites, strict=True))
+        """The placement found by trying the op at capture, if the arguments still have the same placements."""
+        tried = node.meta.get("active") and all(_same_place(a, s) for a, s in zip(leaves, sites, strict=True))
         return node.meta["place"] if tried else MIXED
 
     def _number(self, leaf: Any) -> Any:
@@ -140,7 +140,7 @@ class Split:
         return self.size(val) if isinstance(val, SymInt) else leaf
 
     def _sound(self, place: Placement, shape: tuple[int, ...] | None) -> Placement:
-        """`place`, if the samples' axis, and no other, has the size of the part's samples."""
+        """`place`, if the sizes agree: the size of the sample axis, and of no other, is a multiple of N."""
         if shape is None:
             return REPLICATE
         of_samples = [d for d, size in enumerate(shape) if size and size % self.n == 0]
@@ -149,8 +149,8 @@ class Split:
         fits = of_samples == [place.dim] and shape[place.dim] == place.outer * place.inner * self.n
         return place if fits or 0 in shape else MIXED
 
-    def _beside(self, found: Placement, first: tuple | None, shape: tuple | None) -> Placement:
-        """The placement of a further output, where a rule says it of the first."""
+    def _place_other_output(self, found: Placement, first: tuple | None, shape: tuple | None) -> Placement:
+        """The placement of another output, from that of the first, which is all that a rule gives."""
         if shape is None or (0 in shape and shape is not first):
             return REPLICATE
         if not isinstance(found, Shard):
@@ -159,7 +159,7 @@ class Split:
         return found if same else MIXED
 
     def _constant(self, shape: tuple[int, ...], like: Sites) -> Placement:
-        """A value of this shape that depends on no sample."""
+        """The placement of a value of this shape that depends on no sample."""
         for s in like:
             if s and isinstance(s.place, Shard) and s.shape == shape:
                 return Alike(s.place.dim, s.place.outer, s.place.inner)
@@ -169,7 +169,7 @@ class Split:
         return Alike(dims[0], shape[dims[0]] // self.n) if len(dims) == 1 else MIXED
 
     def _contraction(self, node: fx.Node, sites: list[Site | None]) -> Placement:
-        """Summed over samples: `Partial`; else the samples are behind the columns that are kept."""
+        """The placement of a `contract` node: `Partial` if it sums over samples, else they follow kept columns."""
         factors, weights = node.target.parts(sites)  # type: ignore[union-attr]
         spec = node.target.spec  # type: ignore[union-attr]
         for factor in factors:
@@ -184,11 +184,11 @@ class Split:
         return Shard(0 if "v" in spec.reduce else 1) if spec.samples is None else MIXED
 
     def _linear(self, node: fx.Node, leaves: list, sites: list, partial: list[int], outs: list) -> bool:
-        """Whether the outputs are sums over the parts if the arguments `partial` are."""
+        """Whether the outputs are sums over the parts, given that the arguments `partial`, and no others, are."""
         if any(s and s.place != REPLICATE for i, s in enumerate(sites) if i not in partial):
             return False
         if any(size and size % self.n == 0 for s in outs for size in s or ()):
-            return False  # one sum for all samples is not sent as many
+            return False  # expanded to all samples, a sum would be sent once for each
         vals = node.meta["val"] if isinstance(node.meta["val"], tuple | list) else [node.meta["val"]]
         floats = [leaves[i].meta["val"].is_floating_point() for i in partial]
         if any(floats) and not all(isinstance(v, Tensor) and v.is_floating_point() for v in vals):
@@ -202,18 +202,18 @@ class Split:
         return node.target in OF_EITHER and len(partial) == 1 and not biased
 
     def _declared(self, node: fx.Node, found: Found) -> Found:
-        """What the function that emitted a value says of it, if what went in lies as it should."""
+        """The placement declared by the function that emitted the value, if none of the value's sources is `Mixed`."""
         if "declared" not in node.meta:
             return found
         place, sources = node.meta["declared"]
         return place if all(MIXED not in places_of(self.across.get(s, REPLICATE)) for s in sources) else found
 
 
-def _beside_others(sites: list[Site | None]) -> list[Site | None]:
-    """Sites for rules, which know no `Alike`: what is the same for all samples has them where another value has its own."""
+def _sites_for_rules(sites: list[Site | None]) -> list[Site | None]:
+    """Sites without `Alike`, which rules do not know: outer and inner then come from an argument with real samples."""
     own = {s.place for s in sites if s and isinstance(s.place, Shard) and not isinstance(s.place, Alike)}
     kinds = {(p.outer, p.inner) for p in own}
-    out = [_plain(s) for s in sites]
+    out = [_without_alike(s) for s in sites]
     if len(kinds) != 1:
         return out
     ((outer, inner),) = kinds
@@ -223,19 +223,19 @@ def _beside_others(sites: list[Site | None]) -> list[Site | None]:
     return out
 
 
-def _plain(site: Site | None) -> Site | None:
-    """The site for rules, which know no `Alike`."""
+def _without_alike(site: Site | None) -> Site | None:
+    """The site with `Shard` in place of `Alike`."""
     if site is None or not isinstance(site.place, Alike):
         return site
     return replace(site, place=Shard(site.place.dim, site.place.outer, site.place.inner))
 
 
-def _as_captured(leaf: Any, site: Site | None) -> bool:
+def _same_place(leaf: Any, site: Site | None) -> bool:
     return site is None or leaf.meta.get("place") == site.place
 
 
-def _positions(shape: tuple[int, ...], n: int, emitted: bool) -> Placement:
-    """Counting along an axis: what we emit counts a part's own samples; a model means those of the whole batch."""
+def _arange(shape: tuple[int, ...], n: int, emitted: bool) -> Placement:
+    """`arange` in an emitted graph counts the part's own samples; a model's `arange` means those of the whole batch."""
     (size,) = shape
     if not size or size % n:
         return REPLICATE
@@ -244,7 +244,7 @@ def _positions(shape: tuple[int, ...], n: int, emitted: bool) -> Placement:
 
 # ---- ops ------------------------------
 
-# They read nothing but a shape.
+# They read only shapes.
 CONSTANT = {
     aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default, aten.new_zeros.default,
     aten.new_ones.default, aten.new_empty.default, aten.new_full.default, aten.zeros.default, aten.ones.default,
@@ -252,18 +252,18 @@ CONSTANT = {
     aten.new_empty_strided.default, aten.empty_strided.default,
 }  # fmt: skip
 
-# Their output has a row for every sample, of what has none.
+# They give a value without samples a sample axis.
 REPEATED = {aten.expand.default, aten.repeat.default}
 
-# They add to their first argument, which is to be zero.
+# They add to their first argument, which has to be zero.
 INTO = {aten.index_add.default}
 
 ARANGE = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 
-# Homogeneous and linear: in all tensors at once (a number in place of one of the first arguments is no tensor),
+# Ops that are linear and homogeneous: in all tensors jointly (value: how many of the first arguments must be tensors),
 OF_ALL = {aten.add.Tensor: 2, aten.sub.Tensor: 2, aten.cat.default: 1, aten.stack.default: 1}
 
-# in the first argument,
+# in their first argument,
 OF_ONE = {
     aten.div.Tensor, aten.div.Scalar, aten.mul.Scalar, aten.neg.default, aten.sum.default, aten.sum.dim_IntList,
     aten.mean.default, aten.mean.dim, aten.view.default, aten.reshape.default, aten._unsafe_view.default,
@@ -274,51 +274,51 @@ OF_ONE = {
     aten.split_with_sizes.default,
 }  # fmt: skip
 
-# in either of two.
+# in either of two arguments.
 OF_EITHER = {aten.mul.Tensor, aten.mm.default, aten.bmm.default, aten.mv.default, aten.linear.default}
 
 
-def _apart(sites: Sites, axis: int | None, ndim: int) -> Placement:
-    """An op on slices along one axis (None: all but the samples') of aligned arguments."""
+def _mixing_along(sites: Sites, axis: int | None, ndim: int) -> Placement:
+    """An op on aligned arguments that mixes the entries along `axis` (None: along no axis), and no others."""
     place = placement.pointwise([s for s in sites if s], ndim, linear=False)
     return MIXED if axis is not None and isinstance(place, Shard) and place.dim == axis % max(ndim, 1) else place
 
 
 def _elementwise(sites: Sites, args: tuple, outs: list) -> Found:
-    return _apart(sites, None, len(outs[0]))
+    return _mixing_along(sites, None, len(outs[0]))
 
 
-def _along(position: int) -> Callable[[Sites, tuple, list], Found]:
+def _along_argument(position: int) -> Callable[[Sites, tuple, list], Found]:
     def place(sites: Sites, args: tuple, outs: list) -> Found:
-        return _apart(sites, args[position], len(outs[0]))
+        return _mixing_along(sites, args[position], len(outs[0]))
 
     return place
 
 
-def _gathered(sites: Sites, args: tuple, outs: list) -> Found:
-    """gather(x, dim, index): along the samples' axis only of what has no samples, a table by class, say."""
+def _gather(sites: Sites, args: tuple, outs: list) -> Found:
+    """gather(x, dim, index): along the sample axis only if x has no samples, such as a table of classes."""
     x, index = [s for s in sites if s]
     axis = args[1] % max(len(outs[0]), 1)
     if x.place == REPLICATE and isinstance(index.place, Shard) and index.place.dim == axis:
         return index.place
-    return _apart(sites, axis, len(outs[0]))
+    return _mixing_along(sites, axis, len(outs[0]))
 
 
-def _reduced(sites: Sites, args: tuple, outs: list) -> Found:
+def _reduction(sites: Sites, args: tuple, outs: list) -> Found:
     (site,) = [s for s in sites if s]
     dims = args[1] if len(args) > 1 and args[1] is not None else ()
     dims = tuple(dims) if isinstance(dims, list | tuple) else (dims,)
     return placement.reduction(site, dims, len(args) > 2 and bool(args[2]), linear=False)
 
 
-def _rows(sites: Sites, args: tuple, outs: list) -> Found:
-    """An op on the images of a batch: all that has samples has them in dimension 0."""
+def _images(sites: Sites, args: tuple, outs: list) -> Found:
+    """An op on a batch of images: every argument with samples has them in dimension 0."""
     places = {s.place for s in sites if s and s.place != REPLICATE}
     (place,) = places if len(places) == 1 else (MIXED,)
     return place if isinstance(place, Shard) and place.dim == 0 else MIXED
 
 
-def _pooled_columns(sites: Sites, args: tuple, outs: list) -> Found:
+def _max_pool_columns(sites: Sites, args: tuple, outs: list) -> Found:
     g, *others = [s.place for s in sites if s]
     return g if g == Shard(1) and all(p == Shard(0) for p in others) else MIXED
 
@@ -332,7 +332,7 @@ def _convolution_backward(sites: Sites, args: tuple, outs: list) -> Found:
     return [g.place, PARTIAL if together else MIXED, PARTIAL] if together else MIXED
 
 
-def _unfolded(sites: Sites, args: tuple, outs: list) -> Found:
+def _unfold(sites: Sites, args: tuple, outs: list) -> Found:
     place: Any = sites[0].place  # type: ignore[union-attr]
     return MIXED if place.dim == args[1] % (len(outs[0]) - 1) else place
 
@@ -348,7 +348,7 @@ def _select_backward(sites: Sites, args: tuple, outs: list) -> Found:
 
 
 def _nll(sites: Sites, args: tuple, outs: list) -> Found:
-    """Of predictions [rows, C] or [N, C, *positions], along any axis but the classes'; targets have no such axis."""
+    """Predictions [rows, C] or [N, C, *positions]: samples along any axis but C, which targets do not have."""
     z, target, weight = sites[:3]
     if (
         not z
@@ -365,15 +365,15 @@ def _nll(sites: Sites, args: tuple, outs: list) -> Found:
 
 
 def _nll_backward(sites: Sites, args: tuple, outs: list) -> Found:
-    """nll_loss_backward(g, z, target, weight, ...), g for every target or the same for all."""
+    """nll_loss_backward(g, z, target, weight, ...), with one g per target or one for all."""
     g, z, target, weight = sites[:4]
     each = _nll((z, target, weight), (None, None, None, 0), outs)
     same = isinstance(each, list) and g is not None and g.place in (REPLICATE, each[0])
     return z.place if same and z else MIXED
 
 
-def _like_the_prediction(sites: Sites, args: tuple, outs: list) -> Found:
-    """The derivative of a loss: slice by slice, from what is complete."""
+def _loss_backward(sites: Sites, args: tuple, outs: list) -> Found:
+    """The derivative of a loss has the placement of the prediction, if all arguments with samples have it."""
     aligned = {s.place for s in sites if s and isinstance(s.place, Shard)}
     return aligned.pop() if len(aligned) == 1 and sites[1] and isinstance(sites[1].place, Shard) else MIXED
 
@@ -388,8 +388,8 @@ def _embedding_backward(sites: Sites, args: tuple, outs: list) -> Found:
     return PARTIAL if g and index and g.place == index.place and not args[4] else MIXED
 
 
-def _indexed(sites: Sites, args: tuple, outs: list) -> Found:
-    """x[indices], of adjacent axes: the indices' samples are where the first of them is."""
+def _index(sites: Sites, args: tuple, outs: list) -> Found:
+    """x[indices] with indices for adjacent axes: the axes of the indices take the place of these."""
     x, *rest = [s for s in sites if s]
     axes = [d for d, index in enumerate(args[1]) if index is not None]
     if axes != list(range(axes[0], axes[-1] + 1)):
@@ -402,7 +402,7 @@ def _indexed(sites: Sites, args: tuple, outs: list) -> Found:
     return x.place if before and where == REPLICATE else MIXED
 
 
-def _selected(sites: Sites, args: tuple, outs: list) -> Found:
+def _index_select(sites: Sites, args: tuple, outs: list) -> Found:
     """index_select(x, dim, index)."""
     x, index = [s for s in sites if s]
     dim = args[1] % len(outs[0])
@@ -411,8 +411,8 @@ def _selected(sites: Sites, args: tuple, outs: list) -> Found:
     return x.place if index.place == REPLICATE and isinstance(x.place, Shard) and x.place.dim != dim else MIXED
 
 
-def _pieces(sites: Sites, args: tuple, outs: list) -> Found:
-    """Along an axis that is not the samples': split(x, sizes, dim), or unbind(x, dim), which drops it."""
+def _split_or_unbind(sites: Sites, args: tuple, outs: list) -> Found:
+    """split(x, sizes, dim), or unbind(x, dim), which drops the axis: along any axis but that of the samples."""
     (site,) = [s for s in sites if s]
     where: Any = site.place
     dim = args[-1] % len(site.shape)
@@ -420,12 +420,12 @@ def _pieces(sites: Sites, args: tuple, outs: list) -> Found:
     return [MIXED if dim == where.dim else replace(where, dim=where.dim - drops)] * len(outs)
 
 
-def _stacked(sites: Sites, args: tuple, outs: list) -> Found:
-    place = _apart(sites, None, len(outs[0]) - 1)
+def _stack(sites: Sites, args: tuple, outs: list) -> Found:
+    place = _mixing_along(sites, None, len(outs[0]) - 1)
     return replace(place, dim=place.dim + (args[1] % len(outs[0]) <= place.dim)) if isinstance(place, Shard) else place
 
 
-def _added_rows(sites: Sites, args: tuple, outs: list) -> Found:
+def _index_add(sites: Sites, args: tuple, outs: list) -> Found:
     """index_add(zeros, dim, index, source)."""
     into, index, source = [s for s in sites if s]
     if not isinstance(source.place, Shard) or into.place != REPLICATE:
@@ -436,30 +436,30 @@ def _added_rows(sites: Sites, args: tuple, outs: list) -> Found:
     return source.place if not along and index.place == REPLICATE else MIXED
 
 
-def _square(sites: Sites, args: tuple, outs: list) -> Found:
+def _syrk(sites: Sites, args: tuple, outs: list) -> Found:
     """x x^T."""
     place: Any = sites[0].place  # type: ignore[union-attr]
     return PARTIAL if place.dim == 1 else MIXED
 
 
-def _images_squared(sites: Sites, args: tuple, outs: list) -> Found:
+def _syrk_conv(sites: Sites, args: tuple, outs: list) -> Found:
     return PARTIAL if sites[0] and isinstance(sites[0].place, Shard) and sites[0].place.dim == 0 else MIXED
 
 
-def _matrices(sites: Sites, args: tuple, outs: list) -> Found:
+def _eigh(sites: Sites, args: tuple, outs: list) -> Found:
     site = next(s for s in sites if s)
     place: Any = site.place
     return [place] * len(outs) if place.dim < len(site.shape) - 2 else MIXED
 
 
-def _searched(sites: Sites, args: tuple, outs: list) -> Found:
-    """Values in sorted rows: a row beside each row."""
+def _searchsorted(sites: Sites, args: tuple, outs: list) -> Found:
+    """searchsorted: row by row, all arguments aligned."""
     here = {s.place for s in sites if s}
     place = here.pop()
     return place if not here and isinstance(place, Shard) and place.dim < len(outs[0]) - 1 else MIXED
 
 
-def _normalised_backward(sites: Sites, args: tuple, outs: list) -> Found:
+def _layer_norm_backward(sites: Sites, args: tuple, outs: list) -> Found:
     """native_layer_norm_backward(g, x, shape, mean, rstd, weight, bias, mask)."""
     g = sites[0]
     axes = len(args[2])
@@ -470,7 +470,7 @@ def _normalised_backward(sites: Sites, args: tuple, outs: list) -> Found:
 
 
 def _attention(sites: Sites, args: tuple, outs: list) -> Found:
-    """Of the batch or of heads: every tensor with these axes has the samples there, a mask perhaps none."""
+    """Samples along the batch or the heads, in every tensor with these axes; a mask may have none."""
     places = {s.place for s in sites if s}
     place = next(iter(places - {REPLICATE}))
     inputs = [s for s in sites if s and len(s.shape) == 4 and s.shape[0] > 1]
@@ -482,21 +482,21 @@ PLACES: dict[Any, Callable[[Sites, tuple, list], Found]] = {
     **dict.fromkeys(
         (aten._log_softmax.default, aten._softmax.default, aten.softmax.int, aten.log_softmax.int, aten._safe_softmax.default,
          aten.cumsum.default, aten.scatter.value, aten.scatter.src, aten.scatter_add.default,
-         aten.logcumsumexp.default), _along(1)),
-    **dict.fromkeys((aten._log_softmax_backward_data.default, aten._softmax_backward_data.default), _along(2)),
+         aten.logcumsumexp.default), _along_argument(1)),
+    **dict.fromkeys((aten._log_softmax_backward_data.default, aten._softmax_backward_data.default), _along_argument(2)),
     **dict.fromkeys(
         (aten.amax.default, aten.amin.default, aten.any.default, aten.any.dim, aten.all.default, aten.all.dim,
-         aten.argmax.default, aten.argmin.default, aten.prod.dim_int, aten.logsumexp.default), _reduced),
+         aten.argmax.default, aten.argmin.default, aten.prod.dim_int, aten.logsumexp.default), _reduction),
     **dict.fromkeys(
         (aten.max_pool2d_with_indices_backward.default, aten.avg_pool2d_backward.default,
-         aten._adaptive_avg_pool2d_backward.default), _rows),
-    aten.gather.default: _gathered,
+         aten._adaptive_avg_pool2d_backward.default), _images),
+    aten.gather.default: _gather,
     aten.log_sigmoid_forward.default: _elementwise,
-    torch.ops.fxcurv.max_pool_columns.default: _pooled_columns,
-    torch.ops.fxcurv.syrk.default: _square,
-    torch.ops.fxcurv.syrk_conv.default: _images_squared,
+    torch.ops.fxcurv.max_pool_columns.default: _max_pool_columns,
+    torch.ops.fxcurv.syrk.default: _syrk,
+    torch.ops.fxcurv.syrk_conv.default: _syrk_conv,
     aten.convolution_backward.default: _convolution_backward,
-    aten.unfold.default: _unfolded,
+    aten.unfold.default: _unfold,
     aten.slice_backward.default: _slice_backward,
     aten.select_backward.default: _select_backward,
     aten.nll_loss_forward.default: _nll,
@@ -504,18 +504,18 @@ PLACES: dict[Any, Callable[[Sites, tuple, list], Found]] = {
     **dict.fromkeys((aten.nll_loss_backward.default, aten.nll_loss2d_backward.default), _nll_backward),
     **dict.fromkeys(
         (aten.mse_loss_backward.default, aten.smooth_l1_loss_backward.default, aten.huber_loss_backward.default),
-        _like_the_prediction),
+        _loss_backward),
     **dict.fromkeys((aten.mse_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default), _reduced_loss),
     aten.embedding_dense_backward.default: _embedding_backward,
-    aten.index_add.default: _added_rows,
-    aten.index.Tensor: _indexed,
-    aten.index_select.default: _selected,
-    aten.stack.default: _stacked,
-    **dict.fromkeys((aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default), _pieces),
-    aten._linalg_eigh.default: _matrices,
-    aten.native_layer_norm_backward.default: _normalised_backward,
-    aten.searchsorted.Tensor: _searched,
+    aten.index_add.default: _index_add,
+    aten.index.Tensor: _index,
+    aten.index_select.default: _index_select,
+    aten.stack.default: _stack,
+    **dict.fromkeys((aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default), _split_or_unbind),
+    aten._linalg_eigh.default: _eigh,
+    aten.native_layer_norm_backward.default: _layer_norm_backward,
+    aten.searchsorted.Tensor: _searchsorted,
     aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention,
 }  # fmt: skip
-"""Where the output of an op lies whose arguments are `Shard` or `Replicate`: (sites, arguments, shapes) -> placement."""
+"""op -> function (sites, arguments, shapes) -> placement of the output; its arguments are `Shard` or `Replicate`."""

@@ -1,8 +1,8 @@
-"""What ops are: a table per property, which passes ask in place of naming ops.
+"""Properties of ops, a table for each: passes look a property up instead of naming ops.
 
-These are facts of an op's forward; a rule that a user passes for the op changes none. What an op's derivative is like
-(linear, elementwise, in order, ...) its rule says (`Rule`). A claim is about canonical arguments and the first output.
-`tests/rules/test_traits.py` tries every entry on random values.
+They are facts about an op's forward, which a user's rule for the op does not change. Properties of its derivative
+(linear, elementwise, in order, ...) are in its rule (`Rule`). A property refers to canonical arguments and the first
+output. `tests/rules/test_traits.py` tries every entry on random values.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ aten = torch.ops.aten
 
 
 def pointwise(op: Any) -> bool:
-    """Whether the op is elementwise, by its tag: so it is for ops without a rule too."""
+    """Whether the op is elementwise by its tag, which ops without a rule have too."""
     return torch.Tag.pointwise in getattr(op, "tags", ())
 
 
 def random(op: Any) -> bool:
-    """Whether the op draws numbers: a second call gives others."""
+    """Whether the op draws random numbers, so that a second call gives others."""
     return torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
 
 
 def takes_sizes(op: Any) -> bool:
-    """Whether the op takes sizes, which may be those of the batch; also one that has no schema."""
+    """Whether the op takes sizes, which may depend on the batch size; True for an op without a schema."""
     schema = schema_of(op)
     return schema is None or "SymInt" in str(schema)
 
 
 # ---- layers ------------------------------
 
-# (argument that is a weight, the output's axis of features): one entry of the weight moves one index of that axis
+# (argument that is a weight, the output's feature axis): an entry of the weight affects one index of that axis only
 WEIGHTS: dict[Any, tuple[int, int]] = {
     aten.linear.default: (1, -1), aten.convolution.default: (1, 1), aten.mm.default: (1, -1), aten.embedding.default: (0, -1),
 }  # fmt: skip
 
-# (argument that is added to the output, the output's axis that it lies along)
+# (argument that is a bias, the output's axis along which it is added)
 BIASES: dict[Any, tuple[int, int]] = {
     aten.linear.default: (2, -1),
     aten.convolution.default: (2, 1),
@@ -55,17 +55,17 @@ BIASES: dict[Any, tuple[int, int]] = {
     aten._native_batch_norm_legit_no_training.default: (2, 1),
 }
 
-# x z, or x z + b: linear in each of their first arguments (x, z), and b, the third, is added
+# Products x z or x z + b of arguments (x, z, b): linear in x and in z
 PRODUCTS = {
     aten.linear.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.convolution.default,
 }  # fmt: skip
 
-# products of matrices (x, z), rows of x by columns of z, on their last two axes; True: rows of x by rows of z
+# Matrix products (x, z) over the last two axes. False: rows of x times columns of z; True: rows of x times rows of z
 MATRIX_PRODUCTS = {aten.linear.default: True, aten.mm.default: False, aten.bmm.default: False}
 
 
 class Convolution(NamedTuple):
-    """Arguments of a convolution. Which kernel runs it depends on the layout of what it reads."""
+    """Arguments of a convolution."""
 
     x: Any
     weight: Any
@@ -79,7 +79,7 @@ class Convolution(NamedTuple):
 
 
 def convolution(node: fx.Node) -> Convolution | None:
-    """The arguments of a convolution, in any number of dimensions."""
+    """The arguments of a convolution in any number of dimensions; None for any other op."""
     return Convolution(*canonical_args(node)) if node.target is aten.convolution.default else None
 
 
@@ -87,51 +87,51 @@ def convolution(node: fx.Node) -> Convolution | None:
 
 
 def plain_sum(node: fx.Node) -> bool:
-    """Whether a node is x + z, neither of them scaled."""
+    """Whether a node is x + z, without a scale."""
     return node.target is aten.add.Tensor and canonical_args(node)[2] == 1
 
 
-# Zeros, whatever they read.
+# The output is zero for all inputs.
 ZEROS = {aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default}
 
-# Zeros for zeros in their first argument.
+# The output is zero if the first argument is.
 KEEP_ZERO = {
     aten.unsqueeze.default, aten.squeeze.dim, aten.view.default, aten.reshape.default, aten.expand.default,
     aten.permute.default, aten.transpose.int, aten.t.default, aten.neg.default, aten.sum.dim_IntList,
 }  # fmt: skip
 
-# Zeros where any of their arguments is zero; the others are finite.
+# The output is zero if one argument is and the others are finite.
 ZERO_FACTOR = {aten.mul.Tensor, aten.mm.default, aten.bmm.default, aten.mul.Scalar}
 
 
 def makes_zeros(node: fx.Node) -> bool:
-    """Whether a node is zero whatever it reads."""
+    """Whether a node is zero for all inputs."""
     return node.target in ZEROS or (node.target is aten.full.default and node.args[1] == 0)
 
 
-# Ones, whatever they read; and ones for ones in their first argument, in any dtype that has them.
+# The output is one for all inputs; the output is one if the first argument is, in every dtype that the op takes.
 ONES = {aten.ones_like.default, aten.ones.default, aten.new_ones.default}
 KEEP_ONES = {
     aten.abs.default, aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default, aten.sign.default,
     aten._to_copy.default, aten.clone.default,
 }  # fmt: skip
 
-# Sums over the axes in their second argument.
+# Sums over the axes that the second argument lists.
 SUMS = {aten.sum.dim_IntList}
 
-# What they get as their first argument [..., C, h, w] they put, each at some position, into [..., C, H, W].
+# They put each entry of their first argument [..., C, h, w] at some position of [..., C, H, W].
 SCATTERS = {aten.max_pool2d_with_indices_backward.default, torch.ops.fxcurv.max_pool_columns.default}
 
 
 # ---- memory ------------------------------
 
 
-# They give back their argument's memory, and their schemas do not say so.
+# They return their argument's memory, without an annotation in their schemas.
 UNSAID_VIEWS = {aten._unsafe_view.default}
 
 
 def borrows(node: fx.Node, lenders: set[fx.Node]) -> bool:
-    """Whether a value may lie in the memory of one of `lenders`, by the schemas of the ops between them."""
+    """Whether a value may share memory with one of `lenders`, by the schemas of the ops between them."""
     if node in lenders:
         return True
     if node.op != "call_function" or _has_own_memory(node.target):
@@ -140,14 +140,14 @@ def borrows(node: fx.Node, lenders: set[fx.Node]) -> bool:
 
 
 def _has_own_memory(op: Any) -> bool:
-    """Whether an op never returns an argument or a view: a composite one without an annotation may."""
+    """Whether an op never returns an argument or a view of one; a composite op may, even without an annotation."""
     schema = schema_of(op)
     if schema is None or op in UNSAID_VIEWS or any(r.alias_info is not None for r in schema.returns):
         return False
     return op in PRODUCTS or not decomposes(op)
 
 
-# Elementwise in all tensors, or adding to the first: the same, written over the first argument.
+# op -> the same op written over its first argument. These are elementwise in all tensors, or add to the first.
 IN_PLACE = {
     aten.add.Tensor: aten.add_.Tensor, aten.sub.Tensor: aten.sub_.Tensor, aten.mul.Tensor: aten.mul_.Tensor,
     aten.div.Tensor: aten.div_.Tensor, aten.pow.Tensor_Scalar: aten.pow_.Scalar,
@@ -161,7 +161,7 @@ def of_one(op: Any, x: Any = None, dims: Any = None, *more: Any, **dtype: Any) -
     return sums and x.is_floating_point() and all(x.shape[d] == 1 for d in dims)
 
 
-# Of these, the ones that add to their first argument, and do nothing else to it.
+# Those of IN_PLACE that only add to their first argument.
 ADDING = {aten.add.Tensor, aten.sub.Tensor, aten.index_add.default}
 
 
@@ -173,13 +173,13 @@ def _bmm(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b) if total is None else total.baddbmm_(a, b)
 
 
-# The same, added to a total, where there is one.
+# op -> function(total, a, b) that adds the op's output to `total` in place, or returns it if `total` is None.
 ADDED = {aten.mm.default: _mm, aten.bmm.default: _bmm}
 
-# ---- what is saved ------------------------------
+# ---- cheap to compute again ------------------------------
 
-# These cost little more than their memory traffic, and give the same result again. Pointwise ops and views do too; they are
-# recognised by tag and schema. Matrix products, convolutions, sorts and decompositions do not.
+# Ops that cost little more than their memory traffic and are deterministic. Pointwise ops and views, recognised by tag
+# and schema, are cheap too. Matrix products, convolutions, sorts and decompositions are not.
 CHEAP = {
     aten.clone.default, aten._to_copy.default, aten.cat.default, aten.where.self, aten.gather.default,
     aten.scatter.value, aten.scatter.src, aten.scatter_add.default, aten.embedding.default, aten.index.Tensor,
@@ -193,13 +193,13 @@ CHEAP = {
 
 # ---- no derivative ------------------------------
 
-# Their derivative is zero wherever there is one, or is asked not to be: what they return is a constant.
+# Their output counts as a constant: its derivative is zero wherever it exists, or is cut off (`detach`).
 CUTS = {
     aten.detach.default, aten.sign.default, aten.floor.default, aten.ceil.default, aten.round.default, aten.trunc.default,
     aten.fill.Scalar, aten.zero.default,
 }  # fmt: skip
 
-# These read nothing but the shape.
+# They read only the shape of their argument.
 OF_SHAPE = {
     aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
     aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default,
@@ -207,7 +207,7 @@ OF_SHAPE = {
 }  # fmt: skip
 CUTS |= OF_SHAPE
 
-# What is drawn has no derivative, neither where only the shape is read nor where the parameters of a distribution are.
+# Random numbers have no derivative, neither in an argument that gives their shape nor in one that parametrises them.
 CUTS |= {
     aten.rand_like.default, aten.randn_like.default, aten.randint_like.default, aten.randint_like.low_dtype,
     aten.bernoulli.default, aten.normal.Tensor_float, aten.normal.float_Tensor, aten.normal.Tensor_Tensor,
@@ -217,24 +217,24 @@ CUTS |= {
 
 # ---- numbers ------------------------------
 
-# The value of a tensor of one entry, as a number.
+# They return the value of a tensor with one entry as a number.
 ITEMS = {aten.item.default, aten._local_scalar_dense.default}
 
-# What a tensor that is written out, `torch.tensor(3)`, goes through.
+# Capture wraps a literal tensor, such as `torch.tensor(3)`, in one of these.
 LITERALS = {aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.lift.default}
 
-# ---- memory ------------------------------
+# ---- layout ------------------------------
 
-# Besides ops whose rule is elementwise: of images with channels last they make images with channels last.
+# They keep images in channels last, as ops with an elementwise rule do.
 KEEP = {
     aten.max_pool2d_with_indices.default, aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default,
     aten._native_batch_norm_legit_no_training.default, aten.constant_pad_nd.default, aten.cat.default, aten._to_copy.default,
 }  # fmt: skip
 
-# Elementwise, but what they make is contiguous whatever they read (of log_sigmoid the fake op says otherwise).
+# Elementwise, but their output is always contiguous (for log_sigmoid, the fake op claims another layout).
 CONTIGUOUS = {aten.log_sigmoid.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 
-# Views of all that they are given: they share its memory from the first element on, and its dtype.
+# Views of all entries of their argument: same memory from the first element on, same dtype.
 VIEWS = {
     aten.view.default,
     aten.permute.default,
@@ -246,7 +246,7 @@ VIEWS = {
     aten.expand.default,
 }
 
-# The same, but for a copy where strides allow no view.
+# Views, or copies where the strides allow no view.
 REARRANGED = VIEWS | {aten.reshape.default}
 
 _REFERS_TO_SIZES = (aten.view.default, aten.reshape.default)
@@ -254,9 +254,9 @@ _REFERS_TO_AN_AXIS = (aten.unsqueeze.default, aten.squeeze.dim)
 
 
 def on_rows(node: fx.Node, rows: int) -> list[Any] | None:
-    """The arguments with which a view of the axes behind the first does the same to `rows` entries of the first axis.
+    """The arguments with which a view that leaves the first axis alone applies to `rows` entries of that axis.
 
-    None for any other op. The caller knows that the first axis keeps its size.
+    None for any other op. The caller has to know that the first axis keeps its size.
     """
     if node.target in _REFERS_TO_SIZES:
         _, sizes = node.args
@@ -268,7 +268,7 @@ def on_rows(node: fx.Node, rows: int) -> list[Any] | None:
 
 
 class Slice(NamedTuple):
-    """Arguments of x[..., start:end:step]; an end of None or beyond the axis is the axis' own."""
+    """Arguments of x[..., start:end:step]; an end of None or beyond the axis is the end of the axis."""
 
     x: Any
     dim: int
@@ -278,51 +278,51 @@ class Slice(NamedTuple):
 
     @property
     def everything(self) -> bool:
-        """Whether all of the axis is taken, as in x[:, None]."""
+        """Whether the slice takes the whole axis."""
         return self.start in (None, 0) and self.step == 1 and (self.end is None or self.end == 2**63 - 1)
 
 
 def sliced(node: fx.Node) -> Slice | None:
-    """The arguments of a slice."""
+    """The arguments of a slice; None for any other op."""
     return Slice(*canonical_args(node)) if node.target is aten.slice.Tensor else None
 
 
 # ---- along axes ------------------------------
 
-# Lines along the axis of their second argument, which is a number, do not meet: each gives values of its own.
+# They act on each line along one axis, their second argument, by itself.
 ALONG_AXIS = {
     aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.log_softmax.int, aten._log_softmax.default,
     aten.logsumexp.default, aten.logcumsumexp.default, aten.cumprod.default, aten.prod.dim_int,
 }  # fmt: skip
 
-# Nor do slices over the last axes, as many as their second argument has numbers.
+# They act on each slice over the last axes, as many as the second argument lists, by itself.
 ALONG_LAST_AXES = {aten.layer_norm.default}
 
 # ---- clamps and maxima ------------------------------
 
-# x between these bounds: monotone, and flat wherever different values become one
+# They clamp x to (low, high): monotone, and constant wherever two inputs have the same output
 CLAMPS: dict[Any, tuple[float, float]] = {aten.relu.default: (0, math.inf), aten.relu6.default: (0, 6)}
 
 
 def bounds(node: fx.Node) -> tuple[float, float] | None:
-    """(low, high) of an op that clamps its first argument."""
+    """(low, high) of an op that clamps its first argument; None for any other op."""
     if node.target is aten.hardtanh.default:
         _, low, high = canonical_args(node)
         return low, high
     return CLAMPS.get(node.target)
 
 
-# The maxima of windows over the last two axes; also where each was found.
+# The maxima of windows over the last two axes, and the index of each.
 MAX_POOL = aten.max_pool2d_with_indices.default
 
 
 def window(node: fx.Node) -> list[Any] | None:
-    """[kernel, stride, padding, dilation, ceil_mode] of the op `MAX_POOL`."""
+    """[kernel, stride, padding, dilation, ceil_mode] of `MAX_POOL`; None for any other op."""
     return list(canonical_args(node)[1:]) if node.target is MAX_POOL else None
 
 
 def zero_padding(node: fx.Node) -> list[int] | None:
-    """The widths of zeros around the last axes, the last one first; negative ones crop."""
+    """The widths of zero padding, the last axis first, negative ones crop; None for any other op."""
     if node.target is not aten.constant_pad_nd.default:
         return None
     _, widths, value = canonical_args(node)
@@ -331,7 +331,7 @@ def zero_padding(node: fx.Node) -> list[int] | None:
 
 # ---- losses ------------------------------
 
-# Losses without a rule of their own, by the name of the op that was captured.
+# Names of losses as they are captured, for losses without a rule of their own.
 _LOSSES = re.compile(r"aten\.(\w+_loss\w*|binary_cross_entropy\w*|kl_div)(\.|$)")
 
 
@@ -340,19 +340,19 @@ def named_loss(op: str) -> bool:
     return _LOSSES.match(op) is not None
 
 
-# ---- what is divided by the number of samples ------------------------------
+# ---- means ------------------------------
 
 MEANS = {aten.mean.default, aten.mean.dim}
 
-# (loss, sum of weights): the mean is weighed
+# Losses with outputs (loss, sum of weights), whose mean is weighted
 WEIGHED = {aten.nll_loss_forward.default, aten.nll_loss2d_forward.default}
 
 
 def over_ranks(node: fx.Node) -> str:
-    """What a node does between the ranks of a process group.
+    """What a node does between the ranks of a process group, "" if nothing.
 
-    "sum", "wait" for one, "gather" shards, "hold" some, sum and "scatter", wait for that and sum over "replicas", "reduce" to one
-    rank (`ir.shards`), what each rank may "read", all ranks' "rows" (`ir.crossings`), or nothing, "".
+    "sum"; "wait" for it; "gather" shards; "hold" some of them; "scatter" a sum; wait for that and sum over "replicas";
+    "reduce" to one rank (`ir.shards`); give what each rank may "read"; give the "rows" of all ranks (`ir.crossings`).
     """
     ops = torch.ops._c10d_functional
     known = {ops.all_reduce.default: "sum", ops.wait_tensor.default: "wait"}

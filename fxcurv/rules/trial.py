@@ -1,4 +1,4 @@
-"""An op without a placement rule: redraw a sample's values and see what moves."""
+"""Placements of ops without a placement rule, by trial: redraw some samples' values and see which outputs change."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ SMALL = (3, 4)
 
 
 class Uninformative(Exception):
-    """Values at which an op fails, gives no numbers or does not vary say nothing of its samples."""
+    """The op fails, gives no numbers or does not vary at the values tried, so the trial shows nothing."""
 
 
 class OneSize(Exception):
-    """A placement that is known for the batch size of the capture only."""
+    """The placement holds only for the batch size of the capture."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """The placement of every output, None where it depends on nothing; `alone`: see `Call`."""
+    """The placement of every output, None for one that depends on no input; `alone`: see `Call`."""
 
     places: list[Placement | None]
     alone: bool = True
@@ -42,8 +42,8 @@ def try_op(program: Program, node: fx.Node, count: int) -> Found:
     """The placements of an op's `count` outputs.
 
     Raises:
-        Uninformative: if no values were found that say something.
-        OneSize: if they are to be found at the batch size of the capture.
+        Uninformative: if no values were found at which the op shows its placements.
+        OneSize: if the placements hold only for the batch size of the capture.
     """
     places = [a.meta["place"] for a in pytree.tree_leaves(canonical_args(node)) if is_tensor(a)]
     active = [a.meta["place"] for a in node.all_input_nodes if a.meta.get("active")]
@@ -51,11 +51,11 @@ def try_op(program: Program, node: fx.Node, count: int) -> Found:
     if any(isinstance(p, Mixed) for p in active) or (summed and any(isinstance(p, Shard) for p in places)):
         return Found([MIXED] * count)
     _check_indices(program, node)
-    routed = _routed(program, node, count, summed)
+    routed = _try_known_indices(program, node, count, summed)
     if routed is not None:
         return routed
     reason = ""
-    # small is quick; the batch's own size is what a size that happens to equal it asks for
+    # small sizes are quick; the batch's own is needed where another size must equal it
     sizes = [SMALL, (program.batch.size,)] if program.batch.symbols else [(program.batch.size,)]
     for several, domain in product(sizes, DOMAINS):
         found = []
@@ -65,7 +65,7 @@ def try_op(program: Program, node: fx.Node, count: int) -> Found:
             except Uninformative as error:
                 reason = reason or str(error)
         if found:
-            together = [_together(p) for p in zip(*(f.places for f in found), strict=True)]
+            together = [_common_place(p) for p in zip(*(f.places for f in found), strict=True)]
             _check_sizes(program, node, together)
             return Found(together, all(f.alone for f in found))
     raise Uninformative(reason)
@@ -74,40 +74,40 @@ def try_op(program: Program, node: fx.Node, count: int) -> Found:
 def _at_size(program: Program, node: fx.Node, n: int, domain: Domain, summed: bool, exact: bool = False) -> Found:
     first = Trial(program, node, n, domain, 0, exact)
     trials = [first, *(Trial(program, node, n, domain, seed, exact) for seed in range(1, 4 if first.highs else 2))]
-    places = _of_sums(trials) if summed else _of_samples(trials, program, node)
+    places = _places_of_sums(trials) if summed else _places_by_samples(trials, program, node)
     return Found(places, first.serves_alone(places))
 
 
 # ---- indices that are functions of the batch size ------------------------------
 
 
-def _routed(program: Program, node: fx.Node, count: int, summed: bool) -> Found | None:
-    """The placements of an op whose indices are functions of the batch size, if samples keep apart by them; else None.
+def _try_known_indices(program: Program, node: fx.Node, count: int, summed: bool) -> Found | None:
+    """The placements of an op whose indices are functions of the batch size, if they keep samples apart; else None.
 
-    They are those at several batch sizes; before the program serves another one, they are found there as well. (Ranks that
-    have parts of different sizes have to agree on a program, and take none of this.)
+    They are found at several batch sizes, and checked at any other before the program serves it. (Not with ranks:
+    those with parts of different sizes have to agree on a program.)
     """
     per_sample = any(e.per_sample for e in program.extensions) and not program.options.ranks
     if not program.batch.symbols or program.batch.lengths or summed or not per_sample or not _varying(program, node):
         return None
-    alone = _copied(program, node)
+    alone = _copy_node(program, node)
     here = SimpleNamespace(batch=program.batch)
     sizes = dict.fromkeys((*SMALL, program.batch.size))
-    found = [_apart(here, alone, n) for n in sizes if n > 1]
+    found = [_slices_at_size(here, alone, n) for n in sizes if n > 1]
     places = found[0].places if found[0] is not None else []
     if not places or len(places) != count or any(f is None or f.places != places for f in found):
         return None
-    program.conditions.append(lambda n: n < 2 or n in sizes or _same(here, alone, n, places))
+    program.conditions.append(lambda n: n < 2 or n in sizes or _has_places(here, alone, n, places))
     return Found(places, all(f is not None and f.alone for f in found))
 
 
-def _same(program: Any, node: fx.Node, n: int, places: list[Placement | None]) -> bool:
-    found = _apart(program, node, n)
+def _has_places(program: Any, node: fx.Node, n: int, places: list[Placement | None]) -> bool:
+    found = _slices_at_size(program, node, n)
     return found is not None and found.places == places
 
 
-def _apart(program: Any, node: fx.Node, n: int) -> Found | None:
-    """The placements at batch size `n` with the indices that it has there, if each is a slice per sample."""
+def _slices_at_size(program: Any, node: fx.Node, n: int) -> Found | None:
+    """The placements at batch size `n` with the indices of that size, if all outputs have a slice per sample."""
     try:
         found = _at_size(program, node, n, DOMAINS[0], summed=False, exact=True)
     except (Uninformative, OneSize, RuntimeError, IndexError, ValueError):
@@ -116,13 +116,13 @@ def _apart(program: Any, node: fx.Node, n: int) -> Found | None:
 
 
 def _varying(program: Program, node: fx.Node) -> bool:
-    """Whether an index among the arguments is known at every batch size, and is another at each."""
+    """Whether an index among the arguments is known at every batch size and depends on it."""
     leaves = [a for a in pytree.tree_leaves(canonical_args(node)) if _is_index(a)]
     return any(not _alike(program, a) and known(program, a, program.batch.size) is not None for a in leaves)
 
 
-def _copied(program: Program, node: fx.Node) -> fx.Node:
-    """A node that stays as it is when the program's graph changes, with what its known indices are computed by."""
+def _copy_node(program: Program, node: fx.Node) -> fx.Node:
+    """A copy of the node, and of the nodes that its known indices are computed by, in a graph of their own."""
     graph, env = fx.Graph(), {}
 
     def copied(n: fx.Node) -> fx.Node:
@@ -135,22 +135,22 @@ def _copied(program: Program, node: fx.Node) -> fx.Node:
     return copied(node)
 
 
-def _together(places: Sequence[Placement | None]) -> Placement | None:
-    """One placement that holds wherever these were found."""
+def _common_place(places: Sequence[Placement | None]) -> Placement | None:
+    """The placement that holds at all the batch sizes at which these were found."""
     if all(p == places[0] for p in places):
         return places[0]
     return PARTIAL if all(isinstance(p, Shard | Partial) for p in places) else MIXED
 
 
 def _check_sizes(program: Program, node: fx.Node, places: Sequence[Placement | None]) -> None:
-    """Indices that differ with the batch size are known where it is a number."""
+    """Ask for a fixed batch size, where indices are known, if samples may meet by indices that depend on it."""
     varying = _varying(program, node)
     apart = all(isinstance(p, Shard) for p in places)
     if varying and not apart and program.batch.symbols and any(e.per_sample for e in program.extensions):
         raise OneSize
 
 
-# They raise at an index that is out of range, so any may be tried. Others may believe it, and read or write anywhere.
+# Ops that raise an error for an index out of range, so that any may be tried. Others may read or write anywhere.
 _CHECKED = {
     "embedding", "embedding_bag", "gather", "index", "index_add", "index_copy", "index_fill", "index_put", "index_reduce",
     "index_select", "max_unpool2d", "max_unpool3d", "multi_margin_loss", "multilabel_margin_loss", "put", "scatter",
@@ -159,7 +159,7 @@ _CHECKED = {
 
 
 def _check_indices(program: Program, node: fx.Node) -> None:
-    """Refuse to try integers on an op that may not check them."""
+    """Refuse to try random integers on an op that may not check them."""
     name = str(node.target).removeprefix("aten.").split(".")[0].strip("_").removesuffix("_forward")
     if name in _CHECKED:
         return
@@ -172,7 +172,7 @@ def _check_indices(program: Program, node: fx.Node) -> None:
 
 
 def _names(node: fx.Node) -> list[str]:
-    """The name in the schema that each flattened argument belongs to."""
+    """The schema's name for each flattened argument."""
     arguments = getattr(schema_of(node.target), "arguments", ())
     return [a.name for a, v in zip(arguments, canonical_args(node), strict=False) for _ in pytree.tree_leaves(v)]
 
@@ -195,11 +195,11 @@ _AFFINE = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.add.Scalar, a
 
 
 class _Unknown(Exception):
-    """A value that depends on an input, a buffer or chance."""
+    """The value depends on an input, a buffer or chance."""
 
 
 def known(program: Program, node: fx.Node, n: int) -> Tensor | None:
-    """The value of a node at batch size `n` if it is made of numbers and sizes alone."""
+    """The value of a node at batch size `n`, if it is computed from numbers and sizes alone; else None."""
 
     def value(node: fx.Node) -> Any:
         val = node.meta.get("val")
@@ -218,7 +218,7 @@ def known(program: Program, node: fx.Node, n: int) -> Tensor | None:
 
 
 def _alike(program: Program, node: fx.Node) -> bool:
-    """Whether a known value has no batch size in it, or is affine in its position by the same numbers at every batch size."""
+    """Whether a known value is independent of the batch size, or affine in the position with coefficients that are."""
     return _affine(node) or not any(_varies(program, n.meta.get("val")) for n in ancestors([node]))
 
 
@@ -233,7 +233,7 @@ def _varies(program: Program, val: Any) -> bool:
 def _affine(node: fx.Node) -> bool:
     if node.target in _ARANGE:
         at = _ARANGE[node.target]
-        bounds = [*node.args[:at], *node.args[at + 1 :]]  # all but the end
+        bounds = [*node.args[:at], *node.args[at + 1 :]]  # without the end
         return all(isinstance(b, int) for b in bounds)
     if node.target in _SHAPED:
         return _affine(node.args[0])  # type: ignore[arg-type]
@@ -246,12 +246,12 @@ def _affine(node: fx.Node) -> bool:
 # ---- random values ------------------------------
 
 
-def _anywhere(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
 def _positive(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Positive numbers; square matrices are positive definite, triangular or not."""
+    """Positive numbers; square matrices are positive definite, also if read as triangular."""
     x = torch.rand(shape, dtype=torch.float64, generator=generator)
     square = len(shape) > 1 and shape[-1] == shape[-2]
     return 0.1 * x / shape[-1] + torch.eye(shape[-1], dtype=x.dtype) if square else 0.1 + 0.8 * x
@@ -259,17 +259,17 @@ def _positive(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Domain:
-    """Where values are drawn: `floats(shape, generator)`, and integers, any that the op takes or one number."""
+    """How values are drawn: floats by `floats(shape, generator)`; integers are `integer`, or any if that is None."""
 
     floats: Callable[[tuple[int, ...], torch.Generator], Tensor]
     integer: int | None = None
 
 
-DOMAINS = (Domain(_anywhere), Domain(_positive), Domain(_positive, 1), Domain(_positive, 0))
+DOMAINS = (Domain(_normal), Domain(_positive), Domain(_positive, 1), Domain(_positive, 0))
 
 
 class Trial:
-    """An op on random values in a batch of `n`; `exact`: indices that are known of `n` are what they are."""
+    """An op on random values in a batch of `n`; if `exact`, indices that are known at `n` have their true values."""
 
     def __init__(self, program: Program, node: fx.Node, n: int, domain: Domain, seed: int, exact: bool = False):
         self.program, self.node, self.n, self.domain, self.seed = program, node, n, domain, seed
@@ -297,13 +297,13 @@ class Trial:
         return torch.randint(0, 2, shape, generator=generator).to(val.dtype)
 
     def _draw_integers(self, generator: torch.Generator) -> None:
-        """Replace integers by what is known of them, or by any from the largest range that the op takes."""
+        """Replace integers by their values, if known, or by random ones from the largest range that the op accepts."""
         integers = {i: v for i, v in enumerate(self.values) if isinstance(v, Tensor) and not v.is_floating_point()}
         fixed = {i: known(self.program, self.leaves[i], self.n) for i in integers} if self.exact else {}
         for i in integers:
             if i not in fixed and _alike(self.program, self.leaves[i]):
                 fixed[i] = known(self.program, self.leaves[i], self.n)
-        pivots = [i for i, name in enumerate(_names(self.node)) if "pivots" in name]  # LAPACK believes them
+        pivots = [i for i, name in enumerate(_names(self.node)) if "pivots" in name]  # LAPACK does not check them
         fixed |= {i: torch.ones_like(integers[i]) for i in pivots if i in integers}
         fixed = {i: v for i, v in fixed.items() if v is not None}
         self.values = [fixed.get(i, v) for i, v in enumerate(self.values)]
@@ -311,29 +311,29 @@ class Trial:
         still = [torch.zeros_like(v) if i in free else v for i, v in enumerate(self.values)]
         self.highs = {i: high for i, high in self.highs.items() if i not in fixed}
         for i, v in free.items():
-            self.highs[i] = high = next((c for c in self._ends(v) if self._takes(still, i, c - 1)), 1)
+            self.highs[i] = high = next((c for c in self._ends(v) if self._accepts(still, i, c - 1)), 1)
             self.values[i] = torch.randint(0, high, v.shape, generator=generator).to(v.dtype)
 
     def _ends(self, v: Tensor) -> list[int]:
-        """Where the range of an index may end: after a dimension, or after all elements of an argument."""
+        """Candidates for the end of an index's range, largest first: sizes of dimensions and of whole arguments."""
         tensors = [t for t in self.values if isinstance(t, Tensor)]
         ends = {2, self.n, *(t.numel() for t in tensors), *(size for t in tensors for size in t.shape)}
         return sorted((e for e in ends if 0 < e <= torch.iinfo(v.dtype).max), reverse=True)
 
-    def _takes(self, values: list[Any], i: int, number: int) -> bool:
+    def _accepts(self, values: list[Any], i: int, number: int) -> bool:
         try:
             self._outputs([torch.full_like(v, number) if j == i else v for j, v in enumerate(values)])
-        except Exception:  # whatever an op raises at arguments that it does not take
+        except Exception:  # ops may raise anything for arguments that they do not accept
             return False
         return True
 
     def run(self, samples: Sequence[int], shifts: Sequence[int] = ()) -> list[Tensor]:
-        """The outputs with the slices of the given samples drawn anew, or what depends on parameters moved by `shifts`."""
+        """The outputs after redrawing the slices of `samples`, or adding `shifts` to what depends on parameters."""
         moving = {i: p for i, p in self.sharded.items() if i in self.active} or self.sharded
-        drawn = torch.Generator().manual_seed(self.seed + 100)  # the same values whatever the other samples are
+        drawn = torch.Generator().manual_seed(self.seed + 100)  # the same values, whichever samples are redrawn
         new = list(self.values)
         for i, place in moving.items() if samples else ():
-            new[i] = self._redrawn(i, place, samples, drawn)
+            new[i] = self._redraw(i, place, samples, drawn)
         for shift in shifts:
             generator = torch.Generator().manual_seed(self.seed + 200 + shift)
             for i in self.active:
@@ -349,7 +349,7 @@ class Trial:
         with torch.enable_grad():
             return [o.nan_to_num() if isinstance(o, Tensor) else o for o in out]
 
-    def _redrawn(self, i: int, place: Shard, samples: Sequence[int], generator: torch.Generator) -> Tensor:
+    def _redraw(self, i: int, place: Shard, samples: Sequence[int], generator: torch.Generator) -> Tensor:
         value = self.values[i]
         if value.is_floating_point():
             other = self.domain.floats(tuple(value.shape), generator).to(value.dtype)
@@ -372,7 +372,7 @@ class Trial:
             pairs = [(k, samples_first(whole[k], p)) for k, p in enumerate(places) if isinstance(p, Shard)]
             owns = [{i: samples_first(self.values[i], p)[n] for i, p in self.sharded.items()} for n in range(self.n)]
             outs = [self._outputs([own.get(i, v) for i, v in enumerate(values)]) for own in owns]
-        except Exception:  # whatever an op raises at arguments that it does not take
+        except Exception:  # ops may raise anything for arguments that they do not accept
             return False
         for n, out in enumerate(outs):
             if any(o.shape != y.shape or not torch.allclose(o, y, 1e-5, equal_nan=True) for o, y in
@@ -387,11 +387,11 @@ class Trial:
             return [o if not isinstance(o, Tensor) or o.is_floating_point() else o.double() for o in out]
 
 
-# ---- what moved ------------------------------
+# ---- placements from what moved ------------------------------
 
 
-def _of_samples(trials: list[Trial], program: Program, node: fx.Node) -> list[Placement | None]:
-    """Placements by redrawing halves of the samples."""
+def _places_by_samples(trials: list[Trial], program: Program, node: fx.Node) -> list[Placement | None]:
+    """The placements of a function of samples, by redrawing halves of them."""
     n, val = trials[0].n, node.meta["val"]
     vals = list(val) if isinstance(val, tuple | list) else [val]
     sets = [half for pair in halves(n) for half in pair]
@@ -403,12 +403,12 @@ def _of_samples(trials: list[Trial], program: Program, node: fx.Node) -> list[Pl
         if not isinstance(v, Tensor):
             found.append(None)
             continue
-        # what moved at any of the values, for each half
+        # for each half, the entries that moved in any trial
         moved = [
             torch.stack([o[j][k] != b[k] for o, b in zip(outs, bases, strict=True)]).any(0) for j in range(len(sets))
         ]
         if not any(bool(m.any()) for m in moved):
-            if bases[0][k].requires_grad:  # unlike that of an op that reads only a value's shape
+            if bases[0][k].requires_grad:  # false for an op that reads only shapes
                 raise Uninformative("its output is the same wherever it was tried")
             found.append(None)
             continue
@@ -417,12 +417,12 @@ def _of_samples(trials: list[Trial], program: Program, node: fx.Node) -> list[Pl
             for o, b, e in zip(outs, bases, every, strict=True)
             for j in range(0, len(sets), 2)
         )
-        found.append(_shard(program, moved, sets, n, v) or (PARTIAL if additive else MIXED))
+        found.append(_shard_of(program, moved, sets, n, v) or (PARTIAL if additive else MIXED))
     return found
 
 
-def _of_sums(trials: list[Trial]) -> list[Placement | None]:
-    """Placements of a function of sums over samples: a sum where it is affine, in parameters as well."""
+def _places_of_sums(trials: list[Trial]) -> list[Placement | None]:
+    """The placements of a function of sums over samples: `Partial` if it is affine, in parameters too."""
     found: list[Placement | None] = []
     outs = [[t.run((), shifts) for shifts in ((), (0,), (1,), (0, 1))] for t in trials]
     for k, first in enumerate(outs[0][0]):
@@ -437,8 +437,8 @@ def _of_sums(trials: list[Trial]) -> list[Placement | None]:
     return found
 
 
-def _shard(program: Program, moved: list[Tensor], sets: list[tuple[int, ...]], n: int, val: Tensor) -> Shard | None:
-    """Where an output has a slice for each sample, which moves with this sample only."""
+def _shard_of(program: Program, moved: list[Tensor], sets: list[tuple[int, ...]], n: int, val: Tensor) -> Shard | None:
+    """The `Shard` by which each sample has a slice that moves with this sample only, or None."""
     shape = tuple(moved[0].shape)
     for dim, (outer, inner) in product(range(len(shape)), _splits_of(shape, n)):
         if outer * n * inner != shape[dim]:
@@ -456,7 +456,7 @@ def _shard(program: Program, moved: list[Tensor], sets: list[tuple[int, ...]], n
 
 
 def _slots(size: int, inner: int, n: int) -> Tensor:
-    """The sample of every entry along a dimension."""
+    """The sample that each entry along a dimension belongs to."""
     return torch.arange(size).div(inner, rounding_mode="floor") % n
 
 

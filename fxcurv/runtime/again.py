@@ -1,9 +1,9 @@
 """Repeat a call of the same kind as an earlier one: a few comparisons in C show that all that was checked then still holds.
 
-What a program depends on is spread over many objects (`runtime/keys.py`, `front/python_state.py`). `Again` keeps them as flat
-lists, and what the placeholders were bound to; where nothing has changed but the values of tensors, the graph runs at once.
-Anything less plain (other sizes, nested inputs, autocast, `create_graph`, another backend) goes the long way, `call`, which
-also says what is wrong with a call that fails.
+What a program depends on is spread over many objects (`runtime/keys.py`, `front/python_state.py`). `Again` keeps them
+as flat lists, with what the placeholders were bound to. If nothing but the values of tensors has changed, the graph
+runs at once. Anything less plain (other sizes, nested inputs, autocast, `create_graph`, another backend) goes the long
+way, `call`, which also says what is wrong with a call that fails.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ from fxcurv.runtime.direct import direct
 from fxcurv.runtime.lengths import lengths_of
 from fxcurv.runtime.programs import Ready
 
-_of_module = operator.attrgetter("training", "_parameters", "_buffers", "_modules", *HOOKS)
-_of_tensor = operator.attrgetter("requires_grad", "shape", "dtype", "device")
-_of_argument = operator.attrgetter("__class__", "shape", "dtype", "device")
+_state_of_module = operator.attrgetter("training", "_parameters", "_buffers", "_modules", *HOOKS)
+_state_of_tensor = operator.attrgetter("requires_grad", "shape", "dtype", "device")
+_kind_of_argument = operator.attrgetter("__class__", "shape", "dtype", "device")
 
 
 class Again:
-    """What a call was, to be done again with other values. `Again.of` makes it, where a call is plain enough."""
+    """A call that can be repeated with other values. `Again.of` makes one, if the call is plain enough."""
 
     def __init__(self, ready: Ready, request: Request, inputs: Any, targets: tuple):
         subject, program = request.subject, ready.program
         self.ready, self.holder, self.device = ready, subject.holder, subject.device()
         self.lengths, self.dtype = lengths_of(program, request.arguments), torch.get_default_dtype()
         self.n, self.names = request.arguments.batch_size, tuple(inputs) if type(inputs) is dict else None
-        self.described = [_of_argument(t) for t in (*_values(inputs), *targets)]
+        self.described = [_kind_of_argument(t) for t in (*_values(inputs), *targets)]
         self.modules = subject.modules()
-        self.owners = list(map(_of_module, self.modules))
+        self.owners = list(map(_state_of_module, self.modules))
         self.dicts = [d for _, *dicts in self.owners for d in dicts]
-        self.members = list(_members(self.dicts))  # held, so that no id is given twice
+        self.members = list(_members(self.dicts))  # kept alive, so that no id is given twice
         self.ids = list(map(id, self.members))
         self.tensors = [t for t in self.members if isinstance(t, Tensor)]
-        self.states = list(map(_of_tensor, self.tensors))
+        self.states = list(map(_state_of_tensor, self.tensors))
         self.run = direct(program.gm)
         self._bind(program, request)
         self._unpack = unpacked(program)
 
     @classmethod
     def of(cls, ready: Ready, request: Request, inputs: Any, targets: tuple) -> Again | None:
-        """For a call that was checked and has returned; None if the next one of its kind may need more than the graph."""
+        """For a call that was checked and has returned; None if the next of its kind may need more than the graph."""
         program, options = ready.program, ready.program.options
         unchecked = not ready.checked or ready.selfcheck is not None and not ready.verified
         asked = unchecked or options.debug or options.check == "always"
@@ -76,7 +76,7 @@ class Again:
         return cls(ready, request, inputs, targets)
 
     def call(self, inputs: Any, targets: tuple, seed: int | Tensor | None, generator: Any) -> Result | None:
-        """The result, or None if this is no such call."""
+        """The result; None if this call is another than the recorded one, or fails."""
         arguments = (*_values(inputs), *targets)
         if not self._holds(inputs, arguments):
             return None
@@ -101,15 +101,15 @@ class Again:
         try:
             return self._same(inputs, arguments)
         except (AttributeError, RuntimeError):
-            return False  # of a value that is no tensor; of modules that another thread is compiling
+            return False  # an argument is no tensor; another thread is compiling the modules
 
     def _same(self, inputs: Any, arguments: tuple) -> bool:
         return (
-            list(map(_of_argument, arguments)) == self.described
+            list(map(_kind_of_argument, arguments)) == self.described
             and (tuple(inputs) if type(inputs) is dict else None) == self.names
-            and list(map(_of_module, self.modules)) == self.owners
+            and list(map(_state_of_module, self.modules)) == self.owners
             and list(map(id, _members(self.dicts))) == self.ids
-            and list(map(_of_tensor, self.tensors)) == self.states
+            and list(map(_state_of_tensor, self.tensors)) == self.states
             and not any(map(hooks_of_tensor, self.tensors))
             and self.ready.program.python.holds(self.modules)
             and not any(global_hooks())
@@ -119,12 +119,12 @@ class Again:
         )
 
     def _bind(self, program: Program, request: Request) -> None:
-        """`flat`: what stays; and where what does not goes: arguments, tensors that a place in Python holds, the seed."""
+        """Set `flat`, the graph's arguments, and the positions of those that change: data, tensors in Python, seeds."""
         arguments, sources = request.arguments, program.python.sources
         pairs = zip(
             [*arguments.given(), *arguments.targets], [*arguments.inputs, *arguments.split_targets()], strict=True
         )
-        splits = [_split(given, split) for given, split in pairs]
+        splits = [_find_split(given, split) for given, split in pairs]
         self.flat = bind(program, request.subject, arguments, 0, None)
         of_loss = dict(tensors_in(request.subject.loss)) if isinstance(request.subject.loss, nn.Module) else {}
         self.given, self.places, self.seeds = [], [], []
@@ -140,7 +140,7 @@ class Again:
 
 
 def _values(inputs: Any) -> tuple:
-    """The values of plain inputs; of any others one that no call has."""
+    """The tensors of plain inputs; for others (None,), which equals no recorded call."""
     kind = type(inputs)
     if kind is Tensor:
         return (inputs,)
@@ -153,8 +153,8 @@ def _members(dicts: Iterable[dict]) -> Iterable[Any]:
     return chain.from_iterable(map(dict.values, dicts))
 
 
-def _split(given: Tensor, split: Tensor) -> tuple[int, tuple[int, ...]] | None:
-    """(dimension, sizes) by which a value comes apart, as `Arguments` does it."""
+def _find_split(given: Tensor, split: Tensor) -> tuple[int, tuple[int, ...]] | None:
+    """(dimension, sizes) by which `Arguments` splits a value; None if it does not."""
     if given.ndim == split.ndim:
         return None
     d = next((k for k, (a, b) in enumerate(zip(given.shape, split.shape, strict=False)) if a != b), given.ndim - 1)
@@ -165,9 +165,9 @@ def _split(given: Tensor, split: Tensor) -> tuple[int, tuple[int, ...]] | None:
 
 
 def unpacked(program: Program) -> Callable[[tuple, list[Any]], dict[str, Any]]:
-    """Makes the fields of a result of what the graph returns: `Program.unpack` by position.
+    """A function from the graph's values to a result's fields: `Program.unpack`, by positions found once.
 
-    A value that may lie in an argument's memory, by its ops' schemas, is cloned where it does.
+    It clones a value that lies in an argument's memory; only values that may, by their ops' schemas, are looked at.
     """
     returned = {node: k for k, node in enumerate(program.output.args[0])}
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
@@ -181,7 +181,7 @@ def unpacked(program: Program) -> Callable[[tuple, list[Any]], dict[str, Any]]:
 
     def unpack(values: tuple, flat_inputs: list[Any]) -> dict[str, Any]:
         if lent:
-            values = _owned(values, lent, flat_inputs)
+            values = _clone_shared(values, lent, flat_inputs)
         out: dict[str, Any] = {} if loss is None else {"loss": values[loss]}
         out["output"] = values[leaves[0]] if single else filled(template, [values[k] for k in leaves])
         for field, nodes in fields.items():
@@ -200,7 +200,7 @@ def _is_flat(nodes: Any) -> bool:
     return isinstance(nodes, dict) and all(isinstance(n, fx.Node) for n in nodes.values())
 
 
-def _owned(values: tuple, lent: list[int], flat: list[Any]) -> tuple:
+def _clone_shared(values: tuple, lent: list[int], flat: list[Any]) -> tuple:
     given = {t.untyped_storage().data_ptr() for t in flat if isinstance(t, Tensor)}
     shared = {k for k in lent if isinstance(values[k], Tensor) and values[k].untyped_storage().data_ptr() in given}
     return tuple(v.clone() if k in shared else v for k, v in enumerate(values))

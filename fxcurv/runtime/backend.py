@@ -32,16 +32,16 @@ class Backend:
             raise ArgumentError(f'backend={self.name!r}: use "eager", "inductor" or another backend of torch.compile')
 
     def runner(self, program: Program) -> Callable[[Sequence[Any]], tuple]:
-        """What computes `program` from its arguments but memory of earlier results."""
+        """A function that runs `program`, compiled, on its arguments without memory of earlier results."""
         module = torch.compile(
             without_memory(program), backend=self.name, mode=self.mode, dynamic=self.dynamic, fullgraph=True
         )
-        symbolic = [] if program.fixed or self.dynamic is False else _symbolic(program)
+        symbolic = [] if program.fixed or self.dynamic is False else _symbolic_dims(program)
 
         def run(flat: Sequence[Any]) -> tuple:
             given = list(flat)
             for k, dims in symbolic:
-                given[k] = given[k].view_as(given[k])  # the mark is on the tensor, which is the user's
+                given[k] = given[k].view_as(given[k])  # the mark is set on the tensor object: not on the user's
                 maybe_mark_dynamic(given[k], dims)
             if self.mode == "reduce-overhead":
                 torch.compiler.cudagraph_mark_step_begin()
@@ -50,7 +50,7 @@ class Backend:
         return run
 
 
-def _symbolic(program: Program) -> list[tuple[int, list[int]]]:
+def _symbolic_dims(program: Program) -> list[tuple[int, list[int]]]:
     """(argument, its dimensions that follow the batch size)."""
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     kept = [n for n, i in zip(placeholders, program.inputs, strict=True) if i.kind != "memory"]

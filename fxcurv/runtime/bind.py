@@ -23,11 +23,11 @@ def bind(
     values: Mapping[str, Tensor] | None = None,
     part: tuple[int, int] | None = None,
 ) -> list[Any]:
-    """What the placeholders are bound to, but memory for results.
+    """What the placeholders are bound to, without memory for results.
 
     Args:
         values: in place of the parameters, by name.
-        part: (the samples of all ranks, the first one's number).
+        part: (number of samples on all ranks, number of the first one here).
     """
     total, first = part or (arguments.batch_size, 0)
     params = {**dict(subject.named_parameters()), **(values or {})}
@@ -74,5 +74,5 @@ def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None, de
 
 
 def cuda_devices(values: Iterable[Any]) -> list[int]:
-    """The GPUs that tensors are on."""
+    """The indices of the GPUs that tensors are on."""
     return sorted({t.device.index or 0 for t in values if isinstance(t, Tensor) and t.is_cuda})

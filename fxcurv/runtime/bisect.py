@@ -1,8 +1,9 @@
 """Where a program first differs from the model (for `selfcheck`, once a difference is known).
 
-Forward: every module's output in a plain pass is searched among the values of the captured graph; the first module whose
-output is nowhere there is named, with the op in it. Gradient: autograd through the captured graph tells whether tracing lost
-a derivative (then modules' cotangents are compared) or a rule is wrong (then every op's transpose is, with autograd's).
+Forward: the output of every module in a plain pass is looked for among the values of the captured graph; the first
+module whose output is not there is named, with an op in it. Gradient: autograd through the captured graph tells whether
+tracing lost a derivative (then modules' cotangents are compared) or a rule is wrong (then every op's transpose is
+compared with autograd's).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fxcurv.rules.base import rule_of
 from fxcurv.rules.call import call_of
 from fxcurv.runtime.sums import Pair, unequal
 
-# Generous: what is searched is a wrong value, not rounding.
+# A generous factor on the tolerance: this looks for wrong values, not for rounding.
 LOOSE = 100
 
 
@@ -31,7 +32,7 @@ def first_difference(check: Any, forward: bool, pairs: dict[str, Pair], wrong: S
     """Where the program first differs from the model, as the beginning of a message.
 
     Args:
-        check: the failed one.
+        check: the check that failed.
         forward: whether the loss or the output is wrong, not only the gradient.
         pairs: what was compared, by name.
         wrong: the names of the gradients that are wrong.
@@ -40,11 +41,11 @@ def first_difference(check: Any, forward: bool, pairs: dict[str, Pair], wrong: S
     graph = _Differentiable(check)
     if forward:
         check.run(watch=lambda model: _put_hooks(model, events.note))
-        return _of_forward(check, events, graph)
+        return _explain_forward(check, events, graph)
     if not wrong:
         name = next(name for name, pair in pairs.items() if unequal([pair]))
         return f"capture, in the {name.replace('buffer', 'update of buffer')}:"
-    return _of_gradient(check, events, graph, wrong, pairs)
+    return _explain_gradient(check, events, graph, wrong, pairs)
 
 
 def _put_hooks(model: nn.Module, note: Callable[[str, nn.Module, Any], None]) -> None:
@@ -54,21 +55,21 @@ def _put_hooks(model: nn.Module, note: Callable[[str, nn.Module, Any], None]) ->
 
 
 class _Events:
-    """The tensors that modules returned in a plain pass, in the order in which they were done."""
+    """The tensors that modules returned in a plain pass, in order."""
 
     def __init__(self, live: bool = False):
         self.found: list[tuple[str, nn.Module, Tensor]] = []
         self.live = live
 
     def note(self, name: str, module: nn.Module, out: Any) -> None:
-        """For `_put_hooks`."""
+        """Note what a module returned; an argument of `_put_hooks`."""
         for t in pytree.tree_leaves(out):
             if isinstance(t, Tensor) and t.is_floating_point():
                 self.found.append((name, module, t if self.live else t.detach().clone()))
 
 
 class _Differentiable(fx.Interpreter):
-    """The captured forward graph on the call's arguments; keeps all values, which autograd can follow."""
+    """Runs the captured forward graph on the call's arguments; keeps all values, with their autograd graph."""
 
     def __init__(self, check: Any):
         super().__init__(check.known.forward, garbage_collect_values=False)
@@ -120,7 +121,7 @@ def _ops_in(nodes: Sequence[fx.Node], name: str) -> list[fx.Node]:
     return [n for n in nodes if module_path(n) == name and not in_loss(n)]
 
 
-def _of_forward(check: Any, events: _Events, graph: _Differentiable) -> str:
+def _explain_forward(check: Any, events: _Events, graph: _Differentiable) -> str:
     graph.go()
     nodes = graph.nodes()
     seen = [v for v in graph.values.values() if isinstance(v, Tensor) and v.is_floating_point()]
@@ -139,7 +140,7 @@ def _of_forward(check: Any, events: _Events, graph: _Differentiable) -> str:
     return "the model and the loss are captured right, a later rewrite or kernel is not:"
 
 
-def _of_gradient(
+def _explain_gradient(
     check: Any, events: _Events, graph: _Differentiable, wrong: Sequence[str], pairs: dict[str, Pair]
 ) -> str:
     graph.go()
@@ -157,8 +158,8 @@ def _of_gradient(
 
 
 def _lost_derivative(check: Any, cotangents: dict[fx.Node, Tensor], nodes: list[fx.Node]) -> str:
-    """The module between the last cotangent (from the loss on) that capture has, and the first that it has not."""
-    watched = _Live(check)
+    """Name the module between the last cotangent, from the loss on, that capture has and the first that it has not."""
+    watched = _ModuleCotangents(check)
     after = None
     for name, module, g in reversed(watched.cotangents):
         inside = [n for n in nodes if not name or f"{module_path(n)}.".startswith(f"{name}.")]
@@ -176,7 +177,7 @@ def _lost_derivative(check: Any, cotangents: dict[fx.Node, Tensor], nodes: list[
     return f"a derivative is lost in capture{inner}:" + (f"\n{locate(own[-1])}" if own else "")
 
 
-class _Live:
+class _ModuleCotangents:
     """Cotangents of all modules' outputs in a plain pass."""
 
     def __init__(self, check: Any):
@@ -213,7 +214,7 @@ def _wrong_rule(check: Any, graph: _Differentiable, cotangents: dict[fx.Node, Te
         rule = rule_of(node.target, check.program.rules)
         try:
             own = rule.transpose(call, wrt, cotangents[node].unsqueeze(0))
-        except Exception:  # a rule that traces only
+        except Exception:  # a rule that can only be traced
             continue
         inputs = [graph.values[leaves[k]] for k in wrt]
         true = torch.autograd.grad(graph.values[node], inputs, cotangents[node], allow_unused=True, retain_graph=True)

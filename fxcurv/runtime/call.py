@@ -1,4 +1,4 @@
-"""One eager call: find the program, bind, check, run, own, return."""
+"""One eager call: find the program, bind its arguments, check, run, give the result memory of its own."""
 
 from __future__ import annotations
 
@@ -44,11 +44,13 @@ def call(
     values: dict[str, Tensor] | None = None,
     first: int | None = None,
 ) -> tuple[Result, Again | None]:
-    """`Compiled.__call__` outside of `torch.compile`: (the result, how to do it again if the last call was like this one).
+    """`Compiled.__call__` outside of `torch.compile`: (the result, how to repeat the call).
+
+    The second is None unless the call is plain and the one before had the same sizes.
 
     Args:
         values: in place of the model's parameters.
-        first: of a part of a batch, the number of its first sample.
+        first: the number of the first sample, if this is a part of a batch.
     """
     with contextlib.ExitStack() as alone:
         alone.enter_context(compile_lock)
@@ -65,7 +67,7 @@ def call(
         except FxcurvError as error:
             if not programs.distrust(request, isinstance(error, SelfCheckError)):
                 raise
-        return run()  # with a program that is made here
+        return run()  # with a program that is made in this process
 
 
 def _call(
@@ -73,23 +75,23 @@ def _call(
     seed: Any, generator: torch.Generator | None, kept: Kept | None, out: Result | None, values: dict[str, Tensor] | None,
     first: int | None,
 ) -> tuple[Result, Again | None]:  # fmt: skip
-    """`call`, of some samples; `alone`: what is closed where other threads may go on."""
+    """`call` for a batch that is not empty; `alone`: holds the lock, and is closed once other threads may go on."""
     subject, create_graph = request.subject, request.create_graph
     with request.apart(), contextlib.ExitStack() as within, contextlib.ExitStack() as unseen:
         ready = programs.find(request, kept=True)
         program, lengths = ready.program, lengths_of(ready.program, request.arguments)
         within.enter_context(at(lengths))
-        # those of all modules would see the graph's own
+        # those on all modules would also look at the graph, which is a module
         hooks = unseen.enter_context(silent(program.observed, subject.modules()))
         part = None if first is None else (request.arguments.batch_size, first)
         flat = bind(program, subject, request.arguments, seed, generator, values, part)
         memory = take_memory(ready, backend, request.arguments, flat, kept)
-        if _settled(ready, backend):
+        if _is_settled(ready, backend):
             alone.close()
         try:
             check_values(ready, flat, request.arguments.batch_size)
             if values:
-                _check_own(ready, request, backend, hooks)
+                _check_own_parameters(ready, request, backend, hooks)
             selfcheck = None if values else begin_selfcheck(ready, request, flat, hooks)
             with torch.set_grad_enabled(create_graph):
                 found = _run(ready, backend, flat, memory)
@@ -117,7 +119,7 @@ def _call(
 
 
 def _again(ready: Ready, request: Request, inputs: Any, targets: tuple) -> Again | None:
-    """How to do the call again; not while another thread traces, which has values of its own in the modules."""
+    """How to repeat the call; None while another thread traces, which puts values of its own into the modules."""
     if not compile_lock.acquire(blocking=False):
         return None
     try:
@@ -126,8 +128,8 @@ def _again(ready: Ready, request: Request, inputs: Any, targets: tuple) -> Again
         compile_lock.release()
 
 
-def _settled(ready: Ready, backend: Backend) -> bool:
-    """Whether a call does no more than run the program: no check, and no hooks, which are taken off the modules meanwhile."""
+def _is_settled(ready: Ready, backend: Backend) -> bool:
+    """Whether a call only runs the program: no check is due, and no hooks have to be off the modules meanwhile."""
     options, program = ready.program.options, ready.program
     known = ready.checked and (ready.selfcheck is None or ready.verified)
     often = options.debug or options.check == "always" or program.python.numbers or program.observed
@@ -156,7 +158,7 @@ def keep(out: Any, create_graph: bool, backend: Backend) -> Kept:
 def take_memory(
     ready: Ready, backend: Backend, arguments: Arguments, flat: list[Any], kept: Kept | None
 ) -> list[Tensor]:
-    """What the eager graph writes large results to, its last arguments."""
+    """The memory that the eager graph writes large results to: its last arguments."""
     if backend.name != "eager":
         return []
     n, lengths = arguments.batch_size, lengths_of(ready.program, arguments)
@@ -167,9 +169,11 @@ def take_memory(
 
 
 def check_values(ready: Ready, flat: list[Any], n: int) -> None:
-    """Check placements at a program's first call; conditions on values also where `debug` or changing floats ask for it.
+    """Check placements and conditions on values at a program's first call.
 
-    n: the batch size of the call, which need not be that of the capture; one sample shows nothing for a program of more.
+    Conditions are checked at every call under `debug`, and where Python floats are inputs of the program.
+
+    n: the batch size of the call. One sample shows nothing for a program of more, so the next call checks again.
     """
     program = ready.program
     if ready.checked and not program.options.debug and not program.python.numbers:
@@ -193,14 +197,14 @@ def refuse_values(program: Program, holds: Any) -> None:
 def begin_selfcheck(
     ready: Ready, request: Request, flat: list[Any], hooks: dict[Any, Any] | None = None
 ) -> Check | None:
-    """The check of a call that is to be checked, its plain passes done."""
+    """Run the plain passes of this call's check, and return it; None if no check is due."""
     if ready.selfcheck is None or ready.verified and ready.program.options.check != "always":
         return None
     return ready.selfcheck.begin(ready.program, request, flat, hooks)
 
 
-def _check_own(ready: Ready, request: Request, backend: Backend, hooks: dict[Any, Any]) -> None:
-    """The check is of the model as it is, before a call with other values of its parameters."""
+def _check_own_parameters(ready: Ready, request: Request, backend: Backend, hooks: dict[Any, Any]) -> None:
+    """Check the model with its own parameters, before a call with other values of them."""
     flat = bind(ready.program, request.subject, request.arguments, 0, None)
     selfcheck = begin_selfcheck(ready, request, flat, hooks)
     if selfcheck is not None:
@@ -224,7 +228,7 @@ def _run(ready: Ready, backend: Backend, flat: list[Any], memory: list[Tensor]) 
 def result_of(
     ready: Ready, subject: Subject, backend: Backend, flat: list[Any], values: tuple, memory: list[Tensor] | None = None
 ) -> Result:
-    """The result, of what the program returned, to this memory; buffers get their new values."""
+    """The result from the program's `values`, written to `memory`; buffers get their new values."""
     program = ready.program
     loss, leaves, mutations, results, extras = program.unpack(values, owner(flat))
     fields: dict[str, Any] = {} if loss is None else {"loss": loss}
@@ -242,7 +246,7 @@ def result_of(
 
 
 def owner(flat: list[Any]) -> Callable[[Any], Any]:
-    """Gives a result memory of its own: a gradient may be just another parameter, which a step changes."""
+    """A function that clones values in an argument's memory: a gradient may be a parameter, which a step changes."""
     given = {t.untyped_storage().data_ptr() for t in flat if isinstance(t, Tensor)}
 
     def own(value: Any) -> Any:
@@ -266,7 +270,7 @@ class _Locate(fx.Interpreter):
 
 
 def run_error(program: Program, arguments: Arguments, flat: list[Any] | None, error: Exception) -> ArgumentError:
-    """An op refused the values that it got, which tracing did not see: say which one (not without `flat`, what was bound)."""
+    """The error for an op that refuses its values at run time; `flat`: the graph's arguments, needed to name the op."""
     where = ""
     finder = _Locate(functional(program))
     with contextlib.suppress(RuntimeError, IndexError):

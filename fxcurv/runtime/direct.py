@@ -1,8 +1,9 @@
-"""The emitted graph as a function that calls its ops directly, for calls that are done again and again.
+"""The emitted graph as a function that calls its ops directly, for calls that are repeated.
 
 The graph's own code looks every op up by four attributes, and calls it through a layer of Python. Here a line is
-`v7 = f3(v1, v5)`, where f3 is PyTorch's own binding of the op where there is one. Values are dropped after their last use, as
-the graph's own code does. Small values that depend on no argument are made once, where no result can lie in their memory.
+`v7 = f3(v1, v5)`, where f3 is PyTorch's own binding of the op if it has one. Values are dropped after their last use,
+as in the graph's own code. Small values that depend on no argument are computed once, if no result can lie in their
+memory.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fxcurv.ir.private import schema_of
 from fxcurv.rules.bindings import BINDINGS, of_no_value
 from fxcurv.rules.traits import borrows, random
 
-# Entries of a value that is kept from call to call.
+# Most entries of a value that is kept from call to call.
 SMALL = 1 << 10
 
 
@@ -59,11 +60,11 @@ def constants(graph: fx.Graph) -> dict[fx.Node, Tensor]:
                 continue
             if _is_pure(node.target) and not node.meta.get("symbolic") and _is_small(node.meta.get("val")):
                 if of_none:
-                    made = _called(node, lambda n: _like(n.meta["val"]))
+                    made = _evaluate(node, lambda n: _empty_like(n.meta["val"]))
                     if made.shape == node.meta["val"].shape:  # else it reads symbols that stand for numbers
                         found[node] = made
                 else:
-                    found[node] = _called(node, found.__getitem__)
+                    found[node] = _evaluate(node, found.__getitem__)
     returned = next(iter(reversed(graph.nodes))).all_input_nodes
     return {n: value for n, value in found.items() if not any(borrows(r, {n}) for r in returned)}
 
@@ -77,13 +78,13 @@ def _is_pure(op: Any) -> bool:
     return schema is not None and not schema.is_mutable and not random(op)
 
 
-def _called(node: fx.Node, value: Callable[[fx.Node], Tensor]) -> Tensor:
+def _evaluate(node: fx.Node, value: Callable[[fx.Node], Tensor]) -> Tensor:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _like(val: Tensor) -> Tensor:
-    """Of the sizes of a fake tensor, for an op that reads them, if they are numbers; no other op asks for more than the dtype."""
+def _empty_like(val: Tensor) -> Tensor:
+    """A tensor for an op that reads no values: of a fake tensor's sizes, or empty where these are symbolic."""
     sizes = val.shape if all(isinstance(s, int) for s in val.shape) else [0]
     return torch.empty(sizes, dtype=val.dtype, device=val.device)
 

@@ -1,12 +1,13 @@
 """Programs that outlive the process: a file for each in the folder `fxcurv.cache_dir`.
 
-A file's name is a digest of all that is known of a call without tracing: versions, the processor, PyTorch's state, extensions and
-options, kinds of arguments, structure and code of the model and the loss. In the file is what tracing read of Python, and the
-code that ran (`front.portable`), which have to hold where it is read; then the program (`runtime.written`). What cannot be
-compared in another process with certainty is not kept, and the report says why. A program that was read is held against plain
-PyTorch at its first call, as one that was made; where it differs its file is deleted, and the program made anew.
+A file's name is a digest of all that is known of a call without tracing: versions, the processor, PyTorch's state,
+extensions and options, kinds of arguments, structure and code of the model and the loss. The file holds the Python
+values that tracing read and the code that ran (`front.portable`), which must be the same where it is read, and the
+program (`runtime.written`). A program that depends on something that another process cannot compare with certainty is
+not kept, and the report says why. A program that was read is compared with plain PyTorch at its first call, like a new
+one; if it differs, its file is deleted and the program made anew.
 
-Nothing that goes wrong here breaks a call: a file that cannot be read is warned of once, and written again.
+Nothing that goes wrong here breaks a call: a file that cannot be read causes one warning, and is written again.
 """
 
 from __future__ import annotations
@@ -50,23 +51,23 @@ from fxcurv.runtime.written import Unwritable, read, written
 
 log = logging.getLogger("fxcurv")
 
-# Of the file's form. A file of another one has another name, so that it is neither read nor written over.
+# Version of the file format. Files of another version have other names, so they are neither read nor overwritten.
 FORM = 2
-_FIRST = b"fxcurv "
-# Files in the folder: beyond, those that were used last are kept.
+_MAGIC = b"fxcurv "
+# Most files in the folder: of more, those that were used last are kept.
 MOST = 512
-# Seconds, after which what a process began to write is taken for left behind.
+# Seconds after which a file that was not finished counts as abandoned.
 DAY = 86_400
 _VERSIONS = ("numpy", "sympy", "networkx", "triton")
-# What a user adds to the compiler is in no file: the tables as they are once it is imported.
-_OWN = compiler()
+# The compiler's tables right after import: with what a user adds to them, no program is kept.
+_BUILT_IN = compiler()
 
 
 def folder(path: str | os.PathLike[str] | None) -> Disk | None:
-    """The folder of this path, which is made when it is needed.
+    """The folder at this path, None without one; it is made when it is needed.
 
     Raises:
-        ArgumentError: for what is no path.
+        ArgumentError: if `path` is no path.
     """
     if path is not None and not isinstance(path, str | os.PathLike):
         raise ArgumentError(f"fxcurv.cache_dir = {path!r}: set it to a path, or None")
@@ -86,12 +87,12 @@ class Disk:
         self._set_aside: set[str] = set()
 
     def find(self, request: Request, key: Key, extensions: tuple, options: Options) -> Ready | None:
-        """A program for these arguments and what Python holds, if there is one in the folder."""
+        """The program for these arguments and the present Python values, if there is one in the folder."""
         try:
             name = digest(request, key, extensions, options)
             sizes = "any", request.arguments.batch_size
             files = [file for size in sizes for file in sorted(self.path.glob(f"{name}-{size}-*.fxcurv"))]
-        except Exception:  # also of the user's objects, which are looked at: `keep` says why
+        except Exception:  # the user's objects are inspected, and may raise anything: `keep` says why
             return None
         for file in files:
             if str(file) not in self._set_aside:
@@ -102,8 +103,8 @@ class Disk:
 
     def _read(self, file: Path, name: str, request: Request, extensions: tuple, options: Options) -> Ready | None:
         try:
-            found = _opened(file, name, request, extensions, options)
-        except Exception as error:  # whatever a file that is cut off, or made by hand, leads to
+            found = _load(file, name, request, extensions, options)
+        except Exception as error:  # a file that is cut off, or made by hand, may raise anything
             self._set_aside.add(str(file))
             self._warn(f"{file} cannot be read ({type(error).__name__}: {error}): the program is made anew")
             return None
@@ -116,7 +117,7 @@ class Disk:
         return found
 
     def keep(self, ready: Ready, request: Request, key: Key, extensions: tuple, options: Options) -> None:
-        """Write a program down that has served a call, or note why not."""
+        """Write a program that has served a call to the folder, or note why not."""
         try:
             name = digest(request, key, extensions, options)
             content, guarded = _content(ready, name, request)
@@ -130,13 +131,13 @@ class Disk:
         except OSError as error:
             ready.kept = f"not kept, because {error}"
             self._warn(f"programs cannot be kept in {self.path} ({error})")
-        except Exception as error:  # of the user's objects, which are looked at
+        except Exception as error:  # the user's objects are inspected, and may raise anything
             ready.kept = f"not kept, because of an error: {type(error).__name__}: {error}"
         ready.program.notes = [*ready.program.notes, f"on disk: {ready.kept}"]
         log.info("on disk: %s", ready.kept)
 
     def distrust(self, ready: Ready, wrong: bool) -> None:
-        """Read this one's file no more; `wrong`: delete it."""
+        """Never read this program's file again; `wrong`: delete it."""
         self._set_aside.add(ready.loaded)
         log.info("%s is set aside", ready.loaded)
         if wrong:
@@ -149,7 +150,7 @@ class Disk:
                 os.remove(ready.loaded)
 
     def _write(self, file: Path, content: bytes) -> None:
-        """Under another name first, so that nobody reads half of it."""
+        """Write under another name first, so that nobody reads half a file."""
         self.path.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=self.path, suffix=".part")
         try:
@@ -179,10 +180,10 @@ class Disk:
 
 
 def _content(ready: Ready, name: str, request: Request) -> tuple[bytes, bytes]:
-    """(a line with the digest of the rest, a line of JSON, and constants as `torch.save` writes them; what it holds of Python).
+    """(the file: a line with the digest of the rest, a line of JSON, constants by `torch.save`; its part about Python).
 
     Raises:
-        NotPortable, Unwritable: see there.
+        NotPortable, Unwritable: if a file cannot hold the Python values or the program.
     """
     program, subject = ready.program, request.subject
     if (
@@ -193,32 +194,32 @@ def _content(ready: Ready, name: str, request: Request) -> tuple[bytes, bytes]:
         raise Unwritable("check= is another than 'first', or debug= or sample_index= is set")
     check = ready.selfcheck
     noted = (check.random, check.jacobian, check.note) if check is not None else None
-    live = _live(program, subject)
+    live = _live_constants(program, subject)
     held = {name: t for name, t in program.constants.items() if name not in live}
     python = portable(program.python, subject, held.values())
     described = {"name": name, "python": python, "program": written(program, noted)}
     blob = io.BytesIO()
     torch.save(held, blob)
     rest = json.dumps(described).encode() + b"\n" + (blob.getvalue() if held else b"")
-    return _FIRST + hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest, json.dumps(python).encode()
+    return _MAGIC + hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest, json.dumps(python).encode()
 
 
-def _live(program: Program, subject: Any) -> dict[str, Tensor]:
-    """Constants that places in Python, and a loss that is a module, hold."""
+def _live_constants(program: Program, subject: Any) -> dict[str, Tensor]:
+    """The constants that Python values, or a loss that is a module, hold: they are in no file."""
     of_loss = dict(tensors_in(subject.loss)) if isinstance(subject.loss, nn.Module) else {}
     found = {i.name: of_loss.get(i.name.removeprefix("loss.")) for i in program.inputs if i.kind == "constant"}
     live = {name: t for name, t in found.items() if t is not None}
     return {**live, **program.python.tensors(subject.modules())}
 
 
-def _opened(file: Path, name: str, request: Request, extensions: tuple, options: Options) -> Ready | str:
-    """What is in a file, or in words why it does not serve.
+def _load(file: Path, name: str, request: Request, extensions: tuple, options: Options) -> Ready | str:
+    """The program in a file, or a text that says why it does not serve.
 
     Raises:
-        Exception: of any kind, for a file that is none.
+        Exception: of any kind, for a file that was not written here, or was changed since.
     """
     head, _, rest = file.read_bytes().partition(b"\n")
-    if head != _FIRST + hashlib.sha256(rest).hexdigest().encode():
+    if head != _MAGIC + hashlib.sha256(rest).hexdigest().encode():
         raise ValueError("it is not as it was written")
     text, _, blob = rest.partition(b"\n")
     described = json.loads(text)
@@ -232,7 +233,7 @@ def _opened(file: Path, name: str, request: Request, extensions: tuple, options:
     if not serves(program, request.arguments):
         return f"it is not of {request.arguments.batch_size} samples"
     held = torch.load(io.BytesIO(blob), weights_only=True) if blob else {}
-    program.constants = {**held, **_live(program, request.subject)}
+    program.constants = {**held, **_live_constants(program, request.subject)}
     check = SelfCheck.again(program, *noted) if noted is not None else None
     made = f"; checked when it was made: {noted[2]}" if noted is not None else ""
     program.notes = [*program.notes, f"on disk: read from {file.parent}{made}"]
@@ -243,13 +244,13 @@ def _opened(file: Path, name: str, request: Request, extensions: tuple, options:
 
 
 def digest(request: Request, key: Key, extensions: tuple, options: Options) -> str:
-    """Of all that a program is known to depend on before it is made.
+    """A digest of all that a program is known to depend on before it is made.
 
     Raises:
-        NotPortable: for what cannot be compared in another process.
+        NotPortable: if something cannot be compared in another process.
     """
     subject, arguments = request.subject, request.arguments
-    if compiler() != _OWN:
+    if compiler() != _BUILT_IN:
         raise NotPortable("rules, kinds of columns or passes were added to the compiler")
     foreign = [type(e).__name__ for e in extensions if not is_own(e)]
     if foreign:
@@ -270,15 +271,15 @@ def digest(request: Request, key: Key, extensions: tuple, options: Options) -> s
         key.inputs, key.targets,
         describe([arguments.input_template, arguments.target_template, arguments.batch_dims, arguments.rows]),
         (arguments.index, arguments.edges, key.single, key.dtype), key.tensors, _ties(subject),
-        [_laid_out(t) for t in (*arguments.inputs, *arguments.targets, *tensors)],
+        [_layout_of(t) for t in (*arguments.inputs, *arguments.targets, *tensors)],
         [(f"{kind.__module__}.{kind.__qualname__}", training) for kind, training in key.modules],
-        [code_of(m.forward) for m in subject.modules()], _nested(subject), describe(subject.loss),
+        [code_of(m.forward) for m in subject.modules()], _module_names(subject), describe(subject.loss),
     ]  # fmt: skip
     return hashlib.sha256(repr(said).encode()).hexdigest()[:32]
 
 
-def _nested(subject: Any) -> list[list[tuple[str, int]]]:
-    """Every name that a module has, with the number of the module, which has a name for every place where it is held."""
+def _module_names(subject: Any) -> list[list[tuple[str, int]]]:
+    """(name, number of the module) for every name of every module: a module in several places has several names."""
     number = {id(m): k for k, m in enumerate(subject.modules())}
     return [
         [(name, number[id(m)]) for name, m in root.named_modules(remove_duplicate=False)] for root in subject.roots()
@@ -286,7 +287,7 @@ def _nested(subject: Any) -> list[list[tuple[str, int]]]:
 
 
 def _ties(subject: Any) -> list[list[str]]:
-    """The names of every parameter and buffer, those of one tensor together."""
+    """The names of all parameters and buffers, grouped by tensor."""
     names: dict[int, list[str]] = {}
     for k, root in enumerate(subject.roots()):
         named = (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))
@@ -295,15 +296,15 @@ def _ties(subject: Any) -> list[list[str]]:
     return list(names.values())
 
 
-def _laid_out(t: Tensor) -> tuple:
-    """The order of a tensor's dimensions in memory, and whether that is dense; programs are one for all other strides."""
+def _layout_of(t: Tensor) -> tuple:
+    """A tensor's class, requires_grad, contiguity and order of dimensions in memory; exact strides do not matter."""
     order = sorted(range(t.ndim), key=lambda d: (-t.stride(d), d))
     return type(t).__name__, t.requires_grad, t.is_contiguous(), tuple(order)
 
 
 @functools.cache
 def _process() -> tuple:
-    """The versions of all that computes, and the processor."""
+    """The versions of the software that computes, and the processor."""
     found = [_version(name) for name in _VERSIONS]
     processor = platform.machine(), torch.backends.cpu.get_cpu_capability(), platform.system()
     return (
@@ -325,7 +326,7 @@ def _version(name: str) -> str:
 
 
 def _sources() -> str:
-    """A digest of fxcurv itself: another state of a working tree has the same version."""
+    """A digest of fxcurv's sources: a working tree may change without its version."""
     root = Path(__file__).parent.parent
     found = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):

@@ -19,15 +19,15 @@ from fxcurv.runtime.lengths import lengths_of
 
 
 def of_no_sample(program: Program, request: Request, values: dict[str, Tensor]) -> Result:
-    """The result of a call without samples: rows per sample are none, sums over samples zero, eigenvectors the unit ones.
+    """The result for an empty batch: sample axes are of length 0, sums over samples zero, eigenvectors unit vectors.
 
     Args:
-        program: for samples of the same kind.
+        program: the one for samples of the same kind.
         values: in place of the parameters.
 
     Raises:
-        ArgumentError: for products, a call that is to be differentiated, a regulariser whose curvature is asked for, or where
-            plain PyTorch refuses the batch.
+        ArgumentError: for products, `create_graph`, a regulariser whose curvature is requested, or where plain PyTorch
+            refuses the batch.
     """
     if program.borrowing or request.create_graph:
         what = "products" if program.borrowing else "create_graph=True"
@@ -37,8 +37,8 @@ def of_no_sample(program: Program, request: Request, values: dict[str, Tensor]) 
     args, kwargs = filled(arguments.input_template, arguments.inputs)
     held = {**dict(subject.named_parameters()), **{name: t.detach().requires_grad_() for name, t in values.items()}}
     with torch.enable_grad(), request.as_called():
-        output = _run(model, {n: held[n] for n in values if not _of_loss(subject, n)}, args, kwargs)
-        ends = {n.removeprefix("loss."): held[n] for n in values if _of_loss(subject, n)}
+        output = _run(model, {n: held[n] for n in values if not _is_of_loss(subject, n)}, args, kwargs)
+        ends = {n.removeprefix("loss."): held[n] for n in values if _is_of_loss(subject, n)}
         targets = filled(arguments.target_template, arguments.targets)
         loss = _run(subject.loss, ends, (output, *targets), {}) if subject.loss else None
     fields: dict[str, Any] = {}
@@ -57,15 +57,15 @@ def of_no_sample(program: Program, request: Request, values: dict[str, Tensor]) 
     fields["output"] = pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, output)
     axes = {e.savefield: None if getattr(e, "subsampling", None) else e.sample_axis for e in program.extensions}
     for field, nodes in results.items():
-        fields[field] = {name: _empty(program, value, axes[field], lengths) for name, value in nodes.items()}
-    fields |= {field: _empty(program, node, 0, lengths) for field, node in program.extras.items()}
+        fields[field] = {name: _empty_value(program, value, axes[field], lengths) for name, value in nodes.items()}
+    fields |= {field: _empty_value(program, node, 0, lengths) for field, node in program.extras.items()}
     if not program.options.update_buffers:
         buffers = dict(model.named_buffers(remove_duplicate=False))
         fields["buffers"] = {name: buffers[name].clone() for name in program.mutations}
     return Result(fields, program.extensions, subject.holder)
 
 
-def _of_loss(subject: Subject, name: str) -> bool:
+def _is_of_loss(subject: Subject, name: str) -> bool:
     return subject.loss_params and name not in dict(subject.model.named_parameters())
 
 
@@ -79,8 +79,8 @@ def _run(function: Any, values: dict[str, Tensor], args: tuple, kwargs: dict[str
         ) from error
 
 
-def _empty(program: Program, value: Any, axis: int | None, lengths: tuple[int, ...]) -> Any:
-    """Zeros for the nodes in `value`, none of them along the samples' axis."""
+def _empty_value(program: Program, value: Any, axis: int | None, lengths: tuple[int, ...]) -> Any:
+    """Zeros in the shapes of the nodes in `value`, with a sample axis of length 0."""
 
     def zeros(node: fx.Node) -> Tensor:
         val = node.meta["val"]

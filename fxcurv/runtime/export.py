@@ -19,7 +19,7 @@ from fxcurv.runtime.stateless import Stateless, named_tensors, parted, refuse_pa
 
 
 class Exported(nn.Module):
-    """What is exported: a program with the parameters and buffers that it reads."""
+    """The module that is exported: a program with the parameters and buffers that it reads."""
 
     def __init__(self, model: nn.Module, loss: Any, step: Stateless):
         super().__init__()
@@ -31,13 +31,13 @@ class Exported(nn.Module):
         for name, k in self.step.writes.items():
             named[name].copy_(values[k])
         fields = self.step.fields(values)
-        return {name: value if name == "output" else _plain(value) for name, value in fields.items()}
+        return {name: value if name == "output" else _without_classes(value) for name, value in fields.items()}
 
 
-def _plain(value: Any) -> Any:
-    """A field without classes of our own, which a loaded program does not know: factors become lists of tensors."""
+def _without_classes(value: Any) -> Any:
+    """A field without fxcurv's classes, which a loaded program does not know: factors become lists of tensors."""
     if isinstance(value, dict):
-        return {name: _plain(v) for name, v in value.items()}
+        return {name: _without_classes(v) for name, v in value.items()}
     return value if isinstance(value, Tensor) else pytree.tree_leaves(value)
 
 
@@ -60,7 +60,7 @@ def export(
 
     shapes = {**dict(zip(("inputs", "targets"), pytree.tree_map(spec, (inputs, targets)), strict=True)), "seed": None}
     whole = Exported(subject.model, subject.loss, Stateless(program, arguments))
-    # not `train()`, which is of all submodules: each has a mode of its own
+    # not `train()`, which would set all submodules, and each has a mode of its own
     whole.training = whole.step.training = subject.model.training
     with torch.no_grad():
         return torch.export.export(whole, (inputs, targets, seed), dynamic_shapes=shapes, strict=False)

@@ -1,4 +1,4 @@
-"""A captured forward pass, run: whether two of them compute the same, and whether that of two samples serves one."""
+"""Run captured forward passes: whether two of them compute the same, and whether that of two samples serves one."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from fxcurv.runtime.bind import bind, cuda_devices
 
 def same(a: Program, b: Program, request: Request) -> bool:
     """Whether two captured programs compute the same at these arguments."""
-    return _alike(_ends(a, _values(a, request)), _ends(b, _values(b, request)))
+    return _all_alike(_ends(a, _values(a, request)), _ends(b, _values(b, request)))
 
 
 def serves_one(two: Program, one: Program, request: Request) -> bool:
-    """Whether the graph of two samples computes of one what `one` does, and no value loses its axis of samples.
+    """Whether the graph of two samples computes at one sample what `one` does, and every value keeps its sample axis.
 
-    A model may look at shapes (`if z.ndim == 0`), and squeeze.
+    It does not if the model squeezes, or looks at shapes (`if z.ndim == 0`).
     """
     try:
         values = _values(two, request)
-        if not _alike(_ends(two, values), _ends(one, _values(one, request))):
+        if not _all_alike(_ends(two, values), _ends(one, _values(one, request))):
             return False
     except (RuntimeError, ValueError, IndexError):
         return False
@@ -43,17 +43,17 @@ def _values(program: Program, request: Request) -> dict[fx.Node, Any]:
 
 
 def _ends(program: Program, values: dict[fx.Node, Any]) -> list[Any]:
-    """What the graph returns (an output may be as the loss broadcast it), and where the model ends."""
+    """The values that the graph returns, and the model's own output, which the loss may have broadcast."""
     heads = program.graph.find_nodes(op="call_function", target=torch.ops.fxcurv.head.default)
     return [values[node] for node in [*program.output.args[0], *heads]]
 
 
-def _alike(a: list[Any], b: list[Any]) -> bool:
+def _all_alike(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(alike(x, y) for x, y in zip(a, b, strict=True))
 
 
 def alike(a: Any, b: Any) -> bool:
-    """Whether two values of a graph are equal but for rounding, of the same dtype."""
+    """Whether two values of a graph are of the same dtype, and equal but for rounding."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return a is b
     if a.dtype != b.dtype or a.shape != b.shape:

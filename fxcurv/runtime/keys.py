@@ -1,4 +1,4 @@
-"""What a program depends on besides its batch size, and which of it made another program necessary."""
+"""What a program depends on besides its batch size, and which of these made another program necessary."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Key(NamedTuple):
         structure: of inputs and targets, with all values in them that are no tensors.
         modules: (type, training) of every module.
         tensors: (name, requires_grad, dtype, device, shape) of parameters and buffers.
-        single: a batch of one sample.
-        hooks: on the modules, and global ones.
-        dtype: that of tensors which are made without one.
+        single: whether the batch is one sample.
+        hooks: those on the modules, and global ones.
+        dtype: the default dtype.
     """
 
     inputs: tuple
@@ -38,7 +38,7 @@ class Key(NamedTuple):
 
 
 def key_of(subject: Subject, arguments: Arguments, any_size: bool = False) -> Key:
-    """What a program for these arguments depends on, but for the batch size; `any_size`: also one of one or no sample."""
+    """What a program for these arguments depends on; `any_size`: a batch of one sample has no key of its own."""
     n = arguments.batch_size
 
     def describe(t: Tensor, batch_dim: int | None) -> tuple:
@@ -56,7 +56,7 @@ def key_of(subject: Subject, arguments: Arguments, any_size: bool = False) -> Ke
 
 
 def why(key: tuple, programs: Mapping[tuple, Sequence[Program]], n: int, subject: Subject) -> str:
-    """Why none of the programs serves, in terms of the one that is nearest to it; "" for the first.
+    """Why none of the programs serves: what differs from the nearest one; "" if there is no program yet.
 
     Args:
         key: (`Key`, autocast, create_graph), as those of `programs`.
@@ -85,21 +85,25 @@ def _limit(program: Program) -> str:
 
 
 def _differences(new: Key, old: Key, names: Sequence[str]) -> list[str]:
-    """What of `new` is not as in `old`; `names`: of the modules."""
+    """Describe in what `new` differs from `old`; `names`: of the modules."""
     out: list[str] = []
     for what, now, before in (("input", new.inputs, old.inputs), ("target", new.targets, old.targets)):
         if len(now) != len(before):
             out.append(f"{len(now)} {what}s instead of {len(before)}")
         pairs = enumerate(zip(now, before, strict=False))
-        out += [f"{what} {i} is {_tensor(a)} instead of {_tensor(b)}" for i, (a, b) in pairs if a != b]
+        out += [
+            f"{what} {i} is {_describe_tensor(a)} instead of {_describe_tensor(b)}" for i, (a, b) in pairs if a != b
+        ]
     if new.structure != old.structure and not out:
         out.append("another structure of inputs and targets, or other values in them")
-    out += _modules(new.modules, old.modules, names)
+    out += _module_differences(new.modules, old.modules, names)
     known = {name: rest for name, *rest in old.tensors}
     if [name for name, *_ in new.tensors] != list(known):
         out.append("other parameters or buffers")
     else:
-        out += [f"'{name}' is {_state(rest, known[name])}" for name, *rest in new.tensors if rest != known[name]]
+        out += [
+            f"'{name}' is {_describe_change(rest, known[name])}" for name, *rest in new.tensors if rest != known[name]
+        ]
     if new.single != old.single:
         out.append("a batch of one sample" if new.single else "more than one sample")
     out += ["other hooks on modules"] if new.hooks != old.hooks else []
@@ -107,25 +111,25 @@ def _differences(new: Key, old: Key, names: Sequence[str]) -> list[str]:
     return out
 
 
-def _tensor(described: tuple) -> str:
+def _describe_tensor(described: tuple) -> str:
     shape, dtype, device = described
     sizes = ", ".join(("n" if s[1] == 1 else f"{s[1]} n") if isinstance(s, tuple) else str(s) for s in shape)
     where = "" if device.type == "cpu" else f" on {device}"
     return f"{str(dtype).removeprefix('torch.')}[{sizes}]{where}"
 
 
-def _modules(now: tuple, before: tuple, names: Sequence[str]) -> list[str]:
+def _module_differences(now: tuple, before: tuple, names: Sequence[str]) -> list[str]:
     if [kind for kind, _ in now] != [kind for kind, _ in before]:
         return ["other modules"]
     changed = [(name, a[1]) for name, a, b in zip(names, now, before, strict=True) if a[1] != b[1]]
     return [f"{name} is in {'training' if training else 'eval'} mode" for name, training in changed]
 
 
-def _state(now: Iterable[Any], before: Iterable[Any]) -> str:
+def _describe_change(now: Iterable[Any], before: Iterable[Any]) -> str:
     (trained, *values), (was, *others) = now, before
     if values == others:
         return "trained" if trained and not was else "frozen"
-    return f"{_tensor((values[2], *values[:2]))} instead of {_tensor((others[2], *others[:2]))}"
+    return f"{_describe_tensor((values[2], *values[:2]))} instead of {_describe_tensor((others[2], *others[:2]))}"
 
 
 def shortened(reasons: Sequence[str], most: int = 3) -> str:

@@ -2,7 +2,7 @@
 
 A second call whose arguments differ from an earlier one's in sizes alone gets a program in which these are symbolic, as under
 `torch.compile`; `compile(dynamic_shapes=)` and `torch._dynamo.mark_dynamic` say so before the first call. Such a program is
-run at other sizes than its own before it is kept. Where something makes a number of one, every size has its program.
+run at other sizes than its own before it is kept. If something fixes one of them, every size gets its own program.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fxcurv.passes.recycle import functional
 from fxcurv.runtime.bind import bind, cuda_devices
 from fxcurv.runtime.keys import Key
 
-# For every input and target, the dimensions that vary, those of flattened positions as they come apart.
+# For every input and target, the dimensions that vary, counted with flattened positions split from the samples.
 Varying = tuple[frozenset[int], ...]
 
 
@@ -33,7 +33,7 @@ def lengths_of(program: Program, arguments: Arguments) -> tuple[int, ...]:
 
 
 def serves(program: Program, arguments: Arguments, n: int | None = None) -> bool:
-    """Whether a program of this kind of arguments computes them, at `n` samples (default: as many as there are)."""
+    """Whether a program for this kind of arguments serves them, at `n` samples (default: as many as there are)."""
     return program.serves(arguments.batch_size if n is None else n, lengths_of(program, arguments))
 
 
@@ -41,24 +41,26 @@ def serves(program: Program, arguments: Arguments, n: int | None = None) -> bool
 
 
 def without(key: Key, varying: Varying) -> Key:
-    """A key in which sizes that vary are left out."""
-    found = [_open(described, dims) for described, dims in zip((*key.inputs, *key.targets), varying, strict=True)]
+    """The key without the sizes that vary."""
+    found = [
+        _without_sizes(described, dims) for described, dims in zip((*key.inputs, *key.targets), varying, strict=True)
+    ]
     count = len(key.inputs)
     return key._replace(inputs=tuple(found[:count]), targets=tuple(found[count:]), single=False)
 
 
-def _open(described: tuple, varying: frozenset[int]) -> tuple:
+def _without_sizes(described: tuple, varying: frozenset[int]) -> tuple:
     shape, *rest = described
     return tuple(None if _dim(shape, d) in varying else s for d, s in enumerate(shape)), *rest
 
 
 def _dim(shape: tuple, d: int) -> int:
-    """A dimension as a program has it, past the samples that come apart from their positions."""
+    """The index that a dimension has in a program, where samples are split from their positions."""
     return d + any(isinstance(s, tuple) and s[1] != 1 for s in shape[: d + 1])
 
 
 def differing(new: Key, old: Key) -> Varying | None:
-    """The sizes that alone differ between two kinds of arguments; None if something else does."""
+    """The sizes in which two kinds of arguments differ; None if they differ in something else."""
     pairs = list(zip((*new.inputs, *new.targets), (*old.inputs, *old.targets), strict=False))
     rest = [(len(key.inputs), len(key.targets), key[2:5], key.hooks) for key in (new, old)]
     if rest[0] != rest[1] or any(len(a[0]) != len(b[0]) or a[1:] != b[1:] for a, b in pairs):
@@ -66,29 +68,29 @@ def differing(new: Key, old: Key) -> Varying | None:
     found = []
     for (a, *_), (b, *_) in pairs:
         dims = [d for d, (s, t) in enumerate(zip(a, b, strict=True)) if s != t]
-        if not all(_alike(a[d], b[d]) for d in dims):
+        if not all(_comparable(a[d], b[d]) for d in dims):
             return None
         found.append(frozenset(_dim(a, d) for d in dims))
     return tuple(found)
 
 
-def _alike(new: Any, old: Any) -> bool:
-    """Whether two sizes are both of positions of all samples, or both of none."""
+def _comparable(new: Any, old: Any) -> bool:
+    """Whether both sizes are k N with k > 1 positions per sample, or neither depends on the batch size N."""
     if isinstance(new, tuple) and isinstance(old, tuple):
         return 1 not in (new[1], old[1])
     return not isinstance(new, tuple) and not isinstance(old, tuple)
 
 
 def asked(arguments: Arguments, dynamic_shapes: Any) -> Varying:
-    """The sizes that the user says vary: those of inputs, and of targets where these have such a size too.
+    """The sizes that the user declares as varying: those of inputs, and of targets that have such a size too.
 
     Raises:
-        ArgumentError: for what is no such description of the inputs.
+        ArgumentError: if `dynamic_shapes` does not describe the inputs.
     """
     given = [*arguments.inputs, *arguments.split_targets()]
     own = [*arguments.batch_dims, *arguments.split_dims()]
     marked = [set(getattr(t, "_dynamo_dynamic_indices", ())) for t in (*arguments.inputs, *arguments.targets)]
-    for k, dims in enumerate(_described(arguments, dynamic_shapes)):
+    for k, dims in enumerate(_declared_dims(arguments, dynamic_shapes)):
         marked[k] |= dims
     count = len(arguments.inputs)
     sizes = {given[k].shape[d] for k in range(count) for d in marked[k] if d != own[k]}
@@ -99,8 +101,8 @@ def asked(arguments: Arguments, dynamic_shapes: Any) -> Varying:
     return tuple(frozenset(d for d in dims if d != at) for dims, at in zip(marked, own, strict=True))
 
 
-def _described(arguments: Arguments, shapes: Any) -> list[set[int]]:
-    """The dimensions of every input in `dynamic_shapes=`."""
+def _declared_dims(arguments: Arguments, shapes: Any) -> list[set[int]]:
+    """The dimensions that `dynamic_shapes=` declares, for every input."""
     if shapes is None:
         return []
     positional, named = arguments.input_template
@@ -123,14 +125,14 @@ def _described(arguments: Arguments, shapes: Any) -> list[set[int]]:
             f"dynamic_shapes has {len(each)} entries for {len(arguments.inputs)} tensors: pass a dict {{dimension: name}}, or "
             "None, for each input, by keyword or in order"
         )
-    return [_dims(t, one) for t, one in zip(arguments.inputs, each, strict=True)]
+    return [_dims_of(t, one) for t, one in zip(arguments.inputs, each, strict=True)]
 
 
 def _nested(shapes: Mapping) -> bool:
     return any(isinstance(one, Mapping | list | tuple) for one in shapes.values())
 
 
-def _dims(t: Tensor, one: Any) -> set[int]:
+def _dims_of(t: Tensor, one: Any) -> set[int]:
     pairs = one.items() if isinstance(one, Mapping) else enumerate(one or ())
     found = {d for d, name in pairs if name is not None and not isinstance(name, int)}
     if any(not isinstance(d, int) or not -t.ndim <= d < t.ndim for d in found):
@@ -141,7 +143,7 @@ def _dims(t: Tensor, one: Any) -> set[int]:
 
 
 def union(some: Iterable[Varying]) -> Varying:
-    """The dimensions of any."""
+    """The dimensions that are in any of them."""
     return tuple(frozenset().union(*dims) for dims in zip(*some, strict=True))
 
 
@@ -149,19 +151,19 @@ def union(some: Iterable[Varying]) -> Varying:
 
 
 def to_capture(request: Request, varying: Varying) -> Request:
-    """Arguments in which these sizes are symbolic, and the number of samples is like none of them."""
+    """The request with these sizes symbolic, and with a number of samples that equals none of them."""
     arguments = request.arguments
     given = [*arguments.inputs, *arguments.split_targets()]
     taken = {t.shape[d] for t, dims in zip(given, varying, strict=True) for d in dims}
     n = max(arguments.batch_size, 2)
     n = next(k for k in range(n, n + len(taken) + 1) if k not in taken)  # else tracing may take the two for one size
     if n != arguments.batch_size:
-        arguments = arguments.along_samples(lambda t, d: _taken(t, d, n))
+        arguments = arguments.along_samples(lambda t, d: _repeat(t, d, n))
     return dataclasses.replace(request, arguments=dataclasses.replace(arguments, varying=varying))
 
 
-def _taken(t: Tensor, d: int, size: int) -> Tensor:
-    """`size` slices of `t`: those that are there, over and over."""
+def _repeat(t: Tensor, d: int, size: int) -> Tensor:
+    """`size` slices of `t`: its own, repeated or cut off."""
     return t.index_select(d, torch.arange(size, device=t.device) % t.shape[d])
 
 
@@ -181,7 +183,7 @@ def at_other_lengths(program: Program, request: Request) -> Request | None:
         out = []
         for k, t in enumerate(tensors):
             for d, size in enumerate(program.batch.shape(vals[kind, k], n, other)):
-                t = t if t.shape[d] == size else _taken(t, d, size)
+                t = t if t.shape[d] == size else _repeat(t, d, size)
             out.append(t)
         return out
 
@@ -195,7 +197,7 @@ def at_other_lengths(program: Program, request: Request) -> Request | None:
 
 
 def not_served(ready: Any, request: Request) -> str:
-    """Why a program with symbolic lengths is none for other lengths, "" if it is one: it was run at some, and checked."""
+    """Run and check a program with symbolic lengths at other lengths: why it does not serve them, "" if it does."""
     program: Program = ready.program
     if program.fixed or not program.batch.lengths or program.fixed_lengths:
         return program.fixing()
@@ -214,7 +216,7 @@ def not_served(ready: Any, request: Request) -> str:
             if check is not None:
                 note = ready.selfcheck.note
                 check.finish(values)
-                ready.selfcheck.note = note  # the report is of the first call
+                ready.selfcheck.note = note  # the report is about the first call
     except (FxcurvError, RuntimeError, ValueError, IndexError) as error:
         return f"a run at another length: {str(error).strip().splitlines()[-1]}"
     return ""

@@ -1,4 +1,4 @@
-"""The storage of earlier results, taken again when nobody else holds it."""
+"""The memory of earlier results, used again when nobody else holds it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Storage:
         self._shapes: dict[Any, tuple[int, ...]] = {}
 
     def take(self, n: int, lengths: tuple[int, ...] = ()) -> list[Tensor]:
-        """Memory for the program's buffers at batch size `n`, each kept if nobody else holds it, else new."""
+        """Memory for the program's buffers at batch size `n`: the last result's if nobody else holds it, else new."""
         return [self._view(index, n, lengths, free=True) for index in range(len(self._program.buffers))]
 
     def take_from(self, kept: Kept, n: int, flat: Sequence[Any], lengths: tuple[int, ...] = ()) -> list[Tensor]:
@@ -66,7 +66,7 @@ class Storage:
         return [self._view(index, n, lengths, free=False) for index in range(len(self._program.buffers))]
 
     def kept(self, fields: dict[str, Any], memory: list[Tensor] | None = None) -> Kept:
-        """What a call of the program wrote to (the last one, if not this memory), and its fields."""
+        """The memory that a call wrote to (default: the last one's), with the fields of its result."""
         known = [self._kept[index] for index in range(len(self._program.buffers))] if memory is None else memory
         return Kept(self._program, tuple(t if (base := base_of(t)) is None else base for t in known), fields)
 
@@ -76,7 +76,7 @@ class Storage:
         if kept is None or free and (kept.numel() < numel or uses_of_storage(kept) > _OF_ONE[1]):
             kept = torch.empty(numel, dtype=self._program.buffers[index].dtype)
         view = kept[:numel].view(shape)
-        self._kept[index] = kept  # now held twice
+        self._kept[index] = kept  # the view holds it too
         return view
 
     def _shape(self, index: int, n: int, lengths: tuple[int, ...]) -> tuple[int, ...]:

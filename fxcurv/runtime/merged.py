@@ -1,7 +1,7 @@
-"""Whether merged samples (`compile(sample_index=)`) are apart, with the values of a call.
+"""Check on a call's values that merged samples (`compile(sample_index=)`) do not interact.
 
-The captured forward graph runs with the entries of half of the samples exchanged for their neighbours', for every bit of a
-sample's number as in `probe`: the rows of the output that belong to the other half must stay.
+The captured forward graph runs with the entries of half of the samples exchanged for their neighbours'. There is a pair
+of halves for every bit of a sample's number, as in `probe`. The other half's rows of the output must not move.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fxcurv.runtime.probe import ROUNDING, listed
 class Merged:
     """The forward graph of a program of merged samples, from its inputs to the rows of the output."""
 
-    needed = False  # a `Probe` exchanges slices, of which there are none
+    needed = False  # for `SelfCheck`: there are no slices of samples, which a `Probe` would exchange
 
     def __init__(self, program: Program):
         self.asked = ", ".join(type(e).__name__ for e in program.extensions if e.requires.of_gradients)
@@ -33,7 +33,7 @@ class Merged:
         graph.eliminate_dead_code()
         self._gm = fx.GraphModule(program.gm, graph)
         of_input = [k for k, what in enumerate(program.inputs) if what.kind == "input"]
-        self._at = {program.inputs[k].index: k for k in of_input}
+        self._positions = {program.inputs[k].index: k for k in of_input}
         self._index, self._edges = program.options.index, program.options.edges
         self._given = len(program.inputs)
 
@@ -43,16 +43,18 @@ class Merged:
         Raises:
             MixedSamplesError: naming samples that move another's row.
         """
-        if not self.asked or n < 2 or self._index not in self._at:
+        if not self.asked or n < 2 or self._index not in self._positions:
             return
         flat = list(flat[: self._given])
-        index = flat[self._at[self._index]]
+        index = flat[self._positions[self._index]]
         apart = {self._index, *self._edges}
-        entries = [k for i, k in self._at.items() if i not in apart and flat[k].ndim and len(flat[k]) == len(index)]
+        entries = [
+            k for i, k in self._positions.items() if i not in apart and flat[k].ndim and len(flat[k]) == len(index)
+        ]
         base = self._rows(flat)
         for samples in [half for pair in halves(n) for half in pair]:
             rows = torch.isin(index, torch.tensor(samples, device=index.device))
-            changed = [_exchanged(t, rows) if k in entries else t for k, t in enumerate(flat)]
+            changed = [_exchange(t, rows) if k in entries else t for k, t in enumerate(flat)]
             for old, new in zip(base, self._rows(changed), strict=True):
                 self._check(old, new, samples)
 
@@ -78,8 +80,8 @@ class Merged:
             )
 
 
-def _exchanged(t: Tensor, rows: Tensor) -> Tensor:
-    """`t` with other entries at `rows`, as valid as its own."""
+def _exchange(t: Tensor, rows: Tensor) -> Tensor:
+    """`t` with the entries at `rows` replaced by their neighbours', which are as valid; equal floats are changed."""
     other = t.roll(1, 0)
     if t.is_floating_point():
         other = torch.where(other == t, 1.5 * t + 0.5, other)

@@ -1,8 +1,8 @@
-"""Whether a program for any number of samples computes one sample as well, which tracing did not promise.
+"""Whether a program for any number of samples serves a single one too, which tracing does not promise.
 
-`torch.export` takes sizes of one for numbers, so a symbolic size is one of two or more: what squeezes, or looks at shapes, may do
-something else at one. So the program is run at one sample and held against plain PyTorch, as at its first call, and every value
-against the shape that its own size says.
+`torch.export` takes a size of one for a number, so a symbolic size is two or more: a model that squeezes, or looks at
+shapes, may do something else at one. So the program is run at one sample. Its results are compared with plain PyTorch,
+as at its first call, and the shape of every value with the one that the graph has for it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ def serves_one(ready: Any, request: Request) -> bool:
     program = ready.program
     if 1 not in program.served:
         lengths = lengths_of(program, request.arguments)
-        program.served[1] = program.guards_hold(1, lengths) and ready.selfcheck is not None and _right(ready, request)
+        program.served[1] = (
+            program.guards_hold(1, lengths) and ready.selfcheck is not None and _agrees_with_plain(ready, request)
+        )
     return program.served[1]
 
 
-def _right(ready: Any, request: Request) -> bool:
+def _agrees_with_plain(ready: Any, request: Request) -> bool:
     program = ready.program
     flat = bind(program, request.subject, request.arguments, 0, None)
     try:
@@ -35,7 +37,7 @@ def _right(ready: Any, request: Request) -> bool:
             values = Shaped(program, 1, lengths_of(program, request.arguments)).run(*flat)
         note = ready.selfcheck.note
         check.finish(values)
-        ready.selfcheck.note = note  # the report is of the first call
+        ready.selfcheck.note = note  # the report is about the first call
     except (FxcurvError, RuntimeError, ValueError, IndexError):
         return False
     return True

@@ -1,11 +1,11 @@
-"""Probe: whether samples are as independent as the placements say, with the values of a call (`compile(check="probe")`).
+"""Check on a call's values that samples are as independent as the placements say (`compile(check="probe")`).
 
-The captured forward graph runs several times in step: as it is, and with the values of all samples, of half of them, or of
-the other half exchanged for a neighbour's. The halves are those of every bit of a sample's number, two bits at a time: any
-two samples are in different halves once, so that every pair that meets is found, by three forward passes for each doubling
-of the batch. Exchanged are the slices of what depends on no parameter where it first meets a parameter, so that constants
-may still be reduced over the batch. At every op, a value of one slice per sample has to move in the exchanged slices only,
-and a sum over samples by the sum of both halves' changes.
+The captured forward graph runs several times in step: as it is, and with the values of all samples, of half of them, or
+of the other half exchanged for a neighbour's. There is a pair of halves for every bit of a sample's number, and two
+bits run at a time. Any two samples are in different halves for some bit, so every pair that interacts is found, by
+three forward passes for each doubling of the batch. Slices are exchanged where a value that depends on no parameter
+first meets one, so that constants may still be reduced over the batch. At every op, a `Shard` may move in the exchanged
+slices only, and a `Partial` has to move by the sum of both halves' changes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fxcurv.ir.placement import MIXED, PARTIAL, Placement, Shard, halves, places
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program, is_active
 
-# Rounding relative to a value's largest entry, in units of its dtype's: kernels may sum rows in another order.
+# Rounding relative to a value's largest entry, in units of its dtype's eps: kernels may sum rows in another order.
 ROUNDING = {torch.float64: 1000, torch.float32: 1000, torch.float16: 16, torch.bfloat16: 16}
 # Bits whose halves run in step: each takes the memory of two batches.
 AT_ONCE = 2
@@ -60,7 +60,7 @@ class Probe:
 
 
 class _InStep(fx.Interpreter):
-    """Runs a graph on several batches; a value is a list, of one entry where all are equal."""
+    """Runs a graph on several batches in step; a value is a list of one entry per batch, or of one if all are equal."""
 
     def __init__(self, gm: fx.GraphModule, exchanged: list[tuple[int, ...]], asked: str):
         super().__init__(gm)
@@ -77,7 +77,7 @@ class _InStep(fx.Interpreter):
             return [super().run_node(n)]
         inputs = {i: self.env[i] for i in n.all_input_nodes}
         if is_active(n) and not any(len(v) > 1 for v in inputs.values()):
-            inputs = {i: v if is_active(i) else self._exchanged(i, v[0]) for i, v in inputs.items()}
+            inputs = {i: v if is_active(i) else self._exchange(i, v[0]) for i, v in inputs.items()}
         count = max((len(v) for v in inputs.values()), default=1) if is_active(n) else 1
         out = [
             self._call(n, {i: v[min(k, len(v) - 1)] for i, v in inputs.items()}, k == count - 1) for k in range(count)
@@ -86,14 +86,14 @@ class _InStep(fx.Interpreter):
             self._check(n, out)
         return out
 
-    def _exchanged(self, node: fx.Node, value: Any) -> list[Any]:
+    def _exchange(self, node: fx.Node, value: Any) -> list[Any]:
         place = node.meta.get("place")
         if not isinstance(place, Shard) or not isinstance(value, Tensor):
             return [value]
         return [exchanged(value, place, samples) for samples in self.exchanged]
 
     def _call(self, n: fx.Node, values: dict[fx.Node, Any], last: bool) -> Any:
-        """All but the last run leave the state of the random generators as it was."""
+        """Run a node on one batch. All but the last leave the random state as it was, so that all draw the same."""
         args, kwargs = fx.node.map_arg((n.args, n.kwargs), values.__getitem__)
         cuda = sorted({t.device.index or 0 for t in pytree.tree_leaves(args) if isinstance(t, Tensor) and t.is_cuda})
         with torch.random.fork_rng(cuda, enabled=not last):
@@ -104,7 +104,7 @@ class _InStep(fx.Interpreter):
         columns = zip(*[v if isinstance(v, tuple | list) else [v] for v in out], strict=True)
         for place, values in zip(places, columns, strict=True):
             if isinstance(values[0], Tensor) and values[0].is_floating_point():
-                problem = self._moved(place, values)
+                problem = self._find_problem(place, values)
                 if problem:
                     raise MixedSamplesError(
                         f"{locate(n)}\nmixes samples, though its placement says otherwise: {problem}, so {self.asked} (per "
@@ -113,7 +113,7 @@ class _InStep(fx.Interpreter):
                         "rule of yours."
                     )
 
-    def _moved(self, place: Placement, values: Sequence[Tensor]) -> str:
+    def _find_problem(self, place: Placement, values: Sequence[Tensor]) -> str:
         if not values[0].numel():
             return ""
         base, every, *halves_ = [v.double().nan_to_num() for v in values]

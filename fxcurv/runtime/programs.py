@@ -1,4 +1,4 @@
-"""Find or make the program for a call: capture, analysis, pipeline, and a cache of what was made."""
+"""Find or make the program for a call: capture, analysis, pipeline, and a cache of programs."""
 
 from __future__ import annotations
 
@@ -59,18 +59,18 @@ T = TypeVar("T")
 class Ready:
     """A finished program, and all that calls of it leave behind.
 
-    (Not frozen, and no more than attributes: Dynamo reads `stateless`.)
+    (Not frozen, and with plain attributes only: Dynamo reads `stateless`.)
 
     Attributes:
         pool: the memory of earlier results.
-        probe: the forward graph to check placements with; `selfcheck`: what to compare at the first call; if asked for.
+        probe: checks placements at the first call; `selfcheck`: compares numbers there; each if requested.
         checked: conditions on values and placements have held; `verified`: so has the comparison.
-        runner: under another backend than "eager": what computes the program.
+        runner: runs the program under another backend than "eager".
         stateless: the program as calls inside `torch.compile` need it.
-        size: the batch size and the lengths of the last call that went the long way.
-        digest: of what travels between ranks, where these have a part of the batch each.
-        finished: what other models with an equal graph may have of this.
-        kept: what became of it on disk, "" while that is open; `loaded`: the file that it was read from.
+        size: (batch size, lengths) of the last call that went the long way, `runtime.call`.
+        digest: a number that ranks compare, where each has a part of the batch.
+        finished: the part that other models with an equal graph share.
+        kept: whether it is on disk or why not, "" while that is open; `loaded`: the file that it was read from.
     """
 
     program: Program
@@ -89,12 +89,12 @@ class Ready:
 
     @classmethod
     def adopted(cls, finished: Finished, captured: Program) -> Ready:
-        """For another model, of what was finished for an equal one."""
+        """For another model, from the program finished for an equal one."""
         program, probe, selfcheck = finished.adopted(captured)
         return cls(program, Storage(program), probe, selfcheck, finished=finished)
 
     def shared(self, key: Hashable | None) -> Ready:
-        """This, before its first call, to be found by `key`."""
+        """Let equal models find this by `key`; called before its first call."""
         self.finished = keep(key, Finished.of(self.program, self.probe, copy.copy(self.selfcheck)))
         return self
 
@@ -105,7 +105,7 @@ class Ready:
 
 
 def emitted(program: Program, tell: Tell) -> Ready:
-    """Run the pipeline on an analysed program, whose forward graph stays for the checks."""
+    """Run the pipeline on an analysed program; the checks keep a copy of its forward graph."""
     kind = Probe if program.options.sample_index is None else Merged
     probe = kind(program) if program.options.check else None
     selfcheck = SelfCheck(program, probe.needed) if probe is not None and program.options.check != "probe" else None
@@ -119,30 +119,30 @@ class Folder(Protocol):
     """Programs that outlive the process (`runtime.disk`)."""
 
     def find(self, request: Request, key: Key, extensions: tuple, options: Options) -> Any:
-        """One for these arguments and what Python holds, if there is one."""
+        """The program for these arguments and the present Python values, if there is one."""
 
     def keep(self, ready: Any, request: Request, key: Key, extensions: tuple, options: Options) -> None:
-        """Write a program down that has served a call, or note why not."""
+        """Write a program that has served a call to the folder, or note why not."""
 
     def distrust(self, ready: Any, wrong: bool) -> None:
-        """Read this one's file no more; `wrong`: delete it."""
+        """Never read this program's file again; `wrong`: delete it."""
 
 
 class Programs(Generic[M]):
     """The programs of a subject, one per kind of input.
 
-    A subject comes with each request: another one may be of other objects, as long as they compute the same.
+    Each request brings its subject; it may be made of other objects, as long as they compute the same.
 
     Args:
-        finish: makes of an analysed program what a call needs.
-        one: says whether what was made for more samples serves a single one.
-        shares: makes what a call needs of what was finished for an equal model (`Ready`), if programs are shared.
+        finish: turns an analysed program into what a call needs.
+        one: says whether a program that was made for more samples serves a single one.
+        shares: the class (`Ready`) that adopts a program finished for an equal model, if programs are shared.
 
     Attributes:
         recompiles: for every program after the first, why it was needed (see `Compiled`).
-        latest: what the last call on several ranks took.
+        latest: the program of the last call on several ranks.
         folder: where programs are kept on disk, if they are.
-        named: what was made, as attributes: Dynamo guards the length of a list or dict that it reads.
+        named: all programs, as attributes: of a list or dict that it reads, Dynamo guards the length.
     """
 
     def __init__(
@@ -160,9 +160,9 @@ class Programs(Generic[M]):
         self.folder: Folder | None = None
         self._made: dict[tuple[Key, Autocast, bool], list[M]] = {}
         self._schedule = Schedule()
-        # programs for any lengths, and the sizes that are open in them; what made numbers of lengths, "" if nothing did
+        # programs for any lengths: (kind, symbolic sizes, program); by kind, what fixed lengths, "" if nothing did
         self._any_length: list[tuple[Any, Varying, M]] = []
-        self._fixed: dict[Any, str] = {}
+        self._fixed_by: dict[Any, str] = {}
 
     def request(
         self, subject: Subject, inputs: Any, targets: tuple, mode: Autocast, create_graph: bool = False
@@ -184,7 +184,7 @@ class Programs(Generic[M]):
         return Request(subject, arguments, mode, create_graph)
 
     def held(self, request: Request) -> M | None:
-        """The program for these arguments and what Python holds, if it is made; for parts of a batch, of any size."""
+        """The program for parts of a batch, of any size, if one is made for such arguments and these Python values."""
         n, modules = max(request.arguments.batch_size, 2), request.subject.modules()
         serving = [
             made for made in self._made.get(self._key(request), []) if serves(made.program, request.arguments, n)
@@ -192,8 +192,8 @@ class Programs(Generic[M]):
         return next((made for made in serving if made.program.python.holds(modules)), None)
 
     def spread(self, request: Request, n: int) -> M:
-        """A new program for arguments of this kind, for parts of a batch; captured at `n` samples, on every rank."""
-        new = self._lowered(dataclasses.replace(request, arguments=resized(request.arguments, n)))
+        """Make a program that runs on parts of a batch, captured at `n` samples on every rank."""
+        new = self._lower(dataclasses.replace(request, arguments=resized(request.arguments, n)))
         refuse_observers(new.program.observed, "a call with mesh=")
         if new.program.reads is not None:
             raise CaptureError(
@@ -210,14 +210,14 @@ class Programs(Generic[M]):
         return key, request.mode, request.create_graph
 
     def find(self, request: Request, schedules: bool = True, kept: bool = False) -> M:
-        """The program for these arguments and what Python holds.
+        """Find or make the program for these arguments and the present Python values.
 
         Args:
-            schedules: whether floats may be inputs of it.
+            schedules: whether Python floats may be inputs of it, and sizes beside the batch's symbolic.
             kept: whether it may be one from disk, which the first call checks.
 
         Raises:
-            ArgumentError: if there is no sample, so no program.
+            ArgumentError: for an empty batch.
         """
         if not request.arguments.batch_size:
             raise ArgumentError("the batch is empty, so there is no program: pass at least one sample")
@@ -244,8 +244,8 @@ class Programs(Generic[M]):
                 if held and self.one(made, request):
                     self._made.setdefault(key, []).append(made)
                     return made
-        varying = self._varying(key, request) if schedules and self.options.lengths else ()
-        for made in self._of_lengths(key, request, varying):
+        varying = self._varying_sizes(key, request) if schedules and self.options.lengths else ()
+        for made in self._serving_lengths(key, request, varying):
             if made.program.python.holds(modules) and not numbers_differ(made.program, request):
                 self._made.setdefault(key, []).append(made)
                 return made
@@ -259,12 +259,12 @@ class Programs(Generic[M]):
         known = {key: [made.program for made in some] for key, some in self._made.items()}
         found = reasons(changed) or numbers
         reason = shortened(found) if found else why(key, known, n, request.subject)
-        new, why_fixed = self._of_any_length(key, request, varying) if any(varying) else (None, "")
-        new = new or (self._scheduled(request, changed) if schedules and self.options.schedules else None)
-        new = new or self._lowered(request)
+        new, why_fixed = self._make_for_lengths(key, request, varying) if any(varying) else (None, "")
+        new = new or (self._make_scheduled(request, changed) if schedules and self.options.schedules else None)
+        new = new or self._lower(request)
         new.program.lengths = why_fixed or new.program.lengths
         unlike = numbers_differ(new.program, request)
-        if unlike:  # what the trace computed of the data is not what its graph does
+        if unlike:  # from the same data, the trace and its graph compute different numbers
             raise CaptureError(
                 f"{unlike[0]}: it is another number each time. Way out: compute it outside of the model."
             )
@@ -275,15 +275,15 @@ class Programs(Generic[M]):
         setattr(self.named, f"program_{len(vars(self.named))}", new)
         return new
 
-    def _varying(self, key: Any, request: Request) -> Varying:
-        """The sizes that are to be symbolic: those that the user says, and those that alone differ from a known kind's."""
+    def _varying_sizes(self, key: Any, request: Request) -> Varying:
+        """The sizes to make symbolic: those that the user declares, and those that alone differ from a known kind's."""
         said = asked(request.arguments, self.options.dynamic_shapes)
         found = [differing(key[0], other) for other, *mode in self._made if mode == [*key[1:]]]
         known: list[Varying] = [dims for dims in found if dims is not None and any(dims)]
         return union((said, min(known, key=lambda dims: sum(len(d) for d in dims), default=said)))
 
-    def _of_lengths(self, key: Any, request: Request, varying: Varying) -> list[M]:
-        """What was made for any lengths and serves these arguments."""
+    def _serving_lengths(self, key: Any, request: Request, varying: Varying) -> list[M]:
+        """The programs for any lengths that serve these arguments."""
         if not varying:
             return []
         arguments, n = request.arguments, request.arguments.batch_size
@@ -293,36 +293,39 @@ class Programs(Generic[M]):
             if mode == [*key[1:]] and len(dims) == len(varying) and without(key[0], dims) == loose:
                 sizes = lengths_of(made.program, arguments)
                 fits = made.program.fits(n, sizes, *given) and made.program.serves(max(n, 2), sizes)
-                if fits and not self._not_one(made, request):
+                if fits and not self._why_not_one(made, request):
                     found.append(made)
         return found
 
-    def _of_any_length(self, key: Any, request: Request, varying: Varying) -> tuple[M | None, str]:
-        """(a program in which these sizes are symbolic, "") or (None, what made numbers of them)."""
+    def _make_for_lengths(self, key: Any, request: Request, varying: Varying) -> tuple[M | None, str]:
+        """(a new program, what fixed these sizes); the second is "" if they are symbolic.
+
+        The program is None if these sizes are known to be fixed, or if what was captured does not serve the request.
+        """
         kind = (without(key[0], varying), *key[1:])
-        if kind not in self._fixed:
+        if kind not in self._fixed_by:
             wide = to_capture(request, varying)
             try:
-                new = self._lowered(wide)
-                self._fixed[kind] = not_served(new, wide) or self._not_one(new, request)
-                if self._fixed[kind] and not new.program.batch.lengths and serves(new.program, request.arguments):
-                    return new, f"fixed by {self._fixed[kind]}"  # what was captured is the program of this length
-                if not self._fixed[kind]:
+                new = self._lower(wide)
+                self._fixed_by[kind] = not_served(new, wide) or self._why_not_one(new, request)
+                if self._fixed_by[kind] and not new.program.batch.lengths and serves(new.program, request.arguments):
+                    return new, f"fixed by {self._fixed_by[kind]}"  # the captured program is the one for this length
+                if not self._fixed_by[kind]:
                     self._any_length.append((kind, varying, new))
                     new.program.lengths = "symbolic (captured at " + ", ".join(map(str, new.program.batch.sizes)) + ")"
             except (FxcurvError, *FAILURES) as error:
-                self._fixed[kind] = str(error).strip().splitlines()[0]
-            if not self._fixed[kind]:
+                self._fixed_by[kind] = str(error).strip().splitlines()[0]
+            if not self._fixed_by[kind]:
                 return new, ""
-            log.info("a program for every length: fixed by %s", self._fixed[kind])
-        return None, f"fixed by {self._fixed[kind]}" if self._fixed[kind] else ""
+            log.info("a program for every length: fixed by %s", self._fixed_by[kind])
+        return None, f"fixed by {self._fixed_by[kind]}" if self._fixed_by[kind] else ""
 
-    def _not_one(self, made: M, request: Request) -> str:
-        """Why a program is none for one sample, if there is one."""
+    def _why_not_one(self, made: M, request: Request) -> str:
+        """Why a program does not serve a request of one sample; "" if it does, or for more samples."""
         return "" if request.arguments.batch_size > 1 or self.one(made, request) else "a batch of one sample"
 
     def like(self, request: Request) -> M:
-        """A program for a batch of other samples than these, of which there are none: one that there is, or that of two."""
+        """A program for batches like this empty one: an existing one, or one that is made at two samples."""
         mode = request.mode, request.create_graph
         for (key, *others), some in self._made.items():
             n = some[0].program.batch.size
@@ -332,20 +335,20 @@ class Programs(Generic[M]):
         return self.find(dataclasses.replace(request, arguments=filled_up(request.arguments, 2)))
 
     def holds(self, made: M, request: Request) -> bool:
-        """Whether `made`, which was found for these arguments, still is what `find` would give."""
+        """Whether `find` would still return `made`, which it returned for these arguments before."""
         python = made.program.python.holds(request.subject.modules())
         return made in self._made.get(self._key(request), []) and python and not numbers_differ(made.program, request)
 
     def keep(self, made: Any, request: Request) -> None:
-        """Write a program that has served a call to disk, if programs are kept there and it is not."""
+        """Write a program that has served a call to disk, if programs are kept there and this one is not yet."""
         if self.folder is not None and not made.kept:
             self.folder.keep(made, request, self._key(request)[0], self.extensions, self.options)
 
     def distrust(self, request: Request, wrong: bool) -> bool:
-        """Whether a program from disk was about to serve its first call here, and is forgotten now.
+        """Forget the programs from disk that have served no call here yet, and return whether there were any.
 
         Args:
-            wrong: its numbers were.
+            wrong: whether the numbers of one were wrong.
         """
         some: list[Any] = self._made.get(self._key(request), [])
         unused = [made for made in some if getattr(made, "loaded", "") and made.size is None]
@@ -356,11 +359,11 @@ class Programs(Generic[M]):
         return bool(unused)
 
     def name_of(self, made: M) -> str:
-        """The name of what was found among `named`."""
+        """The name of a program in `named`."""
         return next(name for name, other in vars(self.named).items() if other is made)
 
     def captured(self, request: Request, numbers: tuple[Path, ...] = ()) -> Program:
-        """The captured program with what was asked for; `numbers`: where floats are that become inputs of it."""
+        """Capture, and set what was requested; `numbers`: the places of Python floats that become inputs."""
         start = time.perf_counter()
         with compile_lock:
             program = self._trace(request, numbers)
@@ -381,27 +384,27 @@ class Programs(Generic[M]):
         with request.as_called():
             return capture(request.subject, request.arguments, self.options.split, numbers)
 
-    def _analysed(self, request: Request, numbers: tuple[Path, ...], tell: Tell = silent) -> Program:
+    def _capture_and_analyse(self, request: Request, numbers: tuple[Path, ...], tell: Tell = silent) -> Program:
         tell("capture")
         return self._analyse(self.captured(request, numbers), tell)
 
     def _analyse(self, program: Program, tell: Tell) -> Program:
         return passes.run(program, passes.ANALYSIS, self.options.debug, tell)
 
-    def _analysed_alone(self, program: Program, tell: Tell) -> Program:
-        """A captured program of one sample, which is the batch."""
+    def _analyse_alone(self, program: Program, tell: Tell) -> Program:
+        """Analyse a captured program whose batch is one sample, wherever the model keeps it."""
         program.options = dataclasses.replace(program.options, alone=True)
         return passes.run(program, passes.ANALYSIS, self.options.debug, tell)
 
-    def _lowered(self, request: Request, numbers: tuple[Path, ...] = ()) -> M:
+    def _lower(self, request: Request, numbers: tuple[Path, ...] = ()) -> M:
         n = request.arguments.batch_size
         with progress(f"compiling {type(request.subject.model).__name__}") as tell:
-            again = lambda: self._analysed(request, numbers, tell)  # noqa: E731
+            again = lambda: self._capture_and_analyse(request, numbers, tell)  # noqa: E731
             if self.options.sample_index is not None:
-                again = lambda: self._analysed_alone(self.captured(request, numbers), tell)  # noqa: E731
+                again = lambda: self._analyse_alone(self.captured(request, numbers), tell)  # noqa: E731
             finish = lambda p: self.finish(p, tell)  # noqa: E731
             if n == 1 and self.options.sample_index is None:
-                return at_numbers_if_need_be(finish, self._of_one(request, numbers, tell), again, n)
+                return at_numbers_if_need_be(finish, self._program_of_one(request, numbers, tell), again, n)
             if self.shares is None or self.options.sample_index is not None:
                 return at_numbers_if_need_be(finish, again(), again, n)
             tell("capture")
@@ -414,39 +417,42 @@ class Programs(Generic[M]):
             made: Any = at_numbers_if_need_be(finish, self._analyse(program, tell), again, n)
             return made.shared(key)
 
-    def _of_one(self, request: Request, numbers: tuple[Path, ...], tell: Tell) -> Program:
-        """The program of one sample: that of two says where the samples are, if at one it computes what the model does."""
+    def _program_of_one(self, request: Request, numbers: tuple[Path, ...], tell: Tell) -> Program:
+        """The analysed program of one sample: that of two, which shows where samples are, specialised to one.
+
+        Where the graph of two computes something else at one sample than the model does, the sample is captured alone.
+        """
         tell("capture")
         try:
             two = self.captured(dataclasses.replace(request, arguments=doubled(request.arguments)), numbers)
-        except FxcurvError:  # targets that only fit an output that was squeezed at one sample, say
-            return self._analysed_alone(self.captured(request, numbers), tell)
-        # by the model, or by the values of two samples: so the graph is of these only
+        except FxcurvError:  # for example, targets fit only an output that is squeezed at one sample
+            return self._analyse_alone(self.captured(request, numbers), tell)
+        # the model, or a value read from two samples, fixed the graph: it serves these two only
         if two.fixed or two.reads is not None:
-            return self._analysed_alone(self.captured(request, numbers), tell)
+            return self._analyse_alone(self.captured(request, numbers), tell)
         try:
             one = self.captured(request, numbers)
         except FxcurvError:
-            one = None  # it cannot run on one sample, which `single_sample` says
+            one = None  # the model cannot run on one sample: `single_sample` raises for it
         if one is not None and not forward.serves_one(two, one, request):
-            return self._analysed_alone(one, tell)
+            return self._analyse_alone(one, tell)
         two = passes.run(two, passes.ANALYSIS, self.options.debug, tell)
-        if two.fixed:  # the analysis is of two samples then
-            return self._analysed_alone(one or self.captured(request, numbers), tell)
+        if two.fixed:  # the analysis fixed the batch size at two
+            return self._analyse_alone(one or self.captured(request, numbers), tell)
         return single_sample(two)
 
-    def _scheduled(self, request: Request, changed: list[Any]) -> M | None:
+    def _make_scheduled(self, request: Request, changed: list[Any]) -> M | None:
         """A program in which floats that have changed twice are inputs, if the model can be traced so.
 
         Args:
-            changed: what is not as the nearest program has it, of `State.differences`.
+            changed: what differs from the nearest program's Python values, of `State.differences`.
         """
         numbers = self._schedule.changed(changed)
         while numbers:
             try:
                 if self._schedule.new() and not self._same_forward(request, numbers):
                     raise LossError("with the float as a tensor, the model computes something else")
-                made = self._lowered(request, numbers)
+                made = self._lower(request, numbers)
                 self._schedule.works()
                 return made
             except (FxcurvError, RuntimeError, TypeError, ValueError) as error:
@@ -456,17 +462,17 @@ class Programs(Generic[M]):
         return None
 
     def _same_forward(self, request: Request, numbers: tuple[Path, ...]) -> bool:
-        """Whether the forward pass with these floats as inputs computes what it does with their values in it."""
+        """Whether the forward pass computes the same with these floats as inputs as with them as constants."""
         return forward.same(self._trace(request, ()), self._trace(request, numbers), request)
 
 
 def numbers_differ(program: Program, request: Request) -> list[str]:
-    """What of the numbers that tracing made of values is another for these arguments, in words."""
+    """Describe the numbers that tracing read from the data and that differ for these arguments."""
     if program.reads is None:
         return []
     with request.apart():
         flat = bind(program, request.subject, request.arguments, 0, None)
-        with torch.random.fork_rng(cuda_devices(flat)):  # the model's own draws come when it runs
+        with torch.random.fork_rng(cuda_devices(flat)):  # this leaves the random state for the model's own run
             return program.reads.differences(flat)
 
 
@@ -480,7 +486,7 @@ def covered(
 
 
 def at_numbers_if_need_be(emit: Callable[[Program], T], program: Program, again: Callable[[], Program], n: int) -> T:
-    """`emit(program)`, or where an op is traced at sizes that are numbers only, of what `again` makes, at `n` samples."""
+    """`emit(program)`; if an op can be traced at fixed sizes only, that of `again()`, specialised to `n` samples."""
     try:
         return emit(program)
     except UnsupportedOpError:
@@ -490,7 +496,7 @@ def at_numbers_if_need_be(emit: Callable[[Program], T], program: Program, again:
 
 
 def single_sample(program: Program) -> Program:
-    """The program of a doubled batch for one sample."""
+    """Specialise the program of a doubled batch to one sample."""
     try:
         return specialise(program, 1)
     except (RuntimeError, ValueError, ZeroDivisionError) as error:
@@ -501,12 +507,12 @@ def single_sample(program: Program) -> Program:
 
 
 def multiples(shape: tuple) -> list[int]:
-    """k of a described size of k times the batch size."""
+    """k for each size in a key's shape that is k times the batch size."""
     return [s[1] for s in shape if isinstance(s, tuple)]
 
 
 def filled_up(arguments: Arguments, n: int, multiples: Sequence[int] = ()) -> Arguments:
-    """An empty batch with `n` samples of zeros in it; `multiples`: how many positions a sample has in each target."""
+    """`n` samples of zeros in place of an empty batch; `multiples`: the positions per sample of each target."""
 
     def filled(tensors, dims, each):
         return [
@@ -520,7 +526,7 @@ def filled_up(arguments: Arguments, n: int, multiples: Sequence[int] = ()) -> Ar
 
 
 def doubled(arguments: Arguments) -> Arguments:
-    """A batch of one sample twice: export would fix a batch size of 1."""
+    """The batch of one sample, twice: export would fix a batch size of 1."""
 
     def twice(tensors, dims):
         return [t if d is None else torch.cat([t, t], d) for t, d in zip(tensors, dims, strict=True)]
@@ -531,7 +537,7 @@ def doubled(arguments: Arguments) -> Arguments:
 
 
 def resized(arguments: Arguments, n: int) -> Arguments:
-    """A batch of `n` samples: those that are there, over and over; zeros if there is none."""
+    """A batch of `n` samples: the given ones, repeated; zeros if there are none."""
     have = arguments.batch_size
     index = torch.arange(n) % max(have, 1)
 

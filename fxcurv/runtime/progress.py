@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.status import Status
 
-# Most models are compiled before anyone looks up.
+# Seconds; most models are compiled before then.
 PATIENCE = 2.0
 
 
 def silent(step: str) -> None:
-    """Hears and says nothing."""
+    """Show nothing."""
 
 
 @contextlib.contextmanager
@@ -22,7 +22,7 @@ def progress(what: str, patience: float = PATIENCE) -> Iterator[Callable[[str], 
     """Show `what` and the present step on stderr, if it is a terminal, from `patience` seconds on.
 
     Yields:
-        a function that names the step that begins.
+        a function to call with the name of each step that begins.
     """
     console = Console(stderr=True)
     if not console.is_terminal:

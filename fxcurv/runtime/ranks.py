@@ -27,8 +27,8 @@ class Ranks:
     """A process group whose ranks have a part of the batch each, in the order of their numbers.
 
     Attributes:
-        name: of the group, as collectives in a graph have it.
-        others: groups of some of its ranks that graphs have collectives over too.
+        name: the group's name, by which collectives in a graph refer to it.
+        others: groups of some of its ranks, over which graphs have collectives too.
     """
 
     def __init__(self, mesh: Any):
@@ -51,14 +51,14 @@ class Ranks:
     # ---- messages ----
 
     def numbers(self, mine: Sequence[int]) -> list[list[int]]:
-        """What every rank says, in a row each."""
+        """Gather the numbers of every rank, a row for each."""
         row = torch.tensor(mine, dtype=torch.long, device=self._device)
         rows = [torch.empty_like(row) for _ in range(self.size)]
         dist.all_gather(rows, row, self.group)
         return torch.stack(rows).tolist()
 
     def objects(self, mine: T) -> list[T]:
-        """What every rank says, whatever can be pickled."""
+        """Gather an object of every rank, which can be pickled."""
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, mine, self.group)
         return found
@@ -66,10 +66,12 @@ class Ranks:
     def together(
         self, fn: Callable[[], T], say: Callable[[T], Sequence[int]] = lambda value: ()
     ) -> tuple[T, list[list[int]]]:
-        """`fn()`, which talks to no other rank but by `run`, and what every rank says of its own.
+        """Run `fn` on every rank: (its value here, the numbers that `say` gives for it on every rank).
+
+        `fn` may talk to other ranks only by `run`.
 
         Raises:
-            RankError: where `fn` raised on another rank; the rank itself raises what it has.
+            RankError: if `fn` raised on another rank; that rank raises the error itself.
         """
         error: Exception | None = None
         value: Any = None
@@ -100,17 +102,17 @@ class Ranks:
         compiled: Callable[[list[Any]], tuple] | None = None,
         total: int = 0,
     ) -> tuple:
-        """Run a graph with collectives; if it breaks off here, the ones that others wait for are still done.
+        """Run a graph with collectives; if it fails here, the ones that others wait for are still done.
 
         Args:
-            compiled: runs in place of the graph, with its collectives in their order.
+            compiled: runs in place of the graph, with the same collectives in the same order.
             total: the number of samples of all ranks.
         """
-        before = self._begun()
+        before = self._count_begun()
         try:
             return gm(*arguments()) if compiled is None else compiled(list(arguments()))
         except Exception:
-            for collective in rest(gm, self._begun() - before, total):
+            for collective in rest(gm, self._count_begun() - before, total):
                 begun = collective()
                 if isinstance(begun, OnItsWay):
                     begun.wait()
@@ -118,12 +120,12 @@ class Ranks:
                     torch.ops._c10d_functional.wait_tensor(begun)
             raise
 
-    def _begun(self) -> int:
+    def _count_begun(self) -> int:
         """How many collectives this rank has begun, in all groups that its programs use."""
         return sum(map(collectives_of, {g.group_name: g for g in (self.group, *self.others)}.values()))
 
     def rows(self, t: Tensor, sizes: Sequence[int]) -> Tensor:
-        """The rows of all ranks, one after the other; this one's are those of `t`."""
+        """Concatenate the rows of all ranks; `t`: those of this one."""
         if t.dtype == torch.bool:  # which gloo does not gather
             return self.rows(t.view(torch.uint8), sizes).view(torch.bool)
         padded = t.new_zeros(max(sizes), *t.shape[1:])
@@ -133,13 +135,13 @@ class Ranks:
         return torch.cat([part[:n] for part, n in zip(found, sizes, strict=True)])
 
     def whole(self, values: Any, places: Any, sizes: Sequence[int]) -> Any:
-        """A pytree of values, each of the whole batch; `places`: where the samples are on them."""
+        """Gather a pytree of values, each to the whole batch; `places`: their placements."""
         leaves, spec = pytree.tree_flatten(values)
         return pytree.tree_unflatten(
-            [self._whole(v, p, sizes) for v, p in zip(leaves, pytree.tree_leaves(places), strict=True)], spec
+            [self._gather(v, p, sizes) for v, p in zip(leaves, pytree.tree_leaves(places), strict=True)], spec
         )
 
-    def _whole(self, value: Any, place: Placement, sizes: Sequence[int]) -> Any:
+    def _gather(self, value: Any, place: Placement, sizes: Sequence[int]) -> Any:
         if isinstance(value, DTensor):
             return value.full_tensor()
         if not isinstance(value, Tensor) or not isinstance(place, Shard):
@@ -157,9 +159,10 @@ def ranks_of(mesh: Any, model: nn.Module, extensions: Sequence[Extension], backe
     """The ranks of `mesh=`, None without one.
 
     Raises:
-        ArgumentError: for what is no mesh, or is not of the ranks that the model is wrapped for; other backends than "eager"
-            with factors at one rank each, and with pairs of samples.
-        ExtensionError: for samples by their numbers.
+        ArgumentError: if `mesh` is not one, or has other ranks than the model's wrapper; for FSDP1; for a sharded or
+            wrapped model without a mesh; for other backends than "eager" with factors at one rank each, or with pairs
+            of samples.
+        ExtensionError: for `subsampling=`.
     """
     if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
         raise ArgumentError(
@@ -193,7 +196,7 @@ def ranks_of(mesh: Any, model: nn.Module, extensions: Sequence[Extension], backe
 
 
 def no_numbers(extensions: Sequence[Extension]) -> None:
-    """Refuse samples by their numbers.
+    """Refuse extensions that choose samples by their numbers.
 
     Raises:
         ExtensionError: for `subsampling=`.

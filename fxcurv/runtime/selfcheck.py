@@ -1,11 +1,11 @@
 """A program checks itself: its first numbers against plain PyTorch (`compile(check="first")`).
 
-This finds what tracing lost and what a rule says wrongly. The loss, the output, the gradient and new values of buffers are
+This finds what tracing lost and rules that are wrong. The loss, the output, the gradient and new values of buffers are
 compared with a plain forward and backward pass of the model as it is, and sums of individual quantities with their totals.
 (The third check exchanges samples: `probe`.) The plain pass leaves everything as it found it, and the check changes no result.
 
-* Random ops: the order of draws is the program's own, so both sides run with the same numbers for every op that draws
-  (`_FixedDraws`), once more each.
+* Random ops: the program and the model draw in different orders. So the plain pass, and one more run of the program,
+  get the same numbers for every op that draws (`_FixedDraws`).
 * Rounding: differences up to `ROUNDING` units of the dtype pass. Where one is larger (a gradient that cancels to zero, a
   norm in float32 inside a float64 model), the plain pass runs twice more with every op's result moved by one unit of its
   dtype (`_Rounded`), which shows how much of a value is rounding.
@@ -50,7 +50,7 @@ from fxcurv.runtime.bind import cuda_devices
 from fxcurv.runtime.bisect import first_difference
 from fxcurv.runtime.sums import Jacobians, Pair, sums, unequal
 
-# A value may differ by this many times the distance that rounding of single ops moves it: the order of sums in an op is unknown.
+# A value may differ by this many times what rounding of single ops moves it: the order of sums inside an op is unknown.
 FACTOR = 64
 
 Values = tuple[Any, list[Tensor], dict[str, Tensor], dict[str, Any], dict[str, Any]]
@@ -58,10 +58,10 @@ Values = tuple[Any, list[Tensor], dict[str, Tensor], dict[str, Any], dict[str, A
 
 @dataclass
 class Plain:
-    """What a plain forward and backward pass gives; all by name but `leaves`, the tensors of the output.
+    """The values of a plain forward and backward pass, by name; `leaves`: the tensors of the output.
 
     of_output: the part of the gradient that passes through the output, where the loss reads parameters too.
-    products: cotangent (of the output's leaf) and its product with the derivatives, for `Jacobian`.
+    cotangent, products: a cotangent of an output leaf, and its products with that leaf's derivatives, for `Jacobian`.
     missing: what could not be computed, and why.
     """
 
@@ -85,11 +85,11 @@ class Plain:
 
 
 class SelfCheck:
-    """What the check of one program needs to know, noted when its analysis is done.
+    """What the check of one program needs, noted after its analysis.
 
     Attributes:
-        forward: the captured forward graph, in which a difference is searched; `inputs`: what its placeholders are.
-        exchanged: whether samples are, by `probe`.
+        forward: the captured forward graph, in which a difference is located; `inputs`: what its placeholders are.
+        exchanged: whether `probe` exchanges samples.
         observed: what forward hooks look at; they do not run in a check.
         note: for `explain()`, what was checked.
     """
@@ -105,33 +105,33 @@ class SelfCheck:
         self.exchanged = exchanged
         self.inputs = program.inputs[:]
         self.observed = program.observed[:]
-        self.jacobian = self._head(program)
+        self.jacobian = self._jacobian_leaf(program)
         self.random = any(_draws(n.target) for n in program.graph.nodes)
         self.note = "not yet: at the first call"
 
     @classmethod
     def again(cls, program: Program, random: bool, jacobian: tuple[int, Shard] | None, made: str) -> SelfCheck:
-        """For a program that was checked when it was made, in another process, where that said `made`."""
+        """For a program from disk, which another process made and checked; `made`: the note of that check."""
         check = cls.__new__(cls)
-        check.forward = check.forward_loss = None  # where a difference begins is not searched: the program is made anew
+        check.forward = check.forward_loss = None  # a difference is not located: the program is made anew
         check.exchanged, check.inputs, check.observed = False, program.inputs[:], []
         check.jacobian, check.random, check.note = jacobian, random, made
         return check
 
-    def _head(self, program: Program) -> tuple[int, Shard] | None:
-        """(index of the output leaf that a Jacobian is of, its placement), where it is just one."""
+    def _jacobian_leaf(self, program: Program) -> tuple[int, Shard] | None:
+        """(index of the output leaf that `Jacobian` differentiates, its placement), if there is exactly one."""
         if len(program.heads) != 1 or program.heads[0] not in program.output_leaves:
             return None
         place = program.heads[0].meta.get("place")
         return (program.output_leaves.index(program.heads[0]), place) if isinstance(place, Shard) else None
 
     def begin(self, program: Program, request: Request, flat: list[Any], hooks: dict[Any, Any] | None = None) -> Check:
-        """Run the plain passes, before the program runs; with these forward hooks, which look."""
+        """Run the plain passes, before the program runs; `hooks`: forward hooks that run in them, and only look."""
         return Check(self, program, request, flat, hooks)
 
 
 class Check:
-    """One check: made before the program runs, `finish`ed with what it returned."""
+    """One check: made before the program runs, finished with what it returned."""
 
     def __init__(
         self, known: SelfCheck, program: Program, request: Request, flat: list[Any], hooks: dict[Any, Any] | None = None
@@ -146,7 +146,7 @@ class Check:
         start = time.perf_counter()
         self.plain = self.run()
         if known.random and self.plain.failure is None:
-            self._compare_drawn()
+            self._compare_same_draws()
         self.seconds = time.perf_counter() - start
 
     def finish(self, values: tuple) -> None:
@@ -165,14 +165,14 @@ class Check:
             raise SelfCheckError(
                 f"the program runs on these inputs, and the model itself does not: {type(error).__name__}: {error}\n{REPORT}"
             ) from error
-        if self.known.random:  # its own draws: it must agree with itself
+        if self.known.random:  # this call drew its own numbers: they are compared among themselves
             what, summed = self.compared, self._sums(unpacked, None) + self.summed
         else:
             what, summed = self._compare(unpacked, self.plain, ""), self._sums(unpacked, self.plain)
         seconds = self.seconds + time.perf_counter() - start
-        self.known.note = self._said(what, summed, seconds)
+        self.known.note = self._make_note(what, summed, seconds)
 
-    def _said(self, what: list[str], summed: list[str], seconds: float) -> str:
+    def _make_note(self, what: list[str], summed: list[str], seconds: float) -> str:
         said = f"{', '.join(what)} equal those of plain PyTorch" if what else "nothing compared with plain PyTorch"
         said += f"; sums agree for {', '.join(dict.fromkeys(summed))}" if summed else ""
         said += "; samples exchanged" if self.known.exchanged else ""
@@ -183,7 +183,7 @@ class Check:
     # ---- the plain passes ----
 
     def drawing(self) -> contextlib.AbstractContextManager:
-        """Where random ops draw the same on both sides."""
+        """A context in which random ops draw the same numbers on both sides."""
         return _FixedDraws() if self.known.random else contextlib.nullcontext()
 
     def run(self, *, rounded: int | None = None, watch: Callable[[nn.Module], Any] | None = None) -> Plain:
@@ -191,7 +191,7 @@ class Check:
 
         Args:
             rounded: seed of the noise, if all ops round their results randomly.
-            watch: is told the model before the pass, and may put hooks on its modules.
+            watch: is called with the model before the pass, and may put hooks on its modules.
         """
         plain = Plain()
         draws = _FixedDraws() if self.known.random else None
@@ -199,7 +199,7 @@ class Check:
         params = [p for m in modules for p in own_parameters(m).values() if p is not None]
         functions = [] if self.loss is None or isinstance(self.loss, nn.Module) else [self.loss]
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_as_found(modules, params, functions, cuda_devices(self.flat)))
+            stack.enter_context(_restoring(modules, params, functions, cuda_devices(self.flat)))
             stack.enter_context(silent(self.known.observed, modules))
             stack.enter_context(heard(self.hooks, modules))
             if watch is not None:
@@ -217,7 +217,7 @@ class Check:
         return plain
 
     def _pass(self, plain: Plain) -> None:
-        inputs, targets = ([_own(t) for t in part] for part in (self.arguments.inputs, self.arguments.targets))
+        inputs, targets = ([_detach(t) for t in part] for part in (self.arguments.inputs, self.arguments.targets))
         args, kwargs = filled(self.arguments.input_template, inputs)
         targets = filled(self.arguments.target_template, targets)
         mode = self.request.mode
@@ -247,7 +247,7 @@ class Check:
 
     def _backward(self, plain: Plain, loss, leaves, template, targets, autocast) -> None:
         named = dict(self.request.subject.named_parameters())
-        params = _with_company(self.model, {name: named[name] for name in self.program.params}, named)
+        params = _with_group_norm(self.model, {name: named[name] for name in self.program.params}, named)
         asked = {type(e).__name__ for e in self.program.extensions}
         if self.known.jacobian is not None and "Jacobian" in asked:
             leaf = leaves[self.known.jacobian[0]]
@@ -268,8 +268,8 @@ class Check:
             read = [(leaves[k], g) for k, g in zip(heads, gs, strict=True) if g is not None]
             plain.of_output = _grads([f for f, _ in read], params, [g for _, g in read])
 
-    def _compare_drawn(self) -> None:
-        """The program once more, with the draws that the plain pass had."""
+    def _compare_same_draws(self) -> None:
+        """Run the program once more, with the draws of the plain pass, and compare."""
         draws = _FixedDraws()
         with torch.random.fork_rng(cuda_devices(self.flat)), torch.no_grad(), draws:
             values = functional(self.program)(*self.flat)
@@ -305,7 +305,7 @@ class Check:
         return [kind for kind, start in kinds.items() if any(n.startswith(start) for n in names)]
 
     def _compare(self, unpacked: Values, plain: Plain, how: str) -> list[str]:
-        """The kinds of values that are equal."""
+        """Compare with the plain pass, and return the kinds of values that were compared; `how`: begins the message."""
         pairs = self._pairs(unpacked, plain)
         suspects = unequal(pairs)
         if suspects:
@@ -341,17 +341,17 @@ class Check:
                 "values; the model reads what it, or another such hook, has written. Way out: a hook that changes values returns "
                 "them always; or remove it while fxcurv runs."
             )
-        with contextlib.suppress(Exception):  # the search is a help, the error must come
+        with contextlib.suppress(Exception):  # the search only helps: the error has to be raised without it, too
             where = first_difference(self, bool(forward), pairs, [n for n in suspects if n.startswith("the gradient")])
             return SelfCheckError(f"{where}\n{how}{pairs[first[0]].said()}{more}.\n{REPORT}")
         return SelfCheckError(f"{how}{pairs[first[0]].said()}{more}.\n{REPORT}")
 
     def _sums(self, unpacked: Values, plain: Plain | None) -> list[str]:
-        """The quantities whose sums agree."""
+        """Check the identities of `sums`, and return the extensions that they are about."""
         results, extras = unpacked[3:]
         program = self.program
         direct = set(program.walked.direct)
-        grads = dict(results.get("grad", {}))  # compared with the plain one before
+        grads = dict(results.get("grad", {}))  # which was compared with the plain one before
         for name in direct & grads.keys():
             grads.pop(name)
         if plain is not None:
@@ -370,7 +370,7 @@ class Check:
             suspects = unequal(left)
         if suspects:
             pair = next(p for p in pairs if p.name == suspects[0])
-            raise SelfCheckError(f"{_decided(program, pair)}{pair.said()}.\n{REPORT}")
+            raise SelfCheckError(f"{_describe_decision(program, pair)}{pair.said()}.\n{REPORT}")
         return [p.extension for p in pairs]
 
 
@@ -380,18 +380,19 @@ REPORT = (
 )
 
 
-def _decided(program: Program, pair: Pair) -> str:
-    """How the quantity of a pair was computed."""
+def _describe_decision(program: Program, pair: Pair) -> str:
+    """The rule and the algorithm that computed the quantity of a pair."""
     found = [d for d in program.decisions if d.param == pair.param and d.extension == pair.extension]
     return "".join(
         f"{d.extension} of '{d.param}', by the rule of {d.rule} and the algorithm {d.algorithm}:\n" for d in found[:1]
     )
 
 
-def _with_company(model: nn.Module, params: dict[str, Tensor], named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters, and all that are trained where those of a group norm are asked for.
+def _with_group_norm(model: nn.Module, params: dict[str, Tensor], named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`params`, and if one of them is a group norm's, all parameters that are trained.
 
-    PyTorch's kernel of its backward on a CPU is not sound for every part of what a backward pass asks for; for all of it it is.
+    On a CPU, PyTorch's kernel for the backward of group norm is sound when all of its gradients are asked for, but not
+    for every subset of them.
     """
     own = {id(p) for m in model.modules() if isinstance(m, nn.GroupNorm) for p in m.parameters(recurse=False)}
     if not own & set(map(id, params.values())):
@@ -413,8 +414,8 @@ def _grads(
     return {n: torch.zeros_like(p) if g is None else g.detach().to_dense() for (n, p), g in grads}
 
 
-def _own(t: Tensor) -> Tensor:
-    """An argument as capture has it: apart from the caller's graph, and one that autograd may save."""
+def _detach(t: Tensor) -> Tensor:
+    """An argument as capture has it: detached from the caller's graph, and one that autograd may save."""
     return t.clone() if t.is_inference() else t.detach().requires_grad_(t.requires_grad and t.is_leaf)
 
 
@@ -426,7 +427,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _as_found(modules: list[nn.Module], params: list[Tensor], functions: list[Any], cuda: list[int]) -> Iterator[None]:
+def _restoring(modules: list[nn.Module], params: list[Tensor], functions: list[Any], cuda: list[int]) -> Iterator[None]:
     """Put back what a plain pass changes.
 
     These are buffers (they run on copies), attributes, lists and dicts that forward or a hook writes to, hooks of parameters
@@ -457,7 +458,7 @@ def _as_found(modules: list[nn.Module], params: list[Tensor], functions: list[An
 
 
 def _run_on_copies(modules: list[nn.Module]) -> None:
-    """Buffers, and plain tensors kept as attributes, are replaced by copies; equal ones by one copy."""
+    """Replace buffers, and plain tensors kept as attributes, by copies; one tensor in several places by one copy."""
     copies: dict[int, Tensor] = {}
     for module in modules:
         for table in (own_buffers(module), vars(module)):
@@ -512,7 +513,7 @@ def _draws(op: Any) -> bool:
 
 @contextlib.contextmanager
 def _math_only() -> Iterator[None]:
-    """No kernel that draws inside itself: attention and recurrent layers as the ops that capture sees."""
+    """Run attention and recurrent layers as the ops that capture sees, not by kernels that draw inside."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
@@ -520,7 +521,7 @@ def _math_only() -> Iterator[None]:
 
 
 class _FixedDraws(TorchDispatchMode):
-    """Every op that draws starts from one state and fills its values in order, whatever ran before and their layout."""
+    """Every op that draws starts from one state and fills its values in order, whatever ran before or their layout."""
 
     def __init__(self):
         super().__init__()
@@ -539,12 +540,12 @@ class _FixedDraws(TorchDispatchMode):
             for old, new in zip(pytree.tree_leaves(args), pytree.tree_leaves(given), strict=True):
                 if isinstance(old, Tensor) and old is not new:
                     old.copy_(new)
-        in_place = any(r.alias_info is not None for r in schema.returns)  # not so where it writes to its noise alone
+        in_place = any(r.alias_info is not None for r in schema.returns)  # false if the op writes only to its noise
         return args[0] if in_place else out
 
 
 class _Rounded(TorchDispatchMode):
-    """Every op's result moves by up to a unit of its dtype: how a value moves then is what rounding does to it."""
+    """Moves every op's result by up to one unit of its dtype, to see how far rounding can move a value."""
 
     def __init__(self, seed: int):
         super().__init__()
@@ -568,7 +569,7 @@ class _Rounded(TorchDispatchMode):
             self.generators[t.device] = torch.Generator(t.device).manual_seed(self.seed)
         wide = t.dtype if t.dtype in (torch.float32, torch.float64) else torch.float32
         noise = torch.rand(t.shape, generator=self.generators[t.device], device=t.device, dtype=wide) * 2 - 1
-        # infinity, of a mask say, would be NaN, and all behind it
+        # infinity, of a mask say, would become NaN, and so would all that follows
         t.copy_((t + t * noise * unit(t)).where(t.isfinite(), t))
 
 

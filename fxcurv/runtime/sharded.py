@@ -1,7 +1,7 @@
-"""Models of `fully_shard` (FSDP2): the graph gathers parameters where it uses them, results are sharded as the parameters are.
+"""Models of `fully_shard` (FSDP2): the graph gathers parameters where it uses them, and results are sharded like them.
 
-For a call the module holds tensors of the parameters' shapes without memory in place of its `DTensor`s, which say all that a
-program is found by. Only where a program is made or checked, at its first call, do they hold the whole parameters.
+During a call the module holds stand-ins for its `DTensor`s: tensors of the parameters' shapes without memory, which
+suffice to find a program. They hold the whole parameters only where a program is made or checked, at its first call.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from fxcurv.runtime.ranks import Ranks
 
 
 class Sharded:
-    """The parameters of a model that are sharded, for one call.
+    """The sharded parameters of a model, for one call.
 
     Attributes:
-        params: name -> the `DTensor`; `buckets`: how graphs gather them; `dtypes`: as which they are computed with.
+        params: name -> the `DTensor`; `buckets`: how graphs gather them; `dtypes`: name -> dtypes of mixed precision.
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks):
@@ -49,7 +49,7 @@ class Sharded:
                 "supported with mesh=. Way out: fully_shard in its place"
             )
         self.dtypes = {name: bucket.dtypes for bucket in self.buckets for name in bucket.names}
-        self._stands = {name: _without_memory(p, self.dtypes[name].computed) for name, p in self.params.items()}
+        self._stand_ins = {name: _without_memory(p, self.dtypes[name].computed) for name, p in self.params.items()}
 
     def local(self) -> dict[str, Tensor]:
         """This rank's shards, by name."""
@@ -57,18 +57,18 @@ class Sharded:
 
     @contextlib.contextmanager
     def whole(self, wanted: bool) -> Iterator[None]:
-        """With the whole parameters, if `wanted`: all ranks have to ask for it."""
+        """Let the stand-ins hold the whole parameters, if `wanted`, which must be the same on all ranks."""
         if not wanted:
             yield
             return
         try:
             for name, p in self.params.items():
-                stand = self._stands[name].detach()
+                stand = self._stand_ins[name].detach()
                 stand.untyped_storage().resize_(stand.numel() * stand.element_size())
                 stand.copy_(p.full_tensor().detach())
             yield
         finally:
-            for stand in self._stands.values():
+            for stand in self._stand_ins.values():
                 stand.untyped_storage().resize_(0)
 
     def results(self, program: Program, fields: dict[str, Any]) -> dict[str, Any]:
@@ -76,24 +76,24 @@ class Sharded:
         known = {field: fields[field] for field in program.spread.summed if isinstance(fields.get(field), dict)}
         return {
             **fields,
-            **{f: {n: self._placed(program, f, n, v) for n, v in table.items()} for f, table in known.items()},
+            **{f: {n: self._place(program, f, n, v) for n, v in table.items()} for f, table in known.items()},
         }
 
     def compared(self, program: Program, fields: dict[str, Any]) -> dict[str, Any]:
-        """Whole results in the dtype of their largest rounding, which a comparison allows for."""
+        """Whole results in the coarsest dtype that they were rounded to, so that a comparison allows for it."""
         out = dict(fields)
         for field in program.spread.summed.intersection(fields):
             if isinstance(table := fields[field], dict):
-                out[field] = {name: self._coarse(name, value) for name, value in table.items()}
+                out[field] = {name: self._to_coarsest(name, value) for name, value in table.items()}
         return out
 
-    def _coarse(self, name: str, value: Any) -> Any:
+    def _to_coarsest(self, name: str, value: Any) -> Any:
         p, dtypes = self.params.get(name), self.dtypes.get(name)
         if dtypes is None or not dtypes.mixed or not isinstance(value, Tensor) or value.shape != p.shape:  # type: ignore[union-attr]
             return value
         return value.to(dtypes.coarsest)
 
-    def _placed(self, program: Program, field: str, name: str, value: Any) -> Any:
+    def _place(self, program: Program, field: str, name: str, value: Any) -> Any:
         p = self.params.get(name)
         if p is None or not isinstance(value, Tensor) or isinstance(value, DTensor):
             return value
@@ -107,7 +107,7 @@ class Sharded:
 
 @contextlib.contextmanager
 def stand_ins(model: nn.Module, ranks: Ranks) -> Iterator[Sharded]:
-    """With plain tensors without memory for the parameters that are sharded, and of what FSDP does around a forward pass casts.
+    """Put plain tensors without memory in place of sharded parameters, and casts in place of FSDP's forward hooks.
 
     Raises:
         ArgumentError: for parameters on another mesh, or cut in another way.
@@ -119,7 +119,7 @@ def stand_ins(model: nn.Module, ranks: Ranks) -> Iterator[Sharded]:
     if not sharded.params:
         yield sharded
         return
-    stands = {id(p): sharded._stands[name] for name, p in sharded.params.items()}
+    stands = {id(p): sharded._stand_ins[name] for name, p in sharded.params.items()}
     undo: list[tuple[Any, Any]] = []
     try:
         for module in model.modules():
@@ -130,7 +130,7 @@ def stand_ins(model: nn.Module, ranks: Ranks) -> Iterator[Sharded]:
                 if id(p) in stands:
                     own_parameters(module)[name] = stands[id(p)]
             for hooks, cast in zip(own_forward_hooks(module), _casts(module), strict=True):
-                for key in [k for k, hook in hooks.items() if _of_fsdp(hook)]:
+                for key in [k for k, hook in hooks.items() if _is_fsdp_hook(hook)]:
                     if cast is None:
                         del hooks[key]
                     else:
@@ -149,7 +149,10 @@ def _without_memory(p: DTensor, dtype: torch.dtype) -> nn.Parameter:
 
 
 def _buckets(model: nn.Module, params: dict[str, DTensor], ranks: Ranks) -> Iterator[Bucket]:
-    """The parameters of each module that `fully_shard` was called with, but for those of such a module inside it."""
+    """The parameters of each module that `fully_shard` was called with, without those of such modules inside it.
+
+    A bucket has parameters of one dtype, mesh and placement.
+    """
     names = {id(p): name for name, p in params.items()}
     left = dict(names)
     modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
@@ -174,7 +177,7 @@ def _buckets(model: nn.Module, params: dict[str, DTensor], ranks: Ranks) -> Iter
 
 
 def _dtypes(p: Tensor, policy: Any) -> Dtypes:
-    """Of a parameter, by the policy of its module."""
+    """The dtypes of a parameter, by the mixed precision policy of its module."""
     if not p.is_floating_point():
         return Dtypes(p.dtype, p.dtype)
     return Dtypes(p.dtype, policy.param_dtype or p.dtype, policy.reduce_dtype)
@@ -185,7 +188,7 @@ def _group(p: DTensor, dim: int, ranks: Ranks) -> Any:
 
 
 def _noted(group: Any, ranks: Ranks) -> Any:
-    """A group, which graphs have collectives over."""
+    """Note a group in `ranks.others`, since graphs have collectives over it, and return it."""
     if group.group_name not in {g.group_name for g in ranks.others}:
         ranks.others.append(group)
     return group
@@ -197,7 +200,7 @@ def _cut(p: DTensor, dim: int) -> Cut:
 
 
 def _casts(module: nn.Module) -> tuple[Callable | None, Callable | None]:
-    """What runs before and after the forward pass of a module that has a mixed precision policy, in place of FSDP's own hooks."""
+    """The casts before and after a module's forward pass, by its mixed precision policy, in place of FSDP's hooks."""
     if not isinstance(module, FSDPModule):
         return None, None
     policy = precision_of_fsdp(module)
@@ -218,7 +221,7 @@ def _cast(values: Any, dtype: torch.dtype) -> Any:
     return map_leaves(values, Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
-def _of_fsdp(hook: Any) -> bool:
+def _is_fsdp_hook(hook: Any) -> bool:
     owner = getattr(hook, "__self__", None)
     return (type(owner) if owner is not None else hook).__module__.startswith("torch.distributed.fsdp")
 
@@ -246,16 +249,16 @@ def _check(model: nn.Module, sharded: dict[str, DTensor], ranks: Ranks) -> None:
 
 
 def whole(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that are not cut: all ranks call this."""
+    """The tensors, gathered from their shards: all ranks must call this."""
     return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in named.items()}
 
 
 def like(value: Tensor, p: Tensor) -> Tensor:
-    """A value that all ranks have as `p` is: of a sharded one this rank's shard."""
+    """A value that all ranks hold, placed as `p` is: this rank's shard of it, if `p` is sharded."""
     if not isinstance(p, DTensor) or isinstance(value, DTensor):
         return value
     whole = DTensor.from_local(value, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False)
-    local = whole.redistribute(placements=p.placements).to_local().clone()  # memory of its own: the rest goes
+    local = whole.redistribute(placements=p.placements).to_local().clone()  # memory of its own: the rest is freed
     return DTensor.from_local(
         local, p.device_mesh, p.placements, run_check=False, shape=value.shape, stride=value.contiguous().stride()
     )

@@ -1,10 +1,11 @@
-"""Equal models share programs: what was captured anew and is, node by node, what was finished before is not emitted again.
+"""Equal models share programs: a captured graph that equals an earlier one, node by node, is not compiled again.
 
-What is compared is all that the pipeline reads: the captured graph with sizes, strides, dtypes, devices and provenance of every
-value, what its placeholders are bound to, what was asked for, the compiler's own passes and tables, to which users may add, and
-the state of PyTorch that decides between kernels. The capture itself runs, for what it depends on in Python belongs to each
-model. So do the checks of the first call: they compare with the model at hand. What is not known to be compared wholly (a
-custom function, a constant in the graph, a user's rule or extension, a hook, numbers that were made of data) is not shared.
+All that the pipeline reads is compared: the captured graph with sizes, strides, dtypes, devices and provenance of every
+value, what its placeholders are bound to, what was requested, the compiler's passes and tables (users may add to them),
+and the state of PyTorch that decides between kernels. Every model is still captured, because capture depends on Python
+values that belong to the model, and checked at its first call. A program with something that cannot be compared
+completely (a custom function, a constant in the graph, a user's rule or extension, a hook, numbers made of the data) is
+not shared.
 """
 
 from __future__ import annotations
@@ -32,23 +33,23 @@ from fxcurv.rules.idioms import IDIOMS
 from fxcurv.rules.shorter import SHORT
 from fxcurv.walks.columns.births import BIRTHS
 
-# What makes another trace of the same ops another graph, and says nothing of it.
+# Metadata that may differ between two traces of the same ops, and is not compared (values are, by `_value_key`).
 UNREAD = {"val", "tensor_meta", "desc", "from_node", "torch_fn", "original_aten", "seq_nr", "eager_input_vals"}
 PLAIN = (bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 FUNCTIONS = {"_operator", "math"}
-# Programs whose owners are gone and that are kept all the same: of the folds of a cross-validation, one model at a time.
+# Programs that are kept after their owners are gone: the folds of a cross-validation make one model at a time.
 KEPT = 8
 
 
 class _Unknown(Exception):
-    """Something is read that is not compared."""
+    """The program has something that cannot be compared."""
 
 
 @dataclasses.dataclass(eq=False)
 class Finished:
-    """What was made of a captured graph, without anything of the model that it was captured from.
+    """A finished program, without anything of the model that it was captured from.
 
-    program: with all of the pipeline's work; `probe`, `selfcheck`: as they were before any call.
+    program: as the pipeline left it; `probe`, `selfcheck`: as they were before any call.
     """
 
     program: Program
@@ -57,13 +58,13 @@ class Finished:
 
     @classmethod
     def of(cls, program: Program, probe: Any, selfcheck: Any) -> Finished:
-        """See the class."""
+        """Strip a program of what belongs to its model."""
         return cls(
             dataclasses.replace(program, python=None, constants={}, output_template=None, served={}), probe, selfcheck
         )
 
     def adopted(self, captured: Program) -> tuple[Program, Any, Any]:
-        """(program, probe, self-check) for another model, of which `captured` is the captured program."""
+        """(program, probe, self-check) for another model, whose captured program is `captured`."""
         program = dataclasses.replace(
             self.program, python=captured.python, constants=captured.constants, output_template=captured.output_template,
             timings=dict(captured.timings), served={},
@@ -76,12 +77,12 @@ _LATEST: deque[Finished] = deque(maxlen=KEPT)
 
 
 def find(key: Hashable | None) -> Finished | None:
-    """What was finished under this key."""
+    """The finished program under this key, if there is one."""
     return _FINISHED.get(key) if key is not None else None
 
 
 def keep(key: Hashable | None, finished: Finished) -> Finished:
-    """Have it found, while its owners live and a little longer."""
+    """Let `find` return it while its owners live, and a little longer."""
     if key is not None:
         _FINISHED[key] = finished
         _LATEST.append(finished)
@@ -89,19 +90,19 @@ def keep(key: Hashable | None, finished: Finished) -> Finished:
 
 
 def forget() -> None:
-    """Share nothing of what was finished so far."""
+    """Share none of the programs that are finished so far."""
     _FINISHED.clear()
     _LATEST.clear()
 
 
 def graph_key(program: Program, *also: Hashable) -> Hashable | None:
-    """What the finished program of a captured one depends on; None if that is not known."""
+    """A key of all that the finished program depends on; None if something cannot be compared."""
     options = program.options
     own = program.reads is not None or program.observed or program.python.numbers or program.python.effects
     if own or options.rules or options.ranks or not all(map(is_own, program.extensions)):
         return None
     try:
-        key = (_graph(program), _fields(program), state_of_torch(), compiler(), also)
+        key = (_nodes_key(program), _fields(program), state_of_torch(), compiler(), also)
         hash(key)
     except (_Unknown, TypeError):
         return None
@@ -109,7 +110,7 @@ def graph_key(program: Program, *also: Hashable) -> Hashable | None:
 
 
 def is_own(extension: Any) -> bool:
-    """Whether nothing but its fields decides what an extension computes, and none of them can be written to."""
+    """Whether an extension is fxcurv's own and its fields are immutable, so that they decide what it computes."""
     own = type(extension).__module__.startswith("fxcurv.")
     values = pytree.tree_leaves([getattr(extension, f.name) for f in dataclasses.fields(extension)])
     return own and all(isinstance(v, (*PLAIN, float)) for v in values)
@@ -118,61 +119,63 @@ def is_own(extension: Any) -> bool:
 # ---- the captured program ------------------------------
 
 
-def _graph(program: Program) -> tuple:
+def _nodes_key(program: Program) -> tuple:
     index = {node: k for k, node in enumerate(program.graph.nodes)}
-    return tuple((*_call(node, index), _value(node.meta.get("val")), _origin(node)) for node in program.graph.nodes)
+    return tuple(
+        (*_call_key(node, index), _value_key(node.meta.get("val")), _origin_key(node)) for node in program.graph.nodes
+    )
 
 
-def _call(node: fx.Node, index: dict[fx.Node, int]) -> tuple:
+def _call_key(node: fx.Node, index: dict[fx.Node, int]) -> tuple:
     target: Any = node.target
     known = (
         isinstance(target, str)
         if node.op in ("placeholder", "output")
-        else node.op == "call_function" and _known(target)
+        else node.op == "call_function" and _is_known_op(target)
     )
     if not known:
         raise _Unknown(node)
-    return node.op, node.name, target, _frozen(node.args, index), _frozen(node.kwargs, index)
+    return node.op, node.name, target, _hashable(node.args, index), _hashable(node.kwargs, index)
 
 
-def _known(target: Any) -> bool:
+def _is_known_op(target: Any) -> bool:
     """Whether an op is the same for all models: PyTorch's, a library's, or the mark at the model's output."""
     if isinstance(target, OpOverload):
         return target.namespace != "fxcurv" or target is torch.ops.fxcurv.head.default
     return getattr(target, "__module__", None) in FUNCTIONS
 
 
-def _frozen(value: Any, index: dict[fx.Node, int]) -> Hashable:
+def _hashable(value: Any, index: dict[fx.Node, int]) -> Hashable:
     if isinstance(value, fx.Node):
         return ("node", index[value])
     if isinstance(value, float | complex):
-        return (type(value), repr(value))  # zeros of both signs differ, and what is no number is itself
+        return (type(value), repr(value))  # -0.0 differs from 0.0, and NaN equals itself
     if isinstance(value, PLAIN):
         return (type(value), value)
     if isinstance(value, slice):
-        return ("slice", _frozen((value.start, value.stop, value.step), index))
+        return ("slice", _hashable((value.start, value.stop, value.step), index))
     if isinstance(value, list | tuple):
-        return (isinstance(value, list), tuple(_frozen(v, index) for v in value))
+        return (isinstance(value, list), tuple(_hashable(v, index) for v in value))
     if isinstance(value, dict):
-        return ("dict", tuple((k, _frozen(v, index)) for k, v in value.items()))
+        return ("dict", tuple((k, _hashable(v, index)) for k, v in value.items()))
     raise _Unknown(value)
 
 
-def _value(val: Any) -> Hashable:
+def _value_key(val: Any) -> Hashable:
     if isinstance(val, Tensor):
         plain = type(val).__name__, val.dtype, val.device, val.layout, val.requires_grad, val.storage_offset()
         return (*plain, str(layout(val)), str([s.node.hint if isinstance(s, SymInt) else s for s in val.shape]))
     if isinstance(val, SymInt):
         return ("size", str(val.node.expr), val.node.hint)
     if isinstance(val, list | tuple):
-        return tuple(map(_value, val))
+        return tuple(map(_value_key, val))
     if isinstance(val, PLAIN):
         return val
     raise _Unknown(val)
 
 
-def _origin(node: fx.Node) -> Hashable:
-    """What messages and reports say of a node, and whatever else is written on it."""
+def _origin_key(node: fx.Node) -> Hashable:
+    """A node's provenance, for messages and reports, and all other metadata on it."""
     modules = tuple((path, str(kind)) for path, kind in (node.meta.get("nn_module_stack") or {}).values())
     rest = {k: str(v) for k, v in node.meta.items() if k not in UNREAD and k != "nn_module_stack"}
     return modules, tuple(sorted(rest.items()))
@@ -203,7 +206,7 @@ def _fields(program: Program) -> Hashable:
         tuple(index[n] for n in program.heads),
         index[program.loss] if program.loss is not None else None,
         tuple((name, index[node]) for name, node in program.mutations.items()),
-        tuple(sorted((name, _value(t)) for name, t in program.constants.items())),
+        tuple(sorted((name, _value_key(t)) for name, t in program.constants.items())),
         program.extensions,
         tuple((e, tuple(names)) for e, names in program.covers.items()),
         tuple(program.borrowing),
@@ -215,7 +218,7 @@ def _fields(program: Program) -> Hashable:
 
 
 def compiler() -> Hashable:
-    """The passes, and all that a user adds to the compiler: rules, candidates, kinds of columns."""
+    """The passes, and the tables that a user can add to: rules, candidates, kinds of columns."""
     tables: list[dict] = [RULES, KINDS, BIRTHS, FUSED, IDIOMS, SHORT]
     known = [(name, id(value)) for table in tables for name, value in table.items()]
     return (

@@ -1,4 +1,4 @@
-"""One call on the ranks of a mesh: agree on the program, check it, run it, own its results, return them.
+"""One call on the ranks of a mesh: agree on the program, check it, run it, return its results.
 
 If one rank raises, all do. At the first call for a kind of input every rank says what it compiles, and then which collectives
 its program has; where these differ, all raise with the difference. Before every call the ranks tell each other how many samples
@@ -35,10 +35,10 @@ from fxcurv.runtime.programs import Programs, Ready
 from fxcurv.runtime.ranks import Ranks
 from fxcurv.runtime.sharded import Sharded, stand_ins
 
-# A check takes at least this many samples, which costs little: fewer may leave nothing to compare (all may be ignored).
+# A check takes at least this many samples: the loss may ignore all of a few, and this many cost little.
 FEW = 16
 
-# (program, seed, whether the caller gave it) of a program, for a message
+# What a rank says of its program: (digest, seed, whether the caller gave the seed).
 Drawn: TypeAlias = Callable[[Ready | None], Sequence[int]]
 
 
@@ -63,7 +63,7 @@ def call_on_ranks(
     """`Compiled.__call__` under `mesh=`.
 
     Args:
-        part: the batch is one of several; `first`: the number of this rank's first sample among those of all of them.
+        part: the batch is one of several; `first`: the number of this rank's first sample in all of them together.
         values: in place of the model's parameters.
         prepare: make and check the program, and return it without running it.
 
@@ -73,7 +73,7 @@ def call_on_ranks(
     """
 
     def drawn(ready: Ready | None) -> Sequence[int]:
-        """(program, seed, whether the caller gave it); no seed where nothing is sampled."""
+        """(digest of the program, seed, whether the caller gave the seed); the seed is 0 where nothing is sampled."""
         if ready is None or all(i.kind != "seed" for i in ready.program.inputs):
             return (ready.digest if ready is not None else 0), 0, 0
         return ready.digest, int(seed_tensor(seed, generator, torch.device("cpu"))), seed is not None
@@ -98,7 +98,7 @@ def call_on_ranks(
         if not sum(sizes):
             raise ArgumentError("the batch is empty on every rank: pass at least one sample to one of them")
         with request.apart(), sharded.whole(any(row[4] for row in rows)):
-            made, seed = _agreed(ranks, programs, request, ready, rows, drawn)
+            made, seed = _agree_on_program(ranks, programs, request, ready, rows, drawn)
             if part and made.program.analysis.mixing:
                 raise MixedSamplesError(made.program.analysis.mixing.format(asked="a quantity of several batches"))
             call = _Call(ranks, made, request, sharded, sizes, seed, first, backend)
@@ -113,31 +113,33 @@ def call_on_ranks(
 
 
 def to_check(ready: Ready | None) -> bool:
-    """Whether there is no program yet, or its next call compares with the model as it is."""
+    """Whether the next call needs the model's own parameters: to make the program, or to check it."""
     if ready is None or not ready.checked:
         return True
     options = ready.program.options
     return options.debug or options.check == "always" or ready.selfcheck is not None and not ready.verified
 
 
-def _agreed(
+def _agree_on_program(
     ranks: Ranks, programs: Programs[Ready], request: Request, ready: Ready | None, rows: list[list[int]], drawn: Drawn
 ) -> tuple[Ready, int]:
-    """The program that all ranks have for this call, made now if one of them has none, and the seed.
+    """(the program for this call, the seed); all ranks make the program now if one of them has none.
 
     Raises:
-        RankError: on all ranks, where they have different ones.
+        RankError: on all ranks, if their programs differ.
         ArgumentError: on all ranks, for different seeds.
     """
     if ready is None or not all(row[1] for row in rows):
         asked, largest = what_is_asked(programs, request), max(2, *(row[0] for row in rows))
-        _agree(ranks, asked)
+        _require_equal(ranks, asked)
         made, rows = ranks.together(lambda: named(programs.spread(request, largest), asked), lambda r: (0, *drawn(r)))
     else:
         made = ready
     if len({row[1] for row in rows}) > 1:
-        _agree(ranks, what_is_asked(programs, request))
-        _agree(ranks, {"the captured ops": made.program.spread.ops, "what travels": _travelling(made)})
+        _require_equal(ranks, what_is_asked(programs, request))
+        _require_equal(
+            ranks, {"the captured ops": made.program.spread.ops, "what travels": _describe_collectives(made)}
+        )
         raise RankError(
             "ranks have different programs for this call: change attributes of the model on all ranks alike"
         )
@@ -148,20 +150,24 @@ def _agreed(
 
 
 def named(ready: Ready, asked: dict[str, list[str]]) -> Ready:
-    """With a number that ranks compare: of what was asked for, and what travels between them, in order."""
+    """Set the digest that ranks compare: of what was requested, the captured ops and the collectives, in order."""
     text = "\n".join(
-        [*ready.program.spread.ops, *_travelling(ready), *(line for lines in asked.values() for line in lines)]
+        [
+            *ready.program.spread.ops,
+            *_describe_collectives(ready),
+            *(line for lines in asked.values() for line in lines),
+        ]
     )
     ready.digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") + 1
     return ready
 
 
-def _travelling(ready: Ready) -> list[str]:
+def _describe_collectives(ready: Ready) -> list[str]:
     return [f"{label}, in collective {k}" for k, bucket in enumerate(ready.program.spread.buckets) for label in bucket]
 
 
 class _Call:
-    """A call whose program all ranks have."""
+    """One call, by a program that all ranks have agreed on."""
 
     def __init__(
         self, ranks: Ranks, ready: Ready, request: Request, sharded: Sharded, sizes: list[int], seed: int, first: int | None,
@@ -174,7 +180,10 @@ class _Call:
         self.program, self.subject = ready.program, request.subject
 
     def bound(self, arguments: Arguments, part: tuple[int, int] | None = None) -> list[Any]:
-        """The program's arguments; `part`: (how many samples all ranks have, this one's first), else the batch is all here."""
+        """The program's arguments.
+
+        part: (number of samples on all ranks, number of this rank's first one); None if this rank has the whole batch.
+        """
         shards = {**self.sharded.local(), **self.values} if part is not None else None
         return bind(self.program, self.subject, arguments, self.seed, None, shards, part)
 
@@ -213,16 +222,16 @@ class _Call:
     # ---- checks ----
 
     def check(self) -> None:
-        """What `check=` and `debug=` ask for: conditions on every rank's values, numbers on some samples of each."""
+        """Do what `check=` and `debug=` ask for: conditions on all values, comparisons on some samples of each rank."""
         ready, options = self.ready, self.program.options
         if not ready.checked or options.debug:
-            self._conditions()
+            self._check_conditions()
         wanted = ready.selfcheck is not None and (not ready.verified or options.check == "always")
         if wanted or ready.probe is not None and not ready.checked:
-            self._numbers(wanted)
+            self._check_numbers(wanted)
         ready.checked, ready.verified = True, ready.verified or wanted
 
-    def _conditions(self) -> None:
+    def _check_conditions(self) -> None:
         module = self.program.check_module
         if module is None:
             return
@@ -234,11 +243,11 @@ class _Call:
 
         self.ranks.together(held)
 
-    def _numbers(self, compare: bool) -> None:
-        """Compare with plain PyTorch on samples of all ranks, together as many as the largest rank has, or `FEW`."""
+    def _check_numbers(self, compare: bool) -> None:
+        """Check placements, and numbers if `compare`, on samples of all ranks, which each gathers (see `shares`)."""
         sizes = shares(self.sizes)
         mine = first_samples(self.request.arguments, sizes[self.ranks.rank])
-        whole = self._gathered(mine, sizes)
+        whole = self._gather_samples(mine, sizes)
         request, flat = dataclasses.replace(self.request, arguments=whole), self.bound(whole)
         memory, part = (
             functools.partial(self.ready.pool.take, sizes[self.ranks.rank]),
@@ -262,15 +271,15 @@ class _Call:
                     self.ready.probe.run(flat, whole.batch_size)
                 if compare and self.ready.selfcheck is not None:
                     check = self.ready.selfcheck.begin(self.program, request, flat)
-                    alone = self.ready.selfcheck.random  # every rank draws its own, so not those of one process
+                    alone = self.ready.selfcheck.random  # ranks draw other numbers than one process with all samples
                     check.compare(
                         self.program.unpack(functional(self.program)(*flat), lambda t: t) if alone else unpacked
                     )
 
         self.ranks.together(here)
 
-    def _gathered(self, arguments: Arguments, sizes: Sequence[int]) -> Arguments:
-        """The samples of all ranks."""
+    def _gather_samples(self, arguments: Arguments, sizes: Sequence[int]) -> Arguments:
+        """Gather the samples of all ranks."""
 
         def rows(t: Tensor, d: int) -> Tensor:
             return self.ranks.rows(t.detach().movedim(d, 0).contiguous(), sizes).movedim(0, d)
@@ -279,7 +288,7 @@ class _Call:
 
 
 def shares(sizes: Sequence[int]) -> list[int]:
-    """How many samples each rank gives, in turns, so that all together are as many as the largest has, or `FEW`."""
+    """How many samples each rank gives to a check: evenly, and in total as many as the largest has, at least `FEW`."""
     out, left = [0] * len(sizes), min(max(FEW, *sizes), sum(sizes))
     while left:
         for k, n in enumerate(sizes):
@@ -298,7 +307,7 @@ def first_samples(arguments: Arguments, n: int) -> Arguments:
 
 
 def what_is_asked(programs: Programs[Ready], request: Request) -> dict[str, list[str]]:
-    """What a program is made of, in words that are the same in every process."""
+    """What determines a program, in words that are the same in every process."""
     key = key_of(request.subject, request.arguments, any_size=True)
     options = dataclasses.asdict(dataclasses.replace(programs.options, rules={}, rank=0))
     return {
@@ -308,23 +317,23 @@ def what_is_asked(programs: Programs[Ready], request: Request) -> dict[str, list
         "the parameters": [
             f"{name} {tuple(shape)} {dtype} requires_grad={on}" for name, on, dtype, _, shape in key.tensors
         ],
-        "the sharded parameters": [_sharding(bucket) for bucket in request.sharded],
+        "the sharded parameters": [_describe_bucket(bucket) for bucket in request.sharded],
         "the inputs": [f"{shape} {dtype}" for shape, dtype, _ in key.inputs],
         "the targets": [f"{shape} {dtype}" for shape, dtype, _ in key.targets],
         "autocast": [str(request.mode.dtype)],
     }
 
 
-def _sharding(bucket: Bucket) -> str:
-    """How a bucket travels, but for what is another on every rank."""
+def _describe_bucket(bucket: Bucket) -> str:
+    """How a bucket is gathered, without what differs between ranks."""
     between = bucket.between and bucket.between[1]
     return (
         f"{', '.join(bucket.names)}: {bucket.dtypes}, gathered again: {bucket.again}, held by {between} ranks between"
     )
 
 
-def _agree(ranks: Ranks, mine: dict[str, list[str]]) -> None:
-    """Refuse, on all ranks, what is not the same on all."""
+def _require_equal(ranks: Ranks, mine: dict[str, list[str]]) -> None:
+    """Raise on all ranks if `mine` is not the same on all of them."""
     found = ranks.objects(mine)
     for rank, other in enumerate(found):
         for what, here in found[0].items():

@@ -18,7 +18,7 @@ from fxcurv.ir.program import Program
 from fxcurv.operators import Saved
 from fxcurv.passes.recycle import functional
 
-# How Python state is compared that the traced code reads, so that Dynamo guards it.
+# Kinds of Python state that the traced code reads, so that Dynamo guards it.
 GUARDED = ("scalar", "tensor", "number")
 
 # Stands for a tensor where a structure has to be a constant.
@@ -31,9 +31,9 @@ class Stateless(nn.Module):
     Attributes:
         gm: the graph, without memory of earlier results.
         writes: buffer name -> index of its new value among those that `gm` returns.
-        updates: whether these go to the model.
+        updates: whether these are written to the model.
         unseen: whether the program depends on Python state for which Dynamo has no guard.
-        ticks: what a check of that state writes to.
+        ticks: a tensor that the check of that state writes to.
     """
 
     def __init__(self, program: Program, arguments: Arguments):
@@ -43,7 +43,7 @@ class Stateless(nn.Module):
                 f"the model or loss makes a number of the data's values, which every call compares\n  {program.reads.lines[0]}\n"
                 "and which neither torch.compile nor an exported program does. Way out: call it outside of the compiled function."
             )
-        self.gm = _by_sizes(functional(program))
+        self.gm = _replace_numel(functional(program))
         self.bound = [(i.kind, i.name, i.index) for i in program.inputs if i.kind != "memory"]
         self.constants = dict(program.constants)
         python = program.python
@@ -78,7 +78,7 @@ class Stateless(nn.Module):
         self.shapes = [[(k, s) for k, s in enumerate(t.shape) if k != d] for t, d in zip(tensors, dims, strict=True)]
 
     def accepts(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the program is for tensors of these sizes; read while tracing, this leaves guards."""
+        """Whether the program is for tensors of these sizes; called while tracing, this leaves guards."""
         which, dim, rows = self.samples
         n = tensors[which].shape[dim] // rows
         if self.fixed and n != self.size or not self.fixed and (n < 2 or self.largest is not None and n > self.largest):
@@ -86,7 +86,7 @@ class Stateless(nn.Module):
         return all(t.shape[k] == s for t, sizes in zip(tensors, self.shapes, strict=True) for k, s in sizes)
 
     def forward(self, named: dict[str, Tensor], tensors: Sequence[Tensor], seed: Tensor) -> list[Any]:
-        """What the graph returns, in memory of its own where it is just an argument.
+        """The values that the graph returns; those that are just arguments, or views of them, are cloned.
 
         Args:
             named: parameters and buffers, those of the loss under "loss.<name>".
@@ -112,23 +112,23 @@ class Stateless(nn.Module):
         return [v.clone() if shared else v for v, shared in zip(values, self.shared, strict=True)]
 
     def read(self, modules: Sequence[nn.Module]) -> tuple[list[Any], dict[str, Tensor]]:
-        """(the numbers and other plain values that Python holds, tensors by name); read while tracing, this leaves guards."""
-        values = [_at(modules[k] if k is not None else root, steps) for k, root, steps in self.places]
-        return values, {name: _at(modules[k], steps) for name, k, steps in self.tensors}
+        """(plain values that Python holds, tensors by name); called while tracing, this leaves guards."""
+        values = [_follow(modules[k] if k is not None else root, steps) for k, root, steps in self.places]
+        return values, {name: _follow(modules[k], steps) for name, k, steps in self.tensors}
 
     def fields(self, values: Sequence[Any]) -> dict[str, Any]:
-        """A result's fields, of what `forward` returned."""
+        """A result's fields, from what `forward` returned."""
         return pytree.tree_unflatten([values[k] for k in self.order], self.spec)
 
 
-def _at(value: Any, steps: Sequence[tuple[str, Any]]) -> Any:
+def _follow(value: Any, steps: Sequence[tuple[str, Any]]) -> Any:
     for kind, name in steps:
         value = getattr(value, name, None) if kind == "attr" else value[name]
     return value
 
 
 def fields_of(program: Program, of: Callable[[fx.Node], Any]) -> dict[str, Any]:
-    """A result's fields with what `of` says of each value in place of its tensor."""
+    """A result's fields, with `of(node)` in place of each tensor."""
     at = lambda n: of(n) if isinstance(n, fx.Node) else n  # noqa: E731
     fields: dict[str, Any] = {} if program.loss is None else {"loss": at(program.loss)}
     fields["output"] = filled(program.output_template, [at(n) for n in program.output_leaves])
@@ -180,8 +180,8 @@ def parted(structure: Any) -> tuple[Any, list[Tensor]]:
     return pytree.tree_unflatten([HOLE if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec), tensors
 
 
-def _by_sizes(gm: fx.GraphModule) -> fx.GraphModule:
-    """The number of entries of a value as the product of its sizes: Dynamo does not trace `sym_numel`."""
+def _replace_numel(gm: fx.GraphModule) -> fx.GraphModule:
+    """Replace a value's number of entries by the product of its sizes: Dynamo does not trace `sym_numel`."""
     found = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_numel.default)
     for node in found:
         x: Any = node.args[0]

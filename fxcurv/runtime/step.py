@@ -27,7 +27,7 @@ from fxcurv.runtime.call import begin_selfcheck, check_values
 from fxcurv.runtime.programs import Programs, Ready
 from fxcurv.runtime.stateless import HOLE, Stateless, named_tensors, parted, refuse_packed
 
-# By name: a constant of Dynamo's may be made of strings, not of any object (before PyTorch 2.13).
+# Looked up by name: before PyTorch 2.13, a constant of Dynamo's may be computed from strings, but not from any object.
 STEPS: weakref.WeakValueDictionary[str, Steps] = weakref.WeakValueDictionary()
 _COUNT = itertools.count()
 
@@ -36,10 +36,10 @@ class Steps:
     """What a compiled model is inside `torch.compile`.
 
     Attributes:
-        name: by which the traced code finds it.
-        changes: a mark for each time that Python state was found changed for which Dynamo has no guard. It guards this text; a
-            number that changes it would take for a dynamic one, which no constant can be made of.
-        call: a call on several ranks; `forms`, `skeletons`: of those, see `runtime.step_on_ranks`.
+        name: the traced code finds the object by it.
+        changes: a mark for each time that `unchanged` found Python state changed. Dynamo guards this text. (A number
+            that changes would become dynamic, and no constant can be computed from that.)
+        call: makes a call on several ranks; for these, `forms`, `skeletons`: see `runtime.step_on_ranks`.
     """
 
     def __init__(self, programs: Programs[Ready], subject: Subject, call: Callable[..., Any]):
@@ -59,7 +59,7 @@ def call_in_step(
     create_graph: bool,
     given: dict[str, Tensor] | None = None,
 ) -> Result:
-    """`Compiled.__call__` where Dynamo traces it; `given`: in place of the model's parameters."""
+    """`Compiled.__call__` where Dynamo traces it; `given`: values in place of the model's parameters."""
     if generator is not None:
         raise ArgumentError("generator= inside torch.compile: pass seed=, an int or a 0-dim integer tensor")
     refuse_packed(inputs)
@@ -90,13 +90,13 @@ def call_in_step(
 
 @constant_result
 def guarded(values: list[Any]) -> int:
-    """Makes Dynamo guard these values: it guards what a constant is made of."""
+    """Make Dynamo guard these values: it guards what a constant is computed from."""
     return len(values)
 
 
 @torch.library.custom_op("fxcurv::unchanged", mutates_args=("ticks",))
 def unchanged(ticks: Tensor, name: str, step: str) -> None:
-    """Refuse to go on with a program whose Python state is old, where Dynamo has no guard for it.
+    """Raise if Python state has changed that the program depends on and that Dynamo does not guard.
 
     It runs with every call of the step. It writes to `ticks`, so that no compiler drops it.
     """
@@ -130,20 +130,21 @@ def name_for(
 ) -> str:
     """The name of the program for arguments of this structure, `HOLE` for each tensor. Dynamo calls this with real tensors.
 
-    A module would be a constant without a source, which Dynamo cannot guard. It guards what is used: so `modes` is passed, the
-    training flags, and `changes`, of what `unchanged` saw, though they are read again here.
+    A module as an argument would be a constant without a source, which Dynamo cannot guard. It guards the arguments: so
+    the training flags are passed as `modes`, and what `unchanged` saw as `changes`, though the program is found without
+    them.
     """
     inputs, targets = filled_in(skeleton, tensors)
     with tracing(None):
         steps = STEPS[name]
         mode = Autocast(device_type, dtype)
-        return steps.programs.name_of(_ready(steps.programs, steps.subject, inputs, targets, mode, create_graph))
+        return steps.programs.name_of(_find_ready(steps.programs, steps.subject, inputs, targets, mode, create_graph))
 
 
-def _ready(
+def _find_ready(
     programs: Programs[Ready], subject: Subject, inputs: Any, targets: tuple, mode: Autocast, create_graph: bool
 ) -> Ready:
-    """The program for a call inside `torch.compile`, its values checked, and stateless; Dynamo does not trace this."""
+    """Find the program for a call inside `torch.compile`, check it, make it stateless. Dynamo does not trace this."""
     request = programs.request(subject, inputs, targets, mode, create_graph)
     with request.apart():
         ready = programs.find(request, schedules=False)
@@ -169,6 +170,6 @@ def _ready(
 
 
 def filled_in(skeleton: Any, tensors: Sequence[Tensor]) -> Any:
-    """What `parted` took apart."""
+    """The structure that `parted` took apart, with these tensors."""
     given = iter(tensors)
     return pytree.tree_map(lambda leaf: next(given) if isinstance(leaf, str) and leaf == HOLE else leaf, skeleton)

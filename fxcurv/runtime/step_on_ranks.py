@@ -1,7 +1,7 @@
 """A call under `mesh=` inside `torch.compile`: one op of the step, which makes the same call as outside of it.
 
-The op talks to other ranks, so Dynamo does not trace into it: it knows the shapes that a program returns. The program is made
-when the step is traced, which every rank does at the first call of a kind.
+The op talks to other ranks, so Dynamo does not trace into it, and only knows the shapes that the program returns. The
+program is made when the step is traced, which every rank does at the first call of a kind.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fxcurv.runtime.step import STEPS, Steps, filled_in
 
 @dataclass
 class Form:
-    """How an op returns the fields of a result.
+    """How the op `on_ranks` returns the fields of a result.
 
     Attributes:
         ready: the program.
@@ -39,7 +39,7 @@ class Form:
     samples: tuple[int, int, int]
 
     def shapes(self, tensors: Sequence[Tensor]) -> list[tuple[list[int], torch.dtype, torch.device]]:
-        """Of every leaf, for these inputs and targets."""
+        """(shape, dtype, device) of every leaf, for these inputs and targets."""
         which, dim, rows = self.samples
         n, batch = int(tensors[which].shape[dim]) // rows, self.ready.program.batch
         vals = [node.meta["val"] for node in self.nodes]
@@ -101,7 +101,7 @@ def on_ranks(name: str, form: str, named: list[Tensor], tensors: list[Tensor], s
     """The leaves of a result's fields.
 
     Args:
-        name, form: of the `Steps` and of the `Form`.
+        name, form: the names of the `Steps` and of the `Form`.
         named: the parameters; `tensors`: inputs, then targets.
     """
     steps = STEPS[name]

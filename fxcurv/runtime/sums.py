@@ -1,4 +1,4 @@
-"""What must add up in a result, and when two values are equal up to rounding (for `selfcheck`)."""
+"""Identities between the quantities of one result, and equality up to rounding (for `selfcheck`)."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class Pair:
     """A value of the program and what it must equal.
 
     Attributes:
-        scale: what rounding is relative to: the size of the terms, where they cancel (default: `want`'s own size).
-        allowed: a difference that is rounding, beside what the dtype allows (0-dim).
-        power: 2 for squares of gradients, which noise moves as such.
-        extension, param: whose value it is, for a sum.
+        scale: rounding is relative to its magnitude: that of the terms, where they cancel (default: `want`).
+        allowed: an absolute difference that passes even if the dtype's rounding is smaller (0-dim).
+        power: 2 for squares of gradients, which noise in the gradient moves as squares.
+        extension, param: the quantity that the value is of, for an identity.
     """
 
     name: str
@@ -56,13 +56,13 @@ class Pair:
     param: str = ""
 
     def within(self, allowed: Tensor) -> Pair:
-        """The same with another difference allowed."""
+        """The same pair, with at least this difference allowed."""
         return dataclasses.replace(
             self, allowed=allowed if self.allowed is None else torch.maximum(allowed, self.allowed)
         )
 
     def excused(self, factor: int, noise: Tensor | None) -> Pair:
-        """The same with the rounding of the gradient allowed, which moves a square v by 2 sqrt(v) and its own square."""
+        """The same pair with e allowed, `factor` times the gradient's `noise`; a square v moves by 2 sqrt(v) e + e²."""
         if noise is None:
             return self
         noise = factor * noise
@@ -70,11 +70,11 @@ class Pair:
         return self.within(moved)
 
     def size(self) -> Tensor:
-        """The size of the values, that rounding is relative to."""
+        """The magnitude that rounding is relative to, 0-dim."""
         return _largest(self.want if self.scale is None else self.scale)
 
     def spread(self) -> int:
-        """How many squares one value is a sum of, at most."""
+        """The largest number of squares that one value may sum."""
         return max(self.got.numel(), self.want.numel(), 1)
 
     def equal(self) -> Tensor:
@@ -84,7 +84,7 @@ class Pair:
             return torch.zeros((), dtype=torch.bool, device=want.device)
         if not want.is_floating_point() or not got.is_floating_point():
             return (got == want).all()
-        got, want = _wide(got, want), _wide(want, got)
+        got, want = _to_common_dtype(got, want), _to_common_dtype(want, got)
         finite = got.isfinite() & want.isfinite()
         same = (finite | (got == want) | (got.isnan() & want.isnan())).all()
         difference = (
@@ -105,7 +105,7 @@ class Pair:
         return (got - want).norm() <= KINKS * want.norm()
 
     def said(self) -> str:
-        """What differs, by how much."""
+        """Describe the largest difference."""
         if self.got.shape != self.want.shape:
             return f"{self.name} is of shape {tuple(self.got.shape)}, and should be {tuple(self.want.shape)}"
         got, want = self.got.double(), self.want.double()
@@ -116,12 +116,12 @@ class Pair:
 
 
 def tolerance(*values: Tensor) -> float:
-    """The relative difference that is rounding, for the coarsest of some dtypes."""
+    """The relative difference that counts as rounding, for the coarsest dtype of the values."""
     kinds = [t.dtype for t in values if t.is_floating_point()]
     return max(ROUNDING.get(kind, 1000) * torch.finfo(kind).eps for kind in kinds)
 
 
-def _wide(t: Tensor, other: Tensor) -> Tensor:
+def _to_common_dtype(t: Tensor, other: Tensor) -> Tensor:
     kind = torch.promote_types(torch.promote_types(t.dtype, other.dtype), torch.float32)
     return t.to(kind)
 
@@ -133,7 +133,7 @@ def _largest(t: Tensor) -> Tensor:
 
 
 def unequal(pairs: Sequence[Pair], kinks: Sequence[str] = ()) -> list[str]:
-    """The names of the pairs that differ, those in `kinks` by more than these explain; the device is asked once."""
+    """The names of the pairs that differ, those in `kinks` by more than kinks explain. Waits for the device once."""
     if not pairs:
         return []
     device = pairs[0].want.device
@@ -143,7 +143,7 @@ def unequal(pairs: Sequence[Pair], kinks: Sequence[str] = ()) -> list[str]:
 
 @dataclass(frozen=True)
 class Jacobians:
-    """A cotangent of the output, its product with the plain model's derivatives, and where the output's samples are."""
+    """A cotangent of the output, its products with the plain model's derivatives, and the output's placement."""
 
     cotangent: Tensor
     products: dict[str, Tensor]
@@ -154,12 +154,12 @@ def sums(
     program: Program, results: dict[str, Any], extras: dict[str, Any], grads: dict[str, Tensor], direct: set[str],
     jacobians: Jacobians | None, n: int,
 ) -> list[Pair]:  # fmt: skip
-    """What must add up among the quantities that were asked for together.
+    """The identities between the quantities that were requested together.
 
     Args:
-        results, extras: the program's own.
+        results, extras: as the program returned them.
         grads: the part of the gradient that is a sum over samples, by name.
-        direct: parameters that the loss reads beside the output.
+        direct: parameters that the loss itself reads.
         jacobians: for `Jacobian`.
         n: the batch size.
     """
@@ -181,13 +181,13 @@ class _Sums:
         self.count = n * (program.analysis.positions[0] if tokens and program.analysis.positions else 1)
 
     def asked(self, kind: type) -> Iterator[tuple[Any, dict[str, Tensor]]]:
-        """(extension of this kind that is of all samples, its field)."""
+        """(extension, its field) for those of this kind without `subsampling`."""
         for e in self.extensions:
             if type(e) is kind and getattr(e, "subsampling", None) is None:
                 yield e, self.results[e.savefield]  # type: ignore[attr-defined]
 
     def both(self, one: type, other: type) -> Iterator[tuple[Any, Any, str, Tensor, Tensor]]:
-        """(extension, extension, parameter, value, value) for all that were asked for together, of equal columns."""
+        """(extension, extension, parameter, value, value) for all of these kinds with the same columns."""
         for a, left in self.asked(one):
             for b, right in self.asked(other):
                 if getattr(a, "mc_samples", None) == getattr(b, "mc_samples", None):
@@ -203,8 +203,8 @@ class _Sums:
         for e, field in self.asked(BatchGrad):
             for name, g in field.items():
                 if name in grads:
-                    scale = g.detach().abs().sum(self.axes, dtype=_accumulated(g))
-                    total = g.detach().sum(self.axes, dtype=_accumulated(g))
+                    scale = g.detach().abs().sum(self.axes, dtype=_accumulation_dtype(g))
+                    total = g.detach().sum(self.axes, dtype=_accumulation_dtype(g))
                     yield self.pair(e, "summed over samples", name, total, grads[name], scale=scale)
         for e, field in self.asked(Variance):
             for s, squares in self.asked(SumGradSquared):
@@ -224,7 +224,7 @@ class _Sums:
             yield self.pair(e, f"summed, beside {s.savefield} summed", name, got.sum(), squares.sum(), power=2)
 
     def of_norms(self, extras: dict[str, Any]) -> Iterator[Pair]:
-        """Norms over all parameters, where just one extension makes them and all squares are there."""
+        """Norms over all parameters, if one extension alone makes them and `BatchL2Grad` has the same parameters."""
         clipped = list(self.asked(ClippedGrad))
         for e, field in clipped if len(clipped) == 1 and "sample_norms" in extras else []:
             for b, squares in self.asked(BatchL2Grad):
@@ -239,7 +239,7 @@ class _Sums:
             largest = self._largest(kind)
             for e, b, name, total, each in self.both(kind, per_sample):
                 if kind is not DiagHessian or name not in direct:
-                    known = {"scale": each.abs().sum(0), "allowed": _tiny(each, largest)}
+                    known = {"scale": each.abs().sum(0), "allowed": _squared_rounding(each, largest)}
                     yield self.pair(b, f"summed over samples, beside {e.savefield}", name, each.sum(0), total, **known)
         for root, total, axes in (
             (SqrtGGNExact, DiagGGNExact, (0, 1)),
@@ -250,11 +250,11 @@ class _Sums:
             largest = self._largest(total)
             for r, d, name, columns, diagonal in self.both(root, total):
                 squares = _squares(columns).sum(axes)
-                known = {"allowed": _tiny(diagonal, largest), "scale": _signed(squares, diagonal)}
+                known = {"allowed": _squared_rounding(diagonal, largest), "scale": _larger_magnitude(squares, diagonal)}
                 yield self.pair(d, f"beside the squares of {type(r).__name__}", name, diagonal, squares, **known)
 
     def _largest(self, kind: type) -> Tensor | None:
-        """The largest value of a diagonal over all parameters: rounding of J is relative to it."""
+        """The largest entry of these diagonals over all parameters: rounding of J is relative to it."""
         found = [_largest(t) for _, field in self.asked(kind) for t in field.values()]
         return torch.stack([t.to(found[0].device) for t in found]).amax() if found else None
 
@@ -270,18 +270,18 @@ class _Sums:
                     yield self.pair(e, "times a cotangent", name, product, want, scale=scale)
 
 
-def _accumulated(t: Tensor) -> torch.dtype:
+def _accumulation_dtype(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
 def _squares(t: Tensor) -> Tensor:
-    return t.detach().to(_accumulated(t)).square()
+    return t.detach().to(_accumulation_dtype(t)).square()
 
 
-def _signed(a: Tensor, b: Tensor) -> Tensor:
+def _larger_magnitude(a: Tensor, b: Tensor) -> Tensor:
     return torch.maximum(a.abs().to(b.dtype), b.abs())
 
 
-def _tiny(t: Tensor, largest: Tensor | None) -> Tensor:
-    """Rounding of J, squared: a parameter that the output does not depend on has J of that size."""
+def _squared_rounding(t: Tensor, largest: Tensor | None) -> Tensor:
+    """The square of J's rounding: J may be that large for a parameter that the output does not depend on."""
     return torch.zeros((), dtype=torch.float64) if largest is None else (tolerance(t) ** 2 * largest).to(t.device)

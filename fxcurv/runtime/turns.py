@@ -1,8 +1,8 @@
 """A call that computes its batch in parts, one after the other: `compile(outputs=False)`.
 
-The program is that of a batch on several ranks (`passes.distribute`), and each part of the batch is a rank's turn: what a
-collective adds up is added up as the parts go by, and what reads such a sum runs, part by part, when all of it is there. So
-no value of all samples is ever whole but what a result has of each, and the numbers are those of the whole batch.
+The program is that of a batch on several ranks (`passes.distribute`), and each part of the batch plays a rank. What a
+collective adds up is accumulated part by part; nodes that read such a sum run, again part by part, once it is complete.
+So only results per sample are ever held for all samples, and the numbers are those of the whole batch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fxcurv.runtime.call import refuse_values
 from fxcurv.runtime.memory import alone
 from fxcurv.runtime.programs import Programs, Ready
 
-# A part has at least one sample and at most a quarter of them, and its widest value so many bytes in between.
+# Bytes of a part's widest value; but a part has at least one sample, and at most a quarter of the batch.
 ROOM = 32 << 20
 
 
@@ -60,7 +60,7 @@ def call_in_turns(
             with compile_lock:
                 _check(ready, request, drawn, size)
         loss, _, mutations, results, extras = program.unpack(
-            _values(program, _flats(program, request, drawn, size)), _own
+            _values(program, _bind_parts(program, request, drawn, size)), _unchanged
         )
         program.python.run_effects(subject.modules())
     fields: dict[str, Any] = {"loss": loss, **results, **extras}
@@ -74,7 +74,7 @@ def call_in_turns(
     return Result(fields, program.extensions, subject.holder)
 
 
-def _own(value: Any) -> Any:
+def _unchanged(value: Any) -> Any:
     return value
 
 
@@ -90,18 +90,18 @@ def part_size(program: Program, n: int) -> int:
     return max(1, min(n // 4, ROOM // widest))
 
 
-def _flats(program: Program, request: Request, seed: Tensor, size: int) -> list[list[Any]]:
-    """What the placeholders are bound to in each part of `size` samples."""
+def _bind_parts(program: Program, request: Request, seed: Tensor, size: int) -> list[list[Any]]:
+    """What the placeholders are bound to, for each part of `size` samples."""
     arguments, n = request.arguments, request.arguments.batch_size
     flats = []
     for start in range(0, n, size):
         count = min(size, n - start)
-        part = arguments.along_samples(functools.partial(_some, start, count))
+        part = arguments.along_samples(functools.partial(_narrow, start, count))
         flats.append(bind(program, request.subject, part, seed, None, part=(n, start)))
     return flats
 
 
-def _some(start: int, count: int, t: Tensor, d: int) -> Tensor:
+def _narrow(start: int, count: int, t: Tensor, d: int) -> Tensor:
     return t.narrow(d, start, count)
 
 
@@ -109,37 +109,39 @@ def _values(program: Program, flats: Sequence[list[Any]]) -> tuple:
     """What the program returns for all samples."""
     places = _places(program)
     found = Turns(without_memory(program), [isinstance(p, Shard) for p in places]).run(flats)
-    return tuple(map(_joined, found, places))
+    return tuple(map(_join, found, places))
 
 
 def _check(ready: Ready, request: Request, seed: Tensor, size: int) -> None:
-    """Conditions on all values, and what `check=` asks for, on two parts."""
-    flats = _flats(ready.program, request, seed, size)
+    """Check conditions on all values, and do what `check=` asks for on two parts."""
+    flats = _bind_parts(ready.program, request, seed, size)
     if ready.program.check_module is not None:
         module = ready.program.check_module
         with torch.random.fork_rng(cuda_devices(flats[0])):
             for holds in zip(*Turns(module, [True] * len(ready.program.verdicts)).run(flats), strict=True):
                 refuse_values(ready.program, holds)
     n = min(request.arguments.batch_size, 2 * size)
-    few = dataclasses.replace(request, arguments=request.arguments.along_samples(functools.partial(_some, 0, n)))
+    few = dataclasses.replace(request, arguments=request.arguments.along_samples(functools.partial(_narrow, 0, n)))
     flat = bind(ready.program, few.subject, few.arguments, seed, None, part=(n, 0))
     with torch.random.fork_rng(cuda_devices(flat)), torch.no_grad():
         if ready.probe is not None:
             ready.probe.run(flat, n)
         if ready.selfcheck is not None:
             check = ready.selfcheck.begin(ready.program, few, flat)
-            check.compare(ready.program.unpack(_values(ready.program, _flats(ready.program, few, seed, size)), _own))
+            check.compare(
+                ready.program.unpack(_values(ready.program, _bind_parts(ready.program, few, seed, size)), _unchanged)
+            )
     ready.checked = ready.verified = True
 
 
 class Turns:
     """Runs a graph with collectives in one process, for one part of the batch after the other.
 
-    A collective is of level k if it is the k-th in a row; a node is of the level of what reads it first, as late as can be, so
-    that little is kept between levels. All parts run level 0, then all of them level 1, and so on.
+    Every node has a level, and a sum over parts is one level above its argument. A node gets the latest level that its
+    readers allow, so that little is kept between levels. All parts run level 0, then all of them level 1, and so on.
 
     Args:
-        every: for each output, whether it is wanted of every part, or of the first alone.
+        every: for each output, whether its values in all parts are wanted, or only that in the first.
     """
 
     def __init__(self, gm: fx.GraphModule, every: Sequence[bool]):
@@ -149,10 +151,10 @@ class Turns:
         self.outputs: list[fx.Node] = list(self.gm.graph.output_node().args[0])
         self.every = dict(zip(self.outputs, every, strict=True))
         self.level = _levels(self.nodes, self.every)
-        self.begun = _begun(self.nodes, self.level)
+        self.begun = _find_chunked_sums(self.nodes, self.level)
 
     def run(self, flats: Sequence[list[Any]]) -> list[list[Any]]:
-        """For each output its values, from what the placeholders of each part are bound to."""
+        """A list of values for each output; `flats`: what the placeholders are bound to, for each part."""
         parts = [_Part(self, flat) for flat in flats]
         totals: dict[fx.Node, Tensor] = {}
         found: dict[fx.Node, list[Any]] = collections.defaultdict(list)
@@ -170,7 +172,7 @@ class Turns:
 
 
 def _levels(nodes: list[fx.Node], outputs: dict[fx.Node, bool]) -> dict[fx.Node, int]:
-    """See `Turns`; what is wanted of every part comes as early as can be, since nothing waits for it."""
+    """See `Turns`; an output that is wanted of all parts is taken as early as possible, since nothing waits for it."""
     first: dict[fx.Node, int] = {}
     for node in nodes:
         first[node] = max((first[i] for i in node.all_input_nodes), default=0) + (over_ranks(node) == "sum")
@@ -183,10 +185,11 @@ def _levels(nodes: list[fx.Node], outputs: dict[fx.Node, bool]) -> dict[fx.Node,
     return level
 
 
-def _begun(nodes: list[fx.Node], level: dict[fx.Node, int]) -> dict[fx.Node, dict[int, fx.Node]]:
-    """Sums over parts that are sums over positions, but for what is added to these: one total serves both.
+def _find_chunked_sums(nodes: list[fx.Node], level: dict[fx.Node, int]) -> dict[fx.Node, dict[int, fx.Node]]:
+    """node that runs in chunks -> {index of its value: the sum over parts that this value is a term of}.
 
-    By node that is run by chunks, which of its values it is, and the sum.
+    Such a value is itself a sum over positions. Other terms may be added to it, but nothing else reads it: so the node
+    goes on with the total of the parts before, and one total serves both sums.
     """
     found: dict[fx.Node, dict[int, fx.Node]] = {}
     for node in [n for n in nodes if over_ranks(n) == "sum"]:
@@ -202,7 +205,7 @@ def _begun(nodes: list[fx.Node], level: dict[fx.Node, int]) -> dict[fx.Node, dic
 
 
 def _adds(node: fx.Node) -> bool:
-    """Whether a node is its first argument and something else, in its shape and dtype."""
+    """Whether a node adds something to its first argument, and keeps its shape and dtype."""
     if node.target not in ADDING or node.kwargs or not isinstance(node.args[0], fx.Node):
         return False
     x, y = node.meta["val"], node.args[0].meta.get("val")
@@ -232,7 +235,7 @@ class _Part:
             else:
                 self.values[node] = self._call(node, totals)
                 for read in node.all_input_nodes:
-                    self._read(read)
+                    self._release(read)
             self._add(node, waiting.get(node, ()), totals)
 
     def _add(self, node: fx.Node, sums: Sequence[fx.Node], totals: dict[fx.Node, Tensor]) -> None:
@@ -259,31 +262,31 @@ class _Part:
         return args[0] if over_ranks(node) else node.target(*args, **kwargs)  # type: ignore[operator]
 
     def take(self, node: Any) -> Any:
-        """A value for a reader."""
+        """The value of `node`, for one of its readers."""
         value = self.values[node]
-        self._read(node)
+        self._release(node)
         return value
 
-    def _read(self, node: fx.Node) -> None:
+    def _release(self, node: fx.Node) -> None:
         self.left[node] -= 1
         if not self.left[node]:
             del self.values[node]
 
 
 def _add(totals: dict[fx.Node, Tensor], node: fx.Node, box: list[Tensor]) -> None:
-    """The first term may lie in memory that something else reads."""
+    """Add the term in `box` to a node's total. The first term is cloned if something else may read its memory."""
     if node in totals:
         totals[node].add_(box.pop())
     else:
         totals[node] = box.pop() if alone(box) and _dense(box[0]) else box.pop().clone()
 
 
-# Values that are smaller are not worth the questions.
+# Values of fewer bytes are not worth overwriting.
 LARGE = 1 << 20
 
 
 def _fits(value: Any, like: Any) -> bool:
-    """Whether a result of this kind may be written over a value: of its dtype, which has its memory to itself."""
+    """Whether a result like this may overwrite a value: a large one of its dtype, which fills its memory alone."""
     large = isinstance(value, Tensor) and value.numel() * value.element_size() >= LARGE
     return large and value.dtype == like.dtype and value.ndim == like.ndim and _dense(value)
 
@@ -293,7 +296,7 @@ def _dense(value: Tensor) -> bool:
 
 
 def _places(program: Program) -> list[Any]:
-    """Where the samples are on every output of the graph."""
+    """The placement of every output of the graph."""
     found: dict[fx.Node, Any] = {}
     for kind in ("results", "extras"):
         for field, places in program.spread.places[kind].items():
@@ -302,7 +305,7 @@ def _places(program: Program) -> list[Any]:
     return [found.get(n) for n in program.output.args[0]]
 
 
-def _joined(values: list[Any], place: Any) -> Any:
+def _join(values: list[Any], place: Any) -> Any:
     if not isinstance(place, Shard) or len(values) == 1:
         return values[0]
     if place.outer == place.inner == 1:

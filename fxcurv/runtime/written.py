@@ -1,9 +1,9 @@
 """A finished program as plain values that JSON holds, and back: what `runtime.disk` keeps in files.
 
-Written are the graph (ops by name, arguments, and of every node its kind of value and where it comes from), what the placeholders
-are bound to, results, what a call and a report read, and what was assumed of the batch size. Reading makes nodes, fake tensors
-and fxcurv's own data classes of it, and runs nothing that a file says: ops are looked up in `torch.ops`, functions in a short
-list, classes in fxcurv or, for the model's output, among those that the user has imported.
+A file holds the graph (ops by name, their arguments, the kind and provenance of every node's value), what the
+placeholders are bound to, results, what a call and a report read, and what was assumed of the batch size. Reading makes
+nodes, fake tensors and fxcurv's own data classes, and runs no code that a file names: ops are looked up in `torch.ops`,
+functions in a short list, classes in fxcurv or, for the model's output, among those that the user has imported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fxcurv.ir.state import Analysis, Walked
 from fxcurv.kronecker import Eigenbasis, Kronecker
 from fxcurv.rules.base import AGAIN
 
-# What nodes may call beside ops, by name.
+# Functions that nodes may call beside ops, by name.
 FUNCTIONS: dict[str, Callable] = {
     **{f"operator.{name}": getattr(operator, name) for name in (
         "getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg", "eq", "ne", "lt", "le", "gt", "ge",
@@ -46,10 +46,10 @@ FUNCTIONS: dict[str, Callable] = {
     "fxcurv.number_of_samples": number_of_samples,
 }  # fmt: skip
 _NAMES = {id(fn): name for name, fn in FUNCTIONS.items()}
-# Ops whose inside is of this process; of all other libraries' ops no version is known.
-_HERE = {"custom_function", "unchanged", "on_ranks"}
+# fxcurv's ops that depend on this process; and the libraries whose ops are written, since their versions are known.
+_OF_PROCESS = {"custom_function", "unchanged", "on_ranks"}
 _LIBRARIES = ("aten", "prims", "fxcurv")
-# Of a program's fields, those that are written as they are.
+# Fields of a program that are written as they are, and the options that are its own.
 _PLAIN = (
     "loss", "output_leaves", "params", "shapes", "mutations", "results", "extras", "decisions", "fixed_by", "notes", "largest",
     "lengths", "timings", "seed",
@@ -58,14 +58,14 @@ _OWN = ("create_graph", "batch_dims", "alone", "index", "edges")
 
 
 class Unwritable(Exception):
-    """Something in a program is of this process alone; says what it is."""
+    """A program cannot be written, because something in it belongs to this process alone; says what it is."""
 
 
 def written(program: Program, more: Any = None) -> dict[str, Any]:
-    """The program as plain values, and whatever else; `read` makes both again. Constants are not among them.
+    """The program and `more` as plain values, from which `read` makes both again; without constants.
 
     Raises:
-        Unwritable: for what no file can hold.
+        Unwritable: if something in it cannot be in a file.
     """
     for refused, what in (
         (program.batch.lengths, "sizes beside the batch's are symbolic in it"),
@@ -114,7 +114,7 @@ def _messages(program: Program) -> list[list[str]]:
 
 
 class _Writer:
-    """Plain values of one graph's values; `vals` and `metas`: each kind of them once."""
+    """Turns a graph's values into plain ones; `vals` and `metas`: each distinct value and provenance once."""
 
     def __init__(self, program: Program, graph: fx.Graph | None = None):
         self.index = {node: k for k, node in enumerate((graph or program.graph).nodes)}
@@ -125,7 +125,7 @@ class _Writer:
         self._numbers: dict[str, int] = {}
 
     def graph(self, graph: fx.Graph) -> list[Any]:
-        """[op, name, target, args, kwargs, number of its value, of its provenance] of every node."""
+        """[op, name, target, args, kwargs, index in `vals`, index in `metas`] of every node."""
         return [self._node(node) for node in graph.nodes]
 
     def _node(self, node: fx.Node) -> list[Any]:
@@ -137,7 +137,7 @@ class _Writer:
         target: Any = node.target
         if node.op == "call_function" and isinstance(target, OpOverload):
             namespace, name, overload = str(target).split(".")
-            if namespace not in _LIBRARIES or namespace == "fxcurv" and name in _HERE:
+            if namespace not in _LIBRARIES or namespace == "fxcurv" and name in _OF_PROCESS:
                 raise Unwritable(f"the op {target} is of another library, or of this process")
             return [namespace, name, overload]
         if node.op == "call_function" and id(target) in _NAMES:
@@ -155,9 +155,9 @@ class _Writer:
             "active": bool(node.meta.get("active")),
             "modules": modules,
         }
-        return self._once(self.metas, {**known, "origin": origin if "origin" in node.meta else None})
+        return self._index_in(self.metas, {**known, "origin": origin if "origin" in node.meta else None})
 
-    def _once(self, table: list[Any], value: Any) -> int:
+    def _index_in(self, table: list[Any], value: Any) -> int:
         key = f"{table is self.vals} {value!r}"
         if key not in self._numbers:
             self._numbers[key] = len(table)
@@ -165,8 +165,8 @@ class _Writer:
         return self._numbers[key]
 
     def val(self, val: Any) -> int | None:
-        """The number of a (fake) value; None if there is none."""
-        return None if val is None else self._once(self.vals, self._val(val))
+        """The index of a (fake) value in `vals`; None if there is none."""
+        return None if val is None else self._index_in(self.vals, self._val(val))
 
     def _val(self, val: Any) -> Any:
         if isinstance(val, FakeTensor) and val.layout is torch.strided:
@@ -181,7 +181,7 @@ class _Writer:
         raise Unwritable(f"a {type(val).__name__} among its values")
 
     def value(self, value: Any) -> Any:
-        """Any value of a program."""
+        """Any value of a program, as a plain one."""
         kind = type(value)
         if value is None or kind in (bool, int, str):
             return value
@@ -228,7 +228,7 @@ class _Writer:
         return {"expr": [type(expr).__name__, [self._expr(a) for a in expr.args]]}
 
     def template(self, value: Any) -> Any:
-        """What a model returns, a `Slot` for each tensor; also of classes of the user's."""
+        """The structure that a model returns, a `Slot` for each tensor; it may be of the user's classes."""
         kind = type(value)
         if kind is Slot:
             return {"slot": [value.index, value.joined]}
@@ -253,12 +253,12 @@ class _Writer:
 
 
 def read(kept: dict[str, Any], extensions: tuple, options: Any) -> tuple[Program, Any]:
-    """(the program that was `written`, for these extensions and options, without Python's values and constants; what else was).
+    """(the program that was `written`, for these extensions and options, without Python values and constants; `more`).
 
-    Values of nodes and assumptions on the batch size are made when they are first asked for, which few calls do.
+    Values of nodes and assumptions on the batch size are made when they are first needed, which is in few calls.
 
     Raises:
-        Exception: of any kind, for what is no program of this version.
+        Exception: of any kind, if `kept` is no program of this version.
     """
     fields = kept["fields"]
     reader = _Reader(kept)
@@ -268,7 +268,7 @@ def read(kept: dict[str, Any], extensions: tuple, options: Any) -> tuple[Program
     program = Program(
         gm=gm, inputs=[Input(*row) for row in fields["inputs"]], batch=reader.batch, heads=[], extensions=extensions,
         covers={extensions[k]: covered for k, covered in fields["covers"]}, options=dataclasses.replace(options, **own),
-        output_template=_templated(fields["template"], reader),
+        output_template=_read_template(fields["template"], reader),
         fake_mode=SimpleNamespace(shape_env=_Assumed(reader, kept["guards"])),
         buffers=[_Memory(reader, k, reader.value(results)) for k, results in fields["buffers"]], **plain,
     )  # fmt: skip
@@ -284,7 +284,7 @@ def read(kept: dict[str, Any], extensions: tuple, options: Any) -> tuple[Program
 
 
 class _Assumed:
-    """What was assumed of the batch size, in the place of a trace's shape environment."""
+    """The assumptions on the batch size, in place of a trace's shape environment."""
 
     def __init__(self, reader: _Reader, kept: list[Any]):
         self._reader, self._kept = reader, kept
@@ -292,12 +292,12 @@ class _Assumed:
 
     @functools.cached_property
     def guards(self) -> list[Any]:
-        """As a shape environment has them."""
+        """The assumptions, in the form of a shape environment's guards."""
         return [SimpleNamespace(expr=self._reader.value(guard)) for guard in self._kept]
 
 
 class _Memory(Memory):
-    """A buffer whose fake value is made when it is asked for: its sizes are known without."""
+    """A buffer whose fake value is made when it is needed: its sizes are known without it."""
 
     _known: tuple[_Reader, int, Any, torch.dtype]
 
@@ -324,7 +324,7 @@ class _Memory(Memory):
 
 
 class _Meta(dict):
-    """What is known of a node; its value is made when it is first asked for."""
+    """A node's metadata; its value is made when it is first needed."""
 
     def __getitem__(self, key: str) -> Any:
         value = super().__getitem__(key)
@@ -344,10 +344,10 @@ def _verdict(kind: str, message: str) -> Callable[[], Exception]:
 
 
 class _Reader:
-    """Makes values of plain ones.
+    """Turns plain values into those of a program.
 
     Attributes:
-        batch: with symbols of its own; those of fake values are added when there are any.
+        batch: has symbols of its own; those of fake values are added once there are any.
     """
 
     def __init__(self, kept: dict[str, Any]):
@@ -364,7 +364,7 @@ class _Reader:
 
     @functools.cached_property
     def _traced(self) -> dict[Any, Any]:
-        """Symbol -> the one of the fake values' own shape environment."""
+        """Symbol -> its counterpart in the shape environment of the fake values."""
         found = {s: new_size(self._mode.shape_env, self.batch.size, name) for name, s in self.symbols.items()}
         self.batch.symbols |= frozenset(found.values())
         return found
@@ -390,12 +390,12 @@ class _Reader:
         return self._made[number]
 
     def parts(self, number: int) -> Any:
-        """(sizes as they are written, strides, dtype, device) of a tensor."""
+        """(written sizes, written strides, dtype, written device) of a tensor in `vals`."""
         shape, stride, dtype, device = self.vals[number]["tensor"]
         return shape["tuple"], stride, self.value(dtype), device
 
     def number(self, size: Any, n: int) -> int:
-        """A size as it is written, at `n` samples."""
+        """The value of a written size, at `n` samples."""
         return size if isinstance(size, int) else int(self.value(size).subs(dict.fromkeys(self.symbols.values(), n)))
 
     def _target(self, op: str, target: Any) -> Any:
@@ -485,7 +485,7 @@ class _Reader:
             return constants[name]
         cls = function_of_sizes(name) or getattr(sympy, name, None)
         parts = self.value(args)
-        # SymPy evaluates texts
+        # SymPy would evaluate a text as code
         if not (
             isinstance(cls, type) and issubclass(cls, sympy.Basic) and all(isinstance(a, sympy.Basic) for a in parts)
         ):
@@ -518,12 +518,12 @@ def _meta(kept: dict[str, Any]) -> dict[str, Any]:
     return found | ({"origin": kept["origin"]} if kept["origin"] is not None else {})
 
 
-def _templated(kept: Any, reader: _Reader) -> Any:
-    """What `_Writer.template` wrote; an object of the user's class is made without running any of its code."""
+def _read_template(kept: Any, reader: _Reader) -> Any:
+    """Make what `_Writer.template` wrote; objects of the user's classes are made without running their code."""
     if not isinstance(kept, dict):
         return kept
     ((kind, what),) = kept.items()
-    inside = lambda v: _templated(v, reader)  # noqa: E731
+    inside = lambda v: _read_template(v, reader)  # noqa: E731
     if kind == "slot":
         return Slot(*what)
     if kind in ("list", "tuple"):

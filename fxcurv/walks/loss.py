@@ -20,7 +20,7 @@ from fxcurv.rules.base import Rule, rule_of
 
 
 def check_positive(program: Program, node: fx.Node, c: fx.Node) -> None:
-    """Have it checked that the cotangent `c` of the loss op at `node` is not negative."""
+    """Add a check that the cotangent `c` of the loss op at `node` is not negative."""
     asked = ", ".join(type(e).__name__ for e in program.extensions if e.needs_convex)
     if not asked:
         return
@@ -35,11 +35,11 @@ def check_positive(program: Program, node: fx.Node, c: fx.Node) -> None:
 
 
 def _nonnegative(c: Tensor) -> Tensor:
-    return ~(c < 0).any()  # NaN passes: it is not hidden, it shows in the results
+    return ~(c < 0).any()  # NaN passes, since it shows in the results
 
 
 def hessian_of_loss(program: Program) -> fx.Node:
-    """The Hessian of the whole loss in f per sample, [N, D, D] (the loss being a sum over samples)."""
+    """The Hessian in f per sample, [N, D, D], of the whole loss, which is a sum over samples."""
     heads = program.heads
     places = tuple(h.meta["place"] for h in heads)
     between = past(program) & descendants(heads)
@@ -94,7 +94,7 @@ def root_of(h: Tensor) -> Tensor:
 
 
 def check_convex(program: Program, h: fx.Node) -> None:
-    """Have it checked that the Hessians `h` [N, D, D] are positive semi-definite."""
+    """Add a check that the Hessians `h` [N, D, D] are positive semi-definite."""
     asked = ", ".join(type(e).__name__ for e in program.extensions if e.needs_convex)
     if not asked:
         return
@@ -122,7 +122,7 @@ class _General(Exception):
 
 
 def past(program: Program) -> set[fx.Node]:
-    """What the loss is computed by from f (and from constants, and parameters of its own)."""
+    """The nodes that compute the loss from f (and from constants, and parameters that the loss reads)."""
     found, stack = set(), [program.loss]
     while stack:
         node = stack.pop()
@@ -150,7 +150,7 @@ def find_terms(program: Program) -> list[Term]:
 
 
 def _check_reads_outputs_only(program: Program, dependent: set[fx.Node]) -> None:
-    """An activation that reaches the loss past the model's output would be left out of f."""
+    """Refuse a loss that reads an activation beside the model's output: f would leave it out."""
     for node in dependent & past(program):
         for source in node.all_input_nodes:
             if source.meta.get("active") and source not in dependent and isinstance(source.meta["place"], Shard):
@@ -175,9 +175,9 @@ def _visit(program: Program, node: fx.Node, dependent: set[fx.Node], terms: dict
     if rule.is_loss:
         prediction = node.args[0]
         signed = node.meta["val"].ndim > 0 and not any(e.needs_convex for e in program.extensions)
-        alone = signed or positions != [0] or _one_position(prediction, rule)
-        alone = alone or _wider(program, prediction)
-        if alone or not _closed_form(node) or not _linear(program, prediction, dependent):
+        general = signed or positions != [0] or _is_one_position(prediction, rule)
+        general = general or _is_wider_than_f(program, prediction)
+        if general or not _has_closed_form(node) or not _is_linear_map(program, prediction, dependent):
             raise _General
         terms[node] = Term(node, prediction)
     elif rule.linear(positions):
@@ -187,35 +187,35 @@ def _visit(program: Program, node: fx.Node, dependent: set[fx.Node], terms: dict
         raise _General
 
 
-def _wider(program: Program, prediction: fx.Node) -> bool:
-    """Whether columns that a result shows would be more than f has numbers: all pairs of samples, say."""
+def _is_wider_than_f(program: Program, prediction: fx.Node) -> bool:
+    """Whether a result shows columns, and a prediction has more numbers than f (all pairs of samples, say)."""
     shown, batch = any(e.shows_columns for e in program.extensions), program.batch
     return shown and batch.per_sample(prediction.meta["val"]) > sum(
         batch.per_sample(h.meta["val"]) for h in program.heads
     )
 
 
-def _one_position(prediction: fx.Node, rule: Rule) -> bool:
-    """Whether the batch as one sample is a single number, or lies along the axis of classes."""
+def _is_one_position(prediction: fx.Node, rule: Rule) -> bool:
+    """Whether the prediction is a single number, or the batch as one sample along the axis of classes."""
     ndim, place = prediction.meta["val"].ndim, prediction.meta["place"]
     return not ndim or isinstance(place, Whole) and place.dim == rule.class_axis(ndim)
 
 
-def _closed_form(node: fx.Node) -> bool:
-    """The formulas know targets that are constants and, where entries correspond, of the prediction's shape."""
+def _has_closed_form(node: fx.Node) -> bool:
+    """Whether the closed form holds: for constant targets that are class indices or have the prediction's shape."""
     prediction, target = (a.meta["val"] for a in node.args[:2])
     matches = not target.is_floating_point() or [str(s) for s in target.shape] == [str(s) for s in prediction.shape]
     others = [a for a in node.all_input_nodes if a is not node.args[0]]
     return matches and not any(o.meta.get("active") for o in others) and isinstance(prediction, Tensor)
 
 
-def _linear(program: Program, node: fx.Node, dependent: set[fx.Node]) -> bool:
+def _is_linear_map(program: Program, node: fx.Node, dependent: set[fx.Node]) -> bool:
     """Whether `node` is a linear map of f."""
     if node in program.heads or node not in dependent:
         return True
     if node.target is operator.getitem:
-        return _linear(program, node.args[0], dependent)
+        return _is_linear_map(program, node.args[0], dependent)
     rule = rule_of(node.target, program.rules)
     if not rule.linear(_positions(node, dependent)):
         return False
-    return all(_linear(program, source, dependent) for source in node.all_input_nodes)
+    return all(_is_linear_map(program, source, dependent) for source in node.all_input_nodes)

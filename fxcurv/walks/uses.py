@@ -22,9 +22,10 @@ from fxcurv.rules.call import Call, call_of
 
 @dataclass(frozen=True)
 class Use:
-    """One per-sample use of a sample-free value: `factor` of P, and the ops between parameter and value, outermost last.
+    """One per-sample use of a sample-free value: `factor` of P there, and the ops on the way up to the parameter.
 
-    `op` reads `value`, and `cotangent` [V, *y] are the columns at its output (None after a pull-back).
+    `path`: these ops, the nearest to the parameter last. `op` reads `value`, and `cotangent` [V, *y] are the columns at
+    its output (None after a pull-back).
     """
 
     factor: Factor
@@ -62,11 +63,13 @@ def pull_back(program: Program, use: Use, value: fx.Node, reduce: str) -> fx.Nod
     for node in use.path:
         rule, call = rule_of(node.target, program.rules), call_of(program, node)
         (wrt,) = [i for i, leaf in enumerate(pytree.tree_leaves(canonical_args(node))) if is_active(leaf)]
-        value = emit(program, _through, rule.transpose, call, wrt, value, lead, origin=origin_of(node, "extract"))
+        value = emit(
+            program, _apply_transpose, rule.transpose, call, wrt, value, lead, origin=origin_of(node, "extract")
+        )
     return value
 
 
-def _through(transpose, call: Call, wrt: int, value: Tensor, lead: int) -> Tensor:
+def _apply_transpose(transpose, call: Call, wrt: int, value: Tensor, lead: int) -> Tensor:
     flat = value.flatten(0, lead - 1) if lead > 1 else value if lead else value.unsqueeze(0)
     if flat.dtype == torch.float32:
         call = widened(call)  # squares of half precision stay precise on their way

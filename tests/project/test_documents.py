@@ -69,7 +69,9 @@ def test_every_block_says_its_language(document):
 def test_document(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in [name for name in sys.modules if name.partition(".")[0] == "backpack"]:
-        monkeypatch.delitem(sys.modules, name)  # a reader's process begins without BackPACK, which other tests have imported
+        monkeypatch.delitem(
+            sys.modules, name
+        )  # a reader's process begins without BackPACK, which other tests have imported
     namespace = {"__name__": "document"}
     with torch.random.fork_rng():
         for code, expected in blocks(document):

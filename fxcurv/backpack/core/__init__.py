@@ -1,1 +1,1 @@
-"""BackPACK's inside, as far as code that is built on it imports it."""
+"""BackPACK's internals, as far as code that is built on BackPACK imports them."""

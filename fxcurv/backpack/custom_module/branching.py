@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class _Branch(nn.Module):
-    """One input into every module, given as `nn.Sequential` takes them: a tuple of their outputs."""
+    """Passes one input to every module, given as `nn.Sequential` takes them; returns the tuple of their outputs."""
 
     def __init__(self, *args: OrderedDict[str, nn.Module] | nn.Module):
         super().__init__()
@@ -36,7 +36,7 @@ class SumModule(nn.Module):
 
 
 class Parallel(nn.Module):
-    """One input into every module, and their outputs into one more.
+    """Passes one input to every module, and their outputs to one more.
 
     Args:
         args: modules, or one ordered dictionary of them.

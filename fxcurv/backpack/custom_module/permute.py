@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class Permute(nn.Module):
-    """Another order of the axes, the first of which stays.
+    """Permutes the axes; the first one stays.
 
     Args:
-        dims: the order, as arguments or one sequence; two axes that change places with `init_transpose`.
+        dims: the order, as arguments or one sequence; with `init_transpose`, the two axes that change places.
 
     Raises:
         ValueError: if the first axis would move.

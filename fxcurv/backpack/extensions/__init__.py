@@ -27,7 +27,7 @@ class GGNMP(extensions.GGNMP):  # type: ignore[no-redef]
 
 
 class Curvature(StrEnum):
-    """Of what `HBP` approximates the blocks."""
+    """The matrix whose blocks `HBP` approximates."""
 
     HESSIAN = "hessian"
     GGN = "ggn"
@@ -60,10 +60,10 @@ class ExpectationApproximation(StrEnum):
 def HBP(  # noqa: N802
     curv_type: str, loss_hessian_strategy: str, backprop_strategy: str, ea_strategy: str, savefield: str = "hbp"
 ) -> Extension:
-    """The Kronecker-factored quantity that Hessian backpropagation with these choices is.
+    """The extension that Hessian backpropagation with these choices is: `KFLR`, `KFAC` or `KFRA`.
 
     Args:
-        curv_type: a `Curvature`. Columns carry no residuals, so with "sqrt" each of them means the Gauss-Newton.
+        curv_type: a `Curvature`. Columns carry no residuals, so with "sqrt" every choice gives the Gauss-Newton.
         loss_hessian_strategy: with "sqrt": "exact" (`KFLR`) or "sampling" (`KFAC`); with "average": "sum" (`KFRA`).
         backprop_strategy: a `BackpropStrategy`.
         ea_strategy: "E[J^T E(H) J]".
@@ -90,11 +90,11 @@ def HBP(  # noqa: N802
 
 
 def _get_subsampling(self: Extension) -> list[int] | None:
-    """The numbers of the samples that count, None for all."""
+    """The indices of the samples that count; None for all."""
     return getattr(self, "subsampling", None)
 
 
-# what BackPACK's extensions are asked for by code that is written for them
+# methods of BackPACK's extensions that code written for BackPACK calls
 Extension.set_module_extension = set_module_extension  # type: ignore[attr-defined]
 Extension.get_subsampling = _get_subsampling  # type: ignore[attr-defined]
 

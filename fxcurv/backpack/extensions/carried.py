@@ -1,7 +1,7 @@
-"""The modules below BackPACK's `extensions.firstorder`, `.secondorder` and `.curvmatprod`, all in one.
+"""One module for all modules below BackPACK's `extensions.firstorder`, `.secondorder` and `.curvmatprod`.
 
-Their extensions are those of `fxcurv.backpack.extensions`. Their module extensions, a class per module and quantity, say how
-to get through a module, which the compiler knows: here each of those names is a `Carried`.
+Their extensions are those of `fxcurv.backpack.extensions`. Their module extensions, a class per module and quantity,
+backpropagate through a module, which the compiler does itself: here each of those names is a `Carried`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from fxcurv.backpack.extensions import module_extension
 from fxcurv.backpack.extensions.module_extension import ModuleExtension
 from fxcurv.errors import ExtensionError
 
-__path__: list[str] = []  # a package to those who import what is below BackPACK's
+__path__: list[str] = []  # makes this a package, so that its submodules can be imported
 
 
 class Carried(ModuleExtension):
-    """Stands for a module extension of BackPACK's own: serves modules without parameters, through which the compiler goes.
+    """Stands for a module extension of BackPACK's own. It serves modules without parameters: the compiler passes them.
 
     Raises:
-        ExtensionError: when it is asked for a parameter.
+        ExtensionError: in a backward pass, for a module with trainable parameters.
     """
 
     params = ()

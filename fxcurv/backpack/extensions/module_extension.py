@@ -1,7 +1,7 @@
 """Extensions that are written for BackPACK: a quantity per class of module, computed from its input, output and cotangents.
 
-Here the compiler takes gradients and columns through the model. So a module extension is asked for its parameters alone, and
-its `backpropagate` is not: every module has a derivative. `fxcurv.backpack.custom` runs them.
+The compiler carries gradients and columns through the model. So a module extension only computes quantities of
+parameters, and its `backpropagate` is never called. `fxcurv.backpack.custom` runs module extensions.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class ModuleExtension:
 
     For every name in `params` there is a method `name(extension, module, g_inp, g_out, backproped)` that returns what goes
     into the extension's field of that parameter.
-    `module` has `input0`, `input1`, … and `output`; `g_out` is (gradient in the output,), `g_inp`
-    the gradients in the inputs. `backproped` is None for an extension of the first order; for one of the second order
-    columns S [V, N, *output], with Σ_v S S^T the Gauss-Newton in the output.
+    `module` has `input0`, `input1`, … and `output`; `g_out` is (gradient in the output,), `g_inp` the gradients in the
+    inputs. `backproped` is None for a first-order extension. For a second-order one it is columns S [V, N, *output],
+    with Σ_v S S^T the Gauss-Newton in the output.
 
     Raises:
-        NotImplementedError: without a method for one of `params`.
+        NotImplementedError: if there is no method for one of `params`.
     """
 
     def __init__(self, params: Sequence[str] | None = None):
@@ -42,11 +42,11 @@ class ModuleExtension:
 
 
 class FirstOrderModuleExtension(ModuleExtension):
-    """Of an extension of the first order."""
+    """A module extension of a first-order extension."""
 
 
 class MatToJacMat(ModuleExtension):
-    """With `self.derivatives`, to take columns to parameters (`fxcurv.backpack.core.derivatives`)."""
+    """Has `self.derivatives`, which takes columns to parameters (`fxcurv.backpack.core.derivatives`)."""
 
     def __init__(self, derivatives: Any, params: Sequence[str] | None = None):
         super().__init__(params)
@@ -54,13 +54,13 @@ class MatToJacMat(ModuleExtension):
 
 
 class BackpropExtension(abc.ABC):
-    """A quantity by a module extension per class of module. What `fxcurv.extensions` has counts as a subclass.
+    """A quantity with a module extension per class of module. Extensions of `fxcurv.extensions` count as subclasses.
 
     Args:
-        savefield: the field of parameters.
+        savefield: the field on parameters.
         module_exts: module class -> its `ModuleExtension`.
-        fail_mode: what becomes of a module with trainable parameters and without an extension: "ERROR", "WARNING", "SILENT".
-        subsampling: numbers of the samples that count, all for None.
+        fail_mode: "ERROR", "WARNING" or "SILENT", for a module with trainable parameters but no module extension.
+        subsampling: indices of the samples that count; None for all.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class BackpropExtension(abc.ABC):
     def set_module_extension(
         self, module: type[nn.Module], extension: ModuleExtension, overwrite: bool = False
     ) -> None:
-        """Let `extension` say what this is of the parameters of modules of the class `module`."""
+        """Let `extension` compute this quantity for parameters of modules of the class `module`."""
         set_module_extension(self, module, extension, overwrite)
 
     def get_subsampling(self) -> list[int] | None:
-        """The numbers of the samples that count, None for all."""
+        """The indices of the samples that count; None for all."""
         return self._subsampling
 
 
@@ -110,7 +110,7 @@ class FirstOrderBackpropExtension(BackpropExtension):
 
 
 class SecondOrderBackpropExtension(BackpropExtension):
-    """An extension that reads columns of the loss Hessian's root, taken to the modules' outputs.
+    """An extension that reads columns of the loss Hessian's root at the modules' outputs.
 
     `get_loss_hessian_strategy()` says "exact" (the default) or "sampling", of `get_num_mc_samples()` samples.
     """
@@ -122,7 +122,7 @@ class SecondOrderBackpropExtension(BackpropExtension):
 def set_module_extension(
     extension: Any, module: type[nn.Module], module_extension: ModuleExtension, overwrite: bool = False
 ) -> None:
-    """Let `module_extension` say what `extension` is of the parameters of modules of this class.
+    """Let `module_extension` compute `extension` for parameters of modules of the class `module`.
 
     Raises:
         ValueError: if there is one already.
@@ -136,9 +136,9 @@ def set_module_extension(
 
 
 class Derivatives:
-    """Products with the Jacobians of one module, by autograd sample by sample; any class of module.
+    """Products with the Jacobians of one module of any class, by autograd sample by sample.
 
-    Args of its methods: `mat` are columns; `module` has `input0` and `output`, as in a `ModuleExtension`.
+    Args of its methods: `mat` holds columns; `module` has `input0` and `output`, as in a `ModuleExtension`.
     """
 
     def param_mjp(
@@ -151,12 +151,12 @@ class Derivatives:
         sum_batch: bool = True,
         subsampling: list[int] | None = None,
     ) -> Tensor:
-        """J_n^T of a parameter times columns [V, N, *output]: [V, N, *P], or summed over samples."""
+        """J_n^T of a parameter times columns [V, N, *output]: [V, N, *P], or the sum over samples [V, *P]."""
 
         def of_param(x: Tensor) -> Callable[[Tensor], Tensor]:
-            return lambda p: _one(module, {param_str: p}, x)
+            return lambda p: _output_of_sample(module, {param_str: p}, x)
 
-        found = self._transposed(of_param, getattr(module, param_str).detach(), module, mat, subsampling)
+        found = self._transpose(of_param, getattr(module, param_str).detach(), module, mat, subsampling)
         return found.sum(1) if sum_batch else found
 
     def jac_t_mat_prod(
@@ -165,11 +165,11 @@ class Derivatives:
         """J_n^T of the input times columns [V, N, *output]: [V, N, *input]."""
 
         def columns(x: Tensor, g: Tensor) -> Tensor:
-            return torch.func.vmap(torch.func.vjp(lambda x: _one(module, {}, x), x)[1])(g)[0]
+            return torch.func.vmap(torch.func.vjp(lambda x: _output_of_sample(module, {}, x), x)[1])(g)[0]
 
         return torch.func.vmap(columns, in_dims=(0, 1), out_dims=1)(_samples(module, subsampling), mat)
 
-    def _transposed(self, of: Any, p: Tensor, module: nn.Module, mat: Tensor, subsampling: list[int] | None) -> Tensor:
+    def _transpose(self, of: Any, p: Tensor, module: nn.Module, mat: Tensor, subsampling: list[int] | None) -> Tensor:
         def columns(x: Tensor, g: Tensor) -> Tensor:
             return torch.func.vmap(torch.func.vjp(of(x), p)[1])(g)[0]
 
@@ -185,7 +185,7 @@ def _samples(module: Any, subsampling: list[int] | None) -> Tensor:
     return x if subsampling is None else x[subsampling]
 
 
-def _one(module: nn.Module, params: dict[str, Tensor], x: Tensor) -> Tensor:
+def _output_of_sample(module: nn.Module, params: dict[str, Tensor], x: Tensor) -> Tensor:
     """The module's output for one sample."""
     out = torch.func.functional_call(module, params, (x[None],))
     return (out[0] if isinstance(out, tuple) else out)[0]

@@ -16,8 +16,8 @@ def ggn_vector_product(loss: Tensor, output: Tensor, model: nn.Module, v: Sequen
 
     Args:
         loss: a scalar computed from `output`.
-        output: of `model`.
-        model: whose parameters count, in their order.
+        output: the output of `model`.
+        model: its trainable parameters count, in their order.
         v: one tensor for each of them.
 
     Returns:

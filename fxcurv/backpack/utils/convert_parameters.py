@@ -11,7 +11,7 @@ def vector_to_parameter_list(vec: Tensor, parameters: Iterable[Tensor]) -> list[
     """The entries of `vec` in the shapes of `parameters`: the inverse of `parameters_to_vector`.
 
     Args:
-        vec: [D], or longer than the parameters are together.
+        vec: [D], D the number of entries of all parameters; more entries are left out.
         parameters: tensors of the wanted shapes.
 
     Returns:

@@ -48,7 +48,7 @@ def autograd_diag_ggn_exact(
 
     Args:
         X, y: a batch.
-        model, loss_function: whose trainable parameters count, one after another.
+        model, loss_function: of the model, the trainable parameters count, one after another.
         idx: which entries; all of them for None.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Kronecker products of square factors, as lists of matrices. `fxcurv.kronecker` knows a parameter's arrangement too."""
+"""Kronecker products, as lists of their factors. `fxcurv.kronecker` knows a parameter's arrangement too."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def subsample(tensor: Tensor, dim: int = 0, subsampling: Sequence[int] | None = None) -> Tensor:
-    """The samples with these numbers, along axis `dim`; all of them for None."""
+    """The samples with these indices, along axis `dim`; all of them for None."""
     if subsampling is None:
         return tensor
     return tensor[(slice(None),) * dim + (list(subsampling),)]

@@ -1,4 +1,4 @@
-"""The carrier of KFRA: from the loss down the chain of activations, one matrix M per op's output (see `averages`)."""
+"""The carrier of KFRA: one matrix M per op's output, from the loss down the chain of activations (`mathematics`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Tail:
-    """Ops over a first convolution, the nearest first, that are passed without their M (see `mathematics.summed`)."""
+    """Ops above a first convolution, the nearest first, that are passed without their M (see `mathematics.summed`)."""
 
     ops: list[fx.Node]
     by_offsets: bool

@@ -1,4 +1,4 @@
-"""The mathematics of KFRA's recursion: M <- (1/N) sum_n J_n^T M J_n through one op, in functions of tensors.
+"""The mathematics of KFRA's recursion: M <- (1/N) sum_n J_n^T M J_n through one op, as functions of tensors.
 
 M is [D, D] over the entries of one sample's slice of a value, flattened. J_n is the op's Jacobian of sample n.
 
@@ -33,9 +33,10 @@ ROOM = 2**27
 
 @dataclass(frozen=True)
 class Step:
-    """One op on the chain, from its output number `output` to its argument `position` (-1: nothing trainable there).
+    """One op on the chain, from its output number `output` to its argument `position` (-1: the chain ends at this op).
 
-    `x` and `y` are the shapes of a sample's slice (`samples_first`) of the two, `places` of all the op's outputs.
+    x, y: the shapes of a sample's slice (`samples_first`) of argument and output.
+    places: those of all the op's outputs.
     """
 
     output: int
@@ -55,7 +56,7 @@ def summed_hessian(rule: Any, call: Call, c: Tensor) -> Tensor:
 
 
 def none(f: Tensor, place: Shard) -> Tensor:
-    """The Hessian's sum over samples of a loss that is linear in `f`."""
+    """sum_n H_n of a loss that is linear in `f`: zeros, [D, D]."""
     size = samples_first(f, place)[0].numel()
     return f.new_zeros(size, size)
 
@@ -71,8 +72,8 @@ def identity(m: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def constant(rule: Rule, call: Call, step: Step, m: Tensor) -> Tensor:
-    """Through an op whose Jacobian is that of sample 0 for all of them."""
-    one = _of_sample(call, step, 0)
+    """Through an op whose Jacobian is the same for all samples."""
+    one = _call_of_sample(call, step, 0)
     half = _rows_through(rule, one, step, m.unsqueeze(1)).squeeze(1)
     return _rows_through(rule, one, step, half.t().contiguous().unsqueeze(1)).squeeze(1)
 
@@ -92,7 +93,7 @@ def per_sample(rule: Rule, call: Call, step: Step, m: Tensor) -> Tensor:
         return _rows_through(rule, call, step, half.permute(2, 1, 0)).mean(1)
     out = m.new_zeros(wide, wide)
     for k in range(int(n)):
-        one = _of_sample(call, step, k)
+        one = _call_of_sample(call, step, k)
         half = _rows_through(rule, one, step, m.unsqueeze(1)).squeeze(1)
         out = out + _rows_through(rule, one, step, half.t().contiguous().unsqueeze(1)).squeeze(1)
     return out / n
@@ -118,7 +119,7 @@ def _output(call: Call, step: Step) -> Tensor:
     return call.y if isinstance(call.y, Tensor) else call.y[step.output]
 
 
-def _of_sample(call: Call, step: Step, k: int) -> Call:
+def _call_of_sample(call: Call, step: Step, k: int) -> Call:
     """The call on sample k alone."""
     leaves, spec = pytree.tree_flatten(call.args)
     sized = [said(s) if s is not None else leaf for s, leaf in zip(call.sizes, leaves, strict=True)]
@@ -157,7 +158,7 @@ class Windows:
 
     @classmethod
     def of(cls, args: tuple) -> Windows:
-        """Of the canonical arguments of the op."""
+        """From the canonical arguments of the op."""
         kernel, stride, padding, dilation = (_pair(a) for a in args[1:5])
         return cls(kernel, stride or kernel, padding or (0, 0), dilation or (1, 1))
 
@@ -237,29 +238,29 @@ def of_features(m: Tensor, shape: tuple[int, ...], channel: int | None, both: bo
 
 
 def summed(tail: list[tuple[Rule, Call, Step, str]], shape: tuple[int, ...], by_offsets: bool, m: Tensor) -> Tensor:
-    """sum over pairs of positions of M behind `tail`, [C, C], from M [D, D] in front of it.
+    """The sum over pairs of positions of M below `tail`, [C, C], from M [D, D] above it.
 
     Args:
-        tail: (rule, call, step, kind) of ops that act on every channel alone, the first one last.
-        shape: of the slice behind the tail, [1, C, *spatial].
-        by_offsets: the last op is a max-pooling, of which pairs of window offsets are to be averaged over samples, not
-            pairs of samples (its own and those of the other ops).
-        m: over the slices of the output of the tail's last op.
+        tail: (rule, call, step, kind) of ops that act on every channel alone, the uppermost first.
+        shape: of the slice below the tail, [1, C, *spatial].
+        by_offsets: the uppermost op is a max-pooling, which enters by its averages over samples at pairs of window
+            offsets, not with its samples paired with those of the other ops.
+        m: over the slices of the uppermost op's output.
     """
-    # t[n1, n2, ..] = J_last .. J_first 1, with samples of its own for every op whose Jacobian depends on the sample
+    # t[n1, n2, ..] = J_uppermost .. J_lowest 1; every op whose Jacobian depends on the sample has its own samples
     t = m.new_ones(1, *shape)
     for rule, call, step, kind in reversed(tail[1:] if by_offsets else tail):
         if kind == "constant":
-            t = _forward(rule, _of_sample(call, step, 0), step, t)
+            t = _forward(rule, _call_of_sample(call, step, 0), step, t)
         elif kind == "diagonal":
             t = (t.unsqueeze(1) * _slopes(rule, call, step)).flatten(0, 1)
         else:
-            t = _selected(call, step, t)
+            t = _select_maxima(call, step, t)
     t = t.reshape(t.shape[0], shape[1], 1, -1)
     if not by_offsets:
-        return _by_channels([t], m)
+        return _sum_by_channels([t], m)
     hit, entries = _hits(tail[0][1], tail[0][2], m.dtype)
-    return _by_channels([t[:, :, 0, entries.clamp(min=0)], hit], m)
+    return _sum_by_channels([t[:, :, 0, entries.clamp(min=0)], hit], m)
 
 
 def _forward(rule: Rule, call: Call, step: Step, t: Tensor) -> Tensor:
@@ -273,14 +274,14 @@ def _forward(rule: Rule, call: Call, step: Step, t: Tensor) -> Tensor:
     return pull(t.reshape(t.shape[0], 1, -1))[0].reshape(t.shape[0], *step.y)
 
 
-def _selected(call: Call, step: Step, t: Tensor) -> Tensor:
+def _select_maxima(call: Call, step: Step, t: Tensor) -> Tensor:
     """t [V, *x] through every sample's max-pooling, [V * N, *y]."""
     index = samples_first(call.y[1], step.places[1]).flatten(-2)
     flat = t.flatten(-2).unsqueeze(1).expand(-1, index.shape[0], *[-1] * (index.ndim - 1))
     return flat.gather(-1, index.expand(t.shape[0], *index.shape)).reshape(-1, *step.y)
 
 
-def _by_channels(averaged: list[Tensor], m: Tensor) -> Tensor:
+def _sum_by_channels(averaged: list[Tensor], m: Tensor) -> Tensor:
     """sum over positions, by blocks of channels on and above the diagonal, of M times averages over rows, [C, C].
 
     B[c, d] = sum_{i,j} M[c i, d j] sum_{a,b} prod_t mean_r t[r, c, a, i] t[r, d, b, j], t [R, C, offsets, positions].

@@ -1,7 +1,7 @@
 """Births of column groups: what each kind of columns puts on the walk, and at which node.
 
-A kind is one function, registered by `born`: it is handed the walk and the group when the walk reaches the node that the
-kind is born at, and has the columns sent down.
+A kind is one function, registered by `born`. When the walk reaches the node where a group of the kind is born, the
+function gets the walk and the group, and sends the columns down.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fxcurv.walks.loss import check_convex, check_positive, hessian_of_loss, pai
 
 @dataclass(frozen=True)
 class Birth:
-    """Where a group is born, and what has its columns sent down from there."""
+    """The node where a group is born (`at`), and what sends its columns down from there (`give`)."""
 
     at: Callable[[Program, Group], fx.Node]
     give: Callable[[Walk, Group], None]
@@ -60,7 +60,7 @@ def born(name: str, at: Callable[[Program, Group], fx.Node], title: str = "", by
 
 
 def plan(walk: Walk) -> dict[fx.Node, list[Group]]:
-    """The groups that are born at each node; the ops give birth to others on the walk."""
+    """Node -> the groups that are born there, but for those of ops, which are born on the walk."""
     found: dict[fx.Node, list[Group]] = {}
     for group in walk.groups:
         if group.kind in BIRTHS:
@@ -72,7 +72,7 @@ def at(walk: Walk, node: fx.Node, planned: dict[fx.Node, list[Group]]) -> None:
     """Add to the cotangents what is born when the walk reaches `node`."""
     for term in walk.program.analysis.terms:
         if term.node is node:
-            _arrive(walk, node)
+            _record_arrival(walk, node)
     for group in planned.get(node, []):
         BIRTHS[group.kind].give(walk, group)
 
@@ -109,16 +109,16 @@ def noise_seed(program: Program) -> tuple[fx.Node, fx.Node]:
 # ---- of a loss in closed form ------------------------------
 
 
-def _arrive(walk: Walk, node: fx.Node) -> None:
-    """The cotangent at a loss op is known, whether or not columns are born there."""
+def _record_arrival(walk: Walk, node: fx.Node) -> None:
+    """Record the cotangent at a loss op, whether or not columns are born there."""
     stack = merged(walk, node, walk.cotangents[node])
     walk.cotangents[node] = [stack]
     walk.program.walked.arrivals[node] = stack.node
     check_positive(walk.program, node, stack.node)
 
 
-def _of_op(walk: Walk, group: Group, fn: Callable, *args: Any, weights: Callable | None = None) -> None:
-    """Columns `fn(rule, call, c, *args)` at the term's prediction, with weights `weights(c)`; c: the loss op's cotangent."""
+def _carry_from_op(walk: Walk, group: Group, fn: Callable, *args: Any, weights: Callable | None = None) -> None:
+    """Carry `fn(rule, call, c, *args)`, weighted by `weights(c)`, to the term's prediction; c: the op's cotangent."""
     program = walk.program
     term: Term = program.analysis.terms[group.term]
     rule, call, origin = (
@@ -133,30 +133,30 @@ def _of_op(walk: Walk, group: Group, fn: Callable, *args: Any, weights: Callable
 
 
 @born("exact", at_term, "exact", by_class=True)
-def _of_exact(walk: Walk, group: Group) -> None:
+def _give_exact(walk: Walk, group: Group) -> None:
     extensions = walk.program.extensions
     few = not any(e.shows_columns for e in extensions)
-    _of_op(walk, group, _exact, few, weights=None if any(e.needs_convex for e in extensions) else _sign)
+    _carry_from_op(walk, group, _exact, few, weights=None if any(e.needs_convex for e in extensions) else _sign)
 
 
 @born("empirical", at_term, "empirical")
-def _of_empirical(walk: Walk, group: Group) -> None:
+def _give_empirical(walk: Walk, group: Group) -> None:
     if walk.program.analysis.terms[group.term].node is None:
         raise LossError(
             f"{at_loss(walk.program.loss)}"
             'fisher="empirical" needs a loss in closed form (cross-entropy, squares, binary cross-entropy with logits), '
             'whose scale per sample is known. Way out: fisher="mc".'
         )
-    _of_op(walk, group, _empirical)
+    _carry_from_op(walk, group, _empirical)
 
 
 @born("mc", at_term, "sampled")
-def _of_sampled(walk: Walk, group: Group) -> None:
-    _of_op(walk, group, _sampled, noise_seed(walk.program), Draw(group.draws, group.term))
+def _give_sampled(walk: Walk, group: Group) -> None:
+    _carry_from_op(walk, group, _sampled, noise_seed(walk.program), Draw(group.draws, group.term))
 
 
 def carry(walk: Walk, group: Group, heads: list[fx.Node], columns: list[fx.Node], weights, origin: dict) -> None:
-    """Columns [V, *head] of `group`, and weights [V or 1, ...], come to `heads`, now or in parts in later sweeps."""
+    """Send columns [V, *head] of `group`, with weights [V or 1, ...], to `heads`, now or in parts in later sweeps."""
 
     def send(part: Group, start: int, stop: int) -> None:
         for head, stack in zip(heads, columns, strict=True):
@@ -169,7 +169,7 @@ def carry(walk: Walk, group: Group, heads: list[fx.Node], columns: list[fx.Node]
 
 
 def _weights(t: Tensor, start: int, stop: int) -> Tensor:
-    """The weights of some columns; what holds for all of them ([1, ...]) is what it is."""
+    """The weights of the columns from `start` to `stop`; [1, ...] holds for all columns."""
     return t if t.shape[0] == 1 else t[start:stop]
 
 
@@ -199,7 +199,7 @@ def _in_dtype(columns: Tensor, call: Call) -> Tensor:
 
 
 @born(IDENTITY.kind, at_output)
-def _of_output(walk: Walk, group: Group) -> None:
+def _give_identity(walk: Walk, group: Group) -> None:
     program = walk.program
     if len(program.heads) != 1:
         raise ExtensionError(
@@ -212,8 +212,8 @@ def _of_output(walk: Walk, group: Group) -> None:
 
 
 @born(TOKEN.kind, at_output)
-def _by_position(walk: Walk, group: Group) -> None:
-    """The gradient in f, apart by positions."""
+def _give_positions(walk: Walk, group: Group) -> None:
+    """The gradient in f, a column per position."""
     head = at_output(walk.program)
     stack = merged(walk, head, walk.cotangents[head])
     walk.cotangents[head] = [stack]
@@ -222,11 +222,11 @@ def _by_position(walk: Walk, group: Group) -> None:
     if walk.program.analysis.rows:
         columns = emit(walk.program, _by_row, stack.node, start, origin=origin)
     else:
-        columns = emit(walk.program, _apart, stack.node, start, head.meta["place"], classes, origin=origin)
+        columns = emit(walk.program, _separate_positions, stack.node, start, head.meta["place"], classes, origin=origin)
     carry(walk, group, [head], [columns], None, origin)
 
 
-def _apart(g: Tensor, start: int, place: Shard, classes: int | None) -> Tensor:
+def _separate_positions(g: Tensor, start: int, place: Shard, classes: int | None) -> Tensor:
     return separate(g[start : start + 1], place, classes)
 
 
@@ -244,8 +244,8 @@ def _eye(f: Tensor, place: Shard) -> Tensor:
 # ---- of any other loss ------------------------------
 
 
-def _of_hessian(walk: Walk, group: Group, fn: Callable, *args: Any) -> None:
-    """Columns `fn(h, *args)` at the output, from the Hessian of the whole loss in f per sample."""
+def _carry_from_hessian(walk: Walk, group: Group, fn: Callable, *args: Any) -> None:
+    """Carry `fn(h, *args)` to the output; h: the Hessian of the whole loss in f per sample."""
     program = walk.program
     places = tuple(h.meta["place"] for h in program.heads)
     origin = {"stage": "columns", "op": "Hessian of the loss", "module": ""}
@@ -257,7 +257,7 @@ def _of_hessian(walk: Walk, group: Group, fn: Callable, *args: Any) -> None:
     carry(walk, group, program.heads, list(columns), None, origin)
 
 
-def _check_no_derivative(walk: Walk) -> None:
+def _refuse_create_graph(walk: Walk) -> None:
     if walk.program.options.create_graph:
         raise ExtensionError(
             f"{at_loss(walk.program.loss)}"
@@ -267,20 +267,20 @@ def _check_no_derivative(walk: Walk) -> None:
 
 
 @born("signed", at_term, "pairs (of the loss's Hessian)")
-def _of_pairs(walk: Walk, group: Group) -> None:
-    _of_hessian(walk, group, pairs_of)
+def _give_pairs(walk: Walk, group: Group) -> None:
+    _carry_from_hessian(walk, group, pairs_of)
 
 
 @born("root", at_term, "root (of the loss's Hessian)")
-def _of_root(walk: Walk, group: Group) -> None:
-    _check_no_derivative(walk)
-    _of_hessian(walk, group, root_of)
+def _give_root(walk: Walk, group: Group) -> None:
+    _refuse_create_graph(walk)
+    _carry_from_hessian(walk, group, root_of)
 
 
 @born("signs", at_term, "root times random signs")
-def _of_signs(walk: Walk, group: Group) -> None:
-    _check_no_derivative(walk)
-    _of_hessian(walk, group, _signs, noise_seed(walk.program), group.term, group.draws)
+def _give_signs(walk: Walk, group: Group) -> None:
+    _refuse_create_graph(walk)
+    _carry_from_hessian(walk, group, _signs, noise_seed(walk.program), group.term, group.draws)
 
 
 def _signs(h: Tensor, seed: Seed, stream: int, draws: int) -> Tensor:

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from fxcurv.ir.program import Program, is_active, is_sharded
 
-# Cotangents of the widest value that are alive at a time: at an op's output, at its input, and in a layout between.
+# How many cotangents of the widest value are alive at a time: at an op's output, at its input, and in a layout between.
 HELD = 3
 SHARE = 0.5
-# On a CPU: the largest block that the C library's allocator keeps when it is freed. Larger ones are mapped, and cleared page
-# by page, at every call, which takes longer than what most ops do with them.
+# On a CPU: the largest block that the C library's allocator keeps when it is freed. Larger ones are mapped, and cleared
+# page by page, at every call, which takes longer than what most ops do with them.
 KEPT = 32 << 20
-# What all sweeps together may add to a graph, in nodes of the forward pass.
+# How many nodes of the forward pass all sweeps together may walk over.
 NODES = 2000
-# Where the system does not say.
+# Free memory where the system does not tell.
 UNKNOWN = 8 << 30
 
 
@@ -43,7 +43,7 @@ def budget_of(program: Program) -> int:
 
 
 def bytes_per_column(program: Program) -> int:
-    """What one column of one sample takes where the values are widest."""
+    """The bytes that one column of one sample takes where the values are widest."""
     return HELD * _widest(program)
 
 
@@ -59,7 +59,7 @@ def capacity(program: Program) -> int:
 
 
 def convenient(program: Program) -> int:
-    """The columns of a sweep whose stacks are in memory that the allocator keeps, where this matters."""
+    """How many columns a sweep may carry so that the allocator keeps its stacks' memory; unlimited but on a CPU."""
     if any(p.meta["val"].device.type != "cpu" for p in program.params.values()):
         return 1 << 62
     return max(1, KEPT // (_widest(program) * program.batch.samples))

@@ -2,8 +2,8 @@
 
 At an op y = op(inputs) that the gradient reaches with cotangent g, the Hessian of the loss gains the residual
 R = sum_k g_k d^2 y_k over the op's inputs jointly, pulled back to the parameters. Its diagonal needs no root: columns u
-with real weights w, sum w (J^T u)^2, or pairs of columns, sum (J^T u)(J^T v), serve (Dangel et al. 2020, eq. 25, without its
-eigendecompositions).
+with real weights w, sum w (J^T u)^2, or pairs of columns, sum (J^T u)(J^T v), suffice (Dangel et al. 2020, eq. 25,
+without its eigendecompositions).
 
 * elementwise op: one column e_i per entry, of weight g_i f''(x_i); none where f is piecewise linear;
 * a product of a value and a parameter (any op that is linear in each): per entry i of the value the pair u and 2 q,
@@ -47,7 +47,7 @@ def at(walk: Walk, node: fx.Node, stack: Stack) -> None:
     try:
         _add(walk, node, stack)
     except FxcurvError:
-        raise  # some are ValueErrors
+        raise  # some are ValueErrors, which the next clause would catch
     except (*FAILURES, TypeError) as error:
         raise no_second_derivative(node, error) from error
 
@@ -60,19 +60,19 @@ def _add(walk: Walk, node: fx.Node, stack: Stack) -> None:
         return
     where = place_of_outputs(node)
     if stack.per_sample:
-        _joint(walk, node, stack, rule, active, leaves, None)
+        _send_joint(walk, node, stack, rule, active, leaves, None)
     elif isinstance(where, Shard):
         data = [i for i in active if is_sharded(leaves[i])]
         free = [i for i in active if i not in data]
         if free and rule.linear(data) and all(rule.linear([i]) for i in free):
-            _bilinear(walk, node, stack, rule, data, free, leaves)
+            _send_bilinear(walk, node, stack, rule, data, free, leaves)
         elif rule.d2 is not None and active == [0]:
-            _elementwise(walk, node, stack, rule, leaves)
+            _send_elementwise(walk, node, stack, rule, leaves)
         else:
-            _joint(walk, node, stack, rule, active, leaves, where)
+            _send_joint(walk, node, stack, rule, active, leaves, where)
 
 
-def _meet(walk: Walk, a: fx.Node, b: fx.Node) -> bool:
+def _share_parameter(walk: Walk, a: fx.Node, b: fx.Node) -> bool:
     """Whether a parameter whose curvature is asked for reaches both values."""
     params = {walk.program.params[n] for n in walk.of_curvature}
     return bool(params & set(ancestors([a])) & set(ancestors([b])))
@@ -90,7 +90,7 @@ def _rows(t: Tensor, start: int, of: int) -> Tensor:
     return t.unflatten(0, (of, -1))[start]
 
 
-def _born(
+def _start_group(
     walk: Walk, count: int, send: Callable[[Group, int, int], None], paired: bool, divisible: bool = True
 ) -> None:
     group = Group(RESIDUAL, len(walk.residuals), paired=paired)
@@ -104,7 +104,7 @@ def _send(walk: Walk, target: fx.Node, group: Group, columns: fx.Node, v: int, p
     walk.add(target, Stack((group,), (v,), columns, per_sample))
 
 
-def _elementwise(walk: Walk, node: fx.Node, stack: Stack, rule: Rule, leaves: list) -> None:
+def _send_elementwise(walk: Walk, node: fx.Node, stack: Stack, rule: Rule, leaves: list) -> None:
     program = walk.program
     call, origin = call_of(program, node), origin_of(node, "curvature")
     g = _gradient(walk, node, stack)
@@ -114,7 +114,7 @@ def _elementwise(walk: Walk, node: fx.Node, stack: Stack, rule: Rule, leaves: li
         columns, walk.weights[part] = emit(program, _unit_columns, rule.d2, call, g, start, stop, origin=origin)
         _send(walk, leaves[0], part, columns, stop - start, False)
 
-    _born(walk, entries, send, paired=False)
+    _start_group(walk, entries, send, paired=False)
 
 
 def _unit_columns(d2, call: Call, g: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -127,12 +127,14 @@ def _unit_columns(d2, call: Call, g: Tensor, start: int, stop: int) -> tuple[Ten
     return separate(torch.ones_like(x).unsqueeze(0), place, None, (start, stop)), weights
 
 
-def _bilinear(walk: Walk, node: fx.Node, stack: Stack, rule: Rule, data: list, free: list, leaves: list) -> None:
+def _send_bilinear(walk: Walk, node: fx.Node, stack: Stack, rule: Rule, data: list, free: list, leaves: list) -> None:
     call, origin = call_of(walk.program, node), origin_of(node, "curvature")
     g = _gradient(walk, node, stack)
     for position in data:
         partners = [
-            i for i in free if not rule.linear(sorted((position, i))) and _meet(walk, leaves[i], leaves[position])
+            i
+            for i in free
+            if not rule.linear(sorted((position, i))) and _share_parameter(walk, leaves[i], leaves[position])
         ]
         if not partners:
             continue
@@ -142,7 +144,10 @@ def _bilinear(walk: Walk, node: fx.Node, stack: Stack, rule: Rule, data: list, f
 
 
 def _cross_pairs(rule: Rule, call: Call, position: int, free: tuple, g: Tensor):
-    """Pairs of columns, of which the first reaches the value alone, the second the parameters: [2D, *x], [2D, N, *h] each."""
+    """Pairs of columns for the value, [2D, *x], and for every parameter, [2D, N, *h].
+
+    The first column of a pair is zero at the parameters, the second at the value.
+    """
     leaves, spec = pytree.tree_flatten(call.args)
     x, place = leaves[position], call.places[position]
     units = separate(torch.ones_like(x).unsqueeze(0), place, None)
@@ -157,7 +162,7 @@ def _cross_pairs(rule: Rule, call: Call, position: int, free: tuple, g: Tensor):
     return torch.cat([units, torch.zeros_like(units)]), [torch.cat([torch.zeros_like(q), 2 * q]) for q in direct]
 
 
-def _joint(
+def _send_joint(
     walk: Walk, node: fx.Node, stack: Stack, rule: Rule, active: list, leaves: list, place: Shard | None
 ) -> None:
     call, origin = call_of(walk.program, node), origin_of(node, "curvature")
@@ -168,7 +173,7 @@ def _joint(
 
 
 def _send_parts(walk: Walk, leaves: list, parts: dict, free: set, rule: Rule, per_sample: bool, origin, sources):
-    """Pairs of columns by position: to the values there, or as P itself to those in `free`."""
+    """Send pairs of columns, by argument position: as cotangents, or as P itself to the arguments in `free`."""
     if per_sample:  # [2D * N, *h]
         pairs = sum(leaves[i].meta["val"].numel() for i in parts)
     else:
@@ -188,7 +193,7 @@ def _send_parts(walk: Walk, leaves: list, parts: dict, free: set, rule: Rule, pe
             else:
                 _send(walk, leaves[i], part, columns, v, per_sample)
 
-    _born(walk, pairs, send, paired=True, divisible=not per_sample)
+    _start_group(walk, pairs, send, paired=True, divisible=not per_sample)
 
 
 def _residual_pairs(rule: Rule, call: Call, active: tuple, g: Any, place: Shard | None):

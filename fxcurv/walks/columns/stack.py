@@ -54,7 +54,7 @@ class Walk:
     parts: dict[Group, list[Group]] = field(default_factory=dict)
 
     def born(self, group: Group, count: int, send: Callable[[Group, int, int], None], divisible: bool = True) -> None:
-        """Have `count` columns, or pairs, of `group` sent down: now, or in parts in later sweeps if they are too many.
+        """Send `count` columns, or pairs, of `group` down: now, or in parts in later sweeps if they are too many.
 
         send: puts those from `start` to `stop` on the walk, called as `send(part of the group, start, stop)`.
         """
@@ -66,7 +66,7 @@ class Walk:
         send(group, 0, count)
 
     def wants(self, group: Group, node: fx.Node) -> bool:
-        """Whether an extension needs the columns of `group` at `node`: a parameter of it reaches `node`."""
+        """Whether an extension needs the columns of `group` at `node`: one of the extension's parameters reaches it."""
         names = self.wanted.get(replace(group, part=0), frozenset())
         if names not in self.below:
             self.below[names] = descendants([self.program.params[n] for n in names])
@@ -82,7 +82,7 @@ class Walk:
 
 
 def width(group: Group) -> int:
-    """How many columns go down together."""
+    """How many columns of a group belong together."""
     return 2 if group.paired else 1
 
 
@@ -94,7 +94,7 @@ def some(t: Tensor, start: int, stop: int, paired: bool) -> Tensor:
 
 
 def merged(walk: Walk, node: fx.Node, stacks: list[Stack]) -> Stack:
-    """One stack of the sum of `stacks`, united by group."""
+    """The sum of `stacks`, group by group, as one stack."""
     first = stacks[0]
     origin = origin_of(node, "propagate")
     if len(stacks) == 1:

@@ -27,14 +27,14 @@ from fxcurv.walks.uses import Use, pull_back, select_group
 def visit(walk: Walk, node: fx.Node) -> None:
     """Carry the stack at a node to the node's arguments and parameters."""
     if node in walk.uses and node.op != "placeholder":
-        _leave_uses(walk, node)
+        _move_uses(walk, node)
     if node.target is operator.getitem:
         for stack in walk.cotangents.pop(node, []):
             walk.outputs.setdefault(node.args[0], {}).setdefault(node.args[1], []).append(stack)
         return
     stacks = [merged(walk, node, s) for s in _by_kind(walk.cotangents.pop(node, []))]
     if node.op == "placeholder":
-        _at_parameter(walk, node, stacks)
+        _arrive_at_parameter(walk, node, stacks)
         return
     if node in walk.outputs:
         stacks = _tuple_stacks(walk, node)
@@ -58,11 +58,11 @@ def _tuple_stacks(walk: Walk, node: fx.Node) -> list[Stack]:
     return [
         stack
         for side in sides
-        for stack in _joint({k: merged(walk, node, s) for k, s in side.items() if s}, walk, node)
+        for stack in _join_outputs({k: merged(walk, node, s) for k, s in side.items() if s}, walk, node)
     ]
 
 
-def _joint(given: dict[int, Stack], walk: Walk, node: fx.Node) -> list[Stack]:
+def _join_outputs(given: dict[int, Stack], walk: Walk, node: fx.Node) -> list[Stack]:
     if not given:
         return []
     first = next(iter(given.values()))
@@ -103,9 +103,9 @@ def _step(walk: Walk, node: fx.Node, stack: Stack) -> None:
         wrt = tuple(i for i in active if i not in free)
         if wrt:
             for i, g in zip(wrt, emit(program, rule.transpose, call, wrt, stack.node, origin=origin), strict=True):
-                if g.meta["val"].dtype != leaves[i].meta["val"].dtype:  # the op promoted it
+                if g.meta["val"].dtype != leaves[i].meta["val"].dtype:  # the op promoted its argument
                     g = emit(program, in_dtype, g, leaves[i].meta["val"].dtype, origin=origin)
-                _declare(node, stack, leaves[i], g, call)
+                _declare_cotangent(node, stack, leaves[i], g, call)
                 there = Stack(stack.groups, stack.columns, g, stack.per_sample)
                 walk.add(leaves[i], narrowed(walk, there, kept[i], node))
         for i in free:
@@ -121,8 +121,8 @@ def _step(walk: Walk, node: fx.Node, stack: Stack) -> None:
         ) from error
 
 
-def _declare(node: fx.Node, stack: Stack, leaf: fx.Node, g: fx.Node, call: Call) -> None:
-    """A cotangent lies as what it is of, and behind the columns."""
+def _declare_cotangent(node: fx.Node, stack: Stack, leaf: fx.Node, g: fx.Node, call: Call) -> None:
+    """Declare the placement of a cotangent: that of its value, behind the columns."""
     at = place(leaf)
     if stack.per_sample:
         declare(g, Shard(0, sum(stack.columns)), (node, call, stack.node))
@@ -130,7 +130,7 @@ def _declare(node: fx.Node, stack: Stack, leaf: fx.Node, g: fx.Node, call: Call)
         declare(g, shifted(at), (node, call, stack.node))
 
 
-def _leave_uses(walk: Walk, node: fx.Node) -> None:
+def _move_uses(walk: Walk, node: fx.Node) -> None:
     """Move the uses of a sample-free value past the op that made it."""
     uses = walk.uses.pop(node)
     rule = rule_of(node.target, walk.program.rules)
@@ -175,7 +175,7 @@ def _summed(factor: Factor) -> Tensor:
     return factor.summed().unsqueeze(0)
 
 
-def _at_parameter(walk: Walk, node: fx.Node, stacks: list[Stack]) -> None:
+def _arrive_at_parameter(walk: Walk, node: fx.Node, stacks: list[Stack]) -> None:
     for stack in stacks:
         if stack.per_sample:
             columns = sum(stack.columns)

@@ -23,7 +23,7 @@ from fxcurv.rules.call import Call, call_of
 
 @dataclass(frozen=True)
 class Formula:
-    """An op said by its rule's formula."""
+    """An op computed by its rule's formula."""
 
     rule: Rule
     op: Callable
@@ -42,8 +42,8 @@ def outputs(rule: Rule, y: Any) -> list[int]:
     return [k for k, t in enumerate(y) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def _pulled(rule: Rule, call: Call, wrt: tuple[int, ...], g: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """The transpose; cotangents have the dtype of what they are of, which the op may have promoted."""
+def _pull_back(rule: Rule, call: Call, wrt: tuple[int, ...], g: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """The transpose, with cotangents in the dtype of their values, which the op may have promoted."""
     g, leaves = tuple(g), pytree.tree_leaves(call.args)
     back = rule.transpose(call, wrt, g if isinstance(call.y, tuple) else g[0])
     return tuple(b.to(leaves[i].dtype) for i, b in zip(wrt, back, strict=True))
@@ -55,13 +55,13 @@ def _ys(rule: Rule, call: Call) -> list[Tensor]:
 
 def transposed(rule: Rule, call: Call, wrt: tuple[int, ...], g: list[Tensor]) -> tuple[Tensor, ...]:
     """J^T g, [1, *arg] for the arguments `wrt`."""
-    return _pulled(rule, call, wrt, g)
+    return _pull_back(rule, call, wrt, g)
 
 
 def tangent(rule: Rule, call: Call, wrt: tuple[int, ...], ts: list[Tensor]) -> tuple[Tensor, ...]:
     """J t, [*y]: the transpose's transpose."""
     zeros = [torch.zeros_like(y).unsqueeze(0) for y in _ys(rule, call)]
-    _, back = torch.func.vjp(lambda *g: _pulled(rule, call, wrt, g), *zeros)
+    _, back = torch.func.vjp(lambda *g: _pull_back(rule, call, wrt, g), *zeros)
     return tuple(t.squeeze(0) for t in back(tuple(t.unsqueeze(0) for t in ts)))
 
 
@@ -79,23 +79,23 @@ def tangent_of_product(rule: Rule, call: Call, wrt: tuple[int, ...], ts: list[Te
 
 
 def residual(rule: Rule, call: Call, wrt: tuple[int, ...], g: list[Tensor], ts: list[Tensor]):
-    """R t in two parts: [*arg] for the arguments `wrt`, and [*y], to be sent on by the op's transpose.
+    """R t in two parts: [1, *arg] for the arguments `wrt`, and [1, *y], to be sent on by the op's transpose.
 
-    R is symmetric, so R t is the derivative of <J(x)^T g, t>; what the transpose reads of y is one more argument.
+    R is symmetric, so R t is the derivative of <J(x)^T g, t>; y, which the transpose may read, is one more argument.
     """
     leaves, spec = pytree.tree_flatten(call.args)
     ys = _ys(rule, call)
 
     def pull(xs, ys):
         args = pytree.tree_unflatten(replaced(leaves, wrt, xs), spec)
-        return _pulled(rule, dataclasses.replace(call, args=args, y=_with(call, rule, ys)), wrt, g)
+        return _pull_back(rule, dataclasses.replace(call, args=args, y=_replace_outputs(call, rule, ys)), wrt, g)
 
     _, back = torch.func.vjp(pull, [leaves[i] for i in wrt], ys)
     direct, at_y = back(tuple(t.unsqueeze(0) for t in ts))
     return [t.unsqueeze(0) for t in direct], [t.unsqueeze(0) for t in at_y]
 
 
-def _with(call: Call, rule: Rule, ys: list[Tensor]) -> Any:
+def _replace_outputs(call: Call, rule: Rule, ys: list[Tensor]) -> Any:
     if not isinstance(call.y, tuple):
         return ys[0]
     new = dict(zip(outputs(rule, call.y), ys, strict=True))
@@ -103,7 +103,7 @@ def _with(call: Call, rule: Rule, ys: list[Tensor]) -> Any:
 
 
 def op_of(program: Program, node: fx.Node) -> tuple[Rule, Call]:
-    """The rule and the call at `node`, said so that they can be differentiated again."""
+    """The rule and the call at `node`, in a form that can be differentiated again."""
     rule, call = rule_of(node.target, program.rules), call_of(program, node)
     if type(rule).formula is not Rule.formula:
         return FALLBACK, dataclasses.replace(call, op=Formula(rule, node.target))
@@ -115,13 +115,13 @@ def emitted(program: Program, node: fx.Node, fn: Callable, *args: Any) -> Any:
     try:
         return emit(program, fn, *args, origin=origin_of(node, "extract"))
     except FxcurvError:
-        raise  # some are ValueErrors
+        raise  # some are ValueErrors, which the next clause would catch
     except (*FAILURES, TypeError) as error:
         raise no_second_derivative(node, error) from error
 
 
 def no_second_derivative(node: fx.Node, error: Exception) -> UnsupportedOpError:
-    """What to raise where the derivative of an op's derivative cannot be traced."""
+    """The error to raise where the derivative of an op's derivative cannot be traced."""
     return UnsupportedOpError(
         f"{locate(node)}\nhas no second derivative: {type(error).__name__}: {str(error)[:300]}\n"
         "Way out: pass rules={op: rule} with a transpose made of differentiable ops, or write the op in other PyTorch ops."

@@ -1,4 +1,4 @@
-"""The forward graph copied, with the gradients that curvature needs."""
+"""A copy of the forward graph, with the gradients that curvature needs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class JointGraph:
 
     def copy(self) -> JointGraph:
         """A copy that can be extended; nodes keep `meta["key"]`, their number in the original."""
-        program, env = _copied(self.program, list(self.program.graph.nodes)[:-1])
+        program, env = _copy_program(self.program, list(self.program.graph.nodes)[:-1])
         gradients = {env[n]: fx.node.map_arg(g, env.__getitem__) for n, g in self.gradients.items()}
         forward, heads = ([env[n] for n in nodes] for nodes in (self.forward, self.heads))
         program.heads = heads
@@ -62,7 +62,7 @@ class JointGraph:
 def joint_of(program: Program, kind: str) -> tuple[JointGraph, dict[int, fx.Node]]:
     """The joint graph for "ggn", "hessian" or "pch", and where its nodes are in `program`: key -> node."""
     nodes = ancestors([program.loss])
-    child, env = _copied(program, nodes)
+    child, env = _copy_program(program, nodes)
     forward, heads = [env[n] for n in nodes], [env[h] for h in program.heads]
     child.heads = heads
     joint = JointGraph(child, forward, heads, _past(child.loss, heads), {})
@@ -79,7 +79,7 @@ def joint_of(program: Program, kind: str) -> tuple[JointGraph, dict[int, fx.Node
     return joint, where
 
 
-def _copied(program: Program, nodes: list[fx.Node]) -> tuple[Program, dict[fx.Node, fx.Node]]:
+def _copy_program(program: Program, nodes: list[fx.Node]) -> tuple[Program, dict[fx.Node, fx.Node]]:
     """A program of these nodes alone (closed under inputs)."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -87,7 +87,7 @@ def _copied(program: Program, nodes: list[fx.Node]) -> tuple[Program, dict[fx.No
     for node in nodes:
         new = graph.node_copy(node, env.__getitem__)
         new.meta = dict(node.meta)
-        if node.op == "get_attr":  # counted names: what `emit` adds later must not meet one of them
+        if node.op == "get_attr":  # numbered, so that names which `emit` adds later do not clash
             name = f"_constant{len(attributes)}"
             attributes[name] = getattr(program.gm, node.target)
             new.target = name
@@ -106,7 +106,7 @@ def _copied(program: Program, nodes: list[fx.Node]) -> tuple[Program, dict[fx.No
 
 
 def _past(loss: fx.Node, heads: list[fx.Node]) -> set[fx.Node]:
-    """What lies between f and the loss."""
+    """The nodes between f and the loss."""
     reached, stack = set(), [loss]
     while stack:
         node = stack.pop()
@@ -144,7 +144,7 @@ class Adjoint:
     curvature: Callable[[fx.Node], list[tuple[fx.Node, fx.Node]]] = lambda node: []
 
     def run(self, nodes: list[fx.Node], cotangents: dict[fx.Node, list[fx.Node]]) -> dict[fx.Node, Any]:
-        """What arrives at each of `nodes`, from what is given at some of them."""
+        """The cotangent that arrives at each of `nodes`, from `cotangents` that are given at some of them."""
         found: dict[fx.Node, Any] = {}
         items: dict[fx.Node, dict[int, list[fx.Node]]] = {}
         for node in reversed(nodes):

@@ -1,7 +1,8 @@
 """Cutting a joint graph in two: what the first part saves for the second, and the second as a program of its own.
 
-Which values are saved and which are computed again from saved ones is a minimum cut, sizes being capacities, as in
-PyTorch's own partitioner of forward and backward graphs; matrix products, convolutions and random ops are never repeated.
+Which values are saved and which are computed again from saved ones is a minimum cut with sizes as capacities, as in
+PyTorch's own partitioner of forward and backward graphs; matrix products, convolutions and random ops are never
+repeated.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def saved_values(program: Program, vectors: Iterable[fx.Node], results: list[fx.
             continue
         size = size_of(program, node)
         flow.add_edge((node, "in"), (node, "out"), **({} if size is None else {"capacity": size}))
-        # what is added up over ranks is so once
+        # a sum over ranks is not repeated either
         if node.op == "placeholder" or not repeatable(node) or node.meta.get("across") == PARTIAL:
             flow.add_edge("source", (node, "in"))
     for node in needed:
@@ -88,7 +89,7 @@ def split(program: Program, saved: list[fx.Node], vectors: list[fx.Node], result
 
 
 def restrict(gm: fx.GraphModule, vectors: list[int], keep: int, result: int) -> fx.GraphModule:
-    """One block of a product: the vector at placeholder `keep` alone, the others in `vectors` being zero; one result.
+    """One block of a product: the result number `result` for the vector at placeholder `keep`, all other vectors zero.
 
     Every value that depends on the vectors is linear in them, so what reads zeros alone is zero.
     """

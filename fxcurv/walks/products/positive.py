@@ -3,11 +3,11 @@
     H = sum over ops of J^T R J        J: from a parameter to the op's inputs,  R: the op's residual there
     P = sum over ops of J^T R+ J       R+: the eigenvalues of R clipped at 0, or their absolute values
 
-R is that of the inputs which depend on the parameter, taken jointly: a matrix product of which only one factor depends on
-it has none. It is block diagonal, and each block is decomposed by itself: entry by entry for elementwise ops (which act on
-their broadcast arguments), position by position for a softmax or a layer norm, sample by sample for what else keeps
-samples apart. A product x z has R = [[0, g], [g^T, 0]], whose absolute value comes from a singular value decomposition of
-g. The loss is one op, a function of f.
+R is taken over the inputs that depend on the parameter, jointly: a matrix product with only one such factor has none. R
+is block diagonal, and each block is decomposed by itself: entry by entry for elementwise ops (which act on their
+broadcast arguments), position by position for a softmax or a layer norm, sample by sample for any other op that keeps
+samples apart. A product x z has R = [[0, g], [g^T, 0]], whose absolute value comes from a singular value decomposition
+of g. The loss is one op, a function of f.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class PositiveProduct(Product):
         """The residual of one op; for a loss without closed form, of all that lies between f and the loss."""
         if not self.whole_loss or node not in self.joint.past:
             return super().curvature(node)
-        return self._of_loss() if node is self.program.loss else []
+        return self._loss_curvature() if node is self.program.loss else []
 
-    def _of_loss(self) -> list[tuple[fx.Node, fx.Node]]:
+    def _loss_curvature(self) -> list[tuple[fx.Node, fx.Node]]:
         inner = [n for n in self.joint.forward if n in self.joint.past]
         read = list(dict.fromkeys(i for n in inner for i in n.all_input_nodes if i not in self.joint.past))
         moving = [i for i in read if i in self.tangents]
@@ -61,7 +61,9 @@ class PositiveProduct(Product):
         layouts = tuple(("samples", p) if apart else ("whole",) for p in places)
         loss = Subgraph(tuple(inner), tuple(moving), tuple(outside), self.program.loss)
         ts = [self.tangents[i] for i in moving]
-        found = emitted(self.program, self.program.loss, _of_function, loss, moving, outside, ts, self.modify, layouts)
+        found = emitted(
+            self.program, self.program.loss, _function_blocks, loss, moving, outside, ts, self.modify, layouts
+        )
         return list(zip(moving, found, strict=True))
 
     def times_residual(self, node, rule, call, wrt, g, ts):
@@ -74,7 +76,7 @@ class PositiveProduct(Product):
         if pointwise(node.target) and isinstance(node.meta["val"], Tensor):
             return emitted(self.program, node, _entries, *args, self.modify)
         if node.target in MATRIX_PRODUCTS and node.target not in self.program.rules:
-            return emitted(self.program, node, _of_product, *args, self.modify)
+            return emitted(self.program, node, _matrix_product, *args, self.modify)
         return emitted(self.program, node, _blocks, *args, self.modify, self._layouts(node, wrt))
 
     def _layouts(self, node: fx.Node, wrt: tuple[int, ...]) -> tuple:
@@ -97,38 +99,38 @@ def _positive(values: Tensor, modify: str) -> Tensor:
 
 
 def _positive_cotangent(c: Tensor, modify: str) -> Tensor:
-    """A convex loss in closed form is linear in what it is multiplied by."""
+    """The cotangent of a convex loss in closed form, whose residual is the cotangent times a positive matrix."""
     return _positive(c, modify)
 
 
-def _full(rule: Rule, call: Call, wrt, g, ts) -> list[Tensor]:
+def _times_unmodified(rule: Rule, call: Call, wrt, g, ts) -> list[Tensor]:
     """R t, [1, *arg]."""
     direct, at_y = residual(rule, call, wrt, g, ts)
     return [d + t for d, t in zip(direct, transposed(rule, call, wrt, at_y), strict=True)]
 
 
 def _entries(rule: Rule, call: Call, wrt, g, ts, modify: str) -> list[Tensor]:
-    """An elementwise op: a number per entry for one argument, else a small matrix."""
+    """R+ t of an elementwise op: R is a number per entry for one argument, a small matrix for several."""
     leaves, spec = pytree.tree_flatten(call.args)
     shape = call.y.shape
     shapes = [leaves[i].shape for i in wrt]
     xs, ts = ([t.expand(shape) for t in part] for part in ([leaves[i] for i in wrt], ts))
     call = dataclasses.replace(call, args=pytree.tree_unflatten(replaced(leaves, wrt, xs), spec))
     if len(wrt) == 1:
-        (diagonal,) = _full(rule, call, wrt, g, [torch.ones_like(xs[0])])
+        (diagonal,) = _times_unmodified(rule, call, wrt, g, [torch.ones_like(xs[0])])
         out = [_positive(diagonal, modify) * ts[0]]
     else:
         out = _blocks(rule, call, wrt, g, ts, modify, tuple(("entries",) for _ in wrt))
     return [unbroadcast(t, s) for t, s in zip(out, shapes, strict=True)]
 
 
-def _of_product(rule: Rule, call: Call, wrt, g, ts, modify: str) -> list[Tensor]:
+def _matrix_product(rule: Rule, call: Call, wrt, g, ts, modify: str) -> list[Tensor]:
     """y = x z: |R| (s, t) = ((g g^T)^(1/2) s, t (g^T g)^(1/2)); a bias adds nothing."""
-    out = _full(rule, call, wrt, g, ts)
+    out = _times_unmodified(rule, call, wrt, g, ts)
     both = {i: t for i, t in zip(wrt, ts, strict=True) if i < 2}
     if len(both) < 2:
         return out
-    joined = MATRIX_PRODUCTS[call.op]  # rows of z, and the leading axes of x are rows
+    joined = MATRIX_PRODUCTS[call.op]  # z is given by rows, and all leading axes of x are rows
     cotangent = g[0].squeeze(0)
     cotangent = cotangent.reshape(-1, cotangent.shape[-1]) if joined else cotangent
     s = both[0].reshape(-1, both[0].shape[-1]) if joined else both[0]
@@ -146,20 +148,20 @@ def _blocks(rule: Rule, call: Call, wrt, g, ts, modify: str, layouts: tuple) -> 
     """R+ t from the eigenvalues of each block."""
 
     def apply(parts: list[Tensor]) -> list[Tensor]:
-        return [t.squeeze(0) for t in _full(rule, call, wrt, g, parts)]
+        return [t.squeeze(0) for t in _times_unmodified(rule, call, wrt, g, parts)]
 
     leaves = pytree.tree_leaves(call.args)
-    return _decomposed(apply, [leaves[i] for i in wrt], ts, modify, layouts)
+    return _apply_by_blocks(apply, [leaves[i] for i in wrt], ts, modify, layouts)
 
 
-def _of_function(loss: Subgraph, moving: list[Tensor], outside: list[Tensor], ts, modify: str, layouts: tuple):
-    """The same for the loss as a function of what it reads."""
+def _function_blocks(loss: Subgraph, moving: list[Tensor], outside: list[Tensor], ts, modify: str, layouts: tuple):
+    """R+ t for the loss as a function of what it reads."""
     _, pull = torch.func.vjp(torch.func.grad(lambda xs: loss(xs, outside)), moving)
-    return _decomposed(lambda parts: pull(parts)[0], moving, ts, modify, layouts)
+    return _apply_by_blocks(lambda parts: pull(parts)[0], moving, ts, modify, layouts)
 
 
-def _decomposed(apply, xs: list[Tensor], ts: list[Tensor], modify: str, layouts: tuple) -> list[Tensor]:
-    """R+ t, [1, *x], where `apply` multiplies by R: its blocks are found by the unit vectors of all blocks at once."""
+def _apply_by_blocks(apply, xs: list[Tensor], ts: list[Tensor], modify: str, layouts: tuple) -> list[Tensor]:
+    """R+ t, [1, *x]; `apply` multiplies by R, whose blocks come from unit vectors of all blocks at once."""
     flat = [_to_blocks(x, layout) for x, layout in zip(xs, layouts, strict=True)]
     widths = [f.shape[1] for f in flat]
     count, width = flat[0].shape[0], sum(widths)

@@ -49,7 +49,7 @@ def _contiguous(t: Tensor) -> Tensor:
     return t.contiguous()
 
 
-def _plain(v: Tensor) -> Tensor:
+def _drop_leading_axis(v: Tensor) -> Tensor:
     return v.squeeze(0)
 
 
@@ -82,7 +82,7 @@ class Product:
         for name in self.names:
             node = self.program.params[name]
             if node in found:
-                out[name] = emitted(self.program, node, _plain, found[node])
+                out[name] = emitted(self.program, node, _drop_leading_axis, found[node])
         return vectors, out
 
     def _vector(self, name: str) -> fx.Node:
@@ -97,7 +97,7 @@ class Product:
         return node
 
     def positions(self, node: fx.Node) -> tuple[int, ...]:
-        """The arguments that depend on a vector; past f, the Gauss-Newton sees f alone."""
+        """Positions of the arguments that depend on a vector; past f, the Gauss-Newton sees f alone."""
         leaves = pytree.tree_leaves(canonical_args(node))
         here = [i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node) and leaf in self.tangents]
         if self.kind == "ggn" and node in self.joint.past:
@@ -124,9 +124,9 @@ class Product:
             self.tangents[node] = found[0]
 
     def _given(self, node: fx.Node, wrt: tuple[int, ...]) -> list[fx.Node]:
-        """The tangents of an op's arguments; those of a convolution have their channels first where its input has them first.
+        """The tangents of an op's arguments; those of a convolution have channels first if its input has them first.
 
-        The kernel is chosen by the layout of what it reads: see `sound` in passes/channels_last.py.
+        The layout of its arguments decides the kernel: see `sound` in passes/channels_last.py.
         """
         leaves = pytree.tree_leaves(canonical_args(node))
         ts = [self.tangents[leaves[i]] for i in wrt]
@@ -135,7 +135,7 @@ class Product:
         return [emitted(self.program, node, _contiguous, t) for t in ts]
 
     def _tangent(self, node: fx.Node, rule: Rule, call: Call, wrt: tuple[int, ...], ts: list[fx.Node]) -> Any:
-        own = node.target in self.program.rules  # the user's derivative, which is not the op's
+        own = node.target in self.program.rules  # the user's derivative may differ from the op's
         fn = tangent_of_product if node.target in PRODUCTS and not own else tangent
         return emitted(self.program, node, fn, rule, call, wrt, ts)
 

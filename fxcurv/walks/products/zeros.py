@@ -1,4 +1,4 @@
-"""Zeros, recognised by how they were made, and dropped."""
+"""Recognise zeros by how they are made, and drop them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fxcurv.rules.traits import KEEP_ZERO, ZERO_FACTOR, makes_zeros, plain_sum
 
 
 def is_zero(node: Any) -> bool:
-    """Whether a value is zero by its making."""
+    """Whether a value is known to be zero by the ops that make it."""
     if not isinstance(node, fx.Node):
         return False
     if "zero" not in node.meta:
@@ -30,17 +30,17 @@ def _makes_zero(node: fx.Node) -> bool:
 
 
 def drop_zeros(program: Program) -> None:
-    """x + 0 is x."""
+    """Replace x + 0 by x."""
     for node in list(program.graph.nodes):
         if not plain_sum(node):
             continue
         for term, other in (node.args, node.args[::-1]):
-            if is_zero(other) and isinstance(term, fx.Node) and _same(term, node):
+            if is_zero(other) and isinstance(term, fx.Node) and _is_alike(term, node):
                 program.replace(node, term)
                 program.graph.erase_node(node)
                 break
 
 
-def _same(a: fx.Node, b: fx.Node) -> bool:
+def _is_alike(a: fx.Node, b: fx.Node) -> bool:
     x, y = a.meta["val"], b.meta["val"]
     return x.dtype == y.dtype and [str(s) for s in x.shape] == [str(s) for s in y.shape]

@@ -1,4 +1,4 @@
-"""Products with the Jacobians of a module. BackPACK has a class per class of module; here one knows them all."""
+"""Products with the Jacobians of a module. BackPACK has a class per class of module; here one serves all."""
 
 from __future__ import annotations
 
