@@ -72,7 +72,7 @@ class FxcurvGradSampleModule(AbstractGradSampleModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if not self.training or not tensors[0].shape[0 if self.batch_first or tensors[0].ndim < 2 else 1]:
-            return self._run_plain(tensors, args, kwargs)
+            return self._run_plain(args, kwargs)
         given = (args, kwargs) if self.batch_first else _swap_samples((args, kwargs))
         output = self._extended(*given[0], **given[1])
         nodes = {t.grad_fn for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None}
@@ -82,7 +82,7 @@ class FxcurvGradSampleModule(AbstractGradSampleModule):
             node.register_hook(lambda *_, context=context: self._leave(context))
         return output
 
-    def _run_plain(self, tensors: list[Tensor], args: tuple, kwargs: dict) -> Any:
+    def _run_plain(self, args: tuple, kwargs: dict) -> Any:
         """Run the plain model: in evaluation mode, or for an empty batch, whose backward pass leaves empty rows."""
         with disable():
             output = self._module(*args, **kwargs)

@@ -69,16 +69,16 @@ class _Counter(fx.Interpreter):
 def count_program(program: Program) -> dict[str, Total]:
     """FLOPs and traffic of the emitted graph, by stage."""
     counter = _Counter(program.gm)
-    with _fake_mode() as mode, torch.no_grad(), counter.traffic, counter.flops:
-        counter.run(*_fakes(mode, program))
+    with _fake_mode(), torch.no_grad(), counter.traffic, counter.flops:
+        counter.run(*_fakes(program))
     return {**counter.stages, "program": sum(counter.stages.values(), Total())}
 
 
 def count_plain(program: Program) -> Total | None:
     """The work of a forward and backward pass by autograd, of the loss or else the output's sum; None if it fails."""
     counter = _Counter(_cut_at(program, [program.loss] if program.loss is not None else program.output_leaves))
-    with _fake_mode() as mode, torch.enable_grad(), counter.traffic, counter.flops:
-        fakes = _fakes(mode, program)
+    with _fake_mode(), torch.enable_grad(), counter.traffic, counter.flops:
+        fakes = _fakes(program)
         bound = zip(fakes, program.inputs, strict=True)
         params = [t.requires_grad_() for t, what in bound if what.kind == "param" and what.name in program.params]
         outputs = counter.run(*fakes)
@@ -105,7 +105,7 @@ def _fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def _fakes(mode: FakeTensorMode, program: Program) -> list[Any]:
+def _fakes(program: Program) -> list[Any]:
     """A fake tensor for every placeholder, at the batch size of capture."""
     out = []
     for node in program.graph.nodes:

@@ -318,13 +318,9 @@ def _output_factor(given: Given, sharing: str, fold: tuple[int, int] | None, dty
             b = b.unflatten(0, (classes, -1) if axis == 1 else (-1, classes)).sum(axis)
         parts.append(embedded(b, rows, 2))
     if sharing == "expand":
-        return sum_of([_moment(b.transpose(2, 3).flatten(0, 2)) for b in parts])
+        return sum_of([gram(b.transpose(2, 3).flatten(0, 2)) for b in parts])
     total = sum_of([b.squeeze(3) if b.shape[3] == 1 else b.sum(3) for b in parts])
-    return _moment(total.flatten(0, 1))
-
-
-def _moment(rows: Tensor) -> Tensor:
-    return gram(rows)
+    return gram(total.flatten(0, 1))
 
 
 def embedded(t: Tensor, embed: Embed | None, dim: int) -> Tensor:
@@ -338,7 +334,7 @@ def entries(p: Tensor) -> Tensor:
 
 
 def _exact_block(p: Tensor) -> Tensor:
-    return _moment(entries(p).flatten(0, 1))
+    return gram(entries(p).flatten(0, 1))
 
 
 def _square_zeros(param: Tensor, size: int) -> Tensor:

@@ -70,20 +70,20 @@ class Projected(PerSample):
             record(param, "blocks of P by random signs")
             sizes, order = list(found.arrange.sizes), list(found.arrange.order)
             a, g = param.emit(_parts, found)
-            return self._rows(param, param.emit(outer_project, a, g, sizes, order, *at), [a, g])
+            return self._rows(param.emit(outer_project, a, g, sizes, order, *at), [a, g])
         if rows is not None:
             record(param, "looked up rows by random signs")
             g = param.emit(_one_column, rows)
-            return self._rows(param, param.emit(rows_project, rows.index, g, rows.padding, *at), [rows.index, g])
+            return self._rows(param.emit(rows_project, rows.index, g, rows.padding, *at), [rows.index, g])
         record(param, WHOLE)
         p = param.contract(power=1, reduce="v")
         dims = len(param.node.meta["val"].shape)
         a, g = param.emit(_as_outputs, p, dims)
         size = prod(param.node.meta["val"].shape)
-        value = self._rows(param, param.emit(outer_project, a, g, [size], [0], *at), [a, g])
+        value = self._rows(param.emit(outer_project, a, g, [size], [0], *at), [a, g])
         return param.emit(_unflattened, value, p, dims)
 
-    def _rows(self, param: Param, value: fx.Node, given: list[fx.Node]) -> fx.Node:
+    def _rows(self, value: fx.Node, given: list[fx.Node]) -> fx.Node:
         declare(value, Shard(0), given)
         return value
 

@@ -319,7 +319,7 @@ class Reads:
                 found = next(vars(c)[name] for c in type(value).__mro__ if name in vars(c))
                 code = getattr(getattr(found, "fget", found), "__code__", None)
                 if code is not None and holds_state(code.co_filename):  # what the method reads is recorded when it runs
-                    self._add_by_identity(path, value)
+                    self._add_by_identity(path)
                     return
                 if not hasattr(type(found), "__get__"):
                     path, value, at = path.step("attr", name), found, at + 1
@@ -341,7 +341,7 @@ class Reads:
             self._add(path, value)
             return
 
-    def _add_by_identity(self, path: Path, value: Any) -> None:
+    def _add_by_identity(self, path: Path) -> None:
         if path.steps:
             self._paths.setdefault(("identity", *path.key), path)
 

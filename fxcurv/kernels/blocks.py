@@ -19,16 +19,12 @@ BLOCK = 1 << 19
 FEWEST = 4
 
 
-def boxes(sizes: tuple[int, ...], budget: int, most: int | None = None) -> Iterator[tuple[slice, ...]]:
-    """Boxes of at most `budget` elements (at least one) that cover an array of `sizes`; the last axis is filled first.
-
-    `most` bounds a box's length along the first axis.
-    """
+def boxes(sizes: tuple[int, ...], budget: int) -> Iterator[tuple[slice, ...]]:
+    """Boxes of at most `budget` elements (at least one) that cover an array of `sizes`; the last axis is filled first."""
     steps: list[int] = []
     for size in reversed(sizes):
         steps.insert(0, max(1, min(size, budget)))
         budget //= steps[0]
-    steps[0] = max(1, min(steps[0], most or steps[0]))
     spans = ([slice(x, min(x + d, size)) for x in range(0, size, d)] for size, d in zip(sizes, steps, strict=True))
     return itertools.product(*spans)
 

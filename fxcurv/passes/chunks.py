@@ -65,13 +65,11 @@ def chunks(program: Program) -> Program:
         part = _Part(program, head, place, count)
         if not part.refusal:
             part.replace()
-            program.notes.append(
-                f"head and loss: {count} positions of the output {_describe_shape(program, head)} in chunks"
-            )
+            program.notes.append(f"head and loss: {count} positions of the output {_describe_shape(head)} in chunks")
             return program
         why.append(part.refusal)
     reason = why[0] if why else "it has no positions"
-    program.notes.append(f"head and loss: the output {_describe_shape(program, head)} is whole, since {reason}")
+    program.notes.append(f"head and loss: the output {_describe_shape(head)} is whole, since {reason}")
     return program
 
 
@@ -93,7 +91,7 @@ def _sizes_of_inputs(program: Program) -> None:
         program.graph.erase_node(node)
 
 
-def _describe_shape(program: Program, head: fx.Node) -> str:
+def _describe_shape(head: fx.Node) -> str:
     return str([str(s) for s in head.meta["val"].shape]).replace("'", "")
 
 

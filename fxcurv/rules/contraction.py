@@ -71,9 +71,6 @@ class Contraction(Rule):
         named = labels.replace(".", "")
         return ndim - len(named) + named.index(label)
 
-    def _einsum(self, equation):
-        return equation.replace(".", "...")
-
     def _fits(self, call: Call):
         """Whether every operand has the equation's axes; `linear`, for one, also takes a weight [i]."""
         return all(call.args[p].ndim >= len(labels.replace(".", "")) for p, labels in self.labels.items())

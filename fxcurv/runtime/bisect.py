@@ -45,7 +45,7 @@ def first_difference(check: Any, forward: bool, pairs: dict[str, Pair], wrong: S
     if not wrong:
         name = next(name for name, pair in pairs.items() if unequal([pair]))
         return f"capture, in the {name.replace('buffer', 'update of buffer')}:"
-    return _explain_gradient(check, events, graph, wrong, pairs)
+    return _explain_gradient(check, graph, wrong, pairs)
 
 
 def _put_hooks(model: nn.Module, note: Callable[[str, nn.Module, Any], None]) -> None:
@@ -57,15 +57,14 @@ def _put_hooks(model: nn.Module, note: Callable[[str, nn.Module, Any], None]) ->
 class _Events:
     """The tensors that modules returned in a plain pass, in order."""
 
-    def __init__(self, live: bool = False):
+    def __init__(self):
         self.found: list[tuple[str, nn.Module, Tensor]] = []
-        self.live = live
 
     def note(self, name: str, module: nn.Module, out: Any) -> None:
         """Note what a module returned; an argument of `_put_hooks`."""
         for t in pytree.tree_leaves(out):
             if isinstance(t, Tensor) and t.is_floating_point():
-                self.found.append((name, module, t if self.live else t.detach().clone()))
+                self.found.append((name, module, t.detach().clone()))
 
 
 class _Differentiable(fx.Interpreter):
@@ -140,9 +139,7 @@ def _explain_forward(check: Any, events: _Events, graph: _Differentiable) -> str
     return "the model and the loss are captured right, a later rewrite or kernel is not:"
 
 
-def _explain_gradient(
-    check: Any, events: _Events, graph: _Differentiable, wrong: Sequence[str], pairs: dict[str, Pair]
-) -> str:
+def _explain_gradient(check: Any, graph: _Differentiable, wrong: Sequence[str], pairs: dict[str, Pair]) -> str:
     graph.go()
     loss = graph.values[check.known.forward_loss]
     names = [name.removeprefix("the gradient of '")[:-1] for name in wrong]
@@ -181,7 +178,7 @@ class _ModuleCotangents:
     """Cotangents of all modules' outputs in a plain pass."""
 
     def __init__(self, check: Any):
-        self.events = _Events(live=True)
+        self.events = _Events()
         self.grads: dict[int, Tensor] = {}
         check.run(watch=lambda model: _put_hooks(model, self._note))
         found = [(name, module, self.grads.get(k)) for k, (name, module, _) in enumerate(self.events.found)]

@@ -38,7 +38,6 @@ class Ranks:
             )
         if mesh.get_coordinate() is None:
             raise ArgumentError("this process is no part of mesh=: compile only where the mesh has a rank")
-        self.mesh = mesh
         self.group = (mesh if mesh.ndim == 1 else flattened_mesh(mesh)).get_group()
         self.name, self.rank, self.size = (
             self.group.group_name,

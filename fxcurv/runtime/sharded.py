@@ -40,7 +40,7 @@ class Sharded:
 
     def __init__(self, model: nn.Module, ranks: Ranks):
         self.params = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
-        _check(model, self.params, ranks)
+        _check(self.params, ranks)
         self.buckets = tuple(_buckets(model, self.params, ranks))
         others = set(self.params) - {name for bucket in self.buckets for name in bucket.names}
         if others:
@@ -226,7 +226,7 @@ def _is_fsdp_hook(hook: Any) -> bool:
     return (type(owner) if owner is not None else hook).__module__.startswith("torch.distributed.fsdp")
 
 
-def _check(model: nn.Module, sharded: dict[str, DTensor], ranks: Ranks) -> None:
+def _check(sharded: dict[str, DTensor], ranks: Ranks) -> None:
     ours = sorted(dist.get_process_group_ranks(ranks.group))
     meshes = {p.device_mesh for p in sharded.values()}
     if len(meshes) > 1:

@@ -17,6 +17,7 @@ from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program, is_active
 from fxcurv.ir.traced import sum_of
 from fxcurv.rules.call import call_of
+from fxcurv.walks.loss import past
 from fxcurv.walks.products.derivatives import emitted, op_of, outputs, transposed
 from fxcurv.walks.products.zeros import is_zero
 
@@ -65,7 +66,7 @@ def joint_of(program: Program, kind: str) -> tuple[JointGraph, dict[int, fx.Node
     child, env = _copy_program(program, nodes)
     forward, heads = [env[n] for n in nodes], [env[h] for h in program.heads]
     child.heads = heads
-    joint = JointGraph(child, forward, heads, _past(child.loss, heads), {})
+    joint = JointGraph(child, forward, heads, past(child) & descendants(heads), {})
     for node in forward:
         if isinstance(node.meta.get("val"), tuple | list):
             call_of(child, node)  # makes a node for every output
@@ -103,17 +104,6 @@ def _copy_program(program: Program, nodes: list[fx.Node]) -> tuple[Program, dict
     child.params = {name: copies[n] for name, n in params.items()}
     child.loss = copies[child.loss]
     return child, {old: copies[new] for old, new in env.items()}
-
-
-def _past(loss: fx.Node, heads: list[fx.Node]) -> set[fx.Node]:
-    """The nodes between f and the loss."""
-    reached, stack = set(), [loss]
-    while stack:
-        node = stack.pop()
-        if node not in reached and node not in heads:
-            reached.add(node)
-            stack.extend(node.all_input_nodes)
-    return reached & descendants(heads)
 
 
 def _gradients(joint: JointGraph, kind: str) -> None:

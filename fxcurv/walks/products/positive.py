@@ -71,7 +71,7 @@ class PositiveProduct(Product):
         args = rule, call, wrt, g, ts
         if rule.is_loss:
             (c,) = g
-            c = emitted(self.program, node, _positive_cotangent, c, self.modify)
+            c = emitted(self.program, node, _positive, c, self.modify)
             return super().times_residual(node, rule, call, wrt, [c], ts)
         if pointwise(node.target) and isinstance(node.meta["val"], Tensor):
             return emitted(self.program, node, _entries, *args, self.modify)
@@ -96,11 +96,6 @@ class PositiveProduct(Product):
 
 def _positive(values: Tensor, modify: str) -> Tensor:
     return values.clamp(min=0) if modify == "clip" else values.abs()
-
-
-def _positive_cotangent(c: Tensor, modify: str) -> Tensor:
-    """The cotangent of a convex loss in closed form, whose residual is the cotangent times a positive matrix."""
-    return _positive(c, modify)
 
 
 def _times_unmodified(rule: Rule, call: Call, wrt, g, ts) -> list[Tensor]:
