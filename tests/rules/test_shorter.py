@@ -52,7 +52,7 @@ class Random:
             self.add(aten.expand.default, node, [choice([1, 1, 2]), *val.shape])
         elif kind == "select" and val.ndim > 1:
             self.add(aten.select.int, node, d, choice([0, val.shape[d] - 1]))
-        elif kind == "slice" and val.shape[d] > 0:
+        elif kind == "slice" and val.ndim and val.shape[d] > 0:
             start = choice(range(val.shape[d]))
             self.add(aten.slice.Tensor, node, d, start, start + choice([1, 1, 2]))
             if choice([True, False]):
@@ -65,7 +65,7 @@ class Random:
         elif kind == "mul":
             others = [v for v in self.values if _broadcast(v.meta["val"].shape, val.shape)]
             self.add(aten.mul.Tensor, node, choice(others))
-        elif kind == "cat":
+        elif kind == "cat" and val.ndim:
             self.add(aten.cat.default, [node, node], d)
             joined, rows = self.values[-1], val.shape[d]
             self.add(aten.slice.Tensor, joined, d, rows, 2 * rows)
