@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from fxcurv import passes
 from fxcurv.errors import LossError
 from fxcurv.extensions import Extension
-from fxcurv.ir.graph import canonical_args, pruned
+from fxcurv.ir.graph import canonical_args, is_tensor, pruned
 from fxcurv.ir.origin import locate
 from fxcurv.ir.placement import PARTIAL
 from fxcurv.ir.private import pytree
@@ -38,6 +38,10 @@ from fxcurv.passes.shorten import shorten
 from fxcurv.passes.simplify import simplify
 from fxcurv.passes.sum_first import sum_first
 from fxcurv.rules.loss import LossRule
+
+aten = torch.ops.aten
+# By number of dimensions, besides the contiguous one.
+FORMATS = {4: (torch.channels_last,), 5: (torch.channels_last_3d,)}
 
 BACKWARD = [propagate, average, products, extract]
 FINISH = [simplify, select, simplify, sum_first, shorten, schedule, finish]
@@ -209,27 +213,58 @@ def with_seams(template: Program) -> Program:
 
 
 def _number(program: Program, template: Program, n: int) -> None:
-    """Give the nodes of `program` the numbers that equal computations have in `template`, which has no loss."""
+    """Give the nodes of `program` the keys of equal values in `template`, which has no loss.
+
+    The two may have chosen other layouts for images. So a value is known whatever its layout, and `laid_out` says how it is
+    to be copied if the template has it in another one.
+    """
     numbers: dict[fx.Node, Any] = {}
     known: dict[Any, deque] = {}
+    keys: dict[Any, Any] = {}
     for node, what in _nodes_with_inputs(template):
-        numbers[node] = node.meta["key"]
-        known.setdefault(_signature(node, what, template, n, numbers), deque()).append(node.meta["key"])
+        if _is_copy(node):
+            numbers[node] = numbers[node.args[0]]  # type: ignore[index]
+        else:
+            numbers[node] = node.meta["key"]
+            known.setdefault(_signature(node, what, template, n, numbers), deque()).append(node.meta["key"])
+        keys.setdefault((numbers[node], _layout(node, template, n)), node.meta["key"])
     numbers = {}
     for node, what in _nodes_with_inputs(program):
-        keys = known.get(_signature(node, what, program, n, numbers))
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if keys:
-            numbers[node] = node.meta["key"] = keys.popleft() if random else keys[0]
+        if _is_copy(node):
+            number = numbers[node.args[0]]  # type: ignore[index]
+        else:
+            same = known.get(_signature(node, what, program, n, numbers))
+            number = node if not same else same.popleft() if random else same[0]
+        numbers[node] = number
+        place = _layout(node, program, n)
+        if (number, place) in keys:
+            node.meta["key"] = keys[number, place]
+        elif not isinstance(number, fx.Node) and isinstance(place, torch.memory_format):
+            node.meta["key"], node.meta["laid_out"] = number, place
         elif random:
             raise LossError(
                 f"{locate(node)}\ndraws random numbers past the model's output, and would draw other ones in the backward "
                 "pass. Way out: draw them in the model, or pass them to the loss as an argument."
             )
-        else:
-            numbers[node] = node
-            if what is not None:
-                node.meta["given"] = what
+        elif what is not None:
+            node.meta["given"] = what
+
+
+def _is_copy(node: fx.Node) -> bool:
+    """Whether a node is a value in another layout."""
+    return node.target is aten.clone.default
+
+
+def _layout(node: fx.Node, program: Program, n: int) -> Any:
+    """A memory format if the value of a node is in one, else its strides, at `n` samples; None unless it is one tensor."""
+    if not is_tensor(node):
+        return None
+    val, at = node.meta["val"], program.batch
+    strides = [at.evaluate(s, n) if isinstance(s, torch.SymInt) else s for s in val.stride()]
+    like = torch.empty_strided(at.shape(val, n), strides, device="meta")
+    formats = [torch.contiguous_format, *FORMATS.get(val.ndim, ())]
+    return next((f for f in formats if like.is_contiguous(memory_format=f)), tuple(strides))
 
 
 def _nodes_with_inputs(program: Program) -> list[tuple[fx.Node, Input | None]]:
@@ -266,10 +301,18 @@ def _without_forward(gm: fx.GraphModule) -> Part:
     graph = pruned(gm.graph)
     keyed = [n for n in graph.nodes if "key" in n.meta and n.op == "call_function"]
     first = next(iter(graph.nodes))
+    saved: dict[Any, fx.Node] = {}  # one for each key: fx gives a second one of a name the name of another
     for node in keyed:
-        with graph.inserting_before(first):
-            value = graph.placeholder(f"saved_{node.meta['key']}")
-        value.meta = dict(node.meta)
+        key = node.meta["key"]
+        if key not in saved:
+            with graph.inserting_before(first):
+                saved[key] = graph.placeholder(f"saved_{key}")
+            saved[key].meta = dict(node.meta)
+        value = saved[key]
+        if "laid_out" in node.meta:
+            with graph.inserting_before(node):
+                value = graph.call_function(aten.clone.default, (value,), {"memory_format": node.meta["laid_out"]})
+            value.meta = {kind: known for kind, known in node.meta.items() if kind != "key"}
         node.replace_all_uses_with(value)
     for node in reversed(keyed):  # also what dead code elimination keeps: random ops, which would draw again
         graph.erase_node(node)
