@@ -27,6 +27,7 @@ from fxcurv.ir.private import (
     FakeTensor,
     FunctionalTensor,
     Loss,
+    after_backward,
     in_function_transform,
     is_view,
     pytree,
@@ -219,6 +220,9 @@ def _arrive(found: Pass, gs: Sequence[Any]) -> None:
     if found.calls:
         reached = [replace(call) for call in found.calls if call.scale is not None]
         found.arrived, found.cotangents = (running_backward(), reached), gs
+        after_backward(
+            found.forget
+        )  # with create_graph=True cotangents lead back to the pass, so neither would ever die
     for call in found.calls:
         call.scale = None
 

@@ -89,6 +89,10 @@ class Pass:
     arrived: tuple[int, list[LossCall]] = (-1, [])
     cotangents: Sequence[Any] = ()
 
+    def forget(self) -> None:
+        """Drop what arrived by the backward pass that has ended."""
+        self.arrived, self.cotangents = (-1, []), ()
+
     @property
     def template(self) -> Program:
         """The analysed program of the model alone."""

@@ -14,7 +14,7 @@ import logging
 import operator
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -61,6 +61,7 @@ SEEN: dict[str, Sequence[str]] = {
     "torch._C.DisableTorchFunction": TRIED,
     "torch._C._are_functorch_transforms_active": TRIED,
     "torch._C._current_graph_task_id": TRIED,
+    "torch.autograd.Variable._execution_engine.queue_callback": TRIED,
     "torch._C._is_any_autocast_enabled": TRIED,
     "torch._C._storage_Use_Count": TRIED,
     "torch.UntypedStorage._cdata": TRIED,
@@ -224,8 +225,8 @@ from torch.utils._sympy import functions
 
 __all__ = [
     "FakeTensor", "FakeTensorMode", "FunctionalTensor", "GuardOnDataDependentSymNode", "Loss", "OpOverload", "SEEN",
-    "ShapeEnv", "TRIED", "TorchDispatchMode", "UnsupportedOperatorException", "any_autocast", "base_of", "captured_size", "check",
-    "collectives_of", "compile_lock", "constant_result", "decomposes", "decomposition_table", "disable_fake_tensor_cache",
+    "ShapeEnv", "TRIED", "TorchDispatchMode", "UnsupportedOperatorException", "after_backward", "any_autocast", "base_of",
+    "captured_size", "check", "collectives_of", "compile_lock", "constant_result", "decomposes", "decomposition_table", "disable_fake_tensor_cache",
     "disable_proxy_modes_tracing", "dispatch_functionalize", "enable_python_dispatcher", "find", "flattened_mesh",
     "function_of_sizes", "group_named",
     "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform", "is_view", "make_fx",
@@ -323,6 +324,11 @@ def node_of(tensor: torch.Tensor, tracer: Any) -> torch.fx.Node | None:
 def running_backward() -> int:
     """A number that identifies the running backward pass."""
     return torch._C._current_graph_task_id()
+
+
+def after_backward(call: Callable[[], None]) -> None:
+    """Have `call` run when the running backward pass has ended."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
 def is_view(tensor: torch.Tensor) -> bool:

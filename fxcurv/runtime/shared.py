@@ -217,10 +217,12 @@ def _fields(program: Program) -> Hashable:
     )
 
 
+TABLES: list[dict] = [RULES, KINDS, BIRTHS, FUSED, IDIOMS, SHORT]
+
+
 def compiler() -> Hashable:
     """The passes, and the tables that a user can add to: rules, candidates, kinds of columns."""
-    tables: list[dict] = [RULES, KINDS, BIRTHS, FUSED, IDIOMS, SHORT]
-    known = [(name, id(value)) for table in tables for name, value in table.items()]
+    known = [(name, id(value)) for table in TABLES for name, value in table.items()]
     return (
         tuple(passes.ANALYSIS),
         tuple(passes.PIPELINE),

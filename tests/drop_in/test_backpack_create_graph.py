@@ -138,4 +138,5 @@ def test_nothing_leaks(model):
         gc.collect()
         return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
 
+    tensors_after(2)  # what was there before the test dies with it
     assert tensors_after(2) == tensors_after(5)

@@ -264,7 +264,8 @@ def test_extension_names_and_arguments_are_backpacks(original):
         positional = [k for k, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
         assert positional[: len(given)] == given, name
     for ours, where in ((backpack, original.backpack), (extend, original.extend)):
-        assert list(inspect.signature(ours).parameters)[1:] == list(inspect.signature(where).parameters)[1:]
+        theirs = list(inspect.signature(where).parameters)[1:]
+        assert list(inspect.signature(ours).parameters)[1:][: len(theirs)] == theirs
 
 
 SAME = [

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import fxcurv
+from fxcurv.runtime import shared
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = (ROOT, ROOT / "docs", ROOT / "examples", ROOT / "bench", ROOT / "tests", ROOT / ".github" / "ISSUE_TEMPLATE")
@@ -65,6 +66,18 @@ def test_every_block_says_its_language(document):
         assert LANGUAGES.fullmatch(language), f"```{language}"
 
 
+@pytest.fixture
+def compiler():
+    """What a document adds to the compiler is taken away again: with it no other test's programs would go on disk."""
+    tables, candidates = [(table, dict(table)) for table in shared.TABLES], list(shared.CANDIDATES)
+    yield
+    for table, known in tables:
+        table.clear()
+        table.update(known)
+    shared.CANDIDATES[:] = candidates
+
+
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d)])
 def test_document(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
