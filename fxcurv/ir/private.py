@@ -225,15 +225,15 @@ from torch.utils._sympy import functions
 
 __all__ = [
     "FakeTensor", "FakeTensorMode", "FunctionalTensor", "GuardOnDataDependentSymNode", "Loss", "OpOverload", "SEEN",
-    "ShapeEnv", "TRIED", "TorchDispatchMode", "UnsupportedOperatorException", "after_backward", "any_autocast", "base_of",
-    "captured_size", "check", "collectives_of", "compile_lock", "constant_result", "decomposes", "decomposition_table", "disable_fake_tensor_cache",
-    "disable_proxy_modes_tracing", "dispatch_functionalize", "enable_python_dispatcher", "find", "flattened_mesh",
-    "function_of_sizes", "group_named",
-    "free_unbacked_symbols", "has_hooks", "hooks_of_tensor", "in_function_transform", "is_view", "make_fx",
-    "maybe_mark_dynamic", "memory_of", "new_size", "no_hooks", "no_torch_functions", "node_of", "original", "own_buffers",
-    "own_forward_hooks", "own_parameters", "patched", "precision_of_fsdp", "proxy_mode", "pytree", "rerouted",
-    "reshards_after_forward", "reshards_to", "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing",
-    "uses_of_storage", "version_of", "without_fake_mode", "without_forward_hooks",
+    "ShapeEnv", "TRIED", "TorchDispatchMode", "UnsupportedOperatorException", "after_backward", "any_autocast",
+    "base_of", "captured_size", "check", "collectives_of", "compile_lock", "constant_result", "decomposes",
+    "decomposition_table", "disable_fake_tensor_cache", "disable_proxy_modes_tracing", "dispatch_functionalize",
+    "enable_python_dispatcher", "find", "flattened_mesh", "free_unbacked_symbols", "function_of_sizes", "group_named",
+    "has_hooks", "hooks_of_tensor", "in_function_transform", "is_view", "make_fx", "maybe_mark_dynamic", "memory_of",
+    "new_size", "no_hooks", "no_torch_functions", "node_of", "original", "own_buffers", "own_forward_hooks",
+    "own_parameters", "patched", "precision_of_fsdp", "proxy_mode", "pytree", "rerouted", "reshards_after_forward",
+    "reshards_to", "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing", "uses_of_storage",
+    "version_of", "without_fake_mode", "without_forward_hooks",
 ]  # fmt: skip
 
 # loggers that repeat what a trace raises
