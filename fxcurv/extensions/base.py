@@ -64,6 +64,7 @@ class Extension:
         sample_axis: the axis of the result that holds the samples, None if there is one result for all of them.
         leaves_out: whether the result may leave out some of the parameters.
         pairs: whether it is about pairs of samples, for which `mesh=` sends the factors of P.
+        reads_gradients: whether it reads individual gradients beside the columns of `requires`.
         holds_samples: whether the result is a sum over columns for every sample, which each part of the columns would
             write anew.
         combine: how each tensor of a parameter's value combines over batches; () where it does not.
@@ -80,6 +81,7 @@ class Extension:
     any_sample: ClassVar[bool] = False
     shows_columns: ClassVar[Any] = False
     pairs: ClassVar[bool] = False
+    reads_gradients: ClassVar[bool] = False
     holds_samples: ClassVar[bool] = False
     leaves_out: ClassVar[Any] = False
     by_op: ClassVar[bool] = False

@@ -106,6 +106,7 @@ class EighGGN(_OfRoots):
     top: int = 10
     savefield = "eigh_ggn"
     pairs = True
+    reads_gradients = True
 
     def check(self) -> None:
         super().check()

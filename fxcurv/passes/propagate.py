@@ -36,7 +36,7 @@ def propagate(program: Program) -> Program:
     walk = Walk(program, [GRADIENT] if program.loss is not None else [])
     for e in program.extensions:
         curved = e.requires.of_ops
-        for group in [*groups_of(program, e.requires), *([GRADIENT] if curved else [])]:
+        for group in [*groups_of(program, e.requires), *([GRADIENT] if curved or e.reads_gradients else [])]:
             walk.wanted[group] = walk.wanted.get(group, frozenset()) | {*program.names_of(e)}
         if curved:
             walk.of_curvature |= {*program.names_of(e)}
