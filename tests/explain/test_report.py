@@ -111,6 +111,20 @@ def images(extensions, positions=8):
     return compiled, torch.randn(N, 2, positions, positions), torch.randint(OUT, (N,))
 
 
+def without_nodes(program):
+    """(parameter, extension) of decisions whose nodes were all merged into earlier ones, which must give their results."""
+    found, none = _decisions_of(program), set()
+    for k, d in enumerate(program.decisions):
+        if any(k in indices for indices in found.values()):
+            continue
+        none.add((d.param, d.extension))
+        for node in torch.utils._pytree.tree_leaves(program.results[d.savefield][d.param]):
+            if isinstance(node, torch.fx.Node):
+                assert found.get(node) and max(found[node]) < k, f"{d.param} {d.extension}: {node}"
+                assert {program.decisions[i].extension for i in found[node]} == {d.extension}
+    return none
+
+
 def test_measured_beside_predicted():
     """Every choice has both times, what extensions compute by themselves too; what has no prediction has neither."""
     extensions = [SumGradSquared(), Variance(), BatchL2Grad(), DiagGGNExact(), KFAC()]
@@ -120,9 +134,11 @@ def test_measured_beside_predicted():
     assert torch.equal(torch.random.get_rng_state(), state)
     chosen = [row for row in report.rows if row.seconds]
     assert {row.extension for row in chosen} == {"gradient", *(type(e).__name__ for e in extensions)} - {"Variance"}
+    none = without_nodes(compiled.lower(x, y))
     # A bias's factor is part of its weight's.
+    assert {("0.bias", "KFAC"), ("4.bias", "KFAC")} <= none
     for row in chosen:
-        assert row.measured > 0 or (row.extension, row.measured) == ("KFAC", 0) and row.param.endswith("bias"), row
+        assert (row.measured == 0) == ((row.param, row.extension) in none), row
     assert all(row.measured is None for row in report.rows if not row.seconds)
     text = str(report)
     assert "predicted" in text and "measured" in text and "shared" in text
@@ -140,9 +156,8 @@ def test_every_emitted_reduction_belongs_to_its_decision():
     together = [k for k, d in enumerate(program.decisions) if d.algorithm == "together"]
     assert len(together) == 3
     assert tuple(together) in found.values()
-    assert {k for indices in found.values() for k in indices} >= {
-        k for k, d in enumerate(program.decisions) if d.stage == "select"
-    }
+    # Other decisions without nodes were merged into the weight's: a bias has the same norms of cotangents.
+    assert without_nodes(program) <= {("0.bias", "KFAC"), ("4.bias", "KFAC"), ("4.bias", "BatchL2Grad")}
 
 
 def test_results_in_reused_memory():

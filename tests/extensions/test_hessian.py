@@ -69,7 +69,7 @@ def test_a_regulariser(name):
 
 
 def test_a_loss_that_reads_a_parameter_for_every_sample():
-    """Its own curvature counts, and no quantity per sample is made up of it."""
+    """Its own curvature counts, for every sample too; beside a quantity that needs f it is no sample's, and refused."""
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 3).double()
     x, y = torch.randn(3, 4).double(), torch.randn(3, 3).double()
@@ -77,8 +77,13 @@ def test_a_loss_that_reads_a_parameter_for_every_sample():
     def loss(f, y):
         return (f - y).square().mean() + (model.bias - y).square().sum()
 
-    found = fxcurv.compile(model, loss, [DiagHessian()])(x, y).diag_h
+    found = fxcurv.compile(model, loss, [DiagHessian(), BatchDiagHessian()])(x, y)
     for name, expected in Oracle(model, loss, x, y).diag_h().items():
-        torch.testing.assert_close(found[name], expected)
+        torch.testing.assert_close(found.diag_h[name], expected)
+    # one sample's term of the loss: the mean is over 9 entries, the sum over none
+    own = lambda f, t: (f - t).square().sum() / 9 + (model.bias - t).square().sum()  # noqa: E731
+    for n in range(3):
+        for name, expected in Oracle(model, own, x[n : n + 1], y[n : n + 1]).diag_h().items():
+            torch.testing.assert_close(found.diag_h_batch[name][n], expected)
     with pytest.raises(fxcurv.errors.ExtensionError, match="'bias' for every sample"):
-        fxcurv.compile(model, loss, [BatchDiagHessian()])(x, y)
+        fxcurv.compile(model, loss, [BatchDiagHessian(), DiagGGNExact()])(x, y)
