@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
 
 import pytest
@@ -16,8 +17,9 @@ import fxcurv
 from fxcurv import kronecker
 from fxcurv.errors import ExtensionError, LossError
 from fxcurv.extensions import KFAC, KFLR, KFRA, BatchGrad, DiagGGNExact, DiagHessian
-from fxcurv.walks.averaged import chain as averaged
 from fxcurv.walks.averaged import mathematics as averages
+
+averaging = importlib.import_module("fxcurv.passes.average")  # the package has the pass under this name
 
 
 def close(actual, expected, what=""):
@@ -248,11 +250,17 @@ def test_convolutions(name):
 
 
 PLANS = [(k, by_offsets) for k in (0, 1, 2, 3) for by_offsets in (False, True)]
+# of the ops from the first convolution up to the next layer, which are max-poolings
+POOLS = {
+    "overlapping_max_pool": [False, False, True],
+    "padded_max_pool": [False, True],
+    "two_pools": [True, False, True],
+}
 
 
 @slow
 @pytest.mark.parametrize("k, by_offsets", PLANS)
-@pytest.mark.parametrize("name", ["overlapping_max_pool", "padded_max_pool", "two_pools"])
+@pytest.mark.parametrize("name", POOLS)
 def test_every_way_to_the_first_convolution(name, k, by_offsets, monkeypatch):
     """However many ops are passed without their M, and by pairs of samples or of offsets, in blocks of every size."""
 
@@ -260,9 +268,18 @@ def test_every_way_to_the_first_convolution(name, k, by_offsets, monkeypatch):
         pools = ops > 0 and self._kind(tail[ops - 1]) == "max_pooled"
         return float("inf") if offsets and not pools else abs(min(k, len(tail)) - ops) + 0.5 * (offsets != by_offsets)
 
-    monkeypatch.setattr(averaged._Walk, "_cost_of", cost)
+    taken = []
+
+    def summed(tail, *args, own=averages.summed):
+        taken.append((len(tail), bool(args[1])))
+        return own(tail, *args)
+
+    monkeypatch.setattr(averaging._Walk, "_cost_of", cost)
+    monkeypatch.setattr(averages, "summed", summed)
     monkeypatch.setattr(averages, "ROOM", 2**27 if by_offsets else 2000)
     check(*of_cnn(name))
+    passed = POOLS[name][:k]
+    assert taken == ([(len(passed), by_offsets and passed[-1])] if passed else [])
 
 
 def test_what_is_under_the_first_convolution_is_not_made():
@@ -448,9 +465,12 @@ def test_refused_losses_and_sizes(monkeypatch):
     two = Net(lambda m, x: (m.a(x), m.b(x)), a=linear(4, 2), b=linear(4, 2))
     with pytest.raises(ExtensionError, match="couples 2 outputs"):
         fxcurv.compile(two, lambda f, y: (f[0] * f[1]).square().sum() + 0 * y.sum(), [KFRA()])(x, torch.zeros(3))
-    monkeypatch.setattr(averaged, "LARGEST", 100)
-    with pytest.raises(ExtensionError, match="features per sample, whose matrix takes"):
-        compiled_kfra(mlp(nn.ReLU()), x)
+    widest = 4 * 6**2  # bytes
+    monkeypatch.setattr(averaging, "LARGEST", widest)
+    assert compiled_kfra(mlp(nn.ReLU()), x).kfra
+    monkeypatch.setattr(averaging, "LARGEST", widest - 1)
+    with pytest.raises(ExtensionError, match="reads 6 features per sample, whose matrix takes"):
+        compiled_kfra(mlp(nn.ReLU(), 2), x)  # for an equal graph the program of before would be found
 
 
 # ---- another implementation ------------------------------
