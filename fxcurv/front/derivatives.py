@@ -24,7 +24,7 @@ from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
 from fxcurv.ir.traced import sum_of, zeros_behind
 from fxcurv.passes.normalize import rewritten
-from fxcurv.rules.base import FAILURES, Rule, rule_of
+from fxcurv.rules.base import AGAIN, FAILURES, Rule, rule_of
 from fxcurv.rules.call import Call
 from fxcurv.rules.custom import Custom
 from fxcurv.rules.traits import CUTS, random
@@ -138,7 +138,7 @@ def _items(node: fx.Node) -> list[fx.Node | None]:
 
 
 def _differentiate(program: Program, node: fx.Node) -> list[fx.Node]:
-    while rewritten(program, _nodes_between(program, node)):
+    while rewritten(program, _nodes_between(program, node), inside=True):
         pass
     outputs, cotangents, inputs, several = node.args
     inputs, between = [_strip_mark(x) for x in inputs], _nodes_between(program, node)
@@ -219,7 +219,7 @@ class _Walk:
         return [users.get(k) for k in range(len(val))]
 
     def _transpose(self, value: fx.Node, wrt: tuple[int, ...], outputs: list, gs: list) -> Sequence[fx.Node]:
-        rule = rule_of(value.target, self.program.rules)
+        rule = rule_of(value.target, AGAIN | self.program.rules)  # what it gives is differentiated once more
         general = type(rule).transpose is Rule.transpose
         if isinstance(value.target, Custom):
             self._trace(value)

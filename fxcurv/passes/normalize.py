@@ -24,6 +24,7 @@ from fxcurv.ir.program import Program
 from fxcurv.ir.specialise import propagate_values
 from fxcurv.rules import REWRITES, RULES
 from fxcurv.rules.base import SUMS
+from fxcurv.rules.fused import FUSED
 from fxcurv.rules.idioms import IDIOMS
 from fxcurv.rules.logits import logits
 from fxcurv.rules.traits import ITEMS
@@ -91,11 +92,15 @@ def _say_idioms(program: Program) -> None:
             substitute(program, node, new)
 
 
-def rewritten(program: Program, nodes: Iterable[fx.Node]) -> bool:
-    """Rewrite the composite ops among `nodes` in other ops; returns whether there were any."""
+def rewritten(program: Program, nodes: Iterable[fx.Node], inside: bool = False) -> bool:
+    """Rewrite the composite ops among `nodes` in other ops; returns whether there were any.
+
+    Args:
+        inside: whether ops that have kernels for both directions are rewritten too, for a derivative of their derivative.
+    """
     changed = False
     for node in list(nodes):
-        fn = _equation(node, program)
+        fn = _equation(node, program) or (REWRITES.get(node.target) if inside and _stays(node, program) else None)
         if fn is None:
             continue
         args = canonical_args(node)
@@ -117,6 +122,10 @@ def _equation(node: fx.Node, program: Program):
     if isinstance(node.target, OpOverload) and decomposes(node.target) and _is_float(node):
         return node.target  # a trace decomposes it
     return None
+
+
+def _stays(node: fx.Node, program: Program) -> bool:
+    return node.target in FUSED and node.target not in program.rules
 
 
 def _is_float(node: fx.Node) -> bool:
