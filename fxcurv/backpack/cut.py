@@ -38,6 +38,7 @@ from fxcurv.passes.shorten import shorten
 from fxcurv.passes.simplify import simplify
 from fxcurv.passes.sum_first import sum_first
 from fxcurv.rules.loss import LossRule
+from fxcurv.rules.traits import COPIES
 
 aten = torch.ops.aten
 # By number of dimensions, besides the contiguous one.
@@ -222,7 +223,7 @@ def _number(program: Program, template: Program, n: int) -> None:
     known: dict[Any, deque] = {}
     keys: dict[Any, Any] = {}
     for node, what in _nodes_with_inputs(template):
-        if _is_copy(node):
+        if node.target in COPIES:
             numbers[node] = numbers[node.args[0]]  # type: ignore[index]
         else:
             numbers[node] = node.meta["key"]
@@ -231,7 +232,7 @@ def _number(program: Program, template: Program, n: int) -> None:
     numbers = {}
     for node, what in _nodes_with_inputs(program):
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if _is_copy(node):
+        if node.target in COPIES:
             number = numbers[node.args[0]]  # type: ignore[index]
         else:
             same = known.get(_signature(node, what, program, n, numbers))
@@ -249,11 +250,6 @@ def _number(program: Program, template: Program, n: int) -> None:
             )
         elif what is not None:
             node.meta["given"] = what
-
-
-def _is_copy(node: fx.Node) -> bool:
-    """Whether a node is a value in another layout."""
-    return node.target is aten.clone.default
 
 
 def _layout(node: fx.Node, program: Program, n: int) -> Any:

@@ -155,6 +155,10 @@ IN_PLACE = {
 }  # fmt: skip
 
 
+# The values of the argument, in memory of their own and perhaps in another layout.
+COPIES = {aten.clone.default}
+
+
 def of_one(op: Any, x: Any = None, dims: Any = None, *more: Any, **dtype: Any) -> bool:
     """Whether a call is a sum over axes of size one: `x` without them."""
     sums = op is aten.sum.dim_IntList and not more and not dtype and bool(dims)

@@ -905,6 +905,27 @@ def test_all_claims_on_the_whole_database(monkeypatch):
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.parametrize("op", traits.COPIES, ids=str)
+def test_copies(op):
+    """Equal to the argument, whatever the layout, and in memory of their own."""
+    x = torch.randn(2, 3, 4, 5)
+    for layout in (torch.contiguous_format, torch.channels_last, torch.preserve_format):
+        y = op(x, memory_format=layout)
+        assert torch.equal(x, y) and y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+def test_sums_of_one():
+    """What is said to be a sum over axes of size one is the argument without them; nothing else is said to be one."""
+    x, total = torch.randn(1, 3, 1), aten.sum.dim_IntList
+    for dims in ([0], [2], [0, 2], [-1]):
+        assert traits.of_one(total, x, dims)
+        assert torch.equal(total(x, dims), x.squeeze(dims))
+    for args, kwargs in [((x, [1]), {}), ((x, [0, 1]), {}), ((x, []), {}), ((x, None), {}), ((x, [0], True), {}),
+                         ((x, [0]), {"dtype": torch.float64}), ((x.long(), [0]), {}), ((x > 0, [0]), {})]:  # fmt: skip
+        assert not traits.of_one(total, *args, **kwargs)
+    assert not traits.of_one(aten.mean.dim, x, [0]) and not traits.of_one(aten.amax.default, x, [0])
+
+
 def test_every_table_is_tried():
     """Besides what goes on between processes, which tests/distributed runs."""
     tree = ast.parse(Path(traits.__file__).read_text())
