@@ -26,7 +26,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-BATCH = 128
+# At 128 the Jacobians of all outputs, which laplace-torch's default makes for a diagonal, are gigabytes.
+BATCH = 32
 GOALS = {"KronLaplace": 2.0, "DiagLaplace": 3.0, "ghost clipping": 2.0}
 HEAD = ("task", "images", "rounds", "theirs_s", "ours_s", "ratio", "goal", "first_s")
 COLUMNS = (*HEAD, "versions", "device", "threads", "cpu", "cores", "torch", "fxcurv", "date")
