@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from cases import mnist_cnn
-from measure import Row, machine, print_rows, set_up, write
+from measure import Row, machine, print_rows, set_up, version, write
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
@@ -127,8 +127,6 @@ def measured(task: str, images: int, rounds: int, progress: tqdm) -> Row:
 
 def main() -> int:
     """Measure, print, compare with the goals."""
-    from measure import version
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--images", type=int, default=10_000)

@@ -17,7 +17,7 @@ from fxcurv.ir.origin import module_path, origin_of
 from fxcurv.ir.placement import MIXED
 from fxcurv.ir.program import Program
 from fxcurv.passes.independence import independence, visit
-from fxcurv.passes.normalize import say_in_others, substitute
+from fxcurv.passes.normalize import may_stay, say_in_others, substitute
 from fxcurv.rules.base import AGAIN, REWRITES
 from fxcurv.rules.fused import FUSED
 
@@ -25,7 +25,7 @@ from fxcurv.rules.fused import FUSED
 def fuse(program: Program) -> Program:
     """Replace each op of `FUSED` by its kernels or by its rewrite; an op that has neither keeps its rule."""
     looked_into, mixed = _reasons_to_rewrite(program), False
-    for node in [n for n in program.graph.nodes if n.target in FUSED and n.target not in program.rules]:
+    for node in [n for n in program.graph.nodes if may_stay(n, program)]:
         found = looked_into.get(node) or FUSED[node.target](node)
         why, fn = (found, REWRITES.get(node.target)) if isinstance(found, str) else ("", found)
         name = str(node.target).removeprefix("aten.").removesuffix(".default")

@@ -100,7 +100,7 @@ def rewritten(program: Program, nodes: Iterable[fx.Node], inside: bool = False) 
     """
     changed = False
     for node in list(nodes):
-        fn = _equation(node, program) or (REWRITES.get(node.target) if inside and _stays(node, program) else None)
+        fn = _equation(node, program, inside)
         if fn is None:
             continue
         args = canonical_args(node)
@@ -111,10 +111,12 @@ def rewritten(program: Program, nodes: Iterable[fx.Node], inside: bool = False) 
     return changed
 
 
-def _equation(node: fx.Node, program: Program):
+def _equation(node: fx.Node, program: Program, inside: bool):
     """The function that computes `node`'s op by other ops, or None."""
     if program.options.ranks and node.target in SUMS and node.target not in program.rules:
         return SUMS[node.target]
+    if inside and may_stay(node, program) and node.target in REWRITES:
+        return REWRITES[node.target]
     if node.op != "call_function" or node.target in program.rules or node.target in RULES:
         return None
     if node.target in REWRITES:
@@ -124,7 +126,8 @@ def _equation(node: fx.Node, program: Program):
     return None
 
 
-def _stays(node: fx.Node, program: Program) -> bool:
+def may_stay(node: fx.Node, program: Program) -> bool:
+    """Whether an op has kernels of PyTorch's for both directions, and no rule of the user's."""
     return node.target in FUSED and node.target not in program.rules
 
 
