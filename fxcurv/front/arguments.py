@@ -360,6 +360,10 @@ def objects_in(value: Any) -> list[Any]:
     return list(found.values())
 
 
+# Values without members of the call.
+_WHOLE = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, PackedSequence, Enum)
+
+
 def _is_packed(value: Any) -> bool:
     """Whether this is a packed sequence: a leaf, though a tuple, as a captured model may not read its members."""
     return isinstance(value, PackedSequence)
@@ -376,10 +380,13 @@ def _is_leaf(value: Any, leaves: list[Any]) -> bool:
 def _is_plain(value: Any) -> bool:
     """Whether a leaf is an object whose members may be tensors.
 
-    Nothing callable is, except PyTorch Geometric's data, which have `stores`.
+    Nothing callable is, except PyTorch Geometric's data, which have `stores`. While tracing, a tensor and a size lead to all
+    that PyTorch knows of the trace.
     """
+    if isinstance(value, _WHOLE):
+        return False
     called = callable(value) and (isinstance(value, type) or not hasattr(value, "stores"))
-    return hasattr(value, "__dict__") and not called and not isinstance(value, Enum | PackedSequence)
+    return hasattr(value, "__dict__") and not called
 
 
 def _holds(value: Any, kind: type | tuple[type, ...], seen: set[int]) -> bool:

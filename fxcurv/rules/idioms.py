@@ -15,7 +15,7 @@ from fxcurv.ir.emit import emit
 from fxcurv.ir.graph import canonical_args
 from fxcurv.ir.origin import origin_of
 from fxcurv.ir.program import Program
-from fxcurv.rules.base import rule_of
+from fxcurv.rules.base import REWRITES, rule_of
 from fxcurv.rules.traits import sliced
 
 aten = torch.ops.aten
@@ -186,3 +186,31 @@ def _rows(weight: Tensor, indices: Tensor, scale: Tensor | None, padding: int | 
     kept = None if padding is None else indices != padding % weight.shape[0]
     rows = rows if kept is None else rows.masked_fill(~kept.unsqueeze(1), fill)
     return rows if scale is None else rows * scale.unsqueeze(1), kept
+
+
+# RReLU in place: the op of which the slopes are an output too; a rewrite would meet the slopes' own op again -------------
+
+
+@idiom(aten.rrelu_with_noise_functional.default)
+def _slopes_apart(program: Program, node: fx.Node) -> tuple[fx.Node, ...]:
+    x, _, lower, upper, training = canonical_args(node)[:5]
+    return emit(program, _rrelu, x, lower, upper, training, origin=origin_of(node, "forward"), before=node)
+
+
+def _rrelu(x: Tensor, lower: float, upper: float, training: bool) -> tuple[Tensor, ...]:
+    return (REWRITES[aten.rrelu.default](x, lower, upper, training),)
+
+
+# ifft(x).real: PyTorch's own run leaves a conjugation to be done, which export's graph does not say -----------------------
+
+
+@idiom(aten.view_as_real.default)
+def _conjugated(program: Program, node: fx.Node) -> fx.Node | None:
+    x = node.args[0]
+    if not x.meta["val"].is_conj():  # type: ignore[union-attr]
+        return None
+    return emit(program, _resolved, x, origin=origin_of(node, "forward"), before=node)
+
+
+def _resolved(x: Tensor) -> Tensor:
+    return torch.view_as_real(x.clone())

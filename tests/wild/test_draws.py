@@ -44,6 +44,7 @@ DRAWS = {
     "rrelu": lambda x: F.rrelu(x, training=True),
     "rrelu_in_place": lambda x: F.rrelu(x * 1, 0.1, 0.9, training=True, inplace=True),
     "rrelu_eval": F.rrelu,
+    "rrelu_eval_in_place": lambda x: F.rrelu(x * 1, inplace=True),
     "dropout1d": lambda x: F.dropout1d(x.view(-1, 2, 2)).flatten(1),
     "dropout2d": lambda x: F.dropout2d(x.view(-1, 2, 2, 1)).flatten(1),
     "dropout3d": lambda x: F.dropout3d(x.view(-1, 2, 2, 1, 1)).flatten(1),

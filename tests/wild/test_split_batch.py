@@ -33,6 +33,7 @@ from fxcurv.extensions import (
     Variance,
 )
 from fxcurv.ir.emit import number_of_samples
+from fxcurv.ir.graph import to_reshape
 from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Shard, samples_back, samples_first
 from fxcurv.kronecker import Blocks
 from fxcurv.passes.counts import counts
@@ -53,6 +54,8 @@ def lowered(model, loss, extensions, x, y):
     for step in (counts, placements):
         program = step(program)
         passes.verify(program, step.__name__)
+    for node in program.graph.nodes:
+        to_reshape(node)  # as `simplify` does: one sample has other strides than several
     return program
 
 
@@ -167,8 +170,9 @@ def build(name):
 
 
 def asked_of(name, which):
-    """The extensions; a weight that is both an embedding and a head has no Kronecker factors."""
-    return [e for e in ASKED[which] if not (name == "tied" and isinstance(e, KFAC | KFLR))]
+    """The extensions; a weight that is embedding and head has no Kronecker factors, KFRA crosses pooling on one process alone."""
+    without = {"tied": KFAC | KFLR, "cnn": KFRA}.get(name, ())
+    return [e for e in ASKED[which] if not isinstance(e, without)]
 
 
 QUICK = [("mlp", "first"), ("weighted", "first"), ("tied", "hessian")]
