@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -203,6 +203,7 @@ class Param:
     def _of_group(self, spec: Spec, group: Group, weights: fx.Node | None, precise: bool) -> fx.Node:
         uses = [u for u in self.program.walked.uses[self.name] if group in u.groups]
         if not uses:
+            self._check_wanted(group)
             return self._zeros(spec, group, precise)
         if group in self.program.walked.weights:
             weights = self.program.walked.weights[group]
@@ -222,6 +223,14 @@ class Param:
         if "p" in spec.reduce or not path:
             return value
         return pull_back(self.program, Use(factors[0], (), (), "", path), value, spec.reduce)
+
+    def _check_wanted(self, group: Group) -> None:
+        """Columns that nobody asked for have no uses, which is no reason for zeros."""
+        if self.extension is not None and self.name not in self.program.walked.wanted.get(replace(group, part=0), ()):
+            raise ExtensionError(
+                f"{self.label} contracts columns of kind '{group.kind}' for '{self.name}', and did not ask for them. Way out: "
+                "name them in its `requires`; individual gradients beside other columns by `reads_gradients = True`."
+            )
 
     def _at_parameter(self, factor: Factor, use: Use) -> Explicit:
         """P at the parameter itself, materialised, where uses of different kinds meet."""

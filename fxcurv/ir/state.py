@@ -124,6 +124,7 @@ class Walked:
         direct: parameter name -> the gradient that arrives there without samples, [1, *P].
         weights: group -> node of its columns' weights [V, N].
         columns: group -> number of its columns.
+        wanted: group -> the parameters that it was carried to.
         residuals: the groups that ops with curvature gave birth to.
         parts: group -> its parts, where it was too large for one sweep.
         sweeps: how often the walk went down.
@@ -136,6 +137,7 @@ class Walked:
     direct: dict[str, fx.Node] = field(default_factory=dict)
     weights: dict[Any, fx.Node] = field(default_factory=dict)
     columns: dict[Any, int] = field(default_factory=dict)
+    wanted: dict[Any, frozenset[str]] = field(default_factory=dict)
     residuals: list[Any] = field(default_factory=list)
     parts: dict[Any, list[Any]] = field(default_factory=dict)
     sweeps: int = 1

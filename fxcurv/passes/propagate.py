@@ -71,7 +71,7 @@ def propagate(program: Program) -> Program:
     program.walked.uses = {name: walk.uses.get(node, []) for name, node in program.params.items()}
     program.walked.direct = {n: walk.direct[p] for n, p in program.params.items() if p in walk.direct}
     program.walked.weights = walk.weights
-    program.walked.columns = walk.columns
+    program.walked.columns, program.walked.wanted = walk.columns, walk.wanted
     program.walked.residuals = walk.residuals
     program.walked.parts, program.walked.sweeps = walk.parts, 1 + len(sweeps)
     return program

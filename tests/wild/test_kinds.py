@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from case_tools import Net
 from torch import nn
 
 import fxcurv
 from fxcurv import quantity
-from fxcurv.extensions import Extension
+from fxcurv.errors import ExtensionError
+from fxcurv.extensions import BatchGrad, Extension
 from fxcurv.ir.emit import emit
 from fxcurv.quantity import KINDS, Group, Quantity
 from fxcurv.rules.loss import separate
@@ -92,3 +94,30 @@ def test_a_new_kind_of_columns_is_one_function(monkeypatch):
 
 def twice(f, place):
     return separate(2 * torch.ones_like(f).unsqueeze(0), place, None)
+
+
+class Forgets(Extension):
+    """Squares of individual gradients, though it asks for the Gauss-Newton's columns."""
+
+    savefield = "forgets"
+    requires = quantity.SqrtGGN()
+
+    def extract(self, param):
+        return param.contract(power=2, reduce="vn", groups=[quantity.GRADIENT])
+
+
+class Remembers(Forgets):
+    reads_gradients = True
+
+
+def test_columns_that_nobody_asked_for_are_no_zeros():
+    """A scale that enters by another op has the gradient's columns only if an extension wants them."""
+    layer = nn.Linear(3, 2).double()
+    scale = nn.Parameter(torch.zeros(2).double())
+    model = Net(lambda m, x: m.layer(x) * m.scale.exp(), layer=layer, scale=scale)
+    x, y = torch.randn(4, 3).double(), torch.tensor([0, 1, 1, 0])
+    with pytest.raises(ExtensionError, match="Forgets contracts .*'gradient' for 'scale'.*reads_gradients"):
+        fxcurv.compile(model, nn.CrossEntropyLoss(), [Forgets()])(x, y)
+    found = fxcurv.compile(model, nn.CrossEntropyLoss(), [Remembers(), BatchGrad()])(x, y)
+    for name, of_samples in found.grad_batch.items():
+        torch.testing.assert_close(found.forgets[name], of_samples.square().sum(0))
