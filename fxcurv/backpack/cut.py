@@ -257,7 +257,10 @@ def _layout(node: fx.Node, program: Program, n: int) -> Any:
     if not is_tensor(node):
         return None
     val, at = node.meta["val"], program.batch
-    strides = [at.evaluate(s, n) if isinstance(s, torch.SymInt) else s for s in val.stride()]
+    try:
+        strides = [at.evaluate(s, n) if isinstance(s, torch.SymInt) else s for s in val.stride()]
+    except TypeError:
+        return "an input's own strides"  # every n-th entry of a larger tensor: sizes do not say of how large a one
     like = torch.empty_strided(at.shape(val, n), strides, device="meta")
     formats = [torch.contiguous_format, *FORMATS.get(val.ndim, ())]
     return next((f for f in formats if like.is_contiguous(memory_format=f)), tuple(strides))
