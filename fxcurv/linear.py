@@ -129,7 +129,7 @@ class Matrix:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, columns): D over parameters, R over outputs."""
+        """The numbers of rows and columns, each D over parameters or R over outputs."""
         return self.size, self.size
 
     @property

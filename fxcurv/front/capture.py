@@ -18,7 +18,7 @@ from fxcurv.errors import CaptureError, FxcurvError
 from fxcurv.front.arguments import Arguments
 from fxcurv.front.autograd_state import no_autograd_state
 from fxcurv.front.custom_functions import kept_functions
-from fxcurv.front.guards import Followed, fixed_sizes, no_branches, numbered_reductions, quiet, user_frames
+from fxcurv.front.guards import Followed, fixed_sizes, said_otherwise, numbered_reductions, quiet, user_frames
 from fxcurv.front.lift import detach_no_grad_regions, lift
 from fxcurv.front.observers import Observers, Where
 from fxcurv.front.packed import padded_sequences
@@ -123,7 +123,7 @@ def _run_export(wrapped: Captured, args: tuple, shapes: Any) -> ExportedProgram:
     wrapped.training = wrapped.model.training
     try:
         seen_through = (
-            kept_functions(), no_branches(), padded_sequences(), traced_transforms(wrapped), user_frames(), Followed(wrapped),
+            kept_functions(), said_otherwise(), padded_sequences(), traced_transforms(wrapped), user_frames(), Followed(wrapped),
         )  # fmt: skip
         with contextlib.ExitStack() as stack:
             for context in (torch.enable_grad(), in_order(), *seen_through):

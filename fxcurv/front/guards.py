@@ -79,10 +79,10 @@ def numbered_reductions():
 
 
 @contextlib.contextmanager
-def no_branches():
-    """Replace functions of PyTorch that branch on values by ones that do not, or refuse them."""
+def said_otherwise():
+    """Replace functions of PyTorch that branch on values, or write where an op does not say so; or refuse them."""
     with contextlib.ExitStack() as stack:
-        for name, new in _UNBRANCHED.items():
+        for name, new in _SAID_OTHERWISE.items():
             stack.enter_context(patched(name, new))
         if _FLEX.rpartition(".")[0] in sys.modules:
             stack.enter_context(rerouted(_FLEX, _no_flex))
@@ -205,11 +205,27 @@ def _gaussian_nll(input, target, var, full=False, eps=1e-6, reduction="mean"):  
     return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
 
 
-_UNBRANCHED = {
+_run_instance_norm = torch.instance_norm
+
+
+def _instance_norm(input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, cudnn_enabled):  # noqa: A002
+    """`torch.instance_norm` as the group norm that it is, which keeps the batch symbolic; its writes said by other ops."""
+    if not use_input_stats:
+        return _run_instance_norm(input, weight, bias, running_mean, running_var, False, momentum, eps, cudnn_enabled)
+    if running_mean is not None:
+        with torch.no_grad():
+            places = list(range(2, input.ndim))
+            for kept, of_samples in ((running_mean, input.mean(places)), (running_var, input.var(places))):
+                kept.mul_(1 - momentum).add_(momentum * of_samples.mean(0).to(kept.dtype))
+    return torch.group_norm(input, input.shape[1], weight, bias, eps, cudnn_enabled)
+
+
+_SAID_OTHERWISE = {
     "torch.autograd.forward_ad.make_dual": _no_dual,
     "torch.cond": _run_both_branches,
     "torch._higher_order_ops.cond": _run_both_branches,
     "torch.ctc_loss": _no_ctc,
+    "torch.instance_norm": _instance_norm,
     "torch.distributions.Distribution.__init__": _without_validation(Distribution.__init__),
     "torch.nn.functional.gaussian_nll_loss": _gaussian_nll,
     "torch.nn.modules.transformer._detect_is_causal_mask": _is_declared_causal,

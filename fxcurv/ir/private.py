@@ -94,6 +94,7 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.autograd.forward_ad.make_dual": TRIED,
     "torch.cond": TRIED,
     "torch.ctc_loss": TRIED,
+    "torch.instance_norm": TRIED,
     "torch.detach_": TRIED,
     "torch.inference_mode.__enter__": TRIED,
     "torch.inference_mode.__exit__": TRIED,

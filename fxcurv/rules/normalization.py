@@ -232,6 +232,24 @@ def _rms_norm(x, shape, weight=None, eps=None):
     return y if weight is None else y * weight
 
 
+@register(aten.logcumsumexp.default)
+class LogCumSumExp(Rule):
+    """y_i = log sum_{j <= i} exp(x_j) along one axis.
+
+    PyTorch's backward takes logarithms of the cotangent: a tangent, its transpose at zero, would be NaN or zero.
+    """
+
+    name = "log-cumulative sum of exponentials"
+
+    def formula(self, op, args):
+        x, dim = args
+        if not x.ndim:
+            return x.clone()
+        rows = x.movedim(dim, -1)
+        later = torch.ones(rows.shape[-1], rows.shape[-1], dtype=torch.bool, device=x.device).triu(1)
+        return rows.unsqueeze(-2).masked_fill(later, -torch.inf).logsumexp(-1).movedim(-1, dim)
+
+
 class Softmax(Rule):
     """softmax or log_softmax along one axis."""
 

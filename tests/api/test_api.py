@@ -513,6 +513,18 @@ def test_toggles_recompile() -> None:
         compiled(x, y)
 
 
+def test_instance_norm_keeps_its_running_statistics() -> None:
+    """The op's schema does not say that it writes to them."""
+    model = nn.Sequential(nn.Conv1d(1, 3, 2), nn.InstanceNorm1d(3, affine=True, track_running_stats=True), nn.Flatten())
+    plain, compiled = copy.deepcopy(model), fxcurv.compile(model, nn.MSELoss(), [BatchGrad()])
+    for n in (4, 3):
+        x, y = torch.randn(n, 1, 5), torch.randn(n, 12)
+        close(compiled(x, y).grad, gradient(nn.MSELoss()(plain(x), y), plain))
+    for kept, expected in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(kept, expected)
+    assert not compiled.recompiles
+
+
 def test_one_program_for_all_batch_sizes(caplog: pytest.LogCaptureFixture) -> None:
     model = mlp()
     compiled = fxcurv.compile(model, CE, [BatchGrad(), DiagGGNExact()])

@@ -376,6 +376,7 @@ def reduction_ops() -> Parts:
             h.logsumexp(1, keepdim=True),
             h.prod(1, keepdim=True),
             h.cumsum(1),
+            h.logcumsumexp(1),
             h.sort(1).values,
             h.masked_fill(x.sum(1, keepdim=True) > 0, 0.3),
             h.gather(1, index),
@@ -384,7 +385,7 @@ def reduction_ops() -> Parts:
         ]
         return m.last(torch.cat(parts, 1))
 
-    return regress(Net(run, first=nn.Linear(3, 4), last=nn.Linear(27, 2)), 3)
+    return regress(Net(run, first=nn.Linear(3, 4), last=nn.Linear(31, 2)), 3)
 
 
 @case(kind="mse")

@@ -70,7 +70,9 @@ def test_every_block_says_its_language(document):
 def compiler():
     """What a document adds to the compiler is taken away again: with it no other test's programs would go on disk."""
     tables, candidates = [(table, dict(table)) for table in shared.TABLES], list(shared.CANDIDATES)
+    folder = fxcurv.cache_dir
     yield
+    fxcurv.cache_dir = folder
     for table, known in tables:
         table.clear()
         table.update(known)
