@@ -18,7 +18,7 @@ from fxcurv.errors import CaptureError, FxcurvError
 from fxcurv.front.arguments import Arguments
 from fxcurv.front.autograd_state import no_autograd_state
 from fxcurv.front.custom_functions import kept_functions
-from fxcurv.front.guards import Followed, fixed_sizes, said_otherwise, numbered_reductions, quiet, user_frames
+from fxcurv.front.guards import Followed, fixed_sizes, numbered_reductions, quiet, said_otherwise, user_frames
 from fxcurv.front.lift import detach_no_grad_regions, lift
 from fxcurv.front.observers import Observers, Where
 from fxcurv.front.packed import padded_sequences

@@ -12,6 +12,7 @@ import copy
 import importlib
 import logging
 import operator
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -307,8 +308,9 @@ def captured_size(size: torch.SymInt) -> Any:
 
 
 def uses_of_storage(tensor: torch.Tensor) -> int:
-    """The number of references to a tensor's storage, including the one that this function makes."""
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    """The number of references to a tensor's storage, in C++ and in Python, including those that this function makes."""
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) + sys.getrefcount(storage)
 
 
 def memory_of(tensor: torch.Tensor) -> int:

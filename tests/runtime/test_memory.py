@@ -132,6 +132,8 @@ def test_memory_that_nothing_else_holds() -> None:
             assert not alone(box)
             also[0] = box[0][:1]
             assert not alone(box)
+            also[0] = box[0].untyped_storage()
+            assert not alone(box)
             also.clear()
             assert alone(box)
             owner = given.clone()
