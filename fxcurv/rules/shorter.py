@@ -207,6 +207,8 @@ def _elementwise(make: Make, node: fx.Node) -> fx.Node | None:
         return None
     if any(isinstance(a, list | tuple) for a in node.args) or any(isinstance(a, fx.Node) for a in node.kwargs.values()):
         return None
+    if node.kwargs.get("memory_format") in (torch.channels_last, torch.channels_last_3d):
+        return None  # which tensors of fewer axes do not have
     sizes, ndim = layout(node.meta["val"])[0], node.meta["val"].ndim
     beside = [a for a in node.args if is_tensor(a) and ndim == a.meta["val"].ndim]  # type: ignore[union-attr]
     if beside and all(a.target is aten.unsqueeze.default and a.args[1] in (0, -ndim) for a in beside):  # type: ignore[union-attr]
