@@ -237,7 +237,8 @@ class _Read:
 
 
 _READS: dict[Any, str] = {
-    Tensor.tolist: "listed", Tensor.item: "item", Tensor.__bool__: "cast", Tensor.__int__: "cast", Tensor.__index__: "cast", Tensor.__float__: "cast",
+    Tensor.tolist: "listed",
+    Tensor.item: "item", Tensor.__bool__: "cast", Tensor.__int__: "cast", Tensor.__index__: "cast", Tensor.__float__: "cast",
     Tensor.nonzero: "nonzero", torch.nonzero: "nonzero", torch.argwhere: "nonzero", Tensor.argwhere: "nonzero",
     torch.where: "where", Tensor.masked_select: "selected", torch.masked_select: "selected",
     Tensor.__getitem__: "index", Tensor.__setitem__: "written",

@@ -249,7 +249,12 @@ def _module_state(held: dict[str, Any]) -> tuple:
     """
     parts, *tensors = held["_modules"], held["_parameters"], held["_buffers"]
     hooks = [tuple(held[name]) for name in HOOKS]
-    return held["training"], *hooks, *map(id, parts.values()), *[x for d in tensors for x in (*d, *map(type, d.values()))]
+    return (
+        held["training"],
+        *hooks,
+        *map(id, parts.values()),
+        *[x for d in tensors for x in (*d, *map(type, d.values()))],
+    )
 
 
 @dataclass
@@ -271,7 +276,8 @@ _HOW = {
     "table": "dict({})", "module": "M({})",
 }  # fmt: skip
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "F": frozen, "I": id, "T": _tensor_properties, "S": _tensor_version, "M": _module_state, "type": type, "dict": dict, "getattr": getattr,
+    "F": frozen, "I": id, "T": _tensor_properties, "S": _tensor_version, "M": _module_state,
+    "type": type, "dict": dict, "getattr": getattr,
 }  # fmt: skip
 
 

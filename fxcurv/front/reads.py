@@ -30,10 +30,12 @@ from torch import Tensor, nn
 
 from fxcurv.errors import CaptureError
 from fxcurv.front.python_state import (
+    CONTAINERS,
     ENVIRONMENT,
     FUNCTIONS,
     MISSING,
     SCALARS,
+    TRACED,
     Effect,
     Path,
     State,
@@ -59,6 +61,7 @@ _SPELLED_OUT = ("__dict__", "__class__")
 _BY_KEY = ("identity", "module")
 # A mode that watches or changes ops (a profiler, a FLOP counter) is no part of the model.
 _OF_MODES = {"__torch_dispatch__", "__torch_function__"}
+_FOLLOWED = (nn.Module, *TRACED, *SCALARS, *CONTAINERS)
 _METHODS = (types.FunctionType, classmethod, staticmethod, property)
 # Makes the new object in `copy.copy` and `copy.deepcopy`.
 _NEW_COPY = copyreg.__newobj__.__code__  # type: ignore[attr-defined]
@@ -340,45 +343,46 @@ class Reads:
         """Record what the code takes of a value from instruction `at` on: a member, a member's member, or all of it."""
         while True:
             after = instructions[at] if at < len(instructions) else None
-            named = after is not None and after.opname.startswith(("LOAD_ATTR", "LOAD_METHOD"))
+            name = ""  # of the attribute that the code takes
+            if after is not None and after.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")):
+                name = after.argval
             if isinstance(value, weakref.ref):
                 while at < len(instructions) and instructions[at].opname in ("PRECALL", "CALL"):
                     at += 1
                 path, value = path.step("call", None), value()
                 continue
             if isinstance(value, types.ModuleType):
-                if not named:
+                if not name:
                     return
-                if value is os and after.argval in ("environ", "getenv"):
+                if value is os and name in ("environ", "getenv"):
                     self._paths[ENVIRONMENT.key] = ENVIRONMENT
                     return
                 if not holds_state(getattr(value, "__file__", None) or "<string>"):
-                    if value.__name__.partition(".")[0] != "torch" or after.argval not in vars(value):
+                    if value.__name__.partition(".")[0] != "torch" or name not in vars(value):
                         return
-                    path, value, at = path.step("attr", after.argval), vars(value)[after.argval], at + 1
+                    path, value, at = path.step("attr", name), vars(value)[name], at + 1
                     if not isinstance(value, types.ModuleType | Tensor | list | dict):
                         self._add_by_identity(path)
                         return
                     continue
-                path, value, at = path.step("attr", after.argval), getattr(value, after.argval, MISSING), at + 1
+                path, value, at = path.step("attr", name), getattr(value, name, MISSING), at + 1
                 continue
-            if isinstance(value, type) and named:
-                inner = inspect.getattr_static(value, after.argval, MISSING)
+            if isinstance(value, type) and name:
+                inner = inspect.getattr_static(value, name, MISSING)
                 if not hasattr(type(inner), "__get__"):  # a class as a namespace
-                    path, value, at = path.step("attr", after.argval), inner, at + 1
+                    path, value, at = path.step("attr", name), inner, at + 1
                     continue
             if isinstance(value, FUNCTIONS):
                 self._add(path, value)
                 if not isinstance(value, type):
                     self.of_code(value)
-                if isinstance(value, types.FunctionType) and named and after.argval in vars(value):
-                    path, value, at = path.step("attr", after.argval), vars(value)[after.argval], at + 1
+                if isinstance(value, types.FunctionType) and name in vars(value):
+                    path, value, at = path.step("attr", name), vars(value)[name], at + 1
                     continue
                 return
             if id(value) in self._born and path.steps and path.module is None:
                 return
-            if named and is_plain(value):
-                name = after.argval
+            if name and is_plain(value):
                 members = members_of(value)
                 if name in members or not hasattr(value.__class__, name):
                     path, value, at = path.step("attr", name), members.get(name, MISSING), at + 1
@@ -393,7 +397,7 @@ class Reads:
                     continue
             if isinstance(value, list | tuple | dict):
                 key, length = _subscript(instructions, at)
-                if named and after.argval == "get" and isinstance(value, dict):
+                if name == "get" and isinstance(value, dict):
                     key = _constant(instructions, at + 1)
                     if key is not None:
                         self._add(path.step("item", key), value.get(key, MISSING))
@@ -405,10 +409,15 @@ class Reads:
                 if inner is not MISSING:
                     path, value, at = path.step("item", key), inner, at + length
                     continue
+            if name and path.steps and not isinstance(value, _FOLLOWED):  # a library's object: a number that it shows
+                inner = getattr(value, name, MISSING)
+                if type(inner) in SCALARS:
+                    self._add(path.step("attr", name), inner)
+                    return
             if not path.steps:
                 # an object that is passed on: all its members
-                for name, member in members_of(value).items():
-                    self._add(path.step("attr", name), member)
+                for key, member in members_of(value).items():
+                    self._add(path.step("attr", key), member)
                 return
             self._add(path, value)
             return
@@ -483,10 +492,10 @@ class Reads:
             value = path.get(self.modules)
             if value is MISSING:
                 state.leaves += [(Absent(path.module, path.root, path.steps, path.title), "scalar")]
+            elif id(value) in known and (isinstance(value, nn.Parameter) or id(value) not in names):
+                state.leaves.append((path, "identity"))
             elif (found := names.get(_layout(value) if isinstance(value, nn.Parameter) else id(value))) is not None:
                 places.setdefault(found, []).append(path)
-            elif id(value) in known:
-                state.leaves.append((path, "identity"))
             else:
                 state.leaves.append((path, key[0] if key[0] in _BY_KEY else _comparison_for(path, value)))
         for name, paths in places.items():
