@@ -247,14 +247,12 @@ def _module_state(held: dict[str, Any]) -> tuple:
 
     Its tensors are read anew at every call.
     """
-    parts, *tensors = held["_modules"], held["_parameters"], held["_buffers"]
-    hooks = [tuple(held[name]) for name in HOOKS]
-    return (
-        held["training"],
-        *hooks,
-        *map(id, parts.values()),
-        *[x for d in tensors for x in (*d, *map(type, d.values()))],
-    )
+    training, parts, params, buffers, *hooks = _of_module(held)
+    kinds = *map(type, params.values()), *map(type, buffers.values())  # an entry may be None
+    return training, any(hooks) and [*map(tuple, hooks)], *map(id, parts.values()), *params, *buffers, *kinds
+
+
+_of_module = operator.itemgetter("training", "_modules", "_parameters", "_buffers", *HOOKS)
 
 
 @dataclass
