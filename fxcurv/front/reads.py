@@ -4,8 +4,8 @@ Attributes of modules (PyTorch's own too: a dropout's `p`) are recorded as they 
 arguments of the functions that ran, and attributes of plain objects whose methods ran, are found in their code. A read
 is followed through attributes and constant subscripts (`self.config.scale`, `self.weights["kl"]`) as far as the code
 goes; an object that is passed on counts with all of its members. A module that runs and is no part of the model or loss
-counts with its mode, parts, hooks and tensors; of a class, what code that asks for it names. A number that a forward pass both reads and changes,
-other than by counting it up, is refused by name.
+counts with its mode, parts, hooks and tensors; of a class, what code that asks for it names. A number that a forward
+pass both reads and changes, other than by counting it up, is refused by name.
 """
 
 from __future__ import annotations
