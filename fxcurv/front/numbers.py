@@ -194,6 +194,9 @@ class _Read:
     def cast(self, func, x):
         return {"__bool__": bool, "__float__": float}.get(func.__name__, int)(self.values.number(x))
 
+    def listed(self, func, x):
+        return [self.listed(func, row) for row in x] if x.ndim else read(self.values, Tensor.item, (x,), {})
+
     def positions(self, mask: Tensor) -> Tensor:
         """Where a mask is true, [K, mask.ndim]."""
         return torch.ops.aten.nonzero_static(mask, size=self.values.number((mask != 0).sum()))
@@ -234,6 +237,7 @@ class _Read:
 
 
 _READS: dict[Any, str] = {
+    Tensor.tolist: "listed",
     Tensor.item: "item", Tensor.__bool__: "cast", Tensor.__int__: "cast", Tensor.__index__: "cast", Tensor.__float__: "cast",
     Tensor.nonzero: "nonzero", torch.nonzero: "nonzero", torch.argwhere: "nonzero", Tensor.argwhere: "nonzero",
     torch.where: "where", Tensor.masked_select: "selected", torch.masked_select: "selected",

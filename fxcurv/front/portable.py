@@ -32,6 +32,7 @@ from fxcurv.front.python_state import (
     MAPPINGS,
     MISSING,
     MOST,
+    NOT_THERE,
     SCALARS,
     SEQUENCES,
     Path,
@@ -39,10 +40,12 @@ from fxcurv.front.python_state import (
     holds_state,
     is_own_file,
     is_plain,
+    is_users,
     members_of,
 )
 from fxcurv.front.reads import Absent, content, with_inner
 from fxcurv.front.requests import Subject
+from fxcurv.front.side_effects import HOOKS
 
 # The place of a value: ("module", k), ("loss", "") or ("python", name), then ("attr", name) and ("item", key).
 Place = tuple[tuple[str, Any], ...]
@@ -52,7 +55,6 @@ OBJECTS, ENTRIES = 200_000, 1 << 22
 _STANDARD = set(vars(nn.Module()))
 # The members of a class that are compared: others may differ between processes, and what code reads is compared anyway.
 _STILL = (types.FunctionType, property, staticmethod, classmethod, tuple, *SCALARS)
-_NOT_THERE = (AttributeError, KeyError, IndexError, TypeError, ValueError)
 
 
 class NotPortable(Exception):
@@ -100,7 +102,7 @@ def restored(kept: dict[str, Any], subject: Subject) -> State | str:
     for place, digest in kept["code"].items():
         try:
             same = _code_digest(at(json.loads(place), subject)) == digest
-        except _NOT_THERE:
+        except NOT_THERE:
             same = False
         if not same:
             return f"the code of {json.loads(place)[-1][-1]} has changed"
@@ -109,7 +111,7 @@ def restored(kept: dict[str, Any], subject: Subject) -> State | str:
         try:
             path = _make_path(place, steps, title, subject, Absent if absent else Path)
             same = _text(path, how, describe, modules) == text
-        except (*_NOT_THERE, NotPortable):
+        except (*NOT_THERE, NotPortable):
             same = False
         if not same:
             return f"{title} is another value"
@@ -119,7 +121,7 @@ def restored(kept: dict[str, Any], subject: Subject) -> State | str:
             name: _make_path(place, steps, title, subject, Path)
             for name, (place, steps, title) in kept["sources"].items()
         }
-    except _NOT_THERE:
+    except NOT_THERE:
         return "a tensor that Python held is not there"
     return state.freeze(modules)
 
@@ -170,6 +172,11 @@ def _text(path: Path, how: str, describe: Describer, modules: Sequence[nn.Module
     value = MISSING if isinstance(path, Absent) else path.get(modules)
     if isinstance(path, Absent) and path.get(modules) is not MISSING:
         return "there"
+    if how == "module":
+        parts = [[name, _name(type(m))] for name, m in value["_modules"].items()]
+        if any(value[name] for name in HOOKS):
+            raise NotPortable("it has hooks")
+        return digested([value["training"], parts, sorted(value["_parameters"]), sorted(value["_buffers"])])
     if how == "tensor":
         return f"{tuple(value.shape)} {value.dtype} {value.device} {value.layout}"
     return digested(describe(value))
@@ -276,7 +283,7 @@ def _held_members(value: Any) -> Iterator[tuple[Place, Any]]:
         if holds_state(getattr(value, "__file__", None) or ""):
             yield (("attr", "__dict__"),), vars(value)
     elif isinstance(value, type):
-        if _is_users(value):
+        if is_users(value):
             yield from (((("attr", "__dict__"), ("item", name)), v) for name, v in list(vars(value).items()))
             yield from (((("attr", "__mro__"), ("item", k)), c) for k, c in enumerate(value.__mro__))
     elif kind is dict:
@@ -288,12 +295,6 @@ def _held_members(value: Any) -> Iterator[tuple[Place, Any]]:
         yield from (((("attr", name),), v) for name, v in members_of(value).items() if name not in _STANDARD)
     elif kind.__module__ == "functools":
         yield (("attr", "__wrapped__"),), getattr(value, "__wrapped__", None)  # a cached function
-
-
-def _is_users(kind: type) -> bool:
-    """Whether a class is the user's: not of Python, PyTorch or a library that PyTorch runs on."""
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    return kind.__module__ != "builtins" and (file is None or holds_state(file))
 
 
 # ---- what a value is ------------------------------
@@ -369,7 +370,7 @@ class Describer:
             bound = [inside(value.__defaults__, True), inside(value.__kwdefaults__, True), cells]
             return ["function", value.__module__, value.__qualname__, _code_digest(value), bound]
         if isinstance(value, type):
-            members = vars(value).items() if _is_users(value) else ()
+            members = vars(value).items() if is_users(value) else ()
             own = [
                 [name, inside(v, True)]
                 for name, v in sorted(members, key=lambda pair: pair[0])

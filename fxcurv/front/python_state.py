@@ -17,6 +17,7 @@ import re
 import sys
 import sysconfig
 import types
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -25,7 +26,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import grad_scaler
 
+from fxcurv.front.side_effects import HOOKS
 from fxcurv.ir.origin import is_user_file
 from fxcurv.ir.private import version_of
 
@@ -57,6 +60,10 @@ _LIBRARIES = {
     "torch", "functorch", "torchgen", "sympy", "mpmath", "networkx", "numpy", "filelock", "fsspec", "jinja2", "triton", "optree",
     "typing_extensions", "rich", "pytest", "_pytest", "pluggy", "hypothesis", "coverage",
 }  # fmt: skip
+# What taking a member raises if it is not there: an empty cell is a ValueError.
+NOT_THERE = (AttributeError, KeyError, IndexError, TypeError, ValueError, ReferenceError)
+# PyTorch's own objects that hold numbers of the training: optimizers, schedules of learning rates, scales of gradients.
+_OF_TRAINING = (os.path.dirname(torch.optim.__file__) + os.sep, grad_scaler.__file__)
 MISSING = type("Missing", (), {"__repr__": lambda self: "nothing"})()
 
 
@@ -67,7 +74,7 @@ MISSING = type("Missing", (), {"__repr__": lambda self: "nothing"})()
 class Path:
     """A place that holds a value: a module of the model or loss by its index, or another object, and steps from there.
 
-    steps: ("attr", name) or ("item", key).
+    steps: ("attr", name), ("item", key), or ("call", None) of a weak reference.
     """
 
     module: int | None
@@ -82,7 +89,7 @@ class Path:
 
     def step(self, kind: str, name: Any) -> Path:
         """The place of a member of the value at this one."""
-        shown = f".{name}" if kind == "attr" else f"[{name!r}]"
+        shown = "()" if kind == "call" else f".{name}" if kind == "attr" else f"[{name!r}]"
         return Path(self.module, self.root, (*self.steps, (kind, name)), (self.title + shown).removeprefix("."))
 
     def source(self, objects: list[Any]) -> str:
@@ -94,23 +101,21 @@ class Path:
             if kind == "attr":
                 text = f"{text}.{name}" if name.isidentifier() else f"getattr({text}, {name!r})"
             else:
-                text = f"{text}[{name!r}]"
+                text = f"{text}()" if kind == "call" else f"{text}[{name!r}]"
         return text
 
     def owner(self, modules: Sequence[nn.Module]) -> Any:
         """The object that the last step is taken from."""
         value = self.root if self.module is None else modules[self.module]
         for kind, name in self.steps[:-1]:
-            value = getattr(value, name) if kind == "attr" else value[name]
+            value = _member(value, kind, name)
         return value
 
     def get(self, modules: Sequence[nn.Module]) -> Any:
         """The value; `MISSING` if there is none."""
         try:
-            kind, name = self.steps[-1]
-            owner = self.owner(modules)
-            return getattr(owner, name) if kind == "attr" else owner[name]
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError):  # an empty cell is a ValueError
+            return _member(self.owner(modules), *self.steps[-1])
+        except NOT_THERE:
             return MISSING
 
     def set(self, modules: Sequence[nn.Module], value: Any) -> None:
@@ -118,6 +123,10 @@ class Path:
         kind, name = self.steps[-1]
         owner = self.owner(modules)
         setattr(owner, name, value) if kind == "attr" else operator.setitem(owner, name, value)
+
+
+def _member(value: Any, kind: str, name: Any) -> Any:
+    return value() if kind == "call" else getattr(value, name) if kind == "attr" else value[name]
 
 
 # The environment variables, as bytes: compared as a whole, since code may read them by any name.
@@ -161,11 +170,18 @@ def _frozen(value: Any, tensors: bool, outer: tuple[int, ...], left: list[int]) 
         return kind, tuple(inside(v) for v in value if counts(v))
     if isinstance(value, functools.partial):
         return kind, inside(value.func), inside(value.args), inside(value.keywords)
+    if isinstance(value, slice | range):
+        return kind, inside(value.start), inside(value.stop), inside(value.step)
+    if isinstance(value, weakref.ref):
+        return kind, inside(value())
     if kind.__module__ in ("numpy", "array") and hasattr(value, "tobytes"):
         return kind, getattr(value, "shape", None), str(getattr(value, "dtype", "")), value.tobytes()
     if is_plain(value):
         return kind, tuple((k, inside(v)) for k, v in members_of(value).items() if counts(v))
-    return id(value)
+    try:
+        return kind, bytes(memoryview(value))
+    except (TypeError, ValueError, BufferError, NotImplementedError):  # it holds no bytes
+        return id(value)
 
 
 def _value_in_context(variable: ContextVar) -> Any:
@@ -178,7 +194,10 @@ def _value_in_context(variable: ContextVar) -> Any:
 def members_of(value: Any) -> dict[str, Any]:
     """The attributes that an object holds itself, in its dictionary or in slots."""
     slots = [
-        name for c in type(value).__mro__ for name, v in vars(c).items() if isinstance(v, types.MemberDescriptorType)
+        name
+        for c in value.__class__.__mro__  # what a weak proxy stands for
+        for name, v in vars(c).items()
+        if isinstance(v, types.MemberDescriptorType)
     ]
     return {**{name: getattr(value, name) for name in slots if hasattr(value, name)}, **getattr(value, "__dict__", {})}
 
@@ -189,14 +208,20 @@ def is_plain(value: Any) -> bool:
         value, (nn.Module, Tensor, Enum, logging.Logger, types.ModuleType, *SCALARS, *CONTAINERS, *FUNCTIONS)
     ):
         return False
-    module = sys.modules.get(type(value).__module__)
-    file = getattr(module, "__file__", None) or ""
-    return isinstance(value, NAMESPACES) or not file or holds_state(file)
+    return isinstance(value, NAMESPACES) or is_users(value.__class__)  # of a weak proxy: what it stands for
+
+
+def is_users(kind: type) -> bool:
+    """Whether a class is the user's, or one of PyTorch's that hold numbers of the training."""
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+    return holds_state(file) if file else kind.__module__ not in sys.builtin_module_names
 
 
 def holds_state(path: str) -> bool:
     """Whether code of this file may read the user's state: not if it is Python's, PyTorch's or of a library below."""
     installed = _INSTALLED.match(path)
+    if path.startswith(_OF_TRAINING):
+        return True
     if not is_user_file(path) or installed is None and path.startswith(_STDLIB):
         return False
     return installed is None or installed[1] not in _LIBRARIES
@@ -217,6 +242,19 @@ def _tensor_version(t: Any) -> Any:
     return (id(t), 0 if t.is_inference() else version_of(t)) if isinstance(t, Tensor) else type(t)
 
 
+def _module_state(held: dict[str, Any]) -> tuple:
+    """What a program depends on, of a module that is no part of the model: its dictionary of attributes is given.
+
+    Its tensors are read anew at every call.
+    """
+    training, parts, params, buffers, *hooks = _of_module(held)
+    kinds = *map(type, params.values()), *map(type, buffers.values())  # an entry may be None
+    return training, any(hooks) and [*map(tuple, hooks)], *map(id, parts.values()), *params, *buffers, *kinds
+
+
+_of_module = operator.itemgetter("training", "_modules", "_parameters", "_buffers", *HOOKS)
+
+
 @dataclass
 class Effect:
     """A write of the forward pass to an attribute, which every call repeats: `count` it up by `value`, or set it."""
@@ -233,11 +271,15 @@ class Effect:
 
 _HOW = {
     "scalar": "{}", "frozen": "F({})", "identity": "I({})", "tensor": "T({})", "state": "S({})", "number": "type({})",
-    "table": "dict({})",
+    "table": "dict({})", "module": "M({})",
 }  # fmt: skip
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "F": frozen, "I": id, "T": _tensor_properties, "S": _tensor_version, "type": type, "dict": dict, "getattr": getattr,
+    "F": frozen, "I": id, "T": _tensor_properties, "S": _tensor_version, "M": _module_state,
+    "type": type, "dict": dict, "getattr": getattr,
 }  # fmt: skip
+
+
+_KEPT = ("identity", "frozen", "state", "module")
 
 
 @dataclass
@@ -269,14 +311,14 @@ class State:
         self._read = eval(body, {"o": objects, **_FUNCTIONS})
         self.values = self._read(modules)
         self._kinds = tuple(map(type, self.values))
-        self.kept += [path.get(modules) for path, how in self.leaves if how in ("identity", "frozen", "state")]
+        self.kept += [path.get(modules) for path, how in self.leaves if how in _KEPT]
         return self
 
     def holds(self, modules: Sequence[nn.Module]) -> bool:
         """Whether the values are as they were when the program was made."""
         try:
             now = self._read(modules)
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError):  # something is not there any more
+        except NOT_THERE:
             return False
         return tuple(map(type, now)) == self._kinds and now == self.values
 
@@ -326,6 +368,8 @@ def reasons(found: Iterable[tuple[Path, str, Any, Any]]) -> list[str]:
     for path, how, now, then in found:
         if how == "scalar":
             out.append(f"{path.title} is {_show(now)} instead of {_show(then)}")
+        elif how == "module":
+            out.append(f"{path.title} is in another mode, or has other parts or hooks")
         else:
             out.append(f"{path.title} is another {'value' if how in ('frozen', 'number') else type(now).__name__}")
     return out

@@ -3,8 +3,9 @@
 Attributes of modules (PyTorch's own too: a dropout's `p`) are recorded as they are read. Globals, closures and default
 arguments of the functions that ran, and attributes of plain objects whose methods ran, are found in their code. A read
 is followed through attributes and constant subscripts (`self.config.scale`, `self.weights["kl"]`) as far as the code
-goes; an object that is passed on counts with all of its members. A number that a forward pass both reads and changes,
-other than by counting it up, is refused by name.
+goes; an object that is passed on counts with all of its members. A module that runs and is no part of the model or loss
+counts with its mode, parts, hooks and tensors; of a class, what code that asks for it names. A number that a forward
+pass both reads and changes, other than by counting it up, is refused by name.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,10 +31,12 @@ from torch import Tensor, nn
 
 from fxcurv.errors import CaptureError
 from fxcurv.front.python_state import (
+    CONTAINERS,
     ENVIRONMENT,
     FUNCTIONS,
     MISSING,
     SCALARS,
+    TRACED,
     Effect,
     Path,
     State,
@@ -40,6 +44,7 @@ from fxcurv.front.python_state import (
     frozen,
     holds_state,
     is_plain,
+    is_users,
     members_of,
 )
 from fxcurv.front.schedules import Number
@@ -51,8 +56,14 @@ from fxcurv.rules.custom import backwards
 _LAYERS = os.path.dirname(nn.__file__)
 # attributes that PyTorch reads of every module; a recurrent layer's `_flat_weights` are its parameters again
 _STANDARD = {*vars(nn.Module()), *(n for n, v in vars(nn.Module).items() if not callable(v)), "_flat_weights"}
+# by these, code may read any attribute
+_SPELLED_OUT = ("__dict__", "__class__")
+# the first entries of keys that say how a place is compared
+_BY_KEY = ("identity", "module")
 # A mode that watches or changes ops (a profiler, a FLOP counter) is no part of the model.
 _OF_MODES = {"__torch_dispatch__", "__torch_function__"}
+_FOLLOWED = (nn.Module, *TRACED, *SCALARS, *CONTAINERS)
+_METHODS = (types.FunctionType, classmethod, staticmethod, property)
 # Makes the new object in `copy.copy` and `copy.deepcopy`.
 _NEW_COPY = copyreg.__newobj__.__code__  # type: ignore[attr-defined]
 
@@ -64,6 +75,8 @@ class Reads:
         self.modules = all_modules(model, loss)
         self.promoted = tuple(promoted)
         self._index = {id(m): k for k, m in reversed(list(enumerate(self.modules)))}
+        self._dicts = {id(vars(m)) for m in self.modules}  # export makes stand-ins for a module, with its attributes
+        self._outside: dict[int, nn.Module] = {}
         self._titles = _titles(model, loss)
         self._paths: dict[tuple, Path] = {}
         self._first: dict[tuple, Any] = {}
@@ -73,6 +86,7 @@ class Reads:
         self._codes: dict[int, tuple[types.CodeType, list]] = {}
         self._closed: list[tuple[types.CodeType, dict[str, Any]]] = []
         self._ran: list[tuple[types.CodeType, dict[str, Any]]] = []
+        self._looked: set[tuple[int, type]] = set()
         self._custom = False
         self._changed: list[Path] = []
         self._effects: list[Effect] = []
@@ -107,13 +121,15 @@ class Reads:
 
         def read(module: nn.Module, name: str) -> Any:
             own = threading.get_ident() == thread
+            if own and id(module) not in self._index and name[:2] != "__":
+                self._note_outside(module, sys._getframe(1).f_code)
             try:
                 value = object.__getattribute__(module, name)
             except AttributeError:
                 if own and not _is_standard(name):
                     self._record_attribute(module, name, MISSING, sys._getframe(1))
                 raise
-            if own and not _is_standard(name):
+            if own and (name in _SPELLED_OUT or not _is_standard(name)):
                 self._record_attribute(module, name, value, sys._getframe(1))
             return value
 
@@ -137,6 +153,7 @@ class Reads:
         del nn.Module.__getattribute__
         nn.Module.__setattr__ = self._setattr  # type: ignore[method-assign]
         if error[0] is None:
+            self._record_outside()
             self._record_closures()
             for function in backwards():
                 self._custom = True
@@ -170,6 +187,7 @@ class Reads:
         return self._on_copy
 
     def _record_frame(self, code: types.CodeType, local: dict[str, Any], instructions: list) -> None:
+        self._record_classes(code, local)
         if code.co_freevars:
             self._closed.append((code, {name: local.get(name, MISSING) for name in code.co_freevars}))
         first = code.co_varnames[0] if code.co_argcount else ""
@@ -182,14 +200,36 @@ class Reads:
             if i.opname.startswith("LOAD_FAST") and names[-1] == first:
                 self._follow(Path(None, value, (), type(value).__name__), value, instructions, k + 1)
 
+    def _record_classes(self, code: types.CodeType, local: dict[str, Any]) -> None:
+        """Record what code may read of classes by `cls`, `type(...)` and `super()`: what has a name, or a text, in it."""
+        values = [local[n] for n in (*code.co_varnames[: code.co_argcount], *code.co_freevars) if n in local]
+        kinds = {v for v in values if isinstance(v, type)}
+        if "type" in code.co_names:
+            kinds |= {*map(type, values), *map(type, self.modules)}
+        if "super" in code.co_names:
+            kinds |= {c for v in values for c in type(v).__mro__}
+        for kind in kinds:
+            if (id(code), kind) in self._looked or not is_users(kind):
+                continue
+            self._looked.add((id(code), kind))
+            for name in {*code.co_names, *(text for text in code.co_consts if isinstance(text, str))}:
+                value = inspect.getattr_static(kind, name, MISSING) if name[:2] != "__" else MISSING
+                if value is not MISSING and (isinstance(value, _METHODS) or not hasattr(type(value), "__get__")):
+                    self._add(_class(kind).step("attr", name), getattr(kind, name))
+
     def _record_attribute(self, module: nn.Module, name: str, value: Any, frame: types.FrameType) -> None:
         code = frame.f_code
         instructions = self._codes[id(code)][1] if id(code) in self._codes else []
         machinery = id(module) not in self._index and not code.co_filename.startswith(_LAYERS) and not instructions
         if is_ours(code.co_filename) or id(module) in self._born or machinery:
             return
+        if name in _SPELLED_OUT and not instructions:  # nn.Module's own code, say
+            return
         path = self._path_of(module, name)
         at = next((k for k, i in enumerate(instructions) if i.offset >= frame.f_lasti), len(instructions))
+        if name in _SPELLED_OUT:
+            self._follow(path if name == "__dict__" else _class(value), value, instructions, at + 1)
+            return
         step = _counting_step(instructions, at, name)
         if (id(module), name) in self._written:  # a value of this very pass, unless the write counted up an older one
             self._changed += [path] if (id(module), name) in self._counted and isinstance(value, SCALARS) else []
@@ -213,6 +253,23 @@ class Reads:
             self._counted[(id(module), name)] = step
             return
         self._follow(path, value, instructions, at + 1)
+
+    def _note_outside(self, module: nn.Module, code: types.CodeType) -> None:
+        """Note a module that runs, or that the user's code reads, and that is no part of the model or loss."""
+        known = id(vars(module)) in self._dicts or id(module) in self._born or type(module) is nn.Module
+        if not known and (code.co_filename.startswith(_LAYERS) or self._codes.get(id(code), (code, []))[1]):
+            self._outside[id(module)] = module
+
+    def _record_outside(self) -> None:
+        """Record the parts, hooks, mode and tensors of the modules outside of the model and the loss."""
+        for module in self._outside.values():
+            path = Path(None, module, (("attr", "__dict__"),), f"a {type(module).__name__} outside of the model")
+            self._paths["module", *path.key] = path
+            for group in ("_parameters", "_buffers"):
+                for name in [name for name, t in getattr(module, group).items() if t is not None]:
+                    steps = ("attr", group), ("item", name)  # its attribute takes ten times as long
+                    path = replace(self._path_of(module, name), steps=steps)
+                    self._paths[path.key] = path
 
     def _path_of(self, module: nn.Module, name: str) -> Path:
         k = self._index.get(id(module))
@@ -288,35 +345,51 @@ class Reads:
         """Record what the code takes of a value from instruction `at` on: a member, a member's member, or all of it."""
         while True:
             after = instructions[at] if at < len(instructions) else None
+            name = ""  # of the attribute that the code takes
+            if after is not None and after.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")):
+                name = after.argval
+            if isinstance(value, weakref.ref):
+                while at < len(instructions) and instructions[at].opname in ("PRECALL", "CALL"):
+                    at += 1
+                path, value = path.step("call", None), value()
+                continue
             if isinstance(value, types.ModuleType):
-                if after is None or not after.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")):
+                if not name:
                     return
-                if value is os and after.argval in ("environ", "getenv"):
+                if value is os and name in ("environ", "getenv"):
                     self._paths[ENVIRONMENT.key] = ENVIRONMENT
                     return
                 if not holds_state(getattr(value, "__file__", None) or "<string>"):
-                    return
-                path, value, at = path.step("attr", after.argval), getattr(value, after.argval, MISSING), at + 1
+                    if value.__name__.partition(".")[0] != "torch" or name not in vars(value):
+                        return
+                    path, value, at = path.step("attr", name), vars(value)[name], at + 1
+                    if not isinstance(value, types.ModuleType | Tensor | list | dict):
+                        self._add_by_identity(path)
+                        return
+                    continue
+                path, value, at = path.step("attr", name), getattr(value, name, MISSING), at + 1
                 continue
-            if isinstance(value, type) and after is not None and after.opname.startswith("LOAD_ATTR"):
-                inner = inspect.getattr_static(value, after.argval, MISSING)
+            if isinstance(value, type) and name:
+                inner = inspect.getattr_static(value, name, MISSING)
                 if not hasattr(type(inner), "__get__"):  # a class as a namespace
-                    path, value, at = path.step("attr", after.argval), inner, at + 1
+                    path, value, at = path.step("attr", name), inner, at + 1
                     continue
             if isinstance(value, FUNCTIONS):
                 self._add(path, value)
                 if not isinstance(value, type):
                     self.of_code(value)
+                if isinstance(value, types.FunctionType) and name in vars(value):
+                    path, value, at = path.step("attr", name), vars(value)[name], at + 1
+                    continue
                 return
             if id(value) in self._born and path.steps and path.module is None:
                 return
-            if after is not None and after.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")) and is_plain(value):
-                name = after.argval
+            if name and is_plain(value):
                 members = members_of(value)
-                if name in members or not hasattr(type(value), name):
+                if name in members or not hasattr(value.__class__, name):
                     path, value, at = path.step("attr", name), members.get(name, MISSING), at + 1
                     continue
-                found = next(vars(c)[name] for c in type(value).__mro__ if name in vars(c))
+                found = next(vars(c)[name] for c in value.__class__.__mro__ if name in vars(c))
                 code = getattr(getattr(found, "fget", found), "__code__", None)
                 if code is not None and holds_state(code.co_filename):  # what the method reads is recorded when it runs
                     self._add_by_identity(path)
@@ -326,6 +399,11 @@ class Reads:
                     continue
             if isinstance(value, list | tuple | dict):
                 key, length = _subscript(instructions, at)
+                if name == "get" and isinstance(value, dict):
+                    key = _constant(instructions, at + 1)
+                    if key is not None:
+                        self._add(path.step("item", key), value.get(key, MISSING))
+                        return
                 try:
                     inner = value[key] if length else MISSING
                 except (KeyError, IndexError, TypeError):
@@ -333,10 +411,15 @@ class Reads:
                 if inner is not MISSING:
                     path, value, at = path.step("item", key), inner, at + length
                     continue
+            if name and path.steps and not isinstance(value, _FOLLOWED):  # a library's object: a number that it shows
+                inner = getattr(value, name, MISSING)
+                if type(inner) in SCALARS:
+                    self._add(path.step("attr", name), inner)
+                    return
             if not path.steps:
                 # an object that is passed on: all its members
-                for name, member in members_of(value).items():
-                    self._add(path.step("attr", name), member)
+                for key, member in members_of(value).items():
+                    self._add(path.step("attr", key), member)
                 return
             self._add(path, value)
             return
@@ -398,7 +481,8 @@ class Reads:
             constants: of the program; one that a single place holds is read from there at every call.
             own: parameters and buffers, which are inputs anyway.
         """
-        names = {id(t): name for name, t in constants.items()}
+        # a parameter outside of the model is a constant as a tensor of its own, in the same memory
+        names = {key: name for name, t in constants.items() for key in (id(t), _layout(t))}
         known = {id(t) for t in own}
         state = State(numbers=self.promoted, effects=self._effects, ran=self._ran, custom=self._custom)
         inputs = {path.key for path in self.promoted}
@@ -410,10 +494,12 @@ class Reads:
             value = path.get(self.modules)
             if value is MISSING:
                 state.leaves += [(Absent(path.module, path.root, path.steps, path.title), "scalar")]
-            elif id(value) in names:
-                places.setdefault(names[id(value)], []).append(path)
-            elif id(value) not in known:
-                state.leaves.append((path, "identity" if key[0] == "identity" else _comparison_for(path, value)))
+            elif id(value) in known and (isinstance(value, nn.Parameter) or id(value) not in names):
+                state.leaves.append((path, "identity"))
+            elif (found := names.get(_layout(value) if isinstance(value, nn.Parameter) else id(value))) is not None:
+                places.setdefault(found, []).append(path)
+            else:
+                state.leaves.append((path, key[0] if key[0] in _BY_KEY else _comparison_for(path, value)))
         for name, paths in places.items():
             if len(paths) == 1:
                 state.sources[name] = paths[0]
@@ -429,6 +515,13 @@ class Reads:
 def _by_index(path: Path) -> Path:
     """The same place, without its root if the module's index identifies it."""
     return path if path.module is None else replace(path, root=None)
+
+
+def _layout(t: Tensor) -> Any:
+    """Where the entries of a tensor are in memory."""
+    if type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided or not t.numel():
+        return id(t)
+    return t.data_ptr(), t.shape, t.stride(), t.dtype
 
 
 class Absent(Path):
@@ -452,6 +545,10 @@ def _comparison_for(path: Path, value: Any) -> str:
     if isinstance(value, nn.Module | types.FunctionType | type | types.BuiltinFunctionType | types.CodeType):
         return "identity"
     return "frozen"
+
+
+def _class(kind: type) -> Path:
+    return Path(None, kind, (), f"the class {kind.__name__}")
 
 
 def _is_attribute(path: Path) -> bool:
@@ -503,11 +600,17 @@ def _counting_step(instructions: list, at: int, name: str) -> tuple[Any, Callabl
 
 def _subscript(instructions: list, at: int) -> tuple[Any, int]:
     """(key, number of instructions) if a subscript by a constant follows, else (None, 0)."""
-    two = instructions[at : at + 2]
-    if len(two) < 2 or two[0].opname not in ("LOAD_CONST", "LOAD_SMALL_INT"):
+    key, then = _constant(instructions, at), instructions[at + 1 : at + 2]
+    if key is None or not then:
         return None, 0
-    read = two[1].opname == "BINARY_SUBSCR" or two[1].opname == "BINARY_OP" and two[1].argrepr == "[]"
-    return (two[0].argval, 2) if read and isinstance(two[0].argval, int | str) else (None, 0)
+    read = then[0].opname == "BINARY_SUBSCR" or then[0].opname == "BINARY_OP" and then[0].argrepr == "[]"
+    return (key, 2) if read else (None, 0)
+
+
+def _constant(instructions: list, at: int) -> int | str | None:
+    """The number or text that the instruction loads; None if it loads something else."""
+    loads = at < len(instructions) and instructions[at].opname in ("LOAD_CONST", "LOAD_SMALL_INT")
+    return instructions[at].argval if loads and isinstance(instructions[at].argval, int | str) else None
 
 
 def all_modules(model: nn.Module, loss: Any) -> list[nn.Module]:

@@ -166,6 +166,11 @@ def _check_scalar(loss: Any, where: str) -> Tensor:
 def not_traced(error: Exception, wrapped: Captured) -> CaptureError:
     """The error for a failed trace, which says where it failed and what helps."""
     where = where_raised(error, wrapped)
+    if "is mutated in the forward method" in str(error):
+        return CaptureError(
+            f"the model or loss writes to a tensor that is no buffer of it, as batch norm in training mode does\n{where}"
+            "Way out: eval() of a module that a list, tuple or closure holds, or make it a part of the model (self.part = part)."
+        )
     return CaptureError(
         f"torch.export cannot trace the model or its loss:\n"
         f"{where}{type(error).__name__}: {reason(error)}\n"

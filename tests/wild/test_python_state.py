@@ -5,10 +5,12 @@ from __future__ import annotations
 import array
 import collections
 import copy
+import ctypes
 import dataclasses
 import functools
 import os
 import sysconfig
+import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from types import SimpleNamespace
@@ -35,7 +37,14 @@ def in_float64():
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     variables = dict(os.environ)
+    kept = [(c, dict(vars(c))) for c in (Spelled, OfType, with_attribute)]
+    NAMES_HELD.factor, Registry.table["a"], nn.functional.of_state = 2.0, 2.0, 2.0
     yield
+    for owner, members in kept:
+        for name in ("z", "double", "k"):
+            if name in members:
+                setattr(owner, name, members[name])
+    del nn.functional.of_state
     torch.set_default_dtype(before)
     os.environ.clear()
     os.environ.update(variables)
@@ -131,6 +140,10 @@ def agrees(compiled: Any, x: Tensor, y: Tensor) -> None:
 
 def attribute(name: str, value: Any) -> Callable[[Net], None]:
     return lambda model: setattr(model, name, value)
+
+
+def of_class(name: str, value: Any) -> Callable[[Net], None]:
+    return lambda model: setattr(Spelled, name, value)
 
 
 def inner(name: str, key: str | int, value: Any) -> Callable[[Net], None]:
@@ -233,8 +246,92 @@ CHANGES: dict[str, tuple[Callable[[], Net], Callable[[Net], Any]]] = {
         lambda m: setattr(Patched, "half", lambda self, h: h / 3),
     ),
     "a method of the module": (lambda: Net(lambda m, h: h), lambda m: setattr(m, "forward", lambda x: 3 * m.linear(x))),
+    "a list of a tensor": (
+        lambda: Net(lambda m, h: h * m.t.tolist()[1], t=torch.tensor([1.0, 2.0])),
+        lambda m: m.t.mul_(3),
+    ),
+    "a list of a tensor that is an index": (
+        lambda: Net(lambda m, h: h[:, m.t.tolist()], t=torch.tensor([0, 1])),
+        attribute("t", torch.tensor([1, 0])),
+    ),
+    "a list of a tensor's data": (
+        lambda: Net(lambda m, h: h * sum(m.held[0].tolist()), held=[torch.tensor([1.0, 2.0])]),
+        lambda m: m.held[0].data.mul_(3),
+    ),
+    "type(self)": (lambda: Spelled(lambda m, h: h * type(m).z), of_class("z", 3.0)),
+    "type(self) by getattr": (lambda: Spelled(lambda m, h: h * getattr(type(m), "z")), of_class("z", 3.0)),  # noqa: B009
+    "self.__class__": (lambda: Spelled(lambda m, h: h * m.__class__.z), of_class("z", 3.0)),
+    "a class method": (lambda: Spelled(lambda m, h: h * m.k()), of_class("z", 3.0)),
+    "super()": (lambda: Below(lambda m, h: h * m.double()), of_class("double", lambda self: 3.0)),
+    "an object's type": (lambda: Net(lambda m, h: h * m.held.k(), held=OfType()), lambda m: setattr(OfType, "z", 3.0)),
+    "vars": (lambda: Net(lambda m, h: h * vars(m)["scale"], scale=2.0), attribute("scale", 3.0)),
+    "__dict__": (lambda: Net(lambda m, h: h * m.__dict__.get("scale", 1.0), scale=2.0), attribute("scale", 3.0)),
+    "__dict__ without it": (lambda: Net(lambda m, h: h * m.__dict__.get("scale", 1.0)), attribute("scale", 3.0)),
+    "all of __dict__": (lambda: Net(lambda m, h: h * 2 if "on" in m.__dict__ else h), attribute("on", True)),
+    "a function's attribute": (
+        lambda: Net(lambda m, h: with_attribute(h)),
+        lambda m: setattr(with_attribute, "k", 3.0),
+    ),
+    "a weak reference": (
+        lambda: Net(lambda m, h: h * m.weak().factor, weak=weakref.ref(NAMES_HELD)),
+        lambda m: setattr(NAMES_HELD, "factor", 3.0),
+    ),
+    "a weak proxy": (
+        lambda: Net(lambda m, h: h * m.weak.factor, weak=weakref.proxy(NAMES_HELD)),
+        lambda m: setattr(NAMES_HELD, "factor", 3.0),
+    ),
+    "a registry": (lambda: Net(lambda m, h: h * Registry["a"]), lambda m: Registry.table.update(a=3.0)),
+    "bytes": (lambda: Net(lambda m, h: h * m.parts[0], parts=bytearray([2])), inner("parts", 0, 3)),
+    "a number in C": (lambda: Net(lambda m, h: h * m.c.value, c=ctypes.c_double(2.0)), inner("c", "value", 3.0)),
+    "a slice": (lambda: Net(lambda m, h: h[:, m.part] + h, part=slice(0, 1)), attribute("part", slice(1, 2))),
+    "an attribute of PyTorch's module": (
+        lambda: Net(lambda m, h: h * nn.functional.of_state),
+        lambda m: setattr(nn.functional, "of_state", 3.0),
+    ),
     "a parametrization": (lambda: parametrized(), lambda m: setattr(m.linear.parametrizations.weight[0], "scale", 3.0)),
 }
+
+
+class Spelled(Net):
+    z = 2.0
+
+    @classmethod
+    def k(cls) -> float:
+        return cls.z
+
+    def double(self) -> float:
+        return 2.0
+
+
+class Below(Spelled):
+    def double(self) -> float:
+        return 2 * super().double()
+
+
+class OfType:
+    z = 2.0
+
+    def k(self) -> float:
+        return type(self).z
+
+
+class Keyed(type):
+    def __getitem__(cls, key: str) -> float:
+        return cls.table[key]
+
+
+class Registry(metaclass=Keyed):
+    table = {"a": 2.0}
+
+
+NAMES_HELD = Config()
+
+
+def with_attribute(h: Tensor) -> Tensor:
+    return h * with_attribute.k
+
+
+with_attribute.k = 2.0
 
 
 class Patched(Net):
@@ -276,7 +373,7 @@ def test_what_the_model_reads(name: str) -> None:
     assert compiled.recompiles == []
     change(compiled.model)
     agrees(compiled, x, y)
-    read_anew = ("a mask replaced", "a mask in place", "a mask in a list")
+    read_anew = ("a mask replaced", "a mask in place", "a mask in a list", "a number of a tensor")
     assert len(compiled.recompiles) == (name not in read_anew), compiled.recompiles
 
 
@@ -375,6 +472,115 @@ def test_what_the_loss_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     change(monkeypatch)
     agrees(compiled, x, y)
     assert len(compiled.recompiles) == (name != "a global tensor")
+
+
+def replace_weight(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(torch.randn_like(layer.weight))
+
+
+def assign(layer: nn.Linear) -> None:
+    layer.load_state_dict(nn.Linear(layer.in_features, layer.out_features).state_dict(), assign=True)
+
+
+def replace_data(layer: nn.Linear) -> None:
+    layer.weight.data = torch.randn_like(layer.weight)
+
+
+class Modal(nn.Module):
+    """Computes something else in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(2))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h * self.w if self.training else h + self.w
+
+
+def teacher() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), Modal()).eval()
+
+
+# Changes of a module that the model holds in a list or tuple; whether its tensors are read anew, without a program more.
+OUTSIDE: dict[str, tuple[Callable[[nn.Sequential], Any], bool]] = {
+    "a parameter": (lambda t: replace_weight(t[0]), True),
+    "a state assigned": (lambda t: assign(t[0]), True),
+    "data": (lambda t: replace_data(t[0]), True),
+    "a buffer": (lambda t: setattr(t[1], "running_mean", torch.ones(2)), True),
+    "a mode": (lambda t: t[2].train(), False),
+    "a part": (lambda t: t.__setitem__(0, nn.Linear(2, 2)), False),
+    "a hook": (lambda t: t[0].register_forward_hook(lambda m, i, out: 2 * out), False),
+}
+
+
+@pytest.mark.parametrize("held", [list, tuple, "closure"])
+@pytest.mark.parametrize("change", OUTSIDE)
+def test_a_module_outside_of_the_model(change: str, held: Any) -> None:
+    """One in a list, a tuple or a closure counts as it is at the call, as a part of the model does."""
+    part = teacher()
+    model = Net(lambda m, h: part(h)) if held == "closure" else Net(lambda m, h: m.held[0](h), held=held([part]))
+    compiled = fxcurv.compile(model, squares, [BatchGrad()])
+    x, y = batch()
+    agrees(compiled, x, y)
+    agrees(compiled, x, y)
+    assert compiled.recompiles == []
+    write, anew = OUTSIDE[change]
+    write(part)
+    agrees(compiled, x, y)
+    assert len(compiled.recompiles) == (not anew), compiled.recompiles
+
+
+def test_batch_norm_outside_of_the_model_does_not_train() -> None:
+    part = teacher()
+    compiled = fxcurv.compile(Net(lambda m, h: part(h)), squares)
+    compiled(*batch())
+    part.train()
+    with pytest.raises(CaptureError, match="writes to a tensor that is no buffer of it"):
+        compiled(*batch())
+
+
+def test_a_parameter_that_is_tied_outside_of_the_model() -> None:
+    model = Net(lambda m, h: h)
+    part = nn.Linear(3, 2)
+    part.weight = model.linear.weight
+    compiled = fxcurv.compile(model, lambda f, y: squares(f, part(x)))
+    x, y = batch()
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x, y).loss, squares(model(x), part(x)).detach())
+        replace_weight(part)
+
+
+def scheduled() -> tuple[Net, torch.optim.Optimizer, Any]:
+    model = Net(lambda m, h: h)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.5)
+    return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+
+
+OF_OPTIMIZERS: dict[str, Callable[[Net, Any, Any], Any]] = {
+    "a group": lambda m, o, s: lambda f, y: o.param_groups[0]["lr"] * squares(f, y),
+    "all groups": lambda m, o, s: lambda f, y: sum(group["lr"] for group in o.param_groups) * squares(f, y),
+    "a schedule": lambda m, o, s: lambda f, y: s.get_last_lr()[0] * squares(f, y),
+    "an epoch": lambda m, o, s: lambda f, y: (1 + s.last_epoch) * squares(f, y),
+    "an attribute": lambda m, o, s: lambda f, y: m.optimizer.param_groups[0]["lr"] * squares(f, y),
+    "an attribute's method": lambda m, o, s: lambda f, y: m.schedule.get_last_lr()[0] * squares(f, y),
+}
+
+
+@pytest.mark.parametrize("name", OF_OPTIMIZERS)
+def test_what_an_optimizer_holds(name: str) -> None:
+    """A step of the optimizer alone makes no other program."""
+    model, optimizer, schedule = scheduled()
+    model.optimizer, model.schedule = optimizer, schedule
+    compiled = fxcurv.compile(model, OF_OPTIMIZERS[name](model, optimizer, schedule), [BatchGrad()])
+    x, y = batch()
+    agrees(compiled, x, y)
+    compiled(x, y).attach()
+    optimizer.step()
+    agrees(compiled, x, y)
+    assert compiled.recompiles == []
+    schedule.step()
+    agrees(compiled, x, y)
+    assert len(compiled.recompiles) == 1
 
 
 def test_the_reason_names_the_attribute() -> None:
@@ -564,7 +770,7 @@ def test_inside_torch_compile() -> None:
     assert isinstance(caught.value, ArgumentError) or "ArgumentError" in str(caught.value)
 
 
-TABLE = [2.0, 3.0]
+NUMBERS = [2.0, 3.0]
 
 
 def halved(h):
@@ -578,15 +784,15 @@ def tripled(h, factor=3.0):
 @pytest.mark.parametrize("change", ["table", "function", "default"])
 def test_inside_torch_compile_old_state_is_noticed(monkeypatch, change) -> None:
     """What Dynamo does not guard: members of a list, functions, default arguments. The step refuses, then compiles anew."""
-    monkeypatch.setitem(globals(), "TABLE", [2.0, 3.0])
+    monkeypatch.setitem(globals(), "NUMBERS", [2.0, 3.0])
     monkeypatch.setattr(tripled, "__defaults__", (3.0,))
-    model = Net(lambda m, h: tripled(halved(h)) * sum(TABLE))
+    model = Net(lambda m, h: tripled(halved(h)) * sum(NUMBERS))
     compiled = fxcurv.compile(model, squares)
     step = torch.compile(lambda x, y: compiled(x, y).loss, backend="eager")
     x, y = batch()
     torch.testing.assert_close(step(x, y), squares(model(x), y).detach())
     if change == "table":
-        TABLE[1] = 5.0
+        NUMBERS[1] = 5.0
     elif change == "function":
         monkeypatch.setitem(globals(), "halved", lambda h: h / 4)
     else:
