@@ -616,7 +616,7 @@ def test_every_field_of_a_program_is_written_or_known_not_to_be():
     of_passes = {"pieces", "blanks", "stale", "spread"}
     fields = {f.name for f in dataclasses.fields(Program)}
     assert fields == {*written._PLAIN, *other, *made, *refused, *of_passes}
-    of_the_walk = {"uses", "weights", "arrivals", "products", "averaged"}
+    of_the_walk = {"uses", "weights", "arrivals", "products", "averaged", "wanted"}
     assert {f.name for f in dataclasses.fields(Walked)} == {
         "direct",
         "columns",
