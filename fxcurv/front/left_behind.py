@@ -14,7 +14,7 @@ import functools
 import gc
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -155,7 +155,8 @@ class LeftBehind:
         """Take the trace's tensors out of what was noted."""
         for what, code, owner, old in self._places:
             for key, values in _put_back(owner, old):
-                text = f"{_named(what, owner, key)}\n{self._line(code, what, key)}"
+                container = isinstance(owner, dict | list | deque | set) and what != "a global"
+                text = f"{_named(what, owner, key)}\n{self._line(code, what, key, container)}"
                 self.found.append((text, any(map(depends_on_call, values))))
         for cached in self._cached:
             if holds_traced(gc.get_referents(cached), 3):
@@ -188,17 +189,23 @@ class LeftBehind:
                 "result after the call."
             )
 
-    def _line(self, code: types.CodeType | None, what: str, key: Any) -> str:
-        """The line that writes, or the one that reads what is written to, for all that can be told from the code."""
-        for c in self._codes.values():
-            for i in dis.get_instructions(c):
-                if i.opname in _STORES and i.argval == key and is_user_file(c.co_filename):
-                    return line_of(c.co_filename, line_number(c, i), c.co_name)
-        if code is None:
-            return ""
-        names = [i for i in dis.get_instructions(code) if isinstance(i.argval, str) and f"'{i.argval}'" in what]
-        stores = [i for i in dis.get_instructions(code) if i.opname == "STORE_SUBSCR"]
-        return line_of(code.co_filename, line_number(code, (stores or names or [None])[0]), code.co_name)
+    def _line(self, code: types.CodeType | None, what: str, key: Any, container: bool = False) -> str:
+        """The line that writes, or else reads, a member `key` of `what`, for all that can be told from the code."""
+        name = what.split("'")[1] if "'" in what else ""
+        tests: list[Callable[[dis.Instruction], bool]] = [
+            lambda i: i.opname in _STORES and i.argval == key,
+            lambda i: i.opname == "LOAD_ATTR" and i.argval == key,
+        ]
+        if container:
+            tests = [lambda i: i.opname == "STORE_SUBSCR"] * (code is not None)
+        tests += [lambda i: i.opname == "LOAD_ATTR" and i.argval == name, lambda i: i.argval == name]
+        for test in tests:
+            ran = [] if container and test is tests[0] else [*self._codes.values()]
+            for c in ran if code is None else [*ran, code]:
+                at = next(filter(test, dis.get_instructions(c)), None)
+                if at is not None and is_user_file(c.co_filename):
+                    return line_of(c.co_filename, line_number(c, at), c.co_name)
+        return line_of(code.co_filename, code.co_firstlineno, code.co_name) if code is not None else ""
 
 
 def _named(what: str, owner: Any, key: Any) -> str:
