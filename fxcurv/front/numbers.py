@@ -1,4 +1,4 @@
-"""Values that a model turns into Python numbers or sizes: `.item()`, `x[mask]`, `nonzero`, `repeat_interleave(counts)`.
+"""Values that a model turns into Python numbers or sizes: `.item()`, `x[mask]`, `nonzero`, `unique`.
 
 A value that depends on inputs, targets, buffers and frozen parameters alone is computed while the model is traced, and
 the program holds for this value: the traced graph outputs it, and every call computes it anew and compares
@@ -235,6 +235,33 @@ class _Read:
         named.pop("repeats", None)
         return func(args[0], int(self.values.number(counts)), *args[2:], **named)
 
+    def unique(self, func, x, sorted=True, return_inverse=False, return_counts=False, dim=None):  # noqa: A002
+        if dim is not None:
+            return func(x, sorted, return_inverse, return_counts, dim)
+        values, order = x.flatten().sort(stable=True)
+        found, ranks, counts = self._runs(values)
+        inverse = torch.zeros_like(order).scatter(0, order, ranks).view(x.shape)
+        return _asked_for(found, (inverse, return_inverse), (counts, return_counts))
+
+    def unique_consecutive(self, func, x, return_inverse=False, return_counts=False, dim=None):
+        if dim is not None:
+            return func(x, return_inverse, return_counts, dim)
+        found, ranks, counts = self._runs(x.flatten())
+        return _asked_for(found, (ranks.view(x.shape), return_inverse), (counts, return_counts))
+
+    def _runs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The value of each run of equal entries, the run that each entry is in, and the runs' lengths."""
+        first = torch.cat([torch.ones_like(x[:1], dtype=torch.bool), x[1:] != x[:-1]])
+        starts = self.positions(first).squeeze(1)
+        ends = torch.cat([starts[1:], torch.full_like(starts[:1], x.shape[0])])
+        return x[starts], first.cumsum(0) - 1, ends - starts
+
+
+def _asked_for(found: Tensor, *more: tuple[Tensor, bool]) -> Any:
+    """`found` alone, or a tuple with those of `more` that are asked for."""
+    extra = [t for t, asked in more if asked]
+    return (found, *extra) if extra else found
+
 
 _READS: dict[Any, str] = {
     Tensor.tolist: "listed",
@@ -243,6 +270,8 @@ _READS: dict[Any, str] = {
     torch.where: "where", Tensor.masked_select: "selected", torch.masked_select: "selected",
     Tensor.__getitem__: "index", Tensor.__setitem__: "written",
     Tensor.repeat_interleave: "repeated", torch.repeat_interleave: "repeated",
+    Tensor.unique: "unique", torch.unique: "unique",
+    Tensor.unique_consecutive: "unique_consecutive", torch.unique_consecutive: "unique_consecutive",
 }  # fmt: skip
 
-_SIZES = {"nonzero", "where", "selected", "index", "written", "repeated"}
+_SIZES = {"nonzero", "where", "selected", "index", "written", "repeated", "unique", "unique_consecutive"}

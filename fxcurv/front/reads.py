@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcurv.errors import CaptureError
+from fxcurv.front.left_behind import LeftBehind
 from fxcurv.front.python_state import (
     CONTAINERS,
     ENVIRONMENT,
@@ -90,6 +91,8 @@ class Reads:
         self._custom = False
         self._changed: list[Path] = []
         self._effects: list[Effect] = []
+        self.left = LeftBehind(self.modules)
+        self.left.function(loss)
         self.of_code(loss)
 
     # -- floats that are inputs --
@@ -164,13 +167,16 @@ class Reads:
     def _on_call(self, frame: types.FrameType, event: str, arg: Any) -> Any:
         """Trace function: record what a called function reads, then call the debugger's or the coverage tool's."""
         code = frame.f_code
-        if id(code) not in self._codes:
+        new_code = id(code) not in self._codes
+        if new_code:
             watched = holds_state(code.co_filename) and code.co_name not in _OF_MODES
             self._codes[id(code)] = (code, _instructions(code) if watched else [])
             if self._codes[id(code)][1]:
                 self._ran.append((code, frame.f_globals))
                 self._record_globals(code, frame.f_globals)
         instructions = self._codes[id(code)][1]
+        if new_code and instructions:
+            self.left.code(code, frame.f_globals)
         if code is _NEW_COPY:
             return self._on_copy
         new = frame.f_locals.get(code.co_varnames[0]) if code.co_name == "__init__" and code.co_argcount else None
@@ -195,6 +201,7 @@ class Reads:
         method = hasattr(type(value), code.co_name) and is_plain(value) and id(value) not in self._born
         if not method:
             return
+        self.left.of_object(code, value)
         for k, i in enumerate(instructions):
             names = i.argval if isinstance(i.argval, tuple) else (i.argval,)
             if i.opname.startswith("LOAD_FAST") and names[-1] == first:
@@ -387,7 +394,9 @@ class Reads:
             if name and is_plain(value):
                 members = members_of(value)
                 if name in members or not hasattr(value.__class__, name):
-                    path, value, at = path.step("attr", name), members.get(name, MISSING), at + 1
+                    # one that `__getattr__` makes is asked for again at every call
+                    inner = members[name] if name in members else Path(None, value, (("attr", name),)).get([])
+                    path, value, at = path.step("attr", name), inner, at + 1
                     continue
                 found = next(vars(c)[name] for c in value.__class__.__mro__ if name in vars(c))
                 code = getattr(getattr(found, "fget", found), "__code__", None)

@@ -49,10 +49,11 @@ def hooks_of(modules: Sequence[nn.Module]) -> tuple:
 
 
 @contextlib.contextmanager
-def no_side_effects(modules: Sequence[nn.Module]) -> Iterator[Callable[[], None]]:
+def no_side_effects(modules: Sequence[nn.Module]) -> Iterator[Callable[[], bool]]:
     """While a model is captured, refuse side effects that would be lost, and leave Python as it was.
 
-    Yields a function to call at the end of a forward pass, because export puts attributes back before it returns.
+    Yields a function to call at the end of a forward pass, because export puts attributes back before it returns: whether
+    there were any.
 
     Raises:
         CaptureError: for hooks of the backward pass, and where a tensor was handed to Python.
@@ -64,14 +65,15 @@ def no_side_effects(modules: Sequence[nn.Module]) -> Iterator[Callable[[], None]
     numbers = _numbers(named)
     changed: list[str] = []
 
-    def look(traced: Callable[[Any], bool] = _holds_traced) -> None:
+    def look(traced: Callable[[Any], bool] = holds_traced) -> bool:
         changed.extend(
             _name_attribute(what, owner, traced) for what, owner, old in before if _leaks(owner, old, traced)
         )
+        return bool(changed)
 
     with patched("torch.Tensor.register_hook", _no_tensor_hook):
         try:
-            yield lambda: look(_depends_on_call)
+            yield lambda: look(depends_on_call)
         except BaseException as error:
             look()
             _restore(before)
@@ -280,7 +282,7 @@ def _numbers(named: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, Any]]:
     return out
 
 
-def _holds_traced(value: Any, depth: int = 3) -> bool:
+def holds_traced(value: Any, depth: int = 3) -> bool:
     """Whether a value is or holds a tensor of the capture."""
     if isinstance(value, Tensor):
         return isinstance(value, FakeTensor | FunctionalTensor)
@@ -288,14 +290,14 @@ def _holds_traced(value: Any, depth: int = 3) -> bool:
         value = value.values()
     elif not isinstance(value, list | tuple | set | deque):
         return False
-    return depth > 0 and any(_holds_traced(v, depth - 1) for v in list(value))
+    return depth > 0 and any(holds_traced(v, depth - 1) for v in list(value))
 
 
-def _depends_on_call(value: Any) -> bool:
+def depends_on_call(value: Any) -> bool:
     """Whether a value is a traced tensor of parameters or samples (constants may stay), or holds traced ones."""
     if not isinstance(value, Tensor):
-        return _holds_traced(value)
-    return _holds_traced(value) and (value.requires_grad or any(isinstance(size, torch.SymInt) for size in value.shape))
+        return holds_traced(value)
+    return holds_traced(value) and (value.requires_grad or any(isinstance(size, torch.SymInt) for size in value.shape))
 
 
 def _leaks(owner: Any, old: Any, traced: Callable[[Any], bool]) -> bool:
@@ -304,7 +306,7 @@ def _leaks(owner: Any, old: Any, traced: Callable[[Any], bool]) -> bool:
         return any(
             traced(v)
             for k, v in owner.items()
-            if k not in _OWN and not (k in old and old[k] is v and _holds_traced(v, 0))
+            if k not in _OWN and not (k in old and old[k] is v and holds_traced(v, 0))
         )
     return any(traced(v) for v in owner)
 
@@ -318,9 +320,9 @@ def _name_attribute(what: str, owner: Any, traced: Callable[[Any], bool]) -> str
 def _restore(before: Iterable[tuple[str, Any, Any]]) -> None:
     """Take the capture's tensors out again."""
     for _, owner, old in before:
-        if _leaks(owner, old, _holds_traced):
+        if _leaks(owner, old, holds_traced):
             if isinstance(owner, dict):
-                for k in [k for k, v in owner.items() if k not in _OWN and _holds_traced(v)]:
+                for k in [k for k, v in owner.items() if k not in _OWN and holds_traced(v)]:
                     if k in old:
                         owner[k] = old[k]
                     else:

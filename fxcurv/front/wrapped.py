@@ -44,7 +44,7 @@ class _Record:
     fixed_by: Any = None
     marks: dict[int, tuple[Tensor, Tensor]]
     notes: dict[str, None]
-    look: Callable[[], None] = staticmethod(lambda: None)
+    look: Callable[[], bool] = staticmethod(lambda: False)
 
 
 class Captured(nn.Module):
@@ -76,13 +76,20 @@ class Captured(nn.Module):
             self.reads.born(objects_in((args, kwargs)))
             self.values.begin(self._incoming_tensors(inputs, targets, numbers))
             self.observers.begin()
-            with self.reads.numbers(numbers), self.reads:
-                out = self._run(args, kwargs, targets)
-            self.record.look()
+            try:
+                with self.reads.numbers(numbers), self.reads:
+                    out = self._run(args, kwargs, targets)
+                refused = self.record.look()
+            finally:
+                self.reads.left.restore()
+            if not refused:
+                self.reads.left.check()
             return out
-        except FxcurvError:
+        except FxcurvError as error:
+            self.reads.left.check(error)
             raise
         except Exception as error:  # here, since export prints the graph so far for an error that reaches it
+            self.reads.left.check(error)
             raise not_traced(error, self) from error
 
     def _incoming_tensors(self, inputs, targets, numbers) -> Iterator[tuple[Tensor, Tensor, bool]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import linecache
 import os
 import re
 import traceback
+import types
 from typing import Any
 
 import torch
@@ -75,6 +77,12 @@ def source_line(trace: str) -> str:
 def line_of(file: str, number: int, function: str) -> str:
     """A source line in the form of a traceback."""
     return f'  File "{file}", line {number}, in {function}: {linecache.getline(file, number).strip()}\n'
+
+
+def line_number(code: types.CodeType, at: dis.Instruction | None) -> int:
+    """The number of an instruction's line; that of the function's first without one."""
+    lines = [line for start, _, line in code.co_lines() if at is not None and start <= at.offset and line is not None]
+    return lines[-1] if lines else code.co_firstlineno
 
 
 def running_line() -> str:

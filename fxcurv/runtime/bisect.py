@@ -44,7 +44,7 @@ def first_difference(check: Any, forward: bool, pairs: dict[str, Pair], wrong: S
         return _explain_forward(check, events, graph)
     if not wrong:
         name = next(name for name, pair in pairs.items() if unequal([pair]))
-        return f"capture, in the {name.replace('buffer', 'update of buffer')}:"
+        return f"capture, in {name.replace('buffer', 'the update of buffer')}:"
     return _explain_gradient(check, graph, wrong, pairs)
 
 

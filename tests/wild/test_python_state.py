@@ -818,3 +818,30 @@ def test_inside_torch_compile_old_state_is_noticed(monkeypatch, change) -> None:
 def test_libraries_are_known_in_every_folder_of_packages(path, watched):
     """An environment that takes PyTorch from the system's packages, or the user's, is as good as one that has its own."""
     assert holds_state(path) is watched
+
+
+class Computed:
+    """Makes its attributes when they are read."""
+
+    def __init__(self) -> None:
+        self.known = {"factor": 2.0, "name": "a"}
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "known":
+            raise AttributeError(name)
+        return self.known[name]
+
+
+COMPUTED = Computed()
+
+
+def test_attributes_that_getattr_makes():
+    """They are read, not changed: their values are asked for at every call."""
+    x, y = batch()
+    model = nn.Linear(x.shape[1], y.shape[1])
+    compiled = fxcurv.compile(model, lambda f, t: COMPUTED.factor * (f - t).square().sum(), [])
+    for k, factor in enumerate((2.0, 2.0, 3.0, 3.0)):
+        COMPUTED.known["factor"] = factor
+        wanted = factor * (model(x) - y).square().sum()
+        torch.testing.assert_close(compiled(x, y).loss, wanted.detach())
+        assert len(compiled.recompiles) == (k > 1)

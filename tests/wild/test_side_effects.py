@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -195,3 +197,221 @@ def test_containers_that_refuse_to_be_written_to():
     model.config = Frozen(width=3, inner=Frozen(depth=2))
     right(fxcurv.compile(model, F.cross_entropy, [BatchGrad()]), model)
     assert model.config == {"width": 3, "inner": {"depth": 2}}
+
+
+# ---- values that are built at their first use, and kept ------------------------------
+
+
+class Table:
+    """Builds a tensor when it is first asked for it."""
+
+    shared = None
+
+    def __init__(self):
+        self.w, self.inner = None, {"all": []}
+
+    def own(self):
+        if self.w is None:
+            self.w = torch.full((3,), 2.0, dtype=torch.float64)
+        return self.w
+
+    @functools.cached_property
+    def late(self):
+        return torch.full((3,), 2.0, dtype=torch.float64)
+
+    def nested(self):
+        if not self.inner["all"]:
+            self.inner["all"].append(torch.full((3,), 2.0, dtype=torch.float64))
+        return self.inner["all"][0]
+
+    def of_class(self):
+        if Table.shared is None:
+            Table.shared = torch.full((3,), 2.0, dtype=torch.float64)
+        return Table.shared
+
+
+BUILT: dict = {}
+BOUND = None
+
+
+def of_global():
+    if "w" not in BUILT:
+        BUILT["w"] = torch.full((3,), 2.0, dtype=torch.float64)
+    return BUILT["w"]
+
+
+def of_bound_global():
+    global BOUND
+    if BOUND is None:
+        BOUND = torch.full((3,), 2.0, dtype=torch.float64)
+    return BOUND
+
+
+def of_default(known={}):  # noqa: B006
+    if not known:
+        known["w"] = torch.full((3,), 2.0, dtype=torch.float64)
+    return known["w"]
+
+
+def of_closure():
+    w = None
+
+    def get():
+        nonlocal w
+        if w is None:
+            w = torch.full((3,), 2.0, dtype=torch.float64)
+        return w
+
+    return get
+
+
+def of_scaler():
+    scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=2.0)
+    return lambda: scaler.scale(torch.ones((), dtype=torch.float64))
+
+
+def of_distribution():
+    one = torch.distributions.MultivariateNormal(torch.zeros(3), scale_tril=torch.eye(3))
+    return lambda: one.precision_matrix.sum(0).double()
+
+
+BUILDS = {
+    "an attribute": (lambda: Table().own, "the attribute 'w' of", "self.w = torch.full"),
+    "a cached property": (lambda: functools.partial(lambda t: t.late, Table()), "the attribute 'late' of", "t.late"),
+    "a list in a dict of an object": (lambda: Table().nested, "'inner' of", 'self.inner["all"]'),
+    "an attribute of a class": (lambda: Table().of_class, "'shared'", "Table.shared = torch.full"),
+    "an entry of a global": (lambda: of_global, "the global 'BUILT'['w']", 'BUILT["w"] = torch.full'),
+    "a global": (lambda: of_bound_global, "the global 'BOUND'", "BOUND"),
+    "a default argument": (lambda: of_default, "the default arguments of of_default", 'known["w"] = torch.full'),
+    "a closure": (of_closure, "'w' in of_closure.<locals>.get", "w is None"),
+    "a GradScaler": (of_scaler, "the attribute '_scale' of", "scaler.scale"),
+    "a distribution": (of_distribution, "the attribute 'precision_matrix' of", "one.precision_matrix"),
+}
+
+
+def put_away() -> None:
+    global BOUND
+    BUILT.clear()
+    of_default.__defaults__[0].clear()
+    BOUND = Table.shared = None
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_a_value_built_at_its_first_use(name):
+    """Refused by name and line; nothing of the capture stays, plain PyTorch runs, and after that so does a program."""
+    put_away()
+    (make, what, line), (x, y), model = BUILDS[name], data(), mlp()
+    build = make()
+    compiled = fxcurv.compile(model, lambda f, t: (F.cross_entropy(f, t, reduction="none").sum() * build()).sum(), [])
+    for _ in range(2):
+        with pytest.raises(CaptureError) as caught:
+            compiled(x, y)
+        for words in (
+            "builds a value at its first use",
+            what,
+            line,
+            "test_side_effects.py",
+            "Way out: build it before",
+        ):
+            assert words in str(caught.value)
+    assert no_fake(BUILT) and BUILT == {} and of_default.__defaults__ == ({},)
+    assert BOUND is None and Table.shared is None
+    value = build()
+    assert no_fake(value) and value.sum() > 0
+    torch.testing.assert_close(compiled(x, y).loss, compiled.loss(model(x), y).detach())
+
+
+def test_it_is_put_back_when_the_loss_fails():
+    put_away()
+    x, y = data()
+
+    def loss(f, t):
+        return F.cross_entropy(f * of_global(), t) + torch.ones(2, 3) @ torch.ones(2, 3)
+
+    with pytest.raises(CaptureError, match="'BUILT'"):
+        fxcurv.compile(mlp(), loss, [])(x, y)
+    assert BUILT == {}
+    of_global()
+    with pytest.raises(fxcurv.errors.FxcurvError, match=r"torch\.ones\(2, 3\) @"):
+        fxcurv.compile(mlp(), loss, [])(x, y)
+    put_away()
+
+
+@functools.lru_cache
+def cached(n):
+    return torch.full((n,), 2.0, dtype=torch.float64)
+
+
+def test_what_is_cached():
+    """A cache is emptied: what was in it is made again."""
+    x, y = data()
+    cached.cache_clear()
+    result = fxcurv.compile(mlp(), lambda f, t: F.cross_entropy(f * cached(3), t), [])(x, y)
+    assert no_fake(cached(3))
+    torch.testing.assert_close(result.loss, F.cross_entropy(mlp()(x) * cached(3), y).detach())
+
+
+def test_a_loss_that_logs():
+    x, y = data()
+
+    def loss(f, t):
+        SEEN.append(f)
+        return F.cross_entropy(f, t)
+
+    with pytest.raises(CaptureError, match=r"side effect[^$]*the global 'SEEN'[^$]*SEEN.append"):
+        fxcurv.compile(mlp(), loss, [])(x, y)
+    assert SEEN == []
+
+
+def test_what_a_forward_makes_is_its_own():
+    """A dict, an object and a recursive function that live in the pass alone."""
+
+    def loss(f, t):
+        known, table = {}, Table()
+
+        def twice(k):
+            if k not in known:
+                known[k] = f * k if k < 2 else twice(k - 1) * 2
+            return known[k]
+
+        return F.cross_entropy(twice(3) * twice(3) * table.own() * table.nested(), t)
+
+    x, y = data()
+    result = fxcurv.compile(mlp(), loss, [])(x, y)
+    torch.testing.assert_close(result.loss, loss(mlp()(x), y).detach())
+
+
+# ---- random numbers of Python ------------------------------
+
+OWN = random.Random(0)
+NUMPYS = np.random.default_rng(0)
+DRAWS = {
+    "Python": (lambda: random.random(), "Python's random numbers"),
+    "numpy": (lambda: np.random.rand(), "numpy's random numbers"),
+    "a generator": (lambda: OWN.uniform(1, 2), "the random numbers of the global 'OWN'"),
+    "a generator of numpy": (lambda: NUMPYS.random(), "the random numbers of the global 'NUMPYS'"),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("where", ["model", "loss"])
+def test_random_numbers_of_python(name, where):
+    (draw, what), (x, y), model = DRAWS[name], data(), mlp()
+    loss = F.cross_entropy
+    if where == "loss":
+        loss = lambda f, t: F.cross_entropy(f, t) * draw()  # noqa: E731
+    else:
+        model[1].forward = lambda x: torch.tanh(x) * draw()
+    states = random.getstate(), OWN.getstate(), NUMPYS.bit_generator.state, np.random.get_state()[1].tolist()
+    with pytest.raises(CaptureError) as caught:
+        fxcurv.compile(model, loss, [], check=None)(x, y)
+    for words in (what, "once, and keep for ever", "test_side_effects.py", "lambda: ", "Way out: torch.rand(())"):
+        assert words in str(caught.value)
+    now = random.getstate(), OWN.getstate(), NUMPYS.bit_generator.state, np.random.get_state()[1].tolist()
+    assert states == now
+
+
+def test_a_capture_draws_nothing_of_python():
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    right(fxcurv.compile(mlp(), F.cross_entropy, [BatchGrad()]), mlp())
+    assert states == (random.getstate(), np.random.get_state()[1].tolist())

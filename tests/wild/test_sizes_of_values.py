@@ -289,3 +289,51 @@ def test_refused(name: str, capfd: pytest.CaptureFixture) -> None:
     for words in (__file__, line, says):
         assert words in str(caught.value), caught.value
     assert capfd.readouterr() == ("", "")
+
+
+def of_unique(i: Tensor) -> tuple[Tensor, ...]:
+    return *torch.unique(i, return_inverse=True, return_counts=True), i.unique(sorted=False)
+
+
+def of_runs(i: Tensor) -> tuple[Tensor, ...]:
+    found, inverse, counts = torch.unique_consecutive(i, return_inverse=True, return_counts=True)
+    return found, inverse, counts, torch.unique_consecutive(i, return_counts=True)[0]
+
+
+class Bag(nn.Module):
+    """Looks up every index once."""
+
+    def __init__(self, of: Any) -> None:
+        super().__init__()
+        self.of, self.table = of, nn.Embedding(9, 3).double()
+
+    def forward(self, i: Tensor) -> Tensor:
+        found, inverse, counts, again = self.of(i)
+        rows = torch.tanh(self.table(found) * counts.unsqueeze(1).sqrt() + again.unsqueeze(1))
+        return rows[inverse].flatten(1) * inverse.sum()
+
+
+@pytest.mark.parametrize("of", [of_unique, of_runs])
+def test_unique(of: Any) -> None:
+    """Other indices, also another number of distinct ones, with the numbers of plain PyTorch."""
+    torch.manual_seed(0)
+    model, y = Bag(of), torch.randn(3, 6, dtype=torch.float64)
+    compiled = fxcurv.compile(model, MSE, [])
+    for values in ([1, 3, 1, 8, 1, 1], [2, 2, 2, 2, 2, 2], [8, 4, 6, 5, 0, 7], [1, 3, 1, 8, 1, 1]):
+        i = torch.tensor(values).view(3, 2)
+        wanted = MSE(model(i), y)
+        (grad,) = torch.autograd.grad(wanted, model.table.weight)
+        result = compiled(i, y)
+        torch.testing.assert_close(result.loss, wanted.detach(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(result.grad["table.weight"], grad, rtol=1e-9, atol=1e-12)
+    assert len(compiled.recompiles) == 2
+
+
+def test_unique_of_what_is_trained() -> None:
+    class Rounded(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * torch.unique(super().forward(x).round()).sum()
+
+    x = torch.randn(4, 3)
+    with pytest.raises(CaptureError, match="op unique[^$]*size depends on values that trained parameters enter"):
+        fxcurv.compile(Rounded(3, 2), MSE, [])(x, x[:, :2])
