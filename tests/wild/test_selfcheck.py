@@ -124,11 +124,6 @@ def test_stale_python_state(scale):
         assert "the loss is" in caught(model)
 
 
-def test_a_number_drawn_in_forward_is_python_state():
-    model = net(lambda m, x: m.last(m.first(x).tanh() * random.random()))
-    assert "the loss is" in caught(model)
-
-
 def test_a_wrong_value_is_named_by_module_and_op():
     model = net(act=nn.Softplus(beta=2.0))
 
