@@ -173,11 +173,21 @@ def reads(func: Callable, args: tuple) -> bool:
     name = _READS.get(func)
     if name is None or not args or not isinstance(args[0], Tensor):
         return False
-    if name == "written" and not (isinstance(args[2], Tensor) and args[2].ndim):
-        return False  # one value is written wherever the mask is true, so their count is not needed
+    if name == "written" and not _one_each(*args[:3]):
+        return False
     if name in ("index", "written"):
         return any(_is_mask(i) for i in (args[1] if isinstance(args[1], tuple) else (args[1],)))
     return True
+
+
+def _one_each(x: Tensor, index: Any, value: Any) -> bool:
+    """Whether a write may have a value for each place where a mask is true, whose count it then needs."""
+    if not isinstance(value, Tensor) or not value.ndim:
+        return False
+    if not _is_mask(index):
+        return True
+    along = x.ndim - index.ndim + 1  # from the end: the axis of `value` that counts places
+    return value.ndim >= along and value.shape[-along] != 1
 
 
 def _is_mask(index: Any) -> bool:

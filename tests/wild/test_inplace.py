@@ -89,16 +89,16 @@ def multiply_columns(h):
 
 @spelling
 def negative_index(h):
-    h = h.clone()
-    h[..., -1] = h[:, 0] ** 2
-    return h
+    z = h.clone()
+    z[..., -1] = h[:, 0] ** 2
+    return z
 
 
 @spelling
 def negative_slice(h):
-    h = h.clone()
-    h[:, -4:-2] = h[:, -2:] ** 2
-    return h
+    z = h.clone()
+    z[:, -4:-2] = h[:, -2:] ** 2
+    return z
 
 
 @spelling
