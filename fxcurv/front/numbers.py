@@ -63,19 +63,45 @@ class Values:
         self._nodes: list[fx.Node | None] = []
         self._env: dict[fx.Node, Any] = {}
         self._level: dict[fx.Node, int] = {}
+        self._of_call: set[int] = set()
         self._memory: dict[int, int] = {}  # storage -> level: a write changes what all views hold
         self._seen = 0
 
-    def begin(self, given: Iterable[tuple[Tensor, Tensor, bool]]) -> None:
-        """Begin a trace; `given`: (tensor of the trace, its value, whether it is trained) for all that comes in."""
+    def begin(self, given: Iterable[tuple[Tensor, Tensor, bool]], of_call: Iterable[Tensor]) -> None:
+        """Begin a trace.
+
+        Args:
+            given: (tensor of the trace, its value, whether it is trained) for all that comes in.
+            of_call: those of these tensors that are inputs, targets and numbers.
+        """
         self.__init__()  # type: ignore[misc]
-        self._given = list(given)
+        self._given, self._of_call = list(given), {id(t) for t in of_call}
         mode = proxy_mode()  # now, as `x.to(...)` may return x itself, which then has the node of that call
         self._nodes = [node_of(fake, mode.tracer) if mode is not None else None for fake, _, _ in self._given]
 
     def sized(self) -> list[Tensor]:
         """The tensors that came in with a symbolic size."""
         return [fake for fake, _, _ in self._given if any(isinstance(size, torch.SymInt) for size in fake.shape)]
+
+    def follows_from_call(self, t: Any) -> bool:
+        """Whether a tensor of the trace is made of what another call has other values of.
+
+        That are inputs, targets, trained parameters and random draws; not what an op reads the sizes of alone.
+        """
+        mode = proxy_mode()
+        node = node_of(t, mode.tracer) if mode is not None and isinstance(t, Tensor) else None
+        given = zip(self._given, self._nodes, strict=True)
+        changing = {n for (fake, _, trained), n in given if trained or id(fake) in self._of_call}
+        seen: set[fx.Node] = set()
+        stack = [node] if node is not None else []
+        while stack:
+            node = stack.pop()
+            if node in changing or random(node.target):
+                return True
+            if node not in seen and node.target not in OF_SHAPE:
+                seen.add(node)
+                stack += node.all_input_nodes
+        return False
 
     def number(self, t: Tensor) -> Any:
         """The number that a tensor of one entry holds.

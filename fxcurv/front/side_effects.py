@@ -49,11 +49,11 @@ def hooks_of(modules: Sequence[nn.Module]) -> tuple:
 
 
 @contextlib.contextmanager
-def no_side_effects(modules: Sequence[nn.Module]) -> Iterator[Callable[[], bool]]:
+def no_side_effects(modules: Sequence[nn.Module]) -> Iterator[Callable[[Callable[[Any], bool]], bool]]:
     """While a model is captured, refuse side effects that would be lost, and leave Python as it was.
 
     Yields a function to call at the end of a forward pass, because export puts attributes back before it returns: whether
-    there were any.
+    there were any. It is given what says of a traced tensor that it follows from this call's values.
 
     Raises:
         CaptureError: for hooks of the backward pass, and where a tensor was handed to Python.
@@ -73,7 +73,7 @@ def no_side_effects(modules: Sequence[nn.Module]) -> Iterator[Callable[[], bool]
 
     with patched("torch.Tensor.register_hook", _no_tensor_hook):
         try:
-            yield lambda: look(depends_on_call)
+            yield lambda follows: look(lambda value: depends_on_call(value) or follows(value))
         except BaseException as error:
             look()
             _restore(before)

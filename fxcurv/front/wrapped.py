@@ -44,7 +44,7 @@ class _Record:
     fixed_by: Any = None
     marks: dict[int, tuple[Tensor, Tensor]]
     notes: dict[str, None]
-    look: Callable[[], bool] = staticmethod(lambda: False)
+    look: Callable[[Callable[[Any], bool]], bool] = staticmethod(lambda follows: False)
 
 
 class Captured(nn.Module):
@@ -74,12 +74,12 @@ class Captured(nn.Module):
         try:
             args, kwargs = filled(self.arguments.input_template, inputs)  # copies plain objects, for this trace alone
             self.reads.born(objects_in((args, kwargs)))
-            self.values.begin(self._incoming_tensors(inputs, targets, numbers))
+            self.values.begin(self._incoming_tensors(inputs, targets, numbers), [*inputs, *targets, *numbers])
             self.observers.begin()
             try:
                 with self.reads.numbers(numbers), self.reads:
                     out = self._run(args, kwargs, targets)
-                refused = self.record.look()
+                refused = self.record.look(self.values.follows_from_call)
             finally:
                 self.reads.left.restore()
             if not refused:

@@ -21,7 +21,7 @@ import inspect
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,7 +106,7 @@ class SelfCheck:
         self.inputs = program.inputs[:]
         self.observed = program.observed[:]
         self.jacobian = self._jacobian_leaf(program)
-        self.random = any(_draws(n.target) for n in program.graph.nodes)
+        self.random = any(_draws(n.target, n.args, n.kwargs) for n in program.graph.nodes)
         self.note = "not yet: at the first call"
 
     @classmethod
@@ -507,8 +507,13 @@ def _reachable(function: Any) -> list[Any]:
 # ---- draws and rounding ----
 
 
-def _draws(op: Any) -> bool:
-    return isinstance(op, OpOverload) and torch.Tag.nondeterministic_seeded in op.tags
+def _draws(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call draws random numbers; attention without dropout does not, though its kernels count as random."""
+    if not isinstance(op, OpOverload) or torch.Tag.nondeterministic_seeded not in op.tags:
+        return False
+    named = {a.name: value for a, value in zip(schema_of(op).arguments, args, strict=False)} | dict(kwargs)
+    optional = [a.default_value for a in schema_of(op).arguments if a.name == "dropout_p"]
+    return not optional or named.get("dropout_p", optional[0]) != 0
 
 
 @contextlib.contextmanager
@@ -529,7 +534,7 @@ class _FixedDraws(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if not _draws(func):
+        if not _draws(func, args, kwargs):
             return func(*args, **kwargs)
         torch.manual_seed(0)
         given = pytree.tree_map_only(Tensor, Tensor.contiguous, args)

@@ -318,13 +318,12 @@ def test_the_truth_passes(name, training):
     """No false alarm, and nothing left out; in double precision extensions/test_quantities.py checks every case."""
     model, loss, inputs, targets = CASES[name].build(torch.float32)
     model.train(training)
-    targets = targets if isinstance(targets, tuple) else (targets,)
     for extensions in (QUANTITIES, []):  # the gradient alone, where samples interact
         compiled = fxcurv.compile(model, loss, extensions, batch_dim=CASES[name].batch_dim)
         with contextlib.suppress(MixedSamplesError):
-            compiled(inputs, *targets)
+            compiled(inputs, targets)
             break
-    note = compiled.explain(inputs, *targets).check
+    note = compiled.explain(inputs, targets).check
     assert note.startswith("loss, output, gradient") and "NOT" not in note
 
 
@@ -469,7 +468,8 @@ def test_when():
         return original(self, **options)
 
     with mock.patch.object(selfcheck.Check, "run", counted):
-        for check, expected in (("first", [1, 1, 2]), ("always", [1, 2, 3]), ("probe", [0, 0, 0]), (None, [0, 0, 0])):
+        # whether one sample may run by the program for several is checked as well
+        for check, expected in (("first", [1, 1, 2]), ("always", [1, 2, 4]), ("probe", [0, 0, 0]), (None, [0, 0, 0])):
             runs.clear()
             compiled = fxcurv.compile(net(act=nn.Tanh()), CE, check=check)
             assert "at the first call" in str(compiled.explain(x, y)) or check in ("probe", None)

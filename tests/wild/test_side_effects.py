@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from case_tools import Net
 from oracle import Oracle
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -273,6 +274,54 @@ def of_scaler():
 def of_distribution():
     one = torch.distributions.MultivariateNormal(torch.zeros(3), scale_tril=torch.eye(3))
     return lambda: one.precision_matrix.sum(0).double()
+
+
+def keeps(build):
+    """A model that keeps what `build` gives at its first forward pass."""
+
+    def run(m, x):
+        if m.kept is None:
+            m.kept = build(m, x)
+        return m.a(x - m.kept)
+
+    model = Net(run, a=nn.Linear(3, 2), scale=torch.full((3,), 2.0)).double()
+    model.kept = None
+    return model
+
+
+KEPT = {
+    "a constant": lambda m, x: torch.arange(3.0, dtype=x.dtype),
+    "of a buffer": lambda m, x: m.scale * 2,
+    "of a size": lambda m, x: torch.ones_like(x[0]) * x.shape[1],
+}
+CHANGING = {
+    "of the batch": lambda m, x: x.mean(0),
+    "a draw": lambda m, x: torch.rand(3, dtype=x.dtype),
+    "of a parameter": lambda m, x: m.a.weight[0].detach(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute")  # which export advises to register
+@pytest.mark.parametrize("build", KEPT.values(), ids=KEPT)
+def test_what_a_model_builds_at_its_first_pass_is_the_same_at_every_call(build):
+    model, (x, y) = keeps(build), (torch.randn(4, 3).double(), torch.randn(4, 2).double())
+    compiled = fxcurv.compile(model, nn.MSELoss())
+    for shift in (0.0, 1.0):
+        found = compiled(x + shift, y).loss
+        torch.testing.assert_close(found, nn.MSELoss()(keeps_copy(model, build)(x + shift), y).detach())
+
+
+def keeps_copy(model, build):
+    plain = keeps(build)
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
+@pytest.mark.parametrize("build", CHANGING.values(), ids=CHANGING)
+def test_what_a_model_keeps_of_its_first_call_is_refused(build):
+    """A program would compute it anew."""
+    with pytest.raises(CaptureError, match="the attribute 'kept' of .*changes in the forward pass"):
+        fxcurv.compile(keeps(build), nn.MSELoss())(torch.randn(4, 3).double(), torch.randn(4, 2).double())
 
 
 BUILDS = {
