@@ -62,6 +62,7 @@ class Stateless(nn.Module):
                 kept.code.prepare()
         self.order, self.spec = pytree.tree_flatten(fields)
         self.fixed, self.largest = program.fixed, program.largest
+        self.tried = bool(program.conditions)  # batch sizes are tried one by one
         self.size = arguments.batch_size
         count = len(arguments.inputs)
         which = next(k for k, d in enumerate(arguments.batch_dims) if d is not None)
@@ -81,6 +82,8 @@ class Stateless(nn.Module):
         """Whether the program is for tensors of these sizes; called while tracing, this leaves guards."""
         which, dim, rows = self.samples
         n = tensors[which].shape[dim] // rows
+        if self.tried:
+            n = operator.index(n)  # a guard on this size (`int` leaves it symbolic): the next one is tried by itself
         if self.fixed and n != self.size or not self.fixed and (n < 2 or self.largest is not None and n > self.largest):
             return False
         return all(t.shape[k] == s for t, sizes in zip(tensors, self.shapes, strict=True) for k, s in sizes)

@@ -132,9 +132,9 @@ def a_list_of_columns(h):
 
 @spelling
 def a_new_axis(h):
-    h = h.clone()
-    h[:, None, 1:2] = h[:, None, :1] ** 2
-    return h
+    z = h.clone()
+    z[:, None, 1:2] = h[:, None, :1] ** 2
+    return z
 
 
 @spelling
