@@ -170,6 +170,8 @@ class Reads:
         new_code = id(code) not in self._codes
         if new_code:
             watched = holds_state(code.co_filename) and code.co_name not in _OF_MODES
+            # PyTorch's interpreter of graphs shows a progress bar, which is nobody's state
+            watched = watched and not frame.f_globals.get("__name__", "").startswith("tqdm.")
             if watched and _finalizes(frame):
                 return self._trace(frame, event, arg) if self._trace is not None else None  # type: ignore[arg-type]
             self._codes[id(code)] = (code, _instructions(code) if watched else [])
