@@ -38,7 +38,7 @@ from fxcurv.passes.shorten import shorten
 from fxcurv.passes.simplify import simplify
 from fxcurv.passes.sum_first import sum_first
 from fxcurv.rules.loss import LossRule
-from fxcurv.rules.traits import COPIES
+from fxcurv.rules.traits import COPIES, random
 
 aten = torch.ops.aten
 # By number of dimensions, besides the contiguous one.
@@ -231,19 +231,18 @@ def _number(program: Program, template: Program, n: int) -> None:
         keys.setdefault((numbers[node], _layout(node, template, n)), node.meta["key"])
     numbers = {}
     for node, what in _nodes_with_inputs(program):
-        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         if node.target in COPIES:
             number = numbers[node.args[0]]  # type: ignore[index]
         else:
             same = known.get(_signature(node, what, program, n, numbers))
-            number = node if not same else same.popleft() if random else same[0]
+            number = node if not same else same.popleft() if random(node.target) else same[0]
         numbers[node] = number
         place = _layout(node, program, n)
         if (number, place) in keys:
             node.meta["key"] = keys[number, place]
         elif not isinstance(number, fx.Node) and isinstance(place, torch.memory_format):
             node.meta["key"], node.meta["laid_out"] = number, place
-        elif random:
+        elif random(node.target):
             raise LossError(
                 f"{locate(node)}\ndraws random numbers past the model's output, and would draw other ones in the backward "
                 "pass. Way out: draw them in the model, or pass them to the loss as an argument."

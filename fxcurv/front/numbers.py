@@ -28,6 +28,7 @@ from fxcurv.ir.private import (
     schema_of,
     without_fake_mode,
 )
+from fxcurv.rules.idioms import counts_places
 from fxcurv.rules.traits import LITERALS, OF_SHAPE, random
 
 _NUMBER = (
@@ -210,10 +211,7 @@ def _one_each(x: Tensor, index: Any, value: Any) -> bool:
     """Whether a write may have a value for each place where a mask is true, whose count it then needs."""
     if not isinstance(value, Tensor) or not value.ndim:
         return False
-    if not _is_mask(index):
-        return True
-    along = x.ndim - index.ndim + 1  # from the end: the axis of `value` that counts places
-    return value.ndim >= along and value.shape[-along] != 1
+    return not _is_mask(index) or counts_places(value.shape, x.ndim - index.ndim)
 
 
 def _is_mask(index: Any) -> bool:

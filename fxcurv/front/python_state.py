@@ -58,7 +58,7 @@ _STDLIB = sysconfig.get_path("stdlib")
 _INSTALLED = re.compile(r".*[\\/](?:site|dist)-packages[\\/]([^\\/.]+)")
 _LIBRARIES = {
     "torch", "functorch", "torchgen", "sympy", "mpmath", "networkx", "numpy", "filelock", "fsspec", "jinja2", "triton", "optree",
-    "typing_extensions", "rich", "pytest", "_pytest", "pluggy", "hypothesis", "coverage",
+    "typing_extensions", "tqdm", "rich", "pytest", "_pytest", "pluggy", "hypothesis", "coverage",
 }  # fmt: skip
 # What taking a member raises if it is not there: an empty cell is a ValueError.
 NOT_THERE = (AttributeError, KeyError, IndexError, TypeError, ValueError, ReferenceError)

@@ -170,10 +170,6 @@ class Reads:
         new_code = id(code) not in self._codes
         if new_code:
             watched = holds_state(code.co_filename) and code.co_name not in _OF_MODES
-            # PyTorch's interpreter of graphs shows a progress bar, which is nobody's state
-            watched = watched and not frame.f_globals.get("__name__", "").startswith("tqdm.")
-            if watched and _finalizes(frame):
-                return self._trace(frame, event, arg) if self._trace is not None else None  # type: ignore[arg-type]
             self._codes[id(code)] = (code, _instructions(code) if watched else [])
             if self._codes[id(code)][1]:
                 self._ran.append((code, frame.f_globals))
@@ -186,7 +182,7 @@ class Reads:
         new = frame.f_locals.get(code.co_varnames[0]) if code.co_name == "__init__" and code.co_argcount else None
         if new is not None and (instructions or code.co_filename == "<string>" or issubclass(type(new), nn.Module)):
             self._born[id(new)] = new
-        elif instructions and (code.co_freevars or code.co_argcount) and not _finalizes(frame):
+        elif instructions and (code.co_freevars or code.co_argcount):
             self._record_frame(code, frame.f_locals, instructions)
         return self._trace(frame, event, arg) if self._trace is not None else None  # type: ignore[arg-type]
 
@@ -592,13 +588,6 @@ def with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
     for value in code.co_consts:
         if isinstance(value, types.CodeType):
             yield from with_inner(value)
-
-
-def _finalizes(frame: types.FrameType | None) -> bool:
-    """Whether a `__del__` runs: that of any object, as Python's collector may come at any time."""
-    while frame is not None and frame.f_code.co_name != "__del__":
-        frame = frame.f_back
-    return frame is not None
 
 
 def _instructions(code: types.CodeType) -> list:

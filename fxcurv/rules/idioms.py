@@ -5,7 +5,7 @@ An idiom is a function (program, node) -> replacement, or None where the idiom d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,11 @@ def _index_own_slices(x: Tensor, indices: list[Tensor]) -> Tensor:
 # x[mask] = one value: `where`, which does not need to know how many entries are written -----------------------------
 
 
+def counts_places(shape: Sequence[Any], rest: int) -> bool:
+    """Whether a value of this shape has one entry for each place where a mask is true, in front of `rest` other axes."""
+    return len(shape) > rest and shape[-rest - 1] != 1
+
+
 @idiom(aten.index_put.default)
 def _masked_write(program: Program, node: fx.Node) -> fx.Node | None:
     x, indices, values, accumulate = canonical_args(node)
@@ -91,9 +96,9 @@ def _masked_write(program: Program, node: fx.Node) -> fx.Node | None:
     lead = indices.index(masks[0])
     mask, shape = masks[0].meta["val"], values.meta["val"].shape
     rest = x.meta["val"].ndim - lead - mask.ndim
-    along = len(shape) - rest - 1  # the axis of `values` that counts the entries
-    if along >= 0 and shape[along] != 1:
+    if counts_places(shape, rest):
         return None
+    along = len(shape) - rest - 1  # the axis of `values` that counts the entries
     args = (x, masks[0], values, lead, rest, along, accumulate)
     return emit(program, _where_masked, *args, origin=origin_of(node, "forward"), before=node)
 

@@ -213,9 +213,7 @@ def _group_norm(x, groups, weight=None, bias=None, eps=1e-5, cudnn=True):
 def _instance_norm(x, weight, bias, mean, var, use_input_stats, momentum, eps, cudnn):
     if not use_input_stats:
         return _batch_norm(x, weight, bias, mean, var, False, momentum, eps, cudnn)
-    flat = x.flatten(2)
-    y = aten.layer_norm.default(flat, [flat.shape[2]], None, None, eps).reshape(x.shape)
-    return _scale_and_shift(y, weight, bias)
+    return _group_norm(x, x.shape[1], weight, bias, eps)
 
 
 def _scale_and_shift(y, weight, bias):

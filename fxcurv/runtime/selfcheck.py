@@ -35,7 +35,6 @@ from fxcurv.front.requests import Request
 from fxcurv.front.side_effects import refill
 from fxcurv.ir.placement import Shard
 from fxcurv.ir.private import (
-    OpOverload,
     TorchDispatchMode,
     hooks_of_tensor,
     own_buffers,
@@ -46,6 +45,7 @@ from fxcurv.ir.private import (
 )
 from fxcurv.ir.program import Program
 from fxcurv.passes.recycle import functional
+from fxcurv.rules.traits import random as is_random
 from fxcurv.runtime.bind import cuda_devices
 from fxcurv.runtime.bisect import first_difference
 from fxcurv.runtime.sums import Jacobians, Pair, sums, unequal
@@ -509,7 +509,7 @@ def _reachable(function: Any) -> list[Any]:
 
 def _draws(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call draws random numbers; attention without dropout does not, though its kernels count as random."""
-    if not isinstance(op, OpOverload) or torch.Tag.nondeterministic_seeded not in op.tags:
+    if not is_random(op):
         return False
     named = {a.name: value for a, value in zip(schema_of(op).arguments, args, strict=False)} | dict(kwargs)
     optional = [a.default_value for a in schema_of(op).arguments if a.name == "dropout_p"]
