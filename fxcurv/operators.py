@@ -90,7 +90,7 @@ class Code:
             with compile_lock, torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # an op without a batching rule is looped over
                 try:
-                    self._batched[key] = make_fx(mapped)(*plain)
+                    self._batched[key] = make_fx(mapped, tracing_mode="fake", _allow_non_fake_inputs=True)(*plain)
                 except RuntimeError:  # vmap refuses a few ops (as_strided_scatter)
                     self._batched[key] = _one_by_one(gm, len(kept))
         return self._batched[key]

@@ -23,6 +23,7 @@ from fxcurv.ir.private import (
     enable_python_dispatcher,
     make_fx,
     pytree,
+    without_layouts,
 )
 from fxcurv.ir.program import Input, Program
 
@@ -176,6 +177,7 @@ def tracing(program: Program, origin: dict[str, Any] | None):
         program.fake_mode,
         torch.enable_grad(),  # under no_grad the backward of some ops (det, solve) takes a way that has no derivative
         enable_python_dispatcher(),
+        without_layouts(),
     ):
         yield
     if (program.fixed, program.fixed_lengths) != before:

@@ -13,6 +13,7 @@ import importlib
 import logging
 import operator
 import sys
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,7 @@ SEEN: dict[str, Sequence[str]] = {
     "torch._subclasses.fake_tensor.unset_fake_temporarily": TRIED,
     "torch._subclasses.functional_tensor.FunctionalTensor": TRIED,
     "torch._subclasses.functional_tensor.dispatch_functionalize": TRIED,
+    "torch.fx.experimental.proxy_tensor._extract_tensor_metadata": TRIED,
     "torch.fx.experimental.proxy_tensor.disable_proxy_modes_tracing": TRIED,
     "torch.fx.experimental.proxy_tensor.get_proxy_mode": TRIED,
     "torch.fx.experimental.proxy_tensor.get_proxy_slot": TRIED,
@@ -235,7 +237,7 @@ __all__ = [
     "new_size", "no_hooks", "no_torch_functions", "node_of", "original", "own_buffers", "own_forward_hooks",
     "own_parameters", "patched", "precision_of_fsdp", "proxy_mode", "pytree", "rerouted", "reshards_after_forward",
     "reshards_to", "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing", "uses_of_storage",
-    "version_of", "without_fake_mode", "without_forward_hooks",
+    "version_of", "without_fake_mode", "without_forward_hooks", "without_layouts",
 ]  # fmt: skip
 
 # loggers that repeat what a trace raises
@@ -249,6 +251,20 @@ def patched(name: str, new: Any) -> Any:
     if name not in SEEN:
         raise LookupError(f"{name} is patched without a row in {__name__}")
     return mock.patch.object(*find(name), new)
+
+
+@contextlib.contextmanager
+def without_layouts() -> Iterator[None]:
+    """Within, this thread's traces do not note the layout of every value a second time: comparing symbolic strides is slow."""
+    own = threading.get_ident()
+    name = "torch.fx.experimental.proxy_tensor._extract_tensor_metadata"
+    noted = original(name)
+
+    def extract(*args: Any, **kwargs: Any) -> Any:
+        return None if threading.get_ident() == own else noted(*args, **kwargs)
+
+    with patched(name, extract):
+        yield
 
 
 def _instead(*args: Any, **kwargs: Any) -> Any:
