@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import fx
 from torch.export import Dim, ExportedProgram
 
 from fxcurv.errors import CaptureError, FxcurvError
@@ -32,6 +33,7 @@ from fxcurv.front.wrapped import Captured, not_traced
 from fxcurv.ir.emit import in_order
 from fxcurv.ir.private import UnsupportedOperatorException
 from fxcurv.ir.program import Program
+from fxcurv.rules.registered import backwards as backwards_of_ops
 
 
 def capture(subject: Subject, arguments: Arguments, split: str | None = None, numbers: Sequence[Path] = ()) -> Program:
@@ -78,6 +80,7 @@ def _capture_once(
             raise
         except Exception as error:
             raise not_traced(error, wrapped) from error
+        reads.later(backwards_of_ops(m.graph for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)))
         reads.check()
         program = lift(subject, wrapped, exported, arguments)
         program.notes = [*wrapped.record.notes]

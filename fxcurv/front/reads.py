@@ -158,11 +158,15 @@ class Reads:
         if error[0] is None:
             self._record_outside()
             self._record_closures()
-            for function in backwards():
-                self._custom = True
-                self._record_function(function)
+            self.later(backwards())
             self._sort_writes()
         self._codes, self._closed, self._born = {}, [], {}
+
+    def later(self, functions: Iterable[Callable]) -> None:
+        """Record what functions will read that no trace of the model runs: backwards, when their rules are traced."""
+        for function in functions:
+            self._custom = True
+            self._record_function(function)
 
     def _on_call(self, frame: types.FrameType, event: str, arg: Any) -> Any:
         """Trace function: record what a called function reads, then call the debugger's or the coverage tool's."""

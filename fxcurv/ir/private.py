@@ -52,6 +52,8 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.utils._sympy.functions": TRIED[1:],
     # operators
     "torch._decomp.decomposition_table": TRIED,
+    "torch._library.custom_ops._maybe_get_opdef": TRIED,
+    "torch._C._dispatch_has_kernel_for_dispatch_key": TRIED,
     "torch._ops.OpOverload": TRIED,
     "torch._ops.OpOverload._can_decompose": TRIED,
     "torch._ops.OpOverload._schema": TRIED,
@@ -204,6 +206,7 @@ from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.source import ConstantSource
 from torch._guards import tracing
+from torch._library.custom_ops import _maybe_get_opdef
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     FakeTensor,
@@ -229,13 +232,13 @@ from torch.utils._sympy import functions
 
 __all__ = [
     "FakeTensor", "FakeTensorMode", "FunctionalTensor", "GuardOnDataDependentSymNode", "Loss", "OpOverload", "SEEN",
-    "ShapeEnv", "TRIED", "TorchDispatchMode", "UnsupportedOperatorException", "after_backward", "any_autocast",
-    "base_of", "captured_size", "check", "collectives_of", "compile_lock", "constant_result", "decomposes",
-    "decomposition_table", "disable_fake_tensor_cache", "disable_proxy_modes_tracing", "dispatch_functionalize",
-    "enable_python_dispatcher", "find", "flattened_mesh", "free_unbacked_symbols", "function_of_sizes", "group_named",
-    "has_hooks", "hooks_of_tensor", "in_function_transform", "is_view", "make_fx", "maybe_mark_dynamic", "memory_of",
-    "new_size", "no_hooks", "no_torch_functions", "node_of", "original", "own_buffers", "own_forward_hooks",
-    "own_parameters", "patched", "precision_of_fsdp", "proxy_mode", "pytree", "rerouted", "reshards_after_forward",
+    "ShapeEnv", "TRIED", "TorchDispatchMode", "UnsupportedOperatorException", "after_backward", "any_autocast", "base_of",
+    "captured_size", "check", "collectives_of", "compile_lock", "constant_result", "decomposes", "decomposition_table",
+    "disable_fake_tensor_cache", "disable_proxy_modes_tracing", "dispatch_functionalize", "enable_python_dispatcher",
+    "find", "flattened_mesh", "free_unbacked_symbols", "function_of_sizes", "group_named", "has_autograd", "has_hooks",
+    "hooks_of_tensor", "in_function_transform", "is_view", "make_fx", "maybe_mark_dynamic", "memory_of", "new_size",
+    "no_hooks", "no_torch_functions", "node_of", "original", "own_buffers", "own_forward_hooks", "own_parameters",
+    "patched", "precision_of_fsdp", "proxy_mode", "pytree", "registered_functions", "rerouted", "reshards_after_forward",
     "reshards_to", "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing", "uses_of_storage",
     "version_of", "without_fake_mode", "without_forward_hooks", "without_layouts",
 ]  # fmt: skip
@@ -306,6 +309,17 @@ def schema_of(target: Any) -> Any:
 def decomposes(op: OpOverload) -> bool:
     """Whether an operator decomposes into others."""
     return op._can_decompose()
+
+
+def has_autograd(op: OpOverload) -> bool:
+    """Whether a derivative is registered for an operator, in Python or C++."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "Autograd")
+
+
+def registered_functions(op: OpOverload) -> tuple[Any, Any] | None:
+    """(backward, setup_context) of a `torch.library.custom_op`, each None if not registered; None for other operators."""
+    known = _maybe_get_opdef(op)
+    return None if known is None else (known._backward_fn, known._setup_context_fn)
 
 
 def new_size(env: ShapeEnv, value: int, name: str) -> Any:

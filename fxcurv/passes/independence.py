@@ -20,6 +20,7 @@ from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
 from fxcurv.ir.specialise import specialise
 from fxcurv.rules.base import rule_of
+from fxcurv.rules.registered import refuse_without_derivative
 from fxcurv.rules.sites import numeric_args, sites, structural
 from fxcurv.rules.traits import CUTS, pointwise, random, takes_sizes
 from fxcurv.rules.trial import OneSize, Uninformative, try_op
@@ -81,6 +82,8 @@ def visit(program: Program, node: fx.Node) -> None:
         )
     active = bool(inputs) and node.target not in CUTS and any(map(_differentiable, leaves))
     node.meta["active"] = active
+    if active:
+        refuse_without_derivative(node, program)
     vals = list(val) if isinstance(val, tuple | list) else [val]
     places = _places(program, node, vals, active)
     node.meta["place"] = places if isinstance(val, tuple | list) else places[0]

@@ -27,6 +27,7 @@ from fxcurv.rules.base import SUMS
 from fxcurv.rules.fused import FUSED
 from fxcurv.rules.idioms import IDIOMS
 from fxcurv.rules.logits import logits
+from fxcurv.rules.registered import registered_as_functions
 from fxcurv.rules.traits import ITEMS
 
 _ASSERTS = ("_assert", "sym_constrain", "_guards")
@@ -38,6 +39,7 @@ def normalize(program: Program) -> Program:
     _refuse_counts_of_values(program)
     logits(program)
     _say_idioms(program)
+    registered_as_functions(program)
     say_in_others(program)
     _select_heads(program)
     return program

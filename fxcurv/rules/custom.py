@@ -25,9 +25,11 @@ from torch.autograd.function import Function, once_differentiable
 
 from fxcurv.errors import CustomFunctionError, FxcurvError
 from fxcurv.ir.emit import MATERIALISED, emit, tracing
-from fxcurv.ir.graph import canonical_args, has_floats, layout, mutates
+from fxcurv.ir.graph import canonical_args, dependent, has_floats, layout, mutates
 from fxcurv.ir.origin import locate, origin_of
 from fxcurv.ir.private import (
+    OpOverload,
+    decomposes,
     dispatch_functionalize,
     in_function_transform,
     make_fx,
@@ -144,6 +146,7 @@ class Custom:
         self.forward: fx.GraphModule | None = None
         self.backward: fx.GraphModule | None = None
         self._traced: Any = None
+        self._where = ""
         self.linear = self.smooth = True
 
     def key(self, vals: Sequence[Any]) -> Any:
@@ -159,10 +162,15 @@ class Custom:
         )
         return key
 
+    def no_derivative(self, why: str, way_out: str = "") -> CustomFunctionError:
+        """The error for a second derivative that is not known, with the line of a call."""
+        return self.refused(why, way_out, self._where)
+
     def refused(self, why: str, way_out: str = "", where: str = "") -> CustomFunctionError:
         """The error for a function that is not kept, with the reason."""
-        out = f"Way out: {way_out}." if way_out else WAY_OUT
-        return CustomFunctionError(f"{where}the custom autograd function '{self.cls.__qualname__}' {why}.\n{out}")
+        out = f"Way out: {way_out}." if way_out else getattr(self.cls, "way_out", WAY_OUT)
+        noun = getattr(self.cls, "noun", f"the custom autograd function '{self.cls.__qualname__}'")
+        return CustomFunctionError(f"{where}{noun} {why}.\n{out}")
 
     # -- calls
 
@@ -201,11 +209,12 @@ class Custom:
         """Trace the graphs at the node's values, unless they are traced."""
         vals = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
         key = self.key(vals)
+        self._where = f"{locate(node)}\n"
         if key == self._traced:
             return
         out = node.meta["val"]
         ys = [out] if self.single else list(out)
-        where, origin = f"{locate(node)}\n", origin_of(node, "forward")
+        where, origin = self._where, origin_of(node, "forward")
         with saying(self, where):
             self.forward = _graph(program, lambda *leaves: _as_views(self.run(leaves).tensors, leaves), vals, origin)
             _check(self, where, self.forward)
@@ -245,11 +254,26 @@ class Custom:
         outs = (len(given) - 2 * n) // 2
         reaches = lambda start: _reaches(self.backward.graph, set(start))  # noqa: E731
         self.keeps_inside = reaches(given[:n])
-        self.nested = _calls_another(_original(self.cls, "backward"))
-        self.once = _is_once(_original(self.cls, "backward")) or self.nested
-        self.smooth = self.once or reaches(given[: 2 * n + outs])
         gs = given[2 * n + outs :]
+        behind = dependent(self.backward.graph.nodes, gs)
+        self.calls = next(
+            (str(n.target) for n in self.backward.graph.nodes if n in behind and is_foreign(n.target)), ""
+        )
+        self.once = self._why_once()
+        self.smooth = bool(self.once) or reaches(given[: 2 * n + outs])
         self.linear = _is_linear(program, self.backward.graph, gs) or _seems_linear(program, self.backward, gs)
+
+    def _why_once(self) -> str:
+        """Why the backward has no derivative, which goes into a message; "" if it has one."""
+        back = _original(self.cls, "backward")
+        if hasattr(self.cls, "once"):
+            return self.cls.once
+        called = f"op {self.calls}" if self.calls else "another custom function" if _calls_another(back) else ""
+        if called:
+            return (
+                f"calls {called} in its backward, whose own derivative a second derivative would take: that is not kept"
+            )
+        return "has no second derivative, it is marked @once_differentiable" if _is_once(back) else ""
 
 
 def _as_views(outs: Sequence[Tensor], given: Sequence[Any]) -> list[Tensor]:
@@ -290,6 +314,12 @@ def _summary(error: BaseException) -> str:
 def is_separate(cls: type) -> bool:
     """Whether the function has `setup_context`, so that its `forward` takes no ctx."""
     return _original(cls, "setup_context") is not Function.setup_context
+
+
+def is_foreign(op: Any) -> bool:
+    """Whether an op is another library's, and does not decompose into PyTorch's."""
+    own = ("aten", "prims", "prim", "fxcurv")
+    return isinstance(op, OpOverload) and op.namespace not in own and not decomposes(op)
 
 
 def _is_once(backward: Callable) -> bool:
@@ -354,13 +384,18 @@ class _Replay(Function):
         gs = tuple(torch.zeros_like(y) if c or g is None else g for y, g, c in zip(ys, gs, kind.constant, strict=True))
         kept = saved
         if kind.keeps_inside and not kind.once:
-            error = kind.refused(
+            error = kind.no_derivative(
                 "keeps values of its forward that are neither inputs nor outputs, so PyTorch does not know the derivative of "
                 "its backward",
                 "return them as outputs, or compute them again in its backward",
             )
             kept = [_stop(t, error) for t in saved]
-        grads = kind.backward(*kept, *ctx.sizes, *saved, *ctx.sizes, *ys, *gs)
+        try:
+            grads = kind.backward(*kept, *ctx.sizes, *saved, *ctx.sizes, *ys, *gs)
+        except RuntimeError as error:
+            if not kind.calls:
+                raise
+            raise kind.no_derivative(kind.once) from error
         found = iter(_refuse_second_derivative(kind, grads, [*saved, *ys]) if kind.once else grads)
         tops = {*kind.tensor_tops}
         leaves = [next(found) if k in tops else None for k in range(len(saved))]
@@ -372,8 +407,7 @@ def _refuse_second_derivative(kind: Custom, grads: Sequence[Tensor | None], save
 
     Otherwise, in a backward that detaches these values, the second derivative would silently be zero.
     """
-    nested = "calls another custom function in its backward, whose own backward a second derivative would take: that is not kept"
-    error = kind.refused(nested if kind.nested else "has no second derivative, it is marked @once_differentiable")
+    error = kind.no_derivative(kind.once)
     sums = [_stop(t, error).sum() for t in saved if t.is_floating_point()]
     zero = sum(torch.where(torch.ones_like(s, dtype=torch.bool), 0, s) for s in sums)
     return [g if g is None else g + zero.to(g.dtype) for g in grads]  # type: ignore[union-attr]
@@ -534,6 +568,8 @@ def _seems_linear(program: Program, gm: fx.GraphModule, gs: list[fx.Node]) -> bo
     n = program.batch.size
     generator = torch.Generator().manual_seed(0)
     given = [p for p in gm.graph.nodes if p.op == "placeholder"]
+    if any(is_foreign(node.target) and not all(map(has_floats, node.all_input_nodes)) for node in gm.graph.nodes):
+        return False  # another library's kernel may not check indices
 
     def drawn(node: fx.Node, scale: float) -> Any:
         val = node.meta["val"]
@@ -570,7 +606,7 @@ def inline(program: Program) -> None:
         CustomFunctionError: with `create_graph`, because results would be differentiated through those ops.
     """
     for node in [n for n in program.graph.nodes if isinstance(n.target, Custom)]:
-        if program.options.create_graph and is_active(node):
+        if program.options.create_graph and is_active(node) and not getattr(node.target.cls, "is_op", False):
             raise node.target.refused(
                 "has a backward of its own, which create_graph=True would lose",
                 "drop create_graph",

@@ -319,13 +319,17 @@ class Check:
         return self._kinds(pairs)
 
     def noise(self) -> dict[str, Tensor]:
-        """name -> how far rounding of single ops moves each of the plain pass's values, at most (0-dim)."""
+        """name -> how far rounding of single ops moves each of the plain pass's values, at most (0-dim).
+
+        Rounded passes are compared with each other: an op that gives something else under the mode that rounds, such as no
+        gradient, would have everything pass for rounding.
+        """
         if self._noise is None:
-            base, found = self.plain.tensors(), collections.defaultdict(list)
-            for seed in (1, 2):
-                for name, t in self.run(rounded=seed).tensors().items():
-                    if name in base and t.is_floating_point() and t.numel() and t.shape == base[name].shape:
-                        found[name].append((t - base[name]).abs().nan_to_num(0.0, 0.0, 0.0).max().double())
+            first, *others = (self.run(rounded=seed).tensors() for seed in (1, 2, 3))
+            found = collections.defaultdict(list)
+            for name, t in ((name, t) for other in others for name, t in other.items()):
+                if name in first and t.is_floating_point() and t.numel() and t.shape == first[name].shape:
+                    found[name].append((t - first[name]).abs().nan_to_num(0.0, 0.0, 0.0).max().double())
             self._noise = {name: torch.stack(moved).amax() for name, moved in found.items()}
         return self._noise
 

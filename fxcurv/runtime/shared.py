@@ -4,7 +4,7 @@ All that the pipeline reads is compared: the captured graph with sizes, strides,
 value, what its placeholders are bound to, what was requested, the compiler's passes and tables (users may add to them),
 and the state of PyTorch that decides between kernels. Every model is still captured, because capture depends on Python
 values that belong to the model, and checked at its first call. A program with something that cannot be compared
-completely (a custom function, a constant in the graph, a user's rule or extension, a hook, numbers made of the data) is
+completely (a custom function or op, a constant in the graph, a user's rule or extension, a hook, numbers made of the data) is
 not shared.
 """
 
@@ -28,6 +28,7 @@ from fxcurv.ir.private import OpOverload, pytree
 from fxcurv.ir.program import Program
 from fxcurv.quantity import KINDS
 from fxcurv.rules.base import RULES
+from fxcurv.rules.custom import is_foreign
 from fxcurv.rules.fused import FUSED
 from fxcurv.rules.idioms import IDIOMS
 from fxcurv.rules.shorter import SHORT
@@ -139,9 +140,13 @@ def _call_key(node: fx.Node, index: dict[fx.Node, int]) -> tuple:
 
 
 def _is_known_op(target: Any) -> bool:
-    """Whether an op is the same for all models: PyTorch's, a library's, or the mark at the model's output."""
+    """Whether an op is the same for all models: PyTorch's, or the mark at the model's output.
+
+    Another library's is not: its derivative is Python, which may read what has changed.
+    """
     if isinstance(target, OpOverload):
-        return target.namespace != "fxcurv" or target is torch.ops.fxcurv.head.default
+        own = target.namespace != "fxcurv" or target is torch.ops.fxcurv.head.default
+        return own and not is_foreign(target)
     return getattr(target, "__module__", None) in FUNCTIONS
 
 
