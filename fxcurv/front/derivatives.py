@@ -27,6 +27,7 @@ from fxcurv.passes.normalize import rewritten
 from fxcurv.rules.base import AGAIN, FAILURES, Rule, rule_of
 from fxcurv.rules.call import Call
 from fxcurv.rules.custom import Custom
+from fxcurv.rules.registered import registered_as_functions
 from fxcurv.rules.traits import CUTS, random
 
 
@@ -140,6 +141,7 @@ def _items(node: fx.Node) -> list[fx.Node | None]:
 def _differentiate(program: Program, node: fx.Node) -> list[fx.Node]:
     while rewritten(program, _nodes_between(program, node), inside=True):
         pass
+    registered_as_functions(program, _nodes_between(program, node))
     outputs, cotangents, inputs, several = node.args
     inputs, between = [_strip_mark(x) for x in inputs], _nodes_between(program, node)
     walk = _Walk(program, node, between)

@@ -39,7 +39,7 @@ def normalize(program: Program) -> Program:
     _refuse_counts_of_values(program)
     logits(program)
     _say_idioms(program)
-    registered_as_functions(program)
+    registered_as_functions(program, program.graph.nodes)
     say_in_others(program)
     _select_heads(program)
     return program

@@ -45,9 +45,9 @@ def refuse_without_derivative(node: fx.Node, program: Program) -> None:
         )
 
 
-def registered_as_functions(program: Program) -> None:
-    """Make a `Custom` the target of every call of an op with a registered derivative, and without a rule."""
-    for node in list(program.graph.nodes):
+def registered_as_functions(program: Program, nodes: Iterable[fx.Node]) -> None:
+    """Make a `Custom` the target of every call of an op with a registered derivative, and without a rule, among `nodes`."""
+    for node in list(nodes):
         if _is_general(node.target, program) and _is_differentiable(node.target) and has_floats(node):
             _as_function(program, node)
 

@@ -169,6 +169,21 @@ torch.library.register_fake("fxcurv_elsewhere::without", torch.empty_like, lib=L
 elsewhere = torch.ops.fxcurv_elsewhere
 
 
+class Derivative(nn.Module):
+    """The model takes the op's derivative itself."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.last, self.scale = nn.Linear(3, 4), nn.Linear(4, 3), nn.Parameter(torch.rand(4))
+        self.double()
+
+    def forward(self, x):
+        h = self.first(x)
+        (g,) = torch.autograd.grad(gated(h, self.scale).sum(), h, create_graph=True)
+        return self.last(g)
+
+
 class Net(nn.Module):
     def __init__(self, middle):
         super().__init__()
@@ -289,6 +304,13 @@ def test_samples_that_meet_in_the_backward():
     with pytest.raises(fxcurv.errors.MixedSamplesError, match="mean_back"):
         fxcurv.compile(model, F.cross_entropy, [BatchGrad()])(x, y)
     compare(fxcurv.compile(model, F.cross_entropy)(x, y).grad, Oracle(model, F.cross_entropy, x, y).grad())
+
+
+def test_a_derivative_inside_of_the_model():
+    model, (x, y) = Derivative(), data()
+    result, oracle = fxcurv.compile(model, F.cross_entropy, FIRST)(x, y), Oracle(model, F.cross_entropy, x, y)
+    compare(result.grad, oracle.grad())
+    compare(result.grad_batch, oracle.grad_batch())
 
 
 def test_create_graph():
