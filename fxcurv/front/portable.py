@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxcurv.front.members import with_inner
 from fxcurv.front.python_state import (
     CONTAINERS,
     DEEPEST,
@@ -43,7 +44,7 @@ from fxcurv.front.python_state import (
     is_users,
     members_of,
 )
-from fxcurv.front.reads import Absent, content, with_inner
+from fxcurv.front.reads import Absent, content
 from fxcurv.front.requests import Subject
 from fxcurv.front.side_effects import HOOKS
 

@@ -12,17 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import copyreg
-import dis
 import functools
 import gc
 import inspect
-import operator
 import os
 import sys
 import threading
 import types
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,13 +28,11 @@ from torch import Tensor, nn
 
 from fxcurv.errors import CaptureError
 from fxcurv.front.left_behind import LeftBehind
+from fxcurv.front.members import counting_step, follow, instructions_of, with_inner
 from fxcurv.front.python_state import (
-    CONTAINERS,
     ENVIRONMENT,
-    FUNCTIONS,
     MISSING,
     SCALARS,
-    TRACED,
     Effect,
     Path,
     State,
@@ -46,7 +41,6 @@ from fxcurv.front.python_state import (
     holds_state,
     is_plain,
     is_users,
-    members_of,
 )
 from fxcurv.front.schedules import Number
 from fxcurv.front.side_effects import hook_of
@@ -63,7 +57,6 @@ _SPELLED_OUT = ("__dict__", "__class__")
 _BY_KEY = ("identity", "module")
 # A mode that watches or changes ops (a profiler, a FLOP counter) is no part of the model.
 _OF_MODES = {"__torch_dispatch__", "__torch_function__"}
-_FOLLOWED = (nn.Module, *TRACED, *SCALARS, *CONTAINERS)
 _METHODS = (types.FunctionType, classmethod, staticmethod, property)
 # Makes the new object in `copy.copy` and `copy.deepcopy`.
 _NEW_COPY = copyreg.__newobj__.__code__  # type: ignore[attr-defined]
@@ -174,7 +167,7 @@ class Reads:
         new_code = id(code) not in self._codes
         if new_code:
             watched = holds_state(code.co_filename) and code.co_name not in _OF_MODES
-            self._codes[id(code)] = (code, _instructions(code) if watched else [])
+            self._codes[id(code)] = (code, instructions_of(code) if watched else [])
             if self._codes[id(code)][1]:
                 self._ran.append((code, frame.f_globals))
                 self._record_globals(code, frame.f_globals)
@@ -209,7 +202,7 @@ class Reads:
         for k, i in enumerate(instructions):
             names = i.argval if isinstance(i.argval, tuple) else (i.argval,)
             if i.opname.startswith("LOAD_FAST") and names[-1] == first:
-                self._follow(Path(None, value, (), type(value).__name__), value, instructions, k + 1)
+                follow(self, Path(None, value, (), type(value).__name__), value, instructions, k + 1)
 
     def _record_classes(self, code: types.CodeType, local: dict[str, Any]) -> None:
         """Record what code may read of classes by `cls`, `type(...)` and `super()`: what has a name, or a text, in it."""
@@ -226,7 +219,7 @@ class Reads:
             for name in {*code.co_names, *(text for text in code.co_consts if isinstance(text, str))}:
                 value = inspect.getattr_static(kind, name, MISSING) if name[:2] != "__" else MISSING
                 if value is not MISSING and (isinstance(value, _METHODS) or not hasattr(type(value), "__get__")):
-                    self._add(_class(kind).step("attr", name), getattr(kind, name))
+                    self.add(_class(kind).step("attr", name), getattr(kind, name))
 
     def _record_attribute(self, module: nn.Module, name: str, value: Any, frame: types.FrameType) -> None:
         code = frame.f_code
@@ -239,23 +232,23 @@ class Reads:
         path = self._path_of(module, name)
         at = next((k for k, i in enumerate(instructions) if i.offset >= frame.f_lasti), len(instructions))
         if name in _SPELLED_OUT:
-            self._follow(path if name == "__dict__" else _class(value), value, instructions, at + 1)
+            follow(self, path if name == "__dict__" else _class(value), value, instructions, at + 1)
             return
-        step = _counting_step(instructions, at, name)
+        step = counting_step(instructions, at, name)
         if (id(module), name) in self._written:  # a value of this very pass, unless the write counted up an older one
             self._changed += [path] if (id(module), name) in self._counted and isinstance(value, SCALARS) else []
             return
         if value is MISSING:
             known = any(name in module.__dict__.get(group, ()) for group in ("_parameters", "_buffers", "_modules"))
             if not known and name not in _STANDARD and name[:2] != "__":
-                self._add(path, MISSING)
+                self.add(path, MISSING)
             return
         own = name in module.__dict__
         found = MISSING if own else next((vars(c)[name] for c in type(module).__mro__ if name in vars(c)), MISSING)
         if isinstance(found, types.FunctionType):
             # by the place on the module, which may get a method of its own
             if name == "forward" or holds_state(found.__code__.co_filename):
-                self._add(path.step("attr", "__func__"), found)
+                self.add(path.step("attr", "__func__"), found)
                 self.of_code(found)
             return
         if found is not MISSING and hasattr(type(found), "__get__"):
@@ -263,7 +256,7 @@ class Reads:
         if step is not None and own:
             self._counted[(id(module), name)] = step
             return
-        self._follow(path, value, instructions, at + 1)
+        follow(self, path, value, instructions, at + 1)
 
     def _note_outside(self, module: nn.Module, code: types.CodeType) -> None:
         """Note a module that runs, or that the user's code reads, and that is no part of the model or loss."""
@@ -293,20 +286,20 @@ class Reads:
         for k, i in enumerate(instructions):
             if i.opname in ("LOAD_GLOBAL", "LOAD_NAME") and i.argval in held:
                 path = Path(None, held, (("item", i.argval),), f"the global '{i.argval}'")
-                self._follow(path, held[i.argval], instructions, k + 1)
+                follow(self, path, held[i.argval], instructions, k + 1)
 
     def of_code(self, value: Any) -> None:
         """Record a function's default arguments, also behind bound methods and partials, and a partial's keywords."""
         while isinstance(value, types.MethodType):
             value = value.__func__
         if isinstance(value, functools.partial):
-            self._add(Path(None, value, (("attr", "keywords"),), "the keywords of a partial"), value.keywords)
+            self.add(Path(None, value, (("attr", "keywords"),), "the keywords of a partial"), value.keywords)
             self.of_code(value.func)
         elif isinstance(value, types.FunctionType) and holds_state(value.__code__.co_filename):
             for name in ("__defaults__", "__kwdefaults__"):
                 if getattr(value, name) is not None:
                     title = f"the default arguments of {value.__name__}"
-                    self._add(Path(None, value, (("attr", name),), title), getattr(value, name))
+                    self.add(Path(None, value, (("attr", name),), title), getattr(value, name))
             if hasattr(value, "__wrapped__"):
                 self.of_code(value.__wrapped__)
 
@@ -334,7 +327,7 @@ class Reads:
         code = getattr(function, "__code__", None)
         if code is None or id(code) in self._codes or not holds_state(code.co_filename):
             return
-        instructions = _instructions(code)
+        instructions = instructions_of(code)
         self._codes[id(code)] = code, instructions
         cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
         self._record_globals(code, function.__globals__)
@@ -350,98 +343,22 @@ class Reads:
             if "DEREF" in i.opname and "LOAD" in i.opname and names[-1] in cells:
                 cell = cells[names[-1]]
                 path = Path(None, cell, (("attr", "cell_contents"),), f"'{names[-1]}' in {where}")
-                self._follow(path, content(cell), instructions, k + 1)
+                follow(self, path, content(cell), instructions, k + 1)
 
-    def _follow(self, path: Path, value: Any, instructions: list, at: int) -> None:
-        """Record what the code takes of a value from instruction `at` on: a member, a member's member, or all of it."""
-        while True:
-            after = instructions[at] if at < len(instructions) else None
-            name = ""  # of the attribute that the code takes
-            if after is not None and after.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")):
-                name = after.argval
-            if isinstance(value, weakref.ref):
-                while at < len(instructions) and instructions[at].opname in ("PRECALL", "CALL"):
-                    at += 1
-                path, value = path.step("call", None), value()
-                continue
-            if isinstance(value, types.ModuleType):
-                if not name:
-                    return
-                if value is os and name in ("environ", "getenv"):
-                    self._paths[ENVIRONMENT.key] = ENVIRONMENT
-                    return
-                if not holds_state(getattr(value, "__file__", None) or "<string>"):
-                    if value.__name__.partition(".")[0] != "torch" or name not in vars(value):
-                        return
-                    path, value, at = path.step("attr", name), vars(value)[name], at + 1
-                    if not isinstance(value, types.ModuleType | Tensor | list | dict):
-                        self._add_by_identity(path)
-                        return
-                    continue
-                path, value, at = path.step("attr", name), getattr(value, name, MISSING), at + 1
-                continue
-            if isinstance(value, type) and name:
-                inner = inspect.getattr_static(value, name, MISSING)
-                if not hasattr(type(inner), "__get__"):  # a class as a namespace
-                    path, value, at = path.step("attr", name), inner, at + 1
-                    continue
-            if isinstance(value, FUNCTIONS):
-                self._add(path, value)
-                if not isinstance(value, type):
-                    self.of_code(value)
-                if isinstance(value, types.FunctionType) and name in vars(value):
-                    path, value, at = path.step("attr", name), vars(value)[name], at + 1
-                    continue
-                return
-            if id(value) in self._born and path.steps and path.module is None:
-                return
-            if name and is_plain(value):
-                members = members_of(value)
-                if name in members or not hasattr(value.__class__, name):
-                    # one that `__getattr__` makes is asked for again at every call
-                    inner = members[name] if name in members else Path(None, value, (("attr", name),)).get([])
-                    path, value, at = path.step("attr", name), inner, at + 1
-                    continue
-                found = next(vars(c)[name] for c in value.__class__.__mro__ if name in vars(c))
-                code = getattr(getattr(found, "fget", found), "__code__", None)
-                if code is not None and holds_state(code.co_filename):  # what the method reads is recorded when it runs
-                    self._add_by_identity(path)
-                    return
-                if not hasattr(type(found), "__get__"):
-                    path, value, at = path.step("attr", name), found, at + 1
-                    continue
-            if isinstance(value, list | tuple | dict):
-                key, length = _subscript(instructions, at)
-                if name == "get" and isinstance(value, dict):
-                    key = _constant(instructions, at + 1)
-                    if key is not None:
-                        self._add(path.step("item", key), value.get(key, MISSING))
-                        return
-                try:
-                    inner = value[key] if length else MISSING
-                except (KeyError, IndexError, TypeError):
-                    inner = MISSING
-                if inner is not MISSING:
-                    path, value, at = path.step("item", key), inner, at + length
-                    continue
-            if name and path.steps and not isinstance(value, _FOLLOWED):  # a library's object: a number that it shows
-                inner = getattr(value, name, MISSING)
-                if type(inner) in SCALARS:
-                    self._add(path.step("attr", name), inner)
-                    return
-            if not path.steps:
-                # an object that is passed on: all its members
-                for key, member in members_of(value).items():
-                    self._add(path.step("attr", key), member)
-                return
-            self._add(path, value)
-            return
+    def is_new(self, value: Any) -> bool:
+        """Whether a value was made in this trace: no program depends on it."""
+        return id(value) in self._born
 
-    def _add_by_identity(self, path: Path) -> None:
+    def add_by_identity(self, path: Path) -> None:
+        """Note a place that must hold the same object at every call."""
         if path.steps:
             self._paths.setdefault(("identity", *path.key), path)
 
-    def _add(self, path: Path, value: Any) -> None:
+    def add(self, path: Path, value: Any) -> None:
+        """Note a place that must hold an equal value at every call."""
+        if path is ENVIRONMENT:
+            self._paths[path.key] = path
+            return
         if isinstance(value, Number) or not path.steps or path.key in self._paths:
             return
         self._paths[path.key] = path
@@ -584,46 +501,6 @@ def content(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:
         return MISSING
-
-
-def with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
-    """This code, and the code of the functions in it."""
-    yield code
-    for value in code.co_consts:
-        if isinstance(value, types.CodeType):
-            yield from with_inner(value)
-
-
-def _instructions(code: types.CodeType) -> list:
-    return [i for i in dis.get_instructions(code) if i.opname not in ("PUSH_NULL", "EXTENDED_ARG", "NOP", "NOT_TAKEN")]
-
-
-_AUGMENTED = {"+=": operator.add, "-=": operator.sub}
-
-
-def _counting_step(instructions: list, at: int, name: str) -> tuple[Any, Callable[[Any, Any], Any]] | None:
-    """(constant, operation) of `self.name += constant`, if the value read at `at` is used for that alone."""
-    rest = [i for i in instructions[at + 1 : at + 5] if i.opname != "SWAP"]
-    if len(rest) < 3 or rest[0].opname not in ("LOAD_CONST", "LOAD_SMALL_INT") or rest[1].opname != "BINARY_OP":
-        return None
-    operation = _AUGMENTED.get(rest[1].argrepr)
-    stored = rest[2].opname == "STORE_ATTR" and rest[2].argval == name
-    return (rest[0].argval, operation) if operation is not None and stored else None
-
-
-def _subscript(instructions: list, at: int) -> tuple[Any, int]:
-    """(key, number of instructions) if a subscript by a constant follows, else (None, 0)."""
-    key, then = _constant(instructions, at), instructions[at + 1 : at + 2]
-    if key is None or not then:
-        return None, 0
-    read = then[0].opname == "BINARY_SUBSCR" or then[0].opname == "BINARY_OP" and then[0].argrepr == "[]"
-    return (key, 2) if read else (None, 0)
-
-
-def _constant(instructions: list, at: int) -> int | str | None:
-    """The number or text that the instruction loads; None if it loads something else."""
-    loads = at < len(instructions) and instructions[at].opname in ("LOAD_CONST", "LOAD_SMALL_INT")
-    return instructions[at].argval if loads and isinstance(instructions[at].argval, int | str) else None
 
 
 def all_modules(model: nn.Module, loss: Any) -> list[nn.Module]:
