@@ -125,7 +125,7 @@ class Custom:
         rule: the general rule, which here knows whether the backward is the same at every input.
         forward, backward: their traced graphs: (x) -> y, and (x, x, y, g) -> gradients of x. The
             function's intermediate values are computed from the first x; the inputs that it saves are the second.
-        linear: whether the backward is linear in g.
+        nonlinear: why the backward is, or may be, not linear in g; "" if it is.
     """
 
     def __init__(self, cls: type, args: tuple):
@@ -147,7 +147,7 @@ class Custom:
         self.backward: fx.GraphModule | None = None
         self._traced: Any = None
         self._where = ""
-        self.linear = self.smooth = True
+        self.smooth, self.nonlinear = True, ""
 
     def key(self, vals: Sequence[Any]) -> Any:
         """A key that is equal for calls with equal graphs."""
@@ -261,7 +261,17 @@ class Custom:
         )
         self.once = self._why_once()
         self.smooth = bool(self.once) or reaches(given[: 2 * n + outs])
-        self.linear = _is_linear(program, self.backward.graph, gs) or _seems_linear(program, self.backward, gs)
+        if not _is_linear(program, self.backward.graph, gs):
+            self.nonlinear = self._why_nonlinear(program, gs)
+
+    def _why_nonlinear(self, program: Program, gs: list[fx.Node]) -> str:
+        """What is or may be not linear in the backward, which goes into a message; "" if it seems to be linear."""
+        assert self.backward is not None
+        nodes = self.backward.graph.nodes
+        unknown = (n.target for n in nodes if is_foreign(n.target) and not all(map(has_floats, n.all_input_nodes)))
+        if (op := next(unknown, None)) is not None:
+            return f"calls op {op}, which reads integers: on made-up ones it is not tried whether it is linear"
+        return "" if _seems_linear(program, self.backward, gs) else "is not linear in the gradient that it gets"
 
     def _why_once(self) -> str:
         """Why the backward has no derivative, which goes into a message; "" if it has one."""
@@ -568,8 +578,6 @@ def _seems_linear(program: Program, gm: fx.GraphModule, gs: list[fx.Node]) -> bo
     n = program.batch.size
     generator = torch.Generator().manual_seed(0)
     given = [p for p in gm.graph.nodes if p.op == "placeholder"]
-    if any(is_foreign(node.target) and not all(map(has_floats, node.all_input_nodes)) for node in gm.graph.nodes):
-        return False  # another library's kernel may not check indices
 
     def drawn(node: fx.Node, scale: float) -> Any:
         val = node.meta["val"]

@@ -120,7 +120,7 @@ def _check_linear(program: Program, node: fx.Node, found: list[Seen]) -> None:
     It defines the gradient only, and if an argument has no samples, the gradient is no sum of individual ones.
     """
     kind = node.target
-    if kind.linear or not is_active(node):
+    if not kind.nonlinear or not is_active(node):
         return
     more = [type(e).__name__ for e in program.extensions if not e.requires.of_gradients]
     free = any(is_active(a) and not isinstance(a.meta["place"], Shard) for a in node.args if isinstance(a, fx.Node))
@@ -130,7 +130,7 @@ def _check_linear(program: Program, node: fx.Node, found: list[Seen]) -> None:
     if not names and program.options.sample != "token" and not (free and sharded):
         return
     raise kind.refused(
-        f"has a backward that is not linear in the gradient that it gets, so {names or 'the gradient'} is not defined behind it",
+        f"has a backward that {kind.nonlinear}, so {names or 'the gradient'} is not defined behind it",
         "ask for the gradient, and individual gradients where the function is applied to activations alone",
         f"{locate(node)}\n",
     )

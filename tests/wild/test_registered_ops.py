@@ -142,6 +142,20 @@ def cube(x: Tensor) -> Tensor:
     return x**3
 
 
+@op("chosen_back")
+def chosen_back(g: Tensor, at: Tensor) -> Tensor:
+    return g.index_select(1, at)
+
+
+def _keep_order(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1].argsort())
+
+
+@op("chosen", lambda ctx, g: (chosen_back(g, ctx.saved_tensors[0]), None), _keep_order)
+def chosen(x: Tensor, at: Tensor) -> Tensor:
+    return x.index_select(1, at)
+
+
 @op("kept", lambda ctx, g: g * ctx.saved_tensors[0], lambda ctx, inputs, output: ctx.save_for_backward(inputs[0].cos()))
 def kept(x: Tensor) -> Tensor:
     return x.sin()
@@ -283,6 +297,17 @@ def test_without_a_derivative(middle):
         fxcurv.compile(Net(middle), F.cross_entropy, [BatchGrad()])(*data())
     model, (x, y) = Net(lambda net, h: h * middle(net, h.detach())), data()
     compare(fxcurv.compile(model, F.cross_entropy)(x, y).grad, Oracle(model, F.cross_entropy, x, y).grad())
+
+
+def test_a_kernel_of_another_library_gets_no_indices_that_are_made_up():
+    """It may not check them; so what is behind it has a gradient, and nothing that needs to know more."""
+    order = torch.tensor([2, 0, 3, 1])
+    model, (x, y) = Net(lambda net, h: chosen(h, order).tanh()), data()
+    compare(fxcurv.compile(model, F.cross_entropy)(x, y).grad, Oracle(model, F.cross_entropy, x, y).grad())
+    with pytest.raises(
+        CustomFunctionError, match="chosen_back.default, which reads integers: on made-up ones it is not tried"
+    ):
+        fxcurv.compile(model, F.cross_entropy, [DiagGGNExact()])(x, y)
 
 
 def test_values_that_a_backward_reads_count_at_every_call(monkeypatch):
