@@ -181,6 +181,12 @@ def _check_kinds(model: Any, loss: Any, memory_budget: Any, check: Any) -> None:
         staged = type(model).__module__.startswith("torch.distributed.pipelining")
         way = "pipeline stages are not supported, pass the whole model" if staged else "wrap it in one"
         raise ArgumentError(f"model is a {type(model).__name__}, not an nn.Module: {way}")
+    scripted = [name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        what = f"the module '{scripted[0]}'" if scripted[0] else "the model"
+        raise ArgumentError(
+            f"{what} is a torch.jit.ScriptModule, which no trace looks into: pass the module that was scripted"
+        )
     if loss is not None and not callable(loss):
         raise ArgumentError(
             f"loss is a {type(loss).__name__}, not callable: pass a module or a function (output, target)"

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import grad_scaler
 
+from fxcurv.front.reparametrized import compute_again
 from fxcurv.front.side_effects import HOOKS
 from fxcurv.ir.origin import is_user_file
 from fxcurv.ir.private import version_of
@@ -267,6 +268,15 @@ class Effect:
         """Write to the attribute."""
         now = self.value if self.count is None else self.count(self.path.get(modules), self.value)
         self.path.set(modules, now)
+
+
+@dataclass
+class Recomputed(Effect):
+    """A weight that a pre-hook of PyTorch's sets before each forward pass, which it computes anew after every call."""
+
+    def run(self, modules: Sequence[nn.Module]) -> None:
+        """Have the hook set it."""
+        compute_again(self.path.owner(modules), self.path.steps[-1][1])
 
 
 _HOW = {

@@ -35,6 +35,7 @@ from fxcurv.front.python_state import (
     SCALARS,
     Effect,
     Path,
+    Recomputed,
     State,
     as_tensor,
     frozen,
@@ -42,6 +43,7 @@ from fxcurv.front.python_state import (
     is_plain,
     is_users,
 )
+from fxcurv.front.reparametrized import computed_by_hooks
 from fxcurv.front.schedules import Number
 from fxcurv.front.side_effects import hook_of
 from fxcurv.front.watched import Watched
@@ -373,7 +375,9 @@ class Reads:
             path, now = self._path_of(module, name), _own_attribute(module, name)
             if isinstance(now, Number):
                 self._changed.append(path)
-            if (id(module), name) in self._counted and path.key not in self._paths:
+            if name in computed_by_hooks(module):
+                self._effects.append(Recomputed(path, None))
+            elif (id(module), name) in self._counted and path.key not in self._paths:
                 value, count = self._counted[(id(module), name)]
                 self._effects.append(Effect(path, value, count))
             elif path.key not in self._paths:

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from fxcurv.errors import CaptureError
+from fxcurv.front.reparametrized import computed_by_hooks
 from fxcurv.ir.origin import is_user_file, running_line
 from fxcurv.ir.private import FakeTensor, FunctionalTensor, hooks_of_tensor, own_parameters, patched
 
@@ -61,19 +62,31 @@ def no_side_effects(modules: Sequence[nn.Module]) -> Iterator[Callable[[Callable
     named = [(name, m) for root in modules for name, m in root.named_modules()]
     _check_backward(named)
     watched = [*_attributes(named), *_containers_of(_functions(named))]
-    before = [(what, owner, dict(owner) if isinstance(owner, dict) else list(owner)) for what, owner in watched]
+    before: list[tuple[str, Any, Any]] = [
+        (what, owner, dict(owner) if isinstance(owner, dict) else list(owner)) for what, owner in watched
+    ]
     numbers = _numbers(named)
+    computed = {id(vars(m)): computed_by_hooks(m).keys() for _, m in named}
     changed: list[str] = []
 
     def look(traced: Callable[[Any], bool] = holds_traced) -> bool:
         changed.extend(
-            _name_attribute(what, owner, traced) for what, owner, old in before if _leaks(owner, old, traced)
+            _name_attribute(what, owner, traced)
+            for what, owner, old in before
+            if _leaks(owner, old, traced, computed.get(id(owner), ()))
         )
         return bool(changed)
 
+    def at_the_end(follows: Callable[[Any], bool]) -> bool:
+        found = look(lambda value: depends_on_call(value) or follows(value))
+        for _, owner, old in before:  # export warns of an attribute that changed
+            if computed.get(id(owner)):
+                owner.update({name: old[name] for name in computed[id(owner)]})
+        return found
+
     with patched("torch.Tensor.register_hook", _no_tensor_hook):
         try:
-            yield lambda follows: look(lambda value: depends_on_call(value) or follows(value))
+            yield at_the_end
         except BaseException as error:
             look()
             _restore(before)
@@ -300,13 +313,13 @@ def depends_on_call(value: Any) -> bool:
     return holds_traced(value) and (value.requires_grad or any(isinstance(size, torch.SymInt) for size in value.shape))
 
 
-def _leaks(owner: Any, old: Any, traced: Callable[[Any], bool]) -> bool:
-    """Whether a tensor of the capture is in a dict or list now."""
+def _leaks(owner: Any, old: Any, traced: Callable[[Any], bool], computed: Collection[str] = ()) -> bool:
+    """Whether a tensor of the capture is in a dict or list now, but for attributes that are `computed` after every call."""
     if isinstance(owner, dict):
         return any(
             traced(v)
             for k, v in owner.items()
-            if k not in _OWN and not (k in old and old[k] is v and holds_traced(v, 0))
+            if k not in (*_OWN, *computed) and not (k in old and old[k] is v and holds_traced(v, 0))
         )
     return any(traced(v) for v in owner)
 

@@ -13,6 +13,7 @@ from which each quantity is one line. Nothing here imports the compiler. Second 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -82,6 +83,7 @@ def plain_mathematics() -> Iterator[None]:
     with (
         sdpa_kernel(SDPBackend.MATH),
         patch.object(torch, "_weight_norm", weight_norm),
+        patch.object(sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", weight_norm),
         patch.object(torch.nn.functional, "multi_margin_loss", multi_margin),
         patch.object(torch.nn.functional, "multilabel_margin_loss", multilabel_margin),
         patch.object(torch.nn.functional, "embedding_bag", bag_of),
