@@ -233,6 +233,22 @@ def is_own_file(path: str) -> bool:
     return holds_state(path) and _INSTALLED.match(path) is None
 
 
+def is_notes(path: Path, before: Any, after: Any) -> bool:
+    """Whether a place is a table of an installed package that only grew, by what it has met: einops notes types so.
+
+    Args:
+        before, after: the table, `frozen`.
+    """
+    root = path.root
+    file = root.get("__file__") if isinstance(root, dict) else None
+    if isinstance(root, type):
+        file = getattr(sys.modules.get(root.__module__), "__file__", None)
+    if _INSTALLED.match(file or "") is None or not isinstance(before, tuple) or not isinstance(after, tuple):
+        return False
+    tables = before[0] is after[0] and before[0] in MAPPINGS
+    return tables and len(before[1]) < len(after[1]) and after[1][: len(before[1])] == before[1]
+
+
 def _tensor_properties(t: Any) -> Any:
     """The properties that a program depends on, of a tensor that it reads anew at every call."""
     return (t.shape, t.dtype, t.device, t.layout) if isinstance(t, Tensor) else type(t)

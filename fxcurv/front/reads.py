@@ -40,6 +40,7 @@ from fxcurv.front.python_state import (
     as_tensor,
     frozen,
     holds_state,
+    is_notes,
     is_plain,
     is_users,
 )
@@ -384,9 +385,14 @@ class Reads:
                 self._effects += [Effect(path, now)] if isinstance(now, SCALARS) else []
             elif id(module) not in kept and frozen(now, False) != self._first[path.key]:
                 self._changed.append(path)
-        for key, path in self._paths.items():
+        for key, path in list(self._paths.items()):
             written = _is_attribute(path) and (id(path.root), path.steps[0][1]) in self._written
-            if key in self._first and not written and self._first[key] != frozen(path.get(self.modules), False):
+            now = frozen(path.get(self.modules), False) if key in self._first and not written else None
+            if now is None or now == self._first[key]:
+                continue
+            if is_notes(path, self._first[key], now):
+                del self._paths[key]
+            else:
                 self._changed.append(path)
 
     def check(self) -> None:
