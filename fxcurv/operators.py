@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcurv.errors import ArgumentError
+from fxcurv.ir.graph import takes_strides, to_reshape
 from fxcurv.ir.private import compile_lock, make_fx, pytree, version_of
 from fxcurv.ir.program import Program
 from fxcurv.ir.ranks import summed
@@ -90,10 +91,21 @@ class Code:
             with compile_lock, torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # an op without a batching rule is looped over
                 try:
-                    self._batched[key] = make_fx(mapped, tracing_mode="fake", _allow_non_fake_inputs=True)(*plain)
+                    self._batched[key] = _traced(mapped, plain)
                 except RuntimeError:  # vmap refuses a few ops (as_strided_scatter)
                     self._batched[key] = _one_by_one(gm, len(kept))
         return self._batched[key]
+
+
+def _traced(mapped: Callable, given: list[Any]) -> fx.GraphModule:
+    """A function of several vectors as a graph, traced on fake values, whose strides may be others than those of a call."""
+    gm = make_fx(mapped, tracing_mode="fake", _allow_non_fake_inputs=True)(*given)
+    if any(map(takes_strides, gm.graph.nodes)):
+        return make_fx(mapped)(*given)
+    for node in gm.graph.nodes:
+        to_reshape(node)
+    gm.recompile()
+    return gm
 
 
 def _one_by_one(gm: fx.GraphModule, count: int) -> Callable[..., tuple[Tensor, ...]]:

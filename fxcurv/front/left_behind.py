@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fxcurv.errors import CaptureError
 from fxcurv.front.python_random import PythonRandom
 from fxcurv.front.python_state import MISSING, SCALARS, holds_state, members_of
-from fxcurv.front.side_effects import depends_on_call, holds_traced, refill
+from fxcurv.front.side_effects import depends_on_call, forward_of, holds_traced, refill
 from fxcurv.ir.origin import is_user_file, line_number, line_of
 
 # how deep objects are looked into, the members of the largest that is, and the most that are noted in a trace
@@ -49,7 +49,9 @@ class LeftBehind:
         self._random = PythonRandom()
         self._codes: dict[int, types.CodeType] = {}
         for m in list(self._known.values()):
-            self._note(f"the class {type(m).__name__}", getattr(type(m).forward, "__code__", None), type(m), _DEEPEST)
+            self._note(
+                f"the class {type(m).__name__}", getattr(forward_of(type(m)), "__code__", None), type(m), _DEEPEST
+            )
 
     # -- noting --
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from fxcurv.errors import CaptureError
 from fxcurv.front.schedules import Number
+from fxcurv.ir.graph import mutates
 from fxcurv.ir.origin import running_line
 from fxcurv.ir.private import (
     disable_proxy_modes_tracing,
@@ -104,6 +105,14 @@ class Values:
                 stack += node.all_input_nodes
         return False
 
+    def is_same(self, a: Tensor, b: Tensor) -> bool:
+        """Whether two tensors were computed by the same ops of the same values, without a write in the trace so far."""
+        mode = proxy_mode()
+        nodes = [node_of(t, mode.tracer) for t in (a, b)] if mode is not None else [None, None]
+        if None in nodes or any(mutates(n) for n in mode.tracer.graph.nodes):
+            return False
+        return _alike(*nodes)
+
     def number(self, t: Tensor) -> Any:
         """The number that a tensor of one entry holds.
 
@@ -173,6 +182,16 @@ class Values:
                 self._memory[memory_of(t)] = max(level, self._memory.get(memory_of(t), _FIXED))
 
 
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two arguments are equal: nodes that are one, or that call the same op on equal arguments."""
+    if a is b or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+        return a is b or type(a) is type(b) and not isinstance(a, fx.Node) and a == b
+    if a.op != "call_function" or a.target is not b.target or random(a.target):
+        return False
+    leaves = [pytree.tree_flatten((n.args, n.kwargs)) for n in (a, b)]
+    return leaves[0][1] == leaves[1][1] and all(map(_alike, leaves[0][0], leaves[1][0]))
+
+
 # ---- replacements for PyTorch's functions ------------------------------
 
 
@@ -227,6 +246,12 @@ class _Read:
 
     def cast(self, func, x):
         return {"__bool__": bool, "__float__": float}.get(func.__name__, int)(self.values.number(x))
+
+    def equal(self, func, x, other):
+        """Values of trained parameters are known to be equal where they are one value; NaN, which differs from itself, aside."""
+        if x.dtype != other.dtype or tuple(x.shape) != tuple(other.shape):
+            return False
+        return self.values.is_same(x, other) or bool(self.values.number((x == other).all()))
 
     def listed(self, func, x):
         return [self.listed(func, row) for row in x] if x.ndim else read(self.values, Tensor.item, (x,), {})
@@ -298,7 +323,7 @@ def _asked_for(found: Tensor, *more: tuple[Tensor, bool]) -> Any:
 
 
 _READS: dict[Any, str] = {
-    Tensor.tolist: "listed",
+    Tensor.tolist: "listed", torch.equal: "equal", Tensor.equal: "equal",
     Tensor.item: "item", Tensor.__bool__: "cast", Tensor.__int__: "cast", Tensor.__index__: "cast", Tensor.__float__: "cast",
     Tensor.nonzero: "nonzero", torch.nonzero: "nonzero", torch.argwhere: "nonzero", Tensor.argwhere: "nonzero",
     torch.where: "where", Tensor.masked_select: "selected", torch.masked_select: "selected",

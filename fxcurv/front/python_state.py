@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.amp import grad_scaler
 
 from fxcurv.front.reparametrized import compute_again
-from fxcurv.front.side_effects import HOOKS
+from fxcurv.front.side_effects import HOOKS, entries
 from fxcurv.ir.origin import is_user_file
 from fxcurv.ir.private import version_of
 
@@ -158,17 +158,19 @@ def _frozen(value: Any, tensors: bool, outer: tuple[int, ...], left: list[int]) 
     if isinstance(value, nn.Module | types.FunctionType | type | types.ModuleType) or id(value) in outer:
         return id(value)
     if len(outer) > DEEPEST or left[0] < 0:
-        return id(value), len(value) if isinstance(value, CONTAINERS) else 0
+        return id(value), _length(value) if isinstance(value, CONTAINERS) else 0
     inside = lambda v: _frozen(v, tensors, (*outer, id(value)), left)  # noqa: E731
     counts = lambda v: tensors or not isinstance(v, TRACED)  # noqa: E731
     if isinstance(value, MAPPINGS):
-        return kind, tuple((inside(k), inside(v)) for k, v in value.items() if counts(v))
+        items = dict.items(value) if isinstance(value, dict) else value.items()
+        return kind, tuple((inside(k), inside(v)) for k, v in items if counts(v))
     if isinstance(value, ContextVar):
         return kind, inside(_value_in_context(value))
     if isinstance(value, set | frozenset):
-        return kind, frozenset(map(inside, value))
+        return kind, frozenset(map(inside, entries(value)))
     if isinstance(value, SEQUENCES):
-        return kind, tuple(inside(v) for v in value if counts(v))
+        listed = value if isinstance(value, collections.UserList) else entries(value)
+        return kind, tuple(inside(v) for v in listed if counts(v))
     if isinstance(value, functools.partial):
         return kind, inside(value.func), inside(value.args), inside(value.keywords)
     if isinstance(value, slice | range):
@@ -183,6 +185,14 @@ def _frozen(value: Any, tensors: bool, outer: tuple[int, ...], left: list[int]) 
         return kind, bytes(memoryview(value))
     except (TypeError, ValueError, BufferError, NotImplementedError):  # it holds no bytes
         return id(value)
+
+
+def _length(value: Any) -> int:
+    """The number of entries; 0 for a container that does not say."""
+    try:
+        return len(value)
+    except Exception:  # whatever the user's class raises
+        return 0
 
 
 def _value_in_context(variable: ContextVar) -> Any:

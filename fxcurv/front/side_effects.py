@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import types
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -205,12 +206,18 @@ def _functions(named: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Ca
         for kind in _FORWARD:
             for hook in getattr(m, kind).values():
                 yield f"what the hook '{name_of(hook)}' of {path_of(name, m)} keeps", hook
-        code = getattr(type(m).forward, "__code__", None)
+        forward = forward_of(type(m))
+        code = getattr(forward, "__code__", None)
         if code is not None and is_user_file(code.co_filename):
-            yield f"what the forward of {path_of(name, m)} keeps", type(m).forward
+            yield f"what the forward of {path_of(name, m)} keeps", forward
     for kind in _GLOBAL[:2]:
         for hook in _global_hooks(kind).values():
             yield f"what the global hook '{name_of(hook)}' keeps", hook
+
+
+def forward_of(kind: type) -> Any:
+    """The `forward` of a class of modules; that of a scripted one cannot be got from the class."""
+    return inspect.getattr_static(kind, "forward", None)
 
 
 def _containers_of(functions: Iterable[tuple[str, Callable]]) -> Iterator[tuple[str, Any]]:
@@ -276,8 +283,9 @@ def _containers(value: Any, depth: int = 2) -> Iterator[Any]:
             return
         yield vars(value)
         value = vars(value)
-    if depth and len(value) < 1000:
-        for item in list(value.values() if isinstance(value, dict) else value):
+    items = entries(value)
+    if depth and len(items) < 1000:
+        for item in items:
             if isinstance(item, dict | list | deque):
                 yield from _containers(item, depth - 1)
 
@@ -299,11 +307,15 @@ def holds_traced(value: Any, depth: int = 3) -> bool:
     """Whether a value is or holds a tensor of the capture."""
     if isinstance(value, Tensor):
         return isinstance(value, FakeTensor | FunctionalTensor)
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list | tuple | set | deque):
+    if not isinstance(value, dict | list | tuple | set | deque):
         return False
-    return depth > 0 and any(holds_traced(v, depth - 1) for v in list(value))
+    return depth > 0 and any(holds_traced(v, depth - 1) for v in entries(value))
+
+
+def entries(value: Any) -> list[Any]:
+    """What a container holds, as its base class has it: a subclass may count and iterate in another way, or raise."""
+    base: Any = next(b for b in (dict, list, tuple, set, frozenset, deque) if isinstance(value, b))
+    return [*(dict.values(value) if base is dict else base.__iter__(value))]
 
 
 def depends_on_call(value: Any) -> bool:

@@ -34,6 +34,11 @@ def to_reshape(node: fx.Node) -> None:
         node.target = aten.reshape.default
 
 
+def takes_strides(node: fx.Node) -> bool:
+    """Whether an op is given strides, so that it has to be traced on values that are laid out as they will be."""
+    return node.target is aten.as_strided.default
+
+
 def copied(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
     """A copy of `node` in `graph`, a view as a reshape: zeros that are left out may change strides."""
     new = graph.node_copy(node, env.__getitem__)
