@@ -35,8 +35,8 @@ def to_reshape(node: fx.Node) -> None:
 
 
 def takes_strides(node: fx.Node) -> bool:
-    """Whether an op is given strides, so that it has to be traced on values that are laid out as they will be."""
-    return node.target is aten.as_strided.default
+    """Whether a view is given strides, so that it has to be traced on values that are laid out as they will be."""
+    return is_view(node) and any(a.name == "stride" for a in schema_of(node.target).arguments)
 
 
 def copied(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
