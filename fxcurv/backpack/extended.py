@@ -7,6 +7,7 @@ notes its call at the pass of the model whose output it reads: backward parts th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Sequence
@@ -170,34 +171,40 @@ class _Cut(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor | None, ...]:
-        found: Pass = ctx.found
-        saved = ctx.saved_tensors
-        given, rest = saved[ctx.trained : ctx.count], iter(saved[ctx.count :])
-        flattened = [next(rest) if there else other for there, other in zip(ctx.where, ctx.others, strict=True)]
-        leaves, flat, values = pytree.tree_unflatten(flattened, ctx.spec)
-        create_graph = torch.is_grad_enabled()
-        twice = running_backward() in found.twice
-        context = backpack() if twice else current()
-        check = context.check is not None and not twice and not create_graph
-        customs = custom.customs(context)
-        with torch.autocast(found.mode.device_type, enabled=False):
-            if create_graph or given or customs:
-                again, differentiable = found.parts.again(found, flat, ledger.alias)
-            of_inputs = _input_gradients(again, given, gs, create_graph) if given else []
-            saved_values, values = values, differentiable if create_graph else values
-            detached = [f.detach() for f in leaves]
-            results = _results(found, context, detached, gs, values, check)
-        if create_graph:
-            _mark(found, results)
-        if twice:
-            held = dict(found.parts.model.named_parameters())
-            ledger.unaccounted(*(held[name] for name in found.template.params))
-        _attach(found, context, results)
-        calls = [call for call in found.calls if call.scale is not None]
-        run = custom.Backward(found, again, differentiable, gs, calls).run if customs else None
-        _run_per_module(found, context, calls, detached, custom.Values(found, saved_values), customs, run)
-        _arrive(found, gs)
-        return None, None, None, *(results["grad"][name] for name in found.template.params), *of_inputs
+        with ctx.found.context or contextlib.nullcontext():  # left again, whatever is raised
+            return _run_backward(ctx, gs)
+
+
+def _run_backward(ctx: Any, gs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The gradient, and on the parameters what the context asks for."""
+    found: Pass = ctx.found
+    saved = ctx.saved_tensors
+    given, rest = saved[ctx.trained : ctx.count], iter(saved[ctx.count :])
+    flattened = [next(rest) if there else other for there, other in zip(ctx.where, ctx.others, strict=True)]
+    leaves, flat, values = pytree.tree_unflatten(flattened, ctx.spec)
+    create_graph = torch.is_grad_enabled()
+    twice = running_backward() in found.twice
+    context = backpack() if twice else current()
+    check = context.check is not None and not twice and not create_graph
+    customs = custom.customs(context)
+    with torch.autocast(found.mode.device_type, enabled=False):
+        if create_graph or given or customs:
+            again, differentiable = found.parts.again(found, flat, ledger.alias)
+        of_inputs = _input_gradients(again, given, gs, create_graph) if given else []
+        saved_values, values = values, differentiable if create_graph else values
+        detached = [f.detach() for f in leaves]
+        results = _results(found, context, detached, gs, values, check)
+    if create_graph:
+        _mark(found, results)
+    if twice:
+        held = dict(found.parts.model.named_parameters())
+        ledger.unaccounted(*(held[name] for name in found.template.params))
+    _attach(found, context, results)
+    calls = [call for call in found.calls if call.scale is not None]
+    run = custom.Backward(found, again, differentiable, gs, calls).run if customs else None
+    _run_per_module(found, context, calls, detached, custom.Values(found, saved_values), customs, run)
+    _arrive(found, gs)
+    return None, None, None, *(results["grad"][name] for name in found.template.params), *of_inputs
 
 
 def _results(

@@ -77,9 +77,8 @@ class FxcurvGradSampleModule(AbstractGradSampleModule):
         output = self._extended(*given[0], **given[1])
         nodes = {t.grad_fn for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None}
         for node in nodes:  # one: all outputs share it
-            context = backpack(BatchGrad(savefield="_fxcurv_rows"))
-            node.register_prehook(lambda _, context=context: _enter(context))
-            node.register_hook(lambda *_, context=context: self._leave(context))
+            node.found.context = backpack(BatchGrad(savefield="_fxcurv_rows"))
+            node.register_hook(lambda *_: self._take_rows())
         return output
 
     def _run_plain(self, args: tuple, kwargs: dict) -> Any:
@@ -97,8 +96,7 @@ class FxcurvGradSampleModule(AbstractGradSampleModule):
     def _trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self._module.named_parameters() if p.requires_grad]
 
-    def _leave(self, context: backpack) -> None:
-        context.__exit__()
+    def _take_rows(self) -> None:
         found = {}
         for name, p in self._trained_parameters():
             if hasattr(p, "_fxcurv_rows"):
@@ -134,10 +132,6 @@ class FxcurvGradSampleModule(AbstractGradSampleModule):
         """The model, without what has been put on it."""
         self.cleanup()
         return self._module
-
-
-def _enter(context: backpack) -> None:
-    context.__enter__()
 
 
 class FxcurvPrivacyEngine(PrivacyEngine):

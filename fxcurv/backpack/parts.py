@@ -73,6 +73,7 @@ class Pass:
         follows: passes of extended models that take the output.
         arrived: the number of the last backward pass that came here, and the calls of extended losses that it came by.
         cotangents: of the output's leaves, in that backward pass.
+        context: the context in which the backward pass runs, whichever is active; None: the active one.
     """
 
     parts: ModelParts
@@ -88,6 +89,7 @@ class Pass:
     follows: list[Any] = field(default_factory=list)
     arrived: tuple[int, list[LossCall]] = (-1, [])
     cotangents: Sequence[Any] = ()
+    context: Any = None
 
     def forget(self) -> None:
         """Drop what arrived by the backward pass that has ended."""

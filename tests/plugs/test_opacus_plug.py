@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fxcurv.backpack.context import current
 from fxcurv.errors import ArgumentError, FieldError, LossError
 
 opacus = pytest.importorskip("opacus")
@@ -153,6 +154,7 @@ def test_engine_of_the_drop_in():
     ours.train()
     with pytest.raises(FieldError, match="ran forward more than once"):
         (ours(words).sum() + ours(words[:, :2]).sum()).backward()
+    assert current().asked == (), "what raised leaves nothing active"
     ours.forbid_grad_accumulation()
     ours.zero_grad()
     ours(words).sum().backward()
