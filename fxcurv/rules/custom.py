@@ -25,7 +25,7 @@ from torch.autograd.function import Function, once_differentiable
 
 from fxcurv.errors import CustomFunctionError, FxcurvError
 from fxcurv.ir.emit import MATERIALISED, emit, tracing
-from fxcurv.ir.graph import canonical_args, dependent, has_floats, layout, mutates
+from fxcurv.ir.graph import canonical_args, dependent, has_floats, is_view, layout, mutates
 from fxcurv.ir.origin import locate, origin_of
 from fxcurv.ir.private import (
     OpOverload,
@@ -104,6 +104,14 @@ class _Refused(Exception):
     """The reason why a function cannot be kept."""
 
 
+class _Written(_Refused):
+    """A function writes to these arguments."""
+
+    def __init__(self, arguments: set[int]):
+        super().__init__("writes to its input in place, which is not kept where something else may read it")
+        self.arguments = arguments
+
+
 class _Ran:
     """One run of a forward: its `ctx` afterwards, and its outputs, tensors and others."""
 
@@ -125,6 +133,7 @@ class Custom:
         rule: the general rule, which here knows whether the backward is the same at every input.
         forward, backward: their traced graphs: (x) -> y, and (x, x, y, g) -> gradients of x. The
             function's intermediate values are computed from the first x; the inputs that it saves are the second.
+        written: arguments that the forward writes to, and that nothing else reads: it is given copies.
         nonlinear: why the backward is, or may be, not linear in g; "" if it is.
     """
 
@@ -147,6 +156,7 @@ class Custom:
         self.backward: fx.GraphModule | None = None
         self._traced: Any = None
         self._where = ""
+        self.written: set[int] = set()
         self.smooth, self.nonlinear = True, ""
 
     def key(self, vals: Sequence[Any]) -> Any:
@@ -177,7 +187,7 @@ class Custom:
     def run(self, leaves: Sequence[Any]) -> _Ran:
         """The user's forward on tensors and sizes, tensors first."""
         ctx = _Context(self.needs)
-        args = self._arguments(leaves)
+        args = self._arguments([v.clone() if k in self.written else v for k, v in enumerate(leaves)])
         try:
             with torch.no_grad():
                 if is_separate(self.cls):
@@ -215,8 +225,15 @@ class Custom:
         out = node.meta["val"]
         ys = [out] if self.single else list(out)
         where, origin = self._where, origin_of(node, "forward")
+        forward = lambda *leaves: _as_views(self.run(leaves).tensors, leaves)  # noqa: E731
         with saying(self, where):
-            self.forward = _graph(program, lambda *leaves: _as_views(self.run(leaves).tensors, leaves), vals, origin)
+            try:
+                self.forward = _graph(program, forward, vals, origin)
+            except _Written as error:
+                if not all(_is_read_once(node.args[k]) for k in error.arguments):
+                    raise
+                self.written = error.arguments
+                self.forward = _graph(program, forward, vals, origin)
             _check(self, where, self.forward)
             if is_active(node) and any(self.needs):
                 self.backward = _graph(program, self._backward, [*vals, *vals, *ys, *ys], origin)
@@ -488,8 +505,9 @@ def _graph(program: Program, fn: Callable, vals: list[Any], origin: dict[str, An
         listed = lambda *args: list(fn(*args))  # noqa: E731
         gm = make_fx(listed, MATERIALISED)(*fresh)
         writes = [n for n in gm.graph.nodes if mutates(n)]
-        if any(_root(n).op == "placeholder" for n in writes):
-            raise _Refused("writes to its input in place, which is not kept")
+        given = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        if found := {given.index(root) for n in writes if (root := _root(n)).op == "placeholder"}:
+            raise _Written(found)
         if writes:
             gm = make_fx(dispatch_functionalize(listed), MATERIALISED)(*fresh)
     for node in gm.graph.nodes:
@@ -502,6 +520,11 @@ def _graph(program: Program, fn: Callable, vals: list[Any], origin: dict[str, An
 
 def _size_of(x: Tensor, d: int) -> int | SymInt:
     return x.shape[d]
+
+
+def _is_read_once(value: Any) -> bool:
+    """Whether a value is an op's own result, and one node reads it: nobody sees what that node writes to it."""
+    return isinstance(value, fx.Node) and value.op == "call_function" and len(value.users) == 1 and not is_view(value)
 
 
 def _root(node: fx.Node) -> fx.Node:
