@@ -10,6 +10,7 @@ always traced.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dis
 import functools
@@ -25,7 +26,7 @@ from fxcurv.errors import CaptureError
 from fxcurv.front.arguments import filled, map_leaves, templated
 from fxcurv.front.side_effects import is_pytorchs, name_of, path_of, undone
 from fxcurv.front.wrapped import head
-from fxcurv.ir.private import version_of
+from fxcurv.ir.private import own_buffers, version_of
 from fxcurv.ir.program import Observed
 
 _OWN, _GLOBAL = "_forward_hooks", "_global_forward_hooks"
@@ -40,6 +41,7 @@ class _Look:
     where: Where | None
     title: str
     values: tuple
+    attribute: str = ""
 
 
 class Observers:
@@ -100,8 +102,24 @@ class Observers:
             own = tuple(next(given) for _ in tensors)
             if look.where is not None:
                 map_leaves(template, torch.SymInt, functools.partial(_no_size, look.title))
-            out.append(Observed(look.module, look.where, look.title, template, own))
+            out.append(Observed(look.module, look.where, look.title, template, own, look.attribute))
         return out
+
+    def set_in_trace(self, written: Iterable[tuple[nn.Module, str, Tensor]]) -> None:
+        """Note attributes that the forward pass has set to tensors: every call sets them to its own."""
+        for module, name, value in written:
+            number, path = self.names[id(module)]
+            title = f"the attribute '{name}' of {path_of(path, module)}"
+            keep = head(value) if value.is_floating_point() else value
+            self.looks.append(_Look(number, None, title, (keep,), name))
+
+    def attributes(self) -> dict[int, set[str]]:
+        """The names of these attributes, by the id of their module's dictionary."""
+        found = collections.defaultdict(set)
+        for look in self.looks:
+            if look.attribute:
+                found[id(vars(self.modules[look.module]))].add(look.attribute)
+        return found
 
     def _templates(self) -> Iterator[tuple[_Look, Any, list[Tensor]]]:
         for look in self.looks:
@@ -175,18 +193,24 @@ def returns_nothing(hook: Any) -> bool:
 
 
 def run_observers(
-    observed: Iterable[Observed], modules: Sequence[nn.Module], value_of: Callable[[fx.Node], Tensor]
+    observed: Iterable[Observed],
+    modules: Sequence[nn.Module],
+    value_of: Callable[[fx.Node], Tensor],
+    buffers: bool = True,
 ) -> None:
-    """Run the hooks on the values of a call, in the order of the model's own forward pass.
+    """Run the hooks on the values of a call, and set attributes, in the order of the model's own forward pass.
 
     Args:
         modules: of the subject, in order.
         value_of: gives a node's value.
+        buffers: whether attributes that are buffers are set too.
 
     Raises:
         CaptureError: for a hook that returns a value after all, or writes to one.
     """
     for look in observed:
+        if look.attribute and (buffers or look.attribute not in own_buffers(modules[look.module])):
+            setattr(modules[look.module], look.attribute, value_of(look.nodes[0]).detach())
         if look.where is None:
             continue
         number, table, key = look.where
@@ -238,6 +262,11 @@ def refuse_observers(observed: Iterable[Observed], where: str) -> None:
         CaptureError: for the first observer.
     """
     for look in observed:
+        if look.attribute:
+            raise CaptureError(
+                f"{look.title} is set by the forward pass, and {where} sets none. Way out: return the tensor as an output of the "
+                "model (result.output has it)."
+            )
         if look.where is not None:
             raise CaptureError(
                 f"{look.title} looks at values, and {where} runs no hooks. Way out: remove it there, or return what it looks "

@@ -19,7 +19,7 @@ import os
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -368,6 +368,15 @@ class Reads:
         self._first[path.key] = frozen(value, tensors=False)
 
     # -- what the trace changed --
+
+    def tensors_written(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """(module, name, tensor) of the attributes of the model that the forward pass has set, and did not read before."""
+        for (_, name), module in self._written.items():
+            value = _own_attribute(module, name)
+            read_before = self._path_of(module, name).key in self._paths
+            own = id(module) in self._index and name not in computed_by_hooks(module)
+            if isinstance(value, Tensor) and own and not read_before:
+                yield module, name, value
 
     def _sort_writes(self) -> None:
         """Sort the attributes that the forward pass wrote: a call counts them up or sets them, or they are refused."""

@@ -51,11 +51,14 @@ def hooks_of(modules: Sequence[nn.Module]) -> tuple:
 
 
 @contextlib.contextmanager
-def no_side_effects(modules: Sequence[nn.Module]) -> Iterator[Callable[[Callable[[Any], bool]], bool]]:
+def no_side_effects(
+    modules: Sequence[nn.Module],
+) -> Iterator[Callable[[Callable[[Any], bool], dict[int, set[str]]], bool]]:
     """While a model is captured, refuse side effects that would be lost, and leave Python as it was.
 
     Yields a function to call at the end of a forward pass, because export puts attributes back before it returns: whether
-    there were any. It is given what says of a traced tensor that it follows from this call's values.
+    there were any. It is given what says of a traced tensor that it follows from this call's values, and the attributes that
+    every call sets.
 
     Raises:
         CaptureError: for hooks of the backward pass, and where a tensor was handed to Python.
@@ -67,22 +70,25 @@ def no_side_effects(modules: Sequence[nn.Module]) -> Iterator[Callable[[Callable
         (what, owner, dict(owner) if isinstance(owner, dict) else list(owner)) for what, owner in watched
     ]
     numbers = _numbers(named)
-    computed = {id(vars(m)): computed_by_hooks(m).keys() for _, m in named}
+    set_by_calls = {id(vars(m)): set(names) for _, m in named if (names := computed_by_hooks(m))}
     changed: list[str] = []
 
     def look(traced: Callable[[Any], bool] = holds_traced) -> bool:
         changed.extend(
             _name_attribute(what, owner, traced)
             for what, owner, old in before
-            if _leaks(owner, old, traced, computed.get(id(owner), ()))
+            if _leaks(owner, old, traced, set_by_calls.get(id(owner), ()))
         )
         return bool(changed)
 
-    def at_the_end(follows: Callable[[Any], bool]) -> bool:
+    def at_the_end(follows: Callable[[Any], bool], kept: dict[int, set[str]]) -> bool:
+        for owner, names in kept.items():
+            set_by_calls.setdefault(owner, set()).update(names)
         found = look(lambda value: depends_on_call(value) or follows(value))
         for _, owner, old in before:  # export warns of an attribute that changed
-            if computed.get(id(owner)):
-                owner.update({name: old[name] for name in computed[id(owner)]})
+            for name in set_by_calls.get(id(owner), ()):
+                owner.pop(name, None)
+                owner.update({name: old[name]} if name in old else {})
         return found
 
     with patched("torch.Tensor.register_hook", _no_tensor_hook):
@@ -325,13 +331,13 @@ def depends_on_call(value: Any) -> bool:
     return holds_traced(value) and (value.requires_grad or any(isinstance(size, torch.SymInt) for size in value.shape))
 
 
-def _leaks(owner: Any, old: Any, traced: Callable[[Any], bool], computed: Collection[str] = ()) -> bool:
-    """Whether a tensor of the capture is in a dict or list now, but for attributes that are `computed` after every call."""
+def _leaks(owner: Any, old: Any, traced: Callable[[Any], bool], set_by_calls: Collection[str] = ()) -> bool:
+    """Whether a tensor of the capture is in a dict or list now, but for attributes that every call sets."""
     if isinstance(owner, dict):
         return any(
             traced(v)
             for k, v in owner.items()
-            if k not in (*_OWN, *computed) and not (k in old and old[k] is v and holds_traced(v, 0))
+            if k not in (*_OWN, *set_by_calls) and not (k in old and old[k] is v and holds_traced(v, 0))
         )
     return any(traced(v) for v in owner)
 

@@ -18,7 +18,7 @@ from fxcurv.front.packed import refuse_output
 from fxcurv.front.reads import Reads
 from fxcurv.front.schedules import Number
 from fxcurv.ir.origin import is_user_file, line_of, line_of_function, source_line
-from fxcurv.ir.private import GuardOnDataDependentSymNode
+from fxcurv.ir.private import GuardOnDataDependentSymNode, own_buffers
 
 
 @torch.library.custom_op("fxcurv::head", mutates_args=())
@@ -44,7 +44,7 @@ class _Record:
     fixed_by: Any = None
     marks: dict[int, tuple[Tensor, Tensor]]
     notes: dict[str, None]
-    look: Callable[[Callable[[Any], bool]], bool] = staticmethod(lambda follows: False)
+    look: Callable[[Callable[[Any], bool], dict[int, set[str]]], bool] = staticmethod(lambda follows, kept: False)
 
 
 class Captured(nn.Module):
@@ -76,10 +76,11 @@ class Captured(nn.Module):
             self.reads.born(objects_in((args, kwargs)))
             self.values.begin(self._incoming_tensors(inputs, targets, numbers), [*inputs, *targets, *numbers])
             self.observers.begin()
+            self.held = [(m, name, t) for m in self.model.modules() for name, t in own_buffers(m).items()]
             try:
                 with self.reads.numbers(numbers), self.reads:
                     out = self._run(args, kwargs, targets)
-                refused = self.record.look(self.values.follows_from_call)
+                refused = self.record.look(self.values.follows_from_call, self.observers.attributes())
             finally:
                 self.reads.left.restore()
             if not refused:
@@ -124,7 +125,22 @@ class Captured(nn.Module):
             loss = _check_scalar(
                 self._loss_of(self.loss, output, self.arguments.join_targets(targets)), line_of_function(self.loss)
             )
+        self.observers.set_in_trace([*self.reads.tensors_written(), *self._rebound_buffers()])
         return loss, leaves, marked, [t for t, _ in self.values.read], self.observers.tensors()
+
+    def _rebound_buffers(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """Say `self.mean = ...` of a buffer as a write to it; yield (module, name, tensor) where the shape is another."""
+        for module, name, old in self.held:
+            new = own_buffers(module).get(name)
+            if new is old or not isinstance(new, Tensor):
+                continue
+            own_buffers(module)[name] = old
+            alike = old is not None and (new.dtype, new.device, new.ndim) == (old.dtype, old.device, old.ndim)
+            if alike and all(type(a) is type(b) and a == b for a, b in zip(new.shape, old.shape, strict=True)):
+                with torch.no_grad():
+                    old.copy_(new)
+            else:
+                yield module, name, new
 
     def _loss_of(self, loss: Callable, output: Any, targets: tuple) -> Any:
         try:

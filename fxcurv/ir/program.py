@@ -90,6 +90,7 @@ class Observed:
         where: the place of the hook; None for values that are kept without a hook.
         title: the hook in words, for messages.
         template: the hook's arguments after the module, with a `Slot` for each of `nodes`.
+        attribute: of the module, which the forward pass sets to the value, and every call as well; "" for none.
     """
 
     module: int
@@ -97,6 +98,7 @@ class Observed:
     title: str
     template: Any
     nodes: tuple[fx.Node, ...]
+    attribute: str = ""
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,8 @@ def _call(
         unseen.close()
         if program.observed:
             given = dict(zip(program.output.args[0], found, strict=True))
-            run_observers(program.observed, subject.modules(), given.__getitem__)
+            update = program.options.update_buffers
+            run_observers(program.observed, subject.modules(), given.__getitem__, update)
         programs.keep(ready, request)
         program.python.run_effects(subject.modules())
         if out is not None:

@@ -290,10 +290,17 @@ class Check:
 
     # ---- comparing ----
 
+    def _set_by_calls(self) -> list[tuple[int, str]]:
+        """(module, name) of what every call sets to what the program returned, once it is checked."""
+        return [(look.module, look.attribute) for look in self.known.observed if look.attribute]
+
     def _pairs(self, unpacked: Values, plain: Plain) -> list[Pair]:
         loss, leaves, mutations, results, _ = unpacked
         grads = results.get("grad", {})
-        own = dict(self.model.named_buffers(remove_duplicate=False))
+        paths = {id(m): f"{path}." if path else "" for path, m in self.model.named_modules(remove_duplicate=False)}
+        modules = self.request.subject.modules()
+        later = {f"{paths.get(id(modules[k]))}{name}" for k, name in self._set_by_calls()}
+        own = {n: t for n, t in self.model.named_buffers(remove_duplicate=False) if n not in later}
         got = {"the loss": loss} | {f"output {k}" if k else "the output": t for k, t in enumerate(leaves)}
         got |= {f"the gradient of '{name}'": t for name, t in grads.items()}
         got |= {f"buffer '{name}'": mutations.get(name, t) for name, t in own.items()}
