@@ -14,6 +14,7 @@ import contextlib
 import copyreg
 import functools
 import gc
+import importlib
 import inspect
 import os
 import sys
@@ -61,6 +62,8 @@ _BY_KEY = ("identity", "module")
 # A mode that watches or changes ops (a profiler, a FLOP counter) is no part of the model.
 _OF_MODES = {"__torch_dispatch__", "__torch_function__"}
 _METHODS = (types.FunctionType, classmethod, staticmethod, property)
+# Runs where a module is imported for the first time.
+_IMPORT = importlib._bootstrap._find_and_load.__code__  # type: ignore[attr-defined]
 # Makes the new object in `copy.copy` and `copy.deepcopy`.
 _NEW_COPY = copyreg.__newobj__.__code__  # type: ignore[attr-defined]
 
@@ -84,7 +87,7 @@ class Reads:
         self._closed: list[tuple[types.CodeType, dict[str, Any]]] = []
         self._ran: list[tuple[types.CodeType, dict[str, Any]]] = []
         self._looked: set[tuple[int, type]] = set()
-        self._custom = False
+        self._custom = self._importing = False
         self._changed: list[Path] = []
         self._effects: list[Effect] = []
         self.left = LeftBehind(self.modules)
@@ -167,6 +170,11 @@ class Reads:
     def _on_call(self, frame: types.FrameType, event: str, arg: Any) -> Any:
         """Trace function: record what a called function reads, then call the debugger's or the coverage tool's."""
         code = frame.f_code
+        if self._importing:
+            return self._trace(frame, event, arg) if self._trace is not None else None  # type: ignore[arg-type]
+        if code is _IMPORT:
+            self._importing, frame.f_trace_lines = True, False
+            return self._on_import
         new_code = id(code) not in self._codes
         if new_code:
             watched = holds_state(code.co_filename) and code.co_name not in _OF_MODES
@@ -185,6 +193,11 @@ class Reads:
         elif instructions and (code.co_freevars or code.co_argcount):
             self._record_frame(code, frame.f_locals, instructions)
         return self._trace(frame, event, arg) if self._trace is not None else None  # type: ignore[arg-type]
+
+    def _on_import(self, frame: types.FrameType, event: str, arg: Any) -> Any:
+        """Trace function of an import, in which a module's own code runs, once: what that reads is no program's."""
+        self._importing = event != "return"
+        return self._on_import
 
     def _on_copy(self, frame: types.FrameType, event: str, arg: Any) -> Any:
         """Trace function of `copyreg.__newobj__`: note the copy that it returns, for which no `__init__` runs."""

@@ -178,7 +178,9 @@ class Cat(Movement):
         dim = args[1] % len(shape)
         sites = [s for s in sites if s and s.shape != (0,)]
         places = [s.place for s in sites]
-        if len(sites) > 1 and all(type(p) is Shard and (p.dim, p.inner) == (dim, places[0].inner) for p in places):
+        if len(sites) == 1:
+            return places[0]
+        if places and all(type(p) is Shard and (p.dim, p.inner) == (dim, places[0].inner) for p in places):
             return Shard(dim, sum(p.outer for p in places), places[0].inner)
         place = placement.merge(places)
         return MIXED if isinstance(place, Shard) and place.dim == dim else place

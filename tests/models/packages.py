@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fxcurv.errors import CaptureError, ExtensionError, FxcurvError, LossError, MixedSamplesError
+from fxcurv.errors import (
+    CaptureError,
+    CustomFunctionError,
+    ExtensionError,
+    FxcurvError,
+    LossError,
+    MixedSamplesError,
+    SelfCheckError,
+)
 
 MSE, grad = nn.MSELoss(), torch.autograd.grad
 
@@ -345,6 +353,12 @@ PARTS: set[tuple[str, str]] = {
 # (row, family of quantities, as in model_checks.GROUPS) that is refused: (its error, words of the message)
 REFUSED: dict[tuple[str, str], tuple[type[FxcurvError], str]] = {
     ("mixture of experts: Mixtral, `eager`", "gradient"): (CaptureError, "(?s)expert_hit.*batched_mm"),
+    # transformers' op takes float32 alone, and the oracle is of float64
+    ("mixture of experts: Mixtral, `grouped_mm`", "gradient"): (SelfCheckError, "the model itself does not"),
+    ("mixture of experts: Mixtral, `grouped_mm`", "first order"): (
+        CustomFunctionError,
+        "grouped_mm_fallback.*reads integers",
+    ),
     ("quantisation-aware training with observers", "gradient"): (CaptureError, "makes a number of Python's of a value"),
     ("PPO with a Gaussian policy", "Jacobian"): (ExtensionError, "Jacobian needs one output, the model has 3"),
     ("Gaussian process on learned features", "Gauss-Newton"): (MixedSamplesError, "BatchDiagGGNExact"),

@@ -117,6 +117,29 @@ def test_a_container_that_counts_in_its_own_way(package):
     right(model)
 
 
+def test_a_module_that_the_forward_pass_imports(tmp_path, monkeypatch):
+    """Its own code runs once; what its functions read counts at every call."""
+    (tmp_path / "late_module_of_tests.py").write_text(
+        "import torch\nscale = 2.0\ncalls = [scale for _ in range(3)]\n\ndef squash(h):\n    return torch.tanh(h) * scale\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def middle(h):
+        from late_module_of_tests import squash
+
+        return squash(h)
+
+    model = Net(middle)
+    right(model)
+    compiled = right(model)
+    monkeypatch.setattr(sys.modules["late_module_of_tests"], "scale", 3.0)
+    (x, y), wanted = data(), Net(lambda h: torch.tanh(h) * 3.0)
+    wanted.load_state_dict(model.state_dict())
+    for name, value in Oracle(wanted, F.cross_entropy, x, y).grad_batch().items():
+        torch.testing.assert_close(compiled(x, y).grad_batch[name], value, rtol=1e-9, atol=1e-11)
+    sys.modules.pop("late_module_of_tests")
+
+
 def test_a_scripted_function():
     @torch.jit.script
     def repeated(x, times: int):

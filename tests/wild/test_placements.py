@@ -131,6 +131,7 @@ MODELS = {
     "stacked in front": (lambda h, i, e: torch.stack([h, h * 2]).prod(0), RIGHT),
     "joined along the samples": (lambda h, i, e: torch.cat([h[1:], h[:1]]), REFUSED),
     "joined with itself": (lambda h, i, e: torch.cat([h, h])[1 : h.shape[0] + 1], REFUSED),
+    "one part of the batch": (lambda h, i, e: torch.cat([t.tanh() for t in h.chunk(1)]), RIGHT),
     "halves of the batch": (lambda h, i, e: torch.cat([t.tanh() for t in h.split(2)]), CAREFUL),
     "halves exchanged": (lambda h, i, e: torch.cat(h.chunk(2)[::-1]), REFUSED),
     "unbound": (lambda h, i, e: torch.stack(h.unbind(0)[::-1]), REFUSED),
