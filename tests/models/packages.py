@@ -260,6 +260,49 @@ def merged(n: int) -> Any:
     return Batch.from_data_list(made)
 
 
+# ---- equations, flows, spikes, symmetries ------------------------------
+
+
+def solved(m: Any, x: Tensor) -> Tensor:
+    """A neural ordinary differential equation, by fourth-order steps."""
+    from torchdiffeq import odeint
+
+    h = odeint(lambda t, h: torch.tanh(m.field(h)) * (1 + t), m.into(x), torch.tensor([0.0, 0.5, 1.0]), method="rk4")
+    return m.out(h[-1])
+
+
+def spline_flow() -> nn.Module:
+    from zuko.flows import NSF
+
+    return Net(lambda m, x: m.flow().log_prob(x), flow=NSF(2, transforms=1, bins=3, hidden_features=(4,)))
+
+
+def spikes() -> nn.Module:
+    """Leaky neurons, whose spikes have a derivative of their own; the model keeps their membranes as attributes."""
+    from snntorch import Leaky
+    from snntorch.surrogate import fast_sigmoid
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        first, second, total = m.first.init_leaky(), m.second.init_leaky(), 0.0
+        for _ in range(3):
+            spike, first = m.first(3 * m.into(x), first)
+            _, second = m.second(m.out(spike.to(x.dtype)), second)
+            total = total + second
+        return total
+
+    neuron = lambda: Leaky(beta=0.9, spike_grad=fast_sigmoid())  # noqa: E731
+    return Net(forward, into=nn.Linear(3, 4), first=neuron(), out=nn.Linear(4, 3), second=neuron())
+
+
+def equivariant() -> nn.Module:
+    import e3nn
+    from e3nn import o3
+
+    e3nn.set_optimization_defaults(jit_script_fx=False)  # a script is opaque
+    product = o3.FullyConnectedTensorProduct("1x0e+1x1o", "1x0e+1x1o", "4x0e+1x1o")
+    return Net(lambda m, x: m.out(m.product(x, x)), product=product, out=o3.Linear("4x0e+1x1o", "3x0e"))
+
+
 # ---- the rows ------------------------------
 
 
@@ -328,6 +371,17 @@ PACKAGES: dict[str, tuple[str, Situation]] = {
             lambda: Net(covariance, features=nn.Linear(3, 2), scale=param(1), noise=param(1)), marginal_likelihood, numbers(3),
             numbers(),
         ),
+    ),
+    "neural differential equation, by torchdiffeq": (
+        "torchdiffeq", row(
+            lambda: Net(solved, into=nn.Linear(3, 4), field=nn.Linear(4, 4), out=nn.Linear(4, 3)), F.cross_entropy, numbers(3),
+            classes(), oracle=CLASSES,
+        ),
+    ),
+    "spline flow, by zuko": ("zuko", row(spline_flow, lambda out: -out.mean(), numbers(2), None)),
+    "spiking network, by snntorch": ("snntorch", row(spikes, F.cross_entropy, numbers(3), classes(), oracle=CLASSES)),
+    "equivariant tensor product, by e3nn": (
+        "e3nn", row(equivariant, F.cross_entropy, numbers(4), classes(), oracle=CLASSES),
     ),
     "quantisation-aware training": ("torch", row(Quantised, MSE, numbers(3), numbers(2), True, oracle=SQUARES)),
     "quantisation-aware training with observers": ("torch", row(observed, MSE, numbers(3), numbers(2), True)),
