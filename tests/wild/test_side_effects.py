@@ -173,6 +173,25 @@ def test_an_attribute_that_a_forward_reads_before_it_sets_it(reads):
         fxcurv.compile(model, F.cross_entropy, [])(x, y)
 
 
+class Masks(nn.Module):
+    """Sets an attribute to what is the same at every call, whatever the batch."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(SEED)
+        self.body = nn.Linear(3, 3).double()
+
+    def forward(self, x):
+        self.mask = torch.ones(3, 3, dtype=torch.float64).tril()
+        return self.body(x) @ self.mask
+
+
+def test_an_attribute_that_is_the_same_at_every_call():
+    model = Masks()
+    right(fxcurv.compile(model, F.cross_entropy, [BatchGrad()]), model)
+    assert torch.equal(model.mask, torch.ones(3, 3, dtype=torch.float64).tril())
+
+
 def test_where_no_call_sets_an_attribute():
     (x, y), model = data(), Sets()
     with pytest.raises(CaptureError, match="'h' of .* is set by the forward pass, and an exported program sets none"):
