@@ -81,7 +81,7 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.nn.modules.loss._Loss": TRIED,
     "torch.distributed.ProcessGroup._get_sequence_number_for_group": TRIED,
     "torch.distributed.device_mesh.DeviceMesh._flatten": TRIED,
-    "torch.distributed.distributed_c10d._resolve_process_group": ("2.13",),
+    "torch.distributed.distributed_c10d._resolve_process_group": ("2.11", "2.13", "2.14", "2.15"),
     "torch.distributed.fsdp.FSDPModule._get_fsdp_state": TRIED,
     # patched while a model is captured
     "torch._functorch.apis.vmap_impl": TRIED,

@@ -140,6 +140,7 @@ def test_a_module_that_the_forward_pass_imports(tmp_path, monkeypatch):
     sys.modules.pop("late_module_of_tests")
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.torch.jit:FutureWarning")
 def test_a_scripted_function():
     @torch.jit.script
     def repeated(x, times: int):

@@ -142,7 +142,7 @@ def test_a_hook_that_is_removed():
     compare(compiled(x, y).grad_batch, Oracle(model, F.cross_entropy, x, y).grad_batch())
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.torch.jit:FutureWarning")
 @pytest.mark.parametrize("part", [False, True])
 def test_scripted_modules_are_refused(part):
     model = net()
