@@ -47,9 +47,9 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.utils._pytree": TRIED,
     "torch.utils._python_dispatch.TorchDispatchMode": TRIED,
     # programs on disk
-    "torch._dynamo.source.ConstantSource": TRIED[1:],
-    "torch.fx.experimental.symbolic_shapes.DimDynamic": TRIED[1:],
-    "torch.utils._sympy.functions": TRIED[1:],
+    "torch._dynamo.source.ConstantSource": TRIED,
+    "torch.fx.experimental.symbolic_shapes.DimDynamic": TRIED,
+    "torch.utils._sympy.functions": TRIED,
     # operators
     "torch._decomp.decomposition_table": TRIED,
     "torch._library.custom_ops._maybe_get_opdef": TRIED,
