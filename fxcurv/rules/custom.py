@@ -40,7 +40,7 @@ from fxcurv.ir.private import (
 from fxcurv.ir.program import Program, is_active
 from fxcurv.rules.base import Rule, rule_of
 from fxcurv.rules.followed import places, reads_shape
-from fxcurv.rules.traits import CUTS
+from fxcurv.rules.traits import CUTS, random
 
 aten = torch.ops.aten
 
@@ -551,7 +551,7 @@ def _empty_like(val: Any) -> Any:
 def _check(kind: Custom, where: str, gm: fx.GraphModule) -> None:
     """Refuse graphs with random numbers, or with tensors that are no arguments."""
     for node in gm.graph.nodes:
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if random(node.target):
             raise kind.refused(
                 f"draws random numbers (op {node.target}), which its backward would draw again", where=where
             )

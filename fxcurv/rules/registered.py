@@ -114,9 +114,7 @@ def _by_name(op: OpOverload, lists: tuple[int | None, ...]) -> dict[str, Callabl
     """`setup_context` and `backward` by the functions that were registered in Python."""
     schema = schema_of(op)
     positional = sum(not a.kwarg_only for a in schema.arguments)
-    returns_list = (
-        len(schema.returns) == 1 and "[]" in str(schema.returns[0].type) or "List" in str(schema.returns[0].type)
-    )
+    returns_list = len(schema.returns) == 1 and isinstance(schema.returns[0].type, torch.ListType)
 
     def setup_context(ctx, inputs, output):
         _, setup = registered_functions(op) or (None, None)

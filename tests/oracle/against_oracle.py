@@ -53,3 +53,23 @@ def check(model: nn.Module, loss, x, y, sizes=(), **oracle) -> None:
 
 def kflr_of(model, loss, x, y):
     return fxcurv.compile(model, loss, [KFLR()])(x, y).kflr
+
+
+def compare(found, wanted) -> None:
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-10)
+
+
+def compare_quantities(result: fxcurv.Result, oracle: Oracle, extensions: list, seed: int) -> None:
+    """The gradient, every field that was asked for, and products with a random vector per parameter."""
+    compare(result.grad, oracle.grad())
+    for field in [e.savefield for e in extensions]:
+        if field in ("hmp", "ggnmp"):
+            matrices = oracle.hessian() if field == "hmp" else oracle.ggn()
+            for name, p in oracle.params.items():
+                v = torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(seed))
+                found = getattr(result, field)[name](v).flatten()
+                torch.testing.assert_close(found, matrices[name] @ v.flatten(), rtol=1e-8, atol=1e-10)
+        else:
+            compare(getattr(result, field), getattr(oracle, field)())

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from against_oracle import compare, compare_quantities
 from oracle import Oracle
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -419,24 +420,8 @@ def check(model: nn.Module, loss: Callable, extensions: list, kind: str | None =
     result = fxcurv.compile(model, loss, extensions)(x, y)
     oracle = Oracle(model, loss, x, y, kind=kind)
     torch.testing.assert_close(result.loss, oracle.loss())
-    compare(result.grad, oracle.grad())
-    for extension in extensions:
-        field = extension.savefield
-        if field in ("hmp", "ggnmp"):
-            matrices = oracle.hessian() if field == "hmp" else oracle.ggn()
-            for name, p in oracle.params.items():
-                v = torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(SEED))
-                found = getattr(result, field)[name](v).flatten()
-                torch.testing.assert_close(found, matrices[name] @ v.flatten(), rtol=1e-8, atol=1e-10)
-        else:
-            compare(getattr(result, field), getattr(oracle, field)())
+    compare_quantities(result, oracle, extensions, SEED)
     return result
-
-
-def compare(found, wanted) -> None:
-    assert set(found) == set(wanted)
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from against_oracle import compare, compare_quantities
 from oracle import Oracle
 from torch import Tensor, nn
 
@@ -240,12 +241,6 @@ def data(n: int = 5) -> tuple[Tensor, Tensor]:
     return torch.randn(n, 3, dtype=torch.float64, generator=generator), torch.randint(0, 3, (n,), generator=generator)
 
 
-def compare(found, wanted) -> None:
-    assert set(found) == set(wanted)
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-10)
-
-
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 def test_quantities(name):
     middle, extensions = MODELS[name]
@@ -254,16 +249,7 @@ def test_quantities(name):
     for n in (5, 3, 1):
         x, y = data(n)
         result, oracle = compiled(x, y), Oracle(model, F.cross_entropy, x, y, kind="ce")
-        compare(result.grad, oracle.grad())
-        for field in [e.savefield for e in extensions]:
-            if field in ("ggnmp", "hmp"):
-                matrices = oracle.hessian() if field == "hmp" else oracle.ggn()
-                for key, p in oracle.params.items():
-                    v = torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(n))
-                    found = getattr(result, field)[key](v).flatten()
-                    torch.testing.assert_close(found, matrices[key] @ v.flatten(), rtol=1e-8, atol=1e-10)
-            else:
-                compare(getattr(result, field), getattr(oracle, field)())
+        compare_quantities(result, oracle, extensions, n)
     assert len(compiled.recompiles) <= 2
 
 
