@@ -24,6 +24,7 @@ from fxcurv.front.requests import Autocast, Request, Subject, tensors_in
 from fxcurv.ir.private import no_hooks, pytree
 from fxcurv.ir.program import Input, Program
 from fxcurv.ir.state import Options
+from fxcurv.rules.traits import random
 from fxcurv.runtime.bind import bind, cuda_devices, seed_tensor
 from fxcurv.runtime.programs import Programs, Tell, at_numbers_if_need_be, covered
 
@@ -54,8 +55,7 @@ class Forward:
 
 def _make_forward(program: Program, tell: Tell) -> Forward:
     part = cut.forward_part(program)
-    tags = [getattr(n.target, "tags", ()) for n in program.graph.nodes]
-    return Forward(program, part, any(torch.Tag.nondeterministic_seeded in t for t in tags))
+    return Forward(program, part, any(random(n.target) for n in program.graph.nodes))
 
 
 @dataclass

@@ -15,6 +15,8 @@ from fxcurv.ir.precision import wide
 
 # Elements of a block: 2 MiB in float32.
 BLOCK = 1 << 19
+# Elements of a sample's part of a block from which a call per sample is quicker than a pass more over the block.
+LONG = 1 << 15
 # The fewest samples in a block: with fewer, a batched product leaves threads without work.
 FEWEST = 4
 
@@ -77,6 +79,9 @@ def square_sum(
     out = out if fresh else out.zero_()
     values = None if w is None else w.tolist()
     for column, ns, os, p in products(a, g, i, most):
+        if values is None and not per_sample:
+            add_squares(out[0, :, os], p)
+            continue
         for sample, one in enumerate(p, ns.start):
             weight, target = 1 if values is None else values[column][sample], out[sample if per_sample else 0, :, os]
             if fresh and column == 0:
@@ -84,3 +89,14 @@ def square_sum(
             else:
                 target.addcmul_(one, one, value=weight)
     return out
+
+
+def add_squares(out: Tensor, p: Tensor, squared: bool = False) -> None:
+    """Add the sum of squares of a block p [N', ...] to `out` [...]; the block is squared already, or may be overwritten."""
+    if squared:
+        out += p.sum(0)
+    elif p[0].numel() >= LONG:
+        for one in p:
+            out.addcmul_(one, one)
+    else:
+        out += p.square_().sum(0)

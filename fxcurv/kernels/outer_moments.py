@@ -46,12 +46,10 @@ def _add(
     for _, n, o, p in cpu.products(a, g.unsqueeze(0), i, most):
         if wanted[0]:
             out[0][:, o] += p.sum(0)
-        if wanted[1]:
-            for one in p:
-                out[1][:, o].addcmul_(one, one)
         if wanted[2]:
-            rows = p.flatten(1)
-            out[2][0, n] += torch.linalg.vecdot(rows, rows)
+            out[2][0, n] += p.square_().flatten(1).sum(1)
+        if wanted[1]:
+            cpu.add_squares(out[1][:, o], p, squared=wanted[2])
 
 
 @outer_moments.register_kernel("cuda")

@@ -40,8 +40,7 @@ def outer_norm(a: Tensor, g: Tensor) -> Tensor:
 
 def _by_products(a: Tensor, g: Tensor, out: Tensor) -> Tensor:
     for v, n, _, p in cpu.products(lambda n: a[n].unsqueeze(1), g.unsqueeze(2), a.shape[2]):
-        p = p.flatten(1)
-        out[v, n] += torch.linalg.vecdot(p, p)
+        out[v, n] += p.square_().flatten(1).sum(1)
     return out
 
 

@@ -25,7 +25,7 @@ from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Alike, Placement, Sha
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
 from fxcurv.rules.base import rule_of
-from fxcurv.rules.traits import ZEROS
+from fxcurv.rules.traits import ZEROS, random
 
 aten = torch.ops.aten
 
@@ -104,14 +104,14 @@ class Split:
             return self._contraction(node, sites)
         if node.target in ARANGE:
             return _arange(outs[0], self.n, emitted=stage_of(node) != "forward")
-        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        draws = random(node.target)
         if all(s.place == REPLICATE for s in here):
-            if random:
+            if draws:
                 return MIXED  # every part draws other numbers
             return self._constant(outs[0], []) if node.target in REPEATED else REPLICATE
         if outs[0] is None and node.target not in PLACES:
             return MIXED
-        alike = not random and all(isinstance(s.place, Alike) for s in here if isinstance(s.place, Shard))
+        alike = not draws and all(isinstance(s.place, Alike) for s in here if isinstance(s.place, Shard))
         found = self._by_rule(node, leaves, _sites_for_rules(sites), outs)
         if alike and isinstance(found, Shard):
             return Alike(found.dim, found.outer, found.inner)

@@ -16,6 +16,7 @@ from fxcurv.ir.placement import MIXED, PARTIAL, Mixed, Partial, Placement, Shard
 from fxcurv.ir.private import OpOverload, pytree, schema_of
 from fxcurv.ir.program import Program
 from fxcurv.rules.sites import numeric_args
+from fxcurv.rules.traits import random
 
 aten = torch.ops.aten
 
@@ -206,7 +207,7 @@ def known(program: Program, node: fx.Node, n: int) -> Tensor | None:
         if isinstance(val, torch.SymInt | int):
             return program.batch.evaluate(val, n)
         op = node.target
-        if not isinstance(op, OpOverload) or torch.Tag.nondeterministic_seeded in op.tags:
+        if not isinstance(op, OpOverload) or random(op):
             raise _Unknown
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
         return op(*args, **kwargs)

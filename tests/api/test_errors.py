@@ -56,15 +56,15 @@ class Net(nn.Module):
 
 
 class Keeping(nn.Module):
-    """Hands an activation to Python."""
+    """Adds an activation to a list."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.kept = nn.Linear(4, 3), None
+        self.layer, self.kept = nn.Linear(4, 3), []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.kept = self.layer(x)
-        return self.kept
+        self.kept.append(self.layer(x))
+        return self.kept[-1]
 
 
 class Growing(nn.Module):

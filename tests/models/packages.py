@@ -96,7 +96,7 @@ def u_net() -> nn.Module:
 
     return moved(
         UNet2DModel(
-            sample_size=4, in_channels=1, out_channels=1, block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2,
+            sample_size=4, in_channels=1, out_channels=1, block_out_channels=(2, 2), layers_per_block=1, norm_num_groups=2,
             down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), attention_head_dim=2,
         )
     )  # fmt: skip
