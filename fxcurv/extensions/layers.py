@@ -96,6 +96,8 @@ def read(shape: tuple[int, ...], uses: list[Use], rules: dict) -> Layer:
     Raises:
         NoLayer: with the reason.
     """
+    if not prod(shape):
+        raise NoLayer("it has no entries")
     channels = [_bias_channel(u) for u in uses]
     bias = all(c != () for c in channels)
     if not bias and not all(isinstance(u.factor, Dense | Conv | Gather) for u in uses):

@@ -116,10 +116,14 @@ def view(site: Site, shape: tuple[int, ...], n: int) -> Placement:
     """Placement after a row-major reshape of `site` to `shape`, where the batch size is `n`."""
     if not isinstance(site.place, Shard):
         return site.place
+    if not prod(site.shape):  # without entries there is nothing to be elsewhere
+        fits = [dim for dim, size in enumerate(shape) if size and size % n == 0]
+        dim = site.place.dim if site.place.dim in fits else next(iter(fits), None)
+        return MIXED if dim is None else Shard(dim, shape[dim] // n)
     after = site.place.inner * prod(site.shape[site.place.dim + 1 :])
     for dim, size in enumerate(shape):
         rest = prod(shape[dim + 1 :])
-        covers = rest and after % rest == 0 and (rest * size) % (after * n) == 0
+        covers = after % rest == 0 and (rest * size) % (after * n) == 0
         if covers and not (size == 1 and n > 1):
             inner = after // rest
             return Shard(dim, size // (n * inner), inner)

@@ -86,7 +86,8 @@ class Contraction(Rule):
             (other,) = [p for p in self.labels if p != position]
             mine, theirs = self.labels[position], self.labels[other]
             if "." in theirs and "." not in mine:
-                x, g_ = (t.reshape(*lead, -1, t.shape[-1]) for lead, t in (((), call.args[other]), (g.shape[:1], g)))
+                pair = ((0, call.args[other]), (1, g))
+                x, g_ = (t.reshape(*t.shape[:k], prod(t.shape[k:-1]), t.shape[-1]) for k, t in pair)
                 out.append(torch.einsum("vsi,sj->vij" if self.out[-1] == mine[0] else "vsi,sj->vji", g_, x))
             else:
                 out.append(self._product(g, call.args[other], self.out, theirs, mine))

@@ -104,7 +104,7 @@ class ReadStrided(Strided):
         x, *view = call.args
         places = self._places(x, *view)
         gx = g.new_zeros(g.shape[0], x.numel()).index_add(1, places, g.flatten(1))
-        return [gx.reshape(-1, *x.shape)]
+        return [gx.reshape(g.shape[0], *x.shape)]
 
 
 @register(aten.as_strided_scatter.default)
@@ -117,7 +117,7 @@ class WriteStrided(Strided):
         out = []
         for i in wrt:
             new = flat.index_select(1, places) if i == 1 else flat.index_fill(1, places, 0)
-            out.append(new.reshape(-1, *(source if i == 1 else x).shape))
+            out.append(new.reshape(g.shape[0], *(source if i == 1 else x).shape))
         return out
 
 
