@@ -107,7 +107,7 @@ class LeftBehind:
         if isinstance(value, _CACHED):
             self._cached.append(value)
             return
-        if self._random.note(f"the random numbers of {what}", value, self._line(code, what, "")):
+        if self._random.note(f"the random numbers of {what}", value, lambda: self._line(code, what, "")):
             return
         if isinstance(value, types.MethodType):
             self._note(what, code, value.__self__, depth)

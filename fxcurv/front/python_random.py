@@ -6,7 +6,7 @@ import dis
 import random
 import sys
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fxcurv.errors import CaptureError
@@ -28,14 +28,14 @@ class PythonRandom:
     """Notes the states of generators, and refuses a trace that drew from one."""
 
     def __init__(self) -> None:
-        self._noted: list[tuple[str, str, Any, Any]] = []
+        self._noted: list[tuple[str, Callable[[], str], Any, Any]] = []
         self._drew: tuple[str, str] | None = None
         self.note("Python's random numbers", random.random.__self__)  # type: ignore[attr-defined]
         if _numpy() is not None:
             self.note("numpy's random numbers", _numpy().rand.__self__)
 
-    def note(self, what: str, value: Any, line: str = "") -> bool:
-        """Note a generator, and the line that reads it; whether the value is one."""
+    def note(self, what: str, value: Any, line: Callable[[], str] = lambda: "") -> bool:
+        """Note a generator, and what finds the line that reads it; whether the value is one."""
         found = isinstance(value, random.Random) and not isinstance(value, random.SystemRandom)
         if not found and not (_numpy() and isinstance(value, _numpy().Generator | _numpy().RandomState)):
             return False
@@ -46,7 +46,7 @@ class PythonRandom:
         """Give the generators that were drawn from the states that they had."""
         for what, line, generator, before in self._noted:
             if not _equal(_state(generator), before):
-                self._drew = what, line
+                self._drew = what, line()
                 _set_state(generator, before)
 
     def check(self, codes: Iterable[types.CodeType]) -> None:
