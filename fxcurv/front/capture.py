@@ -23,7 +23,7 @@ from fxcurv.front.guards import Followed, fixed_sizes, numbered_reductions, quie
 from fxcurv.front.lift import detach_no_grad_regions, lift
 from fxcurv.front.observers import Observers, Where
 from fxcurv.front.packed import padded_sequences
-from fxcurv.front.plain import is_plain
+from fxcurv.front.plain import erase_detached, is_plain
 from fxcurv.front.python_state import Path
 from fxcurv.front.reads import Reads
 from fxcurv.front.requests import Subject
@@ -74,6 +74,7 @@ def _capture_once(
             ):  # fmt: skip
                 exported = _export(wrapped, arguments)
                 detach_no_grad_regions(exported)
+                erase_detached(exported)
                 if not is_plain(exported):
                     exported = exported.run_decompositions({})
         except FxcurvError:

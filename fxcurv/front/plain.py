@@ -30,8 +30,18 @@ from fxcurv.ir.private import (
 from fxcurv.ir.program import Program
 from fxcurv.passes.normalize import substitute
 
+aten = torch.ops.aten
 _HIDDEN = torch.Tag.maybe_aliasing_or_mutating
-_SIZE = torch.ops.aten.sym_size.int
+_SIZE = aten.sym_size.int
+
+
+def erase_detached(exported: ExportedProgram) -> None:
+    """Erase the detaching of new constants (of `torch.tensor(0.5)`), the one write that many models have."""
+    for node in exported.graph.find_nodes(op="call_function", target=aten.detach_.default):
+        made = node.args[0]
+        if isinstance(made, fx.Node) and made.target is aten.lift_fresh_copy.default:
+            node.replace_all_uses_with(made)
+            exported.graph.erase_node(node)
 
 
 def is_plain(exported: ExportedProgram) -> bool:

@@ -50,6 +50,8 @@ from fxcurv.runtime.bind import cuda_devices
 from fxcurv.runtime.bisect import first_difference
 from fxcurv.runtime.sums import Jacobians, Pair, sums, unequal
 
+# Whole numbers below this are taken for exact.
+EXACT = 1 << 16
 # A value may differ by this many times what rounding of single ops moves it: the order of sums inside an op is unknown.
 FACTOR = 64
 
@@ -585,8 +587,11 @@ class _Rounded(TorchDispatchMode):
             self.generators[t.device] = torch.Generator(t.device).manual_seed(self.seed)
         wide = t.dtype if t.dtype in (torch.float32, torch.float64) else torch.float32
         noise = torch.rand(t.shape, generator=self.generators[t.device], device=t.device, dtype=wide) * 2 - 1
-        # infinity, of a mask say, would become NaN, and so would all that follows
-        t.copy_((t + t * noise * unit(t)).where(t.isfinite(), t))
+        moved = t + t * noise * unit(t)
+        # A mask's infinity, or largest number, would become NaN, and so would all that follows; a number of a mask or a
+        # count is exact, and 1 - mask times the largest number shows it.
+        exact = (t == t.round()) & (t.abs() < EXACT)
+        t.copy_(moved.where(moved.isfinite() & ~exact, t))
 
 
 def unit(t: Tensor) -> float:

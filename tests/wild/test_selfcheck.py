@@ -552,3 +552,35 @@ def test_rounding_is_measured_behind_an_infinite_mask():
     (moved,) = seen
     assert set(moved) > {"the loss", "the output", "the gradient of 'head.weight'"}
     assert all(float(t) > 0 for t in moved.values())
+
+
+class AddedMask(nn.Module):
+    """Attention with a padding mask as transformers' encoders add it: nothing, or the dtype's least number."""
+
+    def __init__(self):
+        super().__init__()
+        self.key, self.query, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x, mask):
+        added = (1.0 - mask.to(x.dtype))[:, None, :] * torch.finfo(x.dtype).min
+        weights = (self.query(x) @ self.key(x).mT + added).softmax(-1)
+        return self.head((weights @ x).mean(1))
+
+
+def test_rounding_is_measured_beside_an_added_mask():
+    """A mask's ones are exact: 1 - mask is zero, not the rounding of one, times the largest number."""
+    torch.manual_seed(0)
+    model = AddedMask().double()
+    x, mask = torch.randn(5, 4, 4).double(), torch.ones(5, 4, dtype=torch.long)
+    mask[1:, 2:] = 0
+    compiled, seen, finish = fxcurv.compile(model, CE, [BatchGrad()]), [], selfcheck.Check.finish
+
+    def finished(check, values):
+        seen.append(check.noise())
+        finish(check, values)
+
+    with mock.patch.object(selfcheck.Check, "finish", finished):
+        compiled({"x": x, "mask": mask}, torch.randint(3, (5,)))
+    (moved,) = seen
+    assert 0 < moved["the loss"] < 1e-14
+    assert 0 < moved["the gradient of 'key.bias'"] < 1e-15  # which is nothing but rounding
