@@ -36,11 +36,14 @@ from fxcurv.ir.program import Program
 from fxcurv.rules.registered import backwards as backwards_of_ops
 
 
-def capture(subject: Subject, arguments: Arguments, split: str | None = None, numbers: Sequence[Path] = ()) -> Program:
+def capture(
+    subject: Subject, arguments: Arguments, split: str | None = None, numbers: Sequence[Path] = (), lend: bool = False
+) -> Program:
     """Trace model and loss into a functional graph.
 
     Args:
         numbers: places of the floats that become inputs of the graph.
+        lend: whether `.item()` of data is a tensor in the graph, not a number that the graph is for.
 
     Raises:
         CaptureError: if `torch.export` cannot trace them; carries its reason and what usually helps.
@@ -50,7 +53,7 @@ def capture(subject: Subject, arguments: Arguments, split: str | None = None, nu
     while True:
         observers = Observers([nm for root in subject.roots() for nm in root.named_modules()], subject.watched, known)
         try:
-            program = _capture_once(subject, arguments, split, numbers, observers)
+            program = _capture_once(subject, arguments, split, numbers, observers, lend)
         except FxcurvError:
             if not observers.found:
                 raise
@@ -61,11 +64,11 @@ def capture(subject: Subject, arguments: Arguments, split: str | None = None, nu
 
 
 def _capture_once(
-    subject: Subject, arguments: Arguments, split: str | None, numbers: Sequence[Path], observers: Observers
+    subject: Subject, arguments: Arguments, split: str | None, numbers: Sequence[Path], observers: Observers, lend: bool
 ) -> Program:
     model, loss = subject.model, subject.loss
     reads = Reads(model, loss, numbers)
-    wrapped = Captured(model, loss, arguments, split, reads, observers)
+    wrapped = Captured(model, loss, arguments, split, reads, observers, lend)
     with quiet():
         try:
             with (

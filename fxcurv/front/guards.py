@@ -20,6 +20,7 @@ from fxcurv.errors import CaptureError, LossError
 from fxcurv.front import wrapped
 from fxcurv.front.derivatives import gradients
 from fxcurv.front.numbers import read, reads
+from fxcurv.front.schedules import Number
 from fxcurv.front.wrapped import Captured
 from fxcurv.ir.origin import is_user_file, running_line
 from fxcurv.ir.private import (
@@ -158,6 +159,8 @@ class Followed(TorchFunctionMode):
             return gradients(*args, **(kwargs or {}))
         if reads(func, args) and not in_function_transform():
             return read(self.values, func, args, kwargs or {})
+        if func in (torch.tensor, torch.as_tensor) and args and isinstance(args[0], Number):
+            return _of_number(*args, **(kwargs or {}))
         if func is torch.eye:
             return _eye(*args, **(kwargs or {}))
         if func in (torch.autograd.backward, torch.Tensor.backward):
@@ -169,6 +172,13 @@ class Followed(TorchFunctionMode):
     def _strip_mark(self, t: torch.Tensor) -> torch.Tensor:
         """The value behind the mark on a leaf of the model's output: what else the loss reads is computed from it."""
         return self.record.marks.get(id(t), (t, t))[1]
+
+
+def _of_number(number, dtype=None, device=None, **named):
+    """`torch.tensor` of a number that stands for a tensor."""
+    if named.get("requires_grad"):
+        return number.refuse()
+    return number.tensor.detach().to(device=device, dtype=dtype or torch.get_default_dtype())
 
 
 def _eye(n, m=None, *, dtype=None, device=None, **named):

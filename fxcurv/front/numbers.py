@@ -2,7 +2,8 @@
 
 A value that depends on inputs, targets, buffers and frozen parameters alone is computed while the model is traced, and
 the program holds for this value: the traced graph outputs it, and every call computes it anew and compares
-(`Program.reads`). A value that depends on trained parameters stays a detached tensor in arithmetic, and is refused
+(`Program.reads`). A float that was another at the second call is a detached tensor from then on, where the code can do
+with one. A value that depends on trained parameters stays a detached tensor in arithmetic, and is refused
 where a size or a branch needs it.
 """
 
@@ -30,11 +31,12 @@ from fxcurv.ir.private import (
     without_fake_mode,
 )
 from fxcurv.rules.idioms import counts_places
-from fxcurv.rules.traits import LITERALS, OF_SHAPE, random
+from fxcurv.rules.traits import LIKE_OTHER, LITERALS, OF_SHAPE, random
 
 _NUMBER = (
     "makes a number of Python's of a value that depends on trained parameters, which is not known while tracing. Way out: leave "
-    "it a tensor, as in x.abs().max().detach() for float(x.abs().max()), and torch.where(c, a, b) for a branch."
+    "it a tensor, as in x.abs().max().detach() for float(x.abs().max()), x.clamp(min=0.1) for max(0.1, x.item()), and "
+    "torch.where(c, a, b) for a branch; print or keep it outside of the model and the loss (result.loss, result.output)."
 )
 
 _SIZE = (
@@ -42,6 +44,13 @@ _SIZE = (
     "torch.where(mask, f(x), x) for x[mask] = f(x[mask]), or (loss * mask).sum() / mask.sum() for loss[mask].mean(); where a "
     'router chooses experts, gather the experts of each row (in transformers, experts_implementation="batched_mm").'
 )
+
+
+class Learned(Number):
+    """The number that a tensor of trained parameters holds, which a program has as a detached tensor."""
+
+    def error(self) -> Exception:
+        return CaptureError(f"op item\n{running_line()}{_NUMBER}")
 
 
 class Unknown(Exception):
@@ -57,9 +66,11 @@ class Values:
 
     Attributes:
         read: (tensor of the trace, the number that it holds) for every number that may differ at another call.
+        lend: whether `.item()` of data gives a `Number` in place of a float, so that one program serves all values.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lend: bool = False) -> None:
+        self.lend = lend
         self.read: list[tuple[Tensor, Any]] = []
         self._given: list[tuple[Tensor, Tensor, bool]] = []
         self._nodes: list[fx.Node | None] = []
@@ -76,7 +87,7 @@ class Values:
             given: (tensor of the trace, its value, whether it is trained) for all that comes in.
             of_call: those of these tensors that are inputs, targets and numbers.
         """
-        self.__init__()  # type: ignore[misc]
+        self.__init__(self.lend)  # type: ignore[misc]
         self._given, self._of_call = list(given), {id(t) for t in of_call}
         mode = proxy_mode()  # now, as `x.to(...)` may return x itself, which then has the node of that call
         self._nodes = [node_of(fake, mode.tracer) if mode is not None else None for fake, _, _ in self._given]
@@ -102,7 +113,7 @@ class Values:
                 return True
             if node not in seen and node.target not in OF_SHAPE:
                 seen.add(node)
-                stack += node.all_input_nodes
+                stack += _read_by(node)
         return False
 
     def is_same(self, a: Tensor, b: Tensor) -> bool:
@@ -113,8 +124,11 @@ class Values:
             return False
         return _alike(*nodes)
 
-    def number(self, t: Tensor) -> Any:
+    def number(self, t: Tensor, lend: bool = False) -> Any:
         """The number that a tensor of one entry holds.
+
+        Args:
+            lend: whether it may be a `Number` of the tensor.
 
         Raises:
             Unknown: if it depends on more than data.
@@ -132,6 +146,8 @@ class Values:
                 raise Unknown
             value = self._env[node].item()
         if self._level_of(node) == _DATA:
+            if lend and self.lend and type(value) is float:
+                return Number(t.detach().double())
             self.read.append((t.detach().clone(), value))
         return value
 
@@ -151,7 +167,7 @@ class Values:
                 self._run(node)
 
     def _run(self, node: fx.Node) -> None:
-        level = max((self._level_of(i) for i in node.all_input_nodes), default=_FIXED)
+        level = max(map(self._level_of, _read_by(node)), default=_FIXED)
         level = _UNKNOWN if random(node.target) else min(level, _DATA) if node.target in OF_SHAPE else level
         if any(i not in self._env for i in node.all_input_nodes):
             self._level[node] = _UNKNOWN
@@ -168,18 +184,28 @@ class Values:
                 self._raise_level(given, level)
 
     def _level_of(self, node: fx.Node) -> int:
-        tensors = [t for t in pytree.tree_leaves(self._env.get(node)) if isinstance(t, Tensor)]
+        tensors = _tensors(self._env.get(node))
         return max([self._level.get(node, _UNKNOWN), *(self._memory.get(memory_of(t), _FIXED) for t in tensors)])
 
     def _set(self, node: fx.Node, value: Any, level: int) -> None:
-        self._env[node], self._level[node] = value, level
-        self._raise_level(value, level)
+        """Note a value: new memory depends on what the op read, a view on what was written to its memory."""
+        new = [t for t in _tensors(value) if memory_of(t) not in self._memory]
+        self._env[node], self._level[node] = value, level if new or not _tensors(value) else _FIXED
+        self._raise_level(new, level)
 
     def _raise_level(self, value: Any, level: int) -> None:
         """Note that what lies in the memory of `value` depends on at least this much now."""
-        for t in pytree.tree_leaves(value):
-            if isinstance(t, Tensor):
-                self._memory[memory_of(t)] = max(level, self._memory.get(memory_of(t), _FIXED))
+        for t in _tensors(value):
+            self._memory[memory_of(t)] = max(level, self._memory.get(memory_of(t), _FIXED))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+
+
+def _read_by(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values an op reads, not only their shapes or dtypes."""
+    return [i for i in node.all_input_nodes if node.target not in LIKE_OTHER or i is node.args[0]]
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -207,7 +233,7 @@ def read(values: Values, func: Callable, args: tuple, kwargs: dict[str, Any]) ->
     except Unknown:
         x = args[0]
         if name == "item" and x.is_floating_point():
-            return Number(x.detach().double())
+            return Learned(x.detach().double())
         why = _SIZE if name in _SIZES else _NUMBER
         raise CaptureError(
             f"op {func.__name__.strip('_').replace('getitem', 'index')}\n{running_line()}{why}"
@@ -242,7 +268,7 @@ class _Read:
         self.values = values
 
     def item(self, func, x):
-        return self.values.number(x)
+        return self.values.number(x, lend=True)
 
     def cast(self, func, x):
         return {"__bool__": bool, "__float__": float}.get(func.__name__, int)(self.values.number(x))

@@ -31,6 +31,7 @@ from fxcurv.errors import CaptureError
 from fxcurv.front.left_behind import LeftBehind
 from fxcurv.front.members import counting_step, follow, instructions_of, with_inner
 from fxcurv.front.python_state import (
+    CONTAINERS,
     ENVIRONMENT,
     MISSING,
     SCALARS,
@@ -85,6 +86,7 @@ class Reads:
         self._born: dict[int, Any] = {}
         self._codes: dict[int, tuple[types.CodeType, list]] = {}
         self._closed: list[tuple[types.CodeType, dict[str, Any]]] = []
+        self._before: dict[int, Any] = {}  # what containers in closures were equal to before their function ran
         self._ran: list[tuple[types.CodeType, dict[str, Any]]] = []
         self._looked: set[tuple[int, type]] = set()
         self._custom = self._importing = False
@@ -159,7 +161,7 @@ class Reads:
             self._record_closures()
             self.later(backwards())
             self._sort_writes()
-        self._codes, self._closed, self._born = {}, [], {}
+        self._codes, self._closed, self._before, self._born = {}, [], {}, {}
 
     def later(self, functions: Iterable[Callable]) -> None:
         """Record what functions will read that no trace of the model runs: backwards, when their rules are traced."""
@@ -208,7 +210,11 @@ class Reads:
     def _record_frame(self, code: types.CodeType, local: dict[str, Any], instructions: list) -> None:
         self._record_classes(code, local)
         if code.co_freevars:
-            self._closed.append((code, {name: local.get(name, MISSING) for name in code.co_freevars}))
+            held = {name: local.get(name, MISSING) for name in code.co_freevars}
+            self._closed.append((code, held))
+            for value in held.values():
+                if isinstance(value, CONTAINERS) and id(value) not in self._before:
+                    self._before[id(value)] = frozen(value, tensors=False)
         first = code.co_varnames[0] if code.co_argcount else ""
         value = local.get(first)
         method = hasattr(type(value), code.co_name) and is_plain(value) and id(value) not in self._born
@@ -378,7 +384,7 @@ class Reads:
         if isinstance(value, Number) or not path.steps or path.key in self._paths:
             return
         self._paths[path.key] = path
-        self._first[path.key] = frozen(value, tensors=False)
+        self._first[path.key] = self._before.get(id(value)) or frozen(value, tensors=False)
 
     # -- what the trace changed --
 

@@ -37,9 +37,15 @@ class Number:
         args, kwargs = pytree.tree_map_only(Number, given, (args, kwargs or {}))
         return func(*args, **kwargs)
 
+    of_trace = True  # what code keeps of it is refused, as a traced tensor is
+
+    def error(self) -> Exception:
+        """What an operation that needs the value raises."""
+        return TypeError("the value of this number is needed while tracing")
+
     def refuse(self, *_: Any) -> Any:
-        """Raise TypeError, in place of every operation that needs the value."""
-        raise TypeError("the value of this number is needed while tracing")
+        """Raise `error`, in place of every operation that needs the value."""
+        raise self.error()
 
     __bool__ = __float__ = __int__ = __index__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = refuse  # type: ignore[assignment]
     __format__ = __round__ = __floor__ = __ceil__ = __trunc__ = __floordiv__ = __mod__ = refuse  # type: ignore[assignment]
@@ -52,7 +58,8 @@ def _operator(name: str) -> Callable[..., Any]:
         if not all(isinstance(o, int | float | Number) for o in others):
             return NotImplemented
         plain = [o.tensor if isinstance(o, Number) else o for o in others]
-        return Number(getattr(self.tensor, name)(*plain))
+        kind = next((type(o) for o in (self, *others) if isinstance(o, Number) and type(o) is not Number), Number)
+        return kind(getattr(self.tensor, name)(*plain))
 
     return apply
 

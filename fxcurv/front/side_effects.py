@@ -313,6 +313,8 @@ def holds_traced(value: Any, depth: int = 3) -> bool:
     """Whether a value is or holds a tensor of the capture."""
     if isinstance(value, Tensor):
         return isinstance(value, FakeTensor | FunctionalTensor)
+    if getattr(type(value), "of_trace", False):  # a number that stands for one
+        return True
     if not isinstance(value, dict | list | tuple | set | deque):
         return False
     return depth > 0 and any(holds_traced(v, depth - 1) for v in entries(value))

@@ -58,6 +58,7 @@ class Captured(nn.Module):
         split: str | None,
         reads: Reads,
         observers: Any,
+        lend: bool,
     ):
         super().__init__()
         self.reads = reads
@@ -67,7 +68,7 @@ class Captured(nn.Module):
         self.arguments = arguments
         self.split = split
         self.record = _Record()
-        self.values = Values()
+        self.values = Values(lend)
         self.own = dict([*self.named_parameters(), *self.named_buffers()])
 
     def forward(self, inputs, targets, numbers):

@@ -211,6 +211,11 @@ OF_SHAPE = {
 }  # fmt: skip
 CUTS |= OF_SHAPE
 
+# Their second argument shows only a shape or a dtype.
+LIKE_OTHER = {
+    aten.expand_as.default, aten.view_as.default, aten.reshape_as.default, aten.type_as.default, aten.to.other,
+}  # fmt: skip
+
 # Random numbers have no derivative, neither in an argument that gives their shape nor in one that parametrises them.
 CUTS |= {
     aten.rand_like.default, aten.randn_like.default, aten.randint_like.default, aten.randint_like.low_dtype,

@@ -160,6 +160,7 @@ class Programs(Generic[M]):
         self.folder: Folder | None = None
         self._made: dict[tuple[Key, Autocast, bool], list[M]] = {}
         self._schedule = Schedule()
+        self._lend, self._unlent = False, set[Any]()  # keys for which numbers of the data cannot be tensors
         # programs for any lengths: (kind, symbolic sizes, program); by kind, what fixed lengths, "" if nothing did
         self._any_length: list[tuple[Any, Varying, M]] = []
         self._fixed_by: dict[Any, str] = {}
@@ -261,6 +262,7 @@ class Programs(Generic[M]):
         reason = shortened(found) if found else why(key, known, n, request.subject)
         new, why_fixed = self._make_for_lengths(key, request, varying) if any(varying) else (None, "")
         new = new or (self._make_scheduled(request, changed) if schedules and self.options.schedules else None)
+        new = new or (self._make_lent(key, request) if numbers else None)
         new = new or self._lower(request)
         new.program.lengths = why_fixed or new.program.lengths
         unlike = numbers_differ(new.program, request)
@@ -382,7 +384,7 @@ class Programs(Generic[M]):
 
     def _trace(self, request: Request, numbers: tuple[Path, ...]) -> Program:
         with request.as_called():
-            return capture(request.subject, request.arguments, self.options.split, numbers)
+            return capture(request.subject, request.arguments, self.options.split, numbers, self._lend)
 
     def _capture_and_analyse(self, request: Request, numbers: tuple[Path, ...], tell: Tell = silent) -> Program:
         tell("capture")
@@ -459,6 +461,23 @@ class Programs(Generic[M]):
                 given_up = ", ".join(path.title for path in self._schedule.give_up())
                 log.info("%s: a program for each value, because %s", given_up, error)
             numbers = self._schedule.changed(())
+        return None
+
+    def _make_lent(self, key: Any, request: Request) -> M | None:
+        """A program in which the floats that `.item()` reads from data are tensors, if the model can be traced so."""
+        if key in self._unlent:
+            return None
+        exact = self._trace(request, ())
+        self._lend = True
+        try:
+            lent = self._trace(request, ())
+            if _count(lent) < _count(exact) and forward.same(exact, lent, request):
+                return self._lower(request)
+        except (FxcurvError, RuntimeError, TypeError, ValueError) as error:
+            log.info("a program for each number of the data, because %s", error)
+        finally:
+            self._lend = False
+        self._unlent.add(key)
         return None
 
     def _same_forward(self, request: Request, numbers: tuple[Path, ...]) -> bool:
@@ -545,3 +564,8 @@ def resized(arguments: Arguments, n: int) -> Arguments:
         return t.index_select(d, index.to(t.device)) if have else t.new_zeros(*t.shape[:d], n, *t.shape[d + 1 :])
 
     return arguments.along_samples(again)
+
+
+def _count(program: Program) -> int:
+    """How many numbers tracing read from the data."""
+    return len(program.reads.values) if program.reads is not None else 0

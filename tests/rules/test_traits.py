@@ -559,6 +559,15 @@ def test_of_shape(op):
         )
 
 
+@each(traits.LIKE_OTHER)
+def test_like_other(op):
+    """The same for other values of the second argument, of the same shape and dtype."""
+    x, other = t(1, 3), t(2, 3).float()
+    given = t(2, 3) if op in (aten.view_as.default, aten.reshape_as.default) else x
+    one, two = op(given, other), op(given, other * 3 + 1)
+    assert one.shape == two.shape and one.dtype == two.dtype and one.equal(two)
+
+
 # The indices that each of `trial._CHECKED` reads, of the size 3 along the axis.
 OUTSIDE = torch.tensor([[5, 0, 1]])
 AT_INDEX: dict[str, Callable[[Tensor], Any]] = {

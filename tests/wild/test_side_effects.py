@@ -536,3 +536,24 @@ def test_a_capture_draws_nothing_of_python():
     states = random.getstate(), np.random.get_state()[1].tolist()
     right(fxcurv.compile(mlp(), F.cross_entropy, [BatchGrad()]), mlp())
     assert states == (random.getstate(), np.random.get_state()[1].tolist())
+
+
+def logging_loss(keep):
+    """A loss in whose closure is a list."""
+    log = []
+
+    def loss(f, y):
+        value = nn.functional.mse_loss(f, y)
+        log.append(keep(value))
+        return value
+
+    return loss, log
+
+
+@pytest.mark.parametrize(("keep", "says"), [(lambda v: v.item(), "side effect"), (lambda v: v.ndim, "changes it")])
+def test_a_list_in_a_closure_grows(keep, says):
+    """With the loss's value, or with what is no tensor: refused, and as it was."""
+    loss, log = logging_loss(keep)
+    with pytest.raises(CaptureError, match=f"'log' in .*(?s:{says})|(?s:{says}).*'log' in "):
+        fxcurv.compile(nn.Linear(3, 2), loss, [])(torch.randn(4, 3), torch.randn(4, 2))
+    assert not any(type(v).__name__ == "Learned" for v in log)

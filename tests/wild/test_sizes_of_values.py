@@ -54,7 +54,7 @@ def repeated(m: Any, x: Tensor, counts: Tensor) -> Tensor:
 def scaled(m: Any, x: Tensor) -> Tensor:
     """A scale as in quantisation, a number, of the parameters: no derivative passes."""
     w = m.body.weight
-    scale = w.abs().max().item() / 127
+    scale = torch.tensor(w.abs().max().item(), dtype=w.dtype) / 127
     h = torch.tanh(F.linear(x, w / (1 + scale), m.body.bias))
     return m.head(h * (1 + h.abs().max().item())) * x.abs().max().item()
 
@@ -337,3 +337,98 @@ def test_unique_of_what_is_trained() -> None:
     x = torch.randn(4, 3)
     with pytest.raises(CaptureError, match="op unique[^$]*size depends on values that trained parameters enter"):
         fxcurv.compile(Rounded(3, 2), MSE, [])(x, x[:, :2])
+
+
+# ---- data beside an activation ------------------------------
+
+BESIDE = {
+    "mse_loss": lambda f, y: F.mse_loss(f, y) * int((y > 0).sum()),
+    "l1_loss": lambda f, y: F.l1_loss(f, y) / float(y.abs().mean()),
+    "broadcast_tensors": lambda f, y: (lambda a, b: (a - b).square().mean() * float(b.sum()))(*torch.broadcast_tensors(f, y)),
+    "expand_as": lambda f, y: (f - y[:, :1].expand_as(f)).square().mean() * float(y.mean()),
+    "type_as": lambda f, y: ((f - y).square() * (m := (y > 0).type_as(f))).sum() / max(1, int(m.sum())),
+    "view_as": lambda f, y: (f - (z := y.view_as(f))).square().mean() * (2 if z.sum() > 0 else 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n if n == "mse_loss" else pytest.param(n, marks=pytest.mark.slow) for n in BESIDE])
+def test_data_that_met_an_activation_is_data(name: str) -> None:
+    """An op that reads only the activation's shape, or broadcasts the two, does not make the data depend on parameters."""
+    torch.manual_seed(0)
+    loss, model = BESIDE[name], nn.Linear(3, 2).double()
+    compiled = fxcurv.compile(model, loss, [BatchGrad()])
+    for n in (4, 3):
+        x, y = torch.randn(n, 3).double(), torch.randn(n, 2).double()
+        found = compiled(x, y)
+        (wanted,) = torch.autograd.grad(loss(model(x), y), [model.weight])
+        torch.testing.assert_close(found.grad["weight"], wanted)
+        torch.testing.assert_close(found.grad_batch["weight"].sum(0), wanted)
+
+
+def test_a_write_through_a_view_reaches_the_data() -> None:
+    """What an activation is written to depends on parameters, also where an older view of it is read."""
+
+    def written(f: Tensor, y: Tensor) -> Tensor:
+        z = y.clone()
+        old = z.expand_as(f)
+        z[:, 0] = f[:, 0].detach()
+        return (f - y).square().mean() * int(old.sum())
+
+    with pytest.raises(CaptureError, match="trained parameters"):
+        fxcurv.compile(nn.Linear(3, 2).double(), written, [])(torch.randn(4, 3).double(), torch.randn(4, 2).double())
+
+
+# ---- floats of the data ------------------------------
+
+
+def test_a_float_of_the_data_is_a_tensor_from_the_second_one_on() -> None:
+    """Every later call is of one program, and the individual gradients are those with the number held."""
+    torch.manual_seed(0)
+    model = Net(
+        lambda m, x: m.head(torch.tanh(m.body(x / x.std().item()))), body=nn.Linear(3, 4), head=nn.Linear(4, 2)
+    ).double()
+    compiled = fxcurv.compile(model, lambda f, y: F.mse_loss(f, y) / y.abs().max().item(), [BatchGrad()])
+    for n in (4, 4, 3, 5):
+        x, y = torch.randn(n, 3).double(), torch.randn(n, 2).double()
+        found, scale = compiled(x, y), x.std().item()
+        for k in range(n):
+            f = model.head(torch.tanh(model.body(x[k : k + 1] / scale)))
+            alone = F.mse_loss(f, y[k : k + 1]) / n / y.abs().max().item()
+            for (name, p), g in zip(
+                model.named_parameters(), torch.autograd.grad(alone, [*model.parameters()]), strict=True
+            ):
+                torch.testing.assert_close(found.grad_batch[name][k], g, msg=lambda m, name=name: f"{name}: {m}")
+                assert p.shape == g.shape
+    assert len(compiled.recompiles) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "factor",
+    [
+        lambda y: max(1e-3, y.std().item()), lambda y: 2 if y.mean().item() > 0 else 3, lambda y: round(y.mean().item(), 2),
+        lambda y: torch.full_like(y, y.mean().item()).mean(),
+    ],
+)  # fmt: skip
+def test_a_float_whose_value_is_needed_makes_a_program_each_time(factor: Any) -> None:
+    torch.manual_seed(0)
+    model, loss = nn.Linear(3, 2).double(), lambda f, y: F.mse_loss(f, y) * factor(y)
+    compiled = fxcurv.compile(model, loss, [])
+    for _ in range(3):
+        x, y = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+        (wanted,) = torch.autograd.grad(loss(model(x), y), [model.weight])
+        torch.testing.assert_close(compiled(x, y).grad["weight"], wanted)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda f: max(1e-3, f.std().item()), lambda f: f"{f.mean().item():.3f}" and 1,
+        lambda f: 2 * f.mean().item() > 0,
+    ],
+)  # fmt: skip
+def test_the_value_of_a_trained_float_is_refused_by_name(use: Any) -> None:
+    with pytest.raises(CaptureError, match=r"(?s)op item.*trained parameters.*Way out: leave it a tensor"):
+        fxcurv.compile(nn.Linear(3, 2), lambda f, y: F.mse_loss(f, y) * use(f), [])(
+            torch.randn(4, 3), torch.randn(4, 2)
+        )
