@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class _Record:
     template: Any = None
     leaves: int = 0
     fixed_by: Any = None
+    held: Sequence[tuple[nn.Module, str, Any]] = ()
     marks: dict[int, tuple[Tensor, Tensor]]
     notes: dict[str, None]
     look: Callable[[Callable[[Any], bool], dict[int, set[str]]], bool] = staticmethod(lambda follows, kept: False)
@@ -77,7 +78,7 @@ class Captured(nn.Module):
             self.reads.born(objects_in((args, kwargs)))
             self.values.begin(self._incoming_tensors(inputs, targets, numbers), [*inputs, *targets, *numbers])
             self.observers.begin()
-            self.held = [(m, name, t) for m in self.model.modules() for name, t in own_buffers(m).items()]
+            self.record.held = [(m, name, t) for m in self.model.modules() for name, t in own_buffers(m).items()]
             try:
                 with self.reads.numbers(numbers), self.reads:
                     out = self._run(args, kwargs, targets)
@@ -131,7 +132,7 @@ class Captured(nn.Module):
 
     def _rebound_buffers(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
         """Say `self.mean = ...` of a buffer as a write to it; yield (module, name, tensor) where the shape is another."""
-        for module, name, old in self.held:
+        for module, name, old in self.record.held:
             new = own_buffers(module).get(name)
             if new is old or not isinstance(new, Tensor):
                 continue

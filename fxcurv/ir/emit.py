@@ -24,6 +24,7 @@ from fxcurv.ir.private import (
     make_fx,
     pytree,
     without_layouts,
+    without_vmap_warnings,
 )
 from fxcurv.ir.program import Input, Program
 
@@ -178,6 +179,7 @@ def tracing(program: Program, origin: dict[str, Any] | None):
         torch.enable_grad(),  # under no_grad the backward of some ops (det, solve) takes a way that has no derivative
         enable_python_dispatcher(),
         without_layouts(),
+        without_vmap_warnings(),
     ):
         yield
     if (program.fixed, program.fixed_lengths) != before:

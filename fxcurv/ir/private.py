@@ -83,6 +83,8 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.distributed.device_mesh.DeviceMesh._flatten": TRIED,
     "torch.distributed.distributed_c10d._resolve_process_group": ("2.11", "2.13", "2.14", "2.15"),
     "torch.distributed.fsdp.FSDPModule._get_fsdp_state": TRIED,
+    # says on stderr which op torch.vmap runs one by one
+    "torch._C._functorch._set_vmap_fallback_warning_enabled": ("2.11", "2.13", "2.14", "2.15"),
     # patched while a model is captured
     "torch._functorch.apis.vmap_impl": TRIED,
     "torch._functorch.eager_transforms._jvp_with_argnums": TRIED,
@@ -240,7 +242,7 @@ __all__ = [
     "no_hooks", "no_torch_functions", "node_of", "original", "own_buffers", "own_forward_hooks", "own_parameters",
     "patched", "precision_of_fsdp", "proxy_mode", "pytree", "registered_functions", "rerouted", "reshards_after_forward",
     "reshards_to", "running_backward", "schema_of", "set_hooks_of_tensor", "trace_logs", "tracing", "uses_of_storage",
-    "version_of", "without_fake_mode", "without_forward_hooks", "without_layouts",
+    "version_of", "without_fake_mode", "without_forward_hooks", "without_layouts", "without_vmap_warnings",
 ]  # fmt: skip
 
 # loggers that repeat what a trace raises
@@ -254,6 +256,17 @@ def patched(name: str, new: Any) -> Any:
     if name not in SEEN:
         raise LookupError(f"{name} is patched without a row in {__name__}")
     return mock.patch.object(*find(name), new)
+
+
+@contextlib.contextmanager
+def without_vmap_warnings() -> Iterator[None]:
+    """Within, `torch.vmap` of an op that it runs one by one is silent."""
+    set_enabled = original("torch._C._functorch._set_vmap_fallback_warning_enabled")
+    set_enabled(False)
+    try:
+        yield
+    finally:
+        set_enabled(True)
 
 
 @contextlib.contextmanager

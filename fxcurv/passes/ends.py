@@ -8,8 +8,8 @@ that output. Otherwise it is not known where the model ends, and the Gauss-Newto
 An output may be a sum over samples (the divergence that a variational autoencoder returns beside its reconstruction).
 If the loss is linear in it, its summands per sample are f in its place. A regulariser adds nothing to f.
 
-Where the loss reads parameters for every sample (a conditional random field's transitions), and the Hessian is the only
-curvature that is asked for, f is each sample's term of the loss: the Hessian does not depend on where the model ends.
+Where the loss reads parameters for every sample (a conditional random field's transitions, a policy's deviation that the
+model returns), and nothing is asked for that depends on where the model ends, f is each sample's term of the loss.
 """
 
 from __future__ import annotations
@@ -40,15 +40,12 @@ def ends(program: Program) -> Program:
         found = _replacements(program, head, head in linearly) if is_active(head) else None
         heads.update(dict.fromkeys([head] if found is None else found))
     program.heads = list(heads) or program.heads  # all outputs are regularisers
-    if _asks_for_hessian_alone(program) and _loss_reads_parameters(program):
+    asked = [e.requires for e in program.extensions]
+    needs_f = any(r.of_loss and not r.of_ops or not r.needs_loss for r in asked)
+    returned = any(is_active(head) and place(head) == REPLICATE for head in program.heads)
+    if not needs_f and (returned or any(r.of_ops for r in asked) and _loss_reads_parameters(program)):
         program.heads = _summands(program, program.loss) or program.heads
     return program
-
-
-def _asks_for_hessian_alone(program: Program) -> bool:
-    """Whether second derivatives are asked for, but none that depends on where the model ends."""
-    asked = [e.requires for e in program.extensions]
-    return any(r.of_ops for r in asked) and not any(r.of_loss and not r.of_ops or not r.needs_loss for r in asked)
 
 
 def _loss_reads_parameters(program: Program) -> bool:

@@ -61,7 +61,7 @@ class BatchNormEval(Rule):
         return Explicit(t.sum([2, *range(4, t.ndim)]))
 
 
-@register(aten._native_batch_norm_legit_functional.default)
+@register(aten._native_batch_norm_legit_functional.default, aten._native_batch_norm_legit.no_stats)
 class BatchNormTraining(Rule):
     """y = xhat w + b, xhat normalised over all axes but the channels: samples interact."""
 
@@ -71,10 +71,9 @@ class BatchNormTraining(Rule):
         return REPLICATE if all(s is None or s.place == REPLICATE for s in sites) else MIXED
 
     def formula(self, op, args):
-        x, weight, bias, *running = args[:5]
-        dims = [d for d in range(x.ndim) if d != 1]
-        mean = x.mean(dims, keepdim=True)
-        rstd = torch.rsqrt((x - mean).square().mean(dims, keepdim=True) + args[7])
+        x, weight, bias, *running, _, _, eps = args
+        mean, var = _statistics(x)
+        rstd = torch.rsqrt(var + eps)
         return _scale_and_shift((x - mean) * rstd, weight, bias), mean.flatten(), rstd.flatten(), *running
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxcurv.errors import SelfCheckError
+from fxcurv.errors import ArgumentError, SelfCheckError
 from fxcurv.front.arguments import filled, templated
 from fxcurv.front.observers import heard, silent
 from fxcurv.front.requests import Request
@@ -156,6 +156,7 @@ class Check:
 
         Raises:
             SelfCheckError: naming what differs, and where.
+            ArgumentError: if the model itself fails on the arguments.
         """
         self.compare(self.program.unpack(values, lambda t: t))
 
@@ -164,8 +165,9 @@ class Check:
         start = time.perf_counter()
         if self.plain.failure is not None:
             error = self.plain.failure
-            raise SelfCheckError(
-                f"the program runs on these inputs, and the model itself does not: {type(error).__name__}: {error}\n{REPORT}"
+            raise ArgumentError(
+                f"the model or its loss fails on these arguments without fxcurv: {type(error).__name__}: {error}\n"
+                "Way out: arguments that they take (values in the support of a distribution, say); check=None leaves this unseen."
             ) from error
         if self.known.random:  # this call drew its own numbers: they are compared among themselves
             what, summed = self.compared, self._sums(unpacked, None) + self.summed

@@ -513,7 +513,7 @@ def test_a_model_that_fails_by_itself():
                 raise KeyError("missing")
             return self.net(x)
 
-    with pytest.raises(SelfCheckError, match="the model itself does not: KeyError"):
+    with pytest.raises(ArgumentError, match="without fxcurv: KeyError"):
         fxcurv.compile(Failing(), CE)(*data())
 
 
