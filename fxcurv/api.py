@@ -71,8 +71,10 @@ def compile(  # noqa: A001
         loss: `loss(output, *targets) -> scalar`, a module or a callable; None for `Jacobian` alone.
         extensions: instances of classes in `fxcurv.extensions`.
         batch_dim: the samples' dimension in the inputs: an int, or one per input (tuple, or dict by keyword),
-            None for an input without samples, `Rows(k)` for an input with k adjacent rows per sample.
-        split: path of the submodule whose output is f (default: the model's output).
+            None for an input without samples, `Rows(k)` for an input with k adjacent rows per sample, a dict
+            {attribute: dimension} for an input that is an object of tensors (others of it have the samples at 0).
+        split: path of the submodule whose output is f (default: the model's output). Parameters behind it do not enter
+            f: their quantities of the Gauss-Newton and their Jacobian are zero.
         rules: {op: Rule}, which override registered ones.
         update_buffers: write what training mode updates (running statistics) to the model, as a forward pass
             would; otherwise the new values are returned as `result.buffers`.

@@ -106,7 +106,7 @@ class Arguments:
         if len(sizes) > 1:
             raise ArgumentError(
                 f"the inputs have batch sizes {sorted(sizes)}: pass batch_dim= (a dimension, or one per "
-                "input, None for an input without a batch)"
+                "input, or per attribute of an input in a dict; None for an input without a batch)"
             )
         return sizes.pop()
 
@@ -233,7 +233,12 @@ def _flatten_inputs(
         if isinstance(value, PackedSequence):
             d, per = None if where is None else 0, None  # rows are padded with the batch first
         template = templated(value, tensors)
-        dims += [_normalize_dim(t, d) for t in tensors[before:]]
+        own = (
+            [d] * (len(tensors) - before)
+            if not isinstance(d, Mapping)
+            else _dims_of_members(value, d, tensors[before:])
+        )
+        dims += [_normalize_dim(t, at) for t, at in zip(tensors[before:], own, strict=True)]
         rows += [per] * (len(tensors) - before)
         if per is not None:
             name = repr(names[k]) if names else str(k)
@@ -245,10 +250,28 @@ def _flatten_inputs(
     return tensors, templates, dims, rows
 
 
+def _dims_of_members(value: Any, wanted: Mapping[str, int | None], tensors: list[Tensor]) -> list[int | None]:
+    """The sample dimension of each tensor of a structure, by the name of the attribute or key that holds it."""
+    held = {name: value.get(name) if isinstance(value, Mapping) else getattr(value, name, None) for name in wanted}
+    missing = [name for name, t in held.items() if not isinstance(t, Tensor)]
+    if missing:
+        raise ArgumentError(
+            f"batch_dim names {missing}, which are no tensors of the {type(value).__name__} that is the input"
+        )
+    by_tensor = {id(t): wanted[name] for name, t in held.items()}
+    return [by_tensor.get(id(t), 0) for t in tensors]
+
+
 def _check_edges(arguments: Arguments) -> None:
     """Refuse edges that connect entries of different samples."""
     for k in arguments.edges:
-        ends = arguments.inputs[arguments.index or 0][arguments.inputs[k]]
+        samples, ends = arguments.inputs[arguments.index or 0], arguments.inputs[k]
+        if ends.numel() and int(ends.max()) >= len(samples):
+            raise ArgumentError(
+                f"edge_index reaches entry {int(ends.max())}, and sample_index= has the samples of {len(samples)} entries: pass "
+                "the vector that has a number for each"
+            )
+        ends = samples[ends]
         across = (ends[0] != ends[1]).nonzero()
         if len(across):
             at = int(across[0])
@@ -269,7 +292,9 @@ def _named(values: list[Any], names: list[str] | None, name: int | str) -> Any:
 
 def _batch_dim_per_input(batch_dim: Any, names: list[str] | None, count: int) -> list[Any]:
     """`batch_dim=` as one entry per input."""
-    if isinstance(batch_dim, Mapping):
+    if isinstance(batch_dim, Mapping) and names is None and count == 1:
+        wanted: list[Any] = [batch_dim]  # of the members of the one input
+    elif isinstance(batch_dim, Mapping):
         unknown = [name for name in batch_dim if name not in (names or [])]
         if unknown:
             raise ArgumentError(f"batch_dim names {unknown}, but the inputs are {names or 'positional'}")
@@ -280,7 +305,7 @@ def _batch_dim_per_input(batch_dim: Any, names: list[str] | None, count: int) ->
         wanted = list(batch_dim)
     else:
         wanted = [batch_dim] * count
-    for d in wanted:
+    for d in [d for w in wanted for d in (w.values() if isinstance(w, Mapping) else [w])]:
         if d is not None and type(d) is not int and not isinstance(d, Rows):
             raise ArgumentError(f"batch_dim has {d!r}: use an int, fxcurv.Rows, or None for an input without a batch")
     return wanted

@@ -12,6 +12,7 @@ from fxcurv.ir.origin import locate
 from fxcurv.ir.placement import MIXED, PARTIAL, Shard, places_of
 from fxcurv.ir.program import Program
 
+PLACES_OF_MASK = torch.ops.aten.nonzero_static.default
 # batch norm by the batch's own statistics, in evaluation mode as well
 NO_STATISTICS = torch.ops.aten._native_batch_norm_legit.no_stats
 
@@ -30,7 +31,7 @@ def mixing(program: Program) -> str | None:
             how = "" if first is node else f" ({literal(_describe(first, node))} makes more of its result than a sum)"
             return (
                 f"{literal(locate(first))}\nmixes samples{how}, so {{asked}} (per sample) does not exist for the parameters "
-                f"before it.\nWay out: {_instead_of_batch_norm(first)}batch_dim= if the batch is not dimension 0 (extended "
+                f"before it.\nWay out: {_instead(first)}batch_dim= if the batch is not dimension 0 (extended "
                 "models have it first: batch_first=True); a loss that is a sum or mean over samples; or ask for what the whole "
                 "batch has: the gradient, DiagGGNExact, DiagHessian, products."
             )
@@ -45,12 +46,25 @@ def mixing(program: Program) -> str | None:
     return None
 
 
-def _instead_of_batch_norm(node: fx.Node) -> str:
+def _instead(node: fx.Node) -> str:
+    """The way out that an op has of its own."""
+    if any(_is_of_mask(i) for i in node.all_input_nodes):
+        return (
+            "torch.where(m.unsqueeze(-1), f(h), h) for h[m] = f(h[m]), (loss * m).sum() / m.sum() for loss[m].mean(), and "
+            "ignore_index for cross_entropy(f[m], y[m]), which keep every sample in its row; "
+        )
     if "batch_norm" not in locate(node):
         return ""
     if node.target is NO_STATISTICS:
         return "GroupNorm in place of batch norm without running statistics; "
     return "model.eval() or GroupNorm in place of batch norm in training mode; "
+
+
+def _is_of_mask(node: fx.Node) -> bool:
+    """Whether a value is made of the places where a mask is true."""
+    while node.op == "call_function" and node.target is not PLACES_OF_MASK and len(node.all_input_nodes) == 1:
+        (node,) = node.all_input_nodes
+    return node.target is PLACES_OF_MASK
 
 
 def _differentiated(targets: list[fx.Node]) -> list[fx.Node]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -336,6 +337,19 @@ def zero_padding(node: fx.Node) -> list[int] | None:
         return None
     _, widths, value = canonical_args(node)
     return widths if value == 0 else None
+
+
+# Their results are entries of their argument, which their derivatives find again by comparing.
+EXTREMES = {
+    aten.amax.default, aten.amin.default, aten.aminmax.default, aten.max.default, aten.min.default, aten.median.default,
+    aten.nanmedian.default,
+}  # fmt: skip
+_NORMS = {aten.linalg_vector_norm.default, aten.norm.Scalar, aten.norm.ScalarOpt_dim}
+
+
+def extreme(op: Any, args: Sequence[Any]) -> bool:
+    """Whether a call gives entries of its argument, or their sizes, which its derivative finds again by comparing."""
+    return op in EXTREMES or op in _NORMS and len(args) > 1 and args[1] in (math.inf, -math.inf)
 
 
 # ---- losses ------------------------------

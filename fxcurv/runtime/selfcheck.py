@@ -45,6 +45,7 @@ from fxcurv.ir.private import (
 )
 from fxcurv.ir.program import Program
 from fxcurv.passes.recycle import functional
+from fxcurv.rules.traits import extreme
 from fxcurv.rules.traits import random as is_random
 from fxcurv.runtime.bind import cuda_devices
 from fxcurv.runtime.bisect import first_difference
@@ -575,7 +576,11 @@ class _Rounded(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         reads = any(isinstance(t, Tensor) for t in pytree.tree_leaves(args))
-        if not reads or any(r.alias_info is not None and not r.alias_info.is_write for r in schema_of(func).returns):
+        if (
+            not reads
+            or extreme(func, args)
+            or any(r.alias_info is not None and not r.alias_info.is_write for r in schema_of(func).returns)
+        ):
             return out
         for t in pytree.tree_leaves(out):
             if isinstance(t, Tensor) and t.is_floating_point() and t.numel():

@@ -559,6 +559,20 @@ def test_of_shape(op):
         )
 
 
+@each(traits.EXTREMES)
+def test_extremes(op):
+    """Every result is an entry of the argument."""
+    x = t(5, 3)
+    found = op(x)
+    assert all(torch.isin(y, x).all() for y in (found if isinstance(found, tuple) else (found,)))
+    assert traits.extreme(op, (x,)) and not traits.extreme(aten.sum.default, (x,))
+
+
+def test_norms_that_are_extremes():
+    for p, known in ((math.inf, True), (-math.inf, True), (2, False)):
+        assert traits.extreme(aten.linalg_vector_norm.default, (t(5), p)) is known
+
+
 @each(traits.LIKE_OTHER)
 def test_like_other(op):
     """The same for other values of the second argument, of the same shape and dtype."""

@@ -205,3 +205,50 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(LossError, match="one row per sample"):
         nodes = lambda f, y: f.sum() + y.sum()  # noqa: E731
         fxcurv.compile(model, nodes, [BatchGrad()], sample_index=2)(inputs, torch.zeros(6))
+
+
+class Graph:
+    """One graph whose nodes are the samples, as a node classifier takes it."""
+
+    def __init__(self, n: int):
+        generator = torch.Generator().manual_seed(n)
+        self.x = torch.randn(n, 3, dtype=torch.float64, generator=generator)
+        self.edge_index = torch.stack([torch.arange(n), torch.arange(n).roll(1)])
+        self.name = "ring"
+
+
+class OfNodes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, graph):
+        h = self.layer(graph.x)
+        return h + torch.zeros_like(h).index_add(0, graph.edge_index[1], h[graph.edge_index[0]])
+
+
+@pytest.mark.parametrize("dims", [{"x": 0, "edge_index": None}, ({"edge_index": None},)])
+def test_dimensions_by_attribute(dims):
+    """A graph's nodes are the samples, and its edges are none: what the whole batch has is right."""
+    torch.manual_seed(0)
+    model, loss = OfNodes().double(), nn.CrossEntropyLoss()
+    compiled = fxcurv.compile(model, loss, [DiagGGNExact()], batch_dim=dims)
+    for n in (5, 4):
+        graph, y = Graph(n), torch.arange(n) % 2
+        oracle = Oracle(model, loss, graph, y)
+        found = compiled(graph, y)
+        for name, wanted in oracle.diag_ggn_exact().items():
+            torch.testing.assert_close(found.diag_ggn_exact[name], wanted)
+
+
+def test_wrong_attributes():
+    graph, y = Graph(4), torch.arange(4) % 2
+    with pytest.raises(ArgumentError, match=r"batch_dim names \['edges'\], which are no tensors of the Graph"):
+        fxcurv.compile(OfNodes().double(), nn.CrossEntropyLoss(), [], batch_dim={"edges": None})(graph, y)
+    with pytest.raises(ArgumentError, match=r"per attribute of an input in a dict"):
+        fxcurv.compile(OfNodes().double(), nn.CrossEntropyLoss(), [])(graph, y)
+    graph.batch = torch.zeros(2, dtype=torch.long)
+    with pytest.raises(
+        ArgumentError, match="edge_index reaches entry 3, and sample_index= has the samples of 2 entries"
+    ):
+        fxcurv.compile(OfNodes().double(), nn.CrossEntropyLoss(), [], sample_index="batch")(graph, y)

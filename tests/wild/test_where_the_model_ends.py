@@ -11,7 +11,7 @@ from oracle import Oracle
 from torch import Tensor, nn
 
 import fxcurv
-from fxcurv.errors import FxcurvError, LossError
+from fxcurv.errors import FxcurvError, LossError, MixedSamplesError
 from fxcurv.extensions import (
     GGNMP,
     HMP,
@@ -23,6 +23,7 @@ from fxcurv.extensions import (
     Jacobian,
     SqrtGGNExact,
     SqrtGGNMC,
+    Variance,
 )
 
 N, T, C = 3, 5, 7
@@ -295,3 +296,54 @@ def test_the_drop_in_refuses_a_models_own_loss():
     model, (x, y) = extend(Net(dense(), lambda z, y: F.mse_loss(z, y))), batch("numbers")
     with backpack(dropped.DiagGGNExact()), pytest.raises(FxcurvError):
         model(x, y).backward()
+
+
+class Policy(nn.Module):
+    """Returns the deviation that it has for all states, as actors of public reinforcement learning do."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.mean, self.log_std = nn.Linear(3, 2), nn.Parameter(torch.zeros(*shape, 2))
+
+    def forward(self, x):
+        return self.mean(x), self.log_std
+
+
+def likelihood(output, action):
+    return -torch.distributions.Normal(output[0], output[1].exp()).log_prob(action).sum(-1).mean()
+
+
+RETURNED = [[BatchGrad()], [Variance()], [BatchGrad(), HMP()], [BatchGrad(), DiagHessian()]]
+
+
+@pytest.mark.parametrize("shape", [(), pytest.param((1,), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "extensions", [RETURNED[0], *(pytest.param(extensions, marks=pytest.mark.slow) for extensions in RETURNED[1:])]
+)
+def test_a_parameter_that_the_model_returns(shape, extensions):
+    """Individual gradients and the Hessian do not depend on where the model ends; the Gauss-Newton does, and is refused."""
+    torch.manual_seed(0)
+    model, x, action = Policy(*shape).double(), torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    found = fxcurv.compile(model, likelihood, extensions)(x, action)
+    parameters = dict(model.named_parameters())
+    alone = [
+        torch.autograd.grad(likelihood(model(x[k : k + 1]), action[k : k + 1]) / 4, [*parameters.values()])
+        for k in range(4)
+    ]
+    for i, (name, p) in enumerate(parameters.items()):
+        each = torch.stack([g[i] for g in alone])
+        for e in extensions:
+            if isinstance(e, BatchGrad):
+                torch.testing.assert_close(found.grad_batch[name], each)
+            elif isinstance(e, Variance):
+                torch.testing.assert_close(found.variance[name], each.var(0, correction=0))
+            else:
+                (g,) = torch.autograd.grad(likelihood(model(x), action), p, create_graph=True)
+                rows = [torch.autograd.grad(v, p, retain_graph=True)[0].flatten() for v in g.flatten()]
+                hessian = torch.stack(rows)
+                if isinstance(e, DiagHessian):
+                    torch.testing.assert_close(found.diag_h[name].flatten(), hessian.diag())
+                else:
+                    torch.testing.assert_close(found.hmp[name](torch.ones_like(p)).flatten(), hessian.sum(1))
+    with pytest.raises((MixedSamplesError, LossError)):
+        fxcurv.compile(model, likelihood, [DiagGGNExact()])(x, action)
