@@ -73,6 +73,10 @@ CASES = {
     "batch norm": lambda: (
         nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)), F.cross_entropy, X(), LABELS,
     ),
+    "batch norm without statistics": lambda: (
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Tanh(), nn.Linear(4, 3)), F.cross_entropy,
+        X(), LABELS,
+    ),
     "batch norm, images": lambda: (
         nn.Sequential(nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)),
         nn.CrossEntropyLoss(), X(1, 3, 3), LABELS,
@@ -176,6 +180,13 @@ def close(actual, expected, **tolerance):
         torch.testing.assert_close(
             actual[name], value, **(tolerance or {"rtol": 1e-7, "atol": 1e-10}), msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def test_nothing_is_printed(capfd):
+    """Beside derivatives that PyTorch takes one by one."""
+    model, loss, x, y = build("batch norm")
+    fxcurv.compile(model, loss, [DiagHessian()])(x, y)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("name", [n if n in REPRESENTATIVE else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
