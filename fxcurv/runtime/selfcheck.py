@@ -86,6 +86,10 @@ class Plain:
         found |= {f"the gradient of '{name}'": t for name, t in self.grad.items()}
         return found | {f"buffer '{name}'": t for name, t in self.buffers.items()}
 
+    def derivatives(self) -> dict[str, Tensor]:
+        """The products with the output's derivatives, under names of their own."""
+        return {f"the product with '{name}'": t for name, t in self.products.items()}
+
 
 class SelfCheck:
     """What the check of one program needs, noted after its analysis.
@@ -337,7 +341,8 @@ class Check:
         gradient, would have everything pass for rounding.
         """
         if self._noise is None:
-            first, *others = (self.run(rounded=seed).tensors() for seed in (1, 2, 3))
+            runs = (self.run(rounded=seed) for seed in (1, 2, 3))
+            first, *others = (plain.tensors() | plain.derivatives() for plain in runs)
             found = collections.defaultdict(list)
             for name, t in ((name, t) for other in others for name, t in other.items()):
                 if name in first and t.is_floating_point() and t.numel() and t.shape == first[name].shape:
@@ -382,7 +387,8 @@ class Check:
         if suspects:
             noise = self.noise()
             left = [p for p in pairs if p.name in suspects]
-            left = [p.excused(FACTOR, noise.get(f"the gradient of '{p.param}'")) for p in left]
+            of = {"Jacobian": "product with"}
+            left = [p.excused(FACTOR, noise.get(f"the {of.get(p.extension, 'gradient of')} '{p.param}'")) for p in left]
             suspects = unequal(left)
         if suspects:
             pair = next(p for p in pairs if p.name == suspects[0])

@@ -71,7 +71,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "an empty stack": (call(X, Y, params=stacks(0)), ArgumentError, "at least 1"),
     "products of a stack": (call(X, Y, params=stacks(2), extensions=[GGNMP()]), ArgumentError, "GGNMP with stacks in params="),
     "batch_dim of another name": (call({"input": X}, Y, options={"batch_dim": {"x": 0}}), ArgumentError, "batch_dim names ['x']"),
-    "batch_dim by name": (call(X, Y, options={"batch_dim": {"x": 0}}), ArgumentError, "the inputs are positional"),
+    "batch_dim by name": (call(X, Y, options={"batch_dim": {"x": 0}}), ArgumentError, "batch_dim names ['x']"),
     "batch_dim of too many": (call(X, Y, options={"batch_dim": (0, 1)}), ArgumentError, "batch_dim has 2 entries for 1 inputs"),
     "a number as input": (call(torch.zeros(()), Y), ArgumentError, "an input has no dimensions"),
     "complex input": (call(X.to(torch.complex64), Y), ArgumentError, "complex tensors are not supported"),

@@ -116,6 +116,7 @@ NAMED = {
         "ir/mixing.py",
         "torch.ops.aten._native_batch_norm_legit.no_stats",
     ): "below rules/: the way out that a message names",
+    ("ir/mixing.py", "torch.ops.aten.nonzero_static.default"): "the same",
     ("ir/graph.py", "aten.view.default"): "below rules/: a view by sizes is copied as a reshape",
     ("ir/graph.py", "aten._unsafe_view.default"): "the same",
 }

@@ -382,6 +382,23 @@ def test_gradients_that_are_rounding_alone():
         fxcurv.compile(model, CE, [*QUANTITIES, DiagGGNExact(), BatchDiagGGNExact()])(x.double(), y)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_jacobians_that_are_rounding_alone(seed):
+    """Of a bias before a norm of each channel by itself, in float64."""
+    torch.manual_seed(seed)
+    body = (
+        nn.Conv2d(1, 2, 3, padding=1),
+        nn.GroupNorm(2, 2),
+        nn.Tanh(),
+        nn.Conv2d(2, 2, 3, padding=1),
+        nn.GroupNorm(2, 2),
+    )
+    model = nn.Sequential(*body, nn.Flatten()).double()
+    x = torch.randn(3, 1, 4, 4).double()
+    found = fxcurv.compile(model, None, [Jacobian()])(x).jacobian["0.bias"]
+    assert found.abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     x, y = data(16)
