@@ -409,6 +409,9 @@ def _places_by_samples(trials: list[Trial], program: Program, node: fx.Node) -> 
             torch.stack([o[j][k] != b[k] for o, b in zip(outs, bases, strict=True)]).any(0) for j in range(len(sets))
         ]
         if not any(bool(m.any()) for m in moved):
+            if not bases[0][k].numel():
+                found.append(PARTIAL)  # what a mask leaves of no sample is the sum over samples of nothing
+                continue
             if bases[0][k].requires_grad:  # false for an op that reads only shapes
                 raise Uninformative("its output is the same wherever it was tried")
             found.append(None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fxcurv
 from fxcurv.errors import ArgumentError, CaptureError, MixedSamplesError
-from fxcurv.extensions import BatchGrad
+from fxcurv.extensions import BatchGrad, DiagGGNExact
 
 MSE = nn.MSELoss()
 WHOLE = "ggn hessian"
@@ -432,3 +432,22 @@ def test_the_value_of_a_trained_float_is_refused_by_name(use: Any) -> None:
         fxcurv.compile(nn.Linear(3, 2), lambda f, y: F.mse_loss(f, y) * use(f), [])(
             torch.randn(4, 3), torch.randn(4, 2)
         )
+
+
+@pytest.mark.parametrize("reduced", ["mean", "sum"])
+def test_a_mask_of_nothing(reduced: str) -> None:
+    """The mean over nothing is NaN and its gradient zero, as in PyTorch."""
+
+    def loss(f: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        return getattr(F.cross_entropy(f, y, reduction="none")[mask], reduced)()
+
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2).double(), torch.randn(4, 3).double(), torch.randint(2, (4,))
+    compiled = fxcurv.compile(model, loss, [BatchGrad(), DiagGGNExact()])
+    for mask in (torch.zeros(4, dtype=torch.bool), torch.tensor([True, False, True, True])):
+        found, plain = compiled(x, y, mask), loss(model(x), y, mask)
+        torch.testing.assert_close(found.loss, plain.detach(), equal_nan=True)
+        for name, g in zip(("weight", "bias"), torch.autograd.grad(plain, [model.weight, model.bias]), strict=True):
+            torch.testing.assert_close(found.grad[name], g)
+            torch.testing.assert_close(found.grad_batch[name].sum(0), g)
+            assert bool(found.diag_ggn_exact[name].any()) is bool(mask.any())
