@@ -86,6 +86,7 @@ class Reads:
         self._born: dict[int, Any] = {}
         self._codes: dict[int, tuple[types.CodeType, list]] = {}
         self._closed: list[tuple[types.CodeType, dict[str, Any]]] = []
+        self._inner: set[int] = set()  # code of functions that this trace makes, whose closures are its own
         self._before: dict[int, Any] = {}  # what containers in closures were equal to before their function ran
         self._ran: list[tuple[types.CodeType, dict[str, Any]]] = []
         self._looked: set[tuple[int, type]] = set()
@@ -162,6 +163,7 @@ class Reads:
             self.later(backwards())
             self._sort_writes()
         self._codes, self._closed, self._before, self._born = {}, [], {}, {}
+        self._inner = set()
 
     def later(self, functions: Iterable[Callable]) -> None:
         """Record what functions will read that no trace of the model runs: backwards, when their rules are traced."""
@@ -181,6 +183,7 @@ class Reads:
         if new_code:
             watched = holds_state(code.co_filename) and code.co_name not in _OF_MODES
             self._codes[id(code)] = (code, instructions_of(code) if watched else [])
+            self._inner |= {id(inner) for inner in with_inner(code)} - {id(code)} if watched else set()
             if self._codes[id(code)][1]:
                 self._ran.append((code, frame.f_globals))
                 self._record_globals(code, frame.f_globals)
@@ -212,7 +215,7 @@ class Reads:
         if code.co_freevars:
             held = {name: local.get(name, MISSING) for name in code.co_freevars}
             self._closed.append((code, held))
-            for value in held.values():
+            for value in held.values() if id(code) not in self._inner else ():
                 if isinstance(value, CONTAINERS) and id(value) not in self._before:
                     self._before[id(value)] = frozen(value, tensors=False)
         first = code.co_varnames[0] if code.co_argcount else ""

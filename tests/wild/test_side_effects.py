@@ -573,3 +573,31 @@ def test_no_line_is_looked_up_for_what_is_only_noted():
             x, y
         )
     torch.testing.assert_close(result.loss, F.cross_entropy(mlp()(x), y).detach())
+
+
+class Walked(nn.Module):
+    """Notes its own way in a list and a table that each forward pass makes, by a function that each makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+
+    def forward(self, x):
+        seen, table = [], {}
+
+        def run(i, h):
+            seen.append(i)
+            table[i] = h
+            return h if i == 2 else run(i + 1, self.layers[i](h).tanh())
+
+        return run(0, x) * len(seen) + sum(table.values())
+
+
+def test_a_closure_of_the_pass_itself():
+    torch.manual_seed(0)
+    model, (x, y) = Walked(), (torch.randn(4, 3), torch.randn(4, 3))
+    compiled = fxcurv.compile(model, nn.MSELoss(), [BatchGrad()])
+    for _ in range(2):
+        found = compiled(x, y).grad["layers.0.weight"]
+    torch.testing.assert_close(found, torch.autograd.grad(nn.MSELoss()(model(x), y), model.layers[0].weight)[0])
+    assert not compiled.recompiles
