@@ -112,8 +112,7 @@ def say_in_plain(program: Program) -> None:
 
 def _sizes_of_inputs(program: Program) -> None:
     """Read every symbolic size once, from the first input that has it."""
-    placeholders = program.graph.find_nodes(op="placeholder")
-    first, found = next(n for n in program.graph.nodes if n.op != "placeholder"), {}
+    placeholders, found = program.graph.find_nodes(op="placeholder"), {}
     for node in program.graph.find_nodes(op="call_function", target=_SIZE):
         size = node.meta["val"].node.expr
         given = ((p, d) for p in placeholders for d, s in enumerate(_sizes(p)) if s == size)
@@ -121,6 +120,9 @@ def _sizes_of_inputs(program: Program) -> None:
             where = next(given, None)
             if where is None:
                 continue
+            first = next(
+                n for n in program.graph.nodes if n.op != "placeholder"
+            )  # a size itself, which is erased, perhaps
             with program.graph.inserting_before(first):
                 found[size] = program.graph.call_function(_SIZE, where)
             found[size].meta = dict(node.meta)

@@ -86,6 +86,7 @@ class Reads:
         self._born: dict[int, Any] = {}
         self._codes: dict[int, tuple[types.CodeType, list]] = {}
         self._closed: list[tuple[types.CodeType, dict[str, Any]]] = []
+        self._absent: list[Path] = []  # what was not there, unless a `__getattr__` of the module's found it elsewhere
         self._inner: set[int] = set()  # code of functions that this trace makes, whose closures are its own
         self._before: dict[int, Any] = {}  # what containers in closures were equal to before their function ran
         self._ran: list[tuple[types.CodeType, dict[str, Any]]] = []
@@ -160,6 +161,8 @@ class Reads:
         if error[0] is None:
             self._record_outside()
             self._record_closures()
+            for path in [p for p in self._absent if p.get(self.modules) is MISSING]:
+                self.add(path, MISSING)
             self.later(backwards())
             self._sort_writes()
         self._codes, self._closed, self._before, self._born = {}, [], {}, {}
@@ -266,7 +269,10 @@ class Reads:
         if value is MISSING:
             known = any(name in module.__dict__.get(group, ()) for group in ("_parameters", "_buffers", "_modules"))
             if not known and name not in _STANDARD and name[:2] != "__":
-                self.add(path, MISSING)
+                if type(module).__getattr__ is nn.Module.__getattr__:
+                    self.add(path, MISSING)
+                else:
+                    self._absent.append(path)
             return
         own = name in module.__dict__
         found = MISSING if own else next((vars(c)[name] for c in type(module).__mro__ if name in vars(c)), MISSING)

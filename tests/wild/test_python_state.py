@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import os
 import sysconfig
+import types
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -845,3 +846,34 @@ def test_attributes_that_getattr_makes():
         wanted = factor * (model(x) - y).square().sum()
         torch.testing.assert_close(compiled(x, y).loss, wanted.detach())
         assert len(compiled.recompiles) == (k > 1)
+
+
+class Wrapper(nn.Module):
+    """Has what the module in it has, as adapters' wrappers do; takes its scale from there."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "inner":
+                raise
+            return getattr(self.inner, name)
+
+    def forward(self, x):
+        return self.inner(x) * self.settings.scale * getattr(self, "factor", 1.0)
+
+
+def test_an_attribute_of_the_wrapped_module():
+    """It is no attribute that appears in the pass, and its values count at every call; so does one that appears later."""
+    torch.manual_seed(0)
+    inner = nn.Linear(3, 2)
+    inner.settings = types.SimpleNamespace(scale=2.0)
+    model, (x, y) = Wrapper(inner), (torch.randn(4, 3), torch.randn(4, 2))
+    compiled = fxcurv.compile(model, nn.MSELoss(), [])
+    for change in (lambda: None, lambda: setattr(inner.settings, "scale", 3.0), lambda: setattr(inner, "factor", 0.5)):
+        change()
+        torch.testing.assert_close(compiled(x, y).loss, nn.MSELoss()(model(x), y).detach())
