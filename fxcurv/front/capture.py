@@ -49,13 +49,15 @@ def capture(
         CaptureError: if `torch.export` cannot trace them; carries its reason and what usually helps.
         LossError: if the loss is not a scalar tensor.
     """
-    known: set[Where] = set()
+    known, initialised = set[Where](), False
     while True:
         observers = Observers([nm for root in subject.roots() for nm in root.named_modules()], subject.watched, known)
         try:
             program = _capture_once(subject, arguments, split, numbers, observers, lend)
-        except FxcurvError:
-            if not observers.found:
+        except FxcurvError as error:
+            # what the first pass of a model sets and all read (a configuration, transformers' hooks) is set by now
+            first, initialised = getattr(error, "changed", False) and not initialised, True
+            if not observers.found and not first:
                 raise
         else:
             if not observers.found:

@@ -1,7 +1,8 @@
 """Forward hooks that only look: a program returns the values that they look at, and every call runs them on these.
 
 A hook that returns a value is part of the model, and traced. A hook that returns nothing is an observer, unless it is
-PyTorch's own: it does not run while a model is traced, where it would see tensors without values. Its code shows
+PyTorch's own, or of the library that the module is of (transformers collects hidden states so): it does not run while a
+model is traced, where it would see tensors without values. Its code shows
 whether a hook returns something; where it does not (a lambda that appends), the hook is tried in a trace, and the model
 is traced again without it. The forward pass may read what a hook writes, which only a run can show: so hooks run in the
 plain passes of the self-check, and what they wrote is undone. A pre-hook may set something that its module reads: it is
@@ -14,6 +15,7 @@ import collections
 import contextlib
 import dis
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,7 @@ from torch.nn.modules import module as nn_module
 
 from fxcurv.errors import CaptureError
 from fxcurv.front.arguments import filled, map_leaves, templated
+from fxcurv.front.python_state import library_of
 from fxcurv.front.side_effects import is_pytorchs, name_of, path_of, undone
 from fxcurv.front.wrapped import head
 from fxcurv.ir.private import own_buffers, version_of
@@ -71,7 +74,7 @@ class Observers:
         replaced = []
         for k, table, hooks in _tables(self.modules):
             for key, hook in list(hooks.items()):
-                if not is_pytorchs(hook):
+                if not is_pytorchs(hook) and (k < 0 or not _is_of_library(hook, self.modules[k])):
                     replaced.append((hooks, key, hook))
                     hooks[key] = functools.partial(self._look, (k, table, key), hook)
         handles = [m.register_forward_hook(self._keep) for m in self.modules] if self.everything else []
@@ -155,6 +158,15 @@ class Observers:
                 self._values.add(where)
                 stack.pop_all()  # part of the model, so `no_side_effects` looks for its side effects
         return given
+
+
+def _is_of_library(hook: Any, module: nn.Module) -> bool:
+    """Whether a hook is a part of the module that its library gives it: its forward pass reads what the hook has written."""
+    code = getattr(getattr(hook, "__func__", hook), "__code__", None)
+    library = library_of(code.co_filename) if code is not None else ""
+    return bool(library) and library == library_of(
+        getattr(sys.modules.get(type(module).__module__), "__file__", "") or ""
+    )
 
 
 def _tables(modules: Sequence[nn.Module]) -> Iterator[tuple[int, str, dict[int, Callable]]]:

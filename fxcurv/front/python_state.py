@@ -228,6 +228,12 @@ def is_users(kind: type) -> bool:
     return holds_state(file) if file else kind.__module__ not in sys.builtin_module_names
 
 
+def library_of(path: str) -> str:
+    """The installed package that a file belongs to; "" for the user's own."""
+    installed = _INSTALLED.match(path)
+    return installed[1] if installed is not None else ""
+
+
 def holds_state(path: str) -> bool:
     """Whether code of this file may read the user's state: not if it is Python's, PyTorch's or of a library below."""
     installed = _INSTALLED.match(path)

@@ -442,12 +442,14 @@ class Reads:
             first = self._changed[0]
             hook = hook_of(first.owner(self.modules), self.modules) or hook_of(first.root, self.modules)
             out = f"remove {hook} while fxcurv runs; or " if hook else ""
-            raise CaptureError(
+            error = CaptureError(
                 f"{hook or 'the model or loss'} reads {first.title} and changes it: its next value would depend on how often the "
                 f"forward pass ran, which a program does not repeat.\nWay out: {out}change it outside of the forward pass, "
                 "before or after each call (a new value is seen), or keep it in a buffer (a tensor). What only counts "
                 "(`self.calls += 1`) is done at every call."
             )
+            error.changed = True  # type: ignore[attr-defined]
+            raise error
 
     # -- the outcome --
 
