@@ -56,7 +56,8 @@ def capture(
             program = _capture_once(subject, arguments, split, numbers, observers, lend)
         except FxcurvError as error:
             # what the first pass of a model sets and all read (a configuration, transformers' hooks) is set by now
-            first, initialised = getattr(error, "changed", False) and not initialised, True
+            first = getattr(error, "changed", False) and not initialised
+            initialised |= first
             if not observers.found and not first:
                 raise
         else:

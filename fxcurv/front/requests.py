@@ -88,6 +88,8 @@ class Request:
     create_graph: bool = False
     sharded: tuple[Any, ...] = ()
     """Buckets of parameters of which this process holds a shard (`ir.shards.Bucket`)."""
+    lend: bool = False
+    """Whether floats that `.item()` reads from data are tensors of the program (`front.numbers`)."""
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:

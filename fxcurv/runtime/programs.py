@@ -160,7 +160,7 @@ class Programs(Generic[M]):
         self.folder: Folder | None = None
         self._made: dict[tuple[Key, Autocast, bool], list[M]] = {}
         self._schedule = Schedule()
-        self._lend, self._unlent = False, set[Any]()  # keys for which numbers of the data cannot be tensors
+        self._unlent = set[Any]()  # keys for which numbers of the data cannot be tensors
         # programs for any lengths: (kind, symbolic sizes, program); by kind, what fixed lengths, "" if nothing did
         self._any_length: list[tuple[Any, Varying, M]] = []
         self._fixed_by: dict[Any, str] = {}
@@ -384,7 +384,7 @@ class Programs(Generic[M]):
 
     def _trace(self, request: Request, numbers: tuple[Path, ...]) -> Program:
         with request.as_called():
-            return capture(request.subject, request.arguments, self.options.split, numbers, self._lend)
+            return capture(request.subject, request.arguments, self.options.split, numbers, request.lend)
 
     def _capture_and_analyse(self, request: Request, numbers: tuple[Path, ...], tell: Tell = silent) -> Program:
         tell("capture")
@@ -467,16 +467,13 @@ class Programs(Generic[M]):
         """A program in which the floats that `.item()` reads from data are tensors, if the model can be traced so."""
         if key in self._unlent:
             return None
-        exact = self._trace(request, ())
-        self._lend = True
+        exact, lending = self._trace(request, ()), dataclasses.replace(request, lend=True)
         try:
-            lent = self._trace(request, ())
+            lent = self._trace(lending, ())
             if _count(lent) < _count(exact) and forward.same(exact, lent, request):
-                return self._lower(request)
+                return self._lower(lending)
         except (FxcurvError, RuntimeError, TypeError, ValueError) as error:
             log.info("a program for each number of the data, because %s", error)
-        finally:
-            self._lend = False
         self._unlent.add(key)
         return None
 

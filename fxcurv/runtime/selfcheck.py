@@ -582,11 +582,8 @@ class _Rounded(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         reads = any(isinstance(t, Tensor) for t in pytree.tree_leaves(args))
-        if (
-            not reads
-            or extreme(func, args)
-            or any(r.alias_info is not None and not r.alias_info.is_write for r in schema_of(func).returns)
-        ):
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema_of(func).returns)
+        if not reads or views or extreme(func, args):
             return out
         for t in pytree.tree_leaves(out):
             if isinstance(t, Tensor) and t.is_floating_point() and t.numel():

@@ -56,6 +56,7 @@ def kflr_of(model, loss, x, y):
 
 
 def compare(found, wanted) -> None:
+    """Of every parameter, to the rounding of float64 that sums in another order leave."""
     assert set(found) == set(wanted)
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-10)
