@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from against_oracle import compare_individual
 from case_tools import Case
 from cases_huggingface import GPT2, LENGTH, LLAMA, MODELS, VOCABULARY, made
 from covering import covering
@@ -92,19 +93,12 @@ def tiny_bert(name: str, **options):
     return made("bert", name, "BertConfig", vocab_size=VOCABULARY, **sizes, **options)
 
 
-def individually_right(model, loss, x, pick, n):
+def individually_right(model, loss, x):
     """Fresh, and then again, against a loop over samples."""
     for _ in range(2):
         found = fxcurv.compile(model, loss, [BatchGrad()])(x)
         torch.testing.assert_close(found.loss, loss(model(**x)).detach(), rtol=1e-6, atol=1e-9)
-        names = [name for name, p in model.named_parameters() if p.requires_grad]
-        for k in range(n):
-            alone = loss(model(**pick(x, k))) / n
-            wanted = torch.autograd.grad(alone, [model.get_parameter(name) for name in names], allow_unused=True)
-            scale = max(g.abs().max().item() for g in wanted if g is not None)
-            for name, g in zip(names, wanted, strict=True):
-                if g is not None:
-                    torch.testing.assert_close(found.grad_batch[name][k], g, rtol=1e-4, atol=1e-5 * scale)
+        compare_individual(found.grad_batch, model, lambda k: loss(model(**one_of(x, k))), 3, 1e-5)
 
 
 def one_of(x, k):
@@ -130,7 +124,7 @@ def test_states_that_hooks_collect(name: str, of: str) -> None:
             + output.logits.square().flatten(1).mean(1).mean()
         )
 
-    individually_right(model, loss, x, one_of, 3)
+    individually_right(model, loss, x)
 
 
 @pytest.mark.slow
@@ -140,7 +134,7 @@ def test_what_the_first_pass_sets() -> None:
     model = tiny_bert("BertForSequenceClassification", num_labels=3)
     assert model.config.problem_type is None
     x = {"input_ids": words(3), "labels": torch.tensor([0, 2, 1])}
-    individually_right(model, lambda output: output.loss, x, one_of, 3)
+    individually_right(model, lambda output: output.loss, x)
     assert model.config.problem_type == "single_label_classification"
 
 
@@ -156,7 +150,7 @@ def test_adapters_of_a_language_model() -> None:
     def loss(output):
         return output.logits.square().flatten(1).mean(1).mean()
 
-    individually_right(model, loss, x, one_of, 3)
+    individually_right(model, loss, x)
 
 
 @pytest.mark.slow

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from case_tools import Net
 from oracle import Oracle, plain_mathematics
-from torch import nn
+from torch import Tensor, nn
 
 import fxcurv
 from fxcurv.extensions import HMP, KFLR, BatchDiagHessian, BatchGrad, DiagGGNExact, DiagHessian, SqrtGGNExact
@@ -74,3 +76,15 @@ def compare_quantities(result: fxcurv.Result, oracle: Oracle, extensions: list, 
                 torch.testing.assert_close(found, matrices[name] @ v.flatten(), rtol=1e-8, atol=1e-10)
         else:
             compare(getattr(result, field), getattr(oracle, field)())
+
+
+def compare_individual(found, model: nn.Module, loss_of: Callable[[int], Tensor], n: int, tolerance: float) -> None:
+    """`grad_batch` against a loop over samples, relative to a sample's largest entry; `loss_of`: sample -> its own loss."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for k in range(n):
+        alone = torch.autograd.grad(loss_of(k) / n, [*parameters.values()], allow_unused=True)
+        scale = max(g.abs().max() for g in alone if g is not None)
+        for (name, p), g in zip(parameters.items(), alone, strict=True):
+            mine = found[name][k] if name in found else torch.zeros_like(p)
+            wrong = (mine - (torch.zeros_like(p) if g is None else g)).abs().max() / scale
+            assert wrong < tolerance, f"{name}: {wrong}"
