@@ -1,4 +1,4 @@
-"""Values that a model turns into Python numbers or sizes: `.item()`, `x[mask]`, `nonzero`, `unique`.
+"""Values that a model turns into Python numbers or sizes: `.item()`, `x[mask]`, `nonzero`, `bincount`, `unique`.
 
 A value that depends on inputs, targets, buffers and frozen parameters alone is computed while the model is traced, and
 the program holds for this value: the traced graph outputs it, and every call computes it anew and compares
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxcurv.errors import CaptureError
@@ -320,6 +321,28 @@ class _Read:
         named.pop("repeats", None)
         return func(args[0], int(self.values.number(counts)), *args[2:], **named)
 
+    def bincount(self, func, x, weights=None, minlength=0):
+        size = self.values.number((self._largest(x) + 1).clamp(min=minlength))
+        if weights is None:
+            weights = torch.ones_like(x, dtype=torch.int64)
+        elif weights.dtype != torch.float32:
+            weights = weights.double()
+        return weights.new_zeros(size).scatter_add(0, x.long(), weights)
+
+    def one_hot(self, func, x, num_classes=-1):
+        return func(x, self.values.number(self._largest(x) + 1) if num_classes == -1 else num_classes)
+
+    def split_at(self, func, x, where=None, dim=0, *, tensor_indices_or_sections=None):
+        where = tensor_indices_or_sections if where is None else where
+        if isinstance(where, Tensor):
+            where = [self.values.number(i) for i in where] if where.ndim else self.values.number(where)
+        return func(x, where, dim)
+
+    @staticmethod
+    def _largest(x: Tensor) -> Tensor:
+        """The largest entry of whole numbers from 0; -1 if there are none."""
+        return torch.cat([x.flatten(), x.new_full((1,), -1, dtype=torch.int64)]).max()
+
     def unique(self, func, x, sorted=True, return_inverse=False, return_counts=False, dim=None):  # noqa: A002
         if dim is not None:
             return func(x, sorted, return_inverse, return_counts, dim)
@@ -355,8 +378,13 @@ _READS: dict[Any, str] = {
     torch.where: "where", Tensor.masked_select: "selected", torch.masked_select: "selected",
     Tensor.__getitem__: "index", Tensor.__setitem__: "written",
     Tensor.repeat_interleave: "repeated", torch.repeat_interleave: "repeated",
+    Tensor.bincount: "bincount", torch.bincount: "bincount", F.one_hot: "one_hot",
+    Tensor.tensor_split: "split_at", torch.tensor_split: "split_at",
     Tensor.unique: "unique", torch.unique: "unique",
     Tensor.unique_consecutive: "unique_consecutive", torch.unique_consecutive: "unique_consecutive",
 }  # fmt: skip
 
-_SIZES = {"nonzero", "where", "selected", "index", "written", "repeated", "unique", "unique_consecutive"}
+_SIZES = {
+    "nonzero", "where", "selected", "index", "written", "repeated", "bincount", "one_hot", "split_at", "unique",
+    "unique_consecutive",
+}  # fmt: skip

@@ -169,6 +169,10 @@ def floats(out: Any) -> tuple[Tensor, ...]:
     return tuple(t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point())
 
 
+class Refused(RuntimeError):
+    """Raised by a rule for what it is not defined for; the message says why, and the way out."""
+
+
 FAILURES = (RuntimeError, ValueError, IndexError)
 """The exceptions that ops raise for arguments that they do not accept."""
 

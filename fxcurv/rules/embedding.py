@@ -6,10 +6,16 @@ import torch
 
 from fxcurv.contractions.factors import Explicit, Factor, Gather
 from fxcurv.ir.placement import MIXED, Replicate, Shard, samples_first
-from fxcurv.rules.base import Rule, register
+from fxcurv.rules.base import Refused, Rule, register
 from fxcurv.rules.call import Call
 
 aten = torch.ops.aten
+
+
+BY_FREQUENCY = (
+    "divides a row's gradient by how often the batch has it, so that it is the derivative of no sample's loss. Way out: "
+    "scale_grad_by_freq=False."
+)
 
 
 @register(aten.embedding.default)
@@ -39,7 +45,7 @@ class Embedding(Rule):
     def factors(self, call: Call, position: int, g) -> Factor:
         weight, index, padding, by_frequency, _ = call.args
         if by_frequency:
-            raise NotImplementedError("scale_grad_by_freq counts rows over the whole batch")
+            raise Refused(BY_FREQUENCY)
         index = samples_first(index, call.places[1]).flatten(1)
         g = samples_first(g, call.place, lead=1).flatten(2, -2)
         return Gather(index, g, weight.shape[0], int(padding))

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxcurv.errors import UnsupportedOpError
 from fxcurv.ir.emit import emit
 from fxcurv.ir.graph import canonical_args
-from fxcurv.ir.origin import origin_of
+from fxcurv.ir.origin import locate, origin_of
 from fxcurv.ir.program import Program
 from fxcurv.rules.base import REWRITES, rule_of
+from fxcurv.rules.embedding import BY_FREQUENCY
 from fxcurv.rules.traits import sliced
 
 aten = torch.ops.aten
@@ -129,6 +131,8 @@ def _embedding_bag(program: Program, node: fx.Node) -> tuple[fx.Node, ...] | Non
     even = isinstance(step, int) and step > 0 and offsets.args[0] == 0 and sizes[0] == (sizes[1][0] * step,)
     even = even and not with_last
     read = {user.args[1] for user in node.users if user.users}
+    if by_frequency and weight in program.params.values():
+        raise UnsupportedOpError(f"{locate(node)}\n{BY_FREQUENCY}")
     if not read <= {0} or by_frequency:
         return None
     args = (weight, indices, scale, step if even else (offsets, with_last), mode, padding)

@@ -365,6 +365,30 @@ def test_data_that_met_an_activation_is_data(name: str) -> None:
         torch.testing.assert_close(found.grad_batch["weight"].sum(0), wanted)
 
 
+COUNTED = {
+    "bincount": lambda f, y: F.cross_entropy(f, y, weight=1 / (torch.bincount(y).double() + 1)),
+    "bincount of at least": lambda f, y: F.cross_entropy(f, y, weight=1 / (1 + y.bincount(minlength=3).double())),
+    "weighted bincount": lambda f, y: F.cross_entropy(f, y, weight=1 + torch.bincount(y, y.double().cos())),
+    "one_hot": lambda f, y: F.mse_loss(f, F.one_hot(y).double()),
+    "tensor_split": lambda f, y: torch.tensor_split(f, y[:2], dim=1)[1].square().sum(),
+}
+
+
+@pytest.mark.parametrize("name", [n if n == "bincount" else pytest.param(n, marks=pytest.mark.slow) for n in COUNTED])
+def test_what_is_as_long_as_the_data_say(name: str) -> None:
+    """Classes that are counted, and places to split at; the individual gradients are those with the counts held."""
+    torch.manual_seed(0)
+    loss, model = COUNTED[name], nn.Linear(3, 3).double()
+    compiled = fxcurv.compile(model, loss, [BatchGrad()])
+    for y in ([0, 2, 1, 1, 2], [1, 2, 0, 2, 2, 0], [0, 2, 1]):
+        x, y = torch.randn(len(y), 3).double(), torch.tensor(y)
+        found, f = compiled(x, y), model(x)
+        (wanted,) = torch.autograd.grad(loss(f, y), [model.weight], retain_graph=True)
+        (cotangent,) = torch.autograd.grad(loss(f, y), [f])
+        torch.testing.assert_close(found.grad["weight"], wanted)
+        torch.testing.assert_close(found.grad_batch["weight"], cotangent[:, :, None] * x[:, None])
+
+
 def test_a_write_through_a_view_reaches_the_data() -> None:
     """What an activation is written to depends on parameters, also where an older view of it is read."""
 

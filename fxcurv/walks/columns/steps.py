@@ -17,7 +17,7 @@ from fxcurv.ir.private import pytree
 from fxcurv.ir.program import is_active, place
 from fxcurv.ir.traced import in_dtype, sum_of, zeros_behind
 from fxcurv.quantity import GRADIENT, Group
-from fxcurv.rules.base import FAILURES, Rule, rule_of
+from fxcurv.rules.base import FAILURES, Refused, Rule, rule_of
 from fxcurv.rules.call import Call, call_of, outputs_of, place_of_outputs
 from fxcurv.walks.columns import residuals as curvature
 from fxcurv.walks.columns.stack import Stack, Walk, merged, narrowed
@@ -114,6 +114,8 @@ def _step(walk: Walk, node: fx.Node, stack: Stack) -> None:
             declare_factor(found, (node, call, here.node))
             use = Use(found, here.groups, here.columns, rule.name, (), node, leaves[i], here.node)
             walk.uses.setdefault(leaves[i], []).append(use)
+    except Refused as error:
+        raise UnsupportedOpError(f"{locate(node)}\n{error}") from None
     except (*FAILURES, TypeError) as error:
         raise UnsupportedOpError(
             f"{locate(node)}\nhas no rule, and the general fallback failed: {type(error).__name__}: {str(error)[:300]}\n"
