@@ -222,9 +222,16 @@ def _trace(program: Program, fn: Callable, leaves: list[Any], spec: pytree.TreeS
         vals = [*_distinct_values(program, [node.meta["val"] for node in nodes]), *program.length_values()]
         gm = make_fx(flat, MATERIALISED)(*vals)
         if any(mutates(node) for node in gm.graph.nodes):
-            gm = make_fx(dispatch_functionalize(flat), MATERIALISED)(*vals)
+            gm = _without_writes(flat, vals)
     gm.graph.eliminate_dead_code()
     return Piece(gm.graph, out_spec, gm)
+
+
+def _without_writes(fn: Callable, vals: list[Any]) -> fx.GraphModule:
+    try:
+        return make_fx(dispatch_functionalize(fn), MATERIALISED)(*vals)
+    except AssertionError as error:  # PyTorch's, of an op that checks values (LAPACK's) beside one that writes
+        raise RuntimeError(f"its derivative writes to memory: {error}") from error
 
 
 def _distinct_values(program: Program, vals: list[Any]) -> list[Any]:

@@ -83,6 +83,11 @@ def layout(val: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return tuple(map(plain, val.shape)), tuple(map(plain, val.stride()))
 
 
+def size_of(x: Tensor, d: int) -> int | SymInt:
+    """The size of an axis: a target for nodes, which works under `vmap`."""
+    return x.shape[d]
+
+
 def is_tensor(node: Any) -> bool:
     """Whether a node's value is one tensor."""
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)

@@ -24,6 +24,7 @@ from fxcurv.ir.program import Program
 from fxcurv.ir.specialise import propagate_values
 from fxcurv.rules import REWRITES, RULES
 from fxcurv.rules.base import SUMS
+from fxcurv.rules.complex_numbers import fold
 from fxcurv.rules.fused import FUSED
 from fxcurv.rules.idioms import IDIOMS
 from fxcurv.rules.logits import logits
@@ -40,7 +41,9 @@ def normalize(program: Program) -> Program:
     logits(program)
     _say_idioms(program)
     registered_as_functions(program, program.graph.nodes)
+    fold(program)
     say_in_others(program)
+    fold(program)  # of complex numbers inside of what was a composite op, too
     _select_heads(program)
     return program
 

@@ -9,12 +9,14 @@ from torch import Tensor, fx
 
 from fxcurv.ir.graph import layout, to_reshape
 from fxcurv.ir.program import Program
+from fxcurv.rules.complex_numbers import unfold
 from fxcurv.rules.custom import inline
 from fxcurv.rules.traits import VIEWS, on_rows, random, sliced
 
 
 def simplify(program: Program) -> Program:
     """See the module."""
+    unfold(program)
     inline(program)
     program.refresh_output()
     program.graph.eliminate_dead_code()

@@ -25,7 +25,7 @@ from torch.autograd.function import Function, once_differentiable
 
 from fxcurv.errors import CustomFunctionError, FxcurvError
 from fxcurv.ir.emit import MATERIALISED, emit, tracing
-from fxcurv.ir.graph import canonical_args, dependent, has_floats, is_view, layout, mutates
+from fxcurv.ir.graph import canonical_args, dependent, has_floats, is_view, layout, mutates, size_of
 from fxcurv.ir.origin import locate, origin_of
 from fxcurv.ir.private import (
     OpOverload,
@@ -512,14 +512,10 @@ def _graph(program: Program, fn: Callable, vals: list[Any], origin: dict[str, An
             gm = make_fx(dispatch_functionalize(listed), MATERIALISED)(*fresh)
     for node in gm.graph.nodes:
         if node.target is aten.sym_size.int:
-            node.target = _size_of  # works under vmap
+            node.target = size_of  # works under vmap
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
-
-
-def _size_of(x: Tensor, d: int) -> int | SymInt:
-    return x.shape[d]
 
 
 def _is_read_once(value: Any) -> bool:

@@ -17,7 +17,7 @@ from fxcurv.ir.program import Program, is_active
 
 aten = torch.ops.aten
 
-_OF_SHAPE = ("_size_of", "empty", "zeros", "ones", "full", "sym_size", "arange")
+_OF_SHAPE = ("size_of", "empty", "zeros", "ones", "full", "sym_size", "arange")
 
 
 def reads_shape(node: fx.Node) -> bool:

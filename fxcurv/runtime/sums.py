@@ -209,9 +209,13 @@ class _Sums:
         for e, field in self.asked(Variance):
             for s, squares in self.asked(SumGradSquared):
                 for name in [name for name in field if name in squares and name in grads]:
-                    want = squares[name] / self.count - _squares(grads[name] / self.count)
+                    mean, square = _squares(grads[name] / self.count), squares[name] / self.count
+                    known = {
+                        "scale": square,
+                        "allowed": tolerance(grads[name]) * _largest(mean),
+                    }  # it may be in half precision
                     said = f"beside {s.savefield} and the gradient"
-                    yield self.pair(e, said, name, field[name], want, scale=squares[name] / self.count, power=2)
+                    yield self.pair(e, said, name, field[name], square - mean, **known, power=2)
 
     def of_squares(self) -> Iterator[Pair]:
         for e, b, name, got, g in self.both(SumGradSquared, BatchGrad):

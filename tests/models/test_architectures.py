@@ -76,6 +76,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "Funnel": ("SequenceClassification", dict(block_sizes=[1, 1], d_head=8, d_inner=24)),
     "ConvBert": ("SequenceClassification", dict(embedding_size=16, conv_kernel_size=3, head_ratio=1)),
     "MobileBert": ("SequenceClassification", dict(embedding_size=8, intra_bottleneck_size=8, true_hidden_size=8)),
+    "FNet": ("SequenceClassification", dict(use_tpu_fourier_optimizations=False, tpu_short_seq_length=LENGTH)),
+    "Llama4": ("CausalLM", dict(num_local_experts=2, intermediate_size_mlp=24)),
     "BigBird": ("SequenceClassification", dict(attention_type="original_full")),
     **{name: ("ConditionalGeneration", {}) for name in ("Bart", "Pegasus", "MBart", "Blenderbot")},
     "UMT5": ("ConditionalGeneration", dict(d_kv=8, d_ff=24, num_layers=1, num_heads=2)),
@@ -101,13 +103,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 # the gradient of what they normalise or route is computed in float32 on purpose
 SINGLE = {
     "Phi3", "Gemma", "Gemma3", "Qwen2", "Olmo2", "SmolLM3", "Granite", "Cohere2", "GptOss", "Qwen3Moe", "DeepseekV3", "Mamba2",
-    "Lfm2", "FalconMamba", "UMT5", "Deberta",
+    "Lfm2", "FalconMamba", "UMT5", "Deberta", "Llama4",
 }  # fmt: skip
 
 
 def built(name: str) -> torch.nn.Module:
     purpose, options = ARCHITECTURES[name]
-    kind = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config"))
+    kind = getattr(transformers, {"Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig"}.get(name, f"{name}Config"))
     known = {*inspect.signature(kind.__init__).parameters, *getattr(kind, "__annotations__", {}), *kind.attribute_map}
     configuration = kind(**{k: v for k, v in SMALL.items() if k in known} | {"num_labels": 3} | options)
     model = (

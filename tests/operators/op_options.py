@@ -69,7 +69,7 @@ DIFFERENCES = 1e-5
 """How far central differences are to be trusted, relative to the largest second derivative."""
 FAMILIES = {"individual": [BatchGrad()], "Gauss-Newton": [DiagGGNExact()], "Hessian": [DiagHessian(), HMP()]}
 SETTINGS = [(torch.float64, None), (torch.float32, "first"), (torch.float64, "first"), (torch.float32, None)]
-FOR_ALL = ("CaptureError", "makes complex numbers", "does not depend on any trainable", "is random and has no rule")
+FOR_ALL = ("CaptureError", "gives complex numbers", "does not depend on any trainable", "is random and has no rule")
 """Refusals that say the same whatever is asked for."""
 FAULTS = {"wrong", "failed", "false alarm"}
 SINGLE_INSIDE = ("hardsigmoid", "hardswish")  # PyTorch has their 1/6 in float32

@@ -489,7 +489,7 @@ def sweep(infos: list, count: int, jobs: int, limit: float, save: Callable = lam
 # ---- the table ------------------------------
 
 REASONS = {  # what a message says: what the table says
-    "makes complex numbers": "complex numbers",
+    "gives complex numbers": "complex numbers",
     "is random and has no rule": "random: its derivative would draw again",
     "the loss does not depend on any trainable parameter": "its derivative is zero everywhere",
     "its output is the same wherever it was tried": "constant wherever it was tried",

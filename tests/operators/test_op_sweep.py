@@ -12,7 +12,7 @@ from op_sweep import database, name_of, outcomes
 from torch import nn
 
 import fxcurv
-from fxcurv.errors import MixedSamplesError, UnsupportedOpError
+from fxcurv.errors import MixedSamplesError
 from fxcurv.extensions import BatchGrad
 
 FINE = {"right", "mixed", "refused", "random", "constant", "sparse", "not finite", "no number"}
@@ -63,11 +63,6 @@ def refused(run, error, match, **kwargs):
         y = torch.randn_like(net(x))
     with pytest.raises(error, match=match):
         fxcurv.compile(net, nn.MSELoss(), [BatchGrad()], **kwargs)(x, y)
-
-
-def test_a_complex_branch_is_not_a_constant():
-    """A real branch beside it hides that its gradient would be lost."""
-    refused(lambda m, x: x * m.w + torch.fft.irfft(torch.fft.rfft(x * m.w)), UnsupportedOpError, "complex")
 
 
 def test_a_size_that_is_the_probes_batch():

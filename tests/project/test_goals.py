@@ -53,7 +53,7 @@ def test_every_goal_is_of_something_that_is_measured(script):
 
 def test_the_exit_status(tmp_path):
     """Of a file of rows: 1 and a line where a figure is short, 0 where none is."""
-    (results,) = (ROOT / "bench" / "results").glob("*-2c.csv")
+    results = min((ROOT / "bench" / "results").glob("*-2c.csv"))  # the first, which has every problem
     head, *lines = results.read_text(encoding="utf-8").splitlines()
     for ratio, status in ((99, 1), (0.01, 0)):
         plain, line = (

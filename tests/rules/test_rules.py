@@ -406,7 +406,7 @@ def test_formula(op):
 
 
 # They mix samples, so that they claim no placement.
-MIXING = {aten._native_batch_norm_legit_functional.default}
+MIXING = {aten._native_batch_norm_legit_functional.default, aten._native_batch_norm_legit.no_stats}
 
 
 def trained_statistics(op, args):
