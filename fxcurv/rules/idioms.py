@@ -72,7 +72,7 @@ def _index_own_slices(x: Tensor, indices: list[Tensor]) -> Tensor:
     first, *others = torch.broadcast_tensors(*indices)
     if not others:
         return x.reshape(*first.shape, *x.shape[1:])
-    place = torch.zeros_like(first)
+    place = torch.zeros_like(others[0], dtype=torch.long)  # not of `first`, which counts samples
     for size, index in zip(x.shape[1:], others, strict=False):
         place = place * size + torch.where(index < 0, index + size, index)
     rest = x.shape[len(indices) :]

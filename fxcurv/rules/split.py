@@ -25,7 +25,7 @@ from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Alike, Placement, Sha
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
 from fxcurv.rules.base import rule_of
-from fxcurv.rules.traits import ZEROS, random
+from fxcurv.rules.traits import ZEROS, pointwise, random
 
 aten = torch.ops.aten
 
@@ -126,7 +126,7 @@ class Split:
         found = rule_of(node.target, self.program.rules).place(sites, args, outs[0], self.n)
         if found is not None:
             return found
-        if torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        if pointwise(node.target):
             return placement.pointwise([s for s in sites if s], len(outs[0]), linear=False)
         return self._tried(node, leaves, sites)
 

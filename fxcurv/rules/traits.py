@@ -24,9 +24,13 @@ aten = torch.ops.aten
 # ---- by PyTorch's tags ------------------------------
 
 
+# Elementwise ops on integers, whose tags do not say so.
+UNTAGGED = {aten.__and__.Tensor, aten.__and__.Scalar, aten.__or__.Tensor, aten.__or__.Scalar}
+
+
 def pointwise(op: Any) -> bool:
     """Whether the op is elementwise by its tag, which ops without a rule have too."""
-    return torch.Tag.pointwise in getattr(op, "tags", ())
+    return torch.Tag.pointwise in getattr(op, "tags", ()) or op in UNTAGGED
 
 
 def random(op: Any) -> bool:

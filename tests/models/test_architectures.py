@@ -109,7 +109,9 @@ SINGLE = {
 
 def built(name: str) -> torch.nn.Module:
     purpose, options = ARCHITECTURES[name]
-    kind = getattr(transformers, {"Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig"}.get(name, f"{name}Config"))
+    kind = getattr(
+        transformers, {"Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig"}.get(name, f"{name}Config")
+    )
     known = {*inspect.signature(kind.__init__).parameters, *getattr(kind, "__annotations__", {}), *kind.attribute_map}
     configuration = kind(**{k: v for k, v in SMALL.items() if k in known} | {"num_labels": 3} | options)
     model = (

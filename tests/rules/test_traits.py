@@ -984,6 +984,21 @@ def moves_along_axis(op, args) -> bool:
     return type(args[1]) is int and falls_apart(op, args, lines) and not falls_apart(op, args, alone)
 
 
+@pytest.mark.parametrize("op", traits.UNTAGGED, ids=str)
+def test_untagged(op) -> None:
+    """An entry of an argument moves its own entry of the output, and no other; a broadcast one those in its row."""
+    torch.manual_seed(0)
+    x, y = torch.randint(1, 7, (3, 4)), torch.randint(1, 7, (3, 1))
+    for other in (y, torch.randint(1, 7, (3, 4))) if op._overloadname == "Tensor" else (5,):
+        before, moved = op(x, other), x.clone()
+        moved[1, 2] ^= 7
+        assert (op(moved, other) != before).nonzero().tolist() == [[1, 2]]
+    if op._overloadname == "Tensor":
+        moved = y.clone()
+        moved[1] ^= 7
+        assert set((op(x, moved) != op(x, y)).nonzero()[:, 0].tolist()) == {1}
+
+
 def survey(names: list[str]) -> dict[str, set]:
     """What ops of the database have by trial, and no table says: each may be an entry that is missing."""
     found = recorded(names, Everything(6))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from case_tools import Net
 from oracle import Oracle
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -95,6 +96,27 @@ def test_first_order_and_curvature() -> None:
             torch.testing.assert_close(list(getattr(result, field)[name]), list(value), rtol=1e-9, atol=1e-12)
     with pytest.raises(AttributeError, match="outputs=False"):
         result.output  # noqa: B018
+
+
+def padded(m: Any, words: Tensor, kept: Tensor) -> Tensor:
+    """A mask that is looked up by the numbers of the samples and of the keys, and joined with the causal one (transformers)."""
+    h = m.words(words)
+    n, t = words.shape
+    rows, keys = torch.arange(n)[:, None, None, None], torch.arange(t)[None, None, None, :]
+    mask = kept.bool()[rows, keys] & (keys <= torch.arange(t)[None, None, :, None])
+    return m.head(F.scaled_dot_product_attention(h[:, None], h[:, None], h[:, None], attn_mask=mask)[:, 0])
+
+
+def test_a_mask_looked_up_by_numbers_of_samples() -> None:
+    torch.manual_seed(0)
+    model = Net(padded, words=nn.Embedding(7, 4), head=nn.Linear(4, 7)).double()
+    kept = torch.ones(5, 3, dtype=torch.long)
+    kept[1, 0] = kept[4, :2] = 0
+    x, y = (torch.randint(7, (5, 3)), kept), torch.randint(7, (5, 3))
+    loss = lambda f, y: F.cross_entropy(f.flatten(0, 1), y.flatten())  # noqa: E731
+    result, oracle = fxcurv.compile(model, loss, [BatchGrad()], outputs=False)(x, y), Oracle(model, loss, x, y)
+    torch.testing.assert_close(result.grad_batch, dict(oracle.grad_batch()))
+    torch.testing.assert_close(result.grad, dict(oracle.grad()))
 
 
 @pytest.mark.slow
