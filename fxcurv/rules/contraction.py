@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import prod
 
 import torch
+from torch import Tensor
 
 from fxcurv.contractions.factors import Arrange, Dense, Explicit, Factor
 from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Mixed, Partial, Shard, samples_first
@@ -149,6 +150,24 @@ register(aten.linear.default, rule=Contraction(".i,oi->.o", bias=2))
 register(aten.mm.default, rule=Contraction("ik,kj->ij"))
 register(aten.bmm.default, rule=Contraction("bik,bkj->bij"))
 register(aten.mv.default, rule=Contraction("ik,k->i"))
+
+
+def _same_batch(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B of a linear system with the batch axes of both: PyTorch's derivative under `vmap` is wrong where it joins them."""
+    if b.ndim == 1 or b.shape == a.shape[:-1]:  # b is a vector for each A
+        return a, b
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:])
+
+
+@rewrite(aten.linalg_solve.default)
+def _solve(a, b, left=True):
+    return torch.linalg.solve(*_same_batch(a, b), left=left)
+
+
+@rewrite(aten.linalg_solve_ex.default)
+def _solve_ex(a, b, left=True, check_errors=False):
+    return tuple(torch.linalg.solve_ex(*_same_batch(a, b), left=left, check_errors=check_errors))
 
 
 @rewrite(aten.addmm.default)
