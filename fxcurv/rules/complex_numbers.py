@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import SymInt, Tensor, fx
 
+from fxcurv.errors import UnsupportedOpError
 from fxcurv.ir.emit import emit
 from fxcurv.ir.graph import ancestors, canonical_args, dependent, is_tensor, layout, size_of, to_reshape
-from fxcurv.ir.origin import origin_of
+from fxcurv.ir.origin import locate, origin_of
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
 from fxcurv.rules.base import Rule
@@ -53,7 +54,10 @@ class Region:
 def fold(program: Program) -> None:
     """Make one node of every part of the graph that computes with complex numbers of trained parameters.
 
-    A part whose complex numbers leave it (the model's output), or that draws random numbers, stays as it is.
+    A part whose complex numbers leave it (the model's output) stays as it is.
+
+    Raises:
+        UnsupportedOpError: for a part that draws random numbers, which its derivative would draw again.
     """
     left: set[fx.Node] = set()
     while True:
@@ -63,7 +67,12 @@ def fold(program: Program) -> None:
         if first is None:
             return
         inside = _closed(program, _around(first, spectra), spectra)
-        if any(random(n.target) for n in inside) or any(_is_complex(n) for n in _read_outside(program, inside)):
+        if (draw := next((n for n in program.graph.nodes if n in inside and random(n.target)), None)) is not None:
+            raise UnsupportedOpError(
+                f"{locate(draw)}\ndraws random numbers between complex ones that depend on trained parameters. Way out: draw by "
+                "sizes alone, as in torch.randn(z.shape) for torch.randn_like(z), and dropout on z.real and z.imag."
+            )
+        if any(_is_complex(n) for n in _read_outside(program, inside)):
             left.update(inside)
         else:
             _fuse(program, inside)
@@ -77,6 +86,11 @@ def unfold(program: Program) -> None:
             program.replace(user, new[user.args[1]])
             program.graph.erase_node(user)
         program.graph.erase_node(node)
+    if program.options.create_graph:  # results are differentiated through what the derivatives write, too
+        for node in [n for n in program.graph.nodes if n.target in _EQUATIONS and _is_complex(n)]:
+            equation, origin = _EQUATIONS[node.target], origin_of(node, "propagate")
+            program.replace(node, emit(program, equation, *canonical_args(node), origin=origin, before=node))
+            program.graph.erase_node(node)
 
 
 def _is_complex(node: fx.Node) -> bool:

@@ -311,6 +311,22 @@ def _reduction(sites: Sites, args: tuple, outs: list) -> Found:
     return placement.reduction(site, dims, len(args) > 2 and bool(args[2]), linear=False)
 
 
+def _transform(position: int) -> Callable[[Sites, tuple, list], Found]:
+    """A Fourier transform along an axis, or several, of another number of frequencies than entries."""
+
+    def transformed(sites: Sites, args: tuple, outs: list) -> Found:
+        place: Any = sites[0].place  # type: ignore[union-attr]
+        axes = args[position] if isinstance(args[position], list | tuple) else [args[position]]
+        return MIXED if None in axes or place.dim in {d % len(outs[0]) for d in axes} else place
+
+    return transformed
+
+
+def _pairs(sites: Sites, args: tuple, outs: list) -> Found:
+    """Complex numbers as pairs of real ones, on a last axis of their own, and back."""
+    return sites[0].place  # type: ignore[union-attr]
+
+
 def _images(sites: Sites, args: tuple, outs: list) -> Found:
     """An op on a batch of images: every argument with samples has them in dimension 0."""
     places = {s.place for s in sites if s and s.place != REPLICATE}
@@ -490,8 +506,13 @@ PLACES: dict[Any, Callable[[Sites, tuple, list], Found]] = {
     **dict.fromkeys(
         (aten.max_pool2d_with_indices_backward.default, aten.avg_pool2d_backward.default,
          aten._adaptive_avg_pool2d_backward.default), _images),
+    **dict.fromkeys((aten._fft_r2c.default, aten._fft_c2r.default, aten._fft_c2c.default), _transform(1)),
+    **dict.fromkeys(
+        (aten.fft_fft.default, aten.fft_ifft.default, aten.fft_rfft.default, aten.fft_irfft.default, aten.fft_fft2.default,
+         aten.fft_ifft2.default, aten.fft_rfft2.default, aten.fft_irfft2.default), _transform(2)),
+    **dict.fromkeys((aten.view_as_real.default, aten.view_as_complex.default), _pairs),
     aten.gather.default: _gather,
-    aten.log_sigmoid_forward.default: _elementwise,
+    **dict.fromkeys((aten.log_sigmoid_forward.default, aten.polar.default, aten.complex.default), _elementwise),
     torch.ops.fxcurv.max_pool_columns.default: _max_pool_columns,
     torch.ops.fxcurv.syrk.default: _syrk,
     torch.ops.fxcurv.syrk_conv.default: _syrk_conv,

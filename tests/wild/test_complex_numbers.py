@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from case_tools import Net, param
+from oracle import Oracle
 from situations import numbers, parametrized
 from test_derivatives_inside import Inside
 from torch import Tensor, nn
@@ -152,6 +153,42 @@ def test_one_column_at_a_time() -> None:
     for field in ("diag_ggn_exact", "diag_h"):
         for name, value in getattr(exact, field).items():
             torch.testing.assert_close(getattr(found, field)[name], value.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["magnitudes", "filtered data"])
+def test_in_parts(name: str) -> None:
+    """`outputs=False`: a transform along another axis than the samples'."""
+    torch.manual_seed(0)
+    model, x, y = ROWS[name].built(4)
+    result = fxcurv.compile(model, MSE, [BatchGrad()], outputs=False)(x, y)
+    oracle = Oracle(model, MSE, x, y)
+    torch.testing.assert_close(result.grad_batch, dict(oracle.grad_batch()))
+
+
+def test_results_are_differentiated() -> None:
+    """By `create_graph`, through the writes that the derivative of a real spectrum makes."""
+    torch.manual_seed(0)
+    model, x, y = ROWS["magnitudes"].built(3)
+    result = fxcurv.compile(model, MSE, [BatchGrad()])(x, y, create_graph=True)
+    params = list(model.parameters())
+    plain = torch.autograd.grad(MSE(model(x), y), params, create_graph=True)
+    norm = lambda gradients: sum(g.square().sum() for g in gradients)  # noqa: E731
+    found, wanted = (torch.autograd.grad(norm(g), params) for g in (result.grad.values(), plain))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_noise_inside_is_refused() -> None:
+    """With the line of the noise, and the way out, which is served."""
+    noisy = lambda draw: lambda m, x: m.head(torch.fft.irfft(draw(torch.fft.rfft(m.body(x))), n=4))  # noqa: E731
+    x, y = torch.randn(3, 2), torch.randn(3, 2)
+    with pytest.raises(UnsupportedOpError, match="(?s)randn_like.*test_complex_numbers.*draws random numbers.*z.shape"):
+        fxcurv.compile(Net(noisy(lambda z: z + torch.randn_like(z)), **body()), MSE, [BatchGrad()])(x, y)
+    model = Net(noisy(lambda z: z + torch.randn(z.shape, dtype=z.dtype)), **body())
+    torch.manual_seed(1)
+    found = fxcurv.compile(model, MSE, [BatchGrad()])(x, y)
+    torch.manual_seed(1)
+    wanted = torch.autograd.grad(MSE(model(x), y), list(model.parameters()))
+    torch.testing.assert_close(list(found.grad.values()), list(wanted))
 
 
 def test_a_complex_output_is_refused() -> None:

@@ -115,6 +115,11 @@ CASES = {
     "softmax backward": (
         aten._log_softmax_backward_data.default, lambda: (t(S1, 2, N, 3), t(S1, 2, N, 3), -1, torch.float64), S1),
     "cumsum": (aten.cumsum.default, lambda: (t(S0, N, 3), 1), S0),
+    "spectrum": (aten._fft_r2c.default, lambda: (t(S0, N, 5), [1], 0, True), S0),
+    "spectrum over samples": (aten._fft_r2c.default, lambda: (t(S1, 5, N), [1], 0, True), MIXED),
+    "a spectrum of the data": (aten.fft_rfft.default, lambda: (t(S0, N, 5), None, 1, None), S0),
+    "a spectrum of images": (aten.fft_rfft2.default, lambda: (t(S0, N, 5, 4), None, [-2, -1], None), S0),
+    "pairs": (aten.view_as_complex.default, lambda: (t(S1, 3, N, 2),), S1),
     "searched": (aten.searchsorted.Tensor, lambda: (t(S0, N, 4), t(S0, N, 2)), S0),
     "searched over samples": (aten.searchsorted.Tensor, lambda: (t(S1, 3, N), t(S1, 3, N)), MIXED),
     "gather": (aten.gather.default, lambda: (t(S0, N, 3), 1, index((N, 2), 3)), S0),
