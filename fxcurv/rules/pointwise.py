@@ -119,6 +119,10 @@ def _silu_d2(x, y):
     return s * (1 - s) * (2 + x * (1 - 2 * s))
 
 
+# PyTorch's own derivative of hardsigmoid has it in single precision, for any dtype.
+_SIXTH = torch.tensor(1 / 6, dtype=torch.float32).item()
+
+
 def _hardswish_d1(x, y):
     return torch.where(x <= -3, 0.0, torch.where(x < 3, x / 3 + 0.5, 1.0))
 
@@ -167,7 +171,7 @@ PIECEWISE_LINEAR: dict[Callable, Callable] = {
     aten.relu6.default: lambda x, y: (x > 0) & (x < 6),
     aten.leaky_relu.default: lambda x, y, slope=0.01: torch.where(x > 0, x.new_ones(()), slope),
     aten.hardtanh.default: lambda x, y, lo=-1, hi=1: (x > lo) & (x < hi),
-    aten.hardsigmoid.default: lambda x, y: ((x > -3) & (x < 3)).to(x.dtype) / 6,
+    aten.hardsigmoid.default: lambda x, y: ((x > -3) & (x < 3)).to(x.dtype) * _SIXTH,
     aten.abs.default: lambda x, y: torch.sign(x),
     aten.threshold.default: lambda x, y, threshold, value: x > threshold,
 }

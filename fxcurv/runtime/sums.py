@@ -263,14 +263,15 @@ class _Sums:
         return torch.stack([t.to(found[0].device) for t in found]).amax() if found else None
 
     def of_jacobians(self, known: Jacobians) -> Iterator[Pair]:
-        rows = samples_first(known.cotangent, known.place).flatten(1)
+        rows = samples_first(known.cotangent, known.place).flatten()
         for e, field in self.asked(Jacobian):
             for name, j in field.items():
                 if name in known.products:
                     want = known.products[name]
                     flat = j.detach().reshape(-1, *want.shape)
-                    product = torch.tensordot(rows.reshape(-1), flat, 1)
-                    scale = torch.tensordot(rows.reshape(-1).abs(), flat.abs(), 1)
+                    wide = torch.promote_types(rows.dtype, flat.dtype)  # a model may return another dtype than its own
+                    product = torch.tensordot(rows.to(wide), flat.to(wide), 1)
+                    scale = torch.tensordot(rows.abs().to(wide), flat.abs().to(wide), 1)
                     yield self.pair(e, "times a cotangent", name, product, want, scale=scale)
 
 

@@ -196,7 +196,7 @@ def convnext() -> Parts:
     return image_classifier(model, 8)
 
 
-@model()
+@model("draws_in_its_dtype")
 def swin() -> Parts:
     """Attention in shifted windows."""
     model = made(

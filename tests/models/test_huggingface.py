@@ -52,6 +52,8 @@ def test_factors_in_training():
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype", "training"), covering(WORKING, DTYPES, [False, True]))
 def test_first_derivatives(name, dtype, training):
+    if training and "draws_in_its_dtype" in MODELS[name].tags:
+        dtype = torch.float64  # the oracle's: in another dtype, stochastic depth draws other numbers
     if training and "batch_norm" in MODELS[name].tags:
         with pytest.raises(MixedSamplesError, match="batch_norm"):
             checked(MODELS[name], ["first order"], dtype, training)

@@ -127,7 +127,7 @@ MODELS = {
     "repeated and split wrongly": (lambda h, i, e: torch.tanh(h.repeat(2, 1)).view(-1, 2, h.shape[1]).mean(1), REFUSED),
     "interleaved and back": (lambda h, i, e: h.repeat_interleave(2, 0).view(-1, 2, h.shape[1]).prod(1), RIGHT),
     "interleaved and split wrongly": (lambda h, i, e: h.repeat_interleave(2, 0).view(2, -1, h.shape[1]).prod(0), REFUSED),
-    "tiled": (lambda h, i, e: h.tile(2, 1)[: h.shape[0]], CAREFUL),
+    "tiled": (lambda h, i, e: h.tile(2, 1)[: h.shape[0]], RIGHT),
     "stacked in front": (lambda h, i, e: torch.stack([h, h * 2]).prod(0), RIGHT),
     "joined along the samples": (lambda h, i, e: torch.cat([h[1:], h[:1]]), REFUSED),
     "joined with itself": (lambda h, i, e: torch.cat([h, h])[1 : h.shape[0] + 1], REFUSED),

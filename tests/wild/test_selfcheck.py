@@ -601,3 +601,11 @@ def test_rounding_is_measured_beside_an_added_mask():
     (moved,) = seen
     assert 0 < moved["the loss"] < 1e-14
     assert 0 < moved["the gradient of 'key.bias'"] < 1e-15  # which is nothing but rounding
+
+
+def test_a_jacobian_of_an_output_in_another_dtype() -> None:
+    """A model in single precision that returns double precision: its products with a cotangent are compared."""
+    torch.manual_seed(0)
+    model, x, y = Net(lambda m, x: m.l(x).double(), l=nn.Linear(3, 2)), torch.randn(4, 3), torch.randn(4, 2).double()
+    found = fxcurv.compile(model, nn.MSELoss(), [Jacobian()])(x, y).jacobian["l.weight"]
+    torch.testing.assert_close(found[:, 0, 0].double(), x.double())
