@@ -15,7 +15,7 @@ import torch
 from torch import SymInt, Tensor, fx
 from torch.export import ExportedProgram
 
-from fxcurv.ir.emit import emit, signature
+from fxcurv.ir.emit import emit, signature, substitute
 from fxcurv.ir.graph import canonical_args, invoke
 from fxcurv.ir.origin import origin_of
 from fxcurv.ir.private import (
@@ -28,7 +28,6 @@ from fxcurv.ir.private import (
     schema_of,
 )
 from fxcurv.ir.program import Program
-from fxcurv.passes.normalize import substitute
 
 aten = torch.ops.aten
 _HIDDEN = torch.Tag.maybe_aliasing_or_mutating

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import operator
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import SymInt, Tensor, fx
 
 from fxcurv.ir import lengths, pieces
 from fxcurv.ir.graph import layout, mutates
+from fxcurv.ir.origin import locate
 from fxcurv.ir.placement import Placement, Shard
 from fxcurv.ir.private import (
     disable_fake_tensor_cache,
@@ -74,6 +76,19 @@ def call(program: Program, target: Any, *args: Any, origin: dict[str, Any] | Non
         node.meta["val"] = target.value(*fx.node.map_arg(args, lambda a: a.meta["val"]))
     node.meta["origin"] = dict(origin or {})
     return node
+
+
+def substitute(program: Program, node: fx.Node, new: Any) -> None:
+    """Replace a call by `new`, a tuple for an op of several outputs."""
+    if isinstance(new, tuple | list):
+        for user in list(node.users):
+            if user.target is not operator.getitem:
+                raise AssertionError(f"{locate(user)} reads a tuple as a whole")
+            program.replace(user, new[user.args[1]])
+            program.graph.erase_node(user)
+    else:
+        program.replace(node, new)
+    program.graph.erase_node(node)
 
 
 def number_of_samples(x: Tensor, dim: int) -> Any:

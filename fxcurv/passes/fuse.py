@@ -11,13 +11,13 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from fxcurv.ir.emit import emit
+from fxcurv.ir.emit import emit, substitute
 from fxcurv.ir.graph import canonical_args, descendants, invoke
 from fxcurv.ir.origin import module_path, origin_of
 from fxcurv.ir.placement import MIXED
 from fxcurv.ir.program import Program
 from fxcurv.passes.independence import independence, visit
-from fxcurv.passes.normalize import may_stay, say_in_others, substitute
+from fxcurv.passes.normalize import may_stay, say_in_others
 from fxcurv.rules.base import AGAIN, REWRITES
 from fxcurv.rules.fused import FUSED
 

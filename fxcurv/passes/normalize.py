@@ -8,15 +8,13 @@ lookup in every sample's own slice.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxcurv.errors import UnsupportedOpError
-from fxcurv.ir.emit import emit
+from fxcurv.ir.emit import emit, substitute
 from fxcurv.ir.graph import canonical_args, invoke, to_reshape
 from fxcurv.ir.origin import locate, origin_of
 from fxcurv.ir.private import OpOverload, decomposes, free_unbacked_symbols
@@ -140,19 +138,6 @@ def _is_float(node: fx.Node) -> bool:
     val = node.meta.get("val")
     vals = val if isinstance(val, tuple | list) else [val]
     return any(isinstance(v, Tensor) and v.is_floating_point() for v in vals)
-
-
-def substitute(program: Program, node: fx.Node, new: Any) -> None:
-    """Replace a call by `new`, a tuple for an op of several outputs."""
-    if isinstance(new, tuple | list):
-        for user in list(node.users):
-            if user.target is not operator.getitem:
-                raise AssertionError(f"{locate(user)} reads a tuple as a whole")
-            program.replace(user, new[user.args[1]])
-            program.graph.erase_node(user)
-    else:
-        program.replace(node, new)
-    program.graph.erase_node(node)
 
 
 def _select_heads(program: Program) -> None:

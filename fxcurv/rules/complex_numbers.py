@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import SymInt, Tensor, fx
 
 from fxcurv.errors import UnsupportedOpError
-from fxcurv.ir.emit import emit
+from fxcurv.ir.emit import emit, substitute
 from fxcurv.ir.graph import ancestors, canonical_args, dependent, is_tensor, layout, size_of, to_reshape
 from fxcurv.ir.origin import locate, origin_of
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
 from fxcurv.rules.base import Rule
 from fxcurv.rules.inplace import END, region
+from fxcurv.rules.shape import copied
 from fxcurv.rules.traits import random
 
 aten = torch.ops.aten
@@ -61,8 +62,8 @@ def fold(program: Program) -> None:
     """
     left: set[fx.Node] = set()
     while True:
-        trained = dependent(program.graph.nodes, list(program.params.values()))
-        spectra = {n for n in trained if _is_complex(n)}
+        spectra = {n for n in program.graph.nodes if _is_complex(n)}
+        spectra &= dependent(program.graph.nodes, program.params.values()) if spectra else set()
         first = next((n for n in program.graph.nodes if n in spectra and n not in left), None)
         if first is None:
             return
@@ -82,15 +83,11 @@ def unfold(program: Program) -> None:
     """Replace the nodes by their ops."""
     for node in [n for n in program.graph.nodes if isinstance(n.target, Region)]:
         new = emit(program, node.target, *node.args, origin=origin_of(node, "forward"), before=node)
-        for user in list(node.users):
-            program.replace(user, new[user.args[1]])
-            program.graph.erase_node(user)
-        program.graph.erase_node(node)
+        substitute(program, node, new)
     if program.options.create_graph:  # results are differentiated through what the derivatives write, too
         for node in [n for n in program.graph.nodes if n.target in _EQUATIONS and _is_complex(n)]:
             equation, origin = _EQUATIONS[node.target], origin_of(node, "propagate")
-            program.replace(node, emit(program, equation, *canonical_args(node), origin=origin, before=node))
-            program.graph.erase_node(node)
+            substitute(program, node, emit(program, equation, *canonical_args(node), origin=origin, before=node))
 
 
 def _is_complex(node: fx.Node) -> bool:
@@ -124,9 +121,9 @@ def _closed(program: Program, inside: set[fx.Node], spectra: set[fx.Node]) -> se
         inside = wider
 
 
-def _read_outside(program: Program, inside: Iterable[fx.Node]) -> list[fx.Node]:
+def _read_outside(program: Program, inside: set[fx.Node]) -> list[fx.Node]:
     """The nodes of a part that others read, or that are results, in the graph's order."""
-    inside, roots = {*inside}, {*program.roots()}
+    roots = {*program.roots()}
     return [n for n in program.graph.nodes if n in inside and (n in roots or not inside.issuperset(n.users))]
 
 
@@ -178,10 +175,6 @@ def _body(
     return body
 
 
-def _copy(x: Tensor, source: Tensor, non_blocking: bool) -> Tensor:
-    return source.to(x.dtype).expand(x.shape)
-
-
 def _slice(x: Tensor, source: Tensor, dim: int, start: int | None, end: int | None, step: int) -> Tensor:
     """By copies between the slices of `source` and zeros around them: `cat` and `index_copy` fix a symbolic size under `vmap`."""
     if (start or 0, step) == (0, 1) and (end is None or end >= END):
@@ -202,7 +195,7 @@ def _selected(x: Tensor, source: Tensor, dim: int, at: int) -> Tensor:
 
 # Writes, which PyTorch does not differentiate for complex numbers.
 _EQUATIONS: dict[Any, Callable] = {
-    aten.copy.default: _copy, aten.slice_scatter.default: _slice, aten.select_scatter.default: _selected,
+    aten.copy.default: copied, aten.slice_scatter.default: _slice, aten.select_scatter.default: _selected,
 }  # fmt: skip
 
 

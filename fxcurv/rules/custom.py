@@ -24,7 +24,7 @@ from torch import SymInt, Tensor, fx
 from torch.autograd.function import Function, once_differentiable
 
 from fxcurv.errors import CustomFunctionError, FxcurvError
-from fxcurv.ir.emit import MATERIALISED, emit, tracing
+from fxcurv.ir.emit import MATERIALISED, emit, substitute, tracing
 from fxcurv.ir.graph import canonical_args, dependent, has_floats, is_view, layout, mutates, size_of
 from fxcurv.ir.origin import locate, origin_of
 from fxcurv.ir.private import (
@@ -640,10 +640,4 @@ def inline(program: Program) -> None:
                 f"{locate(node)}\n",
             )
         new = emit(program, node.target, *node.args, origin=origin_of(node, "forward"), before=node)
-        if node.target.single:
-            program.replace(node, new)
-        else:
-            for user in list(node.users):
-                program.replace(user, new[user.args[1]])
-                program.graph.erase_node(user)
-        program.graph.erase_node(node)
+        substitute(program, node, new)

@@ -301,7 +301,8 @@ def _pad(x, pad, mode="constant", value=None):
 
 
 @rewrite(aten.copy.default)
-def _copy(x, source, non_blocking=False):
+def copied(x, source, non_blocking=False):
+    """`source` in place of what x holds."""
     return source.to(x.dtype).expand(x.shape)
 
 

@@ -210,10 +210,8 @@ class _Sums:
             for s, squares in self.asked(SumGradSquared):
                 for name in [name for name in field if name in squares and name in grads]:
                     mean, square = _squares(grads[name] / self.count), squares[name] / self.count
-                    known = {
-                        "scale": square,
-                        "allowed": tolerance(grads[name]) * _largest(mean),
-                    }  # it may be in half precision
+                    # the gradient may be in half precision
+                    known = {"scale": square, "allowed": tolerance(grads[name]) * _largest(mean)}
                     said = f"beside {s.savefield} and the gradient"
                     yield self.pair(e, said, name, field[name], square - mean, **known, power=2)
 
