@@ -44,10 +44,12 @@ def check_operator(operator, expected):
 
 
 QUICK = {"layer_norm", "loss_regularised"}
+# Others have their parts: two layers and two directions are twice the same, at four to six times the cost.
+ALIKE = {"lstm_two_layers_bidirectional_projected", "gru_two_layers_bidirectional", "transformer_sequence_first"}
 NAMES = [
     name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
     for name, case in CASES.items()
-    if "no_hessian" not in case.tags
+    if "no_hessian" not in case.tags and name not in ALIKE
 ]
 
 
