@@ -12,7 +12,8 @@ from fxcurv.ir.origin import locate
 from fxcurv.ir.placement import MIXED, PARTIAL, Shard, places_of
 from fxcurv.ir.program import Program
 
-PLACES_OF_MASK = torch.ops.aten.nonzero_static.default
+PLACES_OF_MASK = {torch.ops.aten.nonzero_static.default}
+SORT = {torch.ops.aten.sort.default, torch.ops.aten.sort.stable}
 # batch norm by the batch's own statistics, in evaluation mode as well
 NO_STATISTICS = torch.ops.aten._native_batch_norm_legit.no_stats
 
@@ -48,11 +49,13 @@ def mixing(program: Program) -> str | None:
 
 def _instead(node: fx.Node) -> str:
     """The way out that an op has of its own."""
-    if any(_is_of_mask(i) for i in node.all_input_nodes):
+    if any(_is_of(PLACES_OF_MASK, i) for i in node.all_input_nodes):
         return (
             "torch.where(m.unsqueeze(-1), f(h), h) for h[m] = f(h[m]), (loss * m).sum() / m.sum() for loss[m].mean(), and "
             "ignore_index for cross_entropy(f[m], y[m]), which keep every sample in its row; "
         )
+    if any(_is_of(SORT, i) for i in node.all_input_nodes):
+        return "samples in the order given (pack_padded_sequence has enforce_sorted=False); "
     if "batch_norm" not in locate(node):
         return ""
     if node.target is NO_STATISTICS:
@@ -60,11 +63,11 @@ def _instead(node: fx.Node) -> str:
     return "model.eval() or GroupNorm in place of batch norm in training mode; "
 
 
-def _is_of_mask(node: fx.Node) -> bool:
-    """Whether a value is made of the places where a mask is true."""
-    while node.op == "call_function" and node.target is not PLACES_OF_MASK and len(node.all_input_nodes) == 1:
+def _is_of(ops: set, node: fx.Node) -> bool:
+    """Whether a value is made of what one of these ops returns, and of nothing else."""
+    while node.op == "call_function" and node.target not in ops and len(node.all_input_nodes) == 1:
         (node,) = node.all_input_nodes
-    return node.target is PLACES_OF_MASK
+    return node.target in ops
 
 
 def _differentiated(targets: list[fx.Node]) -> list[fx.Node]:

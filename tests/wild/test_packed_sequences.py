@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import fxcurv
-from fxcurv.errors import ArgumentError, CaptureError
+from fxcurv.errors import ArgumentError, CaptureError, MixedSamplesError
 from fxcurv.extensions import BatchGrad
 
 LENGTHS, STEPS = (3, 2, 1, 2, 3), 3
@@ -267,3 +267,9 @@ def test_a_list_of_lengths_in_batches_of_other_sizes(capfd):
         for (name, _), g in zip(model.named_parameters(), want, strict=True):
             torch.testing.assert_close(result.grad[name], g)
     assert not capfd.readouterr().err
+
+
+def test_the_way_out_of_samples_sorted_by_hand():
+    model, y = SortedByHand(), torch.arange(3)
+    with pytest.raises(MixedSamplesError, match=r"samples in the order given \(.* has enforce_sorted=False\)"):
+        fxcurv.compile(model, F.cross_entropy, [BatchGrad()])(sentences(3), y)
