@@ -277,7 +277,7 @@ def solve(factors: Kronecker | Eigenbasis, vectors: Vectors, damping: float | tu
 
 
 def eigenbasis(factors: Kronecker | Eigenbasis, start: Eigenbasis | None = None, steps: int = 1) -> Eigenbasis:
-    """The block's eigenvectors and eigenvalues; eigenvalues that are negative by rounding become zero.
+    """The block's eigenvectors and eigenvalues; eigenvalues of a factor that are below its rounding become zero.
 
     Args:
         factors: of one parameter.
@@ -318,11 +318,19 @@ def _eigh(t: Tensor, start: Tensor | None = None, steps: int = 1) -> tuple[Tenso
     t = (t + t.mT) / 2
     if start is None:
         values, vectors = torch.linalg.eigh(t)
-        return values.clamp(min=0), vectors
+        return _without_rounding(values), vectors
     vectors = start
     for _ in range(steps):  # in descending order: the largest converge first
         vectors = torch.linalg.qr(t @ vectors[:, _quotients(t, vectors).argsort(descending=True)])[0]
-    return _quotients(t, vectors).clamp(min=0), vectors
+    return _without_rounding(_quotients(t, vectors)), vectors
+
+
+def _without_rounding(values: Tensor) -> Tensor:
+    """Eigenvalues of a matrix, zero where they are negative or within ten roundings of the largest one, which is their error."""
+    if not len(values):
+        return values
+    least = 10 * torch.finfo(values.dtype).eps * values.amax().clamp(min=0)
+    return torch.where(values <= least, torch.zeros_like(values), values)
 
 
 def _quotients(t: Tensor, vectors: Tensor) -> Tensor:
@@ -368,7 +376,7 @@ class Blocks(Mapping):
     """The block-diagonal matrix of several parameters' blocks, `Blocks(result.kfac)`: parameter name -> its factors.
 
     Vectors are dicts of tensors [*lead, *P] by name, or flat: [D], or columns [D, K], in the order of the names. Eigenvalues
-    are clamped at zero, so factors that are indefinite by rounding give no NaN.
+    below the rounding of a factor are zero: factors that are indefinite by it give no NaN, and singular ones no large numbers.
 
     Args:
         factors: a field of `KFAC`, `KFLR`, `KFRA` or `EKFAC`. Where a block is of a weight and its bias (`joint=True`),
@@ -472,7 +480,7 @@ class Blocks(Mapping):
         columns = v if v.ndim == 2 else v.unsqueeze(1)
         parts = columns.mT.split([prod(shape) for shape in self._shapes.values()], 1)
         named = {n: t.reshape(len(t), *s) for (n, s), t in zip(self._shapes.items(), parts, strict=True)}
-        found = torch.cat([t.flatten(1) for t in self._times(named).values()], 1).mT
+        found = torch.cat([t.reshape(len(t), prod(self._shapes[n])) for n, t in self._times(named).items()], 1).mT
         return found if v.ndim == 2 else found.squeeze(1)
 
     def _times(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -547,7 +555,8 @@ class Blocks(Mapping):
         w = self @ v
         if isinstance(v, Tensor):
             return (v * w).sum(0)
-        return sum((t * w[n]).flatten(t.ndim - len(self._shapes[n])).sum(-1) for n, t in v.items())
+        terms = ((t * w[n], self._shapes[n]) for n, t in v.items())
+        return sum(t.reshape(*t.shape[: t.ndim - len(shape)], prod(shape)).sum(-1) for t, shape in terms)
 
     def sample(self, count: int = 1, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Draws from N(0, self), [count, *P] by name; `inverse(damping).sample()` draws from the Laplace posterior."""
@@ -631,13 +640,21 @@ class Blocks(Mapping):
 
 
 def linear_operator(matrix: Any) -> Any:
-    """A `scipy.sparse.linalg.LinearOperator` of a matrix with `@`, `T`, `shape`, `dtype`, `device` (needs scipy)."""
+    """A `scipy.sparse.linalg.LinearOperator` of a matrix with `@`, `T`, `shape`, `dtype`, `device` (needs scipy).
+
+    Raises:
+        ArgumentError: for bfloat16, which scipy does not have.
+    """
+    import numpy as np
     from scipy.sparse.linalg import LinearOperator
 
+    if matrix.dtype == torch.bfloat16:
+        raise ArgumentError("scipy has no bfloat16: make the matrix of a model in float32")
     like = torch.empty(0, dtype=matrix.dtype)
 
     def times(m: Any) -> Callable[[Any], Any]:
-        return lambda x: (m @ torch.as_tensor(x).to(matrix.device, matrix.dtype)).cpu().numpy()
+        # of a copy, as scipy may pass arrays that are reversed or read-only, which tensors cannot share
+        return lambda x: (m @ torch.from_numpy(np.array(x)).to(matrix.device, matrix.dtype)).cpu().numpy()
 
     forward, back = times(matrix), times(matrix.T)
     return LinearOperator(

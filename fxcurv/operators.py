@@ -385,13 +385,15 @@ class Operator(Saved):
         return {name: out[name] for name in code.shapes}
 
     def _times_flat(self, v: Tensor) -> Tensor:
+        if not v.numel():  # no columns
+            return torch.zeros_like(v)
         code = self._code
         parts = torch.split(v, [prod(s) for s in code.shapes.values()])
         batched = v.ndim == 2
         named = {}
         for (name, shape), part in zip(code.shapes.items(), parts, strict=True):
             part = part.to(code.devices[name], code.dtypes[name])
-            named[name] = part.t().reshape(-1, *shape) if batched else part.reshape(shape)
+            named[name] = part.t().reshape(v.shape[1], *shape) if batched else part.reshape(shape)
         found = self._times(named, batched)
         flat = [t.reshape(t.shape[0], -1).t() if batched else t.flatten() for t in found.values()]
         return torch.cat([t.to(v.device, v.dtype) for t in flat])

@@ -51,7 +51,9 @@ class Projected(PerSample):
 
         Axis 0 counts the vectors; pass a single one as `v.unsqueeze(0)`. Autograd follows it.
         """
-        return {name: project(v.flatten(1), self.dim, self.key(name)) for name, v in vectors.items()}
+        return {
+            name: project(v.reshape(len(v), prod(v.shape[1:])), self.dim, self.key(name)) for name, v in vectors.items()
+        }
 
     def key(self, name: str) -> int:
         """The number from which the signs of a parameter are made."""

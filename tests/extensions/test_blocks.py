@@ -155,7 +155,27 @@ def test_what_blocks_refuse(result):
     singular = Kronecker([torch.tensor([1.0, 0.0, 2.0]).diag()], Arrangement((3,), (3,), (0,)))
     with pytest.raises(ArgumentError, match="singular"):
         Blocks({"bias": singular}).inverse()
+    for turn in torch.randn(40, 2, 2, generator=torch.Generator().manual_seed(0)).double():
+        one = turn[:1]
+        by_rounding = Kronecker([one.T @ one], Arrangement((2,), (2,), (0,)))
+        with pytest.raises(ArgumentError, match="singular"):
+            Blocks({"bias": by_rounding}).inverse()
+        assert Blocks({"bias": by_rounding}).logdet() == -torch.inf
     with pytest.raises(ArgumentError, match="not negative"):
         blocks.logdet(-1)
     with pytest.raises(ArgumentError, match="pass the field of KFAC"):
         Blocks(result.grad)
+
+
+def test_a_parameter_without_a_dimension_and_vectors_of_every_form():
+    arrangement, scale = Arrangement((2,), (2,), (0,)), Arrangement((), (1,), (0,))
+    blocks = Blocks(
+        {"scale": Kronecker([torch.tensor([[3.0]])], scale), "bias": Kronecker([torch.eye(2)], arrangement)}
+    )
+    full, v = torch.tensor([3.0, 1.0, 1.0]).diag(), torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    named = {"scale": v[0], "bias": v[1:].T}
+    close(blocks @ v, full @ v)
+    close((blocks @ named)["scale"], 3 * v[0])
+    close(blocks.quadratic(named), blocks.quadratic(v))
+    close(blocks.quadratic({"scale": v[0, 0], "bias": v[1:, 0]}), blocks.quadratic(v[:, 0]))
+    assert (blocks @ v[:, :0]).shape == (3, 0)

@@ -9,8 +9,9 @@ from torch import nn
 
 import fxcurv
 from fxcurv import linear
+from fxcurv.errors import ArgumentError
 from fxcurv.extensions import GGNMP, HMP, KFLR
-from fxcurv.kronecker import Blocks
+from fxcurv.kronecker import Arrangement, Blocks, Kronecker
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,10 @@ def test_they_have_what_others_ask_for(matrices):
         torch.testing.assert_close(a.adjoint() @ v, dense.T @ v, msg=name)
         assert np.allclose(a.to_scipy() @ v.numpy(), dense.numpy() @ v.numpy()), name
         assert np.allclose(a.to_scipy() @ np.eye(d), dense.numpy()) and a.to_scipy().dtype == np.float64, name
+        reversed_and_fixed = np.arange(d, dtype=float)[::-1]
+        reversed_and_fixed.flags.writeable = False
+        assert np.allclose(a.to_scipy() @ reversed_and_fixed, (dense @ v.flip(0)).numpy()), name
+        assert (a @ dense[:, :0]).shape == (d, 0), name
 
 
 def test_eigenvalues_by_scipy(matrices):
@@ -63,3 +68,9 @@ def test_the_estimators_of_curvlinops_take_them(matrices):
                     warnings.simplefilter("ignore")
                     found.append(getattr(curvlinops, estimate)(matrix, 18))
             torch.testing.assert_close(*found, msg=f"{estimate} of {name}")
+
+
+def test_scipy_has_no_bfloat16():
+    block = Blocks({"bias": Kronecker([torch.eye(2, dtype=torch.bfloat16)], Arrangement((2,), (2,), (0,)))})
+    with pytest.raises(ArgumentError, match="no bfloat16"):
+        block.to_scipy()
