@@ -85,7 +85,7 @@ class FxcurvInterface(CurvatureInterface):
 
     def _vector(self, field: dict[str, Tensor], lead: int = 0) -> Tensor:
         """The field's values side by side, [*lead, D], of the subnetwork if there is one."""
-        flat = torch.cat([t.flatten(lead) for t in field.values()], lead)
+        flat = torch.cat([t.reshape(*t.shape[:lead], prod(t.shape[lead:])) for t in field.values()], lead)
         return flat if self.subnetwork_indices is None else flat[..., self.subnetwork_indices]
 
     def jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:

@@ -63,3 +63,28 @@ def test_posteriors_are_the_same(likelihood, subset, structure, name):
 
 def _tensors(value):
     return value if isinstance(value, tuple) else (value,)
+
+
+class Scaled(nn.Module):
+    """A parameter without a dimension, at which laplace-torch's own diagonal raises."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(3, 2), nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x):
+        return self.layer(x) * self.scale
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["GGN", "EF", "Hessian"])
+def test_a_parameter_without_a_dimension(name):
+    from laplace import curvature
+
+    _, loader, _ = case("classification")
+    model, ours = Scaled(), getattr(plug, f"Fxcurv{name}")
+    found = fitted(model, loader, "classification", ours, "all", "full").H
+    wanted = fitted(model, loader, "classification", getattr(curvature, f"Curvlinops{name}"), "all", "full").H
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    diagonal = fitted(model, loader, "classification", ours, "all", "diag").H
+    torch.testing.assert_close(diagonal, found.diagonal(), rtol=1e-4, atol=1e-5)
