@@ -34,6 +34,7 @@ class Rows:
     def __init__(self, file: Path | None, axis: int):
         self.file, self.axis = file, axis
         self._parts: list[Tensor] = []
+        self._count = 0  # of rows in the parts
         self._shape: list[int] | None = None  # of one row
         self._dtype = ""
 
@@ -49,7 +50,8 @@ class Rows:
                 "data by shape, or pad it"
             )
         if self.file is None:
-            self._parts = [*self._kept(before), rows]
+            self._kept(before).append(rows)
+            self._count += len(rows)
             return
         rows = rows.cpu()
         array = (rows.float() if rows.dtype == torch.bfloat16 else rows).contiguous().numpy()
@@ -64,8 +66,8 @@ class Rows:
 
     def _kept(self, count: int) -> list[Tensor]:
         """The parts with the first `count` rows: the last batch may have failed after it was added here."""
-        while sum(map(len, self._parts)) > count:
-            self._parts.pop()
+        while self._count > count:
+            self._count -= len(self._parts.pop())
         return self._parts
 
     def _row_bytes(self) -> int:
@@ -127,6 +129,7 @@ class Rows:
             raise ArgumentError(f"the state has rows in {file}, which is not there: pass the same to=, or begin anew")
         rows = Rows(file, state["axis"])
         rows._shape, rows._dtype, rows._parts = state["shape"], state["dtype"], list(state["parts"])
+        rows._count = sum(map(len, rows._parts))
         if file is not None:
             rows._check_open()
         return rows

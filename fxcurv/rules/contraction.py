@@ -167,7 +167,8 @@ def _solve(a, b, left=True):
 
 @rewrite(aten.linalg_solve_ex.default)
 def _solve_ex(a, b, left=True, check_errors=False):
-    return tuple(torch.linalg.solve_ex(*_same_batch(a, b), left=left, check_errors=check_errors))
+    found = torch.linalg.solve_ex(*_same_batch(a, b), left=left, check_errors=check_errors).result
+    return found, torch.linalg.lu_factor_ex(a).info  # one for each matrix that is given
 
 
 @rewrite(aten.addmm.default)

@@ -254,6 +254,9 @@ def by_hand() -> dict[Any, list[tuple]]:
         aten.fill.Tensor: [(t(3, 4), t(1)[0])],
         aten.unflatten.int: [(t(3, 6), 1, [2, 3]), (t(3, 6), -1, [-1, 2])],
     }  # fmt: skip
+    one, several = 3 * torch.eye(3, dtype=torch.float64) + t(3, 3), 3 * torch.eye(3, dtype=torch.float64) + t(2, 3, 3)
+    for op in (aten.linalg_solve.default, aten.linalg_solve_ex.default):
+        out[op] = [(one, t(3)), (several, t(2, 3)), (one, t(2, 3, 4)), (several, t(3, 1)), (several, t(2, 4, 3), False)]
     steps = [t(3, 3), t(3, 3), t(3), t(3)] * 2
     for op in (aten.rnn_tanh.input, aten.rnn_relu.input):
         out[op] = [(t(4, 2, 3), t(4, 2, 3)[:2], steps, True, 2, 0.0, False, False, False)]

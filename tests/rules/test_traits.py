@@ -73,7 +73,7 @@ def by_hand() -> dict[Any, list[tuple]]:
             for r in (1, 2)
         ],
         aten.nll_loss2d_forward.default: [(t(2, 3, 1, 3), index[:, None] % 3, w, 1, -100) for w in (None, t(3).abs())],
-        aten.to.other: [(t(3, 2), t(2))],
+        aten.to.other: [(t(3, 2), t(2))], aten.type_as.default: [(t(3, 2), t(2))],
         aten.detach.default: [(t(3, 2),)], aten.prod.dim_int: [(t(3, 4, 2), 1), (t(3, 4), -1, True)],
         aten.logsumexp.default: [(t(3, 4, 2), [1])], aten.softmax.int: [(t(3, 4, 2), 1), (t(3, 4), -1)],
         aten.log_softmax.int: [(t(3, 4, 2), 1), (t(3, 4), -1)],
