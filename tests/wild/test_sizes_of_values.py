@@ -245,16 +245,16 @@ def test_individual_gradients_beside_a_number() -> None:
             torch.testing.assert_close(result.grad_batch[name][k], g)
 
 
-COUNTED = fxcurv.compile(Net(kept, **parts()), lambda f: f.square().sum(), [])
+KEPT = fxcurv.compile(Net(kept, **parts()), lambda f: f.square().sum(), [])
 
 
 @pytest.mark.slow
 def test_neither_inside_torch_compile_nor_exported() -> None:
     """There nothing compares the values."""
     with pytest.raises(Exception, match="ArgumentError: the model or loss makes a number"):
-        torch.compile(lambda x: COUNTED(x).loss, backend="eager")(torch.ones(4, 2))
+        torch.compile(lambda x: KEPT(x).loss, backend="eager")(torch.ones(4, 2))
     with pytest.raises(ArgumentError, match="makes a number of the data's values"):
-        COUNTED.export(torch.ones(4, 2))
+        KEPT.export(torch.ones(4, 2))
 
 
 REFUSED: dict[str, tuple[Any, str, str]] = {
