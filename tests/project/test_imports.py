@@ -117,6 +117,8 @@ NAMED = {
         "torch.ops.aten._native_batch_norm_legit.no_stats",
     ): "below rules/: the way out that a message names",
     ("ir/mixing.py", "torch.ops.aten.nonzero_static.default"): "the same",
+    ("ir/mixing.py", "torch.ops.aten.sort.default"): "the same",
+    ("ir/mixing.py", "torch.ops.aten.sort.stable"): "the same",
     ("ir/graph.py", "aten.view.default"): "below rules/: a view by sizes is copied as a reshape",
     ("ir/graph.py", "aten._unsafe_view.default"): "the same",
 }
