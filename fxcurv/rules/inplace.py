@@ -122,8 +122,7 @@ class WriteStrided(Strided):
 
 
 @register(
-    aten.index_put.default, aten.index_copy.default, aten.index_fill.int_Scalar, aten.index_fill.int_Tensor,
-    aten.diagonal_scatter.default,
+    aten.index_put.default, aten.index_copy.default, aten.index_fill.int_Scalar, aten.diagonal_scatter.default,
 )  # fmt: skip
 class Linear(Rule):
     """Jointly linear in all differentiable arguments; otherwise the fallback."""
@@ -132,6 +131,16 @@ class Linear(Rule):
 
     def linear(self, active):
         return True
+
+
+@register(aten.index_fill.int_Tensor)
+class Fill(Linear):
+    """y = x with one value at some places along an axis; PyTorch's derivative in the value has a size that the places decide."""
+
+    def transpose(self, call: Call, wrt, g):
+        x, dim, index, _ = call.args
+        filled = torch.zeros(x.shape, dtype=torch.bool, device=x.device).index_fill(dim, index, True)
+        return [g.masked_fill(filled, 0) if i == 0 else (g * filled).reshape(g.shape[0], x.numel()).sum(1) for i in wrt]
 
 
 @rewrite(aten.fill.Tensor)
