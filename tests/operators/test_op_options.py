@@ -46,6 +46,7 @@ def test_options(name, index):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")  # kl_div's own
+@pytest.mark.filterwarnings("ignore:torch.qr is deprecated")  # the database's own
 @pytest.mark.parametrize("name", INFOS)
 def test_every_op(name):
     """Each kind of model, the first one with second derivatives, by turns of samples; a refusal names the op or a line."""
