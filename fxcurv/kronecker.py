@@ -329,8 +329,8 @@ def _without_rounding(values: Tensor) -> Tensor:
     """Eigenvalues of a matrix, zero where they are negative or within ten roundings of the largest one, which is their error."""
     if not len(values):
         return values
-    least = 10 * torch.finfo(values.dtype).eps * values.amax().clamp(min=0)
-    return torch.where(values <= least, torch.zeros_like(values), values)
+    least = 10 * torch.finfo(values.dtype).eps * values.amax()
+    return torch.where(values <= least, 0, values)  # NaN stays
 
 
 def _quotients(t: Tensor, vectors: Tensor) -> Tensor:
