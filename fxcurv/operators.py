@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from fxcurv.errors import ArgumentError
 from fxcurv.ir.graph import takes_strides, to_reshape
+from fxcurv.ir.heap import uncollected
 from fxcurv.ir.private import compile_lock, make_fx, pytree, version_of
 from fxcurv.ir.program import Program
 from fxcurv.ir.ranks import summed
@@ -187,7 +188,7 @@ class EachBlock(Code):
 
     def _emitted(self, name: str) -> Parts | None:
         if name not in self._parts:
-            with compile_lock:
+            with compile_lock, uncollected():
                 self._parts[name] = self._parts[name] if name in self._parts else self._emit(name)
         return self._parts[name]
 

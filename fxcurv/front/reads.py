@@ -85,7 +85,8 @@ class Reads:
         self._written: dict[tuple[int, str], nn.Module] = {}
         self._born: dict[int, Any] = {}
         self._codes: dict[int, tuple[types.CodeType, list]] = {}
-        self._closed: list[tuple[types.CodeType, dict[str, Any]]] = []
+        self._closures: dict[int, types.FunctionType] = {}
+        self._running: list[types.FrameType] = []
         self._absent: list[Path] = []  # what was not there, unless a `__getattr__` of the module's found it elsewhere
         self._inner: set[int] = set()  # code of functions that this trace makes, whose closures are its own
         self._before: dict[int, Any] = {}  # what containers in closures were equal to before their function ran
@@ -165,7 +166,7 @@ class Reads:
                 self.add(path, MISSING)
             self.later(backwards())
             self._sort_writes()
-        self._codes, self._closed, self._before, self._born = {}, [], {}, {}
+        self._codes, self._closures, self._running, self._before, self._born = {}, {}, [], {}, {}
         self._inner = set()
 
     def later(self, functions: Iterable[Callable]) -> None:
@@ -199,7 +200,7 @@ class Reads:
         if new is not None and (instructions or code.co_filename == "<string>" or issubclass(type(new), nn.Module)):
             self._born[id(new)] = new
         elif instructions and (code.co_freevars or code.co_argcount):
-            self._record_frame(code, frame.f_locals, instructions)
+            self._record_frame(frame, instructions)
         return self._trace(frame, event, arg) if self._trace is not None else None  # type: ignore[arg-type]
 
     def _on_import(self, frame: types.FrameType, event: str, arg: Any) -> Any:
@@ -213,11 +214,13 @@ class Reads:
             self._born[id(arg)] = arg
         return self._on_copy
 
-    def _record_frame(self, code: types.CodeType, local: dict[str, Any], instructions: list) -> None:
+    def _record_frame(self, frame: types.FrameType, instructions: list) -> None:
+        code, local = frame.f_code, frame.f_locals
         self._record_classes(code, local)
         if code.co_freevars:
             held = {name: local.get(name, MISSING) for name in code.co_freevars}
-            self._closed.append((code, held))
+            self._find_closures()
+            self._running.append(frame)
             for value in held.values() if id(code) not in self._inner else ():
                 if isinstance(value, CONTAINERS) and id(value) not in self._before:
                     self._before[id(value)] = frozen(value, tensors=False)
@@ -334,24 +337,38 @@ class Reads:
             if hasattr(value, "__wrapped__"):
                 self.of_code(value.__wrapped__)
 
-    def _record_closures(self) -> None:
-        """Record what the functions that ran read of their closures.
+    def _find_closures(self) -> None:
+        """Note the functions of the frames that have ended, and let go of those."""
+        found = [(frame, function_of(frame)) for frame in self._running]
+        self._closures |= {id(function): function for _, function in found if function is not None}
+        self._running = [frame for frame, function in found if function is None]
 
-        A frame does not show its function: it is one with this code whose cells hold what the frame saw.
-        """
-        codes = {id(code): code for code, _ in self._closed}
-        if not codes:
-            return
-        for function in gc.get_referrers(*codes.values()):
-            if not isinstance(function, types.FunctionType) or not function.__closure__:
-                continue
-            cells = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
-            frames = [seen for code, seen in self._closed if code is function.__code__]
-            if not any(all(content(c) is seen[name] for name, c in cells.items()) for seen in frames):
-                continue
+    def _record_closures(self) -> None:
+        """Record what the functions that ran read of their closures."""
+        self._find_closures()
+        for function in (*self._closures.values(), *self._of_generators()):
+            cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
             self.of_code(function)
             for code in with_inner(function.__code__):  # a function made in it may have read them, and be gone
                 self._record_cells(cells, function.__qualname__, self._codes.get(id(code), (code, []))[1])
+
+    def _of_generators(self) -> list[types.FunctionType]:
+        """The functions of generators that are still at work, which hide theirs: whatever has the code of one.
+
+        Raises:
+            CaptureError: if the collector does not see it.
+        """
+        codes = {id(frame.f_code): frame.f_code for frame in self._running}
+        referring = gc.get_referrers(*codes.values()) if codes else []
+        found = [f for f in referring if isinstance(f, types.FunctionType)]
+        for code in codes.values():
+            if all(f.__code__ is not code for f in found):
+                raise CaptureError(
+                    f"the model or loss takes values from a generator of {code.co_qualname}, which reads its closure, and "
+                    "which gc.freeze() has hidden.\nWay out: call gc.unfreeze() before compiling, or pass the generator what it "
+                    "needs as arguments."
+                )
+        return found
 
     def _record_function(self, function: Any) -> None:
         """Record what a function that has not run yet will read, and what the functions that it names will."""
@@ -542,6 +559,12 @@ def _is_standard(name: str) -> bool:
 
 def _own_attribute(module: nn.Module, name: str) -> Any:
     return module.__dict__.get(name, MISSING)
+
+
+def function_of(frame: types.FrameType) -> types.FunctionType | None:
+    """The function that a frame ran, which is the frame's own once it has ended, and is the first that it refers to."""
+    functions = (f for f in gc.get_referents(frame) if isinstance(f, types.FunctionType) and f.__code__ is frame.f_code)
+    return next(functions, None)
 
 
 def content(cell: Any) -> Any:

@@ -23,6 +23,7 @@ from fxcurv.front.observers import refuse_observers
 from fxcurv.front.python_state import Path, reasons
 from fxcurv.front.requests import Autocast, Request, Subject, check_trainable
 from fxcurv.front.schedules import Schedule
+from fxcurv.ir.heap import uncollected
 from fxcurv.ir.private import compile_lock
 from fxcurv.ir.program import Program
 from fxcurv.ir.specialise import specialise
@@ -367,7 +368,7 @@ class Programs(Generic[M]):
     def captured(self, request: Request, numbers: tuple[Path, ...] = ()) -> Program:
         """Capture, and set what was requested; `numbers`: the places of Python floats that become inputs."""
         start = time.perf_counter()
-        with compile_lock:
+        with compile_lock, uncollected():
             program = self._trace(request, numbers)
         program.timings["capture"] = time.perf_counter() - start
         program.extensions, program.rules = self.extensions, self.options.rules
@@ -398,6 +399,7 @@ class Programs(Generic[M]):
         program.options = dataclasses.replace(program.options, alone=True)
         return passes.run(program, passes.ANALYSIS, self.options.debug, tell)
 
+    @uncollected()
     def _lower(self, request: Request, numbers: tuple[Path, ...] = ()) -> M:
         n = request.arguments.batch_size
         with progress(f"compiling {type(request.subject.model).__name__}") as tell:
