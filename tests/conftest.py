@@ -4,6 +4,8 @@
 A function that it does not name is run whole. What chose them is in README.md beside this file.
 """
 
+import gc
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 torch.set_num_threads(1)
 HERE = Path(__file__).parent
 FAST = json.loads((HERE / "fast.json").read_text())
+DONE = itertools.count(1)
 
 
 def pytest_runtest_setup(item):
@@ -24,7 +27,11 @@ def pytest_runtest_setup(item):
 
 
 def pytest_runtest_teardown(item):
+    """What tests leave in PyTorch's caches is some million objects at the end, which each collection would go through."""
     _forget_pieces(item)
+    if next(DONE) % 50 == 0:
+        gc.collect()
+        gc.freeze()
 
 
 def _forget_pieces(item):

@@ -82,17 +82,21 @@ class Rule:
         return floats(invoke(op, args))
 
     def transpose(self, call: Call, wrt: tuple[int, ...], g: Any) -> Sequence[Tensor]:
-        """Cotangents [V, *arg] of the arguments `wrt` from those of the output, [V, *y] (a tuple for several)."""
+        """Cotangents [V, *arg] of the arguments `wrt` from those of the output, [V, *y] (a tuple for several).
+
+        That of an output that is not read is None: its derivative may not exist where that of the others does.
+        """
         leaves, spec = pytree.tree_flatten(call.args)
+        g = g if isinstance(g, tuple) else (g,)
 
         def op(*xs):
-            return floats(invoke(call.op, pytree.tree_unflatten(replaced(leaves, wrt, xs), spec)))
+            return _read(floats(invoke(call.op, pytree.tree_unflatten(replaced(leaves, wrt, xs), spec))), g)
 
         _, pull = torch.func.vjp(op, *(leaves[i] for i in wrt))
-        g = g if isinstance(g, tuple) else (g,)
-        if g[0].shape[0] == 1:
-            return [t.unsqueeze(0) for t in pull(tuple(t.squeeze(0) for t in g))]
-        return torch.vmap(pull)(g)
+        given = _read(g, g)
+        if given[0].shape[0] == 1:
+            return [t.unsqueeze(0) for t in pull(tuple(t.squeeze(0) for t in given))]
+        return torch.vmap(pull)(given)
 
     def factors(self, call: Call, position: int, g: Any) -> Factor:
         """P of the argument at `position` in factored form; by default from the op's derivative, sample by sample."""
@@ -106,34 +110,42 @@ class Rule:
         def one(g_n, *slices_n):
             def op(h):
                 values = replaced(fixed, (*sharded, position), (*slices_n, h))
-                return floats(invoke(call.op, pytree.tree_unflatten(values, spec)))
+                return _read(floats(invoke(call.op, pytree.tree_unflatten(values, spec))), g)
 
             _, pull = torch.func.vjp(op, leaves[position])
             return torch.vmap(pull)(g_n)[0]
 
         alone = replaced(fixed, sharded, [s[0] for s in slices])
-        if serves_alone(call, alone, [t[0, 0] for t in g]):
+        if serves_alone(call, alone, [None if t is None else t[0, 0] for t in g]):
             with contextlib.suppress(*FAILURES):  # some ops fail on a single sample only in their backward
-                p = torch.vmap(one, in_dims=(1, *[0] * len(slices)))(g, *slices)
+                p = torch.vmap(one, in_dims=(1, *[0] * len(slices)))(_read(g, g), *slices)
                 return Explicit(p.movedim(0, 1))  # not by out_dims: vmap then expands a constant result wrongly
         return Explicit(_factor_by_one_hot(call, position, g))
 
 
-def _samples_first(call: Call, ys: Sequence[Tensor], lead: int = 0) -> tuple[Tensor, ...]:
-    """The op's outputs (behind `lead` axes) as [*lead, N, *slice]; an output without samples is expanded."""
-    places = call.outs or (call.place,) * len(ys)
-    pairs = list(zip(ys, places, strict=False))
-    sharded = [samples_first(y, p, lead) for y, p in pairs if isinstance(p, Shard)]
-    n = sharded[0].shape[lead]
-    found = iter(sharded)
+def _read(outputs: Sequence[Any], g: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Those of the outputs that have a cotangent."""
+    return tuple(y for y, cotangent in zip(outputs, g, strict=True) if cotangent is not None)
+
+
+def _samples_first(call: Call, ys: Sequence[Any], lead: int = 0) -> tuple[Any, ...]:
+    """The op's outputs (behind `lead` axes) as [*lead, N, *slice]; an output without samples is expanded, None is kept."""
+    places = (call.outs or (call.place,) * len(ys))[: len(ys)]
+    pairs = list(zip(ys, places, strict=True))
+    found = [y if y is None or not isinstance(p, Shard) else samples_first(y, p, lead) for y, p in pairs]
+    n = next(
+        y.shape[lead] if y is not None else samples_first(of_all, p).shape[0]
+        for y, of_all, p in zip(found, floats(call.y), places, strict=False)
+        if isinstance(p, Shard)
+    )
     return tuple(
-        next(found) if isinstance(p, Shard) else y.unsqueeze(lead).expand(*y.shape[:lead], n, *y.shape[lead:])
-        for y, p in pairs
+        y if y is None or isinstance(p, Shard) else y.unsqueeze(lead).expand(*y.shape[:lead], n, *y.shape[lead:])
+        for y, p in zip(found, places, strict=True)
     )
 
 
-def serves_alone(call: Call, leaves: Sequence[Any], like: Sequence[Tensor]) -> bool:
-    """Whether the op runs on one sample's slices, `leaves`, and gives outputs of the shapes of `like`.
+def serves_alone(call: Call, leaves: Sequence[Any], like: Sequence[Tensor | None]) -> bool:
+    """Whether the op runs on one sample's slices, `leaves`, and gives outputs of the shapes of `like`, where it is not None.
 
     It does not if another argument has an axis, or an index, that refers to the sample axis.
     """
@@ -144,23 +156,24 @@ def serves_alone(call: Call, leaves: Sequence[Any], like: Sequence[Tensor]) -> b
         out = floats(invoke(call.op, pytree.tree_unflatten(leaves, spec)))
     except FAILURES:
         return False
-    return [o.shape for o in out] == [t.shape for t in like]
+    return len(out) == len(like) and all(t is None or t.shape == o.shape for o, t in zip(out, like, strict=True))
 
 
-def _factor_by_one_hot(call: Call, position: int, g: tuple[Tensor, ...]) -> Tensor:
+def _factor_by_one_hot(call: Call, position: int, g: tuple[Any, ...]) -> Tensor:
     """P [V, N, *P] from cotangents `g` [V, N, *y]: the batch's transpose, of one sample's cotangents at a time."""
     leaves, spec = pytree.tree_flatten(call.args)
 
     def op(h):
         out = floats(invoke(call.op, pytree.tree_unflatten(replaced(leaves, [position], [h]), spec)))
-        return _samples_first(call, out)
+        return _read(_samples_first(call, out), g)
 
     _, pull = torch.func.vjp(op, leaves[position])
+    given = _read(g, g)
 
     def one(sample):
-        return torch.vmap(pull)(tuple(t * sample.view(-1, *[1] * (t.ndim - 2)) for t in g))[0]
+        return torch.vmap(pull)(tuple(t * sample.view(-1, *[1] * (t.ndim - 2)) for t in given))[0]
 
-    samples = torch.eye(g[0].shape[1], dtype=g[0].dtype, device=g[0].device)
+    samples = torch.eye(given[0].shape[1], dtype=given[0].dtype, device=given[0].device)
     return torch.vmap(one)(samples).movedim(0, 1)
 
 

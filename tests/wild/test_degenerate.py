@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from against_oracle import check
 from op_samples import canonical, differentiable, draws, floats, run, samples, t, tensors, with_leaves
+from oracle import Oracle
 from torch import nn
 
+import fxcurv
+from fxcurv.extensions import BatchGrad, DiagGGNExact
 from fxcurv.rules import REWRITES
 
 aten = torch.ops.aten
-INF = float("inf")
+INF, MSE = float("inf"), nn.MSELoss()
 
 
 def zeros(*shape):
@@ -152,3 +155,39 @@ def test_queries_that_attend_to_nothing(additive):
     x = torch.randn(3, 4, 4, dtype=torch.float64)
     x[..., 3] = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]])
     check(model, nn.CrossEntropyLoss(), x, torch.tensor([0, 2, 1]), kind="ce")
+
+
+NORMS = {
+    "spectral norm": lambda a: torch.linalg.matrix_norm(a, 2),
+    "nuclear norm": lambda a: torch.linalg.matrix_norm(a, "nuc"),
+    "singular values": lambda a: torch.linalg.svdvals(a)[..., 0],
+    "eigenvalues": lambda a: torch.linalg.eigvalsh(a).square().sum(-1),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("of", ["parameter", "samples", "inside"])
+def test_equal_singular_values(name, of):
+    """What nothing reads has no cotangent: the derivative of singular vectors does not exist there, that of values does."""
+    torch.manual_seed(0)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(2 * torch.eye(2)), nn.Linear(2, 2)
+
+        def forward(self, x):
+            if of == "parameter":
+                return self.b(x.flatten(1)[:, :2]) * NORMS[name](self.a)
+            if of == "samples":
+                return self.b.bias * NORMS[name](x @ self.a).unsqueeze(1)
+            return self.a * self.b(torch.func.grad(lambda a: NORMS[name](a).sum())(x))
+
+    model = Model().double()
+    x, y = torch.randn(3, 1, 1).double() * torch.eye(2).double(), torch.randn(3, 2, *[2] * (of == "inside")).double()
+    compiled = fxcurv.compile(model, MSE, [BatchGrad(), DiagGGNExact()] if of != "inside" else [BatchGrad()])
+    result, oracle = compiled(x, y), Oracle(model, MSE, x, y)
+    for field in ("grad", "grad_batch", "diag_ggn_exact")[: 3 if of != "inside" else 1]:
+        for key, expected in getattr(oracle, field)().items():
+            assert expected.isfinite().all()
+            torch.testing.assert_close(getattr(result, field)[key], expected, rtol=1e-9, atol=1e-12)

@@ -24,7 +24,7 @@ from torch import Tensor
 from fxcurv.ir.lengths import said
 from fxcurv.ir.placement import Shard, samples_back, samples_first
 from fxcurv.ir.private import pytree
-from fxcurv.rules.base import Rule
+from fxcurv.rules.base import Rule, floats
 from fxcurv.rules.call import Call
 
 # Entries of an intermediate tensor that may live beside M.
@@ -111,8 +111,7 @@ def _cotangent(rule: Rule, call: Call, step: Step, g: Tensor) -> Any:
         return g
     if type(rule).transpose is not Rule.transpose:
         return (g,)
-    floats = [(k, t) for k, t in enumerate(call.y) if isinstance(t, Tensor) and t.is_floating_point()]
-    return tuple(g if k == step.output else t.new_zeros(g.shape[0], *t.shape) for k, t in floats)
+    return tuple(g if k == step.output else None for k, t in enumerate(call.y) if floats(t))
 
 
 def _output(call: Call, step: Step) -> Tensor:

@@ -30,9 +30,10 @@ from fxcurv.ir.placement import Shard, samples_back, samples_first, shifted
 from fxcurv.ir.precision import widened
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import is_active, is_sharded
+from fxcurv.ir.traced import zeros_behind
 from fxcurv.quantity import GRADIENT, RESIDUAL, Group
-from fxcurv.rules.base import FAILURES, Rule, is_op, rule_of, serves_alone
-from fxcurv.rules.call import Call, call_of, place_of_outputs
+from fxcurv.rules.base import FAILURES, Rule, floats, is_op, rule_of, serves_alone
+from fxcurv.rules.call import Call, call_of, outputs_of, place_of_outputs
 from fxcurv.rules.loss import separate
 from fxcurv.walks.columns.stack import Stack, Walk, some
 from fxcurv.walks.loss import pairs_of
@@ -83,7 +84,12 @@ def _gradient(walk: Walk, node: fx.Node, stack: Stack) -> Any:
     start = sum(stack.columns[: stack.groups.index(GRADIENT)])
     of = sum(stack.columns)
     take = lambda n: emit(walk.program, _rows, n, start, of, origin=origin_of(node, "propagate"))  # noqa: E731
-    return tuple(map(take, stack.node)) if isinstance(stack.node, tuple) else take(stack.node)
+    if not isinstance(stack.node, tuple):
+        return take(stack.node)
+    rows = [n if n is None else take(n) for n in stack.node]
+    one = next(n for n in rows if n is not None)
+    of_floats = [y for y, val in zip(outputs_of(walk.program, node), node.meta["val"], strict=True) if floats(val)]
+    return tuple([emit(walk.program, zeros_behind, one, of_floats[k]) if n is None else n for k, n in enumerate(rows)])
 
 
 def _rows(t: Tensor, start: int, of: int) -> Tensor:
