@@ -20,6 +20,7 @@ import os
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -85,7 +86,7 @@ class Reads:
         self._written: dict[tuple[int, str], nn.Module] = {}
         self._born: dict[int, Any] = {}
         self._codes: dict[int, tuple[types.CodeType, list]] = {}
-        self._closures: dict[int, types.FunctionType] = {}
+        self._closures: dict[weakref.ref[types.FunctionType], None] = {}  # in the order of the calls
         self._running: list[types.FrameType] = []
         self._absent: list[Path] = []  # what was not there, unless a `__getattr__` of the module's found it elsewhere
         self._inner: set[int] = set()  # code of functions that this trace makes, whose closures are its own
@@ -338,15 +339,16 @@ class Reads:
                 self.of_code(value.__wrapped__)
 
     def _find_closures(self) -> None:
-        """Note the functions of the frames that have ended, and let go of those."""
+        """Note the functions of the frames that have ended, and let go of those: made in the forward pass, they end too."""
         found = [(frame, function_of(frame)) for frame in self._running]
-        self._closures |= {id(function): function for _, function in found if function is not None}
+        self._closures |= {weakref.ref(function): None for _, function in found if function is not None}
         self._running = [frame for frame, function in found if function is None]
 
     def _record_closures(self) -> None:
         """Record what the functions that ran read of their closures."""
         self._find_closures()
-        for function in (*self._closures.values(), *self._of_generators()):
+        living = [function for ref in self._closures if (function := ref()) is not None]
+        for function in (*living, *self._of_generators()):
             cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
             self.of_code(function)
             for code in with_inner(function.__code__):  # a function made in it may have read them, and be gone

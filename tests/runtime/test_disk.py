@@ -377,6 +377,22 @@ def test_closures_of_one_function(runs):
         assert bool(runs(Net(), smoothed(amount), (BatchGrad(),))[1]) == captured
 
 
+class Inner(Net):
+    """Makes a function in its forward pass, which reads what that holds."""
+
+    def forward(self, x):
+        factors = {"twice": 2.0}
+
+        def scaled(t):
+            return sum([t * factors[name] for name in factors])
+
+        return super().forward(scaled(x))
+
+
+def test_functions_that_end_with_the_forward_pass_are_no_state(runs):
+    assert [bool(runs(Inner())[1]) for _ in range(2)] == [True, False]
+
+
 @pytest.mark.slow
 def test_a_size_that_is_a_number(runs):
     """Batches of any size share a program that allows it, and none that does not."""
