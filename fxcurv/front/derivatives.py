@@ -28,7 +28,7 @@ from fxcurv.rules.base import AGAIN, FAILURES, Rule, rule_of
 from fxcurv.rules.call import Call
 from fxcurv.rules.custom import Custom
 from fxcurv.rules.registered import registered_as_functions
-from fxcurv.rules.traits import CUTS, random
+from fxcurv.rules.traits import APART, CUTS, random
 
 
 @torch.library.custom_op("fxcurv::derivative", mutates_args=())
@@ -230,7 +230,7 @@ class _Walk:
         y, g = value, gs[0]
         if isinstance(value.meta["val"], tuple | list):
             y = tuple([self._item(value, k, n) for k, n in enumerate(outputs)])
-            g = tuple([g for n, g in zip(y, gs, strict=True) if not general or n is not None and has_floats(n)])
+            g = self._fill_zeros(value, y, gs) if general else tuple(gs)
         try:
             return self.emit(rule.transpose, _call(value, y), wrt, g, of=value)
         except FxcurvError:
@@ -249,6 +249,14 @@ class _Walk:
         if kind.backward is not None and (kind.once or kind.keeps_inside):
             why = "is differentiated by the model or the loss itself, and PyTorch does not know the derivative of its backward"
             raise kind.refused(why, where=self._describe_place(value))
+
+    def _fill_zeros(self, value: fx.Node, outputs: Sequence[fx.Node | None], gs: Sequence[fx.Node | None]) -> tuple:
+        """Cotangents of all outputs with floating-point values, zeros (or None) where none arrived."""
+        some = next(g for g in gs if g is not None)
+        pairs = [(n, g) for n, g in zip(outputs, gs, strict=True) if n is not None and has_floats(n)]
+        if value.target in APART:
+            return tuple([g for _, g in pairs])
+        return tuple([self.emit(zeros_behind, some, n) if g is None else g for n, g in pairs])
 
     def _item(self, value: fx.Node, k: int, known: fx.Node | None) -> fx.Node | None:
         val = value.meta["val"][k]

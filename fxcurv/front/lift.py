@@ -223,6 +223,8 @@ def _bind(node, signature, exported, model, wrapped, names, constants, counts, a
 
 def _is_same_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same memory with the same layout."""
+    if a.layout is not torch.strided or b.layout is not torch.strided:
+        return a is b
     layouts = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (a, b)]
     return a.numel() > 0 and layouts[0] == layouts[1]
 

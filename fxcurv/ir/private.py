@@ -130,6 +130,7 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.ops.aten._fft_r2c": TRIED,
     "torch.ops.aten._fused_sdp_choice": TRIED,
     "torch.ops.aten._linalg_eigh": TRIED,
+    "torch.ops.aten._linalg_svd": TRIED,
     "torch.ops.aten._local_scalar_dense": TRIED,
     "torch.ops.aten._log_softmax": TRIED,
     "torch.ops.aten._log_softmax_backward_data": TRIED,

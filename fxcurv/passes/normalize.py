@@ -17,7 +17,7 @@ from fxcurv.errors import UnsupportedOpError
 from fxcurv.ir.emit import emit, substitute
 from fxcurv.ir.graph import canonical_args, invoke, to_reshape
 from fxcurv.ir.origin import locate, origin_of
-from fxcurv.ir.private import OpOverload, decomposes, free_unbacked_symbols
+from fxcurv.ir.private import OpOverload, decomposes, free_unbacked_symbols, pytree
 from fxcurv.ir.program import Program
 from fxcurv.ir.specialise import propagate_values
 from fxcurv.rules import REWRITES, RULES
@@ -36,6 +36,7 @@ def normalize(program: Program) -> Program:
     """See the module."""
     _drop_markers(program)
     _refuse_counts_of_values(program)
+    _refuse_sparse(program)
     logits(program)
     _say_idioms(program)
     registered_as_functions(program, program.graph.nodes)
@@ -78,6 +79,19 @@ _SIZE = (
     "makes a tensor whose size depends on values. Way out: keep all entries, as in torch.where(mask, f(x), x) for "
     "x[mask] = f(x[mask]), or (x * mask).sum() for x[mask].sum()."
 )
+
+
+def _refuse_sparse(program: Program) -> None:
+    """Refuse tensors of other layouts than strided ones, whose ops have no derivative sample by sample."""
+    for node in program.graph.nodes:
+        for value in (node, *node.all_input_nodes) if node.op == "call_function" else ():
+            layouts = {t.layout for t in pytree.tree_leaves(value.meta.get("val")) if isinstance(t, Tensor)}
+            for layout in layouts - {torch.strided}:
+                raise UnsupportedOpError(
+                    f"{locate(node)}\n{'gives' if value is node else 'reads'} a tensor of the layout {layout}, which is not "
+                    "supported. Way out: a dense one, made dense outside of the model, or its entries and their indices "
+                    "(index_add, gather, EmbeddingBag)."
+                )
 
 
 def _refuse_counts_of_values(program: Program) -> None:

@@ -84,7 +84,7 @@ class Rule:
     def transpose(self, call: Call, wrt: tuple[int, ...], g: Any) -> Sequence[Tensor]:
         """Cotangents [V, *arg] of the arguments `wrt` from those of the output, [V, *y] (a tuple for several).
 
-        That of an output that is not read is None: its derivative may not exist where that of the others does.
+        That of an output that is not read may be None (`traits.APART`).
         """
         leaves, spec = pytree.tree_flatten(call.args)
         g = g if isinstance(g, tuple) else (g,)

@@ -15,6 +15,11 @@ from fxcurv.rules.call import Call
 aten = torch.ops.aten
 
 
+def _no_cotangents(call: Call, g):
+    """Zero cotangents [V, *statistic] of the statistics beside y, because no differentiable op reads these."""
+    return [o.new_zeros(g.shape[0], *o.shape) for o in call.y[1:]]
+
+
 @register(aten._native_batch_norm_legit_no_training.default)
 class BatchNormEval(Rule):
     """y = (x - mean) / sqrt(var + eps) w + b with constant statistics: affine in x, channels in dimension 1."""
@@ -42,7 +47,7 @@ class BatchNormEval(Rule):
     def transpose(self, call: Call, wrt, g):
         x, weight, _, _, var, _, eps = call.args
         if tuple(wrt) != (0,):
-            return super().transpose(call, wrt, (g[0], *[None] * len(call.y[1:])))
+            return super().transpose(call, wrt, (g[0], *_no_cotangents(call, g[0])))
         scale = torch.rsqrt(var + eps)
         scale = scale if weight is None else scale * weight
         return [g[0] * self._channels(scale, x.ndim)]
@@ -166,7 +171,7 @@ class StatisticsBeside(LayerNorm):
     def transpose(self, call: Call, wrt, g):
         if tuple(wrt) == (self._flat_position(call, 0),):
             return super().transpose(call, wrt, g[0])
-        return Rule.transpose(self, call, wrt, (g[0], *[None] * len(call.y[1:])))
+        return Rule.transpose(self, call, wrt, (g[0], *_no_cotangents(call, g[0])))
 
     def factors(self, call: Call, position: int, g) -> Factor:
         return super().factors(call, position, g[0])

@@ -99,6 +99,18 @@ class Permute(Selection):
         return [g.permute(0, *(d + 1 for d in inverse))]
 
 
+@register(aten.roll.default)
+class Roll(Movement):
+    """y = x.roll(shifts, dims), without dims of all entries in a row; `torch.vmap` rolls what has no dimension over the rows."""
+
+    def transpose(self, call: Call, wrt, g):
+        x, shifts, dims = call.args
+        back = [-s for s in shifts]
+        if dims:
+            return [g.roll(back, [d % x.ndim + 1 for d in dims])]
+        return [g.reshape(g.shape[0], x.numel()).roll(back, 1).reshape(g.shape)]
+
+
 for _op in (aten.permute.default, aten.transpose.int, aten.t.default):
     register(_op, rule=Permute(_op))
 
@@ -293,9 +305,11 @@ def _pad(x, pad, mode="constant", value=None):
         return aten.pad.default(x, pad, mode, value)
     for k in range(len(pad) // 2):
         (low, high), d = pad[2 * k : 2 * k + 2], x.ndim - 1 - k
-        size = x.shape[d]
-        inner = x.narrow(d, max(-low, 0), size - max(-low, 0) - max(-high, 0))
-        ends = x.narrow(d, size - low, low) if low > 0 else None, x.narrow(d, 0, high) if high > 0 else None
+        inner = x.narrow(d, max(-low, 0), x.shape[d] - max(-low, 0) - max(-high, 0))
+        before = (
+            inner.narrow(d, inner.shape[d] - low, low) if low > 0 else None
+        )  # of what is not cropped, as in PyTorch
+        ends = before, inner.narrow(d, 0, high) if high > 0 else None
         x = torch.cat([t for t in (ends[0], inner, ends[1]) if t is not None], d)
     return x
 

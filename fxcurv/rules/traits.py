@@ -96,6 +96,10 @@ def plain_sum(node: fx.Node) -> bool:
     return node.target is aten.add.Tensor and canonical_args(node)[2] == 1
 
 
+# Where several values are equal, the derivative of one output does not exist, and that of the others does. A cotangent of zero
+# would give NaN; none does not. Other ops get zeros, as PyTorch's formulas of some drop what they have no first cotangent for.
+APART = {aten._linalg_svd.default, aten._linalg_eigh.default}
+
 # The output is zero for all inputs.
 ZEROS = {aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default}
 

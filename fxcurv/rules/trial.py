@@ -344,6 +344,9 @@ class Trial:
             out = self._outputs(new)
         except Exception as error:
             raise Uninformative(str(error)) from error
+        val = self.node.meta["val"]
+        if len(out) != (len(val) if isinstance(val, tuple | list) else 1):
+            raise Uninformative("at another batch size it gives another number of outputs")
         tensors = [o for o in out if isinstance(o, Tensor) and o.numel()]
         if any(o.isnan().all() or (self.domain is DOMAINS[0] and o.isnan().any()) for o in tensors):
             raise Uninformative("it gives no numbers")

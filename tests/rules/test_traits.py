@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fxcurv.kernels.max_pool_columns import max_pool_columns  # noqa: F401  (registers the op)
 from fxcurv.rules import RULES, bindings, split, traits, trial
 from fxcurv.rules.base import FALLBACK, rule_of
+from fxcurv.rules.call import Call
 
 MOST = 12
 """Entries of an argument that are changed one by one."""
@@ -340,6 +341,20 @@ def test_convolution():
         assert conv.groups == args[8]
         assert conv.stride == args[3] and conv.weight.meta["val"] is args[1]
     assert traits.convolution(node(aten.mm.default, (t(2, 3), t(3, 4)))) is None
+
+
+@each(traits.APART)
+def test_apart(op):
+    """At equal values, what is read alone has a derivative, which a cotangent of zero for the others makes NaN."""
+    x = torch.eye(3, dtype=torch.float64)
+    outputs, pull = torch.func.vjp(lambda x: tuple(FALLBACK.formula(op, canonical(op, (x,), {}))), x)
+    values = next(k for k, y in enumerate(outputs) if y.ndim == 1)
+    g = [torch.arange(1.0, 4).double() if k == values else torch.zeros_like(y) for k, y in enumerate(outputs)]
+    assert pull(tuple(g))[0].isnan().any()
+    alone = tuple(c.unsqueeze(0) if k == values else None for k, c in enumerate(g))
+    call = Call(op, canonical(op, (x,), {}), outputs, None, (None,), (None,))
+    (found,) = FALLBACK.transpose(call, (0,), alone)
+    torch.testing.assert_close(found[0].diagonal().sum(), g[values].sum())
 
 
 # ---- sums and zeros ------------------------------

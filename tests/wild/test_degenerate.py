@@ -60,6 +60,7 @@ def degenerate():
         aten.stack.default: [([t(0, 3), t(0, 3)], 1), ([zeros(()), t(1)[0]], 0)],
         aten.repeat.default: [(t(3, 4), [0, 2]), (t(1, 4), [3, 1]), (t(0, 4), [2, 2]), (t(1)[0], [2, 3])],
         aten.pad.default: [(t(2, 3, 1), [0, 0], "replicate"), (t(2, 3, 1), [2, 1], "replicate"), (t(2, 3, 2), [2, 2], "circular"),
+                           (t(2, 3, 4), [-1, 1], "circular"), (t(2, 1, 4, 4), [2, -1, -2, 1], "circular"),
                            (t(2, 3, 4), [0, 0], "circular"), (t(2, 3, 4), [-4, 0])],
         aten.copy.default: [(t(0, 3), t(0, 3)), (t(3, 4), t(1))],
         aten.block_diag.default: [([t(2, 0), t(1, 3)],), ([t(0)],), ([t(1)[0]],)],

@@ -11,7 +11,7 @@ from case_tools import Net
 from torch import Tensor, nn
 
 import fxcurv
-from fxcurv.errors import ExtensionError, FxcurvError, MixedSamplesError
+from fxcurv.errors import ExtensionError, FxcurvError, MixedSamplesError, UnsupportedOpError
 from fxcurv.extensions import KFAC, BatchGrad, DiagHessian
 
 MSE = nn.MSELoss()
@@ -72,3 +72,19 @@ def test_kronecker_factors_of_merged_samples_are_refused() -> None:
     model = fxcurv.compile(Net(pooled, body=nn.Linear(3, 2)), MSE, [KFAC()], sample_index=1)
     with pytest.raises(ExtensionError, match="KFAC is not defined with sample_index="):
         model((torch.randn(3, 3), torch.tensor([0, 0, 1]), torch.zeros(2)), torch.randn(2, 2))
+
+
+ADJACENCY = torch.eye(2).to_sparse()
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.body(x).to_sparse().to_dense(),
+        lambda m, x: torch.sparse.mm(ADJACENCY, m.body(x).T).T,
+        lambda m, x: m.body(x) @ ADJACENCY.to_dense(),
+    ],
+)
+def test_sparse_tensors_are_refused(forward: Any) -> None:
+    with pytest.raises(UnsupportedOpError, match=r"(?s)test_limits.*sparse_coo.*Way out"):
+        compiled(forward, [BatchGrad()])(torch.randn(4, 3), torch.randn(4, 2))

@@ -24,8 +24,9 @@ from torch import Tensor
 from fxcurv.ir.lengths import said
 from fxcurv.ir.placement import Shard, samples_back, samples_first
 from fxcurv.ir.private import pytree
-from fxcurv.rules.base import Rule, floats
+from fxcurv.rules.base import Rule
 from fxcurv.rules.call import Call
+from fxcurv.rules.traits import APART
 
 # Entries of an intermediate tensor that may live beside M.
 ROOM = 2**27
@@ -111,7 +112,9 @@ def _cotangent(rule: Rule, call: Call, step: Step, g: Tensor) -> Any:
         return g
     if type(rule).transpose is not Rule.transpose:
         return (g,)
-    return tuple(g if k == step.output else None for k, t in enumerate(call.y) if floats(t))
+    floats = [(k, t) for k, t in enumerate(call.y) if isinstance(t, Tensor) and t.is_floating_point()]
+    unread = lambda t: None if call.op in APART else t.new_zeros(g.shape[0], *t.shape)  # noqa: E731
+    return tuple(g if k == step.output else unread(t) for k, t in floats)
 
 
 def _output(call: Call, step: Step) -> Tensor:

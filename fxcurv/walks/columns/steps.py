@@ -15,10 +15,11 @@ from fxcurv.ir.origin import locate, origin_of
 from fxcurv.ir.placement import REPLICATE, Shard, shifted
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import is_active, place
-from fxcurv.ir.traced import in_dtype, sum_of
+from fxcurv.ir.traced import in_dtype, sum_of, zeros_behind
 from fxcurv.quantity import GRADIENT, Group
-from fxcurv.rules.base import FAILURES, Refused, Rule, floats, rule_of
-from fxcurv.rules.call import Call, call_of, place_of_outputs
+from fxcurv.rules.base import FAILURES, Refused, Rule, rule_of
+from fxcurv.rules.call import Call, call_of, outputs_of, place_of_outputs
+from fxcurv.rules.traits import APART
 from fxcurv.walks.columns import residuals as curvature
 from fxcurv.walks.columns.stack import Stack, Walk, merged, narrowed
 from fxcurv.walks.uses import Use, pull_back, select_group
@@ -50,7 +51,7 @@ def _by_kind(stacks: list[Stack]) -> list[list[Stack]]:
 
 
 def _tuple_stacks(walk: Walk, node: fx.Node) -> list[Stack]:
-    """Cotangents of an op with several outputs."""
+    """Cotangents of an op with several outputs: zeros, or None, where an output is not read."""
     outputs = walk.outputs.pop(node)
     sides = [
         {k: [s for s in stacks if s.per_sample is side] for k, stacks in outputs.items()} for side in (True, False)
@@ -74,9 +75,16 @@ def _join_outputs(given: dict[int, Stack], walk: Walk, node: fx.Node) -> list[St
 
 
 def _fill(walk: Walk, node: fx.Node, given: dict[int, fx.Node]) -> tuple:
-    """The cotangents, for the fallback of all differentiable outputs: None of what is not read."""
-    general = type(rule_of(node.target, walk.program.rules)).transpose is Rule.transpose
-    return tuple([given.get(k) for k, val in enumerate(node.meta["val"]) if k in given or general and floats(val)])
+    some = next(iter(given.values()))
+    rule = rule_of(node.target, walk.program.rules)
+    out = []
+    for k, val in enumerate(node.meta["val"]):
+        if k in given:
+            out.append(given[k])
+        elif type(rule).transpose is Rule.transpose and isinstance(val, Tensor) and val.is_floating_point():
+            y = outputs_of(walk.program, node)[k]
+            out.append(None if node.target in APART else emit(walk.program, zeros_behind, some, y))
+    return tuple(out)
 
 
 def _step(walk: Walk, node: fx.Node, stack: Stack) -> None:
