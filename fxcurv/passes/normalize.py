@@ -21,7 +21,7 @@ from fxcurv.ir.private import OpOverload, decomposes, free_unbacked_symbols, pyt
 from fxcurv.ir.program import Program
 from fxcurv.ir.specialise import propagate_values
 from fxcurv.rules import REWRITES, RULES
-from fxcurv.rules.base import SUMS
+from fxcurv.rules.base import SUMS, Refused
 from fxcurv.rules.complex_numbers import fold
 from fxcurv.rules.fused import FUSED
 from fxcurv.rules.idioms import IDIOMS
@@ -122,7 +122,10 @@ def rewritten(program: Program, nodes: Iterable[fx.Node], inside: bool = False) 
             continue
         args = canonical_args(node)
         fn = functools.partial(invoke, node.target, fn=fn)
-        new = emit(program, fn, args, origin=origin_of(node, "forward"), before=node)
+        try:
+            new = emit(program, fn, args, origin=origin_of(node, "forward"), before=node)
+        except Refused as error:
+            raise UnsupportedOpError(f"{locate(node)}\n{error}") from None
         substitute(program, node, new)
         changed = True
     return changed

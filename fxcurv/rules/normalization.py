@@ -9,7 +9,7 @@ import torch
 from fxcurv.contractions.factors import Explicit, Factor
 from fxcurv.ir import placement
 from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Shard, samples_first
-from fxcurv.rules.base import AGAIN, SUMS, Rule, register, rewrite
+from fxcurv.rules.base import AGAIN, SUMS, Refused, Rule, register, rewrite
 from fxcurv.rules.call import Call
 
 aten = torch.ops.aten
@@ -18,6 +18,18 @@ aten = torch.ops.aten
 def _no_cotangents(call: Call, g):
     """Zero cotangents [V, *statistic] of the statistics beside y, because no differentiable op reads these."""
     return [o.new_zeros(g.shape[0], *o.shape) for o in call.y[1:]]
+
+
+@rewrite(aten.native_batch_norm.default)
+def _native_batch_norm(x, weight, bias, mean, var, training, momentum, eps):
+    if not training:
+        return aten._native_batch_norm_legit_no_training.default(x, weight, bias, mean, var, momentum, eps)
+    if mean is not None or var is not None:
+        raise Refused(
+            "writes its running statistics, which nothing in its signature says. Way out: torch.nn.functional.batch_norm, or a "
+            "BatchNorm module"
+        )
+    return aten._native_batch_norm_legit.no_stats(x, weight, bias, True, momentum, eps)
 
 
 @register(aten._native_batch_norm_legit_no_training.default)

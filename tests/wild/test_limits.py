@@ -88,3 +88,16 @@ ADJACENCY = torch.eye(2).to_sparse()
 def test_sparse_tensors_are_refused(forward: Any) -> None:
     with pytest.raises(UnsupportedOpError, match=r"(?s)test_limits.*sparse_coo.*Way out"):
         compiled(forward, [BatchGrad()])(torch.randn(4, 3), torch.randn(4, 2))
+
+
+def test_an_op_that_writes_what_its_signature_does_not_say_is_refused() -> None:
+    statistics = {"mean": torch.zeros(2), "var": torch.ones(2)}
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return torch.native_batch_norm(m.body(x), None, None, m.mean, m.var, True, 0.1, 1e-5)[0]
+
+    model = Net(forward, body=nn.Linear(3, 2))
+    for name, value in statistics.items():
+        model.register_buffer(name, value)
+    with pytest.raises(UnsupportedOpError, match=r"(?s)native_batch_norm.*test_limits.*functional.batch_norm"):
+        fxcurv.compile(model, MSE, [DiagHessian()])(torch.randn(4, 3), torch.randn(4, 2))
