@@ -99,6 +99,10 @@ class Permute(Selection):
         return [g.permute(0, *(d + 1 for d in inverse))]
 
 
+for _op in (aten.permute.default, aten.transpose.int, aten.t.default):
+    register(_op, rule=Permute(_op))
+
+
 @register(aten.roll.default)
 class Roll(Movement):
     """y = x.roll(shifts, dims), without dims of all entries in a row; `torch.vmap` rolls what has no dimension over the rows."""
@@ -109,10 +113,6 @@ class Roll(Movement):
         if dims:
             return [g.roll(back, [d % x.ndim + 1 for d in dims])]
         return [g.reshape(g.shape[0], x.numel()).roll(back, 1).reshape(g.shape)]
-
-
-for _op in (aten.permute.default, aten.transpose.int, aten.t.default):
-    register(_op, rule=Permute(_op))
 
 
 @register(aten.expand.default)
@@ -306,11 +306,10 @@ def _pad(x, pad, mode="constant", value=None):
     for k in range(len(pad) // 2):
         (low, high), d = pad[2 * k : 2 * k + 2], x.ndim - 1 - k
         inner = x.narrow(d, max(-low, 0), x.shape[d] - max(-low, 0) - max(-high, 0))
-        before = (
-            inner.narrow(d, inner.shape[d] - low, low) if low > 0 else None
-        )  # of what is not cropped, as in PyTorch
-        ends = before, inner.narrow(d, 0, high) if high > 0 else None
-        x = torch.cat([t for t in (ends[0], inner, ends[1]) if t is not None], d)
+        # the ends are those of what is not cropped, as in PyTorch
+        before = [inner.narrow(d, inner.shape[d] - low, low)] if low > 0 else []
+        after = [inner.narrow(d, 0, high)] if high > 0 else []
+        x = torch.cat([*before, inner, *after], d)
     return x
 
 

@@ -36,9 +36,10 @@ from op_options import (
 from op_sweep import database, name_of
 
 INFOS = {name_of(info): info for info in database()}
-# what each is here for: curvature by the fallback, by a rule, statistics beside the output, indices
+# ops that were wrong, or ended in an error of PyTorch's
 QUICK = ("roll", "unsafe_chunk", "nn.functional.pad (circular)", "to_sparse")
 WRONG = {"as_strided_scatter": "PyTorch's derivative is that of the entries that the op overwrites"}
+# what each is here for: curvature by the fallback, by a rule, statistics beside the output, indices
 SOME = [("atan2", 1), ("nn.functional.glu", 1), ("native_layer_norm", 1), ("nn.functional.embedding_bag", 1)]
 
 
