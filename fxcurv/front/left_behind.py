@@ -39,6 +39,7 @@ class LeftBehind:
     Attributes:
         found: (what held a tensor of the trace, for a message; whether that depends on parameters or samples), once `restore`
             has run.
+        random: notes which random numbers are drawn.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -46,7 +47,7 @@ class LeftBehind:
         self._known = {id(m): m for m in modules}
         self._places: list[tuple[str, types.CodeType, Any, Any]] = []
         self._cached: list[Any] = []
-        self._random = PythonRandom()
+        self.random = PythonRandom()
         self._codes: dict[int, types.CodeType] = {}
         for m in list(self._known.values()):
             self._note(
@@ -107,7 +108,7 @@ class LeftBehind:
         if isinstance(value, _CACHED):
             self._cached.append(value)
             return
-        if self._random.note(f"the random numbers of {what}", value, lambda: self._line(code, what, "")):
+        if self.random.note(f"the random numbers of {what}", value, lambda: self._line(code, what, "")):
             return
         if isinstance(value, types.MethodType):
             self._note(what, code, value.__self__, depth)
@@ -163,7 +164,7 @@ class LeftBehind:
         for cached in self._cached:
             if holds_traced(gc.get_referents(cached), 3):
                 cached.cache_clear()  # which only costs time: a cached function gives the same again
-        self._random.restore()
+        self.random.restore()
 
     def check(self, error: BaseException | None = None) -> None:
         """Refuse what was found.
@@ -175,7 +176,7 @@ class LeftBehind:
             CaptureError: names the first.
         """
         if error is None:
-            self._random.check(self._codes.values())
+            self.random.check(self._codes.values())
         built = [text for text, depends in self.found if not depends]
         if built:
             raise CaptureError(

@@ -215,10 +215,25 @@ def _bind(node, signature, exported, model, wrapped, names, constants, counts, a
         if same:
             return Input("param", same[0])
         return Input("constant", target)
+    if name in {spec.arg.name for spec in signature.input_specs if spec.kind.name == "CUSTOM_OBJ"}:
+        raise _object_error(node)
     given = {"input": len(arguments.inputs), "target": len(arguments.targets)}
     kind = next((k for k, count in given.items() if counts[k] < count), "number")
     counts[kind] += 1
     return Input(kind, index=counts[kind] - 1)
+
+
+def _object_error(node: fx.Node) -> CaptureError:
+    """For an op that is given an object of C++, such as a generator of random numbers."""
+    user = next(iter(node.users))
+    kind = node.meta["val"].class_fqn
+    way_out = "compute what it gives outside of the model and the loss, and pass that as an input"
+    if kind.endswith("Generator"):
+        way_out = "leave out `generator=`, and call torch.manual_seed before the call; or draw outside, and pass that as an input"
+    return CaptureError(
+        f"op {user.target} takes a {kind}, whose state no program holds\n  {source_line(user.meta.get('stack_trace') or '')}\n"
+        f"Way out: {way_out}."
+    )
 
 
 def _is_same_memory(a: Tensor, b: Tensor) -> bool:

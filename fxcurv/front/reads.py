@@ -184,6 +184,7 @@ class Reads:
         if code is _IMPORT:
             self._importing, frame.f_trace_lines = True, False
             return self._on_import
+        self.left.random.on_call(frame)
         new_code = id(code) not in self._codes
         if new_code:
             watched = holds_state(code.co_filename) and code.co_name not in _OF_MODES

@@ -86,7 +86,8 @@ def frozen_random(op, args, y):
     return op, args, y
 
 
-# Its derivative is wrong there where x is not contiguous: finite differences say so (PyTorch 2.13). In-place writes are right.
+# Its gradient in x is that of the overwritten entries, and where x is not contiguous that in src is wrong too: so say finite
+# differences (PyTorch 2.13, `findings/as_strided_scatter_gradients.sh`). In-place writes are right.
 WRONG_IN_PYTORCH = {(aten.as_strided_scatter.default, 0), (aten.as_strided_scatter.default, 1)}
 
 

@@ -535,6 +535,75 @@ def test_random_numbers_of_python(name, where):
     assert states == now
 
 
+def seeded():
+    torch.manual_seed(0)
+    return torch.rand(())
+
+
+def forked():
+    with torch.random.fork_rng():
+        return torch.rand(())
+
+
+def set_back():
+    state = torch.get_rng_state()
+    value = torch.rand(())
+    torch.set_rng_state(state)
+    return value
+
+
+def seeded_by_the_generator():
+    torch.default_generator.manual_seed(3)
+    return torch.rand(())
+
+
+SEEDS = {
+    seeded: ("torch.random.manual_seed", "torch.manual_seed(0)"),
+    forked: ("torch.random.fork_rng", "with torch.random.fork_rng()"),
+    set_back: ("torch.random.set_rng_state", "torch.set_rng_state(state)"),
+    seeded_by_the_generator: ("torch.default_generator", "torch.default_generator.manual_seed(3)"),
+}
+
+
+@pytest.mark.parametrize("draw", SEEDS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("where", ["model", "loss"])
+def test_a_forward_pass_that_sets_the_random_state(draw, where):
+    """Its next call would draw the same numbers again, a program others."""
+    (x, y), model, loss = data(), mlp(), F.cross_entropy
+    if where == "loss":
+        loss = lambda f, t: F.cross_entropy(f, t) * draw()  # noqa: E731
+    else:
+        model[1].forward = lambda x: torch.tanh(x) * draw()
+    state = torch.get_rng_state()
+    with pytest.raises(CaptureError) as caught:
+        fxcurv.compile(model, loss, [], check=None)(x, y)
+    for words in (*SEEDS[draw], "which a program does not repeat", "test_side_effects.py", "Way out: call it before"):
+        assert words in str(caught.value)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_library_that_sets_the_random_state():
+    """`fork_rng(enabled=False)` does nothing, and PyTorch's own checkpointing forks only where it runs a forward pass again."""
+    model = mlp()
+    inner = model[1].forward
+
+    def forward(x):
+        with torch.random.fork_rng(enabled=False):
+            return torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=False)
+
+    model[1].forward = forward
+    right(fxcurv.compile(model, F.cross_entropy, [BatchGrad()]), mlp())
+
+
+def test_a_generator_of_its_own():
+    model, (x, y), generator = mlp(), data(), torch.Generator()
+    model[1].forward = lambda x: torch.tanh(x) * torch.rand(x.shape[1], generator=generator)
+    with pytest.raises(CaptureError) as caught:
+        fxcurv.compile(model, F.cross_entropy, [], check=None)(x, y)
+    for words in ("aten.rand.generator", "Generator", "test_side_effects.py", "Way out: leave out `generator=`"):
+        assert words in str(caught.value)
+
+
 def test_a_capture_draws_nothing_of_python():
     states = random.getstate(), np.random.get_state()[1].tolist()
     right(fxcurv.compile(mlp(), F.cross_entropy, [BatchGrad()]), mlp())
