@@ -141,10 +141,7 @@ def compile(  # noqa: A001
     check_loss_params(subject)
     check_trainable(subject)
     found = checked(extensions)
-    if loss is None:
-        names = ", ".join(type(e).__name__ for e in found if e.requires.needs_loss)
-        if names or not found:
-            raise ArgumentError(f"{names or 'the gradient'} needs a loss: pass one as the second argument")
+    _check_loss(loss, found)
     _check_samples(sample, sample_index, batch_dim)
     ranks = ranks_of(mesh, model, found, backend)
     if ranks is not None:
@@ -152,26 +149,13 @@ def compile(  # noqa: A001
     if not outputs:
         _check_in_turns(loss, found, backend, plain=sample == "sequence" and sample_index is None and ranks is None)
     options = Options(
-        outputs=outputs,
-        batch_dim=batch_dim,
-        split=split,
-        rules=dict(rules or {}),
-        update_buffers=update_buffers,
-        memory_budget=memory_budget,
-        check=check,
-        debug=debug,
-        params=hashable(params, ArgumentError, "compile"),
-        loss_params=subject.loss_params,
-        sample=sample,
-        sample_index=sample_index,
-        as_written=any(e.by_op for e in found),
-        lengths=outputs and _any_lengths(found, sample, sample_index, ranks),
-        dynamic_shapes=dynamic_shapes,
-        schedules=ranks is None and outputs,
-        ranks=ranks.name if ranks is not None else "" if outputs else IN_TURNS,
-        rank=ranks.rank if ranks is not None else 0,
-        size=ranks.size if ranks is not None else 1,
-    )
+        outputs=outputs, batch_dim=batch_dim, split=split, rules=dict(rules or {}), update_buffers=update_buffers,
+        memory_budget=memory_budget, check=check, debug=debug, params=hashable(params, ArgumentError, "compile"),
+        loss_params=subject.loss_params, sample=sample, sample_index=sample_index, as_written=any(e.by_op for e in found),
+        lengths=outputs and _any_lengths(found, sample, sample_index, ranks), dynamic_shapes=dynamic_shapes,
+        schedules=ranks is None and outputs, ranks=ranks.name if ranks is not None else "" if outputs else IN_TURNS,
+        rank=ranks.rank if ranks is not None else 0, size=ranks.size if ranks is not None else 1,
+    )  # fmt: skip
     compiled = Compiled(unwrapped(model), loss, found, options, Backend(backend, mode, dynamic), ranks)
     compiled.covered()
     return compiled
@@ -197,6 +181,13 @@ def _check_kinds(model: Any, loss: Any, memory_budget: Any, check: Any) -> None:
         raise ArgumentError(f"memory_budget={memory_budget!r}: pass a number of bytes")
     if check not in (None, "first", "always", "probe"):
         raise ArgumentError(f"check={check!r}: pass 'first', 'always', 'probe' or None")
+
+
+def _check_loss(loss: Any, found: Sequence[Extension]) -> None:
+    """Refuse to go without a loss where something needs one."""
+    names = ", ".join(type(e).__name__ for e in found if e.requires.needs_loss)
+    if loss is None and (names or not found):
+        raise ArgumentError(f"{names or 'the gradient'} needs a loss: pass one as the second argument")
 
 
 def _check_samples(sample: str, sample_index: Any, batch_dim: Any) -> None:

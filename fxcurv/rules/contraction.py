@@ -171,6 +171,55 @@ def _solve_ex(a, b, left=True, check_errors=False):
     return found, torch.linalg.lu_factor_ex(a).info  # one for each matrix that is given
 
 
+class _Exp(torch.autograd.Function):
+    """exp(A), with `_exp_along` for its derivatives, however often it is differentiated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a):
+        return torch.linalg.matrix_exp(a)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return _exp_along(ctx.saved_tensors[0].mT, g)
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return _exp_along(ctx.saved_tensors[0], tangent)
+
+
+def _exp_along(a: Tensor, b: Tensor) -> Tensor:
+    """The derivative of exp at A [..., n, n] in the direction B [..., n, n]: a block of the exponential of [[A, B], [0, A]].
+
+    The exponential is found by squaring: the larger B, the more squarings, each of which loses a bit. So B gets the size of one.
+    """
+    size = b.detach().abs().amax((-2, -1), keepdim=True)
+    size = torch.where(size > 0, size, 1)
+    a = a.expand(b.shape)
+    both = torch.cat([torch.cat([a, b / size], -1), torch.cat([torch.zeros_like(a), a], -1)], -2)
+    n = a.shape[-1]
+    return _Exp.apply(both)[..., :n, n:] * size
+
+
+@register(aten.linalg_matrix_exp.default)
+class MatrixExponential(Rule):
+    """exp(A) of square matrices A [..., n, n]; PyTorch's derivative loses digits where cotangents are large."""
+
+    name = "matrix exponential"
+
+    def formula(self, op, args):
+        return (_Exp.apply(args[0]),)
+
+    def transpose(self, call: Call, wrt, g):
+        return [_exp_along(call.args[0].mT, g)]
+
+
 @rewrite(aten.addmm.default)
 def _addmm(bias, a, b, beta=1, alpha=1):
     y = aten.mm.default(a, b)

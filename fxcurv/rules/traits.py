@@ -360,6 +360,17 @@ def extreme(op: Any, args: Sequence[Any]) -> bool:
     return op in EXTREMES or op in _NORMS and len(args) > 1 and args[1] in (math.inf, -math.inf)
 
 
+# Their results are found by repeated squaring: rounding grows with the argument, and is that of the largest entry.
+BY_SQUARING = {aten.linalg_matrix_exp.default}
+
+
+def rounding(op: Any, args: Sequence[Any], y: Tensor) -> Tensor:
+    """How far rounding may move each entry of a result `y`, in units of its dtype."""
+    if op in BY_SQUARING and y.numel():
+        return y.abs().amax() * args[0].abs().sum(-1).amax()
+    return y
+
+
 # ---- losses ------------------------------
 
 # Names of losses as they are captured, for losses without a rule of their own.

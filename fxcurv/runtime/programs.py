@@ -240,17 +240,11 @@ class Programs(Generic[M]):
                 if not other:
                     return made
                 numbers = other
-        if key[0].single and schedules:
-            for made in self._made.get((key[0]._replace(single=False), *key[1:]), []):
-                held = made.program.python.holds(modules) and not numbers_differ(made.program, request)
-                if held and self.one(made, request):
-                    self._made.setdefault(key, []).append(made)
-                    return made
         varying = self._varying_sizes(key, request) if schedules and self.options.lengths else ()
-        for made in self._serving_lengths(key, request, varying):
-            if made.program.python.holds(modules) and not numbers_differ(made.program, request):
-                self._made.setdefault(key, []).append(made)
-                return made
+        other_kind = self._of_another_kind(key, request, varying, schedules)
+        if other_kind is not None:
+            self._made.setdefault(key, []).append(other_kind)
+            return other_kind
         disk = self.folder if kept else None
         loaded = disk.find(request, key[0], self.extensions, self.options) if disk is not None else None
         if loaded is not None:
@@ -277,6 +271,19 @@ class Programs(Generic[M]):
         self._made.setdefault(key, []).append(new)
         setattr(self.named, f"program_{len(vars(self.named))}", new)
         return new
+
+    def _of_another_kind(self, key: Any, request: Request, varying: Varying, schedules: bool) -> M | None:
+        """A program that serves these arguments though it was made for several samples, or for other sizes."""
+        modules = request.subject.modules()
+
+        def holds(made: M) -> bool:
+            return made.program.python.holds(modules) and not numbers_differ(made.program, request)
+
+        if key[0].single and schedules:
+            for made in self._made.get((key[0]._replace(single=False), *key[1:]), []):
+                if holds(made) and self.one(made, request):
+                    return made
+        return next(filter(holds, self._serving_lengths(key, request, varying)), None)
 
     def _varying_sizes(self, key: Any, request: Request) -> Varying:
         """The sizes to make symbolic: those that the user declares, and those that alone differ from a known kind's."""

@@ -45,7 +45,7 @@ from fxcurv.ir.private import (
 )
 from fxcurv.ir.program import Program
 from fxcurv.passes.recycle import functional
-from fxcurv.rules.traits import extreme
+from fxcurv.rules.traits import extreme, rounding
 from fxcurv.rules.traits import random as is_random
 from fxcurv.runtime.bind import cuda_devices
 from fxcurv.runtime.bisect import first_difference
@@ -572,7 +572,7 @@ class _FixedDraws(TorchDispatchMode):
 
 
 class _Rounded(TorchDispatchMode):
-    """Moves every op's result by up to one unit of its dtype, to see how far rounding can move a value."""
+    """Moves every op's result as far as rounding may, to see how far rounding can move a value."""
 
     def __init__(self, seed: int):
         super().__init__()
@@ -587,17 +587,17 @@ class _Rounded(TorchDispatchMode):
             return out
         for t in pytree.tree_leaves(out):
             if isinstance(t, Tensor) and t.is_floating_point() and t.numel():
-                self._move(t)
+                self._move(t, rounding(func, args, t))
         return out
 
-    def _move(self, t: Tensor) -> None:
+    def _move(self, t: Tensor, units: Tensor) -> None:
         if any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape, strict=True)):
             return  # an expanded result has no memory of its own
         if t.device not in self.generators:
             self.generators[t.device] = torch.Generator(t.device).manual_seed(self.seed)
         wide = t.dtype if t.dtype in (torch.float32, torch.float64) else torch.float32
         noise = torch.rand(t.shape, generator=self.generators[t.device], device=t.device, dtype=wide) * 2 - 1
-        moved = t + t * noise * unit(t)
+        moved = t + units * noise * unit(t)
         # A mask's infinity, or largest number, would become NaN, and so would all that follows; a number of a mask or a
         # count is exact, and 1 - mask times the largest number shows it.
         exact = (t == t.round()) & (t.abs() < EXACT)

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -71,21 +71,11 @@ def call_on_ranks(
         MixedSamplesError: for a part whose samples interact.
         ArgumentError: for sharded parameters with `create_graph` or another backend than "eager".
     """
-
-    def drawn(ready: Ready | None) -> Sequence[int]:
-        """(digest of the program, seed, whether the caller gave the seed); the seed is 0 where nothing is sampled."""
-        if ready is None or all(i.kind != "seed" for i in ready.program.inputs):
-            return (ready.digest if ready is not None else 0), 0, 0
-        return ready.digest, int(seed_tensor(seed, generator, torch.device("cpu"))), seed is not None
+    drawn = functools.partial(_drawn, seed, generator)
+    plain = not (create_graph or prepare) and backend.name == "eager"
 
     def prepared() -> tuple[Request, Sharded, Ready | None, Any]:
-        if any(isinstance(t, DTensor) for t in pytree.tree_leaves((inputs, targets))):
-            raise ArgumentError("an input or target is a DTensor: pass this rank's own samples, x.to_local()")
-        sharded = stack.enter_context(stand_ins(subject.model, ranks))
-        if sharded.params and (create_graph or prepare or backend.name != "eager"):
-            raise ArgumentError(
-                "fully_shard with create_graph=True, torch.compile or another backend is not supported: drop one"
-            )
+        sharded = stack.enter_context(_sharded(ranks, subject, (inputs, targets), plain))
         request = programs.request(subject, inputs, targets, subject.autocast(), create_graph)
         request = dataclasses.replace(request, sharded=sharded.buckets)
         return request, sharded, programs.held(request), None if out is None else keep(out, create_graph, backend)
@@ -110,6 +100,26 @@ def call_on_ranks(
                 result = call.run(kept, out)
     programs.latest = made
     return result
+
+
+def _drawn(seed: int | Tensor | None, generator: torch.Generator | None, ready: Ready | None) -> Sequence[int]:
+    """(digest of the program, seed, whether the caller gave the seed); the seed is 0 where nothing is sampled."""
+    if ready is None or all(i.kind != "seed" for i in ready.program.inputs):
+        return (ready.digest if ready is not None else 0), 0, 0
+    return ready.digest, int(seed_tensor(seed, generator, torch.device("cpu"))), seed is not None
+
+
+@contextlib.contextmanager
+def _sharded(ranks: Ranks, subject: Subject, arguments: tuple, plain: bool) -> Iterator[Sharded]:
+    """While it is entered, sharded parameters have stand-ins; `plain`: whether the call is one that they may have."""
+    if any(isinstance(t, DTensor) for t in pytree.tree_leaves(arguments)):
+        raise ArgumentError("an input or target is a DTensor: pass this rank's own samples, x.to_local()")
+    with stand_ins(subject.model, ranks) as sharded:
+        if sharded.params and not plain:
+            raise ArgumentError(
+                "fully_shard with create_graph=True, torch.compile or another backend is not supported: drop one"
+            )
+        yield sharded
 
 
 def to_check(ready: Ready | None) -> bool:

@@ -140,9 +140,12 @@ def sampled(c: Checked) -> list[str]:
     return []
 
 
-def drawn_columns(c: Checked, roots: Named) -> Tensor:
-    """The columns [M, N, C] behind a `sqrt_ggn_mc`; for cross-entropy those of labels, whatever noise their inverse has."""
-    columns = c.oracle.recover(roots).columns
+def drawn_columns(c: Checked, roots: Named) -> tuple[Tensor, bool]:
+    """The columns [M, N, C] behind a `sqrt_ggn_mc`, and whether no others give the same root.
+
+    For cross-entropy they are those of labels, whatever noise their inverse has.
+    """
+    columns, only = c.oracle.recover(roots).columns, determined(c.oracle.jac)
     if c.oracle.kind == "ce":
         p, scale, index = c.oracle.ce_scale
         weight = (scale / len(columns)).clamp(min=0).sqrt()
@@ -150,19 +153,39 @@ def drawn_columns(c: Checked, roots: Named) -> Tensor:
         labels = (p - shaped / weight[..., None]).nan_to_num().argmax(-1)
         j = torch.cat([v.flatten(2) for v in c.oracle.jac.values()], 2)[:, index].unflatten(1, p.shape[1:])
         wanted = torch.cat([roots[k].flatten(2) for k in c.oracle.jac], 2)
-        for _ in range(5):
-            for s in range(p.shape[1]):  # the label that is best given those at the other positions
-                exact = weight[..., None] * (p - torch.nn.functional.one_hot(labels, p.shape[-1]))
-                rest = wanted - torch.einsum("nskp,vnsk->vnp", j, exact)
-                rest = rest + torch.einsum("nkp,vnk->vnp", j[:, s], exact[:, :, s])
-                every = weight[:, s, None, None] * (p[:, s, None] - torch.eye(p.shape[-1]).to(p))
-                options = torch.einsum("nkp,nlk->nlp", j[:, s], every)
-                labels[:, :, s] = (rest[:, :, None] - options).square().sum(-1).argmin(-1)
+        labels, only = best_labels(p, weight, j, wanted, labels)
         exact = weight[..., None] * (p - torch.nn.functional.one_hot(labels, p.shape[-1]))
         columns = exact.flatten(2)[:, :, index.argsort()]
     expected = {k: torch.einsum("nc...,vnc->vn...", v, columns) for k, v in c.oracle.jac.items()}
     c.same(roots, expected, "sqrt_ggn_mc")
-    return columns
+    return columns, only
+
+
+def best_labels(p: Tensor, weight: Tensor, j: Tensor, wanted: Tensor, labels: Tensor) -> tuple[Tensor, bool]:
+    """The labels [M, N, S] whose root is the nearest to `wanted` [M, N, P], and whether no others are as near.
+
+    All are tried if these are few (positions that a model averages may exchange theirs), else each given the others.
+    p: probabilities [N, S, C]; weight: of a position's column [N, S]; j: Jacobians of the logits [N, S, C, P]; labels: to begin
+    with.
+    """
+    positions, classes = p.shape[1:]
+    one = torch.eye(classes).to(p)
+    # the root of every label at every position
+    every = torch.einsum("ns,nskp,nslk->nslp", weight, j, p[:, :, None] - one)
+    if classes**positions <= 4096:
+        tables = torch.cartesian_prod(*[torch.arange(classes)] * positions).reshape(-1, positions)
+        roots = sum(every[:, s, tables[:, s]] for s in range(positions))  # [N, tables, P]
+        far = torch.stack([(w[:, None] - roots).norm(dim=-1) for w in wanted]) / wanted.norm(dim=-1).max().clamp(
+            min=1e-4
+        )
+        second = far.sort(-1).values[..., 1:2]
+        return tables[far.argmin(-1)], bool((second > 1e-4).all())
+    for _ in range(5):
+        for s in range(positions):
+            chosen = torch.stack([every[torch.arange(len(p)), t, labels[:, :, t]] for t in range(positions) if t != s])
+            rest = wanted - chosen.sum(0)
+            labels[:, :, s] = (rest[:, :, None] - every[:, s]).square().sum(-1).argmin(-1)
+    return labels, True
 
 
 def determined(jacobians: Named) -> bool:
@@ -175,8 +198,9 @@ def determined(jacobians: Named) -> bool:
 def kronecker(c: Checked) -> list[str]:
     """Factors by the definition: those of layers, of biases, exact blocks; returns weights that are no layer's."""
     roots = {"kflr": c.oracle.sqrt_ggn_exact(), "kfac": {k: v.double() for k, v in c.result.sqrt_ggn_mc.items()}}
-    columns = {"kflr": c.oracle.columns, "kfac": drawn_columns(c, roots["kfac"])}
-    if c.oracle.kind != "ce" and not determined(c.oracle.jac):
+    drawn, only = drawn_columns(c, roots["kfac"])
+    columns = {"kflr": c.oracle.columns, "kfac": drawn}
+    if not only:
         del roots["kfac"]  # several columns give the same root
     # rounding that float32 leaves in all cotangents is large for those of a parameter that hardly matters
     noise = 0.0 if c.tolerance < 1e-6 else max(v.max().item() for v in c.oracle.diag_ggn_exact().values())

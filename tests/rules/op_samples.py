@@ -252,6 +252,7 @@ def by_hand() -> dict[Any, list[tuple]]:
         aten.index_fill.int_Scalar: [(t(3, 4), 1, torch.tensor([0, 2]), 1.5)],
         aten.index_fill.int_Tensor: [(t(3, 4), 1, torch.tensor([0, 2]), t(1)[0])],
         aten.fill.Tensor: [(t(3, 4), t(1)[0])],
+        aten.linalg_matrix_exp.default: [(t(3, 3),), (t(2, 3, 3),)],
         aten.unflatten.int: [(t(3, 6), 1, [2, 3]), (t(3, 6), -1, [-1, 2])],
     }  # fmt: skip
     one, several = 3 * torch.eye(3, dtype=torch.float64) + t(3, 3), 3 * torch.eye(3, dtype=torch.float64) + t(2, 3, 3)

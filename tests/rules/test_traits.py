@@ -589,6 +589,17 @@ def test_norms_that_are_extremes():
         assert traits.extreme(aten.linalg_vector_norm.default, (t(5), p)) is known
 
 
+@each(traits.BY_SQUARING)
+def test_rounding(op):
+    """In single precision, errors are those of the largest entry, times the argument's size, and no other op's."""
+    x = torch.tensor([[[3.0, 200.0], [-1.0, 1.0]], [[30.0, 2000.0], [-10.0, 10.0]]])
+    exact, found = op(x.double()), op(x)
+    errors = (found.double() - exact).abs() / torch.finfo(torch.float32).eps
+    assert (errors > 4 * exact.abs()).any()  # more than one unit of each entry
+    assert (errors <= traits.rounding(op, (x,), found)).all()
+    assert traits.rounding(aten.sum.default, (x,), found) is found
+
+
 @each(traits.LIKE_OTHER)
 def test_like_other(op):
     """The same for other values of the second argument, of the same shape and dtype."""
