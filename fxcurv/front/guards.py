@@ -12,6 +12,7 @@ import warnings
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
@@ -163,6 +164,8 @@ class Followed(TorchFunctionMode):
             return _of_number(*args, **(kwargs or {}))
         if func is torch.eye:
             return _eye(*args, **(kwargs or {}))
+        if func is _IN_PIECES:  # PyTorch's pieces compute the derivative ahead, of all samples
+            return func(*args, **{**(kwargs or {}), "options": None})
         if func in (torch.autograd.backward, torch.Tensor.backward):
             raise CaptureError(
                 f"the model or loss calls backward(), which writes to tensors' grad\n{running_line()}{_GRAD}"
@@ -189,6 +192,8 @@ def _eye(n, m=None, *, dtype=None, device=None, **named):
     same = torch.arange(n, device=device).unsqueeze(1) == torch.arange(m, device=device)
     return same.to(torch.get_default_dtype() if dtype is None else dtype)
 
+
+_IN_PIECES = getattr(F, "linear_cross_entropy", object())  # since PyTorch 2.13
 
 _GRAD = "Way out: torch.autograd.grad(y, x, create_graph=True), or torch.func.grad, vjp, jvp."
 
