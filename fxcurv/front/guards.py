@@ -9,6 +9,7 @@ import math
 import sys
 import traceback
 import warnings
+from typing import Any
 from unittest import mock
 
 import torch
@@ -193,7 +194,7 @@ def _eye(n, m=None, *, dtype=None, device=None, **named):
     return same.to(torch.get_default_dtype() if dtype is None else dtype)
 
 
-_IN_PIECES = getattr(F, "linear_cross_entropy", object())  # since PyTorch 2.13
+_IN_PIECES: Any = getattr(F, "linear_cross_entropy", object())  # since PyTorch 2.13
 
 _GRAD = "Way out: torch.autograd.grad(y, x, create_graph=True), or torch.func.grad, vjp, jvp."
 
