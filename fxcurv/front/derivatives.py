@@ -17,14 +17,14 @@ from torch import Tensor, fx
 
 from fxcurv.errors import CaptureError, FxcurvError
 from fxcurv.ir.emit import emit
-from fxcurv.ir.graph import ancestors, canonical_args, dependent, has_floats
+from fxcurv.ir.graph import ancestors, canonical_args, dependent, has_floats, holds_complex
 from fxcurv.ir.origin import locate, origin_of, running_line
 from fxcurv.ir.placement import REPLICATE
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
 from fxcurv.ir.traced import sum_of, zeros_behind
 from fxcurv.passes.normalize import rewritten
-from fxcurv.rules.base import AGAIN, FAILURES, Rule, rule_of
+from fxcurv.rules.base import AGAIN, FAILURES, FALLBACK, Rule, rule_of
 from fxcurv.rules.call import Call
 from fxcurv.rules.custom import Custom
 from fxcurv.rules.registered import registered_as_functions
@@ -222,6 +222,8 @@ class _Walk:
 
     def _transpose(self, value: fx.Node, wrt: tuple[int, ...], outputs: list, gs: list) -> Sequence[fx.Node]:
         rule = rule_of(value.target, AGAIN | self.program.rules)  # what it gives is differentiated once more
+        if any(map(holds_complex, (value, *value.all_input_nodes))):  # rules are formulas of real numbers
+            rule = value.target.rule if isinstance(value.target, Custom) else FALLBACK
         general = type(rule).transpose is Rule.transpose
         if isinstance(value.target, Custom):
             self._trace(value)

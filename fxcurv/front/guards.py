@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
-from fxcurv.errors import CaptureError, LossError
+from fxcurv.errors import CaptureError, LossError, UnsupportedOpError
 from fxcurv.front import wrapped
 from fxcurv.front.derivatives import gradients
 from fxcurv.front.numbers import read, reads
@@ -165,6 +165,11 @@ class Followed(TorchFunctionMode):
             return _of_number(*args, **(kwargs or {}))
         if func is torch.eye:
             return _eye(*args, **(kwargs or {}))
+        if func in _SPARSE:
+            raise UnsupportedOpError(
+                f"{running_line()}\ngives a tensor of a sparse layout ({func.__name__}), which is not supported. Way out: its "
+                "entries, written into a dense one by their indices (index_put, index_add)."
+            )
         if func is _IN_PIECES:  # PyTorch's pieces compute the derivative ahead, of all samples
             return func(*args, **{**(kwargs or {}), "options": None})
         if func in (torch.autograd.backward, torch.Tensor.backward):
@@ -194,6 +199,7 @@ def _eye(n, m=None, *, dtype=None, device=None, **named):
     return same.to(torch.get_default_dtype() if dtype is None else dtype)
 
 
+_SPARSE = (torch.sparse_coo_tensor, torch.sparse_csr_tensor, torch.sparse_csc_tensor, torch.sparse_compressed_tensor)
 _IN_PIECES: Any = getattr(F, "linear_cross_entropy", object())  # since PyTorch 2.13
 
 _GRAD = "Way out: torch.autograd.grad(y, x, create_graph=True), or torch.func.grad, vjp, jvp."

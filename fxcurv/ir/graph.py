@@ -93,10 +93,20 @@ def is_tensor(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
 
 
+def is_continuous(t: Tensor) -> bool:
+    """Whether a tensor holds floating-point or complex numbers, which have derivatives."""
+    return t.is_floating_point() or t.is_complex()
+
+
 def has_floats(node: fx.Node) -> bool:
-    """Whether a node's value holds floating-point tensors."""
+    """Whether a node's value holds numbers that have derivatives."""
     vals = pytree.tree_leaves(node.meta.get("val"))
-    return any(isinstance(v, Tensor) and v.is_floating_point() for v in vals)
+    return any(isinstance(v, Tensor) and is_continuous(v) for v in vals)
+
+
+def holds_complex(node: fx.Node) -> bool:
+    """Whether a node's value holds complex tensors."""
+    return any(isinstance(v, Tensor) and v.is_complex() for v in pytree.tree_leaves(node.meta.get("val")))
 
 
 def mutates(node: fx.Node) -> bool:

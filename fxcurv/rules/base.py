@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxcurv.contractions.factors import Explicit, Factor
-from fxcurv.ir.graph import invoke, replaced
+from fxcurv.ir.graph import invoke, is_continuous, replaced
 from fxcurv.ir.lengths import said
 from fxcurv.ir.placement import Placement, Shard, Site, samples_first
 from fxcurv.ir.private import OpOverload, pytree
@@ -179,7 +179,7 @@ def _factor_by_one_hot(call: Call, position: int, g: tuple[Any, ...]) -> Tensor:
 
 def floats(out: Any) -> tuple[Tensor, ...]:
     """The differentiable tensors among an op's outputs."""
-    return tuple(t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point())
+    return tuple(t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and is_continuous(t))
 
 
 class Refused(RuntimeError):

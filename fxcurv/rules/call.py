@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcurv.ir.graph import canonical_args
+from fxcurv.ir.graph import canonical_args, is_continuous
 from fxcurv.ir.origin import origin_of
 from fxcurv.ir.placement import REPLICATE, Placement, Shard
 from fxcurv.ir.private import pytree
@@ -72,7 +72,7 @@ def _places_of_floats(node: fx.Node) -> tuple[Placement, ...]:
     where, val = node.meta["place"], node.meta["val"]
     if not isinstance(where, list):
         return (where,)
-    return tuple(p for p, v in zip(where, val, strict=True) if isinstance(v, Tensor) and v.is_floating_point())
+    return tuple(p for p, v in zip(where, val, strict=True) if isinstance(v, Tensor) and is_continuous(v))
 
 
 def _size_at_one(program: Program, leaf: Any) -> int | None:

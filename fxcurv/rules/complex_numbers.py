@@ -18,11 +18,11 @@ from torch import SymInt, Tensor, fx
 
 from fxcurv.errors import UnsupportedOpError
 from fxcurv.ir.emit import emit, substitute
-from fxcurv.ir.graph import ancestors, canonical_args, dependent, is_tensor, layout, size_of, to_reshape
+from fxcurv.ir.graph import ancestors, canonical_args, dependent, holds_complex, is_tensor, layout, size_of, to_reshape
 from fxcurv.ir.origin import locate, origin_of
-from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
 from fxcurv.rules.base import Rule
+from fxcurv.rules.custom import Custom
 from fxcurv.rules.inplace import END, region
 from fxcurv.rules.shape import copied
 from fxcurv.rules.traits import random
@@ -58,7 +58,8 @@ def fold(program: Program) -> None:
     A part whose complex numbers leave it (the model's output) stays as it is.
 
     Raises:
-        UnsupportedOpError: for a part that draws random numbers, which its derivative would draw again.
+        UnsupportedOpError: for a part that draws random numbers, which its derivative would draw again; and for one that calls
+            a function with a backward of its own, which is followed through real numbers alone.
     """
     left: set[fx.Node] = set()
     while True:
@@ -68,15 +69,26 @@ def fold(program: Program) -> None:
         if first is None:
             return
         inside = _closed(program, _around(first, spectra), spectra)
-        if (draw := next((n for n in program.graph.nodes if n in inside and random(n.target)), None)) is not None:
-            raise UnsupportedOpError(
-                f"{locate(draw)}\ndraws random numbers between complex ones that depend on trained parameters. Way out: draw by "
-                "sizes alone, as in torch.randn(z.shape) for torch.randn_like(z), and dropout on z.real and z.imag."
-            )
+        _check([n for n in program.graph.nodes if n in inside])
         if any(_is_complex(n) for n in _read_outside(program, inside)):
             left.update(inside)
         else:
             _fuse(program, inside)
+
+
+def _check(nodes: list[fx.Node]) -> None:
+    """Refuse what has no derivative inside of a part."""
+    for node in nodes:
+        if random(node.target):
+            raise UnsupportedOpError(
+                f"{locate(node)}\ndraws random numbers between complex ones that depend on trained parameters. Way out: draw by "
+                "sizes alone, as in torch.randn(z.shape) for torch.randn_like(z), and dropout on z.real and z.imag."
+            )
+        if isinstance(node.target, Custom):
+            raise UnsupportedOpError(
+                f"{locate(node)}\nhas a backward of its own, between complex numbers that depend on trained parameters. Way out: "
+                "let it take and give real tensors (torch.view_as_real, and torch.view_as_complex inside of it)."
+            )
 
 
 def unfold(program: Program) -> None:
@@ -92,11 +104,7 @@ def unfold(program: Program) -> None:
 
 def _is_complex(node: fx.Node) -> bool:
     """Whether an op gives complex numbers."""
-    return node.op == "call_function" and _holds_complex(node)
-
-
-def _holds_complex(node: fx.Node) -> bool:
-    return any(isinstance(v, Tensor) and v.is_complex() for v in pytree.tree_leaves(node.meta.get("val")))
+    return node.op == "call_function" and holds_complex(node)
 
 
 def _around(node: fx.Node, spectra: set[fx.Node]) -> set[fx.Node]:
@@ -162,7 +170,7 @@ def _body(
     body = fx.Graph()
     env = {node: body.placeholder(f"x{k}") for k, node in enumerate(given)}
     for node in given:
-        if _holds_complex(node):
+        if holds_complex(node):
             env[node] = body.call_function(torch.view_as_complex, (env[node],))
     env |= {node: body.call_function(size_of, (env[n], d)) for node, (n, d) in sizes.items()}
     for node in nodes:
@@ -209,7 +217,7 @@ def _move_behind(last: fx.Node, readers: set[fx.Node]) -> None:
 
 def _as_real(program: Program, node: fx.Node, nodes: list[fx.Node]) -> fx.Node:
     """What the part of `nodes` gets of a value from outside of it."""
-    if not _holds_complex(node):
+    if not holds_complex(node):
         return node
     first = next(n for n in nodes if node in n.all_input_nodes)
     return emit(program, torch.view_as_real, node, origin=origin_of(node, "forward"), before=first)

@@ -25,7 +25,17 @@ from torch.autograd.function import Function, once_differentiable
 
 from fxcurv.errors import CustomFunctionError, FxcurvError
 from fxcurv.ir.emit import MATERIALISED, emit, substitute, tracing
-from fxcurv.ir.graph import canonical_args, dependent, has_floats, is_view, layout, mutates, size_of
+from fxcurv.ir.graph import (
+    canonical_args,
+    dependent,
+    has_floats,
+    is_continuous,
+    is_view,
+    layout,
+    mutates,
+    size_of,
+    to_reshape,
+)
 from fxcurv.ir.origin import locate, origin_of
 from fxcurv.ir.private import (
     OpOverload,
@@ -253,7 +263,7 @@ class Custom:
         ran.ctx.exchange(new)
         rows = iter(gs)
         given = [next(rows) if isinstance(t, Tensor) else None for t in ran.leaves]
-        given = [g if g is None or g.is_floating_point() else None for g in given]
+        given = [g if g is None or is_continuous(g) else None for g in given]
         back = _original(self.cls, "backward")
         found = back(ran.ctx, *given)
         found = found if isinstance(found, tuple | list) else (found,)
@@ -435,13 +445,13 @@ def _refuse_second_derivative(kind: Custom, grads: Sequence[Tensor | None], save
     Otherwise, in a backward that detaches these values, the second derivative would silently be zero.
     """
     error = kind.no_derivative(kind.once)
-    sums = [_stop(t, error).sum() for t in saved if t.is_floating_point()]
+    sums = [s.real if s.is_complex() else s for t in saved if is_continuous(t) for s in (_stop(t, error).sum(),)]
     zero = sum(torch.where(torch.ones_like(s, dtype=torch.bool), 0, s) for s in sums)
     return [g if g is None else g + zero.to(g.dtype) for g in grads]  # type: ignore[union-attr]
 
 
 def _stop(t: Tensor, error: Exception) -> Tensor:
-    return _Stop.apply(t, error) if t.is_floating_point() else t
+    return _Stop.apply(t, error) if is_continuous(t) else t
 
 
 # ---- capture ------------------------------
@@ -513,6 +523,7 @@ def _graph(program: Program, fn: Callable, vals: list[Any], origin: dict[str, An
     for node in gm.graph.nodes:
         if node.target is aten.sym_size.int:
             node.target = size_of  # works under vmap
+        to_reshape(node)  # as columns have other strides
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
@@ -603,8 +614,9 @@ def _seems_linear(program: Program, gm: fx.GraphModule, gs: list[fx.Node]) -> bo
         if not isinstance(val, Tensor):
             return program.batch.evaluate(val, n)
         shape = program.batch.shape(val, n)
-        if val.is_floating_point():
-            x = torch.randn(shape, dtype=torch.float64, generator=generator)
+        if is_continuous(val):
+            wide = torch.complex128 if val.is_complex() else torch.float64
+            x = torch.randn(shape, dtype=wide, generator=generator)
             return (x * scale).to(val.dtype).to(val.device)
         return torch.randint(0, 2, shape, generator=generator).to(val.dtype).to(val.device)
 

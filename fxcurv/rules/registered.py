@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fxcurv.errors import UnsupportedOpError
 from fxcurv.ir.emit import tracing
-from fxcurv.ir.graph import canonical_args, has_floats, invoke
+from fxcurv.ir.graph import canonical_args, has_floats, invoke, is_continuous
 from fxcurv.ir.origin import locate, origin_of
 from fxcurv.ir.private import OpOverload, has_autograd, pytree, registered_functions, schema_of
 from fxcurv.ir.program import Program
@@ -78,7 +78,7 @@ def _as_function(program: Program, node: fx.Node) -> None:
     if any(isinstance(v, torch.SymFloat | torch.SymBool) for v in pytree.tree_leaves(vals)):
         return
     with tracing(program, origin_of(node, "forward")):
-        vals = [v.detach().requires_grad_(v.is_floating_point()) if isinstance(v, Tensor) else v for v in vals]
+        vals = [v.detach().requires_grad_(is_continuous(v)) if isinstance(v, Tensor) else v for v in vals]
         kind = Custom(_function(node.target, tuple(args)), tuple(vals))
         given = [v for v in pytree.tree_leaves(leaves) if isinstance(v, fx.Node)]
         given.sort(key=lambda v: not isinstance(v.meta["val"], Tensor))  # tensors first; sorting keeps the order
@@ -145,7 +145,7 @@ def _by_autograd(op: OpOverload, lists: tuple[int | None, ...]) -> dict[str, Any
 
     @once_differentiable
     def backward(ctx, *gs):
-        xs = [x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x for x in ctx.inputs]
+        xs = [x.detach().requires_grad_(is_continuous(x)) if isinstance(x, Tensor) else x for x in ctx.inputs]
         with torch.enable_grad():
             out = invoke(op, _nested(lists, xs))
         ys = out if isinstance(out, tuple | list) else [out]

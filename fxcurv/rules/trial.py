@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcurv.ir.graph import ancestors, canonical_args, invoke, is_tensor
+from fxcurv.ir.graph import ancestors, canonical_args, invoke, is_continuous, is_tensor
 from fxcurv.ir.placement import MIXED, PARTIAL, Mixed, Partial, Placement, Shard, halves, samples_first
 from fxcurv.ir.private import OpOverload, pytree, schema_of
 from fxcurv.ir.program import Program
@@ -179,7 +179,7 @@ def _names(node: fx.Node) -> list[str]:
 
 
 def _is_index(leaf: Any) -> bool:
-    return is_tensor(leaf) and not leaf.meta["val"].is_floating_point()
+    return is_tensor(leaf) and not is_continuous(leaf.meta["val"])
 
 
 # ---- values that depend on no input ------------------------------
@@ -265,8 +265,18 @@ class Domain:
     floats: Callable[[tuple[int, ...], torch.Generator], Tensor]
     integer: int | None = None
 
+    def numbers(self, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        """Floats, or complex numbers of them."""
+        x = self.floats(shape, generator)
+        return (torch.complex(x, self.floats(shape, generator)) if dtype.is_complex else x).to(dtype)
+
 
 DOMAINS = (Domain(_normal), Domain(_positive), Domain(_positive, 1), Domain(_positive, 0))
+
+
+def _as_real(t: Tensor) -> Tensor:
+    """Integers, or complex numbers, as floats that differ where they do."""
+    return t.real.double() + 0.3 * t.imag.double() if t.is_complex() else t.double()
 
 
 class Trial:
@@ -291,15 +301,15 @@ class Trial:
             return leaf
         val = leaf.meta["val"]
         shape = self.program.batch.shape(val, self.n)
-        if val.is_floating_point():
-            return self.domain.floats(shape, generator).to(val.dtype).requires_grad_(leaf.meta["active"])
+        if is_continuous(val):
+            return self.domain.numbers(shape, val.dtype, generator).requires_grad_(leaf.meta["active"])
         if self.domain.integer is not None:
             return torch.full(shape, self.domain.integer, dtype=val.dtype)
         return torch.randint(0, 2, shape, generator=generator).to(val.dtype)
 
     def _draw_integers(self, generator: torch.Generator) -> None:
         """Replace integers by their values, if known, or by random ones from the largest range that the op accepts."""
-        integers = {i: v for i, v in enumerate(self.values) if isinstance(v, Tensor) and not v.is_floating_point()}
+        integers = {i: v for i, v in enumerate(self.values) if isinstance(v, Tensor) and not is_continuous(v)}
         fixed = {i: known(self.program, self.leaves[i], self.n) for i in integers} if self.exact else {}
         for i in integers:
             if i not in fixed and _alike(self.program, self.leaves[i]):
@@ -339,7 +349,7 @@ class Trial:
             generator = torch.Generator().manual_seed(self.seed + 200 + shift)
             for i in self.active:
                 x = self.values[i]
-                new[i] = new[i] + self.domain.floats(tuple(x.shape), generator).to(x.dtype)
+                new[i] = new[i] + self.domain.numbers(tuple(x.shape), x.dtype, generator)
         try:
             out = self._outputs(new)
         except Exception as error:
@@ -355,8 +365,8 @@ class Trial:
 
     def _redraw(self, i: int, place: Shard, samples: Sequence[int], generator: torch.Generator) -> Tensor:
         value = self.values[i]
-        if value.is_floating_point():
-            other = self.domain.floats(tuple(value.shape), generator).to(value.dtype)
+        if is_continuous(value):
+            other = self.domain.numbers(tuple(value.shape), value.dtype, generator)
         else:
             high = self.highs.get(i, 2)
             step = torch.randint(1, max(high, 2), value.shape, generator=generator)
@@ -388,7 +398,7 @@ class Trial:
         with torch.enable_grad():
             out = invoke(self.node.target, pytree.tree_unflatten(values, self.spec))
             out = list(out) if isinstance(out, tuple | list) else [out]
-            return [o if not isinstance(o, Tensor) or o.is_floating_point() else o.double() for o in out]
+            return [o if not isinstance(o, Tensor) or o.is_floating_point() else _as_real(o) for o in out]
 
 
 # ---- placements from what moved ------------------------------

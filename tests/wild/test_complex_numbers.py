@@ -85,6 +85,32 @@ def polar(m: Any, x: Tensor) -> Tensor:
     return m.head(torch.cat([z.real, z.imag], -1)) + z.angle().sum(-1, keepdim=True)
 
 
+class Power(torch.autograd.Function):
+    """The power spectrum, by complex numbers that nothing outside sees."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.fft.fft(x).abs().square()
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * torch.fft.ifft(torch.fft.fft(x) * g).real * x.shape[-1]
+
+
+def power(m: Any, x: Tensor) -> Tensor:
+    return m.head(torch.log1p(Power.apply(m.body(x))))
+
+
+def derived(m: Any, x: Tensor) -> Tensor:
+    """A derivative of complex numbers that the model takes itself."""
+    h = m.body(x)
+    energy = torch.fft.irfft(torch.fft.rfft(h) * m.weight.tanh(), n=4).pow(3).sum()
+    (force,) = torch.autograd.grad(energy, h, create_graph=True)
+    return m.head(force)
+
+
 def linear(m: Any, x: Tensor) -> Tensor:
     return m.head(m.body(x).tanh())
 
@@ -118,6 +144,8 @@ ROWS = {
         MSE, numbers(3, 2), numbers(2), ALL,
     ),
     "polar": Inside("", lambda: Net(polar, **body()), MSE, numbers(2), numbers(2), ALL),
+    "a custom function": Inside("", lambda: Net(power, **body()), MSE, numbers(2), numbers(2), ALL, quick=True),
+    "a derivative": Inside("", lambda: Net(derived, weight=param(3), **body()), MSE, numbers(2), numbers(2), ALL, quick=True),
     "a spectral loss": Inside("", lambda: Net(linear, **body()), spectral_loss, numbers(2), numbers(2), "first ggn hessian"),
 }  # fmt: skip
 
@@ -189,6 +217,23 @@ def test_noise_inside_is_refused() -> None:
     torch.manual_seed(1)
     wanted = torch.autograd.grad(MSE(model(x), y), list(model.parameters()))
     torch.testing.assert_close(list(found.grad.values()), list(wanted))
+
+
+def test_a_custom_function_between_complex_numbers_is_refused() -> None:
+    class Spectrum(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return torch.fft.fft(x)
+
+        @staticmethod
+        def backward(ctx, g):
+            return torch.fft.ifft(g).real * g.shape[-1]
+
+    model = Net(lambda m, x: m.head(Spectrum.apply(m.body(x)).abs()), **body())
+    with pytest.raises(
+        UnsupportedOpError, match="(?s)Spectrum.*test_complex_numbers.*a backward of its own.*view_as_real"
+    ):
+        fxcurv.compile(model, MSE, [BatchGrad()])(torch.randn(3, 2), torch.randn(3, 2))
 
 
 def test_a_complex_output_is_refused() -> None:

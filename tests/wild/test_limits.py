@@ -83,6 +83,9 @@ ADJACENCY = torch.eye(2).to_sparse()
         lambda m, x: m.body(x).to_sparse().to_dense(),
         lambda m, x: torch.sparse.mm(ADJACENCY, m.body(x).T).T,
         lambda m, x: m.body(x) @ ADJACENCY.to_dense(),
+        lambda m, x: F.linear(
+            x, m.body.weight + torch.sparse_coo_tensor(torch.tensor([[0], [2]]), m.body.bias[:1], (2, 3))
+        ),
     ],
 )
 def test_sparse_tensors_are_refused(forward: Any) -> None:
