@@ -413,7 +413,9 @@ MIXING = {aten._native_batch_norm_legit_functional.default, aten._native_batch_n
 
 
 def trained_statistics(op, args):
-    """Batch norm in training mode: capture never rewrites it."""
+    """Batch norm in training mode: capture never rewrites it, and refuses the native one that writes its statistics."""
+    if op is aten.native_batch_norm.default and args[5]:
+        return args[3] is not None or args[4] is not None
     return op is aten.batch_norm.default and args[5]
 
 

@@ -933,7 +933,7 @@ def database() -> dict[Any, list[tuple]]:
     }
 
 
-WITHOUT = traits.ITEMS | set(SIZES) | {aten.lift.default, aten.lift_fresh.default}
+WITHOUT = traits.ITEMS | traits.APART | set(SIZES) | {aten.lift.default, aten.lift_fresh.default}
 """Tried on values of the test's own."""
 
 
