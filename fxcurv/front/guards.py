@@ -167,7 +167,7 @@ class Followed(TorchFunctionMode):
             return _eye(*args, **(kwargs or {}))
         if func in _SPARSE:
             raise UnsupportedOpError(
-                f"{running_line()}\ngives a tensor of a sparse layout ({func.__name__}), which is not supported. Way out: its "
+                f"op {func.__name__}\n{running_line()}gives a tensor of a sparse layout, which is not supported. Way out: its "
                 "entries, written into a dense one by their indices (index_put, index_add)."
             )
         if func is _IN_PIECES:  # PyTorch's pieces compute the derivative ahead, of all samples

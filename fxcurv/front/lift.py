@@ -225,7 +225,7 @@ def _bind(node, signature, exported, model, wrapped, names, constants, counts, a
 
 def _object_error(node: fx.Node) -> CaptureError:
     """For an op that is given an object of C++, such as a generator of random numbers."""
-    user = next(iter(node.users))
+    user = next(iter(node.users), node)
     kind = node.meta["val"].class_fqn
     way_out = "compute what it gives outside of the model and the loss, and pass that as an input"
     if kind.endswith("Generator"):
