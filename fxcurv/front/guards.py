@@ -35,6 +35,7 @@ from fxcurv.ir.private import (
     rerouted,
     trace_logs,
 )
+from fxcurv.passes.normalize import NOT_SPARSE
 
 # the file that calls the model while it is traced
 _CALLER = wrapped.__file__
@@ -167,8 +168,7 @@ class Followed(TorchFunctionMode):
             return _eye(*args, **(kwargs or {}))
         if func in _SPARSE:
             raise UnsupportedOpError(
-                f"op {func.__name__}\n{running_line()}gives a tensor of a sparse layout, which is not supported. Way out: its "
-                "entries, written into a dense one by their indices (index_put, index_add)."
+                f"op {func.__name__}\n{running_line()}gives a tensor of a sparse layout, {NOT_SPARSE}"
             )
         if func is _IN_PIECES:  # PyTorch's pieces compute the derivative ahead, of all samples
             return func(*args, **{**(kwargs or {}), "options": None})
@@ -200,7 +200,7 @@ def _eye(n, m=None, *, dtype=None, device=None, **named):
 
 
 _SPARSE = (torch.sparse_coo_tensor, torch.sparse_csr_tensor, torch.sparse_csc_tensor, torch.sparse_compressed_tensor)
-_IN_PIECES: Any = getattr(F, "linear_cross_entropy", object())  # since PyTorch 2.13
+_IN_PIECES: Any = getattr(F, "linear_cross_entropy", object())  # PyTorch 2.11 has none
 
 _GRAD = "Way out: torch.autograd.grad(y, x, create_graph=True), or torch.func.grad, vjp, jvp."
 

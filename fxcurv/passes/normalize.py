@@ -81,6 +81,12 @@ _SIZE = (
 )
 
 
+NOT_SPARSE = (
+    "which is not supported. Way out: a dense one, made dense outside of the model, or its entries and their indices (index_add, "
+    "gather, EmbeddingBag)."
+)
+
+
 def _refuse_sparse(program: Program) -> None:
     """Refuse tensors of other layouts than strided ones, whose ops have no derivative sample by sample."""
     for node in program.graph.nodes:
@@ -88,9 +94,7 @@ def _refuse_sparse(program: Program) -> None:
             layouts = {t.layout for t in pytree.tree_leaves(value.meta.get("val")) if isinstance(t, Tensor)}
             for layout in layouts - {torch.strided}:
                 raise UnsupportedOpError(
-                    f"{locate(node)}\n{'gives' if value is node else 'reads'} a tensor of the layout {layout}, which is not "
-                    "supported. Way out: a dense one, made dense outside of the model, or its entries and their indices "
-                    "(index_add, gather, EmbeddingBag)."
+                    f"{locate(node)}\n{'gives' if value is node else 'reads'} a tensor of the layout {layout}, {NOT_SPARSE}"
                 )
 
 

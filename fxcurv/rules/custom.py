@@ -445,7 +445,7 @@ def _refuse_second_derivative(kind: Custom, grads: Sequence[Tensor | None], save
     Otherwise, in a backward that detaches these values, the second derivative would silently be zero.
     """
     error = kind.no_derivative(kind.once)
-    sums = [s.real if s.is_complex() else s for t in saved if is_continuous(t) for s in (_stop(t, error).sum(),)]
+    sums = [torch.real(_stop(t, error).sum()) for t in saved if is_continuous(t)]
     zero = sum(torch.where(torch.ones_like(s, dtype=torch.bool), 0, s) for s in sums)
     return [g if g is None else g + zero.to(g.dtype) for g in grads]  # type: ignore[union-attr]
 
