@@ -4,7 +4,7 @@ For each model, set of quantities and wrapper, as the ops of a call say on the f
 there are, their bytes, the least that sums need (each [*P] result once, of a symmetric factor a triangle), and the bytes of the
 gradient alone. A ring sends 2 (R - 1) / R times these bytes from each rank; under "fsdp" sums of [*P] are reduce-scattered, which
 is half of that, and parameters are gathered ("gathered": times (R - 1) / R). Shards are filled up to equal rows, which the ratio
-shows. Two gathers of a few integers, by which ranks agree, come on top.
+shows. A gather of a few integers, by which ranks agree, comes on top, and a second one for shards.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from fxcurv.ir.program import Program
 from fxcurv.ir.ranks import IN_TURNS
 from fxcurv.ir.state import Options
 from fxcurv.result import Result
-from fxcurv.runtime.again import Again
+from fxcurv.runtime.again import Again, latest
 from fxcurv.runtime.backend import Backend
 from fxcurv.runtime.bind import bind, seed_tensor
 from fxcurv.runtime.call import call, run_error
@@ -227,10 +227,6 @@ def _any_lengths(found: Iterable[Extension], sample: str, sample_index: Any, ran
     return plain and not any(e.requires.of_vectors for e in found)
 
 
-# How many kinds of calls are recognised, the latest ones: enough for training and evaluation at two sizes each.
-KINDS = 4
-
-
 class Compiled:
     """A model and loss, compiled for a set of quantities; programs are made per kind of input and cached.
 
@@ -317,7 +313,7 @@ class Compiled:
                 return call_in_step_on_ranks(self._steps, inputs, targets, seed)
             return call_on_ranks(
                 self._ranks, self._programs, self._subject, self._backend, inputs, targets,
-                seed=seed, generator=generator, out=out, create_graph=create_graph,
+                seed=seed, generator=generator, out=out, create_graph=create_graph, again=self._again,
             )  # fmt: skip
         if not self._options.outputs:
             if torch.compiler.is_dynamo_compiling() or create_graph or out is not None or params is not None:
@@ -342,7 +338,7 @@ class Compiled:
             seed=seed, generator=generator, create_graph=create_graph, out=out, values=values,
         )  # fmt: skip
         if new is not None:
-            self._again = [new, *(again for again in self._again if again.ready is not new.ready)][:KINDS]
+            self._again = latest(new, self._again)
         return result
 
     def _call_models(

@@ -199,7 +199,10 @@ def _eye(n, m=None, *, dtype=None, device=None, **named):
     return same.to(torch.get_default_dtype() if dtype is None else dtype)
 
 
-_SPARSE = (torch.sparse_coo_tensor, torch.sparse_csr_tensor, torch.sparse_csc_tensor, torch.sparse_compressed_tensor)
+_SPARSE = (
+    torch.sparse_coo_tensor, torch.sparse_csr_tensor, torch.sparse_csc_tensor, torch.sparse_bsr_tensor, torch.sparse_bsc_tensor,
+    torch.sparse_compressed_tensor,
+)  # fmt: skip
 _IN_PIECES: Any = getattr(F, "linear_cross_entropy", object())  # PyTorch 2.11 has none
 
 _GRAD = "Way out: torch.autograd.grad(y, x, create_graph=True), or torch.func.grad, vjp, jvp."

@@ -226,6 +226,7 @@ class Program:
         nodes += [self.loss] if self.loss is not None else []
         nodes += pytree.tree_leaves(self.results)
         nodes += [*pytree.tree_leaves(self.extras), *(c.node for c in self.checks), *self.looked_at()]
+        nodes += [self.spread.broken] if self.spread.broken is not None else []
         return list(dict.fromkeys(nodes))
 
     def looked_at(self) -> list[fx.Node]:

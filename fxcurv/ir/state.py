@@ -78,6 +78,7 @@ class Spread:
         owners: field -> parameter name -> the rank that has the sums, where one has them alone.
         summed: fields that have a sum over samples for each parameter.
         shards: (field, parameter name) of results of which every rank has its shard.
+        broken: how many ranks broke off before the last sum, if that says it (`passes.last_word`).
     """
 
     ops: list[str] = field(default_factory=list)
@@ -86,6 +87,7 @@ class Spread:
     owners: dict[str, dict[str, int]] = field(default_factory=dict)
     summed: set[str] = field(default_factory=set)
     shards: set[tuple[str, str]] = field(default_factory=set)
+    broken: fx.Node | None = None
 
 
 @dataclass

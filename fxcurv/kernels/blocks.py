@@ -19,6 +19,10 @@ BLOCK = 1 << 19
 LONG = 1 << 15
 # The fewest samples in a block: with fewer, a batched product leaves threads without work.
 FEWEST = 4
+# The most inputs for which the library is quicker, by up to eight times, on the transpose of P, if that has more of them.
+NARROW = 32
+# The fewest shared positions from which that pays for a copy.
+SHARED = 64
 
 
 def boxes(sizes: tuple[int, ...], budget: int) -> Iterator[tuple[slice, ...]]:
@@ -51,8 +55,25 @@ def products(
         inputs = a(ns).to(scratch.dtype).flatten(0, 1)
         for column, os in itertools.product(range(v), spans(o, outputs)):
             left = g[column, ns, :, :, os].to(scratch.dtype).flatten(0, 1).mT
-            p = scratch[: left.shape[0] * left.shape[1] * i].view(*left.shape[:2], i)
-            yield column, ns, os, torch.bmm(left, inputs, out=p).unflatten(0, (-1, k))
+            p = scratch[: left.shape[0] * left.shape[1] * i]
+            yield column, ns, os, product(left, inputs, p).unflatten(0, (-1, k))
+
+
+def product(left: Tensor, right: Tensor, memory: Tensor) -> Tensor:
+    """The batched product [B, O, S] x [B, S, I], in flat memory of its size; transposed there if it is narrow."""
+    (b, o, _), i = left.shape, right.shape[2]
+    if i < o and i <= NARROW:
+        return torch.bmm(right.mT, left.mT, out=memory.view(b, i, o)).mT
+    return torch.bmm(left, right, out=memory.view(b, o, i))
+
+
+def product_into(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Write the batched product [B, O, S] x [B, S, I] to contiguous memory."""
+    (_, o, s), i = left.shape, right.shape[2]
+    if i < o and i <= NARROW and s >= SHARED:
+        out.copy_(torch.bmm(right.mT, left.mT).mT)
+    else:
+        torch.bmm(left, right, out=out)
 
 
 def spans(size: int, step: int) -> list[slice]:

@@ -50,7 +50,7 @@ def into(
     for n in cpu.spans(x.shape[0], a.most):
         patches = a(n).to(g.dtype).flatten(0, 1)
         for column, target in zip(columns, rows, strict=True):
-            torch.bmm(column[n].flatten(0, 1).mT, patches, out=target[n].flatten(0, 1))
+            cpu.product_into(column[n].flatten(0, 1).mT, patches, target[n].flatten(0, 1))
     return out
 
 

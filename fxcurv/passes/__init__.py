@@ -19,6 +19,7 @@ from fxcurv.passes.finish import finish
 from fxcurv.passes.fuse import fuse
 from fxcurv.passes.gathers import gathers
 from fxcurv.passes.independence import independence
+from fxcurv.passes.last_word import last_word
 from fxcurv.passes.normalize import normalize
 from fxcurv.passes.objective import objective
 from fxcurv.passes.placements import placements
@@ -45,7 +46,7 @@ PIPELINE = [
 ]
 
 
-_FOR_RANKS = {placements: [counts, simplify, placements, distribute], schedule: [chunks, schedule, gathers]}
+_FOR_RANKS = {placements: [counts, simplify, placements, distribute], schedule: [chunks, schedule, gathers, last_word]}
 SPREAD = [p for step in PIPELINE for p in _FOR_RANKS.get(step, [step])]
 """For a batch whose parts are on several ranks; equal values are merged first, so that each travels once."""
 

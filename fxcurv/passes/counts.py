@@ -16,6 +16,7 @@ from torch import SymFloat, SymInt, Tensor, fx
 
 from fxcurv.ir.emit import emit, number_of_samples, samples
 from fxcurv.ir.graph import canonical_args
+from fxcurv.ir.origin import origin_of
 from fxcurv.ir.private import OpOverload, schema_of
 from fxcurv.ir.program import Program
 from fxcurv.rules.split import ARANGE, CONSTANT
@@ -100,10 +101,13 @@ def _spell_out_weighted(program: Program, node: fx.Node, args: tuple) -> None:
 
 
 def _count_early(program: Program, node: fx.Node, args: tuple) -> None:
-    """Compute the sum of the targets' weights without logits: no part then waits for it with its logits in memory."""
+    """Compute the sum of the targets' weights without logits: it travels while the model runs.
+
+    It counts as none of the forward pass, which keeps its order, so that `schedule` puts it first.
+    """
     _, target, weight, _, ignored = args
-    like = node.meta["val"][1].dtype
-    count = emit(program, _weights, target, weight, ignored, like, origin=node.meta.get("origin"), before=node)
+    like, origin = node.meta["val"][1].dtype, origin_of(node, "distribute")
+    count = emit(program, _weights, target, weight, ignored, like, origin=origin, before=node)
     for user in list(node.users):
         if user.target is operator.getitem and user.args[1] == 1:
             program.replace(user, count)

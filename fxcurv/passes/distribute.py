@@ -2,8 +2,9 @@
 
 A `Partial` value is added up over the ranks where an op reads it complete, or where it is a result. A value that is
 linear in values that are added up anyway is computed from their sums. Values that need no other sums are of stage 0,
-those that read sums of stage k - 1 are of stage k. The values of a stage travel together, in buckets of one dtype, in
-the order in which they are ready; of a symmetric matrix only a triangle travels. Results of sharded parameters are left
+those that read sums of stage k - 1 are of stage k; a few numbers that only results read, as the loss, are of the last.
+The values of a stage travel together, in buckets of one dtype, in the order in which they are ready; of a symmetric matrix
+only a triangle travels. Results of sharded parameters are left
 in shards (`passes.scatters`). The number of samples, and the number of the first one, become inputs of the program.
 """
 
@@ -25,7 +26,7 @@ from fxcurv.ir.origin import locate, stage_of
 from fxcurv.ir.placement import MIXED, PARTIAL, REPLICATE, Placement, places_of
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Input, Program
-from fxcurv.ir.ranks import IN_TURNS, plain_text, summed
+from fxcurv.ir.ranks import IN_TURNS, across, plain_text, summed
 from fxcurv.ir.shards import Dtypes, Reduce, Reduced, Scatter, Scattered
 from fxcurv.ir.state import Spread
 from fxcurv.passes.owners import at_one_rank, owners
@@ -35,6 +36,7 @@ from fxcurv.rules.traits import over_ranks
 
 # One collective takes at most this many bytes, unless a single value is larger.
 BUCKET = 25 << 20
+FEW = 256  # numbers that may wait for the last stage
 BEGUN = ("sum", "scatter", "replicas", "reduce", "gather", "rows")
 """The nodes that begin a collective, by what they do (`rules.traits.over_ranks`)."""
 
@@ -260,6 +262,18 @@ class _Sums:
                 node.replace_input_with(value, known[value])
 
     def _stages(self) -> dict[fx.Node, int]:
+        """For each value that travels, its stage."""
+        stages = self._earliest()
+        read = {a for n in ancestors(self.reduced) for a in n.meta.get("complete", ())}
+        for node in reversed(self.graph.nodes):
+            if node in read and node not in stages:
+                read.update(self._parts(node))
+        if not across(self.program.options.ranks):
+            return stages
+        last = max(stages.values(), default=0)
+        return {n: k if n in read or n.meta["val"].numel() > FEW else last for n, k in stages.items()}
+
+    def _earliest(self) -> dict[fx.Node, int]:
         """For each value that travels, how many collectives have to come before it."""
         stage: dict[fx.Node, int] = {}
         after: dict[fx.Node, int] = {}  # the same for a value's sum, if all that it is computed from has one
@@ -383,7 +397,7 @@ def _copy_graph(graph: fx.Graph) -> fx.Graph:
 
 
 def rest(gm: fx.GraphModule, done: int, total: int) -> Iterator[Callable[[], Any]]:
-    """The collectives that a rank that broke off after `done` of them still owes the others, on zeros.
+    """The collectives that a rank that broke off after `done` of them still owes the others, on zeros (see `last_word`).
 
     Args:
         total: the number of samples of all ranks.
@@ -395,5 +409,8 @@ def rest(gm: fx.GraphModule, done: int, total: int) -> Iterator[Callable[[], Any
                 if over_ranks(n) == "rows":
                     yield functools.partial(n.target.nothing, given[0], total)  # type: ignore[union-attr]
                     continue
-                yield functools.partial(n.target, *pytree.tree_map_only(Tensor, _zeros_like, given))
+                zeros = pytree.tree_map_only(Tensor, _zeros_like, given)
+                if n.meta.get("last_word"):
+                    zeros[0][-1] = 1
+                yield functools.partial(n.target, *zeros)
             done -= 1

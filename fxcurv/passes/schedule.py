@@ -71,11 +71,14 @@ def _wait_late(nodes: list[fx.Node], spine: set[fx.Node], ready: dict[fx.Node, i
 
 
 def _as_late_as_possible(nodes: list[fx.Node], spine: set[fx.Node], ready: dict[fx.Node, int]) -> None:
-    """Move what reads only the forward pass (an unfolded input) to its first user: its inputs live till then anyway."""
+    """Move what reads only the forward pass (an unfolded input) to its first user: its inputs live till then anyway.
+
+    A collective begins as soon as it can.
+    """
     forward = {n for n in spine if n.meta.get("origin", {}).get("stage", "forward") == "forward"}
     late: set[fx.Node] = set()
     for node in nodes:
-        if node not in spine and all(i in forward or i in late for i in node.all_input_nodes):
+        if node not in spine and not over_ranks(node) and all(i in forward or i in late for i in node.all_input_nodes):
             late.add(node)
     for node in reversed(nodes):
         users = [u for u in node.users if u.op != "output"]

@@ -9,9 +9,9 @@ way, `call`, which also says what is wrong with a call that fails.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,6 +27,11 @@ from fxcurv.runtime.bind import bind, seed_tensor
 from fxcurv.runtime.direct import direct
 from fxcurv.runtime.lengths import lengths_of
 from fxcurv.runtime.programs import Ready
+
+A = TypeVar("A", bound="Again")
+
+# How many kinds of calls are recognised, the latest ones: enough for training and evaluation at two sizes each.
+KINDS = 4
 
 _state_of_module = operator.attrgetter("training", "_parameters", "_buffers", "_modules", *HOOKS)
 _state_of_tensor = operator.attrgetter("requires_grad", "shape", "dtype", "device")
@@ -54,7 +59,7 @@ class Again:
         self._unpack = unpacked(program)
 
     @classmethod
-    def of(cls, ready: Ready, request: Request, inputs: Any, targets: tuple) -> Again | None:
+    def of(cls, ready: Ready, request: Request, inputs: Any, targets: tuple) -> Self | None:
         """For a call that was checked and has returned; None if the next of its kind may need more than the graph."""
         program, options = ready.program, ready.program.options
         unchecked = not ready.checked or ready.selfcheck is not None and not ready.verified
@@ -77,29 +82,40 @@ class Again:
 
     def call(self, inputs: Any, targets: tuple, seed: int | Tensor | None, generator: Any) -> Result | None:
         """The result; None if this call is another than the recorded one, or fails."""
-        arguments = (*_values(inputs), *targets)
-        if not self._holds(inputs, arguments):
+        if not self.holds(inputs, targets):
             return None
-        flat = self.flat.copy()
+        flat, memory = self.bound(inputs, targets, seed, generator), self.memory()
+        try:
+            with torch.no_grad():
+                values = self.run(*flat, *memory)
+        except (RuntimeError, IndexError):
+            return None  # the long way names the op
+        return self.result(values, flat, memory)
+
+    def bound(self, inputs: Any, targets: tuple, seed: int | Tensor | None, generator: Any) -> list[Any]:
+        """The graph's arguments, without memory."""
+        flat, arguments = self.flat.copy(), (*_values(inputs), *targets)
         for position, index, split in self.given:
             flat[position] = arguments[index] if split is None else arguments[index].unflatten(*split)
         for position, path in self.places:
             flat[position] = path.get(self.modules)
         for position in self.seeds:
             flat[position] = seed_tensor(seed, generator, self.device)
-        memory, pool = self.ready.pool.take(self.n, self.lengths), self.ready.pool
-        try:
-            with torch.no_grad():
-                values = self.run(*flat, *memory)
-        except (RuntimeError, IndexError):
-            return None  # the long way names the op
-        fields = self._unpack(values, flat)
-        return Result(fields, self.ready.program.extensions, self.holder, pool.kept(fields, memory))
+        return flat
 
-    def _holds(self, inputs: Any, arguments: tuple) -> bool:
+    def memory(self) -> list[Tensor]:
+        """Memory for large results."""
+        return self.ready.pool.take(self.n, self.lengths)
+
+    def result(self, values: tuple, flat: list[Any], memory: list[Tensor]) -> Result:
+        """The result, from what the graph returned for these arguments."""
+        fields = self._unpack(values, flat)
+        return Result(fields, self.ready.program.extensions, self.holder, self.ready.pool.kept(fields, memory))
+
+    def holds(self, inputs: Any, targets: tuple) -> bool:
         """Whether nothing has changed but values of tensors."""
         try:
-            return self._same(inputs, arguments)
+            return self._same(inputs, (*_values(inputs), *targets))
         except (AttributeError, RuntimeError):
             return False  # an argument is no tensor; another thread is compiling the modules
 
@@ -137,6 +153,11 @@ class Again:
                 index = what.index + (len(arguments.inputs) if what.kind == "target" else 0)
                 self.given.append((position, index, splits[index]))
                 self.flat[position] = None  # this call's batch is not held
+
+
+def latest(new: A, others: Sequence[A]) -> list[A]:
+    """The kinds of calls to recognise from now on."""
+    return [new, *(again for again in others if again.ready is not new.ready)][:KINDS]
 
 
 def _values(inputs: Any) -> tuple:

@@ -17,6 +17,7 @@ from fxcurv.errors import ArgumentError, ExtensionError, RankError
 from fxcurv.extensions import Extension
 from fxcurv.ir.placement import Placement, Shard, samples_back, samples_first
 from fxcurv.ir.private import collectives_of, flattened_mesh, pytree
+from fxcurv.ir.program import Program
 from fxcurv.ir.shards import OnItsWay
 from fxcurv.passes.distribute import rest
 
@@ -46,6 +47,8 @@ class Ranks:
         )
         self._device = torch.device(mesh.device_type)
         self.others: list[Any] = []  # groups of some of the ranks, which shards are gathered over
+        self._owed = False  # whether this rank broke off before the last collective of a program
+        self._late: Exception | None = None  # raised behind it, of which the others do not know
 
     # ---- messages ----
 
@@ -75,17 +78,40 @@ class Ranks:
         error: Exception | None = None
         value: Any = None
         try:
+            if self._late is not None:
+                raise RankError(f"the call before failed on this rank alone, at its end: {self._late}") from self._late
             value = fn()
             said = [1, *say(value)]
         except Exception as raised:  # whatever it is, the others wait
             error, said = raised, [0]
-        width = _WIDTH
-        rows = self.numbers([*said, *[0] * (width - len(said))])
+        rows = self.numbers([*said, *[0] * (_WIDTH - len(said))])
         if not all(row[0] for row in rows):
             self._raise(error)
         return value, [row[1:] for row in rows]
 
+    def told(self, fn: Callable[[], tuple], program: Program) -> tuple:
+        """`together`, for a program of which the last sum says whether all ranks got there (`passes.last_word`).
+
+        What this rank raises behind that sum, the others hear of at the next call: they have right results of this one.
+
+        Args:
+            fn: gives what `run` gives for the program.
+        """
+        where = program.output.args[0].index(program.spread.broken)  # type: ignore[union-attr,arg-type]
+        self._owed = True
+        try:
+            value = fn()
+        except Exception as error:
+            if self._owed:
+                self._raise(error)
+            self._late = error
+            raise
+        if value[where]:
+            self._raise(None)
+        return value
+
     def _raise(self, error: Exception | None) -> NoReturn:
+        self._late = None
         texts = self.objects(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
@@ -107,12 +133,12 @@ class Ranks:
             compiled: runs in place of the graph, with the same collectives in the same order.
             total: the number of samples of all ranks.
         """
-        before = self._count_begun()
+        before, self._owed = self._count_begun(), False
         try:
             return gm(*arguments()) if compiled is None else compiled(list(arguments()))
         except Exception:
             for collective in rest(gm, self._count_begun() - before, total):
-                begun = collective()
+                self._owed, begun = True, collective()
                 if isinstance(begun, OnItsWay):
                     begun.wait()
                 elif isinstance(begun, Tensor):
@@ -148,7 +174,8 @@ class Ranks:
         return samples_back(self.rows(samples_first(value.detach(), place).contiguous(), sizes), place)
 
 
-_WIDTH = 6  # how many numbers a message has
+NUMBERS = 4  # how many numbers of the data a message may have
+_WIDTH = 7 + NUMBERS
 
 
 # ---- what compile() is given ------------------------------

@@ -2,7 +2,7 @@
 
 If one rank raises, all do. At the first call for a kind of input every rank says what it compiles, and then which collectives
 its program has; where these differ, all raise with the difference. Before every call the ranks tell each other how many samples
-they have and which program they take, and after it that it went well.
+they have and which program they take; that it went well, its last sum says (`passes.last_word`), or a message after it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from fxcurv.ir.shards import Bucket
 from fxcurv.kronecker import Owner
 from fxcurv.passes.recycle import functional
 from fxcurv.result import Result
+from fxcurv.runtime.again import latest
+from fxcurv.runtime.again_on_ranks import AgainOnRanks
 from fxcurv.runtime.backend import Backend
 from fxcurv.runtime.bind import bind, cuda_devices, seed_tensor
 from fxcurv.runtime.call import keep, refuse_values, result_of, run_error, take_memory
@@ -59,10 +61,12 @@ def call_on_ranks(
     first: int | None = None,
     values: dict[str, Tensor] | None = None,
     prepare: bool = False,
+    again: list[AgainOnRanks] | None = None,
 ) -> Any:
     """`Compiled.__call__` under `mesh=`.
 
     Args:
+        again: the kinds of earlier calls, the latest first; this one is put there.
         part: the batch is one of several; `first`: the number of this rank's first sample in all of them together.
         values: in place of the model's parameters.
         prepare: make and check the program, and return it without running it.
@@ -73,6 +77,12 @@ def call_on_ranks(
     """
     drawn = functools.partial(_drawn, seed, generator)
     plain = not (create_graph or prepare) and backend.name == "eager"
+    rows, repeatable = None, again is not None and plain and out is None
+    quick = next((a for a in again or () if repeatable and a.holds(inputs, targets)), None)
+    if quick is not None:
+        rows = ranks.together(lambda: quick, lambda a: a.says(inputs, targets, drawn(a.ready)))[1]
+        if quick.agrees(rows):
+            return quick.call_with(ranks, programs, inputs, targets, rows)
 
     def prepared() -> tuple[Request, Sharded, Ready | None, Any]:
         sharded = stack.enter_context(_sharded(ranks, subject, (inputs, targets), plain))
@@ -81,9 +91,12 @@ def call_on_ranks(
         return request, sharded, programs.held(request), None if out is None else keep(out, create_graph, backend)
 
     with contextlib.ExitStack() as stack:
-        (request, sharded, ready, kept), rows = ranks.together(
-            prepared, lambda found: (found[0].arguments.batch_size, *drawn(found[2]), to_check(found[2]))
-        )
+        if rows is None:
+            (request, sharded, ready, kept), rows = ranks.together(
+                prepared, lambda found: (found[0].arguments.batch_size, *drawn(found[2]), to_check(found[2]))
+            )
+        else:
+            request, sharded, ready, kept = prepared()
         sizes = [row[0] for row in rows]
         if not sum(sizes):
             raise ArgumentError("the batch is empty on every rank: pass at least one sample to one of them")
@@ -99,6 +112,9 @@ def call_on_ranks(
             with torch.set_grad_enabled(create_graph):
                 result = call.run(kept, out)
     programs.latest = made
+    new = AgainOnRanks.of(made, request, inputs, targets) if repeatable else None
+    if new is not None:
+        again[:] = latest(new, again)  # type: ignore[index,arg-type]
     return result
 
 
@@ -201,7 +217,7 @@ class _Call:
         """Compute the result."""
         backend, flat = self.backend, self.bound(self.request.arguments, self.part)
         memory = functools.partial(take_memory, self.ready, backend, self.request.arguments, flat, kept)
-        values, _ = self.ranks.together(lambda: self._values(self.request.arguments, flat, memory, self.part[0]))
+        values = self._on_all_ranks(lambda: self._values(self.request.arguments, flat, memory, self.part[0]))
         result = result_of(self.ready, self.subject, backend, flat, values)
         self.program.python.run_effects(self.subject.modules())
         if out is not None:
@@ -216,18 +232,27 @@ class _Call:
         )
         return result
 
+    def _on_all_ranks(self, values: Callable[[], tuple]) -> tuple:
+        """What the program's graph gives; if one rank raises, all do."""
+        if self.program.spread.broken is None:
+            return self.ranks.together(values)[0]
+        return self.ranks.told(values, self.program)
+
     def _values(self, arguments: Arguments, flat: list[Any], memory: Callable[[], list[Tensor]], total: int) -> tuple:
         try:
             if self.backend.name == "eager":
                 return self.ranks.run(self.program.gm, lambda: [*flat, *memory()], total=total)
-            self.ready.runner = self.ready.runner or self.backend.runner(self.program)
-            return self.ranks.run(self.program.gm, lambda: flat, self.ready.runner)
+            return self.ranks.run(self.program.gm, lambda: flat, self._compiled)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError) as error:
             if self.sharded.params:  # to find the op, this rank would need the whole parameters
                 raise run_error(self.program, arguments, None, error) from error
             raise run_error(self.program, arguments, flat, error) from error
+
+    def _compiled(self, flat: list[Any]) -> tuple:
+        self.ready.runner = self.ready.runner or self.backend.runner(self.program)
+        return self.ready.runner(flat)
 
     # ---- checks ----
 

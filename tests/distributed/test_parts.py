@@ -264,7 +264,7 @@ def assigned(rank, count=2):
 def test_factors_at_one_rank_each(found):
     for ranks in found:
         owners, reduced, refused = ranks["assigned"]
-        assert owners == [0, 1] and reduced == 4, "of each owner: inputs at once, columns behind the normaliser"
+        assert owners == [0, 1] and reduced == 2, "of each owner all at once: few numbers wait for the rest"
         assert refused[0] == "ArgumentError" and "everywhere()" in refused[1]
 
 

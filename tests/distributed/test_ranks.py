@@ -215,6 +215,33 @@ def failing(rank):
     return found, float(result.loss)
 
 
+def repeated(rank):
+    """Calls of a kind that was seen before, by their own numbers of samples, and where one rank fails in one."""
+    mesh = mesh_of(2)
+    model, loss, x, y = made("mlp", 7)
+    compiled = fxcurv.compile(model, loss, QUICK, mesh=mesh)
+    want, taken = alone("mlp", 7, QUICK)[0], []
+    for sizes in ([5, 2], [5, 2], [5, 2], [4, 3], [5, 2]):
+        before = collectives_of(mesh.get_group())
+        result = compiled(part(x, sizes, rank), part(y, sizes, rank), seed=7)
+        taken.append(collectives_of(mesh.get_group()) - before)
+        compare(result, want, QUICK)
+    known, (latest, *_) = len(compiled._again), compiled._again
+    x, y = part(x, [5, 2], rank), part(y, [5, 2], rank)
+    found = {"middle": raised(lambda: compiled(x, y + 5 * rank, seed=7))}
+    run = latest.run
+    if rank:
+        latest.run = lambda *given: run(*given)[: 1 // 0]
+    try:
+        found["end"] = compiled(x, y, seed=7) is None
+    except ZeroDivisionError as error:
+        found["end"] = str(error)
+    latest.run = run
+    found["next"] = raised(lambda: compiled(x, y, seed=7))
+    compare(compiled(x, y, seed=7), want, QUICK)
+    return taken, known, found
+
+
 def wrong_rule(rank):
     """A rule that is wrong on both ranks is found by the comparison with plain PyTorch."""
     wrong = Pointwise(d1=lambda x, y: 1 - y)
@@ -244,7 +271,7 @@ def refused(rank):
 
 def everything(rank):
     """All of the above in the same two processes: to start them takes longer than what they do."""
-    return each((quick, normed, sharded, products, failing, wrong_rule, refused), rank)
+    return each((quick, repeated, normed, sharded, products, failing, wrong_rule, refused), rank)
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +300,22 @@ def test_what_one_rank_raises_all_raise(found, key, kinds, said):
     for (name, message), kind in zip(here, kinds, strict=True):
         assert kind is FxcurvError and name != "RankError" or name == kind.__name__, (name, message)
     assert said in here[0][1], here[0][1]
+
+
+def test_a_call_that_was_seen_before_takes_one_message_and_one_sum(found):
+    """Who calls, with how many samples and targets that are counted; and all results."""
+    for ranks in found:
+        taken, known, _ = ranks["repeated"]
+        assert known == 1 and taken[1:] == [2, 2, 3, 3], "other sizes are another kind of call, of the same program"
+
+
+def test_a_rank_that_fails_tells_the_others_in_the_last_sum_or_before_the_next_call(found):
+    first, second = (ranks["repeated"][2] for ranks in found)
+    assert second["middle"][0] == "ArgumentError" and "cross_entropy" in second["middle"][1]
+    assert first["middle"][0] == "RankError" and "rank 1 of the mesh raised" in first["middle"][1]
+    assert first["end"] is False and "division" in second["end"], "the first rank has its result"
+    for found in (first, second):
+        assert found["next"][0] == "RankError" and "failed on this rank alone" in found["next"][1]
 
 
 def test_the_group_works_after_errors(found):

@@ -80,6 +80,7 @@ CONVOLUTIONS = {
     "1d_groups": Convolution(2, 4, 6, (7,), (2,), (1,), (1,), (1,), 2),
     "2d": Convolution(5, 3, 4, (6, 5), (3, 2), (1, 2), (1, 0), (1, 1)),
     "2d_one_channel": Convolution(3, 1, 2, (5, 6), (3, 3), (1, 1), (1, 1), (1, 1)),
+    "2d_narrow": Convolution(2, 1, 16, (10, 11), (3, 3), (1, 1), (0, 0), (1, 1)),  # P is computed transposed
     "2d_unread_rows": Convolution(3, 2, 3, (7, 6), (3, 3), (3, 2), (1, 0), (1, 1)),
     "2d_pointwise": Convolution(3, 5, 2, (4, 3), (1, 1), (2, 1), (0, 0), (1, 1)),
     "2d_dilated_groups": Convolution(3, 4, 6, (7, 8), (2, 3), (1, 2), (2, 1), (3, 2), 2),
