@@ -155,6 +155,7 @@ class Param:
         Where a sample is a token, N is two axes, [N, T].
         """
         precise = power == 2 if precise is None else precise
+        weights = self.no_wider(weights) if weights is not None else None
         if groups is None and self.positions is not None:
             return self._by_token(power, reduce, samples, weights, precise)
         spec = Spec(power, reduce, tuple(samples) if samples is not None else None)
@@ -166,6 +167,11 @@ class Param:
         if len(parts) == 1:
             return parts[0]
         return self.emit(sum_of if "v" in reduce else _concatenated, parts)
+
+    def no_wider(self, weights: fx.Node) -> fx.Node:
+        """Weights in at most the dtype that this parameter's P is summed in; parameters may have several."""
+        dtype, own = wide(self.node.meta["val"].dtype), weights.meta["val"].dtype
+        return weights if torch.promote_types(dtype, own) == dtype else self.emit(Tensor.to, weights, dtype)
 
     @property
     def positions(self) -> int | None:

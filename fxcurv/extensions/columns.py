@@ -95,7 +95,7 @@ def combined(param: Param, groups: Sequence[Group], weights: fx.Node) -> fx.Node
     parts, start = [], 0
     for group in groups:
         stop = start + param.columns(group)
-        own = param.emit(_some, weights, start, stop)
+        own = param.no_wider(param.emit(_some, weights, start, stop))
         found = dense(param, group)
         if found is not None:
             part = param.emit(_combined, found, own)

@@ -189,7 +189,8 @@ def _norm(squares: list[Tensor]) -> Tensor:
 
 
 def _clip(norm: Tensor, max_norm: float | Tensor) -> Tensor:
-    return torch.where(norm > max_norm, max_norm / norm, torch.ones_like(norm)).unsqueeze(0)
+    scale = torch.where(norm <= max_norm, torch.ones_like(norm), max_norm / norm)  # of a norm that is NaN, NaN
+    return scale.unsqueeze(0)
 
 
 def freeze_indices(extension: Any) -> None:

@@ -44,7 +44,7 @@ _CALLER = wrapped.__file__
 @contextlib.contextmanager
 def quiet():
     """Silence warnings and logs about PyTorch's own code while tracing."""
-    with warnings.catch_warnings(), _no_complaints():
+    with warnings.catch_warnings(), no_complaints():
         warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
         weights = r"(self\.[\w.]*_flat_weights\S*\s?)+"  # of nn.LSTM and nn.GRU: their parameters again
         assigned = rf"The tensor attributes? {weights}(was|were) assigned during export"
@@ -53,7 +53,7 @@ def quiet():
 
 
 @contextlib.contextmanager
-def _no_complaints():
+def no_complaints():
     """Drop PyTorch's log records of errors that are raised as well; keep levels that a user asks for, below WARNING."""
 
     def harmless(record: logging.LogRecord) -> bool:
@@ -172,6 +172,8 @@ class Followed(TorchFunctionMode):
             )
         if func is _IN_PIECES:  # PyTorch's pieces compute the derivative ahead, of all samples
             return func(*args, **{**(kwargs or {}), "options": None})
+        if func in _OF_CLASSES:  # whose targets may be bytes, which their decompositions do not take
+            args = [t.long() if isinstance(t, torch.Tensor) and t.dtype is torch.uint8 else t for t in args]
         if func in (torch.autograd.backward, torch.Tensor.backward):
             raise CaptureError(
                 f"the model or loss calls backward(), which writes to tensors' grad\n{running_line()}{_GRAD}"
@@ -203,6 +205,7 @@ _SPARSE = (
     torch.sparse_coo_tensor, torch.sparse_csr_tensor, torch.sparse_csc_tensor, torch.sparse_bsr_tensor, torch.sparse_bsc_tensor,
     torch.sparse_compressed_tensor,
 )  # fmt: skip
+_OF_CLASSES = (F.cross_entropy, F.nll_loss)
 _IN_PIECES: Any = getattr(F, "linear_cross_entropy", object())  # PyTorch 2.11 has none
 
 _GRAD = "Way out: torch.autograd.grad(y, x, create_graph=True), or torch.func.grad, vjp, jvp."

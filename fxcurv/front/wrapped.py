@@ -172,6 +172,15 @@ class Captured(nn.Module):
             handle.remove()
 
 
+def _held_twice(model: nn.Module) -> list[str]:
+    """The names of a module in training mode, with buffers of its own, that the model holds under several."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module.training and own_buffers(module):
+            names.setdefault(module, []).append(name)
+    return next((found for found in names.values() if len(found) > 1), [])
+
+
 def _check_scalar(loss: Any, where: str) -> Tensor:
     if not isinstance(loss, Tensor):
         raise LossError(
@@ -195,6 +204,12 @@ def not_traced(error: Exception, wrapped: Captured) -> CaptureError:
         return CaptureError(
             f"the model or loss writes to a tensor that is no buffer of it, as batch norm in training mode does\n{where}"
             "Way out: eval() of a module that a list, tuple or closure holds, or make it a part of the model (self.part = part)."
+        )
+    twice = _held_twice(wrapped.model) if isinstance(error, AssertionError) else []
+    if twice:
+        return CaptureError(
+            f"'{twice[0]}' and '{twice[1]}' are one module, in training mode and with buffers, which torch.export cannot trace "
+            "under two names. Way out: make it one part of the model, which forward calls twice; or eval() of it."
         )
     return CaptureError(
         f"torch.export cannot trace the model or its loss:\n"

@@ -22,7 +22,7 @@ from fxcurv.ir.specialise import specialise
 from fxcurv.rules.base import rule_of
 from fxcurv.rules.registered import refuse_without_derivative
 from fxcurv.rules.sites import numeric_args, sites, structural
-from fxcurv.rules.traits import CUTS, pointwise, random, takes_sizes
+from fxcurv.rules.traits import CUTS, STATE, pointwise, random, takes_sizes
 from fxcurv.rules.trial import OneSize, Uninformative, try_op
 
 
@@ -70,7 +70,8 @@ def visit(program: Program, node: fx.Node) -> None:
         source = node.args[0]
         place, index = source.meta["place"], node.args[1]
         node.meta["place"] = place[index] if isinstance(place, list) else place
-        node.meta["active"] = source.meta["active"] and _differentiable(node.meta.get("val"))
+        constant = index in STATE.get(source.target, ())
+        node.meta["active"] = source.meta["active"] and not constant and _differentiable(node.meta.get("val"))
         return
     val = node.meta.get("val")
     inputs = [n for n in node.all_input_nodes if n.meta.get("active")]

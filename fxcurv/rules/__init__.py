@@ -12,6 +12,7 @@ from fxcurv.rules import (  # noqa: F401
     pooling,
     quantise,
     recurrent,
+    resampling,
     shape,
 )
 from fxcurv.rules.base import FALLBACK, REWRITES, RULES, Rule, register, rewrite, rule_of

@@ -13,7 +13,7 @@ from fxcurv.contractions.factors import Explicit, Factor
 from fxcurv.ir.graph import invoke, is_continuous, replaced
 from fxcurv.ir.lengths import said
 from fxcurv.ir.placement import Placement, Shard, Site, samples_first
-from fxcurv.ir.private import OpOverload, pytree
+from fxcurv.ir.private import GuardOnDataDependentSymNode, OpOverload, pytree
 from fxcurv.rules.call import Call
 
 
@@ -188,6 +188,14 @@ class Refused(RuntimeError):
 
 FAILURES = (RuntimeError, ValueError, IndexError)
 """The exceptions that ops raise for arguments that they do not accept."""
+
+
+def failure(error: Exception) -> str:
+    """Why a derivative cannot be traced, in a few words."""
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return "PyTorch's derivative of it branches on values of the data, which no trace follows"
+    return f"{type(error).__name__}: {str(error)[:300]}"
+
 
 FALLBACK = Rule()
 

@@ -233,6 +233,9 @@ CUTS |= {
     aten.exponential.default, aten.cauchy.default, aten.log_normal.default, aten.geometric.default,
 }  # fmt: skip
 
+# The outputs that are new values of state, which PyTorch differentiates in nothing.
+STATE = {aten._native_batch_norm_legit_functional.default: (3, 4)}
+
 # ---- numbers ------------------------------
 
 # They return the value of a tensor with one entry as a number.

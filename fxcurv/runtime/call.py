@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcurv.errors import ArgumentError, FxcurvError, SelfCheckError
+from fxcurv.errors import ArgumentError, FxcurvError, SelfCheckError, UnsupportedOpError
 from fxcurv.front.arguments import Arguments, described, filled
 from fxcurv.front.observers import run_observers, silent
 from fxcurv.front.requests import Request, Subject
+from fxcurv.front.wrapped import reason
 from fxcurv.ir.lengths import at
 from fxcurv.ir.origin import locate
 from fxcurv.ir.private import compile_lock
@@ -78,7 +79,7 @@ def _call(
     """`call` for a batch that is not empty; `alone`: holds the lock, and is closed once other threads may go on."""
     subject, create_graph = request.subject, request.create_graph
     with request.apart(), contextlib.ExitStack() as within, contextlib.ExitStack() as unseen:
-        ready = programs.find(request, kept=True)
+        ready = _found(programs, request)
         program, lengths = ready.program, lengths_of(ready.program, request.arguments)
         within.enter_context(at(lengths))
         # those on all modules would also look at the graph, which is a module
@@ -260,6 +261,26 @@ def owner(flat: list[Any]) -> Callable[[Any], Any]:
 # ---- which op failed ------------------------------
 
 
+def _found(programs: Programs[Ready], request: Request) -> Ready:
+    """The program for a call.
+
+    Raises:
+        ArgumentError: where an op has no derivative because it fails on these inputs in the forward pass already, which a
+            trace by shapes may pass over (layers and inputs of two dtypes).
+    """
+    try:
+        return programs.find(request, kept=True)
+    except UnsupportedOpError as error:
+        program = programs.captured(request)
+        flat = bind(program, request.subject, request.arguments, 0, None)
+        try:
+            with torch.no_grad(), torch.random.fork_rng(cuda_devices(flat)):
+                fx.Interpreter(program.gm).run(*flat)
+        except (RuntimeError, IndexError) as failure:
+            raise run_error(program, request.arguments, flat, failure) from error
+        raise
+
+
 class _Locate(fx.Interpreter):
     """Runs a graph and remembers the node that fails."""
 
@@ -281,7 +302,7 @@ def run_error(program: Program, arguments: Arguments, flat: list[Any] | None, er
         where = f"{locate(finder.at)}\n"
     return ArgumentError(
         f"{where}fails on the inputs, {described(arguments.inputs)}, and the targets, "
-        f"{described(arguments.targets)}: {error}\n"
+        f"{described(arguments.targets)}: {reason(error)}\n"
         "Way out: inputs and targets of the dtype, shape and range that the model and the loss expect (class "
         "indices: int64, below the number of classes)."
     )

@@ -19,6 +19,7 @@ from fxcurv.extensions import Extension
 from fxcurv.extensions.parameters import Choice, Named, chosen
 from fxcurv.front.arguments import Arguments, flatten_arguments
 from fxcurv.front.capture import capture
+from fxcurv.front.guards import no_complaints
 from fxcurv.front.observers import refuse_observers
 from fxcurv.front.python_state import Path, reasons
 from fxcurv.front.requests import Autocast, Request, Subject, check_trainable
@@ -409,7 +410,7 @@ class Programs(Generic[M]):
     @uncollected()
     def _lower(self, request: Request, numbers: tuple[Path, ...] = ()) -> M:
         n = request.arguments.batch_size
-        with progress(f"compiling {type(request.subject.model).__name__}") as tell:
+        with progress(f"compiling {type(request.subject.model).__name__}") as tell, no_complaints():
             again = lambda: self._capture_and_analyse(request, numbers, tell)  # noqa: E731
             if self.options.sample_index is not None:
                 again = lambda: self._analyse_alone(self.captured(request, numbers), tell)  # noqa: E731

@@ -77,3 +77,18 @@ def test_a_parameter_without_a_bound():
     model, loss, x, y = subject()
     with pytest.raises(ExtensionError, match="no bound for parameter '0.bias'"):
         fxcurv.compile(model, loss, [ClippedGrad({"0.weight": 1.0}, over="param")])(x, y)
+
+
+def test_a_norm_that_is_no_number_leaves_nothing_unclipped() -> None:
+    """One layer's gradient is NaN: the other's is scaled by NaN too, and not summed as it is."""
+    torch.manual_seed(0)
+
+    class Root(nn.Module):
+        def forward(self, x):
+            return torch.where(x > 1e9, (x - x).sqrt(), x)
+
+    model = nn.Sequential(nn.Linear(3, 2), Root(), nn.Linear(2, 2)).double()
+    x, y = torch.randn(3, 3).double(), torch.tensor([0, 1, 1])
+    result = fxcurv.compile(model, nn.CrossEntropyLoss(), [ClippedGrad(0.1)], check=None)(x, y)
+    assert result.sample_norms.isnan().all()
+    assert all(g.isnan().all() for g in result.grad_clipped.values())

@@ -228,6 +228,10 @@ def by_hand() -> dict[Any, list[tuple]]:
         aten.lstm.input: [(t(4, 2, 3), [t(2, 4, 3), t(2, 4, 3)], lstm, *flags)],
         aten.gru.input: [(t(4, 2, 3), t(1, 4, 3), [t(9, 3), t(9, 3), t(9), t(9)], True, 1, 0.0, False, False, True)],
         aten.conv1d.padding: [(t(2, 3, 7), t(2, 3, 4), t(2), [1], "same", [1]), (t(2, 3, 7), t(2, 3, 4), None, [2], "valid")],
+        aten.grid_sampler.default: [
+            *((t(2, 2, 4, 5), t(2, 3, 2, 2) * 0.6, how, beyond, False) for how in (0, 1, 2) for beyond in (0, 1, 2)),
+            (t(2, 2, 3, 4), t(2, 3, 2, 2) * 0.6, 0, 0, True), (t(1, 2, 3, 4, 3), t(1, 2, 2, 3, 3) * 0.6, 0, 0, False),
+        ],
         aten.conv2d.padding: [(t(2, 2, 5, 6), t(2, 1, 2, 3), t(2), [1, 1], "same", [1, 2], 2)],
         aten.conv3d.padding: [(t(2, 2, 4, 3, 4), t(2, 2, 2, 3, 2), None, [1, 1, 1], "same")],
         aten._weight_norm_interface.default: [(t(3, 4), t(3, 1), 0), (t(2, 3, 4), t(1, 1, 4), 2)],

@@ -976,6 +976,13 @@ def test_sums_of_one():
     assert not traits.of_one(aten.mean.dim, x, [0]) and not traits.of_one(aten.amax.default, x, [0])
 
 
+def test_outputs_that_are_state_have_no_derivative():
+    for op, outputs in traits.STATE.items():
+        x, weight, bias = (t(*shape).requires_grad_() for shape in ((5, 3), (3,), (3,)))
+        found = op(x, weight, bias, t(3), t(3).abs(), True, 0.1, 1e-5)
+        assert found[0].requires_grad and not any(found[k].requires_grad for k in outputs)
+
+
 def test_every_table_is_tried():
     """Besides what goes on between processes, which tests/distributed runs."""
     tree = ast.parse(Path(traits.__file__).read_text())

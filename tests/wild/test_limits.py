@@ -11,8 +11,15 @@ from case_tools import Net
 from torch import Tensor, nn
 
 import fxcurv
-from fxcurv.errors import ExtensionError, FxcurvError, MixedSamplesError, UnsupportedOpError
-from fxcurv.extensions import KFAC, BatchGrad, DiagHessian
+from fxcurv.errors import (
+    ArgumentError,
+    CaptureError,
+    ExtensionError,
+    FxcurvError,
+    MixedSamplesError,
+    UnsupportedOpError,
+)
+from fxcurv.extensions import HMP, KFAC, BatchGrad, DiagHessian
 
 MSE = nn.MSELoss()
 
@@ -104,3 +111,46 @@ def test_an_op_that_writes_what_its_signature_does_not_say_is_refused() -> None:
         model.register_buffer(name, value)
     with pytest.raises(UnsupportedOpError, match=r"(?s)native_batch_norm.*test_limits.*functional.batch_norm"):
         fxcurv.compile(model, MSE, [DiagHessian()])(torch.randn(4, 3), torch.randn(4, 2))
+
+
+def test_a_norm_under_two_names_is_refused_by_both() -> None:
+    norm = nn.BatchNorm1d(4)
+    model, x, y = nn.Sequential(nn.Linear(3, 4), norm, nn.Tanh(), norm), torch.randn(5, 3), torch.randn(5, 4)
+    with pytest.raises(CaptureError, match=r"'1' and '3' are one module.*Way out"):
+        fxcurv.compile(model, MSE, [])(x, y)
+    fxcurv.compile(model.eval(), MSE, [])(x, y)
+
+
+def test_a_derivative_that_branches_on_values_is_refused_in_these_words() -> None:
+    index = torch.tensor([[0, 1, 1]])
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.body(x)
+        return torch.zeros_like(h[:, :2]).scatter_reduce(
+            1, index.expand(len(h), -1)[:, :2], h, "prod", include_self=False
+        )
+
+    with pytest.raises(
+        UnsupportedOpError, match=r"(?s)scatter_reduce.*test_limits.*branches on values of the data.*Way out"
+    ):
+        compiled(forward)(torch.randn(4, 3), torch.randn(4, 2))
+
+
+@pytest.mark.parametrize("asked", [[BatchGrad()], [HMP()]], ids=["first order", "products"])
+def test_layers_and_inputs_of_two_dtypes_are_refused_by_the_op(asked: list, capfd: Any) -> None:
+    """A trace by shapes passes over it; the derivative is not what fails."""
+    model = nn.Sequential(nn.Linear(3, 2)).double()
+    with pytest.raises(
+        ArgumentError, match=r"(?s)aten.linear.default in module '0'.*float32\[4, 3\].*same dtype.*Way out"
+    ):
+        fxcurv.compile(model, MSE, asked)(torch.randn(4, 3), torch.randn(4, 2).double())
+    assert capfd.readouterr().err == ""
+
+
+def test_classes_in_bytes() -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 4), torch.randn(5, 3), torch.tensor([0, 3, 1, 1, 2], dtype=torch.uint8)
+    result = fxcurv.compile(model, nn.CrossEntropyLoss(), [BatchGrad()])(x, y)
+    (grad,) = torch.autograd.grad(F.cross_entropy(model(x), y), model.weight)
+    torch.testing.assert_close(result.grad["weight"], grad)
+    torch.testing.assert_close(result.grad_batch["weight"].sum(0), grad)

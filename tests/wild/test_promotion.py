@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxcurv
-from fxcurv.extensions import HMP, BatchGrad, DiagGGNExact
+from fxcurv.extensions import HMP, BatchGrad, ClippedGrad, DiagGGNExact, EighGGN, GramGGN
 
 FORWARDS = {
     "added": lambda m, h: h * 2.0 + m.shift,
@@ -65,3 +65,22 @@ def test_promoted(kind):
         (g,) = torch.autograd.grad(F.cross_entropy(model(x), y), p, create_graph=True)
         hv = torch.autograd.grad(g, p, vectors[name], allow_unused=True)[0] if g.requires_grad else None
         close(result.hmp[name](vectors[name].unsqueeze(0))[0], torch.zeros_like(p) if hv is None else hv)
+
+
+def test_what_belongs_to_all_parameters_in_two_dtypes():
+    """A norm of float32 and float64 parts is float64, and weighs both."""
+    torch.manual_seed(0)
+    model, x, y = Mixed(FORWARDS["scaled by a parameter"]), torch.randn(3, 3), torch.randint(4, (3,))
+    asked = [BatchGrad(), ClippedGrad(0.1), GramGGN(), EighGGN(2)]
+    result = fxcurv.compile(model, nn.CrossEntropyLoss(), asked)(x, y)
+    each = {name: g.double() for name, g in result.grad_batch.items()}
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in each.values()]).sum(0).sqrt()
+    close(result.sample_norms, norms)
+    for name, p in model.named_parameters():
+        assert result.grad_clipped[name].dtype == p.dtype
+        close(result.grad_clipped[name], torch.einsum("n,n...->...", (0.1 / norms).clamp(max=1), each[name]))
+    gram = sum(part.double() for part in result.gram_ggn.values())
+    size = gram.shape[0] * gram.shape[1]
+    close(result.eigh_ggn_values, torch.linalg.eigvalsh(gram.reshape(size, size)).flip(0)[:2])
+    for k in range(2):  # eigenvectors have length one over all parameters
+        close(sum(result.eigh_ggn[name][k].double().square().sum() for name in each), torch.tensor(1.0))

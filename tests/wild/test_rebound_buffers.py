@@ -110,3 +110,35 @@ def test_without_updates(make):
         assert torch.equal(value, before[name])
     if isinstance(model, Centred):
         assert result.buffers["steps"] == 1
+
+
+class Siamese(nn.Module):
+    """Two passes through one encoder, whose norm updates its statistics in each."""
+
+    def __init__(self, momentum: float | None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last = nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=momentum), nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x):
+        one, other = (self.norm(self.first(t)).tanh() for t in (x, x.sin()))
+        return self.last(one - other)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_batch_norm_that_is_called_twice(momentum):
+    """What the second call reads of the first are statistics, which nothing is differentiated through."""
+    model, x, y = Siamese(momentum), torch.randn(5, 3).double(), torch.tensor([0, 2, 1, 1, 0])
+    plain = copy.deepcopy(model)
+    result = fxcurv.compile(model, nn.CrossEntropyLoss(), [DiagGGNExact()])(x, y)
+    f = plain(x)
+    grads = torch.autograd.grad(F.cross_entropy(f, y), list(plain.parameters()), retain_graph=True)
+    p = f.softmax(1).detach()
+    h = torch.block_diag(*(q.diag() - q.outer(q) for q in p)) / len(x)
+    for (name, w), g in zip(plain.named_parameters(), grads, strict=True):
+        rows = torch.stack([torch.autograd.grad(e, w, retain_graph=True)[0].flatten() for e in f.flatten()])
+        torch.testing.assert_close(result.grad[name], g)
+        torch.testing.assert_close(result.diag_ggn_exact[name].flatten(), (rows * (h @ rows)).sum(0))
+    for (name, got), want in zip(model.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(got, want, msg=name)

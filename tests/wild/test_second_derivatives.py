@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from against_oracle import check
 from case_tools import Net
 from torch import nn
@@ -35,6 +36,17 @@ def test_diagonal_and_products(name):
     with torch.no_grad():
         y = torch.randn_like(model(x))
     check(model, nn.MSELoss(), x, y, kind="mse")
+
+
+def test_an_image_at_positions_when_both_are_computed():
+    """A spatial transformer. The second derivative of sampling writes in place, which `torch.vmap` refuses."""
+    torch.manual_seed(0)
+    net = Net(
+        lambda m, x: F.grid_sample(m.image(x).view(-1, 1, 2, 3), m.at(x).view(-1, 2, 1, 2), align_corners=False).flatten(1),
+        image=nn.Linear(2, 6), at=nn.Linear(2, 4),
+    ).double()  # fmt: skip
+    x, y = torch.randn(2, 2, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)
+    check(net, nn.MSELoss(), x, y, kind="mse")
 
 
 def test_statistics_beside_a_norm_in_products():

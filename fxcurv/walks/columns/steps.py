@@ -17,7 +17,7 @@ from fxcurv.ir.private import pytree
 from fxcurv.ir.program import is_active, place
 from fxcurv.ir.traced import in_dtype, sum_of, zeros_behind
 from fxcurv.quantity import GRADIENT, Group
-from fxcurv.rules.base import FAILURES, Refused, Rule, rule_of
+from fxcurv.rules.base import FAILURES, Refused, Rule, failure, rule_of
 from fxcurv.rules.call import Call, call_of, outputs_of, place_of_outputs
 from fxcurv.rules.traits import APART
 from fxcurv.walks.columns import residuals as curvature
@@ -120,7 +120,7 @@ def _step(walk: Walk, node: fx.Node, stack: Stack) -> None:
         raise UnsupportedOpError(f"{locate(node)}\n{error}") from None
     except (*FAILURES, TypeError) as error:
         raise UnsupportedOpError(
-            f"{locate(node)}\nhas no rule, and the general fallback failed: {type(error).__name__}: {str(error)[:300]}\n"
+            f"{locate(node)}\nhas no rule, and the general fallback failed: {failure(error)}\n"
             "Way out: pass rules={op: rule}, or write the op in other PyTorch ops."
         ) from error
 

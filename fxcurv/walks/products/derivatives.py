@@ -17,7 +17,7 @@ from fxcurv.ir.origin import locate, origin_of
 from fxcurv.ir.private import pytree
 from fxcurv.ir.program import Program
 from fxcurv.ir.traced import sum_of
-from fxcurv.rules.base import FAILURES, FALLBACK, Rule, rule_of
+from fxcurv.rules.base import FAILURES, FALLBACK, Rule, failure, rule_of
 from fxcurv.rules.call import Call, call_of
 
 
@@ -123,6 +123,6 @@ def emitted(program: Program, node: fx.Node, fn: Callable, *args: Any) -> Any:
 def no_second_derivative(node: fx.Node, error: Exception) -> UnsupportedOpError:
     """The error to raise where the derivative of an op's derivative cannot be traced."""
     return UnsupportedOpError(
-        f"{locate(node)}\nhas no second derivative: {type(error).__name__}: {str(error)[:300]}\n"
+        f"{locate(node)}\nhas no second derivative: {failure(error)}\n"
         "Way out: pass rules={op: rule} with a transpose made of differentiable ops, or write the op in other PyTorch ops."
     )
