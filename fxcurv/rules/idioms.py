@@ -159,7 +159,7 @@ def _even_bags(
 def _bags(weight: Tensor, indices: Tensor, scale: Tensor | None, bags: tuple, mode: int, padding: int | None) -> Tensor:
     """`_even_bags` for bags that begin at the given offsets; an empty bag is zero."""
     offsets, with_last = bags
-    begins = offsets[: offsets.shape[0] - with_last]
+    begins = offsets[: offsets.shape[0] - int(with_last)]
     bag = (
         torch.searchsorted(
             begins, torch.arange(indices.shape[0], device=indices.device, dtype=begins.dtype), right=True

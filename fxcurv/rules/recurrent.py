@@ -39,7 +39,7 @@ def _unroll(op, x: Tensor, hx: Any, params, biases: bool, layers: int, p: float,
             given = here if isinstance(hx, list | tuple) else here[0]
             own = params[per * k : per * (k + 1)]
             x, *ends = decomposition_table[op](x, given, own, biases, 1, 0.0, train, both, False)
-            last.append(ends)
+            last.append([e.reshape(s.shape) if e.ndim > s.ndim else e for e, s in zip(ends, here, strict=True)])  # 2.11
             if p and train and k < layers - 1:
                 x = torch.dropout(x, p, True)
     return (x.transpose(0, 1) if first else x, *map(torch.cat, zip(*last, strict=True)))

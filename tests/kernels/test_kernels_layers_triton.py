@@ -54,6 +54,8 @@ def on_device(args, layout="contiguous"):
 @compiles
 def test_in_the_interpreter():
     """The tests below, where Triton was imported as an interpreter."""
+    if triton.__version__.startswith("3.6."):
+        pytest.skip("the interpreter of Triton 3.6, which PyTorch 2.11 comes with, does not run with NumPy 2.4")
     command = [sys.executable, "-m", "pytest", "-q", "-n0", __file__, "-k", "test_value"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)

