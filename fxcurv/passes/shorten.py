@@ -13,7 +13,7 @@ from torch import fx
 
 from fxcurv.ir.private import disable_fake_tensor_cache
 from fxcurv.ir.program import Program
-from fxcurv.passes.simplify import simplify
+from fxcurv.passes.simplify import refresh, simplify
 from fxcurv.rules.shorter import shorter
 
 
@@ -26,6 +26,7 @@ def shorten(program: Program) -> Program:
         while todo:
             node = todo.pop()
             made: list[fx.Node] = []
+            refresh(program, node)
             new = shorter(_maker(node, made), node)
             if new is not None:
                 program.stand_in(node, new)

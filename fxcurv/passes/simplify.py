@@ -11,7 +11,7 @@ from fxcurv.ir.graph import layout, to_reshape
 from fxcurv.ir.program import Program
 from fxcurv.rules.complex_numbers import unfold
 from fxcurv.rules.custom import inline
-from fxcurv.rules.traits import VIEWS, on_rows, random, sliced
+from fxcurv.rules.traits import REARRANGED, UNSAID_VIEWS, VIEWS, on_rows, random, sliced
 
 
 def simplify(program: Program) -> Program:
@@ -85,15 +85,23 @@ def _drop_idle_views(program: Program) -> dict[fx.Node, fx.Node]:
 
 
 def _refresh_views(program: Program) -> None:
-    """Recompute the strides of views whose input was replaced by a value of other strides."""
+    """Recompute the strides of all views whose input was replaced by a value of other strides."""
     with program.fake_mode, torch.no_grad():
         for node in program.graph.nodes if program.stale else ():
-            if node.target in VIEWS and node in program.stale:
-                before = _layout(node)
-                _recompute_view(node)
-                if _layout(node) != before:
-                    program.stale.update(node.users)
+            refresh(program, node)
     program.stale.clear()
+
+
+def refresh(program: Program, node: fx.Node) -> None:
+    """Recompute the strides of a view whose input was replaced by a value of other strides, under the program's fake mode.
+
+    Views of one value are told apart by their strides, so all of them have to be of its present ones.
+    """
+    if node in program.stale and node.target in REARRANGED | UNSAID_VIEWS:
+        before = _layout(node)
+        _recompute_view(node)
+        if _layout(node) != before:
+            program.stale.update(node.users)
 
 
 def _recompute_view(node: fx.Node) -> None:

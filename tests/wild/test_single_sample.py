@@ -10,7 +10,7 @@ from oracle_kron import KroneckerOracle
 from torch import nn
 
 import fxcurv
-from fxcurv.extensions import BatchGrad, DiagGGNExact, DiagHessian
+from fxcurv.extensions import KFAC, BatchGrad, DiagGGNExact, DiagHessian, SqrtGGNMC
 
 SHAPES = {"squeeze": lambda z: z.squeeze(), "last": lambda z: z.squeeze(-1), "kept": lambda z: z}
 TARGETS = {"numbers": lambda n: torch.rand(n), "column": lambda n: torch.rand(n, 1)}
@@ -109,3 +109,13 @@ def test_one_sample_after_a_batch_that_is_one():
             torch.testing.assert_close(result.diag_ggn_exact[key], oracle.diag_ggn_exact()[key])
             torch.testing.assert_close(result.diag_h[key], oracle.diag_h()[key])
             assert result.grad[key].shape == p.shape
+
+
+def test_as_many_sampled_columns_as_outputs():
+    """A square matrix of cotangents and its transpose differ in strides alone, which a shorter form of the draws changes."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2).double(), torch.randn(1, 3).double(), torch.randn(1, 2).double()
+    result = fxcurv.compile(model, nn.MSELoss(), [KFAC(2), SqrtGGNMC(2)], check=None)(x, y, seed=1)
+    roots = result.sqrt_ggn_mc["bias"].flatten(0, 1)
+    torch.testing.assert_close(result.kfac["weight"][0], roots.T @ roots)
+    torch.testing.assert_close(result.kfac["bias"][0], roots.T @ roots)
