@@ -463,15 +463,15 @@ class Compiled:
             except (RuntimeError, IndexError) as error:
                 raise run_error(program, arguments, flat, error) from error
 
-    def asking(self, extensions: Iterable[Extension]) -> Compiled:
-        """The same model, loss and options with other extensions."""
+    def asking(self, extensions: Iterable[Extension], **others: Any) -> Compiled:
+        """The same model, loss and options with other extensions; `others`: options (`ir.state.Options`) that differ."""
         found = checked(extensions)
         if self._ranks is not None:
             no_numbers(found)
         lengths = self._options.outputs and _any_lengths(
             found, self._options.sample, self._options.sample_index, self._ranks
         )
-        options = dataclasses.replace(self._options, as_written=any(e.by_op for e in found), lengths=lengths)
+        options = dataclasses.replace(self._options, as_written=any(e.by_op for e in found), lengths=lengths, **others)
         return Compiled(self.model, self.loss, found, options, self._backend, self._ranks)
 
     def alone(self, asked: str) -> None:
@@ -495,6 +495,11 @@ class Compiled:
         """The program that a call with these arguments has just run."""
         latest = self._programs.latest  # set on several ranks, where a look-up would have to gather parameters
         return self.lower(inputs, *targets).program if latest is None else latest.program
+
+    @property
+    def options(self) -> Options:
+        """The options of `compile`."""
+        return self._options
 
     @property
     def subject(self) -> Subject:

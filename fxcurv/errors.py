@@ -11,6 +11,10 @@ class ArgumentError(FxcurvError, ValueError):
     """An argument of `compile` or of a call is wrong: change the call."""
 
 
+class NonFiniteError(ArgumentError):
+    """A batch gives NaN or infinity where a step would enter them into weights: skip the batch."""
+
+
 class ExtensionError(FxcurvError, ValueError):
     """An extension is unknown, ill-configured or asked for twice: change the list of extensions."""
 

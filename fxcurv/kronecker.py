@@ -23,13 +23,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from numbers import Real
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fxcurv.errors import ArgumentError
+from fxcurv.errors import ArgumentError, NonFiniteError
 from fxcurv.ir.private import group_named, pytree
 
 __all__ = [
@@ -84,12 +85,14 @@ class Arrangement:
         """[*lead, *shape] -> [*lead, rows, columns].
 
         Raises:
-            ValueError: for another shape.
+            ArgumentError: for another shape.
         """
+        if not isinstance(vectors, Tensor):
+            raise ArgumentError(f"a vector is a {type(vectors).__name__}: pass a tensor [*lead, {list(self.shape)}]")
         k = vectors.ndim - len(self.shape)
         if tuple(vectors.shape[max(k, 0) :]) != self.shape:
-            raise ValueError(
-                f"vectors of shape {tuple(vectors.shape)} do not end in the parameter's shape {self.shape}"
+            raise ArgumentError(
+                f"vectors of shape {list(vectors.shape)} do not end in the parameter's, {list(self.shape)}: pass [*lead, *P]"
             )
         lead = vectors.shape[:k]
         order = [*range(k), *(k + d for d in (*self.outputs, *self.inputs))]
@@ -145,10 +148,21 @@ class Joint:
         return self.weight.shaped(weight), self.bias.shaped(bias)
 
     def matrix(self, vectors: Vectors) -> Tensor:
-        """A pair -> [*lead, rows, columns]."""
+        """A pair -> [*lead, rows, columns].
+
+        Raises:
+            ArgumentError: for what is no pair, or of other shapes.
+        """
         if not isinstance(vectors, tuple | list) or len(vectors) != 2:
-            raise ValueError("the block is of a weight and its bias together: pass a pair of vectors, (weight, bias)")
-        return torch.cat([self.weight.matrix(vectors[0]), self.bias.matrix(vectors[1])], -1)
+            raise ArgumentError(
+                "the block is of a weight and its bias together: pass a pair of vectors, (weight, bias)"
+            )
+        weight, bias = self.weight.matrix(vectors[0]), self.bias.matrix(vectors[1])
+        if weight.shape[:-1] != bias.shape[:-1]:
+            raise ArgumentError(
+                f"{list(weight.shape[:-2])} vectors of the weight, {list(bias.shape[:-2])} of the bias: pass as many of both"
+            )
+        return torch.cat([weight, bias], -1)
 
     def vector(self, matrices: Tensor) -> Vectors:
         """[*lead, rows, columns] -> a pair."""
@@ -238,8 +252,11 @@ def matmul(factors: Kronecker | Eigenbasis, vectors: Vectors) -> Vectors:
 
     Returns:
         the products, in the form of `vectors`.
+
+    Raises:
+        ArgumentError: for vectors of another shape, dtype or device than the block's.
     """
-    m = factors.arrangement.matrix(vectors)
+    m = _matrix(factors, vectors)
     if isinstance(factors, Eigenbasis):
         return _scaled(factors, m, factors[-1])
     b, a = _both(factors)
@@ -259,21 +276,59 @@ def solve(factors: Kronecker | Eigenbasis, vectors: Vectors, damping: float | tu
         the solutions, in the form of `vectors`.
 
     Raises:
-        ValueError: for a pair with an eigenbasis.
-        ArgumentError: for damping 0 with a singular block.
+        ArgumentError: for vectors of another shape, dtype or device; for a damping that is negative or no number; for a pair
+            with an eigenbasis; for damping 0 with a singular block; for factors that are not finite.
     """
-    m = factors.arrangement.matrix(vectors)
-    if not isinstance(damping, tuple):
+    m = _matrix(factors, vectors)
+    if not isinstance(damping, tuple | list):
+        check_not_negative("damping", damping)
         basis = eigenbasis(factors)
         values = basis[-1] + damping
-    elif isinstance(factors, Eigenbasis):
-        raise ValueError("damping is a pair, and an eigenbasis has no two factors to damp: pass a number")
+    elif isinstance(factors, Eigenbasis) or len(damping) != 2:
+        raise ArgumentError(f"damping={damping!r}: a pair is of the two factors of a Kronecker; pass a number")
     else:
+        for d in damping:
+            check_not_negative("damping", d)
         basis, sides = _decomposed(factors)
         values = _product([side + d for side, d in zip(sides, damping, strict=False)])
-    if not all(damping if isinstance(damping, tuple) else (damping,)) and not bool((values > 0).all()):
-        raise ArgumentError("the block is singular: pass a damping above zero")
-    return _scaled(basis, m, 1 / values)
+    return _scaled(basis, m, _inverted("the block", values))
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """Refuse what is no number (or tensor of one), and a negative one.
+
+    Raises:
+        ArgumentError: saying the `name`.
+    """
+    number = isinstance(value, Real) or isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    if not number or not value >= 0:
+        raise ArgumentError(f"{name}={value!r}: pass a number that is not negative")
+
+
+def _check_factors(factors: Kronecker | Eigenbasis, of: str = "the block") -> None:
+    """Refuse factors that are not in the sizes of their arrangement, as stacks are, of several models."""
+    rows, columns = factors.arrangement.rows, factors.arrangement.columns
+    *sides, last = factors if isinstance(factors, Eigenbasis) else (*factors, None)
+    sizes = [(rows,), (columns,)][: len(sides)]
+    known = all(tuple(t.shape) in (n, n * 2) for t, n in zip(sides, sizes, strict=False))
+    complete = len(sides) == 2 or len(sides) == 1 == columns
+    if not known or not complete or last is not None and last.numel() != rows * columns:
+        raise ArgumentError(
+            f"{of} has factors {[list(t.shape) for t in factors]}, and is [{rows}, {columns}] as a matrix. Way out: the factors "
+            "of one model; of stacks (params= of a call), those of each model, t[k] of every tensor"
+        )
+
+
+def _matrix(factors: Kronecker | Eigenbasis, vectors: Vectors) -> Tensor:
+    """Vectors as matrices [*lead, rows, columns], if a block can be multiplied with them."""
+    _check_factors(factors)
+    m, like = factors.arrangement.matrix(vectors), factors[0]
+    if m.dtype != like.dtype or m.device != like.device:
+        raise ArgumentError(
+            f"the vectors are {m.dtype} on {m.device}, the factors {like.dtype} on {like.device}: "
+            "pass vectors.to(dtype and device of the factors)"
+        )
+    return m
 
 
 def eigenbasis(factors: Kronecker | Eigenbasis, start: Eigenbasis | None = None, steps: int = 1) -> Eigenbasis:
@@ -287,19 +342,43 @@ def eigenbasis(factors: Kronecker | Eigenbasis, start: Eigenbasis | None = None,
         steps: see `start`.
 
     Raises:
-        ArgumentError: if `start` has another arrangement.
+        ArgumentError: if `start` has another arrangement; if the factors are not finite.
     """
     if isinstance(factors, Eigenbasis):
+        _check_factors(factors)
+        _check_finite("the block", factors)
         return Eigenbasis([*factors[:-1], factors[-1].clamp(min=0)], factors.arrangement, factors.owner)
-    if start is not None and start.arrangement != factors.arrangement:
-        raise ArgumentError(
-            f"start is of {start.arrangement}, the factors of {factors.arrangement}: pass the same parameter's"
-        )
+    if start is not None:
+        _check_start("the block", factors, start, steps)
     return _decomposed(factors, start, steps)[0]
 
 
-def _decomposed(factors: Kronecker, start: Eigenbasis | None = None, steps: int = 1) -> tuple[Eigenbasis, list[Tensor]]:
-    """(the block's basis, the eigenvalues of each factor)."""
+def _check_start(of: str, factors: Kronecker, start: Any, steps: Any) -> None:
+    """Refuse to start from what is not of the same parameters, or for no number of steps."""
+    known = getattr(start, "arrangement", None)
+    if known != factors.arrangement:
+        raise ArgumentError(
+            f"start is of {known}, {of} of {factors.arrangement}: pass the same parameter's, with the same joint="
+        )
+    _check_factors(Kronecker(start[:-1] if isinstance(start, Eigenbasis) else start, known), "start")
+    if not isinstance(steps, int) or steps < 1:
+        raise ArgumentError(f"steps={steps!r}: pass a positive integer")
+
+
+def _check_finite(of: str, tensors: Iterable[Tensor]) -> None:
+    if not all(t.is_meta or bool(t.isfinite().all()) for t in tensors):
+        raise NonFiniteError(
+            f"{of} is not finite (NaN or infinity), so no damping helps. Way out: leave out the batch that it came from, or look "
+            "where its numbers begin, under torch.autograd.set_detect_anomaly"
+        )
+
+
+def _decomposed(
+    factors: Kronecker, start: Eigenbasis | None = None, steps: int = 1, of: str = "the block"
+) -> tuple[Eigenbasis, list[Tensor]]:
+    """(the block's basis, the eigenvalues of each factor); `of`: what errors call the block."""
+    _check_factors(factors, of)
+    _check_finite(of, factors)
     known = start[:-1] if start is not None else [None] * len(factors)
     found = [_eigh(f, q, steps) for f, q in zip(factors, known, strict=True)]
     values = [v for v, _ in found]
@@ -330,7 +409,7 @@ def _without_rounding(values: Tensor) -> Tensor:
     if not len(values):
         return values
     least = 10 * torch.finfo(values.dtype).eps * values.amax()
-    return torch.where(values <= least, 0, values)  # NaN stays
+    return torch.where(values <= least, 0, values)
 
 
 def _quotients(t: Tensor, vectors: Tensor) -> Tensor:
@@ -386,18 +465,27 @@ class Blocks(Mapping):
 
     Attributes:
         shape: (D, D), D the number of entries of these parameters.
+
+    Raises:
+        ArgumentError: for what is no such field of one model, or a `start` of other blocks; by a method that decomposes blocks,
+            for factors that are not finite.
     """
 
     def __init__(
         self, factors: Mapping[str, Kronecker | Eigenbasis | Within], *, start: Blocks | None = None, steps: int = 1
     ):
-        wrong = [name for name, f in factors.items() if not isinstance(f, Kronecker | Eigenbasis | Within)]
-        if wrong or not factors:
+        named = dict(factors) if isinstance(factors, Mapping) else {type(factors).__name__: factors}
+        wrong = [name for name, f in named.items() if not isinstance(f, Kronecker | Eigenbasis | Within)]
+        if wrong or not named:
             raise ArgumentError(
-                f"{wrong or 'nothing'}: pass the field of KFAC, KFLR, KFRA or EKFAC, parameter name -> factors"
+                f"{wrong or 'nothing'}: pass the field of KFAC, KFLR, KFRA or EKFAC, parameter name -> factors, as result.kfac"
             )
-        self._given = dict(factors)
-        self._factors = {name: f for name, f in factors.items() if not isinstance(f, Within)}
+        self._given = named
+        self._factors = {name: f for name, f in named.items() if not isinstance(f, Within)}
+        for name, f in self._factors.items():
+            _check_factors(f, f"the block of '{name}'")
+            if start is not None and isinstance(f, Kronecker):
+                _check_start(f"the block of '{name}'", f, start.get(name), steps)
         self._shapes = self._ordered()
         self._start, self._steps = start, steps
         self._bases: dict[str, tuple[Eigenbasis, list[Tensor]]] = {}
@@ -463,7 +551,7 @@ class Blocks(Mapping):
         """The product with a vector; see the class.
 
         Raises:
-            ArgumentError: for a vector of another structure.
+            ArgumentError: for a vector of another structure, shape, dtype or device.
         """
         if isinstance(v, Mapping):
             if set(v) != set(self._shapes):
@@ -487,10 +575,11 @@ class Blocks(Mapping):
         found: dict[str, Tensor] = {}
         for name, f in self._factors.items():
             own = list(f.arrangement.named(name))
-            if len(own) == 1:
-                found[name] = _multiply_at_owner(f, v[name])
-            else:
-                found |= zip(own, _multiply_at_owner(f, tuple(v[n] for n in own)), strict=True)
+            try:
+                products = _multiply_at_owner(f, v[name] if len(own) == 1 else tuple(v[n] for n in own))
+            except ArgumentError as error:
+                raise ArgumentError(f"'{name}': {error}") from None
+            found |= zip(own, products if len(own) > 1 else (products,), strict=True)
         return {name: found[name] for name in self._shapes}
 
     def everywhere(self) -> Blocks:
@@ -515,10 +604,10 @@ class Blocks(Mapping):
                 B + d I.
 
         Raises:
-            ArgumentError: for a negative number, or for `pi` with an eigenbasis, which has no two factors.
+            ArgumentError: for a damping that is negative or no number, for factors that are not finite, or for `pi` with an
+                eigenbasis, which has no two factors.
         """
-        if not damping >= 0:
-            raise ArgumentError(f"damping={damping!r}: pass a number that is not negative")
+        check_not_negative("damping", damping)
         return self._map_eigenvalues(lambda name, values: self._damped(name, values, damping, pi))
 
     def inverse(self, damping: float = 0.0, pi: bool = False) -> Blocks:
@@ -527,7 +616,9 @@ class Blocks(Mapping):
         Raises:
             ArgumentError: as `damped`, and if the matrix is singular.
         """
-        return self.damped(damping, pi)._map_eigenvalues(_inverted)
+        return self.damped(damping, pi)._map_eigenvalues(
+            lambda name, values: _inverted(f"the block of '{name}'", values)
+        )
 
     def sqrt(self) -> Blocks:
         """The symmetric square root."""
@@ -570,6 +661,7 @@ class Blocks(Mapping):
 
     def scaled(self, factor: float) -> Blocks:
         """The matrix times a number that is not negative."""
+        check_not_negative("factor", factor)
         return self._map_eigenvalues(lambda name, values: values * factor)
 
     def basis(self) -> Blocks:
@@ -607,10 +699,14 @@ class Blocks(Mapping):
     def _basis(self, name: str) -> tuple[Eigenbasis, list[Tensor]]:
         """(the eigenbasis of a block, the eigenvalues of each of its factors; an `Eigenbasis` has none)."""
         if name not in self._bases:
-            f = self._factors[name]
-            start: Any = self._start[name] if self._start is not None else None
-            known = start if isinstance(start, Eigenbasis) else eigenbasis(start) if start is not None else None
-            self._bases[name] = (eigenbasis(f), []) if isinstance(f, Eigenbasis) else _decomposed(f, known, self._steps)
+            f, of = self._factors[name], f"the block of '{name}'"
+            if isinstance(f, Eigenbasis):
+                _check_finite(of, f)
+                self._bases[name] = eigenbasis(f), []
+            else:
+                start: Any = self._start[name] if self._start is not None else None
+                known = eigenbasis(start) if isinstance(start, Kronecker) else start
+                self._bases[name] = _decomposed(f, known, self._steps, of)
         return self._bases[name]
 
     def _damped(self, name: str, values: Tensor, damping: float, pi: bool) -> Tensor:
@@ -676,9 +772,9 @@ def _multiply_at_owner(factors: Kronecker | Eigenbasis, vectors: Vectors) -> Vec
     return pytree.tree_map(owner.send, matmul(factors, given))
 
 
-def _inverted(name: str, values: Tensor) -> Tensor:
+def _inverted(of: str, values: Tensor) -> Tensor:
     if not values.is_meta and not bool((values > 0).all()):
-        raise ArgumentError(f"the block of '{name}' is singular: pass damping=")
+        raise ArgumentError(f"{of} is singular: pass damping=")
     return 1 / values
 
 

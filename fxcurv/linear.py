@@ -16,14 +16,19 @@ import torch
 from torch import Tensor
 
 from fxcurv.api import Compiled
+from fxcurv.data.batches import Batches, check_apart, check_given, unpacked
 from fxcurv.data.halves import Halves
 from fxcurv.data.weights import Weights
 from fxcurv.errors import ArgumentError, ExtensionError
 from fxcurv.extensions import GGNMP, HMP, DiagGGNExact, DiagGGNMC, DiagHessian, Extension, SqrtGGNMC
 from fxcurv.extensions.ggn import DiagEmpirical, JacobianNorms, SqrtEmpirical
 from fxcurv.extensions.parameters import Choice, chosen, hashable
+from fxcurv.ir.origin import locate
+from fxcurv.ir.placement import Shard
+from fxcurv.ir.program import Program
 from fxcurv.kronecker import linear_operator
 from fxcurv.over import over
+from fxcurv.runtime.selfcheck import draws_numbers
 
 __all__ = ["GGN", "NTK", "EmpiricalFisher", "Hessian", "Jacobian", "MCFisher"]
 
@@ -32,10 +37,12 @@ class Matrix:
     """Base of all matrices here.
 
     Args:
-        compiled: from `fxcurv.compile`; its extensions do not matter.
-        data: a tuple (inputs, *targets), or an iterable of batches that can be gone over several times.
+        compiled: from `fxcurv.compile`; its extensions do not matter. The model has no op that draws random numbers (eval
+            mode, with dropout): every product would be of another matrix. Buffers are not updated.
+        data: one batch, a tuple (inputs, *targets); or a loader of batches, as `fxcurv.over` takes them, which yields the
+            same batches in the same order every time (`shuffle=False`). Batches are compared by checksums.
         params: the parameters that the matrix is over, as for `compile`.
-        unpack: batch -> (inputs, *targets).
+        unpack: batch of a loader -> (inputs, *targets).
         reduction: see `fxcurv.over`.
 
     Attributes:
@@ -43,16 +50,22 @@ class Matrix:
         T: its transpose.
 
     Raises:
-        ArgumentError: for an iterator, which can be gone over only once.
-        MixedSamplesError, LossError: as `fxcurv.over`, for several batches.
+        ArgumentError: for an iterator, which can be gone over only once; for a loader without samples; for a model that
+            draws random numbers; in products, for a loader that yields other batches than the first time.
+        MixedSamplesError: where samples interact in the model: for a loader, and for matrices of rows (all but `GGN` and
+            `Hessian`).
+        LossError: for a loader, if the loss is no sum or mean over samples, as `fxcurv.over`.
     """
 
     def __init__(
         self, compiled: Compiled, data: Any, *, params: Choice = None, unpack: Callable[[Any], tuple] | None = None,
         reduction: Any = None,
     ):  # fmt: skip
-        compiled.alone(f"fxcurv.linear.{type(self).__name__}")
-        if not isinstance(data, tuple) and iter(data) is data:
+        whose = f"fxcurv.linear.{type(self).__name__}"
+        check_given(compiled, data, whose)
+        compiled.alone(whose)
+        self._single = isinstance(data, tuple)
+        if not self._single and iter(data) is data:
             raise ArgumentError(
                 "data is an iterator, which every product would begin anew: pass a list or a DataLoader"
             )
@@ -62,40 +75,57 @@ class Matrix:
         held = dict(compiled.subject.named_parameters())
         self._shapes = {name: tuple(held[name].shape) for name in self.names}
         self._like = held[self.names[0]].detach()
-        self._compiled, self._data, self._unpack, self._reduction = compiled, data, unpack, reduction
-        self._plain = compiled.asking(())
+        self._compiled = compiled.asking((), update_buffers=False)
+        self._source, self._reduction = data, reduction
+        self._data = data if self._single else Batches(self._compiled, data, unpack, "data")
         self._given: Any = {"params": self.names}
+        self._prepare()
         self._count()
+
+    def _prepare(self) -> None:
+        """Make what `_program` needs."""
 
     # ---- data ------------------------------
 
     def _batches(self) -> Iterator[tuple[Any, tuple]]:
         """(inputs, targets) of each batch; a loader's empty batches are left out."""
-        if isinstance(self._data, tuple):
-            yield self._data[0], self._data[1:]
+        if self._single:
+            yield unpacked(self._compiled, self._data, tuple if self._compiled.loss is not None else None)
             return
-        for batch in self._data:
-            inputs, *targets = self._unpack(batch) if self._unpack is not None else batch
-            if self._plain.arguments(inputs, *targets).batch_size:
-                yield inputs, tuple(targets)
+        for inputs, *targets in self._data:
+            yield inputs, tuple(targets)
 
     def _count(self) -> None:
         """Go over the data once, for the weights of batches and the number of samples."""
-        plain = self._plain
+        plain = self._compiled
         weights = Weights(plain.model, plain.loss, self._reduction)
-        single = isinstance(self._data, tuple)
-        self._factors: list[float] = []
+        found: list[float | None] = []
         self.samples = 0
         for inputs, targets in self._batches():
-            n = plain.arguments(inputs, *targets).batch_size
-            self.samples += n
-            z = None
-            if not single:
-                z = weights.of(plain(inputs, *targets), inputs, targets, plain.arguments(inputs, *targets), plain)
-                weights.count(z)
-            self._factors.append(1.0 if z is None else z)
-        total = None if single else weights.total()
-        self._factors = [f / total if total is not None else f for f in self._factors]
+            self._check(self._program(inputs, targets))
+            arguments = plain.arguments(inputs, *targets)
+            self.samples += arguments.batch_size
+            alone = self._single or plain.loss is None
+            found.append(None if alone else weights.of(plain(inputs, *targets), inputs, targets, arguments, plain))
+        if not found:
+            raise ArgumentError("the loader yields no sample: pass one with at least one batch")
+        total = None if self._single else weights.total(sum(z or 0.0 for z in found))
+        self._factors = [1.0 if z is None else z if total is None else z / total for z in found]
+
+    def _program(self, inputs: Any, targets: tuple) -> Program:
+        """The program that products of this batch take."""
+        raise NotImplementedError
+
+    def _check(self, program: Program) -> None:
+        """Refuse a model of which the matrix would be another one in every product, or for every batch."""
+        drawn = next((n for n in program.graph.nodes if draws_numbers(n.target, n.args, n.kwargs)), None)
+        if drawn is not None:
+            raise ArgumentError(
+                f"{locate(drawn)}\ndraws random numbers, so every product would be of another matrix. Way out: model.eval(), "
+                "which turns dropout off."
+            )
+        if not self._single:
+            check_apart(program)
 
     def _weighted(self) -> Iterator[tuple[float, Any, tuple]]:
         for factor, (inputs, targets) in zip(self._factors, self._batches(), strict=True):
@@ -104,11 +134,10 @@ class Matrix:
     def _diagonal(self, extension: Extension, seed: int = 0) -> dict[str, Tensor]:
         """The value of an extension over the data, by parameter name."""
         compiled = self._compiled.asking([extension])
-        if isinstance(self._data, tuple):
-            return compiled(*self._data, seed=seed)[extension]
-        return over(
-            compiled, self._data, unpack=self._unpack, reduction=self._reduction, seed=seed, progress=False
-        )[extension]  # fmt: skip
+        if self._single:
+            inputs, targets = next(self._batches())
+            return compiled(inputs, *targets, seed=seed)[extension]
+        return over(compiled, self._data, unpack=tuple, reduction=self._reduction, seed=seed, progress=False)[extension]
 
     # ---- a matrix ------------------------------
 
@@ -199,9 +228,11 @@ class _Product(Matrix):
     field: str
     diagonal: Any
 
-    def __init__(self, compiled: Compiled, data: Any, **options: Any):
-        super().__init__(compiled, data, **options)
-        self._products = compiled.asking([self.extension(**self._given)])
+    def _prepare(self) -> None:
+        self._products = self._compiled.asking([self.extension(**self._given)])
+
+    def _program(self, inputs: Any, targets: tuple) -> Program:
+        return self._products.lower(inputs, *targets).program
 
     def _times(self, v: dict[str, Tensor]) -> dict[str, Tensor]:
         total: dict[str, Tensor] = {}
@@ -229,11 +260,18 @@ class Hessian(_Product):
 class _OfRows(Matrix):
     """A matrix whose products are made of those with J and J^T of each batch."""
 
-    def __init__(self, compiled: Compiled, data: Any, **options: Any):
-        super().__init__(compiled, data, **options)
+    def _prepare(self) -> None:
         self._halves: list[tuple[Any, Halves]] = []
-        self._checked = compiled.loss is None
+        self._checked = self._compiled.loss is None
         self._outputs = 0
+
+    def _program(self, inputs: Any, targets: tuple) -> Program:
+        return self._halves_for(inputs, targets, self._compiled.arguments(inputs, *targets)).program
+
+    def _check(self, program: Program) -> None:
+        super()._check(program)
+        if not all(isinstance(f.meta["place"], Shard) for f in program.heads):
+            check_apart(program)
 
     def _parts(self) -> Iterator[tuple[float, Halves, list[Any]]]:
         for factor, inputs, targets in self._weighted():
@@ -241,7 +279,7 @@ class _OfRows(Matrix):
             halves = self._halves_for(inputs, targets, arguments)
             flat = halves.flat(arguments)
             if not self._checked:
-                halves.check(flat, self._plain(inputs, *targets).grad)
+                halves.check(flat, self._compiled(inputs, *targets).grad)
                 self._checked = True
             yield factor, halves, flat
 
@@ -251,7 +289,7 @@ class _OfRows(Matrix):
         for known, halves in self._halves:
             if known == shapes and halves.serves(n):
                 return halves
-        self._halves.append((shapes, Halves(self._plain, self.names, inputs, targets)))
+        self._halves.append((shapes, Halves(self._compiled, self.names, inputs, targets)))
         return self._halves[-1][1]
 
     @property
@@ -338,9 +376,9 @@ class NTK(_OfRows):
 
     @property
     def T(self) -> NTK:  # noqa: N802
-        return (
-            self if self._right is self else NTK(self._compiled, self._right._data, other=self._data, **self._options)
-        )
+        if self._right is self:
+            return self
+        return NTK(self._compiled, self._right._source, other=self._source, **self._options)
 
     def __matmul__(self, u: Any) -> Tensor:
         return self._columnwise(u, self._right.rows, lambda x: self._j(self._unflatten(self._right._jt(x))))

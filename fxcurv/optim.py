@@ -20,22 +20,37 @@ directions of conjugate gradients, are whole on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import isfinite
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from fxcurv.api import Compiled
 from fxcurv.api import compile as compile_model
-from fxcurv.errors import ArgumentError
+from fxcurv.errors import ArgumentError, NonFiniteError
 from fxcurv.extensions import GGNMP, KFLR, DiagGGNExact, DiagGGNMC, Extension
 from fxcurv.extensions import KFAC as KFACExtension
 from fxcurv.extensions.kfac import Bases, MomentsIn
 from fxcurv.ir.private import pytree
-from fxcurv.kronecker import Blocks, Eigenbasis, Joint, Kronecker, Within, arranged, eigenbasis, plain
+from fxcurv.kronecker import (
+    Blocks,
+    Eigenbasis,
+    Joint,
+    Kronecker,
+    Within,
+    arranged,
+    check_not_negative,
+    eigenbasis,
+    plain,
+)
 from fxcurv.result import Result
+from fxcurv.runtime.ranks import Ranks
 from fxcurv.runtime.sharded import like, whole
 
 __all__ = ["EKFAC", "KFAC", "DiagGGN", "NaturalGradientCG"]
@@ -45,8 +60,20 @@ Named = dict[str, Tensor]
 AVERAGES, NOTES = ("curvature", "basis", "moments"), ("arrangement", "within")
 
 
+@dataclass(frozen=True)
+class _Of:
+    """The predicate of `compile(params=)` that takes the parameters of these names, as far as they are trained."""
+
+    names: tuple[str, ...]  # in an order, as ranks compare options
+
+    def __call__(self, name: str, parameter: nn.Parameter) -> bool:
+        return name in self.names
+
+
 class _Curved(Optimizer):
     """Base of all optimizers here; see the module.
+
+    Parameters that are frozen are skipped, for as long as they are. Copies, also those by `pickle`, have a copy of the model.
 
     Args:
         model, loss: as for `fxcurv.compile`.
@@ -65,21 +92,33 @@ class _Curved(Optimizer):
         ArgumentError: for a number out of range, or a parameter that the model does not have.
     """
 
+    decay: float
+    interval: int
+    _names: dict[int, str]
+    _of: _Of
+    _extension: Extension
+    _curved: Compiled
+    _steps: int
+    _updates: int
+
     def __init__(
         self, model: nn.Module, loss: Callable[..., Tensor], extension: Extension, params: Any, *, lr: float, momentum: float,
         damping: float, weight_decay: float, decay: float, interval: int, options: dict[str, Any],
     ):  # fmt: skip
-        if not 0 <= decay < 1 or not isinstance(interval, int) or interval < 1:
-            raise ArgumentError(f"decay={decay}, interval={interval}: use a number in [0, 1), and a positive integer")
+        if not isinstance(decay, Real) or not 0 <= decay < 1 or not isinstance(interval, int) or interval < 1:
+            raise ArgumentError(
+                f"decay={decay!r}, interval={interval!r}: use a number in [0, 1), and a positive integer"
+            )
         given = [p for p in model.parameters() if p.requires_grad] if params is None else params
         super().__init__(given, {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay})
         self.decay, self.interval, self._extension = decay, interval, extension
         self._names = {id(p): name for name, p in model.named_parameters()}
-        for group in self.param_groups:
-            self._check(group)
-        self._plain: Compiled = compile_model(model, loss, [], params=tuple(n for n, *_ in self._held()), **options)
+        self._check_groups()
+        self._of = _Of(tuple(self._names[id(p)] for p in self._params()))
+        self._plain: Compiled = compile_model(model, loss, [], params=self._of, **options)
         self._curved = self._plain.asking([extension])
         self._steps = self._updates = 0
+        self._covered: list[str] = []  # the parameters of the last update of the curvature
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in PyTorch, but only while the optimizer is made.
@@ -93,23 +132,31 @@ class _Curved(Optimizer):
             )
         super().add_param_group(param_group)
 
-    def _check(self, group: dict[str, Any]) -> None:
-        for key, most in (("lr", None), ("damping", None), ("weight_decay", None), ("momentum", 1)):
-            if not group[key] >= 0 or most is not None and group[key] >= most:
-                raise ArgumentError(
-                    f"{key}={group[key]!r}: use a number that is not negative{', below 1' if most else ''}"
-                )
-        for p in group["params"]:
+    def _check_groups(self) -> None:
+        for group in self.param_groups:
+            for key in ("lr", "damping", "weight_decay", "momentum"):
+                check_not_negative(key, group[key])
+            if group["momentum"] >= 1:
+                raise ArgumentError(f"momentum={group['momentum']!r}: use a number below 1")
+        for p in self._params():
             if id(p) not in self._names:
                 raise ArgumentError(
                     f"a parameter of shape {list(p.shape)} is none of the model's: pass those of the model"
                 )
 
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
     def _held(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
-        """(name, parameter, group) of each parameter."""
+        """(name, parameter, group) of each parameter that is not frozen."""
         for group in self.param_groups:
             for p in group["params"]:
-                yield self._names[id(p)], p, group
+                if p.requires_grad:
+                    yield self._names[id(p)], p, group
+
+    def _changed(self) -> bool:
+        """Whether other parameters are trained than at the last update of the curvature."""
+        return self._covered != [name for name, *_ in self._held()]
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -131,32 +178,39 @@ class _Curved(Optimizer):
             the result of the batch before the step: loss, output and gradient.
 
         Raises:
-            ArgumentError: for an argument that is no batch.
+            ArgumentError: for an argument that is no batch; for a number of a group that is out of range; under `mesh=`, for a
+                batch that is empty on every rank.
+            NonFiniteError: for a gradient or a curvature with NaN or infinity; no weight has changed then.
         """
-        if callable(batch) or isinstance(batch, Tensor) or batch is None:
-            raise ArgumentError(
-                f"step({type(batch).__name__}): pass a batch (inputs, *targets), whose curvature the step takes"
-            )
-        inputs, *targets = batch
+        inputs, *targets = _unpacked(batch)
+        self._check_groups()
 
         def call(compiled: Compiled) -> Result:
             return compiled(inputs, *targets, seed=seed)
 
-        update = self._steps % self.interval == 0
+        if self._plain.ranks is None and not self._plain.arguments(inputs, *targets).batch_size:
+            return call(self._plain)
+        update = self._steps % self.interval == 0 or self._changed()
         result = call(self._updating_program() if update else self._plain)
-        samples = self._plain.arguments(inputs, *targets).batch_size
-        if not sum(getattr(result, "sizes", (samples,))):
-            return result
+        self._check_finite(result)
         if update:
-            self._updates += 1
             self._add_curvature(result, call)
+            self._updates += 1
+            self._covered = [name for name, *_ in self._held()]
         self._steps += 1
         gradients: Named = {}
         for name, p, group in self._held():
             g = result.grad[name]
             gradients[name] = g.add(p, alpha=group["weight_decay"]) if group["weight_decay"] else g
-        self._step_by(gradients, self._moves(self._directions(gradients)), call, result)
+        directions = self._directions(gradients)
+        _refuse_non_finite("direction", directions, self._plain.ranks)
+        self._step_by(gradients, self._moves(directions), call, result)
         return result
+
+    def _check_finite(self, result: Result) -> None:
+        """Refuse a batch's numbers before they enter an average."""
+        for what, named in (("gradient", result.grad), *(("curvature", result[e]) for e in result.extensions)):
+            _refuse_non_finite(what, named, self._plain.ranks)
 
     def _updating_program(self) -> Compiled:
         """The program of a step that updates the curvature."""
@@ -164,20 +218,21 @@ class _Curved(Optimizer):
 
     def _add_curvature(self, result: Result, call: Callable[[Compiled], Result]) -> None:
         """Add a batch's curvature to the running average."""
-        field = result[self._extension]
         for name, p, _ in self._held():
-            self.state[p]["curvature"] = self._running_average(
-                self.state[p].get("curvature"), pytree.tree_leaves(field[name])
-            )
+            self._average(p, "curvature", pytree.tree_leaves(result[self._extension][name]))
 
-    def _running_average(self, before: list[Tensor] | None, new: list[Tensor]) -> list[Tensor]:
-        """The running average, which starts from zero."""
-        old = before if before is not None else [torch.zeros_like(t) for t in new]
-        return [torch.lerp(a, b, 1 - self.decay) for a, b in zip(old, new, strict=True)]
+    def _average(self, p: Tensor, key: str, new: list[Tensor]) -> None:
+        """Add to a running average of a parameter, which starts from zero."""
+        own = self.state[p]
+        old = own[key] if key in own else [torch.zeros_like(t) for t in new]
+        own[key] = [torch.lerp(a, b, 1 - self.decay) for a, b in zip(old, new, strict=True)]
+        # of its own, as it may have been frozen at some updates; tensors, which torch.distributed.checkpoint reads into
+        counts = own.get("counts", {})
+        own["counts"] = {**counts, key: counts.get(key, torch.zeros((), dtype=torch.long, device="cpu")) + 1}
 
-    def _unbiased(self, averages: list[Tensor], updates: int) -> list[Tensor]:
-        scale = 1 - self.decay**updates
-        return [t / scale for t in averages]
+    def _unbiased(self, p: Tensor, key: str) -> list[Tensor]:
+        scale = 1 - self.decay ** int(self.state[p]["counts"][key])
+        return [t / scale for t in self.state[p][key]]
 
     def _directions(self, gradients: Named) -> Named:
         raise NotImplementedError
@@ -198,25 +253,115 @@ class _Curved(Optimizer):
         for name, p, _ in self._held():
             p.add_(moves[name])
 
-    def _counts(self) -> dict[str, int]:
-        return {"steps": self._steps, "updates": self._updates}
-
-    def _restore_counts(self, counts: dict[str, int]) -> None:
-        self._steps, self._updates = counts["steps"], counts["updates"]
+    def _progress(self) -> dict[str, Any]:
+        """What a state has beside PyTorch's entries; `kind`: what has to be equal for a state to go on from."""
+        blocks = {
+            k: getattr(self._extension, k) for k in ("weight_sharing", "others", "joint") if hasattr(self._extension, k)
+        }
+        kind = {"optimizer": type(self).__name__, **blocks}
+        return {"steps": self._steps, "updates": self._updates, "covered": list(self._covered), "kind": kind}
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of any optimizer, and the counts of steps and updates."""
-        return {**super().state_dict(), **self._counts()}
+        """The state of any optimizer, the counts of steps and updates, and what they are of."""
+        return {**super().state_dict(), **self._progress()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        counts = self._counts()
-        super().load_state_dict({k: v for k, v in state_dict.items() if k not in counts})
+        """Load what `state_dict` of such an optimizer gave.
+
+        Raises:
+            ArgumentError: for the state of another optimizer, or of parameters of other shapes.
+            ValueError: for other groups, by PyTorch.
+        """
+        known = self._progress()
+        if not isinstance(state_dict, Mapping) or state_dict.get("kind") != known["kind"]:
+            got = state_dict.get("kind") if isinstance(state_dict, Mapping) else type(state_dict).__name__
+            raise ArgumentError(
+                f"the state is of {got or 'another optimizer'}, this one is {known['kind']}: load a state_dict() of the same "
+                "kind, or begin anew"
+            )
         saved = [state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"]]
-        for (_, p, _), own in zip(self._held(), saved, strict=True):
+        for p, own in zip(self._params(), saved, strict=False):
+            if any(shape != tuple(p.shape) for shape in _shapes_in(own)):
+                raise ArgumentError(
+                    f"the state is of other parameters than '{self._names[id(p)]}' {list(p.shape)}: load that of the same model"
+                )
+        super().load_state_dict({k: v for k, v in state_dict.items() if k not in known})
+        for p, own in zip(self._params(), saved, strict=True):
             for key in set(own).intersection(AVERAGES):
                 self.state[p][key] = [t.detach().to(p.device, copy=True) for t in own[key]]
+            if "counts" in own:
+                self.state[p]["counts"] = {key: t.cpu().clone() for key, t in own["counts"].items()}
             self.state[p].update({key: own[key] for key in NOTES if key in own})  # PyTorch's cast takes names apart
-        self._restore_counts(state_dict)  # type: ignore[arg-type]
+        self._steps, self._updates = state_dict["steps"], state_dict["updates"]
+        self._covered = list(state_dict["covered"])
+        self._make_again()
+
+    def _make_again(self) -> None:
+        """Make what follows from the state, which has just come from elsewhere."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: all but hooks, as in PyTorch, and what `_make_again` makes."""
+        made = ("step", "_names", "_inverses", "_bases", "_moments", "_matrix")  # step: as a scheduler wraps it
+        kept = {k: v for k, v in vars(self).items() if k not in made and not k.startswith("_optimizer_")}
+        return {**kept, "names": [self._names[id(p)] for p in self._params()]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({k: v for k, v in state.items() if k != "names"})
+        if "names" in state:  # PyTorch's load_state_dict calls this too, without
+            self._names = dict(zip(map(id, self._params()), state["names"], strict=True))
+            self._make_again()
+
+
+def _unpacked(batch: Any) -> list[Any]:
+    """The arguments in a batch."""
+    if isinstance(batch, Iterable) and not isinstance(batch, Tensor | str | bytes | Mapping) and not callable(batch):
+        found = list(batch)
+        if found:
+            return found
+    raise ArgumentError(
+        f"step({type(batch).__name__}): pass a batch (inputs, *targets), whose curvature the step takes"
+    )
+
+
+def _shapes_in(own: dict[str, Any]) -> Iterator[tuple[int, ...]]:
+    """The shapes, all equal, of the parameter that a state is of."""
+    averages = own.get("curvature", ()) if not set(own) & set(NOTES) else ()
+    yield from (tuple(t.shape) for t in (*averages, *(own[k] for k in ("momentum", "direction") if k in own)))
+    if "arrangement" in own:
+        arrangement = arranged(own["arrangement"])
+        yield (arrangement.weight if isinstance(arrangement, Joint) else arrangement).shape
+
+
+def _refuse_non_finite(what: str, named: Mapping[str, Any], ranks: Ranks | None = None) -> None:
+    """Refuse NaN and infinity: on every rank, if one has them in its shards.
+
+    Args:
+        what: the "gradient" of parameters, or their "curvature", or "direction".
+        named: parameter name -> tensors in a pytree.
+
+    Raises:
+        NonFiniteError: naming the parameter.
+    """
+    leaves = [(n, t) for n, value in named.items() for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+    local = [(n, t.to_local() if isinstance(t, DTensor) else t) for n, t in leaves]
+
+    def check() -> None:
+        finite = [t.isfinite().all().to(local[0][1].device) for _, t in local]
+        if finite and not bool(torch.stack(finite).all()):
+            raise _non_finite(what, next(n for (n, _), one in zip(local, finite, strict=True) if not bool(one)))
+
+    if ranks is not None and any(isinstance(t, DTensor) for _, t in leaves):
+        ranks.together(check)
+    else:
+        check()
+
+
+def _non_finite(what: str, name: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"the {what} of '{name}' is not finite (NaN or infinity), so there is no step: no weight has changed.\n"
+        "Way out: skip this batch (except fxcurv.errors.NonFiniteError), if there are such numbers in it; a damping= above zero, "
+        "if only the direction is not finite; else the weights have diverged: go back to earlier ones, with a smaller lr="
+    )
 
 
 class DiagGGN(_Curved):
@@ -241,7 +386,7 @@ class DiagGGN(_Curved):
     def _directions(self, gradients: Named) -> Named:
         found: Named = {}
         for name, p, group in self._held():
-            (diagonal,) = self._unbiased(self.state[p]["curvature"], self._updates)
+            (diagonal,) = self._unbiased(p, "curvature")
             found[name] = gradients[name] / (diagonal + group["damping"])
         return found
 
@@ -249,36 +394,43 @@ class DiagGGN(_Curved):
 class _Factored(_Curved):
     """Base of those with Kronecker factors: a group's matrix of blocks is inverted once, and used until it changes."""
 
+    _inverses: dict[int, tuple[float, Blocks]]
+
     def __init__(self, *args: Any, **known: Any):
         super().__init__(*args, **known)
-        self._inverses: dict[int, tuple[float, Blocks]] = {}
+        self._make_again()
+
+    def _make_again(self) -> None:
+        self._inverses = {}
 
     def _add_curvature(self, result: Result, call: Callable[[Compiled], Result]) -> None:
-        super()._add_curvature(result, call)
         self._inverses = {}
-        field = result[self._extension]
-        together = {name: group for name, _, group in self._held()}
-        for name, p, group in self._held():
-            value = field[name]
-            if isinstance(value, Within):
-                self.state[p]["within"] = value.weight
-                continue
-            self.state[p]["arrangement"] = plain(value.arrangement)
-            if isinstance(value.arrangement, Joint) and together[value.arrangement.bias_name] is not group:
+        field, groups = result[self._extension], {name: group for name, _, group in self._held()}
+        for name, group in groups.items():
+            arrangement = getattr(field[name], "arrangement", None)
+            if isinstance(arrangement, Joint) and groups[arrangement.bias_name] is not group:
                 raise ArgumentError(
-                    f"'{name}' and '{value.arrangement.bias_name}' have one block, and are in two groups: put both into one"
+                    f"'{name}' and '{arrangement.bias_name}' have one block, and are in two groups: put both into one"
                 )
+        for name, p, _ in self._held():
+            value, own = field[name], self.state[p]
+            notes = {"within": value.weight} if isinstance(value, Within) else {"arrangement": plain(value.arrangement)}
+            if any(own.get(key) != notes.get(key) for key in NOTES):
+                self._forget(name, p)  # its block was another one: a weight's bias has been frozen, say
+            own.update(notes)
+        super()._add_curvature(result, call)
+
+    def _forget(self, name: str, p: Tensor) -> None:
+        """Forget a parameter's averages."""
+        for key in (*AVERAGES, *NOTES, "counts"):
+            self.state[p].pop(key, None)
 
     def _factors(self, p: Tensor) -> Kronecker | Within:
         """The running averages of a parameter's factors."""
         own = self.state[p]
         if "within" in own:
             return Within(own["within"])
-        return Kronecker(self._unbiased(own["curvature"], self._factor_updates()), arranged(own["arrangement"]))
-
-    def _factor_updates(self) -> int:
-        """The number of batches in the averages of factors."""
-        return self._updates
+        return Kronecker(self._unbiased(p, "curvature"), arranged(own["arrangement"]))
 
     def _inverse(self, named: dict[str, Tensor], damping: float) -> Blocks:
         raise NotImplementedError
@@ -287,17 +439,14 @@ class _Factored(_Curved):
         found: Named = {}
         gradients = whole(gradients)
         for k, group in enumerate(self.param_groups):
-            named = {self._names[id(p)]: p for p in group["params"]}
+            named = {self._names[id(p)]: p for p in group["params"] if p.requires_grad}
             known, inverse = self._inverses.get(k, (None, None))
-            if known != group["damping"] or inverse is None:
+            if named and (known != group["damping"] or inverse is None):
                 inverse = self._inverse(named, group["damping"])
                 self._inverses[k] = group["damping"], inverse
-            found |= inverse @ {name: gradients[name].to(inverse.dtype) for name in named}
+            if inverse is not None:
+                found |= inverse @ {name: gradients[name].to(inverse.dtype) for name in named}
         return found
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._inverses = {}
 
 
 class KFAC(_Factored):
@@ -369,32 +518,42 @@ class EKFAC(_Factored):
         self._extension_options: Any = {
             "mc_samples": mc_samples, "fisher": fisher, "weight_sharing": weight_sharing, "others": others, "joint": joint
         }  # fmt: skip
-        self._bases: dict[str, Any] = {}
-        self._moments: tuple[MomentsIn, Compiled] | None = None
         super().__init__(
             model, loss, KFACExtension(**self._extension_options), params, lr=lr, momentum=momentum, damping=damping,
             weight_decay=weight_decay, decay=decay, interval=interval, options=options,
         )  # fmt: skip
 
-    def _updating_program(self) -> Compiled:
-        return self._curved if self._updates % self.basis_interval == 0 or self._moments is None else self._moments[1]
+    def _make_again(self) -> None:
+        super()._make_again()
+        self._bases: dict[str, Any] = {
+            self._names[id(p)]: Kronecker(self.state[p]["basis"], arranged(self.state[p]["arrangement"]))
+            for p in self._params() if "basis" in self.state[p]
+        }  # fmt: skip
+        self._moments = self._program_of_moments() if self._bases else None
 
-    def _factor_updates(self) -> int:
-        return 1 + (self._updates - 1) // self.basis_interval
+    def _updating_program(self) -> Compiled:
+        turn = self._updates % self.basis_interval == 0 or self._moments is None or self._changed()
+        return self._curved if turn else self._moments[1]  # type: ignore[index]
 
     def _add_curvature(self, result: Result, call: Callable[[Compiled], Result]) -> None:
         if self._extension in result.extensions:
             super()._add_curvature(result, call)
             self._turn_basis()
             result = call(self._moments[1])  # type: ignore[index]
+            self._check_finite(result)
         self._inverses = {}
         moments = whole(result[self._moments[0]])  # type: ignore[index]
         for name, p, _ in self._held():
             if name in self._bases:
-                self.state[p]["moments"] = self._running_average(self.state[p].get("moments"), [moments[name]])
+                self._average(p, "moments", [moments[name]])
+
+    def _forget(self, name: str, p: Tensor) -> None:
+        super()._forget(name, p)
+        self._bases.pop(name, None)
 
     def _turn_basis(self) -> None:
         """Turn to the basis of the current factors, in the same tensors, which the program of the moments reads."""
+        before = set(self._bases)
         for name, p, _ in self._held():
             factors = self._factors(p)
             if isinstance(factors, Within):
@@ -405,14 +564,17 @@ class EKFAC(_Factored):
             if old is None:
                 self._bases[name] = Kronecker(new, factors.arrangement)
             else:
-                self.state[p]["moments"] = [_turn_moments(m, old, new) for m in self.state[p]["moments"]]
+                if "moments" in self.state[p]:
+                    self.state[p]["moments"] = [_turn_moments(m, old, new) for m in self.state[p]["moments"]]
                 for q, fresh in zip(old, new, strict=True):
                     q.copy_(fresh)
             self.state[p]["basis"] = list(self._bases[name])
-        self._moments = self._moments or self._program_of_moments()
+        if self._moments is None or before != set(self._bases):  # programs read tensors, not names
+            self._moments = self._program_of_moments()
 
     def _program_of_moments(self) -> tuple[MomentsIn, Compiled]:
-        known: dict[str, Any] = {name: self._factors(p) for name, p, _ in self._held() if "within" in self.state[p]}
+        own = {self._names[id(p)]: self.state[p] for p in self._params()}
+        known: dict[str, Any] = {name: Within(state["within"]) for name, state in own.items() if "within" in state}
         extension = MomentsIn(**self._extension_options, bases=Bases(known | self._bases))
         return extension, self._plain.asking([extension])
 
@@ -420,19 +582,11 @@ class EKFAC(_Factored):
         blocks: dict[str, Any] = {}
         for name, p in named.items():
             if name in self._bases:
-                moments = self._unbiased(self.state[p]["moments"], self._updates)
+                moments = self._unbiased(p, "moments")
                 blocks[name] = Eigenbasis([*self._bases[name], *moments], self._bases[name].arrangement)
             else:
                 blocks[name] = self._factors(p)
         return Blocks(blocks).inverse(damping)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._bases = {
-            name: Kronecker(self.state[p]["basis"], arranged(self.state[p]["arrangement"]))
-            for name, p, _ in self._held() if "basis" in self.state[p]
-        }  # fmt: skip
-        self._moments = self._program_of_moments() if self._bases else None
 
 
 def _turn_moments(moments: Tensor, old: list[Tensor], new: list[Tensor]) -> Tensor:
@@ -465,19 +619,22 @@ class NaturalGradientCG(_Curved):
         damping: float = 1e-2, weight_decay: float = 0.0, iterations: int = 10, tol: float = 1e-3, warm: float = 0.95,
         adaptive: bool = False, **options: Any,
     ):  # fmt: skip
-        if not isinstance(iterations, int) or iterations < 1 or not tol >= 0 or not 0 <= warm <= 1:
+        numbers = isinstance(iterations, int) and isinstance(tol, Real) and isinstance(warm, Real)
+        if not numbers or iterations < 1 or not tol >= 0 or not 0 <= warm <= 1:
             raise ArgumentError(
-                f"iterations={iterations}, tol={tol}, warm={warm}: use a positive integer, a number that is not negative, and "
-                "one in [0, 1]"
+                f"iterations={iterations!r}, tol={tol!r}, warm={warm!r}: use a positive integer, a number that is not "
+                "negative, and one in [0, 1]"
             )
         self.iterations, self.tol, self.warm = iterations, tol, warm
         super().__init__(
             model, loss, GGNMP(), params, lr=lr, momentum=momentum, damping=damping, weight_decay=weight_decay, decay=0.0,
             interval=1, options=options,
         )  # fmt: skip
-        names = tuple(n for n, *_ in self._held())
         trial = {**options, "update_buffers": False}
-        self._trial: Compiled | None = compile_model(model, loss, [], params=names, **trial) if adaptive else None
+        self._trial: Compiled | None = compile_model(model, loss, [], params=self._of, **trial) if adaptive else None
+        self._make_again()
+
+    def _make_again(self) -> None:
         self._matrix: Any = None
 
     def _add_curvature(self, result: Result, call: Callable[[Compiled], Result]) -> None:
@@ -521,15 +678,18 @@ def conjugate_gradients(times: Callable[[Named], Named], b: Named, x: Named, ite
         x: where to start.
         iterations: the largest number of products, besides the first one.
         tol: stop when the norm of the residual is at most `tol` times that of b.
+
+    Raises:
+        NonFiniteError: if a product, or the square of one, is not finite.
     """
     r = {n: b[n] - t for n, t in times(x).items()}
-    p, squared, enough = r, _dot(r, r), tol**2 * _dot(b, b)
+    p, squared, enough = r, _dot(r, r), float(tol**2 * _dot(b, b))
     for _ in range(iterations):
-        if not bool(squared > enough):
+        if not _number(squared, r) > enough:
             break
         ap = times(p)
         curvature = _dot(p, ap)
-        if not bool(curvature > 0):  # by rounding
+        if not _number(curvature, ap) > 0:  # by rounding
             break
         step = squared / curvature
         x = {n: t + step * p[n] for n, t in x.items()}
@@ -537,6 +697,15 @@ def conjugate_gradients(times: Callable[[Named], Named], b: Named, x: Named, ite
         before, squared = squared, _dot(r, r)
         p = {n: t + squared / before * p[n] for n, t in r.items()}
     return x
+
+
+def _number(total: Tensor, of: Named) -> float:
+    """A product as a number, which a comparison would take for small if it were NaN; `of`: what it was made of."""
+    found = float(total)
+    if not isfinite(found):
+        large = (n for n, t in of.items() if not isfinite(float(t.square().sum())))
+        raise _non_finite("curvature times the direction", next(large, next(iter(of))))
+    return found
 
 
 def _dot(a: Named, b: Named) -> Tensor:

@@ -9,25 +9,27 @@ the parts on all ranks.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxcurv.api import Compiled
-from fxcurv.data.batches import mark, unpacked
+from fxcurv.data.batches import Batch, check_apart, check_given, given, mark, moved
 from fxcurv.data.blame import bad_sample
+from fxcurv.data.identity import differences, digests, identity
 from fxcurv.data.rows import Rows
 from fxcurv.data.together import Empty, Together, emptied, local, sample_place
 from fxcurv.data.weights import Weights
-from fxcurv.errors import ArgumentError, MixedSamplesError
+from fxcurv.errors import ArgumentError
 from fxcurv.extensions import Extension
 from fxcurv.extensions.base import Combine
 from fxcurv.front.arguments import Arguments
@@ -77,23 +79,24 @@ def over(
             that read from these files. Another pass with this folder overwrites them.
         checkpoint: a file for the state of the pass, written every `every` batches and where the pass is interrupted. If
             the file exists, the pass resumes from it, given the same batches in the same order; the end of the pass removes it.
+            Batches that are counted are read again, and their numbers compared, but nothing is computed.
         every: see `checkpoint`.
         progress: show a bar on a terminal, or a counter if the loader has no length.
 
     Raises:
         ArgumentError: for a batch of another form; for a sample with a value that is not finite (the message has its number);
-            if the model has changed since the pass began; if a checkpoint belongs to other batches; for `to=` or
+            if the model has changed since the pass began; if a checkpoint is of other batches, another model, loss,
+            `params=`, `reduction=` or other extensions, or is none; for a `checkpoint` in no folder; for `to=` or
             `checkpoint=` under `mesh=`; on all ranks, if one of them has no batch.
         ExtensionError: for an extension whose value does not follow from those of batches (`KFRA`, products), or for
             `subsampling=`.
         LossError: for a loss that is no sum or mean over samples, or for a sum with a regulariser.
         MixedSamplesError: where samples interact in the model.
     """
+    check_given(compiled, loader, "fxcurv.over")
     totals = Totals(compiled, unpack=unpack, reduction=reduction, seed=seed, decay=decay, to=to)
-    file = Path(checkpoint) if checkpoint is not None else None
-    if file is not None and file.exists():
-        totals.load_state_dict(torch.load(file, weights_only=True))
-    return totals.run(loader, checkpoint=file, every=every, progress=progress)
+    totals.load(checkpoint)
+    return totals.run(loader, checkpoint=checkpoint, every=every, progress=progress)
 
 
 def accumulate(
@@ -126,17 +129,46 @@ def accumulate(
         LossError: for a loss that is no sum or mean over samples, or for a sum with a regulariser.
         MixedSamplesError: where samples interact in the model.
     """
+    check_given(compiled, micro_batches, "fxcurv.accumulate")
     batches = list(micro_batches)
     totals = Totals(compiled, unpack=unpack, reduction=reduction)
     totals.count_on(batches, seed, generator)
     return totals.run(batches, progress=False)
 
 
+@dataclass(frozen=True)
+class Pass:
+    """What is counted of a pass. It is replaced as a whole, so a batch is counted whole or not at all, whatever interrupts.
+
+    Attributes:
+        earlier: the totals of finished passes.
+        samples, batches: their numbers; `averaged`: of batches in a running average; `sizes`: of the samples of every rank.
+        weight: the sum of the batches' weights.
+        sums: field -> parameter name -> the sum.
+        marks, rows: they grow, also by a batch that is not counted in the end: the first `batches`, and those of the first
+            `samples`, count.
+        weights: finds the weights of batches.
+    """
+
+    earlier: tuple[dict[str, Any], ...]
+    sizes: tuple[int, ...]
+    weights: Weights
+    samples: int = 0
+    batches: int = 0
+    averaged: int = 0
+    weight: float = 0.0
+    sums: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    marks: list[str] = dataclasses.field(default_factory=list)
+    rows: dict[str, dict[str, Rows]] = dataclasses.field(default_factory=dict)
+
+
 class Totals:
     """The sums of `over` between two batches; `run` resumes where an earlier one was interrupted.
 
+    Raises:
+        ArgumentError: for what is no compiled object; for a `decay` out of range; for a `to` that is no folder.
+
     Attributes:
-        samples: the number of samples counted in the present pass; `batches`: the number of batches.
         counted: the number of samples in the last finished pass.
         weight: the denominator of a mean over all these samples, in units of one of them; None where the loss is a sum.
     """
@@ -151,32 +183,38 @@ class Totals:
         decay: float | None = None,
         to: str | Path | None = None,
     ):
+        check_given(compiled, (), "Totals")
         if compiled.ranks is not None and to is not None:
             raise ArgumentError("to= with mesh=: leave it out, and write what the result of each rank holds")
         if decay is not None and not 0 <= decay < 1:
             raise ArgumentError(f"decay={decay!r}: use a number from 0 (the last batch alone) to below 1")
         compiled = compiled.counting()
         self.compiled, self._unpack, self._seed, self._decay = compiled, unpack, seed, decay
-        self._to = Path(to) if to is not None else None
+        self._to = _folder(to)
         self._reduction = reduction
         self._compiled: dict[int, Compiled] = {}
-        self._all = Together(compiled.ranks, lambda batch: emptied(self._read(compiled, batch)[2]))
+        self._all = Together(compiled.ranks, lambda batch: emptied(self._read(compiled, self._given(batch))[2]))
         self._first: int | None = None  # for one call in parts: the number of this rank's first sample
-        self._earlier: list[dict[str, Any]] = []  # the totals of finished passes
         self.counted = 0
         self.weight: float | None = None
         self._model: dict[str, str] = {}
-        self._start()
+        self._pass = self._begin(())
         self._plan()  # refuses extensions that cannot be combined, before anything is computed
 
-    def _start(self) -> None:
-        """Start counting at zero."""
-        self.samples = self.batches = self._averaged = 0
-        self._sizes = [0] * (1 if self._all.ranks is None else self._all.ranks.size)  # the samples of every rank
-        self._marks: list[int] = []
-        self._weights = Weights(self.compiled.model, self.compiled.loss, self._reduction)
-        self._sums: dict[str, dict[str, Any]] = {}
-        self._rows: dict[str, dict[str, Rows]] = {}
+    def _begin(self, earlier: tuple[dict[str, Any], ...]) -> Pass:
+        """Count from zero, after finished passes."""
+        sizes = (0,) * (1 if self._all.ranks is None else self._all.ranks.size)
+        return Pass(earlier, sizes, Weights(self.compiled.model, self.compiled.loss, self._reduction))
+
+    @property
+    def samples(self) -> int:
+        """The number of samples counted in the present pass."""
+        return self._pass.samples
+
+    @property
+    def batches(self) -> int:
+        """The number of batches counted in the present pass."""
+        return self._pass.batches
 
     def count_on(self, batches: list[Any], seed: Any, generator: torch.Generator | None) -> None:
         """Draw the columns that one call on all of these batches draws; no other batches may follow."""
@@ -184,7 +222,8 @@ class Totals:
 
         def read() -> tuple[int, int]:
             drawn = int(seed_tensor(seed, generator, torch.device("cpu")))
-            return sum(self._read(self.compiled, b)[2].batch_size for b in batches if ranks is not None), drawn
+            own = batches if ranks is not None else []
+            return sum(self._read(self.compiled, self._given(b))[2].batch_size for b in own), drawn
 
         (_, drawn), rows = self._all.do(read, lambda known: known)
         self._seed = drawn if seed is not None else rows[0][1]  # `compiled` refuses seeds that differ between ranks
@@ -198,15 +237,15 @@ class Totals:
         known: dict[str, Any] = {}
         for e in self.compiled.extensions:
             if self._averages(e):
-                if self._earlier:
-                    known[e.savefield] = self._earlier[0][e.savefield]
+                if self._pass.earlier:
+                    known[e.savefield] = self._pass.earlier[0][e.savefield]
                 else:
                     asked.append(e)
                 continue
             steps = e.gather()
             wanted = next(steps)
             try:
-                for totals in self._earlier:
+                for totals in self._pass.earlier:
                     wanted = steps.send([totals.get(w.savefield, {}) for w in wanted])
                 asked += wanted
             except StopIteration as end:
@@ -224,49 +263,70 @@ class Totals:
         )
 
     def run(
-        self, loader: Iterable[Any], *, checkpoint: Path | None = None, every: int = 100, progress: bool = True
+        self, loader: Iterable[Any], *, checkpoint: str | Path | None = None, every: int = 100, progress: bool = True
     ) -> Result:
         """Go over the loader as often as it takes, skipping batches that are counted already.
 
         Raises:
+            ArgumentError: also after the end of the last pass, whose result was returned.
             FxcurvError: see `over`. Batches that are counted stay counted, so another `run` continues after them.
         """
         passes = max((e.data_passes for e in self.compiled.extensions), default=1)
-        if checkpoint is not None and self._all.ranks is not None:
-            raise ArgumentError("checkpoint= with mesh=: leave it out, state_dict() is of this rank's part")
+        file = self._check_run(loader, checkpoint, every, passes)
+        asked, known = self._plan()
+        while asked or not self._pass.earlier:
+            compiled = self._compiled_for(asked)
+            self._all.do(self._check_model)
+            with self._kept(file), _bar(loader, progress, len(self._pass.earlier), passes) as tell:
+                seen = 0
+                for batch in self._all.batches(loader):
+                    tell()
+                    if seen < self.batches:
+                        self._all.do(lambda: self._check_mark(seen, batch))  # noqa: B023
+                    else:
+                        self._add(compiled, asked, batch)
+                        if file is not None and self.batches % every == 0:
+                            self._save(file)
+                    seen += 1
+                self._check_length(seen)
+                self._all.do(self._check_model)
+            self._pass = self._begin((*self._pass.earlier, self._finished(asked)))
+            asked, known = self._plan()
+        first = self._pass.earlier[0]
+        fields = {name: first[name] for name in ("loss", "grad", *self._extra_fields(first)) if name in first}
+        if self.compiled.loss is not None and "loss" not in first:  # the mean over nothing
+            fields["loss"] = next(iter(first["grad"].values())).new_full((), torch.nan)
+        if file is not None:
+            file.unlink(missing_ok=True)
+        result = Result({**fields, **known}, self.compiled.extensions, self.compiled.subject.holder)
+        if self._all.ranks is not None:
+            self._spread(result, self._all.ranks, first["sizes"])
+        return result
+
+    def _check_run(self, loader: Any, checkpoint: Any, every: Any, passes: int) -> Path | None:
+        """Refuse, before the work, what would fail during it; the file of the checkpoint."""
+        check_given(self.compiled, loader, "a pass")
+        if self._pass.earlier and not self._plan()[0]:
+            raise ArgumentError(
+                f"this pass is over, of {self._pass.earlier[0]['samples']} samples, and `run` has returned its result: make "
+                "another Totals for other data"
+            )
         if passes > 1 and iter(loader) is loader:
             names = ", ".join(type(e).__name__ for e in self.compiled.extensions if e.data_passes > 1)
             raise ArgumentError(
                 f"{names} takes {passes} passes, and the loader is an iterator, which ends: pass a DataLoader or a list"
             )
-        asked, known = self._plan()
-        while asked or not self._earlier:
-            compiled = self._compiled_for(asked)
-            self._all.do(self._check_model)
-            with self._kept(checkpoint), _bar(loader, progress, len(self._earlier), passes) as tell:
-                for done, batch in enumerate(self._all.batches(loader)):
-                    tell()
-                    if done < self.batches:
-                        self._all.do(lambda: self._check_mark(done, batch))  # noqa: B023
-                    else:
-                        self._add(compiled, asked, batch)
-                        if checkpoint is not None and self.batches % every == 0:
-                            self._save(checkpoint)
-                self._check_length()
-                self._all.do(self._check_model)
-            self._earlier.append(self._finished(asked))
-            self._start()
-            asked, known = self._plan()
-        first = self._earlier[0]
-        fields = {name: first[name] for name in ("loss", "grad", *self._extra_fields(first)) if name in first}
-        if self._first is not None and self.compiled.loss is not None and "loss" not in first:
-            fields["loss"] = next(iter(first["grad"].values())).new_full((), torch.nan)  # the mean over nothing
-        if checkpoint is not None:
-            checkpoint.unlink(missing_ok=True)
-        result = Result({**fields, **known}, self.compiled.extensions, self.compiled.subject.holder)
+        if checkpoint is None:
+            return None
         if self._all.ranks is not None:
-            self._spread(result, self._all.ranks, first["sizes"])
-        return result
+            raise ArgumentError("checkpoint= with mesh=: leave it out, state_dict() is of this rank's part")
+        if not isinstance(every, int) or every < 1:
+            raise ArgumentError(f"every={every!r}: pass how many batches lie between two states, 1 or more")
+        file = Path(checkpoint)
+        if file.is_dir() or not file.parent.is_dir():
+            raise ArgumentError(f"checkpoint={str(file)!r} is no file in a folder that is there: make the folder first")
+        self._identity  # noqa: B018  (as the model is before the first batch)
+        return file
 
     def _spread(self, result: Result, ranks: Ranks, sizes: list[int]) -> None:
         """Note on the result that per-sample values are of this rank's own samples."""
@@ -291,7 +351,7 @@ class Totals:
             yield from (name for name in totals if any(name in (x, f"{x}_{e.savefield}") for x in e.extras))
 
     def _compiled_for(self, asked: list[Extension]) -> Compiled:
-        stage = len(self._earlier)
+        stage = len(self._pass.earlier)
         if stage not in self._compiled:
             same = tuple(asked) == self.compiled.extensions
             self._compiled[stage] = self.compiled if same else self.compiled.asking(asked)
@@ -299,47 +359,65 @@ class Totals:
 
     # ---- a batch ------------------------------
 
-    def _read(self, compiled: Compiled, batch: Any) -> tuple[Any, tuple, Arguments]:
+    def _read(self, compiled: Compiled, batch: Batch) -> tuple[Any, tuple, Arguments]:
         """(inputs, targets, the tensors of both, flat)."""
-        inputs, targets = (batch.inputs, batch.targets) if isinstance(batch, Empty) else self._unpacked(batch)
+        inputs, targets = moved(compiled, batch)
         return inputs, targets, compiled.arguments(inputs, *targets)
 
-    def _unpacked(self, batch: Any) -> tuple[Any, tuple]:
-        return unpacked(self.compiled, batch, self._unpack)
+    def _given(self, batch: Any) -> Batch:
+        """(inputs, targets), where the loader has them."""
+        empty = isinstance(batch, Empty)
+        return (batch.inputs, batch.targets) if empty else given(self.compiled, batch, self._unpack)
 
     def _add(self, compiled: Compiled, asked: list[Extension], batch: Any) -> None:
         """Count one batch; if anything fails, nothing of it is counted."""
-        read = lambda: self._read(compiled, batch)  # noqa: E731
-        (inputs, targets, arguments), rows = self._all.do(read, lambda found: (found[2].batch_size,))
+
+        def read() -> tuple[Any, tuple, Arguments, str]:
+            known = self._given(batch)
+            return *self._read(compiled, known), self._mark(*known)
+
+        (inputs, targets, arguments, own), rows = self._all.do(read, lambda found: (found[2].batch_size,))
         n = sum(row[0] for row in rows)  # nothing is computed on an empty batch
+        now = self._pass
+        new = dataclasses.replace(
+            now, samples=now.samples + n, batches=now.batches + 1,
+            sizes=tuple(size + row[0] for size, row in zip(now.sizes, rows, strict=True)),
+        )  # fmt: skip
         if n:
-            result = self._call(compiled, inputs, targets)
-            values = dict(self._values(asked, result))
-            self._all.do(lambda: self._check_finite(values, arguments))
-            z = self._weights.of(result, inputs, targets, arguments, compiled, self._all)
-            self._check_degrees(asked)
-            if z == 0 and self._decay is not None:  # a mean over nothing has no part in a running average
-                values = {}
-            elif z == 0 and ("loss", "") in values:
-                del values["loss", ""]
-            elif ("loss", "") in values and not bool(result.loss.isfinite()) and self._first is None:
-                self._raise_not_finite(["loss"], arguments)
-            self._accumulate(values, n, z)
-            self._weights.count(z)
-            self._averaged += bool(values)
-        self.samples += n
-        self._sizes = [size + row[0] for size, row in zip(self._sizes, rows, strict=True)]
-        self.batches += 1
-        self._marks.append(mark(batch))
+            values, z = self._computed(compiled, asked, inputs, targets, arguments)
+            self._add_rows(values, z)
+            sums = self._added(values, n, z)
+            weight, averaged = now.weight + (z or 0.0), now.averaged + bool(values)
+            new = dataclasses.replace(new, sums=sums, weight=weight, averaged=averaged)
+        del now.marks[now.batches :]
+        now.marks.append(own)
+        self._pass = new
+
+    def _computed(
+        self, compiled: Compiled, asked: list[Extension], inputs: Any, targets: tuple, arguments: Arguments
+    ) -> tuple[dict, float | None]:
+        """(the values of a batch, its weight), checked."""
+        result = self._call(compiled, inputs, targets)
+        values = dict(self._values(asked, result))
+        self._all.do(lambda: self._check_finite(values, arguments))
+        z = self._pass.weights.of(result, inputs, targets, arguments, compiled, self._all)
+        self._check_degrees(asked)
+        if z == 0 and self._decay is not None:  # a mean over nothing has no part in a running average
+            values = {}
+        elif z == 0 and ("loss", "") in values:
+            del values["loss", ""]
+        elif ("loss", "") in values and not bool(result.loss.isfinite()) and self._first is None:
+            self._raise_not_finite(["loss"], arguments)
+        return values, z
 
     @property
     def _own(self) -> int:
         """The number of counted samples that are this rank's."""
-        return self._sizes[self._all.ranks.rank if self._all.ranks is not None else 0]
+        return self._pass.sizes[self._all.ranks.rank if self._all.ranks is not None else 0]
 
     def _call(self, compiled: Compiled, inputs: Any, targets: tuple) -> Result:
         if self._all.ranks is None and not self.samples:
-            self._check_apart(compiled, inputs, targets)
+            check_apart(compiled.lower(inputs, *targets).program)
         if self._first is not None:
             return compiled.part(inputs, *targets, seed=self._seed, first=self._first + self._own)
         if self._all.ranks is None:
@@ -365,18 +443,23 @@ class Totals:
                 field = next(f for f in (f"{extra}_{e.savefield}", extra) if f in fields)
                 yield (field, ""), (fields[field], (how,), 0)
 
-    def _accumulate(self, values: dict, n: int, z: Any) -> None:
-        """Add rows first, which fails where a disk is full, then sums, which does not."""
+    def _add_rows(self, values: dict, z: Any) -> None:
+        """Write the rows of a batch behind those that are counted; this fails where a disk is full."""
         for (field, name), (value, hows, axis) in values.items():
             if hows[0].how == "rows":
-                rows = self._rows.setdefault(field, {})
+                rows = self._pass.rows.setdefault(field, {})
                 if name not in rows:
                     rows[name] = Rows(self._to and self._to / f"{field}{f'.{name}' if name else ''}.npy", axis)
                 rows[name].add(value, z ** hows[0].degree if z is not None and hows[0].degree else None, self._own)
+
+    def _added(self, values: dict, n: int, z: Any) -> dict[str, dict[str, Any]]:
+        """The sums with those of a batch; the present ones stay."""
+        sums = {f: dict(known) for f, known in self._pass.sums.items()}
         for (field, name), (value, hows, _) in values.items():
             if hows[0].how != "rows":
-                sums = self._sums.setdefault(field, {})
-                sums[name] = self._summed(sums.get(name), value, hows, n, z)
+                known = sums.setdefault(field, {})
+                known[name] = self._summed(known.get(name), value, hows, n, z)
+        return sums
 
     def _summed(self, before: Any, value: Any, hows: tuple[Combine, ...], n: int, z: Any) -> Any:
         new, spec = pytree.tree_flatten(value)
@@ -397,8 +480,10 @@ class Totals:
         """The totals by field."""
         if not self.samples:
             raise ArgumentError("the loader yields no sample: pass one with at least one batch")
+        if self._decay is not None and not self._pass.averaged:
+            raise ArgumentError("no sample of the loader counts, so decay= has nothing to average: leave it out")
         hows = {"loss": (LOSS,), "grad": (LOSS,), **{e.savefield: e.combine for e in asked}}
-        total = self._weights.total()
+        total = self._pass.weights.total(self._pass.weight)
         self.counted, self.weight = self.samples, total
 
         def scaled(value: Any, how: tuple[Combine, ...]) -> Any:
@@ -407,31 +492,28 @@ class Totals:
             return pytree.tree_unflatten(out, spec)
 
         found: dict[str, Any] = {}
-        for field, sums in self._sums.items():
+        for field, sums in self._pass.sums.items():
             found[field] = {name: scaled(value, hows[field]) for name, value in sums.items()}
         extras = {f: h for e in asked for x, h in e.extras.items() for f in (x, f"{x}_{e.savefield}")}
-        for field, rows in self._rows.items():
+        for field, rows in self._pass.rows.items():
             how = extras[field] if field in extras else hows[field][0]
-            found[field] = {name: r.finish(self._divisor(how, total), self._own) for name, r in rows.items()}
-        found = {field: values.get("", values) for field, values in found.items()}
-        return {**found, "samples": self.samples, "sizes": self._sizes}
+            found[field] = {n: r.finish(self._divisor(how, total), self._own) for n, r in rows.items()}
+        found = {f: values.get("", values) for f, values in found.items()}
+        forms = {f: {n: r.state_dict() for n, r in rows.items()} for f, rows in self._pass.rows.items()}
+        files = {"files": forms} if self._to is not None else {}
+        return {**found, "samples": self.samples, "sizes": list(self._pass.sizes), "own": self._own, **files}
 
     def _divisor(self, how: Combine, total: Any) -> Any:
         if self._decay is not None:
-            return 1 - self._decay**self._averaged
+            return 1 - self._decay**self._pass.averaged
         if how.how == "mean":
             return self.samples
         return 1 if total is None or not how.degree else total**how.degree
 
     # ---- checks ------------------------------
 
-    def _check_apart(self, compiled: Compiled, inputs: Any, targets: tuple) -> None:
-        reason = compiled.lower(inputs, *targets).program.analysis.mixing
-        if reason:
-            raise MixedSamplesError(reason.format(asked="a quantity of several batches"))
-
     def _check_degrees(self, asked: list[Extension]) -> None:
-        if self._weights.mean and self._decay is None:
+        if self._pass.weights.mean and self._decay is None:
             for e in asked:
                 if any(c.degree is None for c in e.combine):
                     raise ArgumentError(
@@ -462,7 +544,7 @@ class Totals:
     def _check_model(self) -> None:
         if self._first is not None:  # one call
             return
-        now = digests(self.compiled.model)
+        now = digests(self.compiled.subject)
         changed = [name for name in now if self._model and self._model.get(name) != now[name]]
         if changed or self._model and len(now) != len(self._model):
             raise ArgumentError(
@@ -471,18 +553,31 @@ class Totals:
             )
         self._model = now
 
+    def _mark(self, inputs: Any, targets: tuple) -> str:
+        """What tells a batch from others: its numbers, and what a function `reduction=` says of it."""
+        own = f"{mark((inputs, targets)):08x}"
+        if not callable(self._reduction):
+            return own
+        inputs, targets = moved(self.compiled, (inputs, targets))
+        n = self.compiled.arguments(inputs, *targets).batch_size
+        return f"{own} weight {self._pass.weights.given(inputs, targets, n)!r}"
+
     def _check_mark(self, index: int, batch: Any) -> None:
-        if self._marks[index] != mark(batch):
+        if self._pass.marks[index] != self._mark(*self._given(batch)):
             raise ArgumentError(
-                f"batch {index} is not the one that was counted before: the loader has another order, or other data. Way out: "
-                "the same order (no shuffling, or a seeded generator), or begin anew."
+                f"batch {index} is not the one that was counted before: the loader has another order, or other data, or unpack= "
+                "or reduction= takes it otherwise. Way out: the same order (no shuffling, or a seeded generator), or begin anew."
             )
 
-    def _check_length(self) -> None:
-        if self._earlier and self.samples != self._earlier[0]["samples"]:
+    def _check_length(self, seen: int) -> None:
+        if seen < self.batches:
             raise ArgumentError(
-                f"the loader gave {self._earlier[0]['samples']} samples in the first pass and {self.samples} in this one: pass a "
-                "loader that gives all samples every time"
+                f"the loader gave {seen} batches, and {self.batches} were counted before: pass the same loader, or begin anew"
+            )
+        if self._pass.earlier and self.samples != self._pass.earlier[0]["samples"]:
+            raise ArgumentError(
+                f"the loader gave {self._pass.earlier[0]['samples']} samples in the first pass and {self.samples} in this one: "
+                "pass a loader that gives all samples every time"
             )
 
     # ---- the state ------------------------------
@@ -504,64 +599,116 @@ class Totals:
         torch.save(self.state_dict(), new)
         os.replace(new, file)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What is counted, in tensors and plain values: rows in files (`to=`) stay there."""
-        return {
-            "extensions": [repr(e) for e in self.compiled.extensions],
-            "model": dict(self._model),
-            "seed": self._seed,
-            "options": self._options(),
-            "samples": self.samples,
-            "sizes": list(self._sizes),
-            "batches": self.batches,
-            "averaged": self._averaged,
-            "marks": list(self._marks),
-            "weights": self._weights.state_dict(),
-            "sums": _packed(self._sums),
-            "rows": {f: {n: r.state_dict() for n, r in rows.items()} for f, rows in self._rows.items()},
-            "earlier": _packed(self._earlier),
-        }
-
-    def _options(self) -> str:
-        """The options that a resumed pass has to share, besides the extensions and the seed."""
+    @functools.cached_property
+    def _identity(self) -> dict[str, str]:
+        """What a resumed pass has to share."""
         reduction = "a function" if callable(self._reduction) else repr(self._reduction)
-        return f"decay={self._decay}, reduction={reduction}"
+        own = {"seed": str(self._seed), "decay": str(self._decay), "reduction": reduction}
+        return {**own, **identity(self.compiled)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is counted, in tensors and plain values; of rows in files (`to=`) their names and shapes."""
+        now = self._pass
+        rows = now.rows if now.samples else {}  # of a first batch that was not counted
+        return {
+            "of": self._identity,
+            "model": dict(self._model),
+            "samples": now.samples,
+            "sizes": list(now.sizes),
+            "batches": now.batches,
+            "averaged": now.averaged,
+            "weight": now.weight,
+            "marks": now.marks[: now.batches],
+            "weights": now.weights.state_dict(),
+            "sums": _packed(now.sums),
+            "rows": {f: {n: r.state_dict() for n, r in known.items()} for f, known in rows.items()},
+            "earlier": [_packed({k: v for k, v in t.items() if k not in t.get("files", ())}) for t in now.earlier],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state of an equal object.
 
         Raises:
-            ArgumentError: if that object has other extensions, or another seed, decay, reduction or folder.
+            ArgumentError: if it is no state; if that object has another model (its structure and code), loss, `params=`,
+                options of `compile`, extensions, seed, decay, reduction or folder. The numbers of the model and of batches
+                are compared by `run`.
         """
-        mine = [repr(e) for e in self.compiled.extensions]
-        if state["extensions"] != mine or state["seed"] != self._seed:
-            theirs = f"{state['extensions']} with seed {state['seed']}"
-            raise ArgumentError(f"the state is of {theirs}, this is of {mine} with {self._seed}")
-        if state["options"] != self._options():
-            raise ArgumentError(f"the state is of a pass with {state['options']}, this is one with {self._options()}")
-        self._model, self.samples, self.batches = dict(state["model"]), state["samples"], state["batches"]
-        self._averaged, self._sizes = state["averaged"], list(state["sizes"])
-        self._marks, self._sums = list(state["marks"]), _unpacked(state["sums"])
-        self._weights.load_state_dict(state["weights"])
-        self._rows = {f: {n: Rows.of(r, self._to) for n, r in rows.items()} for f, rows in state["rows"].items()}
-        self._earlier = _unpacked(state["earlier"])
+        missing = [key for key in STATE if not isinstance(state, dict) or key not in state]
+        if missing:
+            raise ArgumentError(
+                f"this is no state of a pass, or of another fxcurv (it has no {missing[0]!r}): begin anew"
+            )
+        other = differences(state["of"], self._identity)
+        if other:
+            raise ArgumentError(
+                f"the state is of another pass ({other}): pass what it was begun with, or begin anew, with no state"
+            )
+        earlier = [self._with_files(_unpacked(totals)) for totals in state["earlier"]]
+        begun = self._begin(tuple(earlier))
+        begun.weights.load_state_dict(state["weights"])
+        rows = {f: {n: Rows.of(r, self._to) for n, r in rows.items()} for f, rows in state["rows"].items()}
+        self._model = dict(state["model"])
+        self._pass = dataclasses.replace(
+            begun, samples=state["samples"], batches=state["batches"], averaged=state["averaged"], weight=state["weight"],
+            sizes=tuple(state["sizes"]), marks=list(state["marks"]), sums=_unpacked(state["sums"]), rows=rows,
+        )  # fmt: skip
+
+    def _with_files(self, totals: dict[str, Any]) -> dict[str, Any]:
+        """The totals of a finished pass, with the rows that are in files."""
+        for field, forms in totals.get("files", {}).items():
+            found = {name: Rows.finished(form, totals["own"], self._to) for name, form in forms.items()}
+            totals[field] = found.get("", found)
+        return totals
+
+    def load(self, checkpoint: str | Path | None) -> None:
+        """Restore the state in a file, if there is one.
+
+        Raises:
+            ArgumentError: as `load_state_dict`; for a file that holds no state.
+        """
+        if checkpoint is None or not Path(checkpoint).is_file():
+            return
+        self.load_state_dict(saved(Path(checkpoint)))
+
+
+STATE = (
+    "of", "model", "samples", "sizes", "batches", "averaged", "weight", "marks", "weights", "sums", "rows", "earlier",
+)  # fmt: skip
+
+
+def saved(file: Path) -> Any:
+    """What `torch.save` wrote to a file.
+
+    Raises:
+        ArgumentError: for a file that it has not written, or that is damaged.
+    """
+    try:
+        return torch.load(file, weights_only=True)
+    except Exception as error:  # such a file may raise anything
+        raise ArgumentError(
+            f"{file} is no saved state ({type(error).__name__}): it is damaged, or another kind of file. Delete it to begin "
+            "anew, or name another file"
+        ) from error
+
+
+def _folder(to: Any) -> Path | None:
+    """The folder `to`, which is made when it is needed.
+
+    Raises:
+        ArgumentError: where there is a file in its way.
+    """
+    if to is None:
+        return None
+    path = Path(to)
+    there = next((p for p in (path, *path.absolute().parents) if p.exists()), path)
+    if there.exists() and not there.is_dir():
+        raise ArgumentError(f"to={str(to)!r}: {there} is a file, pass a folder")
+    return path
 
 
 def seed_of(seed: int, first: int) -> int:
     """The seed of the batch whose first sample has this number; the first batch has the seed itself."""
     return (seed + first * GOLDEN) % 2**62
-
-
-def digests(model: nn.Module) -> dict[str, str]:
-    """A digest of each parameter and buffer."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: digest(t) for name, t in named}
-
-
-def digest(t: Tensor) -> str:
-    """Equal for equal numbers."""
-    data = local(t.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor, fx, nn
 
-from fxcurv.backpack import chained, custom, ledger
+from fxcurv.backpack import chained, custom, ledger, no_samples
 from fxcurv.backpack.context import backpack, current, is_disabled
 from fxcurv.backpack.losses import LossCall, leaves_only, tensors_of
 from fxcurv.backpack.parts import ModelParts, Pass
@@ -88,7 +88,11 @@ def _forward(module: nn.Module, plain: Callable, args: tuple, kwargs: dict) -> A
         return plain(*args, **kwargs)
     if module not in _parts:
         _parts[module] = ModelParts(module)
-    return _run(_parts[module], args, kwargs)
+    parts = _parts[module]
+    arguments, mode = parts.arguments(args, kwargs)
+    if not arguments.batch_size:
+        return no_samples.run_plain(parts, plain, args, kwargs, arguments, mode)
+    return _run(parts, args, kwargs, *parts.begin_with(arguments, mode))
 
 
 class _Extended(nn.Module):
@@ -128,9 +132,8 @@ def _noted(loss: nn.Module, value: Any, args: tuple, kwargs: dict) -> Any:
     return value
 
 
-def _run(parts: ModelParts, args: tuple, kwargs: dict) -> Any:
+def _run(parts: ModelParts, args: tuple, kwargs: dict, found: Pass, flat: list[Any]) -> Any:
     """The model's output; its pass is noted at every tensor in it."""
-    found, flat = parts.begin(args, kwargs)
     chained.follow(found, args, kwargs)
     model, template = parts.model, found.template
     ledger.watch(model)

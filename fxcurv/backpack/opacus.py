@@ -52,7 +52,9 @@ class FxcurvGradSampleModule(AbstractGradSampleModule):
     Args:
         m: the model; it is extended (`fxcurv.backpack.extend`) until `to_standard_module()`.
         batch_first: whether its inputs have samples along dimension 0, or 1.
-        loss_reduction: "mean" or "sum": the reduction of the loss that is to come.
+        loss_reduction: "mean" or "sum": the reduction of the loss that is to come. For a mean, rows are those of the backward
+            pass times their number N, as in Opacus: where the loss leaves out samples (`ignore_index`) or weights them, that is
+            not the gradient of a sample's own loss (`fxcurv.plugs.opacus.GradSamples` looks at the loss).
         options: those of Opacus' `GradSampleModule`, without effect.
 
     Raises:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fxcurv.backpack import cut
 from fxcurv.backpack.check import PassCheck
 from fxcurv.backpack.context import disable
-from fxcurv.backpack.losses import LossCall, TotalLoss, gradients, leaves_only, same_gradients, targets_of
-from fxcurv.errors import LossError
+from fxcurv.backpack.losses import LossCall, TotalLoss, gradients, leaves_only, same_gradients, targets_of, tensors_of
+from fxcurv.errors import ArgumentError, LossError, SelfCheckError
 from fxcurv.extensions import Extension
 from fxcurv.front.arguments import Arguments, flatten_arguments
 from fxcurv.front.requests import Autocast, Request, Subject, tensors_in
@@ -26,7 +26,9 @@ from fxcurv.ir.program import Input, Program
 from fxcurv.ir.state import Options
 from fxcurv.rules.traits import random
 from fxcurv.runtime.bind import bind, cuda_devices, seed_tensor
-from fxcurv.runtime.programs import Programs, Tell, at_numbers_if_need_be, covered
+from fxcurv.runtime.empty import zeros_of
+from fxcurv.runtime.one import serves_one
+from fxcurv.runtime.programs import Programs, Ready, Tell, at_numbers_if_need_be, covered, emitted
 
 # `as_written`, because the extensions are not known yet when the forward part is made. No schedules, because both
 # halves must be programs of the same captured graph.
@@ -117,6 +119,7 @@ class ModelParts:
     def __init__(self, model: nn.Module):
         self.of(model)
         self._programs: Programs[Forward] = Programs((), OPTIONS, _make_forward)
+        self._shapes: dict[tuple[Extension, ...], Programs[Ready]] = {}
 
     def of(self, model: nn.Module) -> ModelParts:
         """Let these parts serve `model`, which computes the same; returns them."""
@@ -130,13 +133,12 @@ class ModelParts:
         assert model is not None
         return model
 
-    def begin(self, args: tuple, kwargs: dict) -> tuple[Pass, list[Any]]:
-        """A pass for this call, and what its program's placeholders are bound to."""
-        arguments = flatten_arguments(self._inputs(args, kwargs), (), 0)
-        return self.begin_with(arguments, Subject(self.model, None).autocast())
+    def arguments(self, args: tuple, kwargs: dict) -> tuple[Arguments, Autocast]:
+        """(the flat arguments of a call, the state of autocast)."""
+        return flatten_arguments(self._inputs(args, kwargs), (), 0), Subject(self.model, None).autocast()
 
     def begin_with(self, arguments: Arguments, mode: Autocast) -> tuple[Pass, list[Any]]:
-        """`begin`, for arguments that are flat already."""
+        """A pass for these arguments, and what its program's placeholders are bound to."""
         subject = Subject(self.model, None, watched=True)
         request = _request(subject, arguments, mode)
         with torch.no_grad(), _as_plain(self.model), torch.autocast(request.mode.device_type, enabled=False):
@@ -144,6 +146,24 @@ class ModelParts:
             flat = bind(forward.program, subject, arguments, None, None)
         rng = _rng_state(arguments.inputs) if forward.random else None
         return Pass(self, forward, replace(arguments, inputs=[]), arguments.batch_size, request.mode, rng), flat
+
+    def without_samples(
+        self, extensions: tuple[Extension, ...], arguments: Arguments, mode: Autocast
+    ) -> tuple[Program, dict[str, Any]]:
+        """(a program, field -> parameter name -> value) for an empty batch: zeros in the shapes of the program.
+
+        Raises:
+            ArgumentError: for products.
+        """
+        products = [type(e).__name__ for e in extensions if e.requires.of_vectors]
+        if products:
+            raise ArgumentError(f"the batch is empty, which {products[0]} cannot be of: pass at least one sample")
+        if extensions not in self._shapes:
+            self._shapes[extensions] = Programs(extensions, replace(OPTIONS, check=None), emitted, serves_one, Ready)
+        with torch.no_grad(), _as_plain(self.model), torch.autocast(mode.device_type, enabled=False):
+            # shapes do not depend on the loss: as many columns as the output has entries, or as are sampled
+            program = self._shapes[extensions].like(_request(Subject(self.model, _squares), arguments, mode)).program
+        return program, zeros_of(program, arguments)
 
     def _inputs(self, args: tuple, kwargs: dict) -> Any:
         if not kwargs:
@@ -229,10 +249,29 @@ class ModelParts:
             if not self._programs.holds(found.forward, request):
                 return
             flat = [bound[what] for what in found.template.inputs]
-            PassCheck(found.template, ending.backward.program, request, flat, gs).compare(
-                (None, leaves, {}, results, {})
-            )
+            try:
+                PassCheck(found.template, ending.backward.program, request, flat, gs).compare(
+                    (None, leaves, {}, results, {})
+                )
+            except SelfCheckError as error:
+                self._refuse_changed(found, flat, leaves, error)
+                raise
         ending.checked = True
+
+    def _refuse_changed(self, found: Pass, flat: list[Any], leaves: list[Tensor], error: SelfCheckError) -> None:
+        """Say so if numbers differ because what the forward pass read has been written to: it gives another output now.
+
+        Raises:
+            ArgumentError: if it does.
+        """
+        now = self.run(found.forward, [t.clone() if isinstance(t, Tensor) else t for t in flat])[0]
+        if all(torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True) for a, b in zip(now, leaves, strict=True)):
+            return
+        raise ArgumentError(
+            f"parameters, buffers or inputs of {type(self.model).__name__} have been written to between its forward and this "
+            "backward pass, through .data perhaps, which autograd does not see: the forward pass gives another output now, so "
+            "gradients would be of neither. Way out: change them after backward(), or run the forward pass again"
+        ) from error
 
     def _ending_of_model(self, found: Pass, extensions: tuple[Extension, ...], create_graph: bool) -> Ending:
         """The backward part of the model alone that serves this pass."""
@@ -322,6 +361,11 @@ class LossParts:
             for held, error in zip(holds, backward.verdicts, strict=True):
                 if not bool(held):
                     raise error()
+
+
+def _squares(output: Any) -> Tensor:
+    found = [nn.functional.mse_loss(f, torch.zeros_like(f), reduction="sum") for f in tensors_of(output)]
+    return sum(found[1:], found[0])
 
 
 @contextlib.contextmanager

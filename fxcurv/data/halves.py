@@ -31,24 +31,25 @@ class Halves:
 
     Attributes:
         names: the parameters in which derivatives are taken.
+        program: of the kind of batch, as captured and analysed.
     """
 
     def __init__(self, compiled: Compiled, names: list[str], inputs: Any, targets: tuple):
         self._subject, self.names = compiled.subject, names
-        self._program = compiled.lower(inputs, *targets, after="objective").program
-        self._heads = list(self._program.heads)
-        self._forward = _part(self._program, self._heads, [])
-        self._loss = None if self._program.loss is None else _part(self._program, [self._program.loss], self._heads)
-        self._kinds = [(i.kind, i.name) for i in self._program.inputs]
+        self.program = compiled.lower(inputs, *targets, after="objective").program
+        self._heads = list(self.program.heads)
+        self._forward = _part(self.program, self._heads, [])
+        self._loss = None if self.program.loss is None else _part(self.program, [self.program.loss], self._heads)
+        self._kinds = [(i.kind, i.name) for i in self.program.inputs]
         self._columns: dict[Any, tuple[Compiled, list[int]]] = {}
 
     def serves(self, n: int) -> bool:
         """Whether the functions take a batch of `n` samples of this kind."""
-        return n == self._program.batch.size or self._program.serves(n)
+        return n == self.program.batch.size or self.program.serves(n)
 
     def flat(self, arguments: Arguments) -> list[Any]:
         """The arguments of the functions."""
-        return bind(self._program, self._subject, arguments, 0, None)
+        return bind(self.program, self._subject, arguments, 0, None)
 
     def outputs(self, flat: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
         """(f, the parameters that it was made of), with the graph between them."""

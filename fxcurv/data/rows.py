@@ -33,8 +33,7 @@ class Rows:
 
     def __init__(self, file: Path | None, axis: int):
         self.file, self.axis = file, axis
-        self._parts: list[Tensor] = []
-        self._count = 0  # of rows in the parts
+        self._parts: list[tuple[int, Tensor]] = []  # (the number of rows up to its end, rows)
         self._shape: list[int] | None = None  # of one row
         self._dtype = ""
 
@@ -50,8 +49,7 @@ class Rows:
                 "data by shape, or pad it"
             )
         if self.file is None:
-            self._kept(before).append(rows)
-            self._count += len(rows)
+            self._kept(before).append((before + len(rows), rows))
             return
         rows = rows.cpu()
         array = (rows.float() if rows.dtype == torch.bfloat16 else rows).contiguous().numpy()
@@ -64,10 +62,10 @@ class Rows:
             f.seek(0, os.SEEK_END)
             f.write(array.tobytes())
 
-    def _kept(self, count: int) -> list[Tensor]:
+    def _kept(self, count: int) -> list[tuple[int, Tensor]]:
         """The parts with the first `count` rows: the last batch may have failed after it was added here."""
-        while self._count > count:
-            self._count -= len(self._parts.pop())
+        while self._parts and self._parts[-1][0] > count:
+            self._parts.pop()
         return self._parts
 
     def _row_bytes(self) -> int:
@@ -76,16 +74,20 @@ class Rows:
     def finish(self, divisor: float, count: int) -> Tensor:
         """All rows divided by `divisor`, with the samples along `axis` as in the values."""
         if self.file is None:
-            return (torch.cat(self._kept(count)) / divisor).movedim(0, self.axis)
+            return (torch.cat([rows for _, rows in self._kept(count)]) / divisor).movedim(0, self.axis)
         self._check_open()
         shape = (count, *(self._shape or ()))
         os.truncate(self.file, HEADER + count * self._row_bytes())
         self._write_header(shape)
         if divisor != 1 and math.prod(shape):
             self._divide(self.file, divisor, math.prod(shape))
+        return self._mapped(self.file, shape)
+
+    def _mapped(self, file: Path, shape: tuple[int, ...]) -> Tensor:
+        """All rows of a finished file, as a tensor that reads from it."""
         if not math.prod(shape):
             return torch.from_numpy(np.empty(shape, self._dtype)).movedim(0, self.axis)
-        found = np.memmap(self.file, self._dtype, "c", HEADER, shape)  # writing to the tensor leaves the file as it is
+        found = np.memmap(file, self._dtype, "c", HEADER, shape)  # writing to the tensor leaves the file as it is
         return torch.from_numpy(found).movedim(0, self.axis)
 
     def _check_open(self) -> None:
@@ -112,8 +114,21 @@ class Rows:
         """The rows in memory, or the form of those in the file."""
         return {
             "file": self.file.name if self.file is not None else None,
-            "axis": self.axis, "shape": self._shape, "dtype": self._dtype, "parts": list(self._parts),
+            "axis": self.axis, "shape": self._shape, "dtype": self._dtype, "parts": [rows for _, rows in self._parts],
         }  # fmt: skip
+
+    @staticmethod
+    def finished(state: dict[str, Any], count: int, folder: Path | None) -> Tensor:
+        """What `finish` gave for `count` rows in a file, from the `state_dict` of that time.
+
+        Raises:
+            ArgumentError: if the file is gone, or is another one.
+        """
+        rows = Rows._in(state, folder)
+        file: Any = rows.file
+        if file.stat().st_size != HEADER + count * rows._row_bytes():
+            raise ArgumentError(f"{file} has other rows than the state says: begin anew, with no state")
+        return rows._mapped(file, (count, *(state["shape"] or ())))
 
     @staticmethod
     def of(state: dict[str, Any], folder: Path | None) -> Rows:
@@ -122,14 +137,22 @@ class Rows:
         Raises:
             ArgumentError: if rows are in a file and there is no folder, or the file is gone or finished.
         """
+        rows, end = Rows._in(state, folder), 0
+        for part in state["parts"]:
+            end += len(part)
+            rows._parts.append((end, part))
+        if rows.file is not None:
+            rows._check_open()
+        return rows
+
+    @staticmethod
+    def _in(state: dict[str, Any], folder: Path | None) -> Rows:
+        """Rows without those in memory."""
         if (state["file"] is None) != (folder is None):
             raise ArgumentError("the state has rows in files, or has none, and to= says otherwise: pass the same to=")
         file = folder / state["file"] if folder is not None else None
         if file is not None and not file.exists():
             raise ArgumentError(f"the state has rows in {file}, which is not there: pass the same to=, or begin anew")
         rows = Rows(file, state["axis"])
-        rows._shape, rows._dtype, rows._parts = state["shape"], state["dtype"], list(state["parts"])
-        rows._count = sum(map(len, rows._parts))
-        if file is not None:
-            rows._check_open()
+        rows._shape, rows._dtype = state["shape"], state["dtype"]
         return rows

@@ -11,6 +11,7 @@ ignored, weights of classes. So Z_B = 1/r - 1, in units of Z_A, to rounding.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -70,7 +71,6 @@ class Weights:
         self._model, self._loss, self._reduction = model, loss, reduction
         known = loss is None or reduction is not None
         self.mean: bool | None = loss is not None and reduction != "sum" if known else None
-        self._total = 0.0
         self._reference: Parts | None = None
         self._wide = True
 
@@ -89,7 +89,7 @@ class Weights:
         if self.mean is False:
             return None
         if callable(self._reduction) or self._reduction == "mean":
-            return sum(together.values(lambda: self._given_weight(inputs, targets, arguments)))
+            return sum(together.values(lambda: self.given(inputs, targets, arguments.batch_size)))
         asked = self._question(result, inputs, targets, arguments, compiled)
         if self._reference is None:  # one for all ranks, because weights are in units of its weight
             found = together.values(lambda: self._find_reference(asked()))
@@ -98,10 +98,25 @@ class Weights:
             return 0.0  # no sample of the batch counts
         return self._agreed(together.values(lambda: self._compare_with_reference(asked())))
 
-    def _given_weight(self, inputs: Any, targets: tuple, arguments: Arguments) -> float:
-        if not callable(self._reduction):
-            return float(arguments.batch_size)
-        return float(self._reduction(inputs, *targets)) if arguments.batch_size else 0.0
+    def given(self, inputs: Any, targets: tuple, n: int) -> float:
+        """The weight of a batch of `n` samples by `reduction=`, a function or "mean".
+
+        Raises:
+            ArgumentError: if the function gives no weight.
+        """
+        if not callable(self._reduction) or not n:
+            return float(n)
+        found = self._reduction(inputs, *targets)
+        try:
+            z = float(found)
+        except (TypeError, ValueError, RuntimeError):
+            z = math.nan
+        if not 0 <= z < math.inf:
+            raise ArgumentError(
+                f"reduction= gave {found!r} for a batch: return its weight in the mean, a number that is not negative, such as "
+                "the number of its samples or tokens"
+            )
+        return z
 
     def _agreed(self, found: list[tuple[bool | None, float]]) -> float | None:
         """The weight of a batch, from (whether the loss is a mean, the weight) of its parts on ranks."""
@@ -111,17 +126,13 @@ class Weights:
         self.mean = known.pop() if known else None
         return None if self.mean is False else sum(z for _, z in found)
 
-    def count(self, z: float | None) -> None:
-        """Add the weight of a batch to the total."""
-        self._total += z or 0.0
-
-    def total(self) -> float | None:
-        """The weight of all batches; None where the loss is a sum."""
+    def total(self, weights: float) -> float | None:
+        """The weight of all batches, whose weights add up to `weights`; None where the loss is a sum."""
         if not self.mean:
             return None
-        if not self._total:
+        if not weights:
             raise LossError("the mean is over nothing: every sample is ignored")
-        return self._total
+        return weights
 
     def _question(
         self, result: Any, inputs: Any, targets: tuple, arguments: Arguments, compiled: Compiled | None
@@ -155,6 +166,8 @@ class Weights:
         if not question.n:
             return self.mean, 0.0
         one: Parts = tuple([t.to(batch[0][0].device) for t in ts] for ts in self._reference or ())  # type: ignore[assignment]
+
+        _check_sizes(one, batch, dims)
 
         def beside(batch: Parts) -> Any:
             """The reference and a batch in one."""
@@ -242,11 +255,25 @@ class Weights:
     def state_dict(self) -> dict[str, Any]:
         """The state, in tensors and plain values."""
         reference = None if self._reference is None else [list(part) for part in self._reference]
-        return {"mean": self.mean, "total": self._total, "reference": reference, "wide": self._wide}
+        return {"mean": self.mean, "reference": reference, "wide": self._wide}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.mean, self._total, self._wide = state["mean"], state["total"], state["wide"]
+        self.mean, self._wide = state["mean"], state["wide"]
         self._reference = None if state["reference"] is None else tuple(state["reference"])  # type: ignore[assignment]
+
+
+def _check_sizes(one: Parts, batch: Parts, dims: Dims) -> None:
+    """Refuse a batch beside which a sample of another one cannot stand: sequences padded to another length, say."""
+    for a, t, d in zip((*one[0], *one[1]), (*batch[0], *batch[1]), (*dims[0], *dims[1]), strict=True):
+        known, own = ([size for k, size in enumerate(x.shape) if k != d] for x in (a, t))
+        if d is not None and known != own:
+            raise LossError(
+                f"samples of a batch have the sizes {own}, and {known} in an earlier one (each is padded to its own longest "
+                "sequence, perhaps), so the loss cannot be asked of samples of both, which says how it is reduced.\nWay out: "
+                "reduction= a function (inputs, *targets) -> Z, what the mean of a batch divides by: for a mean over tokens the "
+                'number of those that count; "mean" for a mean over samples, "sum" for a sum, and for nothing else; or pad all '
+                "batches to one length."
+            )
 
 
 def _sloping(slopes: Sequence[Tensor | None]) -> bool:

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,14 @@ from torch import Tensor, nn
 
 from fxcurv.api import Compiled
 from fxcurv.api import compile as compile_model
-from fxcurv.data.batches import mark, unpacked
+from fxcurv.data.batches import Batches, check_given
+from fxcurv.data.identity import differences, digest, digests, identity, told
 from fxcurv.data.rows import Rows
 from fxcurv.data.weights import Weights
 from fxcurv.errors import ArgumentError, LossError
 from fxcurv.extensions import EKFAC, BatchGrad, Dots, Extension, Projected, Quadratic
 from fxcurv.kronecker import Blocks, eigenbasis
-from fxcurv.over import Totals, digest, digests
+from fxcurv.over import Totals, saved
 from fxcurv.result import Result
 
 __all__ = ["Attribution", "margin"]
@@ -54,14 +54,16 @@ class Attribution:
 
     Args:
         model, loss: as for `fxcurv.compile`; the loss is a sum, or a mean over samples.
-        train: a loader of batches (inputs, *targets) that can be gone over again, in the same order.
+        train: a loader of batches (inputs, *targets) that can be gone over again, in the same order (`shuffle=False`).
+            Batches are compared by checksums.
         params: the parameters that count, as for `fxcurv.compile`.
         unpack: batch -> (inputs, *targets), of all loaders.
         progress: whether passes over the training data show a bar.
         options: those of `fxcurv.compile`.
 
     Raises:
-        ArgumentError: for an iterator, which can be gone over only once.
+        ArgumentError: for an iterator, which can be gone over only once; in a later pass, for training data or queries that
+            come in another order than before.
     """
 
     def __init__(
@@ -70,10 +72,10 @@ class Attribution:
     ):  # fmt: skip
         if iter(train) is train:
             raise ArgumentError("train is an iterator, which every pass would begin anew: pass a list or a DataLoader")
-        self.model, self.loss, self._train = model, loss, train
-        self._unpack, self._progress = unpack, progress
+        self.model, self.loss, self._unpack, self._progress = model, loss, unpack, progress
         self._options = {**options, "params": params}
         self._compiled = self._compile(loss)
+        self._train = Batches(self._compiled, train, unpack, "the training data")
         self._programs: dict[Any, Compiled] = {}  # of queries, by measure and parameters
         self._weights: dict[Any, Weights] = {}
 
@@ -105,7 +107,8 @@ class Attribution:
             to: a folder for `scores.npy`, which the result reads from (`numpy.memmap`), and the state of an interrupted call.
 
         Raises:
-            ArgumentError: where the curvature is singular without damping; for a folder with the state of another call.
+            ArgumentError: where the curvature is singular without damping; for a folder with the state of another call: of
+                another model (parameters, structure or code), loss, measure, curvature, damping, `params=` or other data.
             LossError: for a loss that is neither a sum nor a mean over samples.
         """
         inverse = curvature.inverse(damping) if curvature is not None else None
@@ -118,8 +121,8 @@ class Attribution:
             result, _, factor = self._pass(held)
             return result.dots_total[:, :count].t() * factor
 
-        asked = f"influence, damping {damping}, {_digest(curvature)}, {names}, {_told(measure)}, {_told(self.loss)}"
-        return self._in_blocks(queries, scores, to, asked)
+        asked = {"damping": str(damping), "curvature": _digest(curvature), "measure": told(measure)}
+        return self._in_blocks(self._batches(queries), scores, to, asked)
 
     def self_influence(self, curvature: Blocks, damping: float = 0.0, *, to: Any = None, every: int = 100) -> Tensor:
         """<(curvature + damping I)^-1 g_n, g_n> of every training sample, [N]; `to`, `every`: as for `features`."""
@@ -141,6 +144,7 @@ class Attribution:
         if len(states) != len(rates) or not states:
             raise ArgumentError(f"{len(states)} checkpoints and {len(rates)} rates: give one rate for each")
         parts: list[tuple[float, Tensor]] = []
+        queries = self._batches(queries)
         with contextlib.closing(self._load_each(states)) as loaded:
             for k in loaded:
                 folder = Path(to) / f"checkpoint_{k}" if to is not None else None
@@ -188,6 +192,7 @@ class Attribution:
         """
         ensemble: list[tuple[Tensor, Tensor]] = []
         slopes: list[Tensor] = []
+        queries = self._batches(queries)
         with contextlib.closing(self._load_each(models)) as loaded:
             for k in loaded:
                 folders = [Path(to) / f"{kind}_{k}" if to is not None else None for kind in ("measure", "loss")]
@@ -231,25 +236,23 @@ class Attribution:
         self, compiled: Compiled, data: Data | None = None, *, to: Any = None, every: int = 100, seed: int = 0
     ) -> tuple[Result, int, int]:
         """(the result over the data, the number of samples, the factor from its gradients to single losses')."""
-        totals = Totals(compiled, unpack=self._unpack, seed=seed, to=to)
+        totals = Totals(compiled, unpack=tuple, seed=seed, to=to)
         file = Path(to) / "pass.pt" if to is not None else None
-        if file is not None and file.exists():
-            totals.load_state_dict(torch.load(file, weights_only=True))
+        totals.load(file)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-        result = totals.run(
-            self._train if data is None else data, checkpoint=file, every=every, progress=self._progress
-        )
+        batches = self._train if data is None else self._batches(data)
+        result = totals.run(batches, checkpoint=file, every=every, progress=self._progress)
         n, weight = totals.counted, totals.weight
         _check_even(weight, n)
         return result, n, 1 if weight is None else n
 
-    def _batches(self, data: Data) -> Iterator[tuple[Any, tuple, int]]:
-        """(inputs, targets, mark) of each batch with samples."""
-        for batch in data:
-            inputs, targets = unpacked(self._compiled, batch, self._unpack)
-            if self._compiled.arguments(inputs, *targets).batch_size:
-                yield inputs, targets, mark(batch)
+    def _batches(self, queries: Data) -> Batches:
+        """Queries, whose batches are the same ones every time."""
+        check_given(self._compiled, queries, "Attribution")
+        if isinstance(queries, Batches):
+            return queries
+        return Batches(self._compiled, queries, self._unpack, "the data of the queries")
 
     def _gradients(self, inputs: Any, targets: tuple, measure: Any, names: list[str] | None) -> dict[str, Tensor]:
         """The gradients of queries, [q, *P] by name."""
@@ -265,27 +268,26 @@ class Attribution:
         factor = 1 if z is None else arguments.batch_size
         return {name: g * factor for name, g in result.grad_batch.items()}
 
-    def _in_blocks(self, queries: Data, scores: Callable[..., Tensor], to: Any, asked: str) -> Tensor:
+    def _in_blocks(self, queries: Batches, scores: Callable[..., Tensor], to: Any, asked: dict[str, str]) -> Tensor:
         """The scores of all blocks one below the other, in memory or in a file."""
         rows = Rows(Path(to) / "scores.npy" if to is not None else None, 0)
-        state: dict[str, Any] = {"asked": asked, "model": digests(self.model), "marks": [], "done": 0}
-        if to is not None:
-            state["train"] = [own for _, _, own in self._batches(self._train)]
-            state["params"] = str(self._options["params"])
         file = Path(to) / "state.pt" if to is not None else None
-        if file is not None and file.exists():
-            rows, state = _resume(file, state)
-        for k, (inputs, targets, own) in enumerate(self._batches(queries)):
+        state: dict[str, Any] = {"marks": [], "done": 0}
+        if file is not None:
+            state |= {"asked": {**asked, **identity(self._compiled)}, "model": digests(self._compiled.subject)}
+            state["train"] = self._train.known()
+            if file.exists():
+                rows, state = _resume(file, state)
+        for k, (own, (inputs, *targets)) in enumerate(queries.marked()):
             if k < len(state["marks"]):
                 if state["marks"][k] != own:
                     raise ArgumentError(
                         f"block {k} of the queries is another than {file} has: begin anew, in another folder"
                     )
                 continue
-            block = scores(inputs, targets)
+            block = scores(inputs, tuple(targets))
             rows.add(block, None, state["done"])
-            state["done"] += len(block)
-            state["marks"].append(own)
+            state = {**state, "done": state["done"] + len(block), "marks": [*state["marks"], own]}
             if file is not None:
                 torch.save({**state, "rows": rows.state_dict()}, file.with_suffix(".new"))
                 os.replace(file.with_suffix(".new"), file)
@@ -334,28 +336,20 @@ class _VectorMemory:
 
 
 def _resume(file: Path, state: dict[str, Any]) -> tuple[Rows, dict[str, Any]]:
-    found = torch.load(file, weights_only=True)
-    if any(found[key] != state[key] for key in ("asked", "model", "train", "params")):
+    found = saved(file)
+    if not isinstance(found, dict) or not {*state, "rows"} <= {*found}:
+        raise ArgumentError(f"{file} is no state of this call, or of another fxcurv: delete it to begin anew")
+    named = [("parameters or buffers", "model"), ("batches of the training data", "train")]
+    other = [f"{what} differ" for what, key in named if found[key] != state[key]]
+    other.append(differences(found["asked"], state["asked"]))
+    if any(other):
         raise ArgumentError(
-            f"{file} is of another model, loss, curvature or measure, of other training data or parameters: begin anew, in "
-            "another folder"
+            f"{file} is of another call ({'; '.join(filter(None, other))}): begin anew, in another folder"
         )
-    rows = Rows.of(found.pop("rows"), file.parent)
-    return rows, found
+    return Rows.of(found.pop("rows"), file.parent), found
 
 
 def _digest(curvature: Blocks | None) -> str:
     if curvature is None:
         return "none"
     return ", ".join(f"{name} {' '.join(map(digest, eigenbasis(f)))}" for name, f in curvature.factors.items())
-
-
-def _told(fn: Any) -> str:
-    """A text that tells a function or a loss module from another: its code, and the values that it holds."""
-    code = getattr(fn, "__code__", None)
-    if code is None:
-        held = {k: v for k, v in vars(fn).items() if not k.startswith("_")} if hasattr(fn, "__dict__") else {}
-        return f"{type(fn).__qualname__} {held} {digests(fn) if isinstance(fn, nn.Module) else ''}"
-    cells = [cell.cell_contents for cell in fn.__closure__ or ()]
-    constants = [c for c in code.co_consts if not hasattr(c, "co_code")]
-    return f"{fn.__qualname__} {zlib.crc32(code.co_code)} {constants} {fn.__defaults__} {fn.__kwdefaults__} {cells}"

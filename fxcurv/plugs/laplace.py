@@ -162,6 +162,13 @@ class FxcurvHessian(FxcurvInterface):
         """(loss, [D])."""
         return self._diag(x, y, DiagHessian())
 
+    def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:  # noqa: N803
+        """Refused: a sum of Kronecker products is only known of the Gauss-Newton and the Fisher."""
+        raise ArgumentError(
+            "FxcurvHessian with hessian_structure='kron': the Hessian has no Kronecker factors. Way out: backend=FxcurvGGN or "
+            "FxcurvEF; or hessian_structure='full' or 'diag'"
+        )
+
 
 def _as_laplace(name: str, factors: Kronecker, share: float) -> list[Tensor]:
     """[B, share A], or [share A, B], in the order in which the weight is flattened; [B] for a bias."""

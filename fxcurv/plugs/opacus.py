@@ -19,7 +19,9 @@ have a factor 1/N, which is undone here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,6 +31,8 @@ from fxcurv.api import compile as compile_model
 from fxcurv.data.weights import Weights
 from fxcurv.errors import ArgumentError, LossError
 from fxcurv.extensions import BatchGrad, ClippedGrad, Extension
+from fxcurv.front.arguments import filled, templated
+from fxcurv.ir.placement import Shard
 from fxcurv.result import Result
 
 __all__ = ["ClippedGradients", "GradSamples", "add_rows", "make_private"]
@@ -38,7 +42,7 @@ class _OfOwnLoss:
     """What the loss is, for gradients of each sample's own: a sum over samples or their mean."""
 
     def __init__(self, model: nn.Module, loss: Callable[..., Tensor], extension: Extension, options: dict[str, Any]):
-        self.model = model
+        self.model, self.loss = model, loss
         self.compiled = compile_model(model, loss, [extension], **options)
         self.compiled.alone(type(self).__name__)
         self._weights = Weights(model, loss, None)
@@ -48,26 +52,36 @@ class _OfOwnLoss:
         """What the loss is, "mean" or "sum"; None before the first batch."""
         return None if self._weights.mean is None else "mean" if self._weights.mean else "sum"
 
-    def _find(self, result: Result, inputs: Any, targets: tuple, n: int) -> None:
-        """Find out what the loss is, if no batch has said so."""
-        if self._weights.mean is None and n:
-            z = self._weights.of(result, inputs, targets, self.compiled.arguments(inputs, *targets), self.compiled)
-            if z is not None and abs(z - n) > 1e-3 * n:
-                raise LossError(
-                    "the loss is a mean in which samples have weights of their own, so a sample's gradient is not its own. Way "
-                    "out: a sum, or a mean over samples."
-                )
+    def _factor(self, result: Result, inputs: Any, targets: tuple) -> float:
+        """What makes gradients of the loss, [N, *P], those of each sample's own: of a mean, its denominator in this batch.
 
-    def _factor(self, n: int) -> float:
-        """What makes gradients of the loss, [N, *P], those of each sample's own."""
-        return float(n) if self._weights.mean and n else 1.0
+        Raises:
+            LossError: for a loss that is neither a sum nor a mean over samples, or gives those of a batch weights of their own.
+        """
+        arguments = self.compiled.arguments(inputs, *targets)
+        if not arguments.batch_size:
+            return 1.0
+        if self._weights.mean is None:
+            self._weights.of(result, inputs, targets, arguments, self.compiled)
+        if not self._weights.mean:
+            return 1.0
+        leaves: list[Tensor] = []
+        template = templated(result.output, leaves)
+
+        def value(outputs: list[Tensor], goals: list[Tensor]) -> Tensor:
+            return self.loss(filled(template, outputs), *filled(arguments.target_template, goals)).reshape(())
+
+        nodes = self.compiled.program_of(inputs, *targets).output_leaves
+        dims = [_samples_at(t, node, arguments.batch_size) for t, node in zip(leaves, nodes, strict=True)]
+        return _denominator(value, leaves, dims, list(arguments.targets), arguments.target_dims(), arguments.batch_size)
 
 
 class GradSamples(_OfOwnLoss):
     """Writes `p.grad_sample`, [N, *P], on every trainable parameter: of each sample's own loss, for a mean and a sum alike.
 
-    A call before `optimizer.zero_grad()` adds another batch, as Opacus does (virtual steps, `BatchMemoryManager`). An empty batch
-    gives no rows. `p.grad` is left to the optimizer.
+    Samples that a mean leaves out (`ignore_index`) have the gradient zero, and count in no other sample's. A call before
+    `optimizer.zero_grad()` adds another batch, as Opacus does (virtual steps, `BatchMemoryManager`). An empty batch gives no
+    rows. `p.grad` is left to the optimizer.
 
     Args:
         model, loss: as for `fxcurv.compile`; the module itself, not Opacus' wrapper of it.
@@ -81,12 +95,10 @@ class GradSamples(_OfOwnLoss):
         """Compute and write the gradients; return the result, for the loss as it is.
 
         Raises:
-            LossError: for a loss that is neither a sum nor a mean over samples.
+            LossError: for a loss that is neither a sum nor a mean over samples, or gives those of a batch weights of their own.
         """
         result = self.compiled(inputs, *targets)
-        n = self.compiled.arguments(inputs, *targets).batch_size
-        self._find(result, inputs, targets, n)
-        factor, named = self._factor(n), dict(self.model.named_parameters())
+        factor, named = self._factor(result, inputs, targets), dict(self.model.named_parameters())
         for name, g in result.grad_batch.items():
             add_rows(named[name], g * factor if factor != 1 else g)
         return result
@@ -95,39 +107,139 @@ class GradSamples(_OfOwnLoss):
 class ClippedGradients(_OfOwnLoss):
     """Adds the sum of clipped gradients, [*P], to `p.grad`: of each sample's own loss, for a mean and a sum alike.
 
-    This is what Opacus' `DPOptimizerFastGradientClipping` reads. Gradients per sample, [N, *P], are not stored.
+    This is what Opacus' `DPOptimizerFastGradientClipping` reads. Gradients per sample, [N, *P], are not stored. Where a mean
+    leaves out samples (`ignore_index`), the batch is computed a second time.
 
     Args:
         model, loss, options: as for `GradSamples`.
-        max_norm: what each gradient is clipped to, over all parameters.
+        max_norm: what each gradient is clipped to, over all parameters: a number, or an optimizer of Opacus', whose
+            `max_grad_norm` is read at every call, as its noise has to be for the same bound.
 
     Attributes:
-        max_norm: may be changed between calls.
+        max_norm: may be changed between calls; it is the optimizer's, if that was given.
     """
 
-    def __init__(self, model: nn.Module, loss: Callable[..., Tensor], max_norm: float, **options: Any):
-        self.max_norm = max_norm
+    def __init__(self, model: nn.Module, loss: Callable[..., Tensor], max_norm: Any, **options: Any):
+        self._bounded = max_norm if hasattr(max_norm, "max_grad_norm") else SimpleNamespace(max_grad_norm=max_norm)
         some = next(model.parameters())
-        self._bound = torch.tensor(float(max_norm), dtype=torch.float64, device=some.device)
+        self._bound = torch.tensor(float(self.max_norm), dtype=torch.float64, device=some.device)
         super().__init__(model, loss, ClippedGrad(self._bound), options)
+
+    @property
+    def max_norm(self) -> float:
+        """The bound of the next call."""
+        return self._bounded.max_grad_norm
+
+    @max_norm.setter
+    def max_norm(self, bound: float) -> None:
+        self._bounded.max_grad_norm = bound
 
     def __call__(self, inputs: Any, *targets: Any) -> Result:
         """Compute and add; returns the result, of the loss as it is.
 
         Raises:
-            LossError: for a loss that is neither a sum nor a mean over samples.
+            LossError: for a loss that is neither a sum nor a mean over samples, or gives those of a batch weights of their own.
         """
         n = self.compiled.arguments(inputs, *targets).batch_size
-        if self.reduction is None:
+        likely = float(n) if n and self.reduction != "sum" else 1.0
+        result = self._clipped(likely, inputs, targets)
+        factor = self._factor(result, inputs, targets)
+        if factor != likely:
             with torch.random.fork_rng():
-                self._find(self.compiled(inputs, *targets), inputs, targets, n)
-        factor, named = self._factor(n), dict(self.model.named_parameters())
-        self._bound.fill_(self.max_norm / factor)
-        result = self.compiled(inputs, *targets)
+                result = self._clipped(factor, inputs, targets)
+        named = dict(self.model.named_parameters())
         for name, g in result.grad_clipped.items():
             own = g * factor if factor != 1 else g
             named[name].grad = own if named[name].grad is None else named[name].grad + own
         return result
+
+    def _clipped(self, factor: float, inputs: Any, targets: tuple) -> Result:
+        self._bound.fill_(self.max_norm / factor)
+        return self.compiled(inputs, *targets)
+
+
+def _samples_at(t: Tensor, node: Any, n: int) -> int | None:
+    """The dimension of an output's samples, or of all their positions: from the program, or by sizes if that is from disk."""
+    place = node.meta.get("place")
+    if place is None:
+        return next((d for d, size in enumerate(t.shape) if size and size % n == 0), None)
+    return place.dim if isinstance(place, Shard) else None
+
+
+def _denominator(
+    value: Callable[..., Tensor], outputs: list[Tensor], dims: Sequence[int | None], goals: list[Tensor],
+    goal_dims: Sequence[int | None], n: int,
+) -> float:  # fmt: skip
+    """The denominator of a mean over the samples of a batch, those apart that it leaves out.
+
+    It is the ratio of a sample's slopes alone and in the batch, which has to be the same for all samples.
+
+    Args:
+        value: (outputs, targets) -> the loss.
+        dims, goal_dims: the samples' dimension in each output and target.
+        n: the batch size.
+    """
+    alone, within = _slopes(value, outputs, dims, goals, goal_dims, n)
+    counted = within.isfinite().all(1) & within.any(1)
+    alone, within = alone[counted], within[counted]
+    if not len(within):
+        return 1.0
+    ratio = (alone * within).sum() / within.square().sum()
+    size = alone.norm(dim=1)
+    if not bool(((alone - ratio * within).norm(dim=1) <= 1e-3 * size + 1e-6 * size.max()).all()):
+        raise LossError(
+            "the loss is a mean in which samples have weights of their own (class weights, or tokens that are left out of some), "
+            "so a sample's gradient is not its own. Way out: a sum, or a mean over samples."
+        )
+    found = float(ratio)
+    return float(round(found)) if abs(found - round(found)) <= 1e-5 * found else found
+
+
+def _slopes(
+    value: Callable[..., Tensor], outputs: list[Tensor], dims: Sequence[int | None], goals: list[Tensor],
+    goal_dims: Sequence[int | None], n: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(the loss's slopes in each sample's outputs, [N, K], where the sample is alone; the same in the batch)."""
+    sloped = [k for k, (t, d) in enumerate(zip(outputs, dims, strict=True)) if d is not None and t.is_floating_point()]
+
+    def apart(t: Tensor, d: int | None) -> Tensor:
+        return t if d is None else t.unflatten(d, (n, -1)).movedim(d, 0)
+
+    def slopes(floats: list[Tensor], outs: list[Tensor], goals: list[Tensor]) -> Any:
+        given = dict(zip(sloped, floats, strict=True))
+        return value([given.get(k, t) for k, t in enumerate(outs)], goals)
+
+    def plain(outs: list[Tensor], goals: list[Tensor]) -> list[Tensor]:
+        floats = [outs[k].detach().requires_grad_() for k in sloped]
+        with torch.enable_grad():
+            found = torch.autograd.grad(slopes(floats, outs, goals), floats, allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g for t, g in zip(floats, found, strict=True)]
+
+    def each(outs: list[Tensor], goals: list[Tensor]) -> Sequence[Tensor]:
+        stacks = [list(map(apart, *part)) for part in ((outs, dims), (goals, goal_dims))]
+        where = [[None if d is None else 0 for d in part] for part in (dims, goal_dims)]
+        try:
+            call = torch.func.vmap(torch.func.grad(slopes), in_dims=([0] * len(sloped), *where))
+            return call([stacks[0][k] for k in sloped], *stacks)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError):  # a loss that looks at values, say
+            pick = lambda k, part, at: [t if d is None else t[k] for t, d in zip(part, at, strict=True)]  # noqa: E731
+            single = [plain(*map(functools.partial(pick, k), stacks, where)) for k in range(n)]
+            return [torch.stack(own) for own in zip(*single, strict=True)]
+
+    def rows(found: Sequence[Tensor]) -> Tensor:
+        return torch.cat([g.flatten(1).double() for g in found], 1)
+
+    for wide in (True, False):  # in float64, unless the loss holds tensors of another dtype
+        given = [[t.double() if wide and t.is_floating_point() else t for t in ts] for ts in (outputs, goals)]
+        try:
+            within = plain(*given)
+            return rows(each(*given)), rows([apart(g, dims[k]) for g, k in zip(within, sloped, strict=True)])
+        except (RuntimeError, TypeError, IndexError) as error:
+            if not wide:
+                raise LossError(
+                    f"the loss of a sample alone cannot be had: {error}\nWay out: a loss that is a sum over samples"
+                ) from error
+    raise AssertionError
 
 
 def add_rows(p: Any, rows: Tensor) -> None:
@@ -168,7 +280,7 @@ def make_private(
     if mode == "no_op":
         return GradSamples(model, loss), private, loader
     taker = _of_sums(private)
-    return ClippedGradients(model, loss, options["max_grad_norm"]), taker, loader
+    return ClippedGradients(model, loss, taker), taker, loader
 
 
 def _of_sums(private: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcurv.errors import ArgumentError
-from fxcurv.front.arguments import filled
+from fxcurv.front.arguments import Arguments, filled
 from fxcurv.front.requests import Request, Subject
 from fxcurv.ir.origin import failing_line
 from fxcurv.ir.private import pytree
@@ -42,7 +42,7 @@ def of_no_sample(program: Program, request: Request, values: dict[str, Tensor]) 
         targets = filled(arguments.target_template, arguments.targets)
         loss = _run(subject.loss, ends, (output, *targets), {}) if subject.loss else None
     fields: dict[str, Any] = {}
-    results, lengths = dict(program.results), lengths_of(program, arguments)
+    results = dict(program.results)
     if loss is not None:
         wanted = [held[name] for name in results["grad"]]
         found = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
@@ -55,14 +55,23 @@ def of_no_sample(program: Program, request: Request, values: dict[str, Tensor]) 
             )
         fields = {"loss": loss.detach(), "grad": dict(zip(results.pop("grad"), grads, strict=True))}
     fields["output"] = pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, output)
-    axes = {e.savefield: None if getattr(e, "subsampling", None) else e.sample_axis for e in program.extensions}
-    for field, nodes in results.items():
-        fields[field] = {name: _empty_value(program, value, axes[field], lengths) for name, value in nodes.items()}
-    fields |= {field: _empty_value(program, node, 0, lengths) for field, node in program.extras.items()}
+    fields |= zeros_of(program, arguments)
     if not program.options.update_buffers:
         buffers = dict(model.named_buffers(remove_duplicate=False))
         fields["buffers"] = {name: buffers[name].clone() for name in program.mutations}
     return Result(fields, program.extensions, subject.holder)
+
+
+def zeros_of(program: Program, arguments: Arguments) -> dict[str, Any]:
+    """field -> parameter name -> value of every extension for an empty batch; fields of all parameters together as they are."""
+    lengths = lengths_of(program, arguments)
+    axes = {e.savefield: None if getattr(e, "subsampling", None) else e.sample_axis for e in program.extensions}
+    fields: dict[str, Any] = {
+        field: {name: _empty_value(program, value, axes[field], lengths) for name, value in nodes.items()}
+        for field, nodes in program.results.items()
+        if field != "grad"
+    }
+    return fields | {field: _empty_value(program, node, 0, lengths) for field, node in program.extras.items()}
 
 
 def _is_of_loss(subject: Subject, name: str) -> bool:

@@ -113,7 +113,7 @@ class SelfCheck:
         self.inputs = program.inputs[:]
         self.observed = program.observed[:]
         self.jacobian = self._jacobian_leaf(program)
-        self.random = any(_draws(n.target, n.args, n.kwargs) for n in program.graph.nodes)
+        self.random = any(draws_numbers(n.target, n.args, n.kwargs) for n in program.graph.nodes)
         self.note = "not yet: at the first call"
 
     @classmethod
@@ -529,7 +529,7 @@ def _reachable(function: Any) -> list[Any]:
 # ---- draws and rounding ----
 
 
-def _draws(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def draws_numbers(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call draws random numbers; attention without dropout does not, though its kernels count as random."""
     if not is_random(op):
         return False
@@ -556,7 +556,7 @@ class _FixedDraws(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if not _draws(func, args, kwargs):
+        if not draws_numbers(func, args, kwargs):
             return func(*args, **kwargs)
         torch.manual_seed(0)
         given = pytree.tree_map_only(Tensor, Tensor.contiguous, args)

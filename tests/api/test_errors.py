@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxcurv.backpack
-from fxcurv import errors, passes
+from fxcurv import errors, optim, passes
 from fxcurv.extensions import (
     HMP,
     KFAC,
@@ -533,6 +533,10 @@ CALLS: dict[str, tuple[type[Exception], list[str], Callable[[], Any]]] = {
     "two passes, one field": (errors.FieldError, ["forward more than once", "'0.weight'", "Way out"], two_passes),
     "a wrong rule": (
         errors.SelfCheckError, ["tanh", "module '1'", "report it"], lambda: result(BatchGrad(), rules=WRONG_RULE)
+    ),
+    "a step on NaN": (
+        errors.NonFiniteError, ["NaN", "Way out: skip this batch"],
+        lambda: optim.DiagGGN(nn.Linear(4, 3), CE).step((inputs() * torch.nan, classes())),
     ),
     "a broken program": (errors.InternalError, ["after test", "grad_batch"], broken_invariant),
     "params that match nothing": (errors.ArgumentError, ["params='nowhere'", "matches no"], lambda: compiled(params="nowhere")),

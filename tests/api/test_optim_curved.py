@@ -1,6 +1,8 @@
 """Steps of EKFAC, of KFAC with joint blocks and of conjugate gradients by dense algebra; states; training on digits."""
 
+import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -10,9 +12,9 @@ from torch import nn
 
 import fxcurv
 from fxcurv import kronecker
-from fxcurv.errors import ArgumentError
+from fxcurv.errors import ArgumentError, NonFiniteError
 from fxcurv.kronecker import Within
-from fxcurv.optim import EKFAC, KFAC, NaturalGradientCG, conjugate_gradients
+from fxcurv.optim import EKFAC, KFAC, DiagGGN, NaturalGradientCG, conjugate_gradients
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -155,9 +157,9 @@ def test_few_iterations_from_a_start():
 
 
 KINDS = {
-    "kfac": lambda m: KFAC(m, LOSS, joint=True, interval=2, check=None),
-    "ekfac": lambda m: EKFAC(m, LOSS, joint=True, basis_interval=2, iterations=1, check=None),
-    "cg": lambda m: NaturalGradientCG(m, LOSS, iterations=3, adaptive=True, check=None),
+    "kfac": lambda m, **o: KFAC(m, LOSS, joint=True, interval=2, check=None, **o),
+    "ekfac": lambda m, **o: EKFAC(m, LOSS, joint=True, basis_interval=2, iterations=1, check=None, **o),
+    "cg": lambda m, **o: NaturalGradientCG(m, LOSS, iterations=3, adaptive=True, check=None, **o),
 }
 
 
@@ -271,3 +273,135 @@ def test_weight_and_bias_in_two_groups_are_refused():
     groups = [{"params": [p for p in model.parameters() if p.ndim == d], "lr": 0.1 * d} for d in (1, 2)]
     with pytest.raises(ArgumentError, match="two groups"):
         KFAC(model, LOSS, groups, joint=True).step((x, y))
+
+
+def params_of(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+EVERY = {"diag": lambda m, **o: DiagGGN(m, LOSS, check=None, **o), **KINDS}
+
+
+@pytest.mark.parametrize("kind", ["diag", "cg", *(pytest.param(k, marks=pytest.mark.slow) for k in ("kfac", "ekfac"))])
+def test_numbers_that_are_not_finite_are_no_step(kind):
+    """Weights and averages stay, and the batch can be skipped: the next step is that of an optimizer that has not seen it."""
+    model, x, y = case()
+    optimizer = EVERY[kind](model)
+    optimizer.step((x, y), seed=0)
+    before, twin = params_of(model), copy.deepcopy(optimizer)
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(NonFiniteError, match="(?s)gradient of '0.weight' is not finite.*skip this batch"):
+            optimizer.step((torch.cat([x[1:], x[:1] * bad]), y))
+    assert all(map(torch.equal, before, model.parameters()))
+    optimizer.step((x, y), seed=1)
+    twin.step((x, y), seed=1)
+    assert all(map(torch.equal, optimizer.param_groups[0]["params"], twin.param_groups[0]["params"]))
+
+
+def test_products_and_directions_that_are_not_finite():
+    b = {"a": torch.ones(2), "c": torch.ones(3)}
+    for wrong in (torch.nan, torch.inf, 1e30):  # the last one's square is not
+        with pytest.raises(NonFiniteError, match="times the direction of 'c'"):
+            conjugate_gradients(lambda v, w=wrong: {"a": v["a"], "c": v["c"] * w}, b, b, 3, 1e-3)
+    model, x, y = nn.Linear(3, 2), torch.zeros(4, 3), torch.tensor([0, 1, 1, 1])
+    optimizer, before = DiagGGN(model, LOSS, damping=0.0, mc_samples=None, check=None), params_of(model)
+    with pytest.raises(NonFiniteError, match="(?s)direction of 'weight'.*damping= above zero"):
+        optimizer.step((x, y))
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["diag", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS)])
+def test_copies_go_on(kind):
+    """By `copy` and by `pickle`, with a scheduler on the original, each with a model of its own."""
+    model, x, y = case()
+    optimizer = EVERY[kind](model)
+    torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    optimizer.step((x, y), seed=0)
+    other, again = copy.deepcopy((model, optimizer))
+    third = pickle.loads(pickle.dumps(optimizer))
+    for one in (again, third):
+        assert one.param_groups[0]["params"][0] is not model[0].weight
+    for seed in range(1, 4):
+        for one in (optimizer, again, third):
+            one.step((x, y), seed=seed)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    assert all(map(torch.equal, model.parameters(), third.param_groups[0]["params"]))
+
+
+@pytest.mark.parametrize("kind", ["diag", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS)])
+def test_frozen_parameters_are_skipped(kind):
+    """From the start, as if they had not been passed; and for a while, with averages of the updates that they were part of."""
+    model, x, y = case()
+    twin, _, _ = case()
+    for one in (model, twin):
+        one[0].bias.requires_grad_(False)
+    optimizer, same = EVERY[kind](model, params=model.parameters()), EVERY[kind](twin)
+    for seed in range(2):
+        optimizer.step((x, y), seed=seed)
+        same.step((x, y), seed=seed)
+    torch.testing.assert_close(list(model.parameters()), list(twin.parameters()))
+    before = params_of(model)
+    model[0].bias.requires_grad_(True)
+    model[3].bias.requires_grad_(False)
+    optimizer.step((x, y), seed=2)
+    assert torch.equal(before[5], model[3].bias) and not torch.equal(before[1], model[0].bias)
+    model[3].bias.requires_grad_(True)
+    optimizer.step((x, y), seed=3)
+    assert not torch.equal(before[5], model[3].bias)
+
+
+def test_an_average_counts_its_own_updates():
+    """A parameter that was frozen at the first update has the second one's curvature alone."""
+    model, x, y = case()
+    known = {"lr": 1.0, "momentum": 0, "damping": 0.1, "interval": 2, "mc_samples": None}
+    optimizer = DiagGGN(model, LOSS, model.parameters(), **known, check=None)
+    model[3].bias.requires_grad_(False)
+    optimizer.step((x, y))
+    model[3].bias.requires_grad_(True)
+    twin, _, _ = case()
+    twin.load_state_dict(model.state_dict())
+    oracle = Oracle(twin, LOSS, x, y, kind="ce")
+    want = model[3].bias.detach() - oracle.grad()["3.bias"] / (oracle.diag_ggn_exact()["3.bias"] + 0.1)
+    optimizer.step((x, y))
+    torch.testing.assert_close(model[3].bias.detach(), want)
+
+
+def test_states_of_other_optimizers_are_refused():
+    model, x, y = case()
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = KFAC(model, LOSS)
+    small = DiagGGN(nn.Linear(4, 3), LOSS, check=None)
+    small.step((x.float(), y % 3))
+    wide = DiagGGN(nn.Linear(5, 3), LOSS)
+    for one, state, says in (
+        (optimizer, plain.state_dict(), "another optimizer.*KFAC"), (optimizer, None, "NoneType"),
+        (optimizer, DiagGGN(model, LOSS).state_dict(), "'DiagGGN'.*'KFAC'"),
+        (optimizer, KFAC(model, LOSS, joint=True).state_dict(), "'joint': True.*'joint': False"),
+        (wide, small.state_dict(), r"other parameters than 'weight' \[3, 5\]"),
+    ):  # fmt: skip
+        before = one.state_dict()
+        with pytest.raises(ArgumentError, match=says):
+            one.load_state_dict(state)
+        assert str(one.state_dict()) == str(before)
+
+
+def test_batches_and_numbers_that_are_none():
+    model, x, y = case()
+    optimizer = NaturalGradientCG(model, LOSS, check=None)
+    optimizer.step((x, y))
+    before, state = params_of(model), str(optimizer.state_dict())
+    optimizer.step((x[:0], y[:0]))
+    assert all(map(torch.equal, before, model.parameters())) and str(optimizer.state_dict()) == state
+    for wrong in (3, (), "ab", {"x": x, "y": y}):
+        with pytest.raises(ArgumentError, match="pass a batch"):
+            optimizer.step(wrong)
+    for key, value in (("damping", -0.1), ("lr", "a"), ("weight_decay", None), ("momentum", 1.5)):
+        kept, optimizer.param_groups[0][key] = optimizer.param_groups[0][key], value
+        with pytest.raises(ArgumentError, match=key):
+            optimizer.step((x, y))
+        optimizer.param_groups[0][key] = kept
+        with pytest.raises(ArgumentError, match=key):
+            KFAC(model, LOSS, **{key: value})
+    for key in ("decay", "interval", "basis_interval"):
+        with pytest.raises(ArgumentError, match=f"{key}='a'"):
+            EKFAC(model, LOSS, **{key: "a"})

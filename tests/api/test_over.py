@@ -1,6 +1,7 @@
 """A data set in batches gives what one call on all of it gives; and what goes wrong on the way is said, and lost is nothing."""
 
 import io
+import pickle
 import re
 import sys
 
@@ -14,6 +15,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxcurv
+from fxcurv.data.batches import mark
+from fxcurv.data.identity import identity
+from fxcurv.data.rows import Rows
 from fxcurv.data.weights import Weights
 from fxcurv.errors import ArgumentError, ExtensionError, LossError, MixedSamplesError
 from fxcurv.extensions import (
@@ -28,6 +32,7 @@ from fxcurv.extensions import (
     DiagGGNExact,
     DiagGGNMC,
     DiagHessian,
+    Dots,
     Jacobian,
     SqrtGGNExact,
     SumGradSquared,
@@ -240,10 +245,11 @@ def test_a_killed_pass_goes_on(tmp_path, round_):
     with pytest.raises(KeyboardInterrupt):
         fxcurv.over(both, Broken(batches(), 2, round_), checkpoint=file)
     assert torch.load(file, weights_only=True)["batches"] == 2
-    counted = []
-    count = lambda batch: counted.append(len(batch[0])) or batch  # noqa: E731
-    found = fxcurv.over(both, batches(), checkpoint=file, unpack=count)
-    assert counted == ([10] if round_ or "batch_l2" in dir(found) else [10, *SIZES]) and not file.exists()
+    counted, call = [], fxcurv.Totals._call
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fxcurv.Totals, "_call", lambda own, c, x, t: counted.append(len(x)) or call(own, c, x, t))
+        found = fxcurv.over(both, batches(), checkpoint=file)
+    assert counted == [10] and not file.exists()
     same(found, both(*data()), ["loss", "grad", *(e.savefield for e in both.extensions)])
 
 
@@ -278,8 +284,6 @@ def test_rows_are_divided_once(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_a_state(monkeypatch):
-    from fxcurv.data.rows import Rows
-
     both = compiled(extensions=[BatchGrad(), BatchL2Grad(), SumGradSquared()])
     add, left = Rows.add, [9]
 
@@ -297,6 +301,140 @@ def test_a_full_disk_leaves_a_state(monkeypatch):
     same(totals.run(batches()), both(*data()), ["grad", "grad_batch", "batch_l2", "sum_grad_squared"])
 
 
+def other_loss():
+    """In the same place, a closure with another number."""
+    return [lambda f, t, eps=eps: nn.functional.cross_entropy(f, t, label_smoothing=eps) for eps in (0.0, 0.3)]
+
+
+class Scaled(nn.Module):
+    """A user's module with a number that no parameter is."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.linear, self.by, self.calls = nn.Linear(3, 3).double(), by, 0
+
+    def forward(self, x):
+        return self.scaled(self.linear(x))
+
+    def scaled(self, x):
+        return self.by * x
+
+
+def scaled(by):
+    torch.manual_seed(1)
+    return Scaled(by)
+
+
+def weighted(last):
+    return nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2, last]).double())
+
+
+PASSES = {  # name: (arguments of the first pass, of the second, what the message says)
+    "loss": ({"loss": nn.CrossEntropyLoss(label_smoothing=0.3)}, {}, "another loss module"),
+    "closure": ({"loss": other_loss()[0]}, {"loss": other_loss()[1]}, "another loss"),
+    "weights of the loss": ({"loss": weighted(5)}, {"loss": weighted(6)}, r"the model has changed.*loss\.weight"),
+    "activation": ({"model": nn.Sequential(small()[0], nn.ReLU(), small()[2])}, {}, "another module '1'"),
+    "number": ({"model": scaled(1.0)}, {"model": scaled(2.0)}, "another model"),
+    "params": ({"params": "0"}, {}, "params=0.weight, 0.bias, not"),
+    "unpack": ({"unpack": lambda b: (2 * b[0], b[1])}, {"unpack": lambda b: b}, "batch 0 is not the one"),
+    "reduction": ({"reduction": lambda x, t: 1}, {"reduction": lambda x, t: len(t)}, "batch 0 is not the one"),
+    "fewer batches": ({}, {"of": batches()[:1]}, "1 batches, and 2 were counted"),
+    "vectors": ({"extensions": [Dots({"0.bias": torch.tensor([[1.0, 2]])}, params="0.bias")]},
+                {"extensions": [Dots({"0.bias": torch.tensor([[2.0, 1]])}, params="0.bias")]}, "another argument of an ext"),
+}  # fmt: skip
+
+
+QUICK = ("closure", "activation", "params", "unpack", "fewer batches")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PASSES])
+def test_a_state_of_another_pass_is_refused(tmp_path, name):
+    first, second, said = PASSES[name]
+
+    def go(loader, loss=None, model=None, params=None, extensions=(), of=None, **options):
+        both = fxcurv.compile(model or small(), loss or nn.CrossEntropyLoss(), extensions, params=params, check=None)
+        return fxcurv.over(both, of or loader, checkpoint=tmp_path / "pass.pt", **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(Broken(batches(), 2), **first)
+    with pytest.raises(ArgumentError, match=said):
+        go(batches(), **second)
+    same(go(batches(), **first), go(batches(), **first), ["loss", "grad"])
+
+
+def test_what_is_equal_resumes():
+    """New objects of the same code, and counters that no code reads."""
+    first, again = (identity(compiled(other_loss()[1], model=scaled(2.0))) for _ in range(2))
+    assert first == again and first != identity(compiled(other_loss()[0], model=scaled(2.0)))
+    counting = compiled(model=scaled(2.0))
+    known = identity(counting)
+    counting.model.calls += 1
+    assert identity(counting) == known
+
+
+def test_marks_are_of_all_numbers_and_of_what_programs_take():
+    """Images with empty borders; and batches that are objects of a loader's own."""
+    x = torch.zeros(2, 40, 40)
+    y = x.clone()
+    y[1, 20, 20] = 1
+    assert mark((x, ())) != mark((y, ())) and mark((x, ())) == mark((x.clone(), ()))
+    assert mark((x, (1,))) != mark((x, (2,))) != mark((x.flatten(), (2,)))
+
+    class Own:
+        def __init__(self, pair):
+            self.pair = pair
+
+    both, own = compiled(), [Own(pair) for pair in batches([5, 5, 5])]
+    totals = fxcurv.Totals(both, unpack=lambda b: b.pair)
+    with pytest.raises(KeyboardInterrupt):
+        totals.run(Broken(own, 2))
+    with pytest.raises(ArgumentError, match="batch 0 is not the one"):
+        totals.run(own[::-1])
+
+
+@pytest.fixture(scope="module")
+def both_of_rows():
+    return compiled(extensions=[BatchL2Grad(), SumGradSquared()])
+
+
+@pytest.mark.parametrize("at", range(13, 24))
+def test_an_interrupt_leaves_no_half_of_a_batch(monkeypatch, both_of_rows, at):
+    """Wherever it comes while a batch is added: between two sums, between two fields of rows, before the mark."""
+    both = both_of_rows
+    calls, left = {"summed": fxcurv.Totals._summed, "add": Rows.add}, [at]
+
+    def interrupted(name):
+        def fn(*args):
+            found = calls[name](*args)
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            return found
+
+        return fn
+
+    monkeypatch.setattr(fxcurv.Totals, "_summed", interrupted("summed"))
+    monkeypatch.setattr(Rows, "add", interrupted("add"))
+    totals, again = fxcurv.Totals(both), fxcurv.Totals(both)
+    with pytest.raises(KeyboardInterrupt):
+        totals.run(batches([7, 2, 4, 3, 3]))
+    again.load_state_dict(pickle.loads(pickle.dumps(totals.state_dict())))
+    for one in (totals, again):
+        same(one.run(batches([7, 2, 4, 3, 3])), both(*data()), ["loss", "grad", "sum_grad_squared", "batch_l2"])
+
+
+@pytest.mark.slow
+def test_rows_of_an_earlier_pass_stay_in_their_files(tmp_path):
+    both, state = compiled(extensions=[BatchGrad(), EKFAC(fisher="empirical")]), tmp_path / "pass.pt"
+    many = batches([100] * 5)
+    with pytest.raises(KeyboardInterrupt):
+        fxcurv.over(both, Broken(many, 2, 1), to=tmp_path / "rows", checkpoint=state)
+    saved = torch.load(state, weights_only=True)
+    assert "grad_batch" not in saved["earlier"][0] and saved["earlier"][0]["files"]["grad_batch"]
+    found = fxcurv.over(both, many, to=tmp_path / "rows", checkpoint=state)
+    same(found, both(*data(500)), ["grad_batch", "ekfac"])
+
+
 def test_what_a_state_is_not_for(tmp_path):
     both = compiled(extensions=[SumGradSquared()])
     totals = fxcurv.Totals(both)
@@ -305,7 +443,7 @@ def test_what_a_state_is_not_for(tmp_path):
     state = totals.state_dict()
     with pytest.raises(ArgumentError, match="batch 0 is not the one"):
         totals.run(batches()[::-1])
-    with pytest.raises(ArgumentError, match="the state is of"):
+    with pytest.raises(ArgumentError, match="the state is of another pass .seed=0, not 1."):
         fxcurv.Totals(both, seed=1).load_state_dict(state)
     with torch.no_grad():
         both.model[2].bias.add_(1)
@@ -355,6 +493,60 @@ def test_what_batches_do_not_say_is_refused():
     for wrong in ({"decay": 1.0}, {"reduction": "none"}):
         with pytest.raises(ArgumentError, match=next(iter(wrong))):
             fxcurv.over(compiled(), batches(), **wrong)
+
+
+def test_what_would_fail_later_is_refused_before_the_work(tmp_path):
+    both, pairs, file = compiled(extensions=[BatchL2Grad()]), batches(), tmp_path / "a file"
+    file.write_text("hello")
+    for wrong, said in [
+        ({"checkpoint": tmp_path / "nowhere" / "pass.pt"}, "make the folder first"),
+        ({"checkpoint": tmp_path}, "is no file"),
+        ({"checkpoint": file}, "is no saved state"),
+        ({"checkpoint": tmp_path / "pass.pt", "every": 0}, "every=0"),
+        ({"to": file}, "is a file, pass a folder"),
+        ({"to": file / "rows"}, "is a file, pass a folder"),
+        ({"reduction": lambda x, t: None}, "reduction= gave None"),
+        ({"reduction": lambda x, t: float("nan")}, "reduction= gave nan"),
+    ]:
+        with pytest.raises(ArgumentError, match=said):
+            fxcurv.over(both, pairs, **wrong)
+    with pytest.raises(ArgumentError, match="is a NoneType"):
+        fxcurv.over(both, None)
+    for call in (fxcurv.over, fxcurv.accumulate, lambda c, _: fxcurv.Totals(c)):
+        with pytest.raises(ArgumentError, match="takes what fxcurv.compile returns, not a Sequential"):
+            call(both.model, pairs)
+    torch.save({"a": 1}, file)
+    with pytest.raises(ArgumentError, match="no state of a pass"):
+        fxcurv.over(both, pairs, checkpoint=file)
+
+
+def test_a_pass_that_is_over_takes_no_other_data():
+    totals = fxcurv.Totals(compiled())
+    totals.run(batches()[:1])
+    with pytest.raises(ArgumentError, match="this pass is over, of 7 samples"):
+        totals.run(batches()[1:])
+
+
+def test_where_nothing_counts_the_loss_is_nan():
+    x, y = data()
+    found = fxcurv.over(compiled(extensions=[SumGradSquared()]), [(x, torch.full_like(y, -100))])
+    assert found.loss.isnan() and not any(g.any() for g in found.grad.values())
+    with pytest.raises(ArgumentError, match="nothing to average"):
+        fxcurv.over(compiled(), [(x, torch.full_like(y, -100))], decay=0.5)
+
+
+def test_batches_that_are_padded_to_their_own_length():
+    """Z, what a batch's mean divides by, says how they add up; the loss cannot be asked."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 2), nn.Linear(2, 9)).double()
+    loss = lambda f, z: nn.functional.cross_entropy(f.flatten(0, 1), z.flatten(), ignore_index=0)  # noqa: E731
+    words = [torch.randint(9, (2, n)) for n in (5, 7)]
+    both = fxcurv.compile(model, loss, [], check=None)
+    pairs = [(w, w) for w in words]
+    with pytest.raises(LossError, match="padded to its own longest sequence"):
+        fxcurv.over(both, pairs)
+    padded = torch.cat([nn.functional.pad(words[0], (0, 2)), words[1]])
+    same(fxcurv.over(both, pairs, reduction=lambda x, t: (t != 0).sum()), both(padded, padded), ["loss", "grad"])
 
 
 class Terminal(Console):

@@ -167,6 +167,46 @@ def test_what_blocks_refuse(result):
         Blocks(result.grad)
 
 
+def test_what_is_no_vector_damping_start_or_factor(result):
+    """By a typed error that says the way out, alike for one block and for all."""
+    blocks, one = Blocks(result.kflr), result.kflr["head.weight"]
+    v = {n: torch.ones(f.arrangement.shape).double() for n, f in result.kflr.items()}
+    sizes = [f.arrangement.shape for f in result.kflr.values()]
+    other, nan = Arrangement((8, 3), (8, 3), (0,), (1,)), Kronecker([f * torch.nan for f in one], one.arrangement)
+    stacked = Kronecker([torch.stack([f, f]) for f in one], one.arrangement)
+    in_basis = Eigenbasis([*eigenbasis(one)[:2], nan[0][0, 0].expand(3, 8)], one.arrangement)
+    for wrong, says in (
+        (lambda: blocks @ {n: torch.ones(7).double() for n in v}, r"'embed.weight'.*\[7\].*\[5, 4\]"),
+        (lambda: blocks @ {n: t.float() for n, t in v.items()}, "float32.*float64"),
+        (lambda: blocks @ {n: t.long() for n, t in v.items()}, "int64.*float64"),
+        (lambda: blocks @ dict.fromkeys(v, 1.0), "is a float"),
+        (lambda: blocks.inverse("a"), "damping='a'"),
+        (lambda: blocks.inverse(float("nan")), "damping=nan"),
+        (lambda: blocks.solve(v, -0.1), "damping=-0.1.*not negative"),
+        (lambda: blocks.scaled(-1), "factor=-1"),
+        (lambda: solve(one, v["head.weight"], -0.1), "damping=-0.1.*not negative"),
+        (lambda: solve(one, v["head.weight"], (0.1, -0.1)), "damping=-0.1"),
+        (lambda: solve(one, v["head.weight"], [0.1]), "a pair is of the two factors"),
+        (lambda: solve(result.ekfac["head.weight"], v["head.weight"], (0.1, 0.1)), "a pair is of the two factors"),
+        (lambda: solve(one, v["head.weight"].float(), 0.1), "float32"),
+        (lambda: Blocks({"w": one}, start=Blocks({"v": one})), "start is of None"),
+        (lambda: Blocks({"w": one}, start=Blocks({"w": Kronecker(one[::-1], other)})), "same joint="),
+        (lambda: Blocks({"w": one}, start=Blocks({"w": one}), steps=0), "steps=0"),
+        (lambda: Blocks(result), r"\['Result'\]: pass the field"),
+        (lambda: Blocks({"w": stacked}), "block of 'w'.*those of each model"),
+        (lambda: solve(stacked, v["head.weight"], 0.1), "those of each model"),
+        (lambda: Blocks({"w": nan}).inverse(0.1), "block of 'w' is not finite"),
+        (lambda: Blocks({"w": nan}).logdet(0.1), "block of 'w' is not finite"),
+        (lambda: solve(nan, v["head.weight"], 0.1), "not finite"),
+        (lambda: Blocks({"w": in_basis}).sqrt(), "block of 'w' is not finite"),
+    ):  # fmt: skip
+        with pytest.raises(ArgumentError, match=says):
+            wrong()
+    pair = solve(one, v["head.weight"], [0.3, 0.2])
+    close(pair, solve(one, v["head.weight"], (0.3, 0.2)))
+    assert [tuple(t.shape) for t in (blocks @ v).values()] == sizes
+
+
 def test_a_parameter_without_a_dimension_and_vectors_of_every_form():
     arrangement, scale = Arrangement((2,), (2,), (0,)), Arrangement((), (1,), (0,))
     blocks = Blocks(

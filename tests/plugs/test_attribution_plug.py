@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fxcurv
 from fxcurv.errors import ArgumentError, ExtensionError, LossError
@@ -196,13 +197,12 @@ def test_goes_on_where_it_was(case, tmp_path):
     queries = batches(*QUERIES)
     with pytest.raises(Stopped):
         attribution.influence(Stops(queries, 1), curvature, DAMPING, to=tmp_path)
-    other = "of another model, loss, curvature or measure, of other training data or parameters"
-    with pytest.raises(ArgumentError, match=other):
+    with pytest.raises(ArgumentError, match="damping=0.03, not 0.06"):
         attribution.influence(queries, curvature, 2 * DAMPING, to=tmp_path)
-    with pytest.raises(ArgumentError, match=other):
+    with pytest.raises(ArgumentError, match="another measure"):
         attribution.influence(queries, curvature, DAMPING, to=tmp_path, measure=lambda f, y: (f * f).sum())
     train = batches(TRAIN[0] + 1, *TRAIN[1:])
-    with pytest.raises(ArgumentError, match=other):
+    with pytest.raises(ArgumentError, match="the training data differ"):
         Attribution(model, attribution.loss, train).influence(queries, curvature, DAMPING, to=tmp_path)
     with pytest.raises(ArgumentError, match="block 0 of the queries is another"):
         attribution.influence(queries[1:], curvature, DAMPING, to=tmp_path)
@@ -228,3 +228,39 @@ def test_what_is_refused():
         Attribution(network(), weighted, batches(*TRAIN), check=None).influence(batches(*QUERIES))
     with pytest.raises(ArgumentError, match="no queries"):
         Attribution(network(), nn.CrossEntropyLoss(), batches(*TRAIN)).influence([])
+
+
+@pytest.mark.parametrize("other", ["activation", "unpack", "order"])
+def test_a_folder_of_another_call_is_refused(tmp_path, other):
+    """Of another structure with the same parameters; of data that is unpacked otherwise, as objects of a loader's own."""
+
+    class Own:
+        def __init__(self, pair):
+            self.pair = pair
+
+    def attribution(changed):
+        model = network()
+        if changed and other == "activation":
+            model[1] = nn.ReLU()
+        factor = 2 if changed and other == "unpack" else 1
+        train = [Own(pair) for pair in batches(*TRAIN)]
+        train = train[::-1] if changed and other == "order" else train
+        unpack = lambda b: (factor * b.pair[0], b.pair[1])  # noqa: E731
+        return Attribution(model, nn.CrossEntropyLoss(), train, unpack=unpack, check=None, progress=False)
+
+    queries = [Own(pair) for pair in batches(*QUERIES)]
+    with pytest.raises(Stopped):
+        attribution(False).influence(Stops(queries, 1), to=tmp_path)
+    with pytest.raises(ArgumentError, match="another module '1'" if other == "activation" else "training data differ"):
+        attribution(True).influence(queries, to=tmp_path)
+
+
+def test_data_in_another_order_is_refused():
+    shuffled = DataLoader(TensorDataset(*data(TRAIN[0], TRAIN[2])), batch_size=3, shuffle=True)
+    made = Attribution(network(), nn.CrossEntropyLoss(), shuffled, check=None, progress=False)
+    with pytest.raises(ArgumentError, match="the training data comes in another order"):
+        made.influence(batches(*QUERIES))
+    made = Attribution(network(), nn.CrossEntropyLoss(), batches(*TRAIN), check=None, progress=False)
+    states = [made.model.state_dict()] * 2
+    with pytest.raises(ArgumentError, match="the data of the queries comes in another order"):
+        made.tracin(shuffled, states, (0.5, 0.25))

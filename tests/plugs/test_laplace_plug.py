@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fxcurv.errors import ArgumentError
+
 laplace = pytest.importorskip("laplace")
 plug = pytest.importorskip("fxcurv.plugs.laplace")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -88,3 +90,9 @@ def test_a_parameter_without_a_dimension(name):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     diagonal = fitted(model, loader, "classification", ours, "all", "diag").H
     torch.testing.assert_close(diagonal, found.diagonal(), rtol=1e-4, atol=1e-5)
+
+
+def test_kronecker_factors_of_the_hessian_are_refused():
+    model, loader, _ = case("classification")
+    with pytest.raises(ArgumentError, match="backend=FxcurvGGN"):
+        fitted(model, loader, "classification", plug.FxcurvHessian, "all", "kron")

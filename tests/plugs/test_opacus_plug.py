@@ -14,6 +14,7 @@ opacus = pytest.importorskip("opacus")
 plug = pytest.importorskip("fxcurv.plugs.opacus")
 drop_in = pytest.importorskip("fxcurv.backpack.opacus")
 pytestmark = pytest.mark.filterwarnings("ignore")
+SLOW = pytest.mark.slow
 
 
 def case():
@@ -181,3 +182,59 @@ def test_virtual_steps_and_weights():
     weighted = plug.GradSamples(model, nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2, 3, 4])))
     with pytest.raises(LossError, match="weights of their own"):
         weighted(x, y)
+
+
+def looks_at_values(f, t):
+    """A mean over the samples that count, which `vmap` does not take."""
+    return nn.functional.cross_entropy(f, t, reduction="sum") / max(int((t >= 0).sum()), 1)
+
+
+@pytest.mark.parametrize(
+    "loss, first",
+    [(nn.CrossEntropyLoss(), True), (nn.CrossEntropyLoss(), False), pytest.param(looks_at_values, True, marks=SLOW)],
+)
+def test_samples_that_a_mean_leaves_out(loss, first):
+    """In the first batch or a later one: rows are gradients of each sample's own loss, and clipping is of these."""
+    model, data = case()
+    x, y = data.tensors
+    ignored = torch.where(torch.arange(8) % 3 == 0, -100, y[8:16])
+    samples, clipped = plug.GradSamples(model, loss), plug.ClippedGradients(model, loss, 0.5)
+    if not first:
+        for gradients in (samples, clipped):
+            gradients(x[:8], y[:8])
+        model.zero_grad()
+        for p in model.parameters():
+            del p.grad_sample
+    samples(x[8:16], ignored)
+    clipped(x[8:16], ignored)
+    losses = nn.functional.cross_entropy(model(x[8:16]), ignored, reduction="none")
+    own = [torch.autograd.grad(one, list(model.parameters()), retain_graph=True) for one in losses]
+    want = [torch.stack(rows) for rows in zip(*own, strict=True)]
+    norms = sum(rows.flatten(1).square().sum(1) for rows in want).sqrt()
+    for p, rows in zip(model.parameters(), want, strict=True):
+        torch.testing.assert_close(p.grad_sample, rows)
+        torch.testing.assert_close(p.grad, torch.einsum("n,n...->...", (0.5 / norms).clamp(max=1).nan_to_num(), rows))
+
+
+def test_weights_that_look_like_none():
+    """Weights of classes whose mean is that of the first sample, in a batch behind one without any difference."""
+    model, data = case()
+    x, samples = data.tensors[0], plug.GradSamples(model, nn.CrossEntropyLoss(torch.tensor([1.0, 0.5, 1.5, 1])))
+    samples(x[:3], torch.tensor([0, 0, 3]))
+    with pytest.raises(LossError, match="weights of their own"):
+        samples(x[:3], torch.tensor([0, 1, 2]))
+
+
+def test_ghost_clipping_follows_the_optimizers_bound():
+    model, data = case()
+    loss, optimizer = nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1)
+    samples, optimizer, _ = plug.make_private(
+        opacus.PrivacyEngine(), model, loss, optimizer, DataLoader(data, batch_size=5), noise_multiplier=1.0,
+        max_grad_norm=1e-3, grad_sample_mode="ghost",
+    )  # fmt: skip
+    for bound in (1e-3, 1e-4):
+        optimizer.max_grad_norm = bound
+        optimizer.zero_grad()
+        samples(*(t[:1] for t in data.tensors))
+        norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+        assert float(norm) == pytest.approx(bound, rel=1e-4) and samples.max_norm == bound

@@ -142,3 +142,17 @@ def test_a_model_that_draws():
     with plain_passes() as runs:
         backward(extend(Net(nn.Dropout(0.5))), BatchGrad())
     assert not runs
+
+
+@pytest.mark.parametrize("what", ["a parameter", "an input"])
+def test_what_the_user_writes_to_is_no_fault_of_the_program(what):
+    """`.data` hides a write from autograd, between the forward and the backward pass."""
+    model, (x, y) = extend(Net()), data()
+    loss = extend(nn.CrossEntropyLoss())(model(x), y)
+    (model.last.weight if what == "a parameter" else x).data.mul_(2)
+    with (
+        backpack(BatchGrad()),
+        pytest.raises(ArgumentError, match="have been written to between its forward and this back"),
+    ):
+        loss.backward()
+    backward(model, BatchGrad())

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import fxcurv
+from fxcurv.backpack import backpack, extend
 from fxcurv.errors import ArgumentError
 from fxcurv.extensions import (
     EKFAC,
@@ -101,6 +102,24 @@ def test_what_an_empty_batch_is_refused():
     for wrong in (plain.explain, plain.lower, plain.export):
         with pytest.raises(ArgumentError, match="the batch is empty"):
             wrong(*data(0))
+
+
+def test_the_drop_in_gives_zeros_and_no_rows():
+    """As `compile` does, before and after batches with samples; what looks at modules' inputs is refused."""
+    net, loss = extend(model()), extend(nn.CrossEntropyLoss())
+    extensions = BatchGrad(), SqrtGGNExact(), KFLR(), Variance()
+    for n in (0, 4, 0):
+        net.zero_grad()
+        x, y = data(n)
+        with backpack(*extensions):
+            loss(net(x), y).backward()
+        p = net[3].weight
+        assert p.grad_batch.shape == (n, 3, 8) and p.sqrt_ggn_exact.shape == (3, n, 3, 8)
+        assert [t.shape for t in p.kflr] == [(3, 3), (8, 8)] and p.variance.shape == (3, 8)
+        assert n or not any(t.any() for t in (p.grad, p.variance, *p.kflr))
+    for asked, says in (({"extension_hook": print}, "look at modules"), ({}, "GGNMP cannot be of")):
+        with backpack(GGNMP() if not asked else BatchGrad(), **asked), pytest.raises(ArgumentError, match=says):
+            loss(net(x), y).backward()
 
 
 @pytest.mark.parametrize("squeezes", [False, True])

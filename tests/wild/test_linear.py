@@ -5,11 +5,12 @@ import pytest
 import torch
 from oracle import Oracle
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fxcurv
 from fxcurv import linear
-from fxcurv.errors import ArgumentError, ExtensionError
-from fxcurv.extensions import DiagGGNExact, SqrtGGNMC
+from fxcurv.errors import ArgumentError, ExtensionError, MixedSamplesError
+from fxcurv.extensions import DiagGGNExact, Jacobian, SqrtGGNMC
 
 SIZES = [5, 3]
 
@@ -161,3 +162,75 @@ def test_kernel_of_two_batches(case):
     torch.testing.assert_close(kernel.T @ v[:15], j @ (j[:15].t() @ v[:15]))
     with pytest.raises(ArgumentError, match="no diagonal"):
         kernel.diag()
+
+
+def shuffled(n=12):
+    torch.manual_seed(0)
+    x, y = torch.randn(n, 4).double(), torch.randint(3, (n,))
+    y[: n // 2] = -100
+    return DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True)
+
+
+class Fewer(list):
+    """One batch less every time."""
+
+    def __iter__(self):
+        yield from list(super().__iter__())
+        self.pop()
+
+
+@pytest.mark.parametrize("name", [n if n in ("GGN", "NTK") else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+def test_a_loader_in_another_order_is_refused(name):
+    """Its weights, rows and draws are kept from the first time."""
+    compiled = fxcurv.compile(nn.Linear(4, 3).double(), nn.CrossEntropyLoss(), [], check=None)
+    make = getattr(linear, name)
+    moving = make(compiled, shuffled())
+    for use in (lambda: moving @ torch.ones(moving.shape[1]).double(), *([] if name == "Jacobian" else [moving.diag])):
+        with pytest.raises(ArgumentError, match=r"data comes in another order .*shuffle=False"):
+            use()
+    x = torch.randn(12, 4).double()
+    fewer = make(compiled, Fewer((x[i : i + 4], torch.zeros(4).long()) for i in (0, 4, 8)))
+    with pytest.raises(ArgumentError, match="there are 2 batches, and there were 3"):
+        fewer @ torch.ones(fewer.shape[1]).double()
+    longer = make(compiled, still := [(x[:4], torch.zeros(4).long())])
+    still.append((x[4:], torch.zeros(8).long()))
+    with pytest.raises(ArgumentError, match="batch 1 is another one"):
+        longer @ torch.ones(15).double()
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ("GGN", "Jacobian") else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+)
+def test_samples_that_meet_and_random_numbers_are_refused(name):
+    """And batch norm's statistics stay as they are."""
+    norm, drop = (nn.Sequential(nn.Linear(4, 3), m).double() for m in (nn.BatchNorm1d(3), nn.Dropout()))
+    x, y = torch.randn(8, 4).double(), torch.randint(3, (8,))
+    compiled, make = fxcurv.compile(norm, nn.CrossEntropyLoss(), [], check=None), getattr(linear, name)
+    before = [t.clone() for t in norm.buffers()]
+    with pytest.raises(MixedSamplesError, match="in module '1'"):
+        make(compiled, [(x[:4], y[:4]), (x[4:], y[4:])])
+    if name in ("GGN", "Hessian"):  # of the batch as a whole
+        make(compiled, (x, y)) @ torch.ones(21).double()
+    else:
+        with pytest.raises(MixedSamplesError, match="in module '1'"):
+            make(compiled, (x, y))
+    assert all(torch.equal(t, b) for t, b in zip(norm.buffers(), before, strict=True))
+    with pytest.raises(ArgumentError, match=r"(?s)in module '1'.*draws random numbers.*eval"):
+        make(fxcurv.compile(drop, nn.CrossEntropyLoss(), [], check=None), (x, y))
+
+
+def test_loaders_are_read_as_over_reads_them():
+    model, x, y = nn.Linear(4, 3).double(), torch.randn(6, 4).double(), torch.randint(3, (6,))
+    bare = fxcurv.compile(model, None, [Jacobian()], check=None)
+    for data in ([x[:3], x[3:]], [(x[:3], y[:3]), (x[3:], y[3:])], (x,), (x, y)):
+        jacobian = linear.Jacobian(bare, data)
+        torch.testing.assert_close(jacobian @ torch.ones(15).double(), (x.sum(1) + 1).repeat_interleave(3))
+    compiled = fxcurv.compile(model, nn.CrossEntropyLoss(), [], check=None)
+    for data, said in [
+        ([], "no sample"), ([(x[:0], y[:0])], "no sample"), (None, "is a NoneType"),
+        ([{"image": x, "label": y}], "pass unpack="), ([x, y], r"one batch is a tuple"),
+    ]:  # fmt: skip
+        with pytest.raises(ArgumentError, match=said):
+            linear.GGN(compiled, data)
+    with pytest.raises(ArgumentError, match="takes what fxcurv.compile returns"):
+        linear.GGN(model, (x, y))
