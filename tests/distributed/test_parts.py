@@ -271,7 +271,7 @@ def test_factors_at_one_rank_each(found):
 @pytest.mark.slow
 def test_factors_at_one_of_four_ranks():
     for owners, reduced, _ in on_ranks(4, assigned, 4, limit=600):
-        assert owners == [0, 1] and reduced == 4, "there are two layers"
+        assert owners == [0, 1] and reduced == 2, "there are two layers"
 
 
 # ---- refused by name ------------------------------
