@@ -81,10 +81,10 @@ SEEN: dict[str, Sequence[str]] = {
     "torch.nn.modules.loss._Loss": TRIED,
     "torch.distributed.ProcessGroup._get_sequence_number_for_group": TRIED,
     "torch.distributed.device_mesh.DeviceMesh._flatten": TRIED,
-    "torch.distributed.distributed_c10d._resolve_process_group": ("2.11", "2.13", "2.14", "2.15"),
+    "torch.distributed.distributed_c10d._resolve_process_group": TRIED,
     "torch.distributed.fsdp.FSDPModule._get_fsdp_state": TRIED,
     # says on stderr which op torch.vmap runs one by one
-    "torch._C._functorch._set_vmap_fallback_warning_enabled": ("2.11", "2.13", "2.14", "2.15"),
+    "torch._C._functorch._set_vmap_fallback_warning_enabled": TRIED,
     # patched while a model is captured
     "torch._functorch.apis.vmap_impl": TRIED,
     "torch._functorch.eager_transforms._jvp_with_argnums": TRIED,

@@ -170,8 +170,8 @@ NORMS = {
 @pytest.mark.parametrize("of", ["parameter", "samples", "inside"])
 def test_equal_singular_values(name, of):
     """What nothing reads has no cotangent: the derivative of singular vectors does not exist there, that of values does."""
-    if (name, of) == ("spectral norm", "inside") and torch.__version__.startswith("2.11."):
-        pytest.skip("PyTorch 2.11 has an internal error where it traces this norm under torch.func.grad")
+    if (name, of) == ("spectral norm", "inside") and torch.__version__.startswith(("2.11.", "2.12.")):
+        pytest.skip("PyTorch 2.11 and 2.12 have an internal error where it traces this norm under torch.func.grad")
     torch.manual_seed(0)
 
     class Model(nn.Module):
