@@ -102,6 +102,8 @@ def call_on_ranks(
             raise ArgumentError("the batch is empty on every rank: pass at least one sample to one of them")
         with request.apart(), sharded.whole(any(row[4] for row in rows)):
             made, seed = _agree_on_program(ranks, programs, request, ready, rows, drawn)
+            if any(row[4] for row in rows):  # one rank made its program anew, beside others that failed: all check
+                made.checked = made.verified = False
             if part and made.program.analysis.mixing:
                 raise MixedSamplesError(made.program.analysis.mixing.format(asked="a quantity of several batches"))
             call = _Call(ranks, made, request, sharded, sizes, seed, first, backend)

@@ -242,6 +242,22 @@ def repeated(rank):
     return taken, known, found
 
 
+def hooked(rank):
+    """A hook on one rank alone, and calls after it is gone: where it was not, a program was made that is not checked yet."""
+    model, loss, x, y = made("mlp", 7)
+    compiled = fxcurv.compile(model, loss, [], mesh=mesh_of(2))
+    want = alone("mlp", 7, [])[0]
+    call = lambda sizes: compiled(part(x, sizes, rank), part(y, sizes, rank))  # noqa: E731
+    call([5, 2])
+    hook = model[0].register_forward_hook(lambda m, given, out: 2 * out) if rank else None
+    refused = raised(lambda: call([5, 2]))
+    if hook is not None:
+        hook.remove()
+    for sizes in ([4, 3], [4, 3], [5, 2]):  # the first is no call that was seen before
+        compare(call(sizes), want, [])
+    return refused
+
+
 def wrong_rule(rank):
     """A rule that is wrong on both ranks is found by the comparison with plain PyTorch."""
     wrong = Pointwise(d1=lambda x, y: 1 - y)
@@ -271,7 +287,7 @@ def refused(rank):
 
 def everything(rank):
     """All of the above in the same two processes: to start them takes longer than what they do."""
-    return each((quick, repeated, normed, sharded, products, failing, wrong_rule, refused), rank)
+    return each((quick, repeated, hooked, normed, sharded, products, failing, wrong_rule, refused), rank)
 
 
 @pytest.fixture(scope="module")
@@ -316,6 +332,11 @@ def test_a_rank_that_fails_tells_the_others_in_the_last_sum_or_before_the_next_c
     assert first["end"] is False and "division" in second["end"], "the first rank has its result"
     for found in (first, second):
         assert found["next"][0] == "RankError" and "failed on this rank alone" in found["next"][1]
+
+
+def test_what_one_rank_has_to_check_all_check(found):
+    for ranks in found:
+        assert ranks["hooked"][0] == "RankError" and "of the captured ops" in ranks["hooked"][1]
 
 
 def test_the_group_works_after_errors(found):
